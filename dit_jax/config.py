@@ -1,0 +1,348 @@
+"""Every knob and its default, as frozen dataclasses; and the door where ml_collections files become typed configs.
+
+A config file in `configs/` starts from `template()`, a `ConfigDict` of all defaults, changes what it wants and returns it;
+`resolve` turns the result into a `Config`, naming the key of anything unknown, mistyped or out of range.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+
+import ml_collections
+
+# name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done: one line saying which key or file, what was found, what was expected."""
+
+
+def _choice(name: str, found, allowed) -> None:
+    if found not in allowed:
+        near = difflib.get_close_matches(str(found), [str(a) for a in allowed], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{name}: found {found!r}, expected one of {', '.join(map(str, allowed))}{hint}")
+
+
+def _range(name: str, found, low=-math.inf, high=math.inf) -> None:
+    if not low <= found <= high:
+        expected = f"a value from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+        raise UsageError(f"{name}: found {found!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DiT. `input_size` is the side of the grid the model sees: latent pixels for latent diffusion, else pixels."""
+
+    depth: int = 12
+    width: int = 384
+    heads: int = 6
+    patch: int = 2
+    input_size: int = 32
+    channels: int = 4
+    classes: int = 1000
+    mlp_ratio: int = 4
+    learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
+    conditioning: str = "adaln_zero"
+    qk_norm: bool = False
+    dtype: str = "float32"  # of the compute; parameters are always float32
+    attention: str = "auto"  # auto | xla | cudnn
+    remat: str = "none"  # none | dots | full
+    unroll: int = 1  # blocks per iteration of the layer scan; `depth` unrolls it whole
+
+    def __post_init__(self):
+        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "classes", "mlp_ratio", "unroll"):
+            _range(f"model.{name}", getattr(self, name), 1)
+        _choice("model.conditioning", self.conditioning, ("adaln_zero",))
+        _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
+        _choice("model.remat", self.remat, ("none", "dots", "full"))
+        if self.width % self.heads:
+            raise UsageError(f"model.heads: found {self.heads}, expected a divisor of model.width = {self.width}")
+        if self.width % 4:
+            raise UsageError(
+                f"model.width: found {self.width}, expected a multiple of 4 (two sines and two cosines a position)"
+            )
+        if self.input_size % self.patch:
+            raise UsageError(
+                f"model.patch: found {self.patch}, expected a divisor of model.input_size = {self.input_size}"
+            )
+        if self.depth % self.unroll:
+            raise UsageError(f"model.unroll: found {self.unroll}, expected a divisor of model.depth = {self.depth}")
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens per image."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_class(self) -> int:
+        """The label of "no class": the row after the last class."""
+        return self.classes
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noising process and its loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, velocity."""
+
+    process: str = "ddpm"
+    schedule: str = "linear"  # ddpm: linear | cosine
+    timesteps: int = 1000  # ddpm: length of the discrete chain
+    time_law: str = "uniform"  # flow: uniform | logit_normal, the law that training draws t from
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def __post_init__(self):
+        _choice("diffusion.process", self.process, ("ddpm", "flow"))
+        _choice("diffusion.schedule", self.schedule, ("linear", "cosine"))
+        _choice("diffusion.time_law", self.time_law, ("uniform", "logit_normal"))
+        _range("diffusion.timesteps", self.timesteps, 2)
+        _range("diffusion.logit_std", self.logit_std, 1e-3)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = "digits"  # a TFDS name; `digits` is built by dit_jax.data.datasets
+    split: str = "train"
+    held_out_split: str = "test"  # never trained on
+    data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
+    flip: bool = False  # horizontal flips, decided by (seed, position) only
+    cache: bool = True  # keep the decoded split in memory (small datasets)
+    workers: int = 2  # reading threads
+    prefetch: int = 8  # batches read ahead
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the EMA of the weights."""
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"  # constant | cosine (to zero at train.steps), after the warm-up
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 0.0  # global norm; 0 = no clipping
+    accumulate: int = 1  # microbatches per step
+    ema: str = (
+        "constant"  # constant: decay `ema_decay`; power: decay (1 - 1/t)^(gamma + 1), width a fixed share of the run
+    )
+    ema_decay: float = 0.9999
+    ema_width: float = 0.05  # power: standard deviation of the averaging profile relative to the steps so far
+
+    def __post_init__(self):
+        _choice("optim.schedule", self.schedule, ("constant", "cosine"))
+        _choice("optim.ema", self.ema, ("constant", "power"))
+        _range("optim.learning_rate", self.learning_rate, 0.0)
+        _range("optim.warmup_steps", self.warmup_steps, 0)
+        _range("optim.weight_decay", self.weight_decay, 0.0)
+        _range("optim.clip", self.clip, 0.0)
+        _range("optim.accumulate", self.accumulate, 1)
+        _range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
+        _range("optim.ema_width", self.ema_width, 1e-3, 0.28)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 400_000
+    batch_size: int = 256  # images, over all devices and processes
+    seed: int = 0
+    label_dropout: float = 0.1  # share of labels replaced by the null class
+    log_every: int = 100
+    checkpoint_every: int = 10_000
+    keep: int = 3  # checkpoints kept, the newest ones
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+            _range(f"train.{name}", getattr(self, name), 1)
+        _range("train.seed", self.seed, 0, 2**31 - 1)
+        _range("train.label_dropout", self.label_dropout, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size != -1 and size < 1:
+                raise UsageError(f"mesh.{name}: found {size}, expected a number of devices, or -1 for the rest")
+        if list(sizes.values()).count(-1) > 1:
+            raise UsageError(f"mesh: found {sizes}, expected at most one -1")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn; the same defaults serve `sample` and `evaluate`."""
+
+    sampler: str = "ddpm"
+    steps: int = 250
+    guidance: float = 1.0  # 1 = plainly conditional
+    interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
+    channels: str = "all"  # all | first3: the published DiT guides the first 3 channels only
+    clip_x0: bool = False
+    batch_size: int = 64
+    labels: str = "uniform"  # uniform: drawn at random; balanced: sample i has class i modulo K
+    weights: str = "ema"  # ema | params (raw)
+
+    def __post_init__(self):
+        _range("sample.steps", self.steps, 1)
+        _range("sample.guidance", self.guidance, 0.0, 1000.0)
+        _range("sample.batch_size", self.batch_size, 1)
+        _choice("sample.channels", self.channels, ("all", "first3"))
+        _choice("sample.labels", self.labels, ("uniform", "balanced"))
+        _choice("sample.weights", self.weights, ("ema", "params"))
+        low_high = self.interval
+        if len(low_high) != 2 or not 0.0 <= low_high[0] <= low_high[1] <= 1.0:
+            raise UsageError(f"sample.interval: found {low_high!r}, expected (low, high) with 0 <= low <= high <= 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The protocol of the held-out loss, and of the sample metrics."""
+
+    times_per_image: int = 16  # noise levels per held-out image, stratified over the training law of t
+    max_images: int = 0  # held-out images used; 0 = all of them
+    buckets: int = 8  # of equal probability under the training law of t
+    batch_size: int = 128
+    samples: int = 0  # images drawn for the sample metrics; 0 = none
+    features: str = "digits"  # feature network of the sample metrics
+    seed: int = 1234
+    poll_seconds: float = 30.0  # --watch
+
+    def __post_init__(self):
+        for name in ("times_per_image", "buckets", "batch_size"):
+            _range(f"eval.{name}", getattr(self, name), 1)
+        _range("eval.samples", self.samples, 0)
+        _range("eval.max_images", self.max_images, 0)
+        _range("eval.seed", self.seed, 0, 2**31 - 1)
+        if self.times_per_image % self.buckets:
+            raise UsageError(
+                f"eval.times_per_image: found {self.times_per_image}, expected a multiple of eval.buckets = {self.buckets}"
+            )
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """An isoFLOP ladder: every budget x the sizes of its window. A size is (width, depth, heads)."""
+
+    budgets: tuple = ()  # training FLOPs of a run
+    sizes: tuple = ()  # the whole ladder of (width, depth, heads), smallest first
+    windows: tuple = ()  # per budget, (first, last + 1) into `sizes`
+    base_width: int = 64  # the width at which optim.learning_rate holds; it scales as base_width / width
+    extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = do not
+    processes: int = 1  # cells that run side by side
+    grid: int = 8  # samples per class in the report's grid
+    grid_guidance: float = 2.0
+
+    def __post_init__(self):
+        if len(self.windows) != len(self.budgets):
+            raise UsageError(
+                f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
+            )
+        for window in self.windows:
+            if not 0 <= window[0] < window[1] <= len(self.sizes):
+                raise UsageError(
+                    f"sweep.windows: found {window!r}, expected (first, end) within {len(self.sizes)} sizes"
+                )
+        _range("sweep.processes", self.processes, 1)
+        _range("sweep.extrapolate", self.extrapolate, 0.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def __post_init__(self):
+        if self.diffusion.process == "flow" and self.model.learn_sigma:
+            raise UsageError("model.learn_sigma: found True, expected False with diffusion.process = 'flow'")
+        if self.train.batch_size % self.optim.accumulate:
+            raise UsageError(
+                f"train.batch_size: found {self.train.batch_size}, expected a multiple of "
+                f"optim.accumulate = {self.optim.accumulate}"
+            )
+
+
+def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:
+    """The model config of a published name such as "DiT-XL/2" on SD-VAE latents of `image_size` pixels (8 pixels a latent)."""
+    allowed = [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
+    _choice("model name", name, allowed)
+    if image_size % 8:
+        raise UsageError(f"image_size: found {image_size}, expected a multiple of 8 pixels")
+    size, patch = name.removeprefix("DiT-").split("/")
+    depth, width, heads = SIZES[size]
+    config = dict(depth=depth, width=width, heads=heads, patch=int(patch), input_size=image_size // 8)
+    return ModelConfig(**{**config, **changes})
+
+
+def to_dict(config) -> dict:
+    """Nested plain values of a config, as written to `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def template() -> ml_collections.ConfigDict:
+    """All defaults as a ConfigDict, the starting point of a config file. Its keys are fixed: new ones are errors."""
+    return ml_collections.ConfigDict(to_dict(Config()), type_safe=False).lock()
+
+
+def resolve(values: typing.Mapping) -> Config:
+    """Nested mapping (ConfigDict or JSON) -> Config. Raises UsageError naming the key, what was found and what was expected."""
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    return _build(Config, values, "")
+
+
+def _build(cls, values, prefix: str):
+    if not isinstance(values, typing.Mapping):
+        raise UsageError(f"{prefix.rstrip('.') or 'config'}: found {values!r}, expected a group of keys")
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{prefix}{key}: unknown config key{nearest(key, known)}")
+        if dataclasses.is_dataclass(known[key]):
+            arguments[key] = _build(known[key], value, f"{prefix}{key}.")
+        else:
+            arguments[key] = _typed(value, known[key], f"{prefix}{key}")
+    return cls(**arguments)
+
+
+def nearest(key: str, known) -> str:
+    """A hint at the known key that looks most like `key`."""
+    near = difflib.get_close_matches(key, list(known), 1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _typed(value, kind: type | types.GenericAlias, name: str):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+    if type(value) is not kind:
+        raise UsageError(f"{name}: found {value!r} ({type(value).__name__}), expected {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"{name}: found {value!r}, expected a finite number")
+    return value

@@ -1,0 +1,54 @@
+"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see README, "Install")."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py",
+    "array_record",
+    "clu",
+    "flax>=0.12,<0.13",
+    "grain",
+    "importlib_resources",
+    "jax>=0.10,<0.13",
+    "matplotlib",
+    "ml_collections",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "rich",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "tensorflow-datasets",
+]
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    "tensorflow": ["tensorflow-cpu", "tensorboard"],
+    "torch": ["torch==2.13.0"],
+    "dev": [
+        "beartype",
+        "chex",
+        "hypothesis",
+        "ipykernel",
+        "jaxtyping",
+        "nbclient",
+        "nbformat",
+        "pre-commit",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+    ],
+}
+
+setup(
+    name="dit_jax",
+    version="0.1.0",
+    description="Train, sample and scale diffusion transformers on TPU pods and GPUs with JAX.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dit_jax", "dit_jax.*"]),
+    package_data={"dit_jax": ["**/*.safetensors", "**/*.json", "**/*.html"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

@@ -195,7 +195,6 @@ class SampleConfig:
     guidance: float = 1.0  # 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # all | first3: the published DiT guides the first 3 channels only
-    clip_x0: bool = False
     batch_size: int = 64
     labels: str = "uniform"  # uniform: drawn at random; balanced: sample i has class i modulo K
     weights: str = "ema"  # ema | params (raw)

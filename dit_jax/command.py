@@ -1,0 +1,141 @@
+"""The command line that all jobs share: absl flags, one line per error, and the exit codes.
+
+0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from dit_jax.config import Config, UsageError, nearest, resolve, template, to_dict
+
+DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
+
+
+class Interrupted(Exception):
+    """The job was asked to stop and saved what it had; the same command goes on from there."""
+
+
+def launch(main: Callable[[], None], config: str = "") -> None:
+    """Parse the command line, run `main()`, exit with the documented code.
+
+    `config` says where `--config` comes from: "file" (a file of configs/), "workdir" (the run's config.json, with
+    `--config.a.b=v` overrides), or "" (none).
+    """
+    sys.exit(_guarded(lambda: _parse(config), main))
+
+
+def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
+    try:
+        parse()
+        main()
+    except UsageError as error:
+        return _complain(error, USAGE)
+    except Interrupted as error:
+        return _complain(error, INTERRUPTED, "interrupted")
+    except KeyboardInterrupt:
+        return _complain(
+            "stopped from the keyboard; the same command goes on from the last checkpoint", INTERRUPTED, "interrupted"
+        )
+    return DONE
+
+
+def _complain(message, code: int, kind: str = "error") -> int:
+    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parse(config: str) -> None:
+    if config == "workdir":
+        values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
+        config_flags.DEFINE_config_dict("config", values)
+    elif config == "file":
+        _check_file(_early_value("config"))
+        config_flags.DEFINE_config_file("config", help_string="a file of configs/, with :ARG where it takes one")
+    _check_overrides()
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except UsageError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, flags.FLAGS)}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(str(error).strip().splitlines()[0]) from None
+    if len(rest) > 1:
+        raise UsageError(f"found the argument {rest[1]!r}, expected flags only (--name=value)")
+
+
+def _early_value(name: str) -> str:
+    """The value of a flag before absl parses: the config flag's definition may depend on it."""
+    for i, argument in enumerate(sys.argv[1:], 1):
+        if argument in (f"--{name}", f"-{name}"):
+            return sys.argv[i + 1] if i + 1 < len(sys.argv) else ""
+        if argument.startswith((f"--{name}=", f"-{name}=")):
+            return argument.split("=", 1)[1]
+    return ""
+
+
+def _asks_for_help() -> bool:
+    return any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in sys.argv[1:])
+
+
+def _early_workdir() -> str:
+    workdir = _early_value("workdir")
+    if not workdir and _asks_for_help():
+        flags.FLAGS(sys.argv)  # prints the help and exits
+    if not workdir:
+        raise UsageError("--workdir: not given, expected the folder of a run")
+    return workdir
+
+
+def _check_file(value: str) -> None:
+    path = value.split(":", 1)[0]
+    if not value and not _asks_for_help():
+        raise UsageError("--config: not given, expected a file such as configs/digits.py")
+    if value and not os.path.isfile(path):
+        raise UsageError(f"--config: no file {path!r}")
+
+
+def _check_overrides() -> None:
+    """Name an unknown `--config.a.b` and the known key nearest to it: absl's own message does not."""
+    for argument in sys.argv[1:]:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        found, level = argument.lstrip("-").split("=", 1)[0], template()
+        for key in found.split(".")[1:]:
+            if not isinstance(level, ml_collections.ConfigDict) or key not in level:
+                known = level if isinstance(level, ml_collections.ConfigDict) else ()
+                raise UsageError(f"--{found}: unknown config key {key!r}{nearest(key, known)}")
+            level = level[key]
+
+
+def read_config(workdir: str) -> Config:
+    """The config of a run folder. Raises UsageError when the folder is missing or is not a run's."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.isdir(workdir):
+        raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
+    if not os.path.isfile(path):
+        raise UsageError(f"--workdir: {workdir!r} holds no config.json, expected a run made by dit_jax.train")
+    try:
+        with open(path) as f:
+            values = json.load(f)
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, Mapping) or "config" not in values:
+        raise UsageError(f"{path}: found no key 'config', expected a file written by dit_jax.train")
+    return resolve(values["config"])
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    with open(temporary, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Images on disk to batches of arrays: TFDS builders and sources (`datasets`), grain pipelines (`pipeline`)."""

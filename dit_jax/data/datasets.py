@@ -1,0 +1,234 @@
+"""Where images come from: TFDS datasets in ArrayRecord, read at random without TensorFlow; the digits build themselves.
+
+Every source is a sequence of records `{"image": uint8 (h, w, c), "label": int}`. `digits` is scikit-learn's copy of the
+test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998): 1,797 images of 8 x 8 pixels.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from google.protobuf import json_format
+from PIL import Image
+
+from dit_jax.config import UsageError
+
+CHUNK = 256  # records read at a time when a whole split is walked
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """The 1,797 digits of `sklearn.datasets.load_digits`, in their order there.
+
+    A grey level v in 0..16 is stored as u = `(255 v + 8) // 16`, that is 255 v / 16 rounded to nearest (0 -> 0,
+    8 -> 128, 16 -> 255); `(16 u + 127) // 255` gives v back. Of each class, images number 4, 9, 14, ... are `test`, the
+    others `train`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Every 5th image of a class is held out."}  # noqa: RUF012, TFDS reads a class attribute
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits, 8 x 8 pixels, from scikit-learn.",
+            homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
+            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=10)}),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,  # record i is the i-th image of the split
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
+
+    def _generate_examples(self, held_out: bool):
+        from sklearn.datasets import load_digits  # seconds to import, and needed once
+
+        levels, labels = load_digits(return_X_y=True)
+        images = ((255 * levels.astype(np.int64) + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+        seen = np.zeros(10, np.int64)
+        for i, label in enumerate(labels):
+            if (seen[label] % 5 == 4) == held_out:
+                yield i, {"image": images[i], "label": int(label)}
+            seen[label] += 1
+
+
+@dataclass(frozen=True)
+class Records(Sequence):
+    """Random access to one split (grain's protocol RandomAccessDataSource). Errors of reading are UsageErrors."""
+
+    name: str
+    split: str
+    source: Sequence  # of TFDS; images of the feature `Image` still encoded
+    image_shape: tuple  # (h, w, c); None where it varies
+    classes: int
+    files: tuple  # file instructions of TFDS: filename, skip, take
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """The records at `indices`. Raises UsageError naming the files or the record that cannot be read."""
+        try:
+            found = self.source.__getitems__([int(i) for i in indices])
+        except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+            raise UsageError(
+                f"dataset {self.name!r}, split {self.split!r}: cannot read {_names(self.files)}: {_line(error)}; "
+                f"delete {os.path.dirname(self.files[0].filename)} and prepare the dataset again (digits do so themselves)"
+            ) from error
+        return [self._checked(int(i), record) for i, record in zip(indices, found, strict=True)]
+
+    def __iter__(self) -> Iterator[dict]:
+        for start in range(0, len(self), CHUNK):
+            yield from self.__getitems__(range(start, min(start + CHUNK, len(self))))
+
+    def _checked(self, index: int, record: dict) -> dict:
+        where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
+        image, label = record["image"], int(record["label"])
+        if not isinstance(image, np.ndarray):
+            image = _decode(image, self.image_shape[-1], where)
+        wanted = (
+            tuple(image.shape[a] if n is None else n for a, n in enumerate(self.image_shape)) if image.ndim == 3 else ()
+        )
+        if image.dtype != np.uint8 or image.shape != wanted:
+            expected = "uint8 " + str(self.image_shape)
+            raise UsageError(f"{where}: found an image {image.dtype} {image.shape}, expected {expected}")
+        if not 0 <= label < self.classes:
+            raise UsageError(f"{where}: found label {label}, expected 0 to {self.classes - 1}")
+        return {"image": image, "label": label}
+
+
+def load_source(name: str, split: str, data_dir: str = "") -> Records:
+    """The records of one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
+
+    `name` and `split` are TFDS's (`imagenet2012`, `train[:90%]`); `data_dir` "" means $TFDS_DATA_DIR, else
+    ~/tensorflow_datasets. Raises UsageError where dataset, format, split or features are not what is needed.
+    """
+    builder = _builder(name, _directory(data_dir))
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not getattr(features["label"], "num_classes", 0):
+        raise UsageError(f"dataset {name!r}: found features {sorted(features)}, expected an image and a class label")
+    try:
+        files = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        known = ", ".join(builder.info.splits)
+        raise UsageError(f"dataset {name!r}: found split {split!r}, expected one of {known}") from error
+    encoded = isinstance(features["image"], tfds.features.Image)
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
+    return Records(name, split, source, tuple(features["image"].shape), features["label"].num_classes, tuple(files))
+
+
+def describe(name: str, split: str, data_dir: str = "") -> dict:
+    """What an evaluation protocol states of a split: `dataset, split, records, classes, image_shape, sha256`.
+
+    The checksum is the sha256 of one line per file, "<file name> <first record> <records> <sha256 of the file>".
+    """
+    records = load_source(name, split, data_dir)
+    lines = [f"{os.path.basename(f.filename)} {f.skip} {f.take} {_sha256(name, f.filename)}\n" for f in records.files]
+    return {
+        "dataset": name,
+        "split": split,
+        "records": len(records),
+        "classes": records.classes,
+        "image_shape": list(records.image_shape),
+        "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+    }
+
+
+def _directory(data_dir: str) -> str:
+    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+
+
+def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
+    """The prepared TFDS builder of `name`, in ArrayRecord. Raises UsageError."""
+    builder = _open(name, directory)
+    if name == "digits" and not _ready(builder):
+        builder = _build(builder, directory)
+    call = f"tfds.builder({name!r}, data_dir={directory!r}, file_format='array_record').download_and_prepare()"
+    if not _ready(builder):
+        raise UsageError(f"dataset {name!r}: found nothing in {builder.data_dir}; prepare it with {call}")
+    found = builder.info.file_format
+    if found is not tfds.core.FileFormat.ARRAY_RECORD:
+        where = f"dataset {name!r} in {builder.data_dir}"
+        raise UsageError(f"{where}: found format {found.value}, expected array_record; prepare it with {call}")
+    return builder
+
+
+def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of `name`, prepared or not. Raises UsageError on unknown names and damaged notes of TFDS."""
+    try:
+        if name == "digits":
+            return Digits(data_dir=directory, file_format="array_record")
+        return tfds.builder(name, data_dir=directory)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        where = f"data.dataset: found {name!r}"
+        raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
+    except (OSError, ValueError, json_format.Error) as error:
+        raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
+
+
+def _build(builder: Digits, directory: str) -> Digits:
+    """Writes the digits' files.
+
+    Many processes may do so at once: each writes into a directory of its own, which TFDS renames to the final one; all
+    renames but the first fail, and find the dataset ready.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except (OSError, ValueError) as error:
+        builder = _open("digits", directory)
+        if not _ready(builder):
+            raise UsageError(f"dataset 'digits': cannot build it in {directory}: {_line(error)}") from error
+    return builder
+
+
+def _ready(builder: tfds.core.DatasetBuilder) -> bool:
+    return (epath.Path(builder.data_dir) / "dataset_info.json").exists()
+
+
+def _decode(encoded: bytes, channels: int, where: str) -> np.ndarray:
+    """An encoded image -> uint8 (h, w, channels), grey and CMYK converted as ADM does."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    except (OSError, KeyError, TypeError) as error:
+        raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_of(path: str, size: int, time: float) -> str:
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256(name: str, path: str) -> str:
+    """Of a file's bytes; read once per process while size and time of change stay."""
+    try:
+        stat = epath.Path(path).stat()
+        return _hash_of(path, stat.length, stat.mtime)
+    except OSError as error:
+        raise UsageError(f"dataset {name!r}: cannot read {path}: {_line(error)}") from error
+
+
+def _names(files: Sequence) -> str:
+    first = files[0].filename
+    return first if len(files) == 1 else f"{first} or one of the {len(files) - 1} files beside it"
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

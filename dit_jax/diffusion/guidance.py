@@ -1,0 +1,51 @@
+"""Classifier-free guidance: maps denoisers to a denoiser (Ho & Salimans 2022, eq. 6, as u + scale (c - u))."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.diffusion.process import Denoiser
+
+
+def paired(model: Callable, labels: jax.Array, null_class: int) -> Callable:
+    """`model(x, t, labels)` -> a function of (x, t) that returns the conditional and the unconditional output of one call.
+
+    The two halves are interleaved, image by image, so that a sharded batch stays where it is.
+    """
+    both = jnp.stack([labels, jnp.full_like(labels, null_class)], axis=1).reshape(-1)
+
+    def pair(x, t):
+        x, t = jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0)
+        out = model(x, t, both)
+        out = out.reshape(out.shape[0] // 2, 2, *out.shape[1:])
+        return out[:, 0], out[:, 1]
+
+    return pair
+
+
+def classifier_free(pair: Callable, scale: float, channels: int) -> Denoiser:
+    """A denoiser guided by `scale` on the first `channels` output channels; the rest, a learned variance say, is conditional.
+
+    Scale 1 is plainly conditional.
+    """
+
+    def denoise(x, t):
+        conditional, unconditional = pair(x, t)
+        c, u = conditional[..., :channels], unconditional[..., :channels]
+        return jnp.concatenate([u + scale * (c - u), conditional[..., channels:]], axis=-1)
+
+    return denoise
+
+
+def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
+    """`guided` at times in [low, high], `plain` elsewhere, at half the cost (Kynkaanniemi et al. 2024).
+
+    All images of a call must share one time, as they do in a sampler: the branch is chosen once per call.
+    """
+
+    def denoise(x, t):
+        inside = (t[0] >= low) & (t[0] <= high)
+        return jax.lax.cond(inside, guided, plain, x, t)
+
+    return denoise

@@ -1,0 +1,217 @@
+"""What noise does to an image and what a network learns from it: DDPM and rectified flow behind one interface.
+
+Both are Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps. A process offers
+
+    time(u)                        law of training times: u uniform in [0, 1) -> t
+    noise(x, t, eps)               x_t
+    loss(denoise, x, t, eps)       per-image losses (b,) and their parts
+    times(steps)                   the sampling grid, from 1 (noise) to 0 (clean)
+    alpha(t), sigma(t)             float64 NumPy, for grids
+    predict(out, x_t, alpha, sigma)  network output -> (x_0, eps)
+    slope, scale, clock            the probability-flow ODE: x_t = scale(t) z and dz/dclock = slope
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, Float
+
+from dit_jax.config import DiffusionConfig
+from dit_jax.diffusion import schedule
+
+Images = Float[Array, "b h w c"]
+Output = Float[Array, "b h w c_out"]
+Times = Float[Array, " b"]
+Denoiser = Callable[..., Array]  # denoise(x (b, h, w, c), t (b,)) -> (b, h, w, c_out)
+
+
+def _column(t: jax.Array) -> jax.Array:
+    return t[:, None, None, None]
+
+
+def _per_image(x: jax.Array) -> jax.Array:
+    return x.mean(axis=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu et al. 2022): x_t = (1 - t) x_0 + t eps, the network predicts the velocity eps - x_0.
+
+    `time_law` is uniform, or logit-normal (Esser et al. 2024, section 3.1).
+    """
+
+    time_law: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def time(self, u: Times) -> Times:
+        """Quantile function of the training law of t."""
+        if self.time_law == "uniform":
+            return u
+        return jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u))
+
+    def model_time(self, t: Times) -> Times:
+        return 1000.0 * t
+
+    def alpha(self, t):
+        return 1.0 - np.asarray(t, np.float64)
+
+    def sigma(self, t):
+        return np.asarray(t, np.float64)
+
+    scale = staticmethod(np.ones_like)
+    clock = sigma
+
+    def times(self, steps: int) -> np.ndarray:
+        """(steps + 1,): equal steps from 1 to 0."""
+        return np.linspace(1.0, 0.0, steps + 1)
+
+    def noise(self, x: Images, t: Times, eps: Images) -> Images:
+        return (1 - _column(t)) * x + _column(t) * eps
+
+    def loss(self, denoise: Denoiser, x: Images, t: Times, eps: Images) -> tuple[Times, dict[str, Times]]:
+        """Mean squared error of the velocity, per image."""
+        v = denoise(self.noise(x, t, eps), t)
+        mse = _per_image(jnp.square(v - (eps - x)))
+        return mse, {"mse": mse}
+
+    def predict(self, out: Output, x_t: Images, alpha, sigma) -> tuple[Images, Images]:
+        return x_t - sigma * out, x_t + alpha * out
+
+    def slope(self, out: Output, x_t: Images) -> Images:
+        return out
+
+    def variance_share(self, out: Output) -> None:
+        """No learned variance."""
+        return None
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """The discrete chain of Ho et al. 2020 with eps-prediction; with `learn_sigma`, Nichol & Dhariwal 2021's hybrid loss."""
+
+    schedule: str = "linear"
+    timesteps: int = 1000
+    learn_sigma: bool = True
+
+    def time(self, u: Times) -> Times:
+        """Uniform over the steps 0..T-1: step k is time (k + 1) / T."""
+        return (jnp.floor(u * self.timesteps) + 1) / self.timesteps
+
+    def index(self, t):
+        """Times -> entries of the (T + 1)-long tables."""
+        numpy = jnp if isinstance(t, jax.Array) else np
+        return numpy.round(t * self.timesteps).astype(np.int32)
+
+    def model_time(self, t: Times) -> Times:
+        """The step number k, exactly."""
+        return self.index(t).astype(jnp.float32) - 1
+
+    @property
+    def _alpha_bars(self) -> np.ndarray:
+        return schedule.alpha_bars(self.schedule, self.timesteps)
+
+    def alpha(self, t):
+        return np.sqrt(self._alpha_bars[self.index(np.asarray(t))])
+
+    def sigma(self, t):
+        return np.sqrt(1 - self._alpha_bars[self.index(np.asarray(t))])
+
+    scale = alpha
+
+    def clock(self, t):
+        return self.sigma(t) / self.alpha(t)
+
+    def times(self, steps: int) -> np.ndarray:
+        """(steps + 1,): the respaced chain's times, then 0."""
+        steps_kept = schedule.linspace_steps(self.timesteps, steps)
+        return np.append((steps_kept + 1) / self.timesteps, 0.0)
+
+    def _table(self, values: np.ndarray, t: Times) -> jax.Array:
+        return _column(jnp.asarray(values, jnp.float32)[self.index(t)])
+
+    def noise(self, x: Images, t: Times, eps: Images) -> Images:
+        alpha_bars = self._alpha_bars
+        return self._table(np.sqrt(alpha_bars), t) * x + self._table(np.sqrt(1 - alpha_bars), t) * eps
+
+    def loss(self, denoise: Denoiser, x: Images, t: Times, eps: Images) -> tuple[Times, dict[str, Times]]:
+        """Mean squared error of eps plus, with learned variance, the variational term in bits per dimension.
+
+        The variational term sees the mean detached, so it trains the variance only (Nichol & Dhariwal 2021, section 3.1).
+        """
+        x_t = self.noise(x, t, eps)
+        out = denoise(x_t, t)
+        eps_hat = out[..., : x.shape[-1]]
+        mse = _per_image(jnp.square(eps_hat - eps))
+        if not self.learn_sigma:
+            return mse, {"mse": mse}
+        vb = self.variational_term(jax.lax.stop_gradient(eps_hat), self.variance_share(out), x, x_t, t)
+        return mse + vb, {"mse": mse, "vb": vb}
+
+    def variational_term(self, eps_hat: Images, share: Images, x: Images, x_t: Images, t: Times) -> Times:
+        """Bits per dimension (b,) of one term of the bound: a KL, or the decoder's NLL at the first step (Ho et al., eq. 5)."""
+        bars = self._alpha_bars
+        before = np.append(1.0, bars[:-1])  # entry 0 is never asked for
+        beta = np.append(np.nan, 1 - bars[1:] / bars[:-1])
+        small = beta * (1 - before) / (1 - bars + (bars == 1))
+        small[1] = small[2]  # at the first step the posterior variance is 0: the second's stands in
+        to_clean = np.sqrt(before) * beta / (1 - bars + (bars == 1))
+        to_noisy = np.sqrt(bars / before) * (1 - before) / (1 - bars + (bars == 1))
+        x0_hat = (x_t - self._table(np.sqrt(1 - bars), t) * eps_hat) / self._table(np.sqrt(bars), t)
+        log_small, log_large = self._table(np.log(small), t), self._table(np.log(beta), t)
+        mean = self._table(to_clean, t) * x + self._table(to_noisy, t) * x_t
+        mean_hat = self._table(to_clean, t) * x0_hat + self._table(to_noisy, t) * x_t
+        log_variance = share * log_large + (1 - share) * log_small
+        kl = gaussian_kl(mean, log_small, mean_hat, log_variance)
+        nll = -discretised_log_likelihood(x, mean_hat, log_variance)
+        first = _column(self.index(t) == 1)
+        return _per_image(jnp.where(first, nll, kl)) / np.log(2.0)
+
+    def predict(self, out: Output, x_t: Images, alpha, sigma) -> tuple[Images, Images]:
+        eps = out[..., : x_t.shape[-1]]
+        return (x_t - sigma * eps) / alpha, eps
+
+    def slope(self, out: Output, x_t: Images) -> Images:
+        return out[..., : x_t.shape[-1]]
+
+    def variance_share(self, out: Output):
+        """(b, h, w, c): the share of log beta in the log variance, from the last half of the channels; None if not learned."""
+        if not self.learn_sigma:
+            return None
+        return (out[..., out.shape[-1] // 2 :] + 1) / 2
+
+
+def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL of two diagonal Gaussians, elementwise, in nats."""
+    ratio = jnp.exp(log_variance1 - log_variance2)
+    distance = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 + ratio + distance - 1)
+
+
+def discretised_log_likelihood(x, mean, log_variance):
+    """Log-probability in nats of images in [-1, 1] with 256 levels under a Gaussian (Ho et al. 2020, eq. 13), elementwise."""
+    inverse = jnp.exp(-0.5 * log_variance)
+    upper = ndtr((x - mean + 1 / 255) * inverse)
+    lower = ndtr((x - mean - 1 / 255) * inverse)
+    upper, lower = jnp.where(x > 0.999, 1.0, upper), jnp.where(x < -0.999, 0.0, lower)
+    return jnp.log(jnp.maximum(upper - lower, 1e-12))
+
+
+Process = Flow | DDPM
+
+
+def make_process(cfg: DiffusionConfig, learn_sigma: bool) -> Process:
+    """The process of a config; `learn_sigma` is the model's."""
+    if cfg.process == "flow":
+        return Flow(cfg.time_law, cfg.logit_mean, cfg.logit_std)
+    return DDPM(cfg.schedule, cfg.timesteps, learn_sigma)
+
+
+def describe(process: Process) -> dict:
+    """The process as plain values, for records."""
+    return {"process": type(process).__name__.lower(), **dataclasses.asdict(process)}

@@ -1,0 +1,108 @@
+"""Samplers: one function each, over a denoiser and a grid of times from 1 (noise) to 0 (clean).
+
+A sampler is `sampler(process, denoise, x, times, keys) -> images`: x (b, h, w, c) is noise, `times` a float64 array of
+steps + 1 values, `keys` (b,) one random key per image, so that image i depends on its key alone. The loop is one
+`lax.scan`; the coefficients of its steps are worked out beforehand in float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.diffusion.process import Denoiser, Process
+
+
+def draw_noise(keys: jax.Array, index, shape: tuple) -> jax.Array:
+    """Standard normal (b, *shape): image i's draw number `index` depends on `keys[i]` and `index` alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+
+
+def _grid(process: Process, times: np.ndarray) -> dict[str, np.ndarray]:
+    """Per step, from time t to time s: everything a step needs, float32."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at = {
+            "": times,
+            "alpha_": process.alpha(times),
+            "sigma_": process.sigma(times),
+            "scale_": process.scale(times),
+            "clock_": process.clock(times),
+        }
+    ends = {name + "t": value[:-1] for name, value in at.items()} | {
+        name + "s": value[1:] for name, value in at.items()
+    }
+    signal = ends["alpha_t"] / ends["alpha_s"]
+    variance = ends["sigma_t"] ** 2 - (signal * ends["sigma_s"]) ** 2  # of x_t given x_s
+    share = (ends["sigma_s"] / ends["sigma_t"]) ** 2
+    ends |= {
+        "posterior_x0": ends["alpha_s"] * variance / ends["sigma_t"] ** 2,
+        "posterior_xt": signal * share,
+        "log_large": np.log(variance),
+        "log_small": np.log(np.maximum(variance * share, 1e-20)),
+        "noisy": (ends["sigma_s"] > 0).astype(np.float64),  # the step to the clean image adds no noise
+        "index": np.arange(len(times) - 1) + 1,
+    }
+    return {name: value.astype(np.int32 if name == "index" else np.float32) for name, value in ends.items()}
+
+
+def _walk(step, process: Process, x: jax.Array, times: np.ndarray) -> jax.Array:
+    """One `lax.scan` of `step(x, constants)` over the grid."""
+    return jax.lax.scan(lambda x, c: (step(x, c), None), x, _grid(process, times))[0]
+
+
+def _at(t: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.full(x.shape[:1], t, jnp.float32)
+
+
+def ddpm(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Ancestral sampling on a respaced chain (Ho et al. 2020, algorithm 2), with the learned variance where there is one."""
+
+    def step(x, c):
+        out = denoise(x, _at(c["t"], x))
+        x0, _ = process.predict(out, x, c["alpha_t"], c["sigma_t"])
+        share = process.variance_share(out)
+        log_variance = c["log_small"] if share is None else share * c["log_large"] + (1 - share) * c["log_small"]
+        noise = draw_noise(keys, c["index"], x.shape[1:])
+        mean = c["posterior_x0"] * x0 + c["posterior_xt"] * x
+        return mean + c["noisy"] * jnp.exp(0.5 * log_variance) * noise
+
+    return _walk(step, process, x, times)
+
+
+def ddim(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0)."""
+
+    def step(x, c):
+        x0, eps = process.predict(denoise(x, _at(c["t"], x)), x, c["alpha_t"], c["sigma_t"])
+        return c["alpha_s"] * x0 + c["sigma_s"] * eps
+
+    return _walk(step, process, x, times)
+
+
+def _euler_step(process: Process, denoise: Denoiser, x: jax.Array, c: dict) -> tuple[jax.Array, jax.Array]:
+    slope = process.slope(denoise(x, _at(c["t"], x)), x)
+    return c["scale_s"] * (x / c["scale_t"] + (c["clock_s"] - c["clock_t"]) * slope), slope
+
+
+def euler(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Euler's method on the probability-flow ODE; for DDPM in sigma / alpha, as in Karras et al. 2022."""
+    return _walk(lambda x, c: _euler_step(process, denoise, x, c)[0], process, x, times)
+
+
+def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1); its last step, to the clean image, is Euler's."""
+
+    def step(x, c):
+        ahead, slope = _euler_step(process, denoise, x, c)
+        slope = (slope + process.slope(denoise(ahead, _at(c["s"], x)), ahead)) / 2
+        return c["scale_s"] * (x / c["scale_t"] + (c["clock_s"] - c["clock_t"]) * slope)
+
+    x = _walk(step, process, x, times[:-1])
+    return euler(process, denoise, x, times[-2:], keys)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+
+
+def evaluation_times(sampler: str, times: np.ndarray) -> np.ndarray:
+    """The times at which a sampler calls the denoiser, for the count of FLOPs."""
+    return np.concatenate([times[:-1], times[1:-1]]) if sampler == "heun" else times[:-1]

@@ -1,0 +1,95 @@
+"""Scalars to JSONL and, where TensorFlow is installed, to TensorBoard through clu; and the progress line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+METRICS = "metrics.jsonl"
+
+
+def say(message: str) -> None:
+    """One line on standard error: standard output is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def read_lines(path: str) -> list[dict]:
+    """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        lines = f.read().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def drop_after(path: str, step: int) -> None:
+    """Forget the lines of a JSONL file beyond `step`: a resumed run writes them again."""
+    if not os.path.exists(path):
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    temporary = path + ".tmp"
+    with open(temporary, "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in kept)
+    os.replace(temporary, path)
+
+
+def open_scalars(
+    workdir: str, step: int, tensorboard: bool = True
+) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
+    """(write(step, scalars), close()) for a run that stands at `step`."""
+    path = os.path.join(workdir, METRICS)
+    drop_after(path, step)
+    file = open(path, "a")  # noqa: SIM115
+    writer = _tensorboard(workdir) if tensorboard else None
+
+    def write(step: int, scalars: dict) -> None:
+        file.write(json.dumps({"step": step, **scalars}) + "\n")
+        file.flush()
+        if writer:
+            writer.write_scalars(step, scalars)
+
+    def close() -> None:
+        file.close()
+        if writer:
+            writer.close()
+
+    return write, close
+
+
+def _tensorboard(workdir: str):
+    """clu's summary writer, or None with one notice: importing it needs TensorFlow."""
+    try:
+        from clu import metric_writers
+    except ImportError:
+        say("notice: TensorFlow is not installed, so there are no TensorBoard events; scalars go to metrics.jsonl")
+        return None
+    return metric_writers.SummaryWriter(workdir)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    seconds = max(round(seconds), 0)
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def progress(
+    first: int, last: int, images_per_step: int, flops_per_step: float, peak: float
+) -> Callable[[int, dict], dict]:
+    """A function of (step, scalars) that prints "step, loss, images/s, MFU, ETA" and returns the rates."""
+    then = [time.perf_counter(), first]
+
+    def report(step: int, scalars: dict) -> dict:
+        now = time.perf_counter()
+        rate = (step - then[1]) / max(now - then[0], 1e-9)
+        then[:] = now, step
+        rates = {"images_per_second": rate * images_per_step, "mfu": rate * flops_per_step / peak}
+        say(
+            f"step {step:>7}/{last}  loss {scalars['loss']:.4f}  {rates['images_per_second']:,.0f} images/s  "
+            f"MFU {rates['mfu']:.1%}  ETA {clock((last - step) / rate)}"
+        )
+        return rates
+
+    return report

@@ -1,0 +1,142 @@
+"""The only room that knows devices: the mesh, and one rule that places parameters, moments and EMA on it.
+
+Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits heads and MLP
+(Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
+"""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dit_jax import hardware
+from dit_jax.config import MeshConfig, UsageError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Where `tensor` splits a block's weights: the axis, counted from the end, of a kernel and of a bias.
+TENSOR_AXES = {
+    "qkv": {"kernel": -2, "bias": -2},  # (l, d, 3, k, h) and (l, 3, k, h): by heads
+    "proj": {"kernel": -3},  # (l, k, h, d): by heads
+    "fc1": {"kernel": -1, "bias": -1},
+    "fc2": {"kernel": -2},
+}
+
+
+def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) with -1 filled in. Raises UsageError if the axes do not multiply to the devices."""
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise UsageError(
+            f"mesh: found data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}, expected axes that multiply to "
+            f"{devices} device{'s' if devices > 1 else ''}"
+        )
+    return tuple(sizes)
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all of them), its axes left to the compiler (Auto)."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(cfg, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch(mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises UsageError unless a (micro)batch divides over the devices that split it."""
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (split * accumulate):
+        raise UsageError(
+            f"train.batch_size: found {batch_size}, expected a multiple of {split * accumulate} "
+            f"(mesh.data x mesh.fsdp = {split}, optim.accumulate = {accumulate})"
+        )
+
+
+def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
+    """The one rule. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
+
+    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names; `fsdp`
+    the largest other axis that it divides. Vectors stay whole.
+    """
+    layers = 1 if "blocks" in path else 0
+    if len(shape) - layers < 1:
+        return P()
+    axes: list = [None] * len(shape)
+    if layers and sizes["tensor"] > 1:
+        axis = TENSOR_AXES.get(path[-2], {}).get(path[-1])
+        if axis is not None and shape[axis] % sizes["tensor"] == 0:
+            axes[axis] = "tensor"
+    if len(shape) - layers >= 2 and sizes["fsdp"] > 1:
+        free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes["fsdp"] == 0]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    return P(*axes)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def state_sharding(mesh, tree):
+    """A tree of shapes (parameters, EMA, optimizer state) -> a tree of NamedSharding by `spec`."""
+    sizes = dict(mesh.shape)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(_names(path), leaf.shape, sizes)), tree
+    )
+
+
+def batch_sharding(mesh) -> NamedSharding:
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def put_batch(mesh, batch: dict) -> dict:
+    """This process's rows of a global batch -> global arrays. With one process `jit` places NumPy arrays itself, faster."""
+    if jax.process_count() == 1:
+        return batch
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def place(tree, shardings):
+    """Host or device arrays -> arrays that lie as `shardings` says."""
+    return jax.device_put(tree, shardings)
+
+
+def attention_implementation(requested: str, dtype: str) -> str:
+    """`auto` -> cudnn on an NVIDIA GPU in bfloat16, else xla: on TPU plain XLA is the faster one at 256 tokens."""
+    if requested != "auto":
+        return requested
+    return "cudnn" if jax.default_backend() == "gpu" and dtype == "bfloat16" else "xla"
+
+
+def peak_flops() -> tuple[float, str]:
+    """(FLOP/s of all devices, where the figure comes from): the datasheet's, or a matrix product measured here."""
+    devices = jax.devices()
+    known = hardware.find(devices[0].device_kind)
+    if known:
+        return known.peak_flops * len(devices), f"{known.kind} datasheet, bf16"
+    return measured_matmul_flops(), "measured here on a 1024^3 float32 product"
+
+
+def measured_matmul_flops(size: int = 1024, repeats: int = 3) -> float:
+    """FLOP/s of this machine on a square float32 matrix product: the best of a few."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.min(seconds))

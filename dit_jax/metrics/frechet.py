@@ -1,0 +1,87 @@
+"""Fréchet distance between Gaussians fitted to features, from statistics that stream over batches in float64.
+
+d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))   (Heusel et al. 2017, eq. 6; Dowson & Landau 1982)
+
+The name of a score is that of its feature network: `fd_digits` here; "FID" is only the one on the Inception network.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the features seen: count, mean (d,), and scatter (d, d), the sum of squared deviations from that mean."""
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+
+def empty(width: int) -> Statistics:
+    """Statistics of no features of `width` numbers each."""
+    return Statistics(0, np.zeros(width), np.zeros((width, width)))
+
+
+def update(stats: Statistics, features: np.ndarray) -> Statistics:
+    """Adds features (b, d). Raises ValueError on another shape and on values that are not finite."""
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or features.shape[1] != len(stats.mean):
+        raise ValueError(f"features: found shape {features.shape}, expected (b, {len(stats.mean)})")
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        row = stats.count + int(np.argmin(finite))
+        raise ValueError(
+            f"features: sample {row} is not finite, one of {np.sum(~finite)} in a batch of {len(features)}"
+        )
+    if not len(features):
+        return stats
+    mean = features.mean(axis=0)
+    deviations = features - mean
+    return merge(stats, Statistics(len(features), mean, deviations.T @ deviations))
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """Statistics of the union of two sets (Chan, Golub & LeVeque 1983, eq. 2.1); exact in any grouping up to rounding."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"statistics: found widths {len(a.mean)} and {len(b.mean)}, expected the same")
+    count = a.count + b.count
+    if not count:
+        return a
+    delta = b.mean - a.mean
+    scatter = a.scatter + b.scatter + np.outer(delta, delta) * (a.count * b.count / count)
+    return Statistics(count, a.mean + delta * (b.count / count), scatter)
+
+
+def mean_cov(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and unbiased covariance (d, d). Raises ValueError on fewer than 2 samples."""
+    if stats.count < 2:
+        raise ValueError(f"statistics: found {stats.count} samples, expected at least 2 for a covariance")
+    return stats.mean, stats.scatter / (stats.count - 1)
+
+
+def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """Squared distance d^2 of eq. 6 from means (d,) and covariances (d, d); at least 0.
+
+    tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), the square roots being symmetric: no
+    inverse and no complex root, so singular covariances (fewer samples than features) are exact. Raises ValueError on
+    shapes that do not match and on values that are not finite.
+    """
+    mean1, cov1, mean2, cov2 = (np.asarray(a, np.float64) for a in (mean1, cov1, mean2, cov2))
+    width = mean1.size
+    if mean1.shape != (width,) or mean2.shape != (width,) or {cov1.shape, cov2.shape} != {(width, width)}:
+        shapes = ", ".join(str(a.shape) for a in (mean1, cov1, mean2, cov2))
+        raise ValueError(f"Fréchet distance: found shapes {shapes}, expected (d,), (d, d), (d,), (d, d)")
+    if not all(np.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
+        raise ValueError("Fréchet distance: a mean or covariance is not finite")
+    cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
+    squared = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
+    return float(max(squared, 0.0))
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    """Symmetric square root (d, d) of a covariance; eigenvalues within rounding of 0 are 0, lest their roots add up."""
+    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
+    values[values < values[-1] * len(values) * np.finfo(np.float64).eps] = 0.0
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T

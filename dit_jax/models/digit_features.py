@@ -1,0 +1,67 @@
+"""The feature network of `fd_digits`: a small convolutional classifier of 8 x 8 digits, trained by `dit_jax.features`.
+
+Its weights ship with the package, with the accuracy they reach on the held-out split and their checksum, so that a
+score names exactly the network that it was measured with.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from dit_jax.config import UsageError
+
+NAME = "digit_features"
+WIDTH = 64  # numbers in a feature
+
+
+class _Network(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        h = nn.gelu(nn.Conv(16, (3, 3))(images))
+        h = nn.gelu(nn.Conv(24, (3, 3), strides=2)(h))
+        h = nn.gelu(nn.Conv(32, (3, 3), strides=2)(h))
+        features = nn.gelu(nn.Dense(WIDTH)(h.reshape(h.shape[0], -1)))
+        return features, nn.Dense(10)(features)
+
+
+def init(key: jax.Array) -> dict:
+    """Parameters, float32."""
+    return _Network().init(key, jnp.zeros((1, 8, 8, 1)))["params"]
+
+
+def apply(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """images float32 (b, 8, 8, 1) in [-1, 1] -> features (b, 64), the last hidden layer, and class logits (b, 10)."""
+    return _Network().apply({"params": params}, images)
+
+
+def pack(params: dict) -> bytes:
+    """Parameters as the bytes of a safetensors file, the same for the same values."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return save_tensors({name: jax.device_get(flat[name]) for name in sorted(flat)})
+
+
+def load(folder: Path = Path(__file__).parent) -> tuple[dict, dict]:
+    """The shipped (params, meta); meta holds `sha256` of the weights, `accuracy`, `held_out`, `command`, `versions`.
+
+    Raises UsageError where a file is missing or unreadable, or the weights are not those that meta describes.
+    """
+    weights, notes = Path(folder) / f"{NAME}.safetensors", Path(folder) / f"{NAME}.json"
+    try:
+        packed, meta = weights.read_bytes(), json.loads(notes.read_text())
+        expected = meta["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"feature network: cannot read {weights} and {notes.name}: {error!r}; reinstall") from error
+    found = hashlib.sha256(packed).hexdigest()
+    if found != expected:
+        raise UsageError(
+            f"feature network: {weights} has sha256 {found}, expected {expected} of {notes.name}; reinstall"
+        )
+    flat = {name: jnp.asarray(value) for name, value in load_tensors(packed).items()}
+    return traverse_util.unflatten_dict(flat, sep="/"), meta

@@ -1,0 +1,260 @@
+"""Fits: one `fit_*` function and one row of METHODS per method; each returns a frozen result of laws, resamples and warnings.
+
+`fit_isoflop` is approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556) as Liang et al. 2024 (arXiv 2410.08184) use it on
+diffusion transformers: a parabola of loss against log N at each budget, then laws of compute through the vertices.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from dit_jax.config import UsageError
+from dit_jax.scaling import bootstrap, parabola
+from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
+from dit_jax.scaling.runs import Run
+
+IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The runs of one compute budget and the parabola through them. `problem` says why it is not used; "" = used."""
+
+    label: str
+    flops: float  # geometric mean of its runs
+    runs: tuple
+    problem: str = ""
+    curve: parabola.Curve | None = None
+    coefficients: tuple = ()  # of loss in u = log N - curve.centre
+    n_opt: float = math.nan
+    d_opt: float = math.nan
+    loss: float = math.nan
+    var_n: float = math.nan  # of log N_opt, per unit of loss variance
+    var_loss: float = math.nan
+
+    @property
+    def curvature(self) -> float:
+        return self.coefficients[2] if self.coefficients else math.nan
+
+    @property
+    def losses(self) -> np.ndarray:
+        return np.array([r.loss for r in self.runs])
+
+    def __call__(self, params):
+        """The parabola's loss at these sizes."""
+        return parabola.powers(np.log(params) - self.curve.centre) @ np.array(self.coefficients)
+
+
+@dataclass(frozen=True)
+class IsoflopFit:
+    """Laws of compute and their resamples. `laws` has N_opt, D_opt, L_opt (the chosen loss law), L_opt_pure and, where
+    there are enough budgets, L_opt_irreducible; `draws` has the same names, each law holding one array entry per resample.
+    """
+
+    method: str
+    n_runs: int
+    budgets: tuple
+    laws: dict
+    draws: dict  # empty when the runs say nothing about their noise
+    noise: float  # standard deviation of a run's loss about its parabola
+    freedom: int  # degrees of freedom of `noise`; 0 = the evaluation's standard error stands in
+    noise_draws: np.ndarray
+    curvature: float  # median over used budgets: loss rises by curvature (log N/N_opt)^2
+    objective: float  # sum of squared residuals of the parabolas
+    level: float
+    resamples: int
+    degenerate: int  # resamples in which too few budgets kept a minimum; not in `draws`
+    identifiable: bool
+    warnings: tuple
+
+    @property
+    def used(self) -> tuple:
+        return tuple(b for b in self.budgets if not b.problem)
+
+    @property
+    def largest(self) -> float:
+        """Training FLOPs of the largest budget used."""
+        return max(b.flops for b in self.used)
+
+
+def fit_isoflop(
+    runs: Sequence[Run],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    tolerance: float = 0.05,
+    window: float = math.inf,
+) -> IsoflopFit:
+    """Fits N_opt, D_opt and L_opt as laws of compute to the isoFLOP curves of `runs`.
+
+    Budgets are the runs' groups, else clusters of training FLOPs within `tolerance`. A budget is used when it has at least
+    3 distinct sizes and its parabola has a minimum strictly inside them; `window` keeps only sizes within that factor of the
+    budget's best run. Laws are least squares, each vertex weighted by the inverse of its variance.
+
+    **Loss law**, chosen before any look at the data: with an irreducible term, E + k C^x, from 4 used budgets on, else pure.
+
+    **Intervals** are percentiles of a residual bootstrap whose unit is the run; `bootstrap` says how, and why not otherwise.
+    """
+    budgets = tuple(_fit_budget(b, window) for b in _budgets(runs, tolerance))
+    used = [b for b in budgets if not b.problem]
+    warnings = [f"budget {b.label}: {b.problem}; not used" for b in budgets if b.problem]
+    if len(used) < 2:
+        raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2. " + "; ".join(warnings))
+    fit = IsoflopFit(
+        method="isoflop",
+        n_runs=len(runs),
+        budgets=budgets,
+        laws={
+            name: law[0] for name, law in _laws(used, [parabola.vertex(b.curve, b.losses[None]) for b in used]).items()
+        },
+        draws={},
+        noise=math.nan,
+        freedom=0,
+        noise_draws=np.zeros(0),
+        curvature=float(np.median([b.curvature for b in used])),
+        objective=float(sum(np.sum((b.losses - b(np.exp(b.curve.log_n))) ** 2) for b in used)),
+        level=level,
+        resamples=resamples,
+        degenerate=0,
+        identifiable=False,
+        warnings=tuple(warnings),
+    )
+    fit = _resample(fit, np.random.default_rng(seed))
+    reasons = _reasons(fit)
+    return replace(fit, identifiable=not reasons, warnings=fit.warnings + reasons + _cautions(fit))
+
+
+METHODS = {"isoflop": fit_isoflop}
+
+
+def _budgets(runs, tolerance: float) -> list[Budget]:
+    """Runs grouped by label where all have one, else by training FLOPs."""
+    groups: dict = {}
+    if all(r.group for r in runs):
+        for run in runs:
+            groups.setdefault(run.group, []).append(run)
+    else:
+        start, key = -math.inf, ""
+        for run in sorted(runs, key=lambda r: r.flops):
+            if run.flops > start * (1 + tolerance) or not key:
+                start, key = run.flops, f"{run.flops:.3g}"
+                while key in groups:
+                    key += "'"
+            groups.setdefault(key, []).append(run)
+    budgets = [
+        Budget(label, float(np.exp(np.mean([math.log(r.flops) for r in members]))), tuple(members))
+        for label, members in groups.items()
+    ]
+    return sorted(budgets, key=lambda b: b.flops)
+
+
+def _fit_budget(budget: Budget, window: float) -> Budget:
+    """The budget with its parabola, or with the problem that keeps it out of the fit."""
+    best = min(budget.runs, key=lambda r: r.loss).params
+    runs = tuple(r for r in budget.runs if best / window <= r.params <= best * window)
+    budget = replace(budget, runs=runs)
+    sizes = sorted({r.params for r in runs})
+    if len(sizes) < 3:
+        return replace(budget, problem=f"{len(sizes)} distinct size(s), a parabola needs 3")
+    problem = parabola.curve(np.array([r.params for r in runs]), np.array([r.tokens for r in runs]))
+    vertex = parabola.vertex(problem, budget.losses[None])
+    budget = replace(budget, curve=problem, coefficients=tuple((problem.solve @ budget.losses).tolist()))
+    if budget.curvature <= 0:
+        return replace(budget, problem=f"the parabola has no minimum (curvature {budget.curvature:.2g})")
+    if not vertex.inside[0]:
+        n, span = math.exp(min(float(vertex.log_n[0]), 700.0)), f"{sizes[0]:.3g} to {sizes[-1]:.3g}"
+        return replace(
+            budget, problem=f"minimum at {n:.3g} parameters, at or beyond the edge of the sizes tried ({span})"
+        )
+    return replace(
+        budget,
+        n_opt=math.exp(vertex.log_n[0]),
+        d_opt=math.exp(vertex.log_d[0]),
+        loss=float(vertex.loss[0]),
+        var_n=float(vertex.var_n[0]),
+        var_loss=float(vertex.var_loss[0]),
+    )
+
+
+def _laws(used, vertices) -> dict:
+    """The laws through the vertices of the used budgets, for all resamples at once; a vertex that is no minimum has weight 0."""
+    C = np.array([b.flops for b in used])
+    n, d, loss, var_n, var_loss, inside = (
+        np.stack([getattr(v, name) for v in vertices], axis=-1)
+        for name in ("log_n", "log_d", "loss", "var_n", "var_loss", "inside")
+    )
+    weight_n, weight_loss = inside / var_n, inside / var_loss
+    n, d = (np.exp(np.where(inside, v, 0.0)) for v in (n, d))
+    laws = {
+        "N_opt": fit_power(C, n, weight_n),
+        "D_opt": fit_power(C, d, weight_n),
+        "L_opt_pure": fit_power(C, loss, weight_loss * np.where(inside, loss, 1.0) ** 2),
+    }
+    if len(used) >= IRREDUCIBLE_FROM:
+        laws["L_opt_irreducible"] = fit_irreducible(C, loss, weight_loss)
+    return {**laws, "L_opt": laws.get("L_opt_irreducible", laws["L_opt_pure"])}
+
+
+def _resample(fit: IsoflopFit, rng) -> IsoflopFit:
+    """The fit with its noise and its resampled laws."""
+    used = fit.used
+    noise, freedom, residuals = bootstrap.noise(used)
+    if noise is None:
+        text = "no interval: no budget has a fourth run and no run has a standard error; train one more size per budget"
+        return replace(fit, warnings=(*fit.warnings, text))
+    fit = replace(fit, noise=noise, freedom=freedom)
+    scales = bootstrap.scales(rng, noise, freedom, fit.resamples)
+    vertices = [parabola.vertex(b.curve, bootstrap.redraw(rng, b, residuals, scales)) for b in used]
+    kept = np.sum([v.inside for v in vertices], axis=0) >= min(3, len(used))
+    warnings = [
+        f"budget {b.label}: its curve is flat for the noise, {1 - v.inside.mean():.0%} of the resamples have no minimum inside"
+        for b, v in zip(used, vertices, strict=True)
+        if fit.resamples and v.inside.mean() < 0.9
+    ]
+    if freedom == 0:
+        warnings.append("3 runs per budget leave no residual: intervals hold the evaluation's standard error only")
+    degenerate = int((~kept).sum())
+    if degenerate > 0.05 * fit.resamples:
+        warnings.append(f"{degenerate} of {fit.resamples} resamples are degenerate: too few budgets keep a minimum")
+    if kept.sum() >= 20:
+        draws = _laws(used, [v[kept] for v in vertices])
+        fit = replace(fit, draws=draws, noise_draws=scales[kept])
+    return replace(fit, degenerate=degenerate, warnings=(*fit.warnings, *warnings))
+
+
+def _reasons(fit: IsoflopFit) -> tuple:
+    """Why the data do not identify the law of N_opt; empty when they do."""
+    if len(fit.used) < 3:
+        return ("two budgets: any two vertices lie on a power law, so nothing tests it",)
+    if not fit.draws:
+        return ("the laws have no interval",) if fit.resamples else ()
+    tail = (1 - fit.level) / 2
+    low, high = np.quantile(fit.draws["N_opt"].exponent, [tail, 1 - tail])
+    if low <= 0 or high >= 1:
+        return (f"the exponent of N_opt is not identified: its interval {low:.2f} to {high:.2f} leaves (0, 1)",)
+    return ()
+
+
+def _cautions(fit: IsoflopFit) -> tuple:
+    """What a reader should know about laws that are identified."""
+    found = []
+    C = np.array([b.flops for b in fit.used])
+    if fit.freedom and fit.noise > 0 and len(fit.used) > 2:
+        off = np.log([b.n_opt for b in fit.used]) - np.log(fit.laws["N_opt"](C))
+        ratio = np.mean(off**2 / np.array([b.var_n for b in fit.used])) / fit.noise**2 * len(C) / (len(C) - 2)
+        if stats.f.sf(ratio, len(C) - 2, fit.freedom) < 0.01:
+            found.append(
+                f"the N_opt of the budgets scatter {math.sqrt(ratio):.1f} times more than the noise of the runs allows"
+            )
+    law = fit.laws.get("L_opt_irreducible")
+    if law and fit.draws:
+        E = fit.draws["L_opt_irreducible"].irreducible
+        if law.irreducible == 0 or np.quantile(E, (1 - fit.level) / 2) == 0:
+            found.append("the irreducible loss is not pinned down: its interval reaches 0")
+        if -law.exponent > 0.99 * EXPONENTS[1] or -law.exponent < 1.01 * EXPONENTS[0]:
+            found.append(f"the exponent of the reducible loss is at the bound of its search ({law.exponent:.3g})")
+    return tuple(found)

@@ -1,0 +1,55 @@
+"""What training carries from step to step, born already sharded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.config import Config
+from dit_jax.mesh import state_sharding
+from dit_jax.models import dit
+from dit_jax.optim import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state."""
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt: Any
+
+    def items(self) -> dict:
+        """The parts as a checkpoint stores them."""
+        return {"params": self.params, "ema": self.ema, "opt": self.opt}
+
+
+def init_state(cfg: Config) -> TrainState:
+    """A pure function of the config: weights from train.seed, the EMA equal to them, empty moments."""
+    params = dit.init(cfg.model, jax.random.key(cfg.train.seed))
+    opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt)
+
+
+def abstract_state(cfg: Config, mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without making it."""
+    shapes = jax.eval_shape(lambda: init_state(cfg))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_sharding(mesh, shapes),
+    )
+
+
+def make_state(cfg: Config, mesh) -> TrainState:
+    """The first state, each leaf made on the devices that keep it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
+    return jax.jit(lambda: init_state(cfg), out_shardings=shardings)()
+
+
+def restored_state(step: int, items: dict) -> TrainState:
+    """The state of a checkpoint's items."""
+    return TrainState(step=jnp.asarray(step, jnp.int32), **items)

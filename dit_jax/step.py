@@ -1,0 +1,92 @@
+"""One training step and one evaluation of the held-out loss, as pure functions, and their compiled, sharded forms."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dit_jax.config import Config, DiffusionConfig, ModelConfig
+from dit_jax.diffusion.process import make_process
+from dit_jax.mesh import attention_implementation, batch_sharding, replicated
+from dit_jax.models import dit
+from dit_jax.optim import ema_decay, learning_rate, make_optimizer, update_ema
+from dit_jax.state import TrainState, abstract_state
+
+
+def image_losses(model: ModelConfig, diffusion: DiffusionConfig, params, images, labels, t, eps):
+    """Losses (b,) of images (b, h, w, c) in [-1, 1], noised by eps at times t (b,); and their parts."""
+    process = make_process(diffusion, model.learn_sigma)
+
+    def denoise(x, t):
+        return dit.apply(model, params, x, process.model_time(t), labels)
+
+    return process.loss(denoise, images, t, eps)
+
+
+def draw(cfg: Config, key: jax.Array, images: jax.Array, labels: jax.Array):
+    """A step's random part: times (b,), noise like images, and labels of which some became the null class."""
+    time_key, noise_key, label_key = jax.random.split(key, 3)
+    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+    t = process.time(jax.random.uniform(time_key, labels.shape))
+    eps = jax.random.normal(noise_key, images.shape)
+    dropped = jax.random.bernoulli(label_key, cfg.train.label_dropout, labels.shape)
+    return t, eps, jnp.where(dropped, cfg.model.null_class, labels)
+
+
+def batch_loss(cfg: Config, params, images, labels, t, eps):
+    """Mean loss of a batch, and the means of its parts."""
+    losses, parts = image_losses(cfg.model, cfg.diffusion, params, images, labels, t, eps)
+    return losses.mean(), {name: part.mean() for name, part in parts.items()}
+
+
+def gradients(cfg: Config, params, *batch):
+    """(loss, parts), gradients: over the whole batch, or the mean over `optim.accumulate` microbatches, one after another."""
+    loss_and_gradients = jax.value_and_grad(lambda p, *b: batch_loss(cfg, p, *b), has_aux=True)
+    count = cfg.optim.accumulate
+    if count == 1:
+        return loss_and_gradients(params, *batch)
+    # Image i goes to microbatch i mod count: every device keeps its own images.
+    micro = [jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0) for x in batch]
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, loss_and_gradients(params, *part)), None
+
+    first = loss_and_gradients(params, *[x[0] for x in micro])
+    total, _ = jax.lax.scan(add, first, [x[1:] for x in micro])
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def train_step(cfg: Config, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    """One update. batch: `image` (b, h, w, c) in [-1, 1], `label` (b,). The randomness depends on (train.seed, step) only."""
+    key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
+    t, eps, labels = draw(cfg, key, batch["image"], batch["label"])
+    (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps)
+    updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_decay(cfg.optim, state.step))
+    scalars = {
+        "loss": loss,
+        **(parts if len(parts) > 1 else {}),
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+        "learning_rate": jnp.asarray(learning_rate(cfg.optim, cfg.train.steps)(state.step), jnp.float32),
+    }
+    return TrainState(state.step + 1, params, ema, opt), scalars
+
+
+def on_device(model: ModelConfig) -> ModelConfig:
+    """The model config with its attention chosen for the devices at hand."""
+    return dataclasses.replace(model, attention=attention_implementation(model.attention, model.dtype))
+
+
+def make_train_step(cfg: Config, mesh) -> Callable:
+    """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
+    return jax.jit(
+        lambda state, batch: train_step(cfg, state, batch),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )

@@ -1,0 +1,189 @@
+"""Train a DiT: `python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.train.steps=2000 ...]`.
+
+The same command again resumes from the newest checkpoint, bit for bit, or finds nothing to do. SIGTERM saves and exits 75.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import time
+
+import jax
+from absl import flags
+
+from dit_jax import checkpoint, flops
+from dit_jax.command import Interrupted, launch, read_config, write_file
+from dit_jax.config import Config, UsageError, resolve, to_dict
+from dit_jax.data.datasets import describe
+from dit_jax.data.pipeline import make_batches
+from dit_jax.log import open_scalars, progress, say
+from dit_jax.mesh import check_batch, make_mesh, peak_flops, put_batch
+from dit_jax.state import abstract_state, make_state
+from dit_jax.step import make_train_step, on_device
+
+# What a resumed run may change: where and how it runs and is looked at, never what it computes.
+FREE = (
+    "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.cache", "data.workers", "data.prefetch", "train.log_every",
+    "train.checkpoint_every", "train.keep", "model.remat", "model.unroll", "model.attention",
+)  # fmt: skip
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested config values -> {"a.b": value}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check_same_run(cfg: Config, workdir: str) -> None:
+    """Raises UsageError if the folder holds another run: a config that differs in what is computed."""
+    old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(cfg))
+    free = [*FREE, "train.steps"] if cfg.optim.schedule == "constant" else list(FREE)
+    changed = [key for key in new if new[key] != old[key] and not key.startswith(tuple(free))]
+    if changed:
+        shown = "; ".join(f"{key}: the folder has {old[key]!r}, the command {new[key]!r}" for key in changed[:4])
+        more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
+        raise UsageError(f"{workdir} holds a run of another config: {shown}{more}; use another --workdir")
+
+
+def prepare_workdir(cfg: Config, workdir: str) -> None:
+    """Make the run's folder and write config.json, or check that the folder is this run's."""
+    path = os.path.join(workdir, "config.json")
+    if os.path.isfile(path):
+        check_same_run(cfg, workdir)
+    elif os.path.isdir(workdir) and os.listdir(workdir):
+        raise UsageError(
+            f"--workdir: {workdir!r} is not empty and holds no config.json; expected a new folder or a run's"
+        )
+    elif os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise UsageError(f"--workdir: {workdir!r} is a file, expected a folder")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        write_file(path, json.dumps({"config": to_dict(cfg), **provenance()}, indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None
+
+
+def provenance() -> dict:
+    """Versions and commit of what computes."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
+    }
+
+
+def check_data(cfg: Config) -> None:
+    """Raises UsageError unless the data set fits the model."""
+    data, model = describe(cfg.data.dataset, cfg.data.split, cfg.data.data_dir), cfg.model
+    if cfg.data.split == cfg.data.held_out_split:
+        raise UsageError(f"data.held_out_split: found {cfg.data.split!r}, the training split; expected another one")
+    if data["classes"] != model.classes:
+        raise UsageError(f"model.classes: found {model.classes}, expected {data['classes']}, as {cfg.data.dataset} has")
+    if data["image_shape"][-1] not in (None, model.channels):
+        raise UsageError(
+            f"model.channels: found {model.channels}, expected {data['image_shape'][-1]}, as {cfg.data.dataset} has"
+        )
+    if cfg.data.image_size != model.input_size:
+        raise UsageError(
+            f"model.input_size: found {model.input_size}, expected data.image_size = {cfg.data.image_size}"
+        )
+
+
+def run(cfg: Config, workdir: str, quiet: bool = False) -> int:
+    """Train to `train.steps`, resuming what the folder holds. Returns the steps done now (0: nothing was left to do)."""
+    check_data(cfg)
+    mesh = make_mesh(cfg.mesh)
+    check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
+    prepare_workdir(cfg, workdir)
+    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
+    manager = checkpoint.open_manager(workdir, cfg.train.keep)
+    try:
+        first = manager.latest_step() or 0
+        if first >= cfg.train.steps:
+            say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
+            return 0
+        return _train(cfg, workdir, mesh, manager, first, quiet)
+    finally:
+        manager.close()
+
+
+def _train(cfg: Config, workdir: str, mesh, manager, first: int, quiet: bool) -> int:
+    """The loop. Scalars of a step are read after the next one is under way, so that the device never waits for the host."""
+    batches = make_batches(
+        cfg.data,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if first:
+        state, position = checkpoint.restore(manager, first, abstract_state(cfg, mesh))
+        batches.set_state(position)
+    else:
+        state = make_state(cfg, mesh)
+    step = make_train_step(cfg, mesh)
+    write, close = open_scalars(workdir, first, tensorboard=not quiet)
+    report = _reporter(cfg, first, quiet)
+    meta = {"model": to_dict(cfg.model), **provenance()}
+    stop = _stop_flag()
+    pending = None
+    for i in range(first + 1, cfg.train.steps + 1):
+        state, scalars = step(state, put_batch(mesh, next(batches)))
+        if pending:
+            _log(write, report, *pending)
+            pending = None
+        if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
+            pending = (i, scalars)
+        stopping = bool(stop)
+        if i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping:
+            if pending:
+                _log(write, report, *pending)
+                pending = None
+            checkpoint.save(manager, state, batches.get_state(), meta)
+        if stopping:
+            break
+    manager.wait_until_finished()
+    close()
+    if stopping and i < cfg.train.steps:
+        raise Interrupted(f"saved step {i} of {cfg.train.steps} in {workdir}; the same command goes on from there")
+    return i - first
+
+
+def _reporter(cfg: Config, first: int, quiet: bool):
+    """What to do with the scalars of a logged step besides writing them."""
+    if quiet:
+        return lambda step, scalars: {}
+    peak, source = peak_flops()
+    say(
+        f"{flops.parameters(cfg.model):,} parameters; MFU is against {peak / 1e12:.3g} TFLOP/s ({source}); compiling ..."
+    )
+    step_flops = flops.train_flops(cfg.model, cfg.train.batch_size)
+    return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
+
+
+def _log(write, report, step: int, scalars: dict) -> None:
+    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    write(step, {**values, **report(step, values), "time": time.time()})
+
+
+def _stop_flag() -> list:
+    """Filled by the first SIGTERM; the loop then saves and stops."""
+    stop = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    return stop
+
+
+def main() -> None:
+    run(resolve(flags.FLAGS.config), flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    launch(main, config="file")

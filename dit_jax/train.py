@@ -17,7 +17,7 @@ from absl import flags
 from dit_jax import checkpoint, flops
 from dit_jax.command import Interrupted, launch, read_config, write_file
 from dit_jax.config import Config, UsageError, resolve, to_dict
-from dit_jax.data.datasets import describe
+from dit_jax.data.datasets import load_source
 from dit_jax.data.pipeline import make_batches
 from dit_jax.log import open_scalars, progress, say
 from dit_jax.mesh import check_batch, make_mesh, peak_flops, put_batch
@@ -81,19 +81,21 @@ def provenance() -> dict:
 
 def check_data(cfg: Config) -> None:
     """Raises UsageError unless the data set fits the model."""
-    data, model = describe(cfg.data.dataset, cfg.data.split, cfg.data.data_dir), cfg.model
+    data, model = load_source(cfg.data.dataset, cfg.data.split, cfg.data.data_dir), cfg.model
     if cfg.data.split == cfg.data.held_out_split:
         raise UsageError(f"data.held_out_split: found {cfg.data.split!r}, the training split; expected another one")
-    if data["classes"] != model.classes:
-        raise UsageError(f"model.classes: found {model.classes}, expected {data['classes']}, as {cfg.data.dataset} has")
-    if data["image_shape"][-1] not in (None, model.channels):
+    if cfg.data.image_size == 8 * model.input_size:
         raise UsageError(
-            f"model.channels: found {model.channels}, expected {data['image_shape'][-1]}, as {cfg.data.dataset} has"
+            f"data.image_size: found {cfg.data.image_size} pixels for a model of {model.input_size} x {model.input_size} "
+            "latents; this version trains in pixel space only, expected data.image_size = model.input_size"
         )
-    if cfg.data.image_size != model.input_size:
-        raise UsageError(
-            f"model.input_size: found {model.input_size}, expected data.image_size = {cfg.data.image_size}"
-        )
+    for key, found, expected in (
+        ("model.classes", model.classes, data.classes),
+        ("model.channels", model.channels, data.image_shape[-1]),
+        ("model.input_size", model.input_size, cfg.data.image_size),
+    ):
+        if found != expected:
+            raise UsageError(f"{key}: found {found}, expected {expected}, as the data ({cfg.data.dataset}) has")
 
 
 def run(cfg: Config, workdir: str, quiet: bool = False) -> int:

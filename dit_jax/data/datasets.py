@@ -5,11 +5,10 @@ test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kayna
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,42 +66,41 @@ class Records(Sequence):
     name: str
     split: str
     source: Sequence  # of TFDS; images of the feature `Image` still encoded
-    image_shape: tuple  # (h, w, c); None where it varies
+    image_shape: tuple  # (h, w, c) with None where it varies
     classes: int
     files: tuple  # file instructions of TFDS: filename, skip, take
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """The records at `indices`. Raises UsageError naming the files or the record that cannot be read."""
+        return [self._checked(int(i), record) for i, record in zip(indices, self.stored(indices), strict=True)]
+
+    def stored(self, indices: Sequence[int]) -> list[dict]:
+        """The same records as TFDS stores them: images of the feature `Image` as encoded bytes, nothing checked."""
         try:
-            found = self.source.__getitems__([int(i) for i in indices])
+            return self.source.__getitems__([int(i) for i in indices])
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
             raise UsageError(
                 f"dataset {self.name!r}, split {self.split!r}: cannot read {_names(self.files)}: {_line(error)}; "
                 f"delete {os.path.dirname(self.files[0].filename)} and prepare the dataset again (digits do so themselves)"
             ) from error
-        return [self._checked(int(i), record) for i, record in zip(indices, found, strict=True)]
-
-    def __iter__(self) -> Iterator[dict]:
-        for start in range(0, len(self), CHUNK):
-            yield from self.__getitems__(range(start, min(start + CHUNK, len(self))))
 
     def _checked(self, index: int, record: dict) -> dict:
         where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
         image, label = record["image"], int(record["label"])
         if not isinstance(image, np.ndarray):
             image = _decode(image, self.image_shape[-1], where)
-        wanted = (
-            tuple(image.shape[a] if n is None else n for a, n in enumerate(self.image_shape)) if image.ndim == 3 else ()
-        )
-        if image.dtype != np.uint8 or image.shape != wanted:
-            expected = "uint8 " + str(self.image_shape)
-            raise UsageError(f"{where}: found an image {image.dtype} {image.shape}, expected {expected}")
+        fits = image.ndim == 3 and all(n in (None, m) for n, m in zip(self.image_shape, image.shape, strict=True))
+        if image.dtype != np.uint8 or not fits:
+            found = f"{image.dtype} {image.shape}"
+            raise UsageError(f"{where}: found an image {found}, expected uint8 {self.image_shape}")
         if not 0 <= label < self.classes:
             raise UsageError(f"{where}: found label {label}, expected 0 to {self.classes - 1}")
         return {"image": image, "label": label}
@@ -141,7 +139,7 @@ def describe(name: str, split: str, data_dir: str = "") -> dict:
         "records": len(records),
         "classes": records.classes,
         "image_shape": list(records.image_shape),
-        "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        "sha256": digest.hexdigest(),
     }
 
 
@@ -205,24 +203,6 @@ def _decode(encoded: bytes, channels: int, where: str) -> np.ndarray:
     except (OSError, KeyError, TypeError) as error:
         raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_of(path: str, size: int, time: float) -> str:
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sha256(name: str, path: str) -> str:
-    """Of a file's bytes; read once per process while size and time of change stay."""
-    try:
-        stat = epath.Path(path).stat()
-        return _hash_of(path, stat.length, stat.mtime)
-    except OSError as error:
-        raise UsageError(f"dataset {name!r}: cannot read {path}: {_line(error)}") from error
 
 
 def _names(files: Sequence) -> str:

@@ -1,0 +1,237 @@
+"""Evaluate a run's checkpoints: `python -m dit_jax.evaluate --workdir=W [--config.eval.samples=1000 ...] [--watch]`.
+
+Held-out loss of the EMA weights on a fixed set of (image, noise, t), and a Frechet distance of samples. One record per
+checkpoint and protocol goes to `W/eval/records.jsonl`; what is recorded already is not computed again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from dit_jax import checkpoint, flops
+from dit_jax.command import launch, read_config
+from dit_jax.config import Config, EvalConfig, UsageError, resolve
+from dit_jax.data.datasets import describe
+from dit_jax.data.pipeline import load_arrays
+from dit_jax.diffusion import process as processes
+from dit_jax.diffusion.process import make_process
+from dit_jax.log import read_lines, say
+from dit_jax.mesh import batch_sharding, make_mesh, replicated
+from dit_jax.metrics import frechet
+from dit_jax.models import digit_features
+from dit_jax.sample import check, image_flops, sample_images
+from dit_jax.step import image_losses, on_device
+
+RECORDS = os.path.join("eval", "records.jsonl")
+
+
+def stratified(seed: int, indices: jax.Array, times_per_image: int) -> jax.Array:
+    """u (b, k) in [0, 1): draw j of image i is uniform in [j/k, (j+1)/k), from (seed, i, j) only."""
+
+    def one(i):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 0)
+        return (jnp.arange(times_per_image) + jax.random.uniform(key, (times_per_image,))) / times_per_image
+
+    return jax.vmap(one)(indices)
+
+
+def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tuple) -> jax.Array:
+    """Standard normal (b, k, *shape) from (seed, i) only."""
+
+    def one(i):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 1)
+        return jax.random.normal(key, (times_per_image, *shape))
+
+    return jax.vmap(one)(indices)
+
+
+@functools.lru_cache(maxsize=8)
+def make_losses(model, diffusion, evaluation: EvalConfig, mesh):
+    """Compiled: (params, images (b, h, w, c), labels (b,), indices (b,)) -> losses (b, times_per_image)."""
+    process, k = make_process(diffusion, model.learn_sigma), evaluation.times_per_image
+
+    def losses(params, images, labels, indices):
+        t = process.time(stratified(evaluation.seed, indices, k)).reshape(-1)
+        eps = fixed_noise(evaluation.seed, indices, k, images.shape[1:]).reshape(-1, *images.shape[1:])
+        images, labels = jnp.repeat(images, k, axis=0), jnp.repeat(labels, k, axis=0)
+        total, _ = image_losses(model, diffusion, params, images, labels, t, eps)
+        return total.reshape(-1, k)
+
+    rows = batch_sharding(mesh)
+    return jax.jit(losses, in_shardings=(replicated(mesh), rows, rows, rows), out_shardings=replicated(mesh))
+
+
+def held_out_loss(cfg: Config, params, images: np.ndarray, labels: np.ndarray, mesh) -> dict[str, float]:
+    """Mean loss over the fixed set, its standard error over images, and the mean per bucket of t (0 = least noise).
+
+    The set is the same for every model, so differences between models are known better than the error says.
+    """
+    losses = make_losses(on_device(cfg.model), cfg.diffusion, dataclasses.replace(cfg.eval, samples=0), mesh)
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-cfg.eval.batch_size // split) * split
+    found = []
+    for start in range(0, len(images), size):
+        rows = np.arange(start, start + size, dtype=np.int32)
+        safe = np.minimum(rows, len(images) - 1)  # the last batch is filled up, and the filling dropped
+        found.append(np.asarray(losses(params, images[safe], labels[safe], rows), np.float64)[: len(images) - start])
+    table = np.concatenate(found)
+    per_image = table.mean(axis=1)
+    buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
+    error = per_image.std(ddof=1) / np.sqrt(len(per_image)) if len(per_image) > 1 else float("nan")
+    return {"loss": per_image.mean(), "loss_se": error, **{f"loss_t{b}": value for b, value in enumerate(buckets)}}
+
+
+def digits_distance(cfg: Config, params, mesh, reference: frechet.Statistics) -> float:
+    """`fd_digits`: Frechet distance between samples and the training split, in the features of our own digits network."""
+    weights, _ = digit_features.load()
+    features = jax.jit(digit_features.apply)
+    stats = frechet.empty(digit_features.WIDTH)
+    for images, _ in sample_images(cfg, params, cfg.sample, cfg.eval.samples, cfg.eval.seed, mesh):
+        stats = frechet.update(stats, np.asarray(features(weights, images / np.float32(127.5) - 1)[0]))
+    return frechet.frechet_distance(*frechet.mean_cov(stats), *frechet.mean_cov(reference))
+
+
+def reference_statistics(cfg: Config) -> frechet.Statistics:
+    """Feature statistics of the whole training split."""
+    images, _ = load_arrays(cfg.data, cfg.data.split)
+    weights, _ = digit_features.load()
+    return frechet.update(
+        frechet.empty(digit_features.WIDTH), np.asarray(jax.jit(digit_features.apply)(weights, images)[0])
+    )
+
+
+def statistics_hash(stats: frechet.Statistics) -> str:
+    mean, cov = frechet.mean_cov(stats)
+    return hashlib.sha256(np.round(mean, 5).tobytes() + np.round(cov, 5).tobytes()).hexdigest()
+
+
+def make_protocol(cfg: Config, images: int, reference: frechet.Statistics | None) -> dict:
+    """Everything that the numbers of a record depend on besides the checkpoint."""
+    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+    protocol = {
+        "data": describe(cfg.data.dataset, cfg.data.held_out_split, cfg.data.data_dir)
+        | {"image_size": cfg.data.image_size},
+        "weights": cfg.sample.weights,
+        "held_out": {
+            "images": images,
+            "times_per_image": cfg.eval.times_per_image,
+            "seed": cfg.eval.seed,
+            "labels": "true",
+        },
+        "process": processes.describe(process),
+        "dtype": cfg.model.dtype,
+        "flops": "exact, 2 x MACs, training = 3 x forward",
+    }
+    if reference is not None:
+        sample = dataclasses.asdict(cfg.sample)
+        del sample["batch_size"]
+        protocol["samples"] = sample | {
+            "num": cfg.eval.samples,
+            "seed": cfg.eval.seed,
+            "uint8": "clamp(127.5 x + 128, 0, 255), truncated",
+            "autoencoder": "none",
+            "features": f"digits {digit_features.load()[1]['sha256']}",
+            "reference": f"{cfg.data.dataset} {cfg.data.split}, {reference.count} images, {statistics_hash(reference)}",
+        }
+    return protocol
+
+
+def protocol_id(protocol: dict) -> str:
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_record(cfg: Config, name: str, step: int, metrics: dict, protocol: dict) -> dict:
+    """The contract between training, evaluation and the scaling wing (one JSON line)."""
+    images = step * cfg.train.batch_size
+    return {
+        "run": name,
+        "step": step,
+        "images_seen": images,
+        "tokens_seen": images * cfg.model.tokens,
+        "params": flops.parameters(cfg.model),
+        "params_active": flops.active_parameters(cfg.model),
+        "flops_train": flops.train_flops(cfg.model, images),
+        "flops_image": flops.forward_flops(cfg.model),
+        "flops_sample": image_flops(cfg, cfg.sample),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "protocol": protocol,
+        "protocol_id": protocol_id(protocol),
+    }
+
+
+def append_record(workdir: str, record: dict) -> None:
+    """Add a line; what a kill cut short is removed first."""
+    path = os.path.join(workdir, RECORDS)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    lines = [*read_lines(path), record]
+    temporary = path + ".tmp"
+    with open(temporary, "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def check_config(cfg: Config) -> None:
+    """Raises UsageError for a protocol that cannot be."""
+    check(cfg.sample, make_process(cfg.diffusion, cfg.model.learn_sigma))
+    if cfg.eval.samples and (cfg.eval.features != "digits" or cfg.data.dataset != "digits"):
+        raise UsageError(
+            f"eval.features: found {cfg.eval.features!r} for {cfg.data.dataset!r}; this version has the digits' network only; "
+            "set eval.samples=0 for the held-out loss alone"
+        )
+
+
+def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
+    """Evaluate checkpoints (default: all on disk) that have no record under this protocol yet. Returns their records."""
+    check_config(cfg)
+    mesh = make_mesh(cfg.mesh)
+    images, labels = load_arrays(cfg.data, cfg.data.held_out_split)
+    if cfg.eval.max_images:
+        images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
+    reference = reference_statistics(cfg) if cfg.eval.samples else None
+    protocol = make_protocol(cfg, len(images), reference)
+    done = {(r["step"], r["protocol_id"]): r for r in read_lines(os.path.join(workdir, RECORDS))}
+    records = []
+    for step in checkpoint.steps(workdir) if steps is None else steps:
+        record = done.get((step, protocol_id(protocol)))
+        if record is None:
+            _, params = checkpoint.load(workdir, step, cfg.sample.weights)
+            metrics = held_out_loss(cfg, params, images, labels, mesh)
+            if reference is not None:
+                metrics["fd_digits"] = digits_distance(cfg, params, mesh, reference)
+            record = make_record(cfg, os.path.basename(os.path.abspath(workdir)), step, metrics, protocol)
+            append_record(workdir, record)
+        records.append(record)
+        if not quiet:
+            shown = "  ".join(
+                f"{k} {record['metrics'][k]:.4g}" for k in ("loss", "loss_se", "fd_digits") if k in record["metrics"]
+            )
+            say(f"step {step}  {shown}")
+    return records
+
+
+def main() -> None:
+    values = flags.FLAGS
+    cfg = resolve(values.config)
+    checkpoint.find_step(values.workdir)
+    while True:
+        records = run(cfg, values.workdir)
+        if not values.watch or (records and records[-1]["step"] >= read_config(values.workdir).train.steps):
+            break
+        time.sleep(cfg.eval.poll_seconds)
+    print(os.path.join(values.workdir, RECORDS))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    flags.DEFINE_bool("watch", False, "follow a live run until its last step")
+    launch(main, config="workdir")

@@ -1,0 +1,337 @@
+"""The data room: what is stored, in which order it comes, and what is said when it cannot be read."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dit_jax.config import DataConfig, UsageError
+from dit_jax.data import datasets, pipeline
+
+TRAIN, TEST = 1442, 355
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A config whose digits are built, with flips."""
+    config = DataConfig(data_dir=str(tmp_path_factory.mktemp("tfds")), flip=True)
+    datasets.load_source("digits", "train", config.data_dir)
+    return config
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    """A copy of the data to damage: (config, path of the train file)."""
+    shutil.copytree(data.data_dir, tmp_path / "tfds")
+    config = dataclasses.replace(data, data_dir=str(tmp_path / "tfds"))
+    return config, tmp_path / "tfds/digits/1.0.0/digits-train.array_record-00000-of-00001"
+
+
+def batches(data, count, batch_size=48, seed=3, **kwargs):
+    iterator = pipeline.make_batches(data, batch_size=batch_size, seed=seed, **kwargs)
+    taken = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return taken
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys()
+        for key in left:
+            np.testing.assert_array_equal(left[key], right[key])
+
+
+class Photos(tfds.core.GeneratorBasedBuilder):
+    """Encoded images of several sizes and modes, as ImageNet has them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MODES = ("RGB", "L", "CMYK", "RGB")
+
+    def _info(self):
+        image, label = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(num_classes=4)
+        features = tfds.features.FeaturesDict({"image": image, "label": label, "file": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, mode in enumerate(self.MODES):
+            file = io.BytesIO()
+            Image.new("RGB", (40 + 30 * i, 64), (200, 200, 200)).convert(mode).save(file, "JPEG", quality=100)
+            yield i, {"image": io.BytesIO(file.getvalue()), "label": i, "file": f"{i}.jpg"}
+
+
+# ---- what is stored
+
+
+def test_digits_are_those_of_scikit_learn(data):
+    levels, labels = load_digits(return_X_y=True)
+    held_out = np.zeros(len(labels), bool)
+    for k in range(10):
+        held_out[np.flatnonzero(labels == k)[4::5]] = True
+    for split, rows in (("train", ~held_out), ("test", held_out)):
+        records = list(datasets.load_source("digits", split, data.data_dir))
+        stored = np.stack([record["image"] for record in records]).astype(np.int64)
+        assert [record["label"] for record in records] == labels[rows].tolist()
+        np.testing.assert_array_equal((16 * stored + 127) // 255, levels[rows].reshape(-1, 8, 8, 1))
+        np.testing.assert_array_equal(stored, np.rint(levels[rows].reshape(-1, 8, 8, 1) * 255 / 16))
+    assert (np.sum(~held_out), np.sum(held_out)) == (TRAIN, TEST)
+
+
+def test_held_out_images_are_not_in_train(data):
+    train, test = (pipeline.load_arrays(data, split)[0] for split in ("train", "test"))
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
+
+
+def test_pixels_become_minus_one_to_one():
+    floats = pipeline.to_float(np.arange(256, dtype=np.uint8))
+    assert floats.dtype == np.float32 and (floats[0], floats[255]) == (-1, 1)
+    np.testing.assert_array_equal(floats, np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1))
+    np.testing.assert_array_equal(np.rint((floats + 1) * 127.5), np.arange(256))
+
+
+def test_describe_names_records_and_checksum(data, broken):
+    found = datasets.describe("digits", "test", data.data_dir)
+    assert {**found, "sha256": ""} == {
+        "dataset": "digits",
+        "split": "test",
+        "records": TEST,
+        "classes": 10,
+        "image_shape": [8, 8, 1],
+        "sha256": "",
+    }
+    config, _ = broken
+    assert datasets.describe("digits", "test", config.data_dir) == found  # the folder does not matter, the split does
+    assert datasets.describe("digits", "train", data.data_dir)["sha256"] != found["sha256"]
+    assert datasets.describe("digits", "test[:50%]", data.data_dir)["sha256"] != found["sha256"]
+
+
+def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
+    code = (
+        "import json, sys\n"
+        "import dit_jax.data.pipeline as p; from dit_jax.data import datasets; from dit_jax.config import DataConfig\n"
+        "import sklearn.datasets; print('ready', flush=True); sys.stdin.readline()\n"
+        "data = DataConfig(data_dir=sys.argv[1])\n"
+        "next(p.make_batches(data, batch_size=8, seed=0)); p.load_arrays(data, 'test')\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "print(json.dumps(datasets.describe('digits', 'train', sys.argv[1])))"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    children = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    outputs = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    here = datasets.describe("digits", "train", data.data_dir)
+    assert [json.loads(out) for out, _ in outputs] == [here, here]
+    assert os.listdir(tmp_path / "digits") == ["1.0.0"]
+
+
+# ---- order
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_order_is_independent_of_the_process_count(data, processes):
+    alone = batches(data, 40)
+    parts = [batches(data, 40, process_index=i, process_count=processes) for i in range(processes)]
+    joined = [{k: np.concatenate([b[k] for b in rows]) for k in rows[0]} for rows in zip(*parts, strict=True)]
+    assert_same(alone, joined)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("workers, prefetch", [(0, 0), (1, 3), (4, 16)])
+def test_order_is_independent_of_cache_threads_and_prefetch(data, monkeypatch, cache, workers, prefetch):
+    expected = batches(data, 33)
+    monkeypatch.setattr(pipeline, "SMALL", 0)
+    assert_same(expected, batches(dataclasses.replace(data, cache=cache, workers=workers, prefetch=prefetch), 33))
+
+
+@pytest.mark.parametrize("small", [0, pipeline.SMALL])
+def test_restored_position_continues_exactly(data, monkeypatch, small):
+    expected = batches(data, 100)
+    monkeypatch.setattr(pipeline, "SMALL", small)
+    for start in np.random.default_rng(0).integers(0, 90, 5).tolist():
+        first = pipeline.make_batches(data, batch_size=48, seed=3)
+        for _ in range(start):
+            next(first)
+        state = json.loads(json.dumps(first.get_state()))
+        assert state == {"next_index": start}
+        other = dataclasses.replace(data, workers=3, prefetch=1)
+        second = pipeline.make_batches(other, batch_size=48, seed=3)
+        next(second)
+        second.set_state(state)
+        assert_same(expected[start : start + 5], [next(second) for _ in range(5)])
+        assert_same(expected[start : start + 5], [next(first) for _ in range(5)])  # asking does not disturb
+
+
+def test_every_epoch_is_another_permutation(data):
+    orders = [pipeline.order(5, epoch, TRAIN) for epoch in range(3)] + [pipeline.order(6, 0, TRAIN)]
+    for a in orders:
+        assert sorted(a) == list(range(TRAIN))
+    for i, a in enumerate(orders):
+        assert all(np.mean(a == b) < 0.01 for b in orders[:i])
+    images, labels = pipeline.load_arrays(data, "train")
+    plain = dataclasses.replace(data, flip=False)
+    seen = batches(plain, 31, batch_size=100, seed=5)  # 3,100 examples: two epochs, with borders inside batches
+    expected = np.concatenate(orders[:3])[:3100]
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in seen]), images[expected])
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in seen]), labels[expected])
+
+
+def test_order_is_pinned():
+    assert pipeline.order(0, 0, 10).tolist() == [2, 9, 5, 7, 8, 4, 6, 0, 1, 3]
+    assert pipeline.order(2**31 - 1, 7, 10).tolist() == [3, 2, 1, 0, 9, 4, 6, 5, 8, 7]
+
+
+def test_a_batch_may_span_several_epochs(data):
+    small = dataclasses.replace(data, split="test[:10]", flip=False)
+    labels = batches(small, 2, batch_size=32, seed=1)
+    order = np.concatenate([pipeline.order(1, epoch, 10) for epoch in range(7)])
+    images = pipeline.load_arrays(small, "test[:10]")[0]
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in labels]), images[order[:64]])
+
+
+def test_flip_depends_on_seed_and_position_only(data):
+    plain = dataclasses.replace(data, flip=False)
+    kept, mirrored = batches(plain, 60), batches(data, 60)
+    kept, mirrored = (np.concatenate([b["image"] for b in some]) for some in (kept, mirrored))
+    flipped = np.any(kept != mirrored, axis=(1, 2, 3))
+    np.testing.assert_array_equal(mirrored[flipped], kept[flipped][:, :, ::-1])
+    assert 0.45 < flipped.mean() < 0.55
+    other = np.concatenate([b["image"] for b in batches(data, 90, batch_size=32)])
+    np.testing.assert_array_equal(other, mirrored)
+    marks = np.arange(2.0).reshape(1, 1, 2, 1).repeat(500, 0)
+    first, second = (pipeline.flip(marks, np.arange(500), seed)[:, 0, 0, 0] for seed in (3, 4))
+    assert 0.4 < np.mean(first == second) < 0.6  # another seed, other flips
+    np.testing.assert_array_equal(pipeline.flip(marks[:10], np.arange(490, 500), 3)[:, 0, 0, 0], first[490:])
+
+
+# ---- sizes
+
+
+def test_resize_is_adms_centre_crop():
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+    assert pipeline.resize(grey, 8) is grey
+    blocks = grey.repeat(4, 0).repeat(4, 1)
+    np.testing.assert_array_equal(pipeline.resize(blocks, 8), grey)  # two halvings, each an exact mean
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, 16:48] = 255
+    np.testing.assert_array_equal(pipeline.resize(wide, 32), np.full((32, 32, 3), 255))  # the middle, whole
+    assert pipeline.resize(np.zeros((47, 31, 3), np.uint8), 16).shape == (16, 16, 3)
+    assert pipeline.resize(grey, 32).shape == (32, 32, 1)
+
+
+def test_batches_have_the_size_asked_for(data):
+    batch = batches(dataclasses.replace(data, image_size=4), 1)[0]
+    assert batch["image"].shape == (48, 4, 4, 1) and batch["image"].dtype == np.float32
+    assert batch["label"].shape == (48,) and batch["label"].dtype == np.int32
+
+
+def test_encoded_images_of_any_mode_become_rgb(tmp_path):
+    Photos(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    for cache in (True, False):
+        config = DataConfig(dataset="photos", data_dir=str(tmp_path), image_size=16, cache=cache)
+        batch = batches(config, 1, batch_size=4)[0]
+        assert batch["image"].shape == (4, 16, 16, 3) and sorted(batch["label"]) == [0, 1, 2, 3]
+        np.testing.assert_allclose(batch["image"], 200 / 127.5 - 1, atol=0.05)
+
+
+# ---- one line where it cannot be done
+
+
+def error_of(function, *args, **kwargs):
+    with pytest.raises(UsageError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_unknown_split_lists_the_splits(data):
+    message = error_of(datasets.load_source, "digits", "validation", data.data_dir)
+    assert message == "dataset 'digits': found split 'validation', expected one of train, test"
+
+
+def test_missing_dataset_says_how_to_prepare_it(tmp_path):
+    where = f"{tmp_path}/fashion_mnist/3.0.1"
+    call = f"tfds.builder('fashion_mnist', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
+    message = error_of(datasets.load_source, "fashion_mnist", "train", str(tmp_path))
+    assert message == f"dataset 'fashion_mnist': found nothing in {where}; prepare it with {call}"
+    message = error_of(datasets.load_source, "no_such_images", "train", str(tmp_path))
+    expected = f"which is neither known to TFDS nor prepared in {tmp_path}"
+    assert message == f"data.dataset: found 'no_such_images', {expected}"
+    assert not os.listdir(tmp_path)
+
+
+def test_other_file_format_is_refused(broken):
+    config, path = broken
+    shutil.move(path.parents[1], path.parents[2] / "photos")
+    info = path.parents[2] / "photos/1.0.0/dataset_info.json"
+    text = info.read_text().replace('"array_record"', '"tfrecord"').replace('"digits"', '"photos"')
+    info.write_text(text)
+    message = error_of(datasets.load_source, "photos", "train", config.data_dir)
+    assert message.startswith(f"dataset 'photos' in {info.parent}: found format tfrecord, expected array_record; ")
+
+
+def test_unusable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(datasets.load_source, "digits", "train", f"{tmp_path}/file")
+    assert message.startswith(f"dataset 'digits': cannot build it in {tmp_path}/file: [Errno 20] Not a directory")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_damaged_file_is_named(broken, damage, cache):
+    config, path = broken
+    content = bytearray(path.read_bytes())
+    content[60_000] ^= 255
+    path.write_bytes({"flip": content, "cut": content[:100_000]}.get(damage, b""))
+    if damage == "gone":
+        path.unlink()
+
+    def read():
+        batches(dataclasses.replace(config, cache=cache), 40)
+
+    why = {"flip": "Corrupted", "cut": "Corrupted", "empty": "ArrayRecord file should be", "gone": "open.. failed"}
+    where, advice = re.escape(f"dataset 'digits', split 'train': cannot read {path}: "), f"; delete {path.parent} and"
+    assert re.fullmatch(where + why[damage] + ".*" + re.escape(advice) + ".*", error_of(read))
+
+
+def test_damaged_notes_are_refused(broken):
+    config, path = broken
+    (path.parent / "dataset_info.json").write_text("{")
+    message = error_of(datasets.load_source, "digits", "train", config.data_dir)
+    assert message.startswith(f"dataset 'digits': cannot open it in {config.data_dir}: Failed to load JSON")
+
+
+def test_wrong_records_are_named(data):
+    source = datasets.load_source("digits", "train", data.data_dir)
+    narrow = dataclasses.replace(source, classes=3)
+    labels = [record["label"] for record in source]
+    first = next(i for i, label in enumerate(labels) if label >= 3)
+    message = error_of(lambda: narrow.__getitems__(range(TRAIN)))
+    expected = f"found label {labels[first]}, expected 0 to 2"
+    assert message == f"dataset 'digits', split 'train', record {first}: {expected}"
+    message = error_of(lambda: dataclasses.replace(source, image_shape=(None, 8, 3))[7])
+    expected = "found an image uint8 (8, 8, 1), expected uint8 (None, 8, 3)"
+    assert message == f"dataset 'digits', split 'train', record 7: {expected}"
+
+
+def test_batch_that_processes_do_not_divide_is_refused(data):
+    message = error_of(pipeline.make_batches, data, batch_size=30, seed=0, process_count=4)
+    assert message == "train.batch_size: found 30, expected a multiple of the 4 processes"

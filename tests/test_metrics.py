@@ -1,0 +1,184 @@
+"""Streamed statistics, the Fréchet distance and the network that gives `fd_digits` its features."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_jax.config import DataConfig, UsageError
+from dit_jax.data import datasets, pipeline
+from dit_jax.metrics import frechet
+from dit_jax.models import digit_features
+
+RNG = np.random.default_rng(0)
+
+
+def random_cov(width, rank):
+    a = RNG.standard_normal((width, rank))
+    return a @ a.T
+
+
+def statistics(features):
+    return frechet.update(frechet.empty(features.shape[1]), features)
+
+
+def assert_close(a, b):
+    assert a.count == b.count
+    np.testing.assert_allclose(a.mean, b.mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(a.scatter, b.scatter, rtol=1e-10, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return DataConfig(data_dir=str(tmp_path_factory.mktemp("tfds")))
+
+
+@pytest.fixture(scope="module")
+def network():
+    params, meta = digit_features.load()
+    return jax.jit(digit_features.apply), params, meta
+
+
+# ---- statistics
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 120), max_size=6), st.randoms(use_true_random=False))
+def test_streaming_equals_one_shot(cuts, random):
+    features = 50.0 + np.random.default_rng(len(cuts)).standard_normal((120, 5)) @ np.diag([1e-3, 1, 1, 10, 100])
+    whole, parts = statistics(features), np.split(features, sorted(cuts))
+    streamed = frechet.empty(5)
+    for part in parts:
+        streamed = frechet.update(streamed, part)
+    assert_close(streamed, whole)
+    random.shuffle(parts)
+    merged = frechet.empty(5)
+    for part in parts:
+        merged = frechet.merge(statistics(part), merged)
+    assert_close(merged, whole)
+    mean, cov = frechet.mean_cov(streamed)
+    np.testing.assert_allclose(mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(features.T), rtol=1e-9, atol=1e-12)
+
+
+def test_float32_features_far_from_zero_keep_their_variance():
+    features = (1000 + RNG.standard_normal((4000, 3))).astype(np.float32)
+    _, cov = frechet.mean_cov(statistics(features))
+    np.testing.assert_allclose(cov, np.cov(features.astype(np.float64).T), rtol=1e-10, atol=1e-12)
+
+
+def test_unusable_features_are_refused():
+    bad = np.zeros((4, 3))
+    bad[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"^features: sample 12 is not finite, one of 1 such in a batch of 4$"):
+        frechet.update(statistics(np.ones((10, 3))), bad)
+    with pytest.raises(ValueError, match=r"^features: found shape \(4, 3\), expected \(b, 5\)$"):
+        frechet.update(frechet.empty(5), np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"^statistics: found widths 3 and 5, expected the same$"):
+        frechet.merge(frechet.empty(3), frechet.empty(5))
+    with pytest.raises(ValueError, match=r"^statistics: found 1 samples, expected at least 2 for a covariance$"):
+        frechet.mean_cov(statistics(np.ones((1, 3))))
+
+
+# ---- distance
+
+
+def test_distance_in_one_dimension_is_closed_form():
+    found = frechet.frechet_distance(np.array([1.0]), np.array([[4.0]]), np.array([3.0]), np.array([[9.0]]))
+    np.testing.assert_allclose(found, (1 - 3) ** 2 + (2 - 3) ** 2)
+
+
+def test_distance_of_commuting_covariances_is_closed_form():
+    rotation = np.linalg.qr(RNG.standard_normal((6, 6)))[0]
+    a, b = RNG.uniform(0, 5, (2, 6))
+    a[0] = b[1] = 0.0  # singular
+    means = RNG.standard_normal((2, 6))
+    found = frechet.frechet_distance(means[0], (rotation * a) @ rotation.T, means[1], (rotation * b) @ rotation.T)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_distance_agrees_with_the_matrix_square_root():
+    for width in (2, 8, 64):
+        means, covs = RNG.standard_normal((2, width)), [random_cov(width, 3 * width) for _ in range(2)]
+        root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
+        expected = np.sum((means[0] - means[1]) ** 2) + np.trace(covs[0] + covs[1] - 2 * root)
+        found = frechet.frechet_distance(means[0], covs[0], means[1], covs[1])
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        np.testing.assert_allclose(found, frechet.frechet_distance(means[1], covs[1], means[0], covs[0]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [64, 10, 1])
+def test_distance_of_equals_is_zero(rank):
+    mean, cov = RNG.standard_normal(64), random_cov(64, rank)
+    assert 0 <= frechet.frechet_distance(mean, cov, mean, cov) < 1e-10
+    np.testing.assert_allclose(frechet.frechet_distance(mean, cov, mean + 1, cov), 64, rtol=1e-10)
+
+
+def test_distance_refuses_shapes_that_do_not_match():
+    eye = np.eye(3)
+    with pytest.raises(ValueError, match=r"found shapes \(3,\), \(3, 3\), \(4,\), \(4, 4\), expected"):
+        frechet.frechet_distance(np.zeros(3), eye, np.zeros(4), np.eye(4))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet.frechet_distance(np.zeros(3), eye, np.zeros(3), np.full((3, 3), np.inf))
+
+
+# ---- the feature network
+
+
+def test_fd_digits_tells_digits_from_noise(data, network):
+    apply, params, _ = network
+    train, test = (pipeline.load_arrays(data, split)[0] for split in ("train", "test"))
+    noise = RNG.uniform(-1, 1, test.shape).astype(np.float32)
+    blurred = np.clip(test + RNG.normal(0, 0.3, test.shape).astype(np.float32), -1, 1)
+    reference = frechet.mean_cov(statistics(apply(params, train)[0]))
+
+    def distance(images):
+        return frechet.frechet_distance(*reference, *frechet.mean_cov(statistics(apply(params, images)[0])))
+
+    assert distance(train) < 1e-9
+    assert 0.2 < distance(test) < 0.6 < distance(blurred) < 10 < distance(noise)
+
+
+def test_recorded_accuracy_is_reproduced(data, network):
+    apply, params, meta = network
+    images, labels = pipeline.load_arrays(data, "test")
+    features, logits = apply(params, images)
+    assert features.shape == (len(images), digit_features.WIDTH) and features.dtype == np.float32
+    assert np.mean(np.argmax(np.asarray(logits), 1) == labels) == meta["accuracy"] >= 0.98
+    assert datasets.describe("digits", "test", data.data_dir) == meta["held_out"]
+
+
+def test_shipped_weights_match_their_notes(network):
+    _, params, meta = network
+    folder = Path(digit_features.__file__).parent
+    packed = (folder / "digit_features.safetensors").read_bytes()
+    assert hashlib.sha256(packed).hexdigest() == meta["sha256"] and len(packed) < 100_000
+    assert digit_features.pack(params) == packed
+    fresh = digit_features.init(jax.random.key(0))
+    assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(fresh)) == meta["parameters"]
+
+
+def test_tampered_weights_are_refused(tmp_path):
+    folder = Path(digit_features.__file__).parent
+    for name in ("digit_features.safetensors", "digit_features.json"):
+        shutil.copy(folder / name, tmp_path)
+    digit_features.load(tmp_path)
+    weights = tmp_path / "digit_features.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(
+        UsageError, match=f"^feature network: {weights} has sha256 .{{64}}, expected .{{64}} of .*json;"
+    ):
+        digit_features.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(UsageError, match=f"^feature network: cannot read {weights} and .*No such file"):
+        digit_features.load(tmp_path)

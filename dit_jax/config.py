@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ml_collections
@@ -119,6 +119,11 @@ class DataConfig:
     cache: bool = True  # keep the decoded split in memory (small datasets)
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
+
+    def __post_init__(self):
+        _range("data.image_size", self.image_size, 1)
+        _range("data.workers", self.workers, 0)
+        _range("data.prefetch", self.prefetch, 0)
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,8 @@ class SweepConfig:
     budgets: tuple = ()  # training FLOPs of a run
     sizes: tuple = ()  # the whole ladder of (width, depth, heads), smallest first
     windows: tuple = ()  # per budget, (first, last + 1) into `sizes`
-    base_width: int = 64  # the width at which optim.learning_rate holds; it scales as base_width / width
+    base_width: int = 64  # the width at which optim.learning_rate holds
+    width_power: float = 1.0  # the learning rate scales as (base_width / width) ** width_power
     extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = do not
     processes: int = 1  # cells that run side by side
     grid: int = 8  # samples per class in the report's grid
@@ -307,7 +313,7 @@ def template() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False).lock()
 
 
-def resolve(values: typing.Mapping) -> Config:
+def resolve(values: Mapping) -> Config:
     """Nested mapping (ConfigDict or JSON) -> Config. Raises UsageError naming the key, what was found and what was expected."""
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -315,7 +321,7 @@ def resolve(values: typing.Mapping) -> Config:
 
 
 def _build(cls, values, prefix: str):
-    if not isinstance(values, typing.Mapping):
+    if not isinstance(values, Mapping):
         raise UsageError(f"{prefix.rstrip('.') or 'config'}: found {values!r}, expected a group of keys")
     known = {f.name: f.type for f in dataclasses.fields(cls)}
     arguments = {}

@@ -39,7 +39,7 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 def train(data: DataConfig, steps: int, seed: int) -> dict:
     """Parameters after `steps` of AdamW with a cosine to zero, on cross-entropy with labels smoothed by 0.1."""
     init_key, draw_key = jax.random.split(jax.random.key(seed))
-    params = digit_features.init(init_key)
+    params = jax.jit(digit_features.init)(init_key)
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=0.05)
 
     def loss(params, key, images, labels):

@@ -11,6 +11,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_jax import features
 from dit_jax.config import DataConfig, UsageError
 from dit_jax.data import datasets, pipeline
 from dit_jax.metrics import frechet
@@ -24,8 +25,8 @@ def random_cov(width, rank):
     return a @ a.T
 
 
-def statistics(features):
-    return frechet.update(frechet.empty(features.shape[1]), features)
+def statistics(x):
+    return frechet.update(frechet.empty(x.shape[1]), x)
 
 
 def assert_close(a, b):
@@ -51,8 +52,8 @@ def network():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 120), max_size=6), st.randoms(use_true_random=False))
 def test_streaming_equals_one_shot(cuts, random):
-    features = 50.0 + np.random.default_rng(len(cuts)).standard_normal((120, 5)) @ np.diag([1e-3, 1, 1, 10, 100])
-    whole, parts = statistics(features), np.split(features, sorted(cuts))
+    x = 50.0 + np.random.default_rng(len(cuts)).standard_normal((120, 5)) @ np.diag([1e-3, 1, 1, 10, 100])
+    whole, parts = statistics(x), np.split(x, sorted(cuts))
     streamed = frechet.empty(5)
     for part in parts:
         streamed = frechet.update(streamed, part)
@@ -63,20 +64,20 @@ def test_streaming_equals_one_shot(cuts, random):
         merged = frechet.merge(statistics(part), merged)
     assert_close(merged, whole)
     mean, cov = frechet.mean_cov(streamed)
-    np.testing.assert_allclose(mean, features.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(cov, np.cov(features.T), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.T), rtol=1e-9, atol=1e-12)
 
 
 def test_float32_features_far_from_zero_keep_their_variance():
-    features = (1000 + RNG.standard_normal((4000, 3))).astype(np.float32)
-    _, cov = frechet.mean_cov(statistics(features))
-    np.testing.assert_allclose(cov, np.cov(features.astype(np.float64).T), rtol=1e-10, atol=1e-12)
+    x = (1000 + RNG.standard_normal((4000, 3))).astype(np.float32)
+    _, cov = frechet.mean_cov(statistics(x))
+    np.testing.assert_allclose(cov, np.cov(x.astype(np.float64).T), rtol=1e-10, atol=1e-12)
 
 
 def test_unusable_features_are_refused():
     bad = np.zeros((4, 3))
     bad[2, 1] = np.nan
-    with pytest.raises(ValueError, match=r"^features: sample 12 is not finite, one of 1 such in a batch of 4$"):
+    with pytest.raises(ValueError, match=r"^features: sample 12 is not finite, one of 1 in a batch of 4$"):
         frechet.update(statistics(np.ones((10, 3))), bad)
     with pytest.raises(ValueError, match=r"^features: found shape \(4, 3\), expected \(b, 5\)$"):
         frechet.update(frechet.empty(5), np.zeros((4, 3)))
@@ -149,8 +150,8 @@ def test_fd_digits_tells_digits_from_noise(data, network):
 def test_recorded_accuracy_is_reproduced(data, network):
     apply, params, meta = network
     images, labels = pipeline.load_arrays(data, "test")
-    features, logits = apply(params, images)
-    assert features.shape == (len(images), digit_features.WIDTH) and features.dtype == np.float32
+    found, logits = apply(params, images)
+    assert found.shape == (len(images), digit_features.WIDTH) and found.dtype == np.float32
     assert np.mean(np.argmax(np.asarray(logits), 1) == labels) == meta["accuracy"] >= 0.98
     assert datasets.describe("digits", "test", data.data_dir) == meta["held_out"]
 
@@ -161,7 +162,7 @@ def test_shipped_weights_match_their_notes(network):
     packed = (folder / "digit_features.safetensors").read_bytes()
     assert hashlib.sha256(packed).hexdigest() == meta["sha256"] and len(packed) < 100_000
     assert digit_features.pack(params) == packed
-    fresh = digit_features.init(jax.random.key(0))
+    fresh = jax.eval_shape(digit_features.init, jax.random.key(0))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
     assert sum(leaf.size for leaf in jax.tree.leaves(fresh)) == meta["parameters"]
 
@@ -182,3 +183,21 @@ def test_tampered_weights_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(UsageError, match=f"^feature network: cannot read {weights} and .*No such file"):
         digit_features.load(tmp_path)
+
+
+def test_training_writes_what_load_reads(data, tmp_path):
+    meta = features.run(str(tmp_path / "new"), steps=3, seed=1, data_dir=data.data_dir)
+    params, found = digit_features.load(tmp_path / "new")
+    assert found["accuracy"] == meta["accuracy"] and found["command"].endswith("--steps=3 --seed=1")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["digit_features.json", "digit_features.safetensors"]
+    images, labels = pipeline.load_arrays(data, "test")
+    assert features.accuracy(params, images, labels) == meta["accuracy"]
+
+
+def test_augmentation_only_shifts_and_adds_bounded_noise():
+    images = np.full((256, 8, 8, 1), -1.0, np.float32)
+    images[:, 3, 4] = 1.0
+    seen = np.asarray(features.augment(jax.random.key(0), jax.numpy.asarray(images)))[..., 0]
+    places = [np.unravel_index(np.argmax(image), (8, 8)) for image in seen]
+    assert {(int(y), int(x)) for y, x in places} == {(y, x) for y in (2, 3, 4) for x in (3, 4, 5)}
+    assert 0.05 < np.std(seen[:, 7]) < features.NOISE

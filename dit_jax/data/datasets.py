@@ -80,12 +80,12 @@ class Records(Sequence):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """The records at `indices`. Raises UsageError naming the files or the record that cannot be read."""
-        return [self._checked(int(i), record) for i, record in zip(indices, self.stored(indices), strict=True)]
+        return [self._checked(i, record) for i, record in zip(indices, self.stored(indices), strict=True)]
 
     def stored(self, indices: Sequence[int]) -> list[dict]:
         """The same records as TFDS stores them: images of the feature `Image` as encoded bytes, nothing checked."""
         try:
-            return self.source.__getitems__([int(i) for i in indices])
+            return self.source.__getitems__(list(indices))
         except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
             raise UsageError(
                 f"dataset {self.name!r}, split {self.split!r}: cannot read {_names(self.files)}: {_line(error)}; "
@@ -129,10 +129,16 @@ def load_source(name: str, split: str, data_dir: str = "") -> Records:
 def describe(name: str, split: str, data_dir: str = "") -> dict:
     """What an evaluation protocol states of a split: `dataset, split, records, classes, image_shape, sha256`.
 
-    The checksum is the sha256 of one line per file, "<file name> <first record> <records> <sha256 of the file>".
+    The checksum is over the records in order: for each a line "<bytes> <shape> <label>", then the image's bytes, encoded as
+    stored or else pixels. Files would not do: their bytes differ from build to build, as TFDS writes the fields of a
+    record in the order of a hash table. Reads the whole split. Raises UsageError as `load_source`, and on damaged files.
     """
-    records = load_source(name, split, data_dir)
-    lines = [f"{os.path.basename(f.filename)} {f.skip} {f.take} {_sha256(name, f.filename)}\n" for f in records.files]
+    records, digest = load_source(name, split, data_dir), hashlib.sha256()
+    for start in range(0, len(records), CHUNK):
+        for record in records.stored(range(start, min(start + CHUNK, len(records)))):
+            image = record["image"]
+            content = image if isinstance(image, bytes) else image.tobytes()
+            digest.update(f"{len(content)} {np.shape(image)} {record['label']}\n".encode() + content)
     return {
         "dataset": name,
         "split": split,

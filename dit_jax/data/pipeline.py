@@ -120,7 +120,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def _read(source: Records, size: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    records = source.__getitems__(indices)
+    records = source.__getitems__(indices.tolist())
     images = np.stack([resize(record["image"], size) for record in records])
     return images, np.array([record["label"] for record in records], np.int32)
 

@@ -8,6 +8,7 @@ The name of a score is that of its feature network: `fd_digits` here; "FID" is o
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,16 @@ def empty(width: int) -> Statistics:
     return Statistics(0, np.zeros(width), np.zeros((width, width)))
 
 
-def update(stats: Statistics, features: np.ndarray) -> Statistics:
-    """Adds features (b, d). Raises ValueError on another shape and on values that are not finite."""
+def update(stats: Statistics, features: npt.ArrayLike) -> Statistics:
+    """Adds features (b, d), of any array kind. Raises ValueError on another shape and on values that are not finite."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or features.shape[1] != len(stats.mean):
         raise ValueError(f"features: found shape {features.shape}, expected (b, {len(stats.mean)})")
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         row = stats.count + int(np.argmin(finite))
-        raise ValueError(
-            f"features: sample {row} is not finite, one of {np.sum(~finite)} in a batch of {len(features)}"
-        )
+        bad = np.sum(~finite)
+        raise ValueError(f"features: sample {row} is not finite, one of {bad} in a batch of {len(features)}")
     if not len(features):
         return stats
     mean = features.mean(axis=0)

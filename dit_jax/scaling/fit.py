@@ -243,7 +243,7 @@ def _cautions(fit: IsoflopFit) -> tuple:
     """What a reader should know about laws that are identified."""
     found = []
     C = np.array([b.flops for b in fit.used])
-    if fit.freedom and fit.noise > 0 and len(fit.used) > 2:
+    if fit.freedom and fit.noise > 1e-9 * fit.used[-1].loss and len(fit.used) > 2:
         off = np.log([b.n_opt for b in fit.used]) - np.log(fit.laws["N_opt"](C))
         ratio = np.mean(off**2 / np.array([b.var_n for b in fit.used])) / fit.noise**2 * len(C) / (len(C) - 2)
         if stats.f.sf(ratio, len(C) - 2, fit.freedom) < 0.01:

@@ -64,7 +64,7 @@ def interval(values, level: float) -> tuple:
     return float(low), float(high)
 
 
-def predict(fit: IsoflopFit, flops: float, params: float | None = None) -> dict:
+def predict(fit: IsoflopFit, flops: float | int, params: float | int | None = None) -> dict:
     """N_opt, D_opt and L_opt at `flops` with intervals, and the expected loss of one run there.
 
     `L_run` is the loss of a run of `params` (None = N_opt): L_opt plus what the median curvature of the parabolas charges for the

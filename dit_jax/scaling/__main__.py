@@ -1,0 +1,222 @@
+"""`python -m dit_jax.scaling fit|predict|plan|report RUNS`: fits scaling laws to runs.
+
+RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group).
+Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from dit_jax.config import UsageError
+from dit_jax.scaling.fit import METHODS
+from dit_jax.scaling.plan import ladder_of, plan
+from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
+from dit_jax.scaling.report import write, write_report
+from dit_jax.scaling.runs import load_runs
+from dit_jax.scaling.table import (
+    BUDGET_HEAD,
+    CHECK_HEAD,
+    LAW_HEAD,
+    answer,
+    budget_rows,
+    check_rows,
+    fit_json,
+    law_rows,
+    span,
+)
+
+PREDICT_HEAD = (
+    "C (FLOPs)",
+    "beyond the data",
+    "N_opt",
+    "interval",
+    "D_opt (tokens)",
+    "interval",
+    "loss",
+    "interval",
+    "of one run",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m dit_jax.scaling", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in COMMANDS.items():
+        one = commands.add_parser(name, help=what.__doc__.splitlines()[0])
+        one.add_argument("runs", nargs="+", metavar="RUNS")
+        one.add_argument("--method", default="isoflop", choices=METHODS)
+        one.add_argument(
+            "--window", type=float, default=float("inf"), help="keep sizes within this factor of a budget's best run"
+        )
+        one.add_argument("--resamples", type=int, default=1000)
+        one.add_argument("--seed", type=int, default=0)
+        one.add_argument("--json", metavar="OUT", help="write the result here too")
+        one.add_argument(
+            "--flops",
+            type=float,
+            action="append",
+            default=[],
+            required=name in ("predict", "plan"),
+            help="training FLOPs; may be repeated",
+        )
+        if name == "report":
+            one.add_argument("--out", default="report.html")
+            one.add_argument("--title", default="Scaling law")
+            one.add_argument("--grid", help="PNG of samples to embed")
+    return parser
+
+
+def _check(args) -> None:
+    for flops in args.flops:
+        if not 0 < flops < float("inf"):
+            raise UsageError(f"--flops: found {flops}, expected a number above 0")
+    if not args.window > 1:
+        raise UsageError(f"--window: found {args.window}, expected a factor above 1")
+    if args.resamples < 0 or args.seed < 0:
+        raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
+    if getattr(args, "grid", None) and not os.path.isfile(args.grid):
+        raise UsageError(f"--grid: {args.grid}: no such file")
+    for name in ("json", "out"):
+        path = getattr(args, name, None)
+        if path and os.path.isdir(path):
+            raise UsageError(f"--{name}: {path} is a folder, expected a file")
+
+
+def _options(args) -> dict:
+    return {"seed": args.seed, "resamples": args.resamples, "window": args.window}
+
+
+def run_fit(args, runs, fit) -> dict:
+    """Fit the laws and print them with their intervals."""
+    _print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+    _print_table(f"Laws of compute, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
+    rows = check_rows(fit, holdout_largest(runs, **_options(args)), None)
+    if rows:
+        _print_table("Predicted against measured", CHECK_HEAD, rows)
+    if args.flops:
+        _print_predictions(fit, args.flops)
+    return fit_json(fit, [predict(fit, c) for c in args.flops])
+
+
+def run_predict(args, runs, fit) -> dict:
+    """Predict the best size, data and loss at --flops."""
+    _print_predictions(fit, args.flops)
+    return fit_json(fit, [predict(fit, c) for c in args.flops])
+
+
+def run_plan(args, runs, fit) -> dict:
+    """Choose the nearest size among RUNS for --flops, and the images it buys."""
+    ladder = ladder_of(runs)
+    if not ladder:
+        raise UsageError(
+            "RUNS: no run records its images, so no size can be planned; add a column 'images', or use predict"
+        )
+    plans = [plan(fit, c, ladder) for c in args.flops]
+    head = (
+        "C (FLOPs)",
+        "beyond the data",
+        "N_opt",
+        "interval",
+        "size",
+        "params",
+        "over N_opt",
+        "images",
+        "loss",
+        "interval",
+    )
+    rows = []
+    for p in plans:
+        size = (p.name, f"{p.params:.4g}", f"{p.off:.2f}x", f"{p.images:,.0f}")
+        optimum = (f"{p.flops:.3g}", f"{p.beyond:.1f}x", f"{p.n_opt:.4g}", span(p.n_interval))
+        rows.append((*optimum, *size, f"{p.loss:.4f}", span(p.loss_interval, ".4f")))
+    _print_table("Plan", head, rows)
+    return fit_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
+
+
+def run_report(args, runs, fit) -> dict:
+    """Write a self-contained report.html, with its figures and fit.json beside it."""
+    test = _extrapolation(args.runs, runs, fit)
+    held = holdout_largest(runs, **_options(args))
+    path = write_report(args.out, fit, runs, held, title=args.title, extrapolation=test, grid_png=args.grid)
+    print(answer(fit, test))
+    print(path)
+    return fit_json(fit, [predict(fit, c) for c in args.flops])
+
+
+COMMANDS = {"fit": run_fit, "predict": run_predict, "plan": run_plan, "report": run_report}
+
+
+def _extrapolation(paths, runs, fit):
+    """The run in the `extrapolation` folder of a sweep, if there is one, against the fit."""
+    for path in paths:
+        folder = os.path.join(path, "extrapolation")
+        if os.path.isfile(os.path.join(folder, "eval", "records.jsonl")):
+            try:
+                loaded = load_runs([*paths, folder])
+                if len(loaded) > len(runs):  # else the user made it part of the fit
+                    return extrapolate(fit, loaded[-1])
+            except UsageError as error:
+                print(f"warning: {folder} is left out: {error}", file=sys.stderr)
+    return None
+
+
+def _print_predictions(fit, flops) -> None:
+    rows = []
+    for said in (predict(fit, c) for c in flops):
+        beyond = f"{said['beyond']:.1f}x" + (" beyond" if said["beyond"] > 1 else ", inside")
+        row = [f"{said['flops']:.3g}", beyond]
+        for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
+            row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
+        rows.append((*row, span(said["L_run_interval"], ".4f")))
+    _print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
+
+
+def _print_table(title: str, head, rows) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    print(title)
+    for line in [head, *rows]:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        print("  " + "  ".join(cells).rstrip())
+    print()
+
+
+def main(argv=None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        _check(args)
+        runs = load_runs(args.runs)
+        fit = METHODS[args.method](runs, **_options(args))
+        for warning in fit.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        result = COMMANDS[args.command](args, runs, fit)
+        if args.json:
+            write(args.json, (json.dumps(result, indent=1) + "\n").encode())
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""From a fit and a budget to a model one can train: the nearest real size to N_opt and the images its budget buys."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dit_jax.config import UsageError
+from dit_jax.scaling.fit import IsoflopFit
+from dit_jax.scaling.predict import predict
+
+TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train with `flops`. Loss and interval are those of one run of the chosen size, its noise included."""
+
+    flops: float  # training
+    beyond: float  # multiple of the largest budget fitted
+    n_opt: float  # parameters active per token
+    n_interval: tuple
+    d_opt: float  # tokens
+    d_interval: tuple
+    loss: float
+    loss_interval: tuple
+    name: str
+    params: float  # active per token, of the chosen size
+    images: float  # that the budget buys at the chosen size
+
+    @property
+    def off(self) -> float:
+        """Chosen size over N_opt."""
+        return self.params / self.n_opt
+
+
+def plan(fit: IsoflopFit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
+    """The row of `ladder`, (name, parameters active per token, forward FLOPs of one image), nearest to N_opt in log N."""
+    rows = list(ladder)
+    if not rows:
+        raise UsageError("ladder: found no size, expected (name, params_active, flops_image) rows")
+    for name, params, cost in rows:
+        if not (math.isfinite(params) and math.isfinite(cost) and params > 0 and cost > 0):
+            raise UsageError(
+                f"ladder: {name!r} has params_active {params} and flops_image {cost}, expected both above 0"
+            )
+    n_opt = predict(fit, flops)["N_opt"]
+    name, params, cost = min(rows, key=lambda row: abs(math.log(row[1] / n_opt)))
+    said = predict(fit, flops, params)
+    return Plan(
+        flops=said["flops"],
+        beyond=said["beyond"],
+        n_opt=said["N_opt"],
+        n_interval=said["N_opt_interval"],
+        d_opt=said["D_opt"],
+        d_interval=said["D_opt_interval"],
+        loss=said["L_run"],
+        loss_interval=said["L_run_interval"],
+        name=str(name),
+        params=float(params),
+        images=float(flops / (TRAIN_OVER_FORWARD * cost)),
+    )
+
+
+def ladder_of(runs) -> list[tuple]:
+    """The distinct sizes of `runs` as ladder rows; empty where images were not recorded."""
+    rows = {
+        r.params: (r.name, r.params, r.flops / r.images / TRAIN_OVER_FORWARD)
+        for r in sorted(runs, key=lambda r: -r.flops)
+        if math.isfinite(r.images)
+    }
+    return sorted(rows.values(), key=lambda row: row[1])

@@ -1,0 +1,128 @@
+"""Facts about reading runs: every road in, and every bad input named."""
+
+import json
+import os
+
+import pytest
+
+from dit_jax.config import UsageError
+from dit_jax.scaling.runs import load_runs
+
+PROTOCOL = {"data": {"name": "digits", "split": "test"}, "held_out": {"seed": 1234}, "weights": "ema"}
+
+
+def record(run="a", step=10, loss=0.5, **changes) -> dict:
+    base = {
+        "run": run,
+        "step": step,
+        "images_seen": step * 8,
+        "tokens_seen": step * 128,
+        "params": 2000,
+        "params_active": 1000,
+        "flops_train": 6e3 * step * 128,
+        "flops_image": 4e4,
+        "metrics": {"loss": loss, "loss_se": 0.002, "loss_t0": 0.9, "fd_digits": 4.0},
+        "protocol": PROTOCOL,
+        "protocol_id": "ab",
+    }
+    return {**base, **changes}
+
+
+def workdir(path, *records) -> str:
+    os.makedirs(path / "eval")
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    (path / "eval" / "records.jsonl").write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def table(path, text) -> str:
+    (path / "runs.csv").write_text(text)
+    return str(path / "runs.csv")
+
+
+def test_a_workdir_gives_its_last_step(tmp_path):
+    (run,) = load_runs([workdir(tmp_path / "w", record(step=20, loss=0.4), record(step=10))])
+    assert (run.loss, run.loss_se, run.params, run.params_total) == (0.4, 0.002, 1000, 2000)
+    assert (run.images, run.tokens, run.flops) == (160, 2560, 6e3 * 2560)
+    assert run.metrics["fd_digits"] == 4.0 and run.protocol == PROTOCOL
+
+
+def test_the_last_step_without_the_loss_does_not_count(tmp_path):
+    (run,) = load_runs(workdir(tmp_path / "w", record(step=10), record(step=20, metrics={"fd_digits": 3.0})))
+    assert run.images == 80
+
+
+def test_a_sweep_folder_is_searched_but_not_its_extrapolation(tmp_path):
+    for name in ("cells/a", "cells/b", "extrapolation"):
+        workdir(tmp_path / name, record(run=name))
+    assert [r.name for r in load_runs([tmp_path])] == ["cells/a", "cells/b"]
+    assert [r.name for r in load_runs([tmp_path / "extrapolation"])] == ["extrapolation"]
+
+
+def test_a_folder_given_twice_counts_once(tmp_path):
+    path = workdir(tmp_path / "w", record())
+    assert len(load_runs([path, path, str(tmp_path)])) == 1
+
+
+def test_csv_flops_default_to_6nd(tmp_path):
+    one, two = load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,999\n"))
+    assert (one.flops, two.flops, one.name, one.loss) == (1200, 999, "x", 3)
+
+
+def test_mixed_protocols_are_refused_naming_the_field(tmp_path):
+    other = {**PROTOCOL, "held_out": {"seed": 7}}
+    workdir(tmp_path / "a", record())
+    workdir(tmp_path / "b", record(run="b", protocol=other))
+    with pytest.raises(UsageError, match=r"b/eval/records.jsonl:1: .*'held_out.seed' is 7, but 1234 in .*a/eval"):
+        load_runs([tmp_path])
+
+
+def test_records_and_a_csv_do_not_mix(tmp_path):
+    path = table(tmp_path, "params,tokens,loss\n1,2,3\n")
+    with pytest.raises(UsageError, match=r"'data.name' is '\(absent\)', but 'digits'"):
+        load_runs([workdir(tmp_path / "w", record()), path])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{oops", r"records.jsonl:2: not a JSON line"),
+        ("[1]", r"records.jsonl:2: found list, expected a JSON object"),
+        (json.dumps({k: v for k, v in record().items() if k != "flops_train"}), r":2: no field 'flops_train'; nearest"),
+        (record(step=99, loss=float("nan")), r":2: metrics.loss is nan, expected a finite number above 0"),
+        (record(step=99, loss=-1.0), r":2: metrics.loss is -1.0, expected a finite number above 0"),
+        (record(step=99, params_active=0), r":2: params_active is 0"),
+        (record(step=99, flops_train="many"), r":2: flops_train is 'many', a str"),
+    ],
+)
+def test_a_bad_record_is_named_with_its_line(tmp_path, bad, message):
+    with pytest.raises(UsageError, match=message):
+        load_runs(workdir(tmp_path / "w", record(), bad))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("params,token,loss\n1,2,3\n", r"runs.csv: no column 'tokens'; nearest found 'token'"),
+        ("x,y\n1,2\n", r"runs.csv: no column 'params'; found x, y"),
+        ("", r"no column 'params'; found nothing"),
+        ("params,tokens,loss,flop\n1,2,3,4\n", r"unknown column 'flop'; did you mean 'flops'"),
+        ("params,tokens,loss\n", r"found a header and no run"),
+        ("params,tokens,loss\n1,2,3\n1,-2,3\n", r"runs.csv:3: tokens is -2, expected a finite number above 0"),
+        ("params,tokens,loss\n1,2,nan\n", r"runs.csv:2: loss is nan"),
+        ("params,tokens,loss\n1,two,3\n", r"runs.csv:2: tokens is 'two', expected a number"),
+        ("params,tokens,loss\n1,2\n", r"runs.csv:2: loss is None"),
+    ],
+)
+def test_a_bad_csv_is_named_with_its_line(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        load_runs(table(tmp_path, text))
+
+
+def test_paths_without_runs_are_named(tmp_path):
+    with pytest.raises(UsageError, match="nowhere: no such file or folder"):
+        load_runs([str(tmp_path / "nowhere")])
+    with pytest.raises(UsageError, match=r"found no eval/records.jsonl"):
+        load_runs([tmp_path])
+    with pytest.raises(UsageError, match=r"no record has metrics.loss; found fd_digits"):
+        load_runs(workdir(tmp_path / "w", record(metrics={"fd_digits": 1.0})))

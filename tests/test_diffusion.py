@@ -1,0 +1,248 @@
+"""Processes, losses, guidance and samplers, mostly on a Gaussian whose best denoiser is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dit_jax.config import DiffusionConfig
+from dit_jax.diffusion import guidance, schedule
+from dit_jax.diffusion.process import DDPM, Flow, discretised_log_likelihood, make_process
+from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times
+
+MEAN, STD = 0.4, 0.5
+FLOW, CHAIN = Flow(), DDPM(learn_sigma=False)
+TRACED = {"flow": FLOW, "ddpm": CHAIN}
+
+
+def keys(count, seed=0):
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
+
+
+def gaussian_denoiser(process):
+    """The optimal network for images of independent N(MEAN, STD^2) values: velocity for a flow, eps for a chain."""
+
+    def denoise(x, t):
+        t = t[:, None, None, None]
+        if isinstance(process, Flow):
+            alpha, sigma = 1 - t, t
+        else:
+            bars = jnp.asarray(schedule.alpha_bars("linear", 1000), jnp.float32)[process.index(t)]
+            alpha, sigma = jnp.sqrt(bars), jnp.sqrt(1 - bars)
+        residual = (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        eps = sigma * residual
+        x0 = MEAN + alpha * STD**2 * residual
+        return eps - x0 if isinstance(process, Flow) else eps
+
+    return denoise
+
+
+def draw(process, sampler, steps, count=512, seed=0):
+    k = keys(count, seed)
+    x = draw_noise(k, 0, (4, 4, 2))
+    times = process.times(steps)
+    return x, jax.jit(lambda x, k: SAMPLERS[sampler](process, gaussian_denoiser(process), x, times, k))(x, k)
+
+
+@pytest.mark.parametrize("process", TRACED)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_reaches_the_mean_and_covariance(process, sampler):
+    _, x = draw(TRACED[process], sampler, 250)
+    values = np.asarray(x, np.float64).reshape(512, -1)
+    covariance = np.cov(values.T)
+    assert values.mean() == pytest.approx(MEAN, abs=5 * STD / np.sqrt(values.size))
+    # 2 % for the steps, and three standard errors of a variance over all 32 values
+    assert np.diag(covariance).mean() == pytest.approx(STD**2, rel=0.02 + 3 * np.sqrt(2 / values.size))
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 6 * STD**2 / np.sqrt(512)
+
+
+@pytest.mark.parametrize("sampler,order", [("euler", 1), ("ddim", 1), ("heun", 2)])
+def test_order_of_convergence_on_a_flow(sampler, order):
+    """Along the exact flow, a Gaussian value keeps its quantile: x_0 = MEAN + STD x_1."""
+    errors = []
+    for steps in (8, 16, 32):
+        x, ended = draw(FLOW, sampler, steps, count=64)
+        errors.append(np.abs(np.asarray(ended) - (MEAN + STD * np.asarray(x))).mean())
+    ratios = np.array(errors[:-1]) / np.array(errors[1:])
+    np.testing.assert_allclose(np.log2(ratios), order, atol=0.25)
+
+
+def test_ddim_is_deterministic_and_ddpm_is_not():
+    k = keys(8)
+    x = draw_noise(k, 0, (4, 4, 2))
+    for sampler, same in (("ddim", True), ("euler", True), ("heun", True), ("ddpm", False)):
+        a = SAMPLERS[sampler](CHAIN, gaussian_denoiser(CHAIN), x, CHAIN.times(10), keys(8, 1))
+        b = SAMPLERS[sampler](CHAIN, gaussian_denoiser(CHAIN), x, CHAIN.times(10), keys(8, 2))
+        assert np.array_equal(a, b) == same, sampler
+
+
+def test_euler_and_ddim_are_the_same_step():
+    """In sigma / alpha, DDIM is Euler (Song et al. 2021, section 4.3)."""
+    for process in (FLOW, CHAIN):
+        x, ddim = draw(process, "ddim", 20, count=8)
+        _, euler = draw(process, "euler", 20, count=8)
+        np.testing.assert_allclose(ddim, euler, atol=2e-5)
+
+
+def test_a_sampled_image_depends_on_its_key_alone():
+    k = keys(6)
+    whole = SAMPLERS["ddpm"](CHAIN, gaussian_denoiser(CHAIN), draw_noise(k, 0, (4, 4, 2)), CHAIN.times(5), k)
+    part = SAMPLERS["ddpm"](CHAIN, gaussian_denoiser(CHAIN), draw_noise(k[2:4], 0, (4, 4, 2)), CHAIN.times(5), k[2:4])
+    np.testing.assert_allclose(whole[2:4], part, atol=1e-6)
+
+
+def test_evaluation_times_are_the_calls_made():
+    for sampler in SAMPLERS:
+        times, seen = FLOW.times(7), []
+
+        def denoise(x, t, seen=seen):
+            jax.debug.callback(lambda t: seen.append(float(t)), t[0])
+            return gaussian_denoiser(FLOW)(x, t)
+
+        jax.block_until_ready(SAMPLERS[sampler](FLOW, denoise, jnp.zeros((1, 2, 2, 1)), times, keys(1)))
+        jax.effects_barrier()
+        np.testing.assert_allclose(sorted(seen), sorted(evaluation_times(sampler, times)), atol=1e-6)
+
+
+def toy_model(x, t, labels):
+    return x * (0.1 + labels[:, None, None, None] / 10) + t[:, None, None, None]
+
+
+@pytest.mark.parametrize("channels", [4, 3])
+def test_guidance_one_is_conditional(channels):
+    labels, x, t = jnp.array([1, 3]), jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
+    pair = guidance.paired(toy_model, labels, null_class=9)
+    np.testing.assert_allclose(guidance.classifier_free(pair, 1.0, channels)(x, t), toy_model(x, t, labels), rtol=1e-6)
+
+
+def test_guidance_acts_on_its_channels_only():
+    labels, x, t = jnp.array([1, 3]), jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
+    c, u = toy_model(x, t, labels), toy_model(x, t, jnp.array([9, 9]))
+    out = guidance.classifier_free(guidance.paired(toy_model, labels, 9), 4.0, 3)(x, t)
+    np.testing.assert_allclose(out[..., :3], (u + 4 * (c - u))[..., :3], rtol=1e-5)
+    np.testing.assert_allclose(out[..., 3:], c[..., 3:], rtol=1e-6)
+
+
+def test_guidance_interval_runs_one_branch():
+    """Outside the interval the guided model is not run at all: its call count is the number of guided steps."""
+    calls = []
+
+    def guided(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return x
+
+    denoise = guidance.within(guided, lambda x, t: 2 * x, 0.3, 0.6)
+    SAMPLERS["euler"](FLOW, denoise, jnp.ones((1, 2, 2, 1)), FLOW.times(10), keys(1)).block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == 4  # 0.6, 0.5, 0.4, 0.3
+
+
+@pytest.mark.parametrize("process", [DDPM(), DDPM("cosine", 50)])
+def test_chain_times_are_step_numbers(process):
+    t = process.times(process.timesteps)[:-1].astype(np.float32)
+    np.testing.assert_array_equal(process.model_time(jnp.asarray(t)), np.arange(process.timesteps)[::-1])
+    u = (jnp.arange(process.timesteps) + 0.5) / process.timesteps
+    np.testing.assert_array_equal(process.model_time(process.time(u)), np.arange(process.timesteps))
+
+
+def test_respacing_keeps_both_ends():
+    assert schedule.linspace_steps(1000, 250)[0] == 999 and schedule.linspace_steps(1000, 250)[-1] == 0
+    np.testing.assert_array_equal(schedule.linspace_steps(1000, 4), [999, 666, 333, 0])
+    with pytest.raises(ValueError, match="expected 1 to 1000"):
+        schedule.linspace_steps(1000, 1001)
+
+
+def test_flow_noises_in_a_straight_line():
+    x, eps = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))
+    np.testing.assert_array_equal(FLOW.noise(x, jnp.zeros(3), eps), x)
+    np.testing.assert_array_equal(FLOW.noise(x, jnp.ones(3), eps), eps)
+    loss, _ = FLOW.loss(lambda x_t, t: eps - x, x, jnp.full(3, 0.3), eps)
+    np.testing.assert_array_equal(loss, np.zeros(3))
+
+
+def test_logit_normal_times():
+    u = (jnp.arange(4000) + 0.5) / 4000
+    t = np.asarray(Flow("logit_normal", 0.5, 0.8).time(u), np.float64)
+    logits = np.log(t / (1 - t))
+    assert logits.mean() == pytest.approx(0.5, abs=2e-3) and logits.std() == pytest.approx(0.8, abs=2e-3)
+
+
+def numpy_variational_term(x, eps, eps_hat, v, step):
+    """An independent float64 derivation for the linear chain: KL(q(x_{k-1} | x_k, x_0) || p), or the decoder's NLL, in bits."""
+    beta = np.linspace(1e-4, 2e-2, 1000)
+    bar = np.cumprod(1 - beta)
+    previous = bar[step - 1] if step else 1.0
+    x_t = np.sqrt(bar[step]) * x + np.sqrt(1 - bar[step]) * eps
+    x0_hat = (x_t - np.sqrt(1 - bar[step]) * eps_hat) / np.sqrt(bar[step])
+
+    def posterior_mean(x0):
+        return (np.sqrt(previous) * beta[step] * x0 + np.sqrt(1 - beta[step]) * (1 - previous) * x_t) / (1 - bar[step])
+
+    def small(k):
+        return beta[k] * (1 - bar[k - 1]) / (1 - bar[k])
+
+    low = small(max(step, 1))
+    variance = np.exp((v + 1) / 2 * np.log(beta[step]) + (1 - (v + 1) / 2) * np.log(low))
+    mean, mean_hat = posterior_mean(x), posterior_mean(x0_hat)
+    if step == 0:
+        sd = np.sqrt(variance)
+        upper = np.where(x > 0.999, 1.0, stats.norm.cdf((x + 1 / 255 - mean_hat) / sd))
+        lower = np.where(x < -0.999, 0.0, stats.norm.cdf((x - 1 / 255 - mean_hat) / sd))
+        return -np.log(np.maximum(upper - lower, 1e-12)).mean() / np.log(2)
+    kl = 0.5 * (np.log(variance / low) + low / variance + (mean - mean_hat) ** 2 / variance - 1)
+    return kl.mean() / np.log(2)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 100, 500, 999])
+def test_hybrid_loss_against_a_numpy_derivation(step):
+    rng = np.random.default_rng(step)
+    x = np.clip(rng.normal(size=(2, 4, 4, 3)), -1, 1)
+    eps, eps_hat, v = rng.normal(size=(3, 2, 4, 4, 3))
+    eps_hat, v = eps + 0.3 * (eps_hat - eps), np.tanh(v)
+    out = jnp.asarray(np.concatenate([eps_hat, v], axis=-1), jnp.float32)
+    t = jnp.full(2, (step + 1) / 1000)
+    loss, parts = DDPM().loss(lambda x_t, t: out, jnp.asarray(x, jnp.float32), t, jnp.asarray(eps, jnp.float32))
+    for i in range(2):
+        expected = numpy_variational_term(x[i], eps[i], eps_hat[i], v[i], step)
+        assert float(parts["vb"][i]) == pytest.approx(expected, rel=2e-3, abs=1e-5)
+        assert float(parts["mse"][i]) == pytest.approx(np.square(eps_hat[i] - eps[i]).mean(), rel=1e-4)
+    np.testing.assert_allclose(loss, parts["mse"] + parts["vb"], rtol=1e-6)
+
+
+def test_variational_term_trains_the_variance_only():
+    x, eps = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
+
+    def vb(out):
+        return DDPM().loss(lambda x_t, t: out, x, jnp.array([0.2, 0.7]), eps)[1]["vb"].sum()
+
+    gradient = np.asarray(jax.grad(vb)(0.1 * jnp.ones((2, 4, 4, 6))))
+    assert not np.any(gradient[..., :3]) and np.abs(gradient[..., 3:]).min() > 0
+
+
+def test_discretised_likelihood_sums_to_one():
+    levels = jnp.linspace(-1.0, 1.0, 256)
+    log_p = discretised_log_likelihood(levels, jnp.full(256, 0.2), jnp.full(256, np.log(0.05)))
+    assert np.exp(np.asarray(log_p, np.float64)).sum() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_learned_variance_lies_between_its_bounds():
+    """Share 0 is the posterior's variance, share 1 is beta: ancestral steps differ by exactly that."""
+    process = DDPM()
+    k = keys(4)
+    x = draw_noise(k, 0, (2, 2, 1))
+    times = process.times(1000)[:3]
+
+    def walk(v):
+        return np.asarray(
+            SAMPLERS["ddpm"](process, lambda x, t: jnp.concatenate([x, v * jnp.ones_like(x)], -1), x, times, k)
+        )
+
+    small, large, half = walk(-1.0), walk(1.0), walk(0.0)
+    assert np.abs(large - small).max() > 0
+    assert np.all((np.minimum(small, large) - 1e-6 <= half) & (half <= np.maximum(small, large) + 1e-6))
+
+
+def test_make_process_follows_the_config():
+    assert make_process(DiffusionConfig(process="flow", time_law="logit_normal"), False) == Flow("logit_normal")
+    assert make_process(DiffusionConfig(schedule="cosine", timesteps=100), True) == DDPM("cosine", 100, True)

@@ -1,0 +1,73 @@
+"""MACs, FLOPs and parameters against the DiT paper's table and against the parameters that `init` makes."""
+
+import math
+
+import jax
+import pytest
+
+from dit_jax import flops
+from dit_jax.config import ModelConfig, model_config
+from dit_jax.models import dit
+
+# name: (paper's Gflops = GMAC, exact trainable parameters); Peebles & Xie 2023, Table 4.
+PAPER = {
+    "S/8": (0.36, 33_142_016),
+    "S/4": (1.41, 32_920_448),
+    "S/2": (6.06, 32_865_056),
+    "B/8": (1.42, 130_869_248),
+    "B/4": (5.56, 130_426_496),
+    "B/2": (23.01, 130_315_808),
+    "L/8": (5.01, 458_578_432),
+    "L/4": (19.70, 457_988_224),
+    "L/2": (80.71, 457_840_672),
+    "XL/8": (7.39, 675_664_640),
+    "XL/4": (29.05, 675_000_704),
+    "XL/2": (118.64, 674_834_720),
+}
+
+
+def made_parameters(cfg):
+    shapes = jax.eval_shape(lambda: dit.init(cfg, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_macs_and_parameters_of_the_published_sizes(name):
+    cfg = model_config(f"DiT-{name}")
+    gmacs, parameters = PAPER[name]
+    tolerance = 0.006 if name == "S/8" else 0.002
+    assert flops.forward_macs(cfg) / 1e9 == pytest.approx(gmacs, rel=tolerance)
+    assert flops.parameters(cfg) == parameters == made_parameters(cfg)
+
+
+def test_macs_at_512_pixels():
+    assert flops.forward_macs(model_config("DiT-XL/2", image_size=512)) / 1e9 == pytest.approx(524.54, abs=0.005)
+
+
+def test_flops_are_twice_macs_and_training_three_times_forward():
+    cfg = model_config("DiT-XL/2")
+    assert flops.forward_flops(cfg) == 2 * flops.forward_macs(cfg)
+    assert flops.train_flops(cfg) == 3 * flops.forward_flops(cfg)
+    assert flops.train_flops(cfg, 256) / 1e12 == pytest.approx(182.2, abs=0.05)
+    assert flops.sample_flops(cfg, evaluations=250, guided=250) / 1e12 == pytest.approx(118.6, abs=0.05)
+
+
+def test_active_parameters_of_xl():
+    assert flops.active_parameters(model_config("DiT-XL/2")) / 1e6 == pytest.approx(445.9, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": True}, {"learn_sigma": False}, {"classes": 7, "mlp_ratio": 2, "channels": 3}]
+)
+def test_parameters_of_free_configs_match_init(changes):
+    cfg = ModelConfig(**{"depth": 3, "width": 24, "heads": 2, "input_size": 8, **changes})
+    assert flops.parameters(cfg) == made_parameters(cfg)
+
+
+def test_macs_match_the_compiler_on_an_unrolled_model():
+    """XLA counts norms and activations too, so it must come out above, and near for a wide model."""
+    cfg = ModelConfig(depth=2, width=256, heads=4, patch=2, input_size=16, channels=4, classes=10, unroll=2)
+    params = dit.init(cfg, jax.random.key(0))
+    x, t, y = jax.numpy.zeros((1, 16, 16, 4)), jax.numpy.zeros((1,)), jax.numpy.zeros((1,), int)
+    cost = jax.jit(lambda p: dit.apply(cfg, p, x, t, y)).lower(params).compile().cost_analysis()
+    assert 1.0 < cost["flops"] / flops.forward_flops(cfg) < 1.05

@@ -1,0 +1,148 @@
+"""The DiT: identity at the start, positions, free sizes, and options that change speed but not results."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.config import ModelConfig
+from dit_jax.models import dit
+from dit_jax.models.conditioning import positions, timestep_features
+from dit_jax.models.layers import patchify, unpatchify
+
+SMALL = ModelConfig(depth=3, width=32, heads=4, patch=2, input_size=8, channels=3, classes=5)
+
+
+def inputs(cfg, batch=4):
+    x = jax.random.normal(jax.random.key(1), (batch, cfg.input_size, cfg.input_size, cfg.channels))
+    return x, jnp.linspace(0.0, 999.0, batch), jnp.arange(batch) % (cfg.classes + 1)
+
+
+def random_params(cfg, seed=0):
+    """Weights with no zeros left, so that every path matters."""
+    params = dit.init(cfg, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def test_output_is_zero_at_the_start():
+    out = dit.apply(SMALL, dit.init(SMALL, jax.random.key(0)), *inputs(SMALL))
+    assert out.shape == (4, 8, 8, 6)
+    assert not np.any(np.asarray(out))
+
+
+def test_blocks_start_as_the_identity():
+    """With zero gates, labels and times cannot reach the tokens: the deepest activations are the patch embedding."""
+    params = dit.init(SMALL, jax.random.key(0))
+    params["output"]["linear"]["kernel"] = jax.random.normal(
+        jax.random.key(5), params["output"]["linear"]["kernel"].shape
+    )
+    x, t, labels = inputs(SMALL)
+    out = dit.apply(SMALL, params, x, t, labels)
+    assert np.any(np.asarray(out))
+    np.testing.assert_array_equal(out, dit.apply(SMALL, params, x, t[::-1], labels[::-1]))
+
+
+def test_labels_times_and_positions_matter_once_trained():
+    params, (x, t, labels) = random_params(SMALL), inputs(SMALL)
+    out = dit.apply(SMALL, params, x, t, labels)
+    assert np.abs(out - dit.apply(SMALL, params, x, t, (labels + 1) % 6)).max() > 1e-3
+    assert np.abs(out - dit.apply(SMALL, params, x, t + 50, labels)).max() > 1e-3
+    rolled = dit.apply(SMALL, params, jnp.roll(x, 2, axis=1), t, labels)
+    assert np.abs(jnp.roll(out, 2, axis=1) - rolled).max() > 1e-3
+
+
+def test_initial_scales():
+    cfg = dataclasses.replace(SMALL, width=256, heads=4, classes=1000)
+    params = dit.init(cfg, jax.random.key(0))
+    qkv = np.asarray(params["blocks"]["attention"]["qkv"]["kernel"])
+    assert np.abs(qkv).max() == pytest.approx(np.sqrt(6 / (256 + 3 * 256)), rel=0.01)  # Xavier on the fused matrix
+    patch = np.asarray(params["patch_embedding"]["kernel"])
+    assert np.abs(patch).max() == pytest.approx(np.sqrt(6 / (12 + 256)), rel=0.01)
+    assert np.std(params["label_embedding"]["table"]["embedding"]) == pytest.approx(0.02, rel=0.02)
+    assert np.std(params["time_embedding"]["fc1"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+    assert params["label_embedding"]["table"]["embedding"].shape == (1001, 256)
+    for part in (params["blocks"]["modulation"], params["output"]["modulation"], params["output"]):
+        assert not np.any(np.asarray(part["linear"]["kernel"]))
+
+
+def test_layers_start_different():
+    kernel = np.asarray(dit.init(SMALL, jax.random.key(0))["blocks"]["mlp"]["fc1"]["kernel"])
+    assert kernel.shape == (3, 32, 128)
+    assert not np.allclose(kernel[0], kernel[1])
+
+
+@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 3}])
+def test_remat_and_unroll_change_nothing_but_speed(changes):
+    params, batch = random_params(SMALL), inputs(SMALL)
+
+    def loss(cfg, params):
+        return jnp.square(dit.apply(cfg, params, *batch)).mean()
+
+    other = dataclasses.replace(SMALL, **changes)
+    value, grads = jax.value_and_grad(lambda p: loss(SMALL, p))(params)
+    value2, grads2 = jax.value_and_grad(lambda p: loss(other, p))(params)
+    assert value == pytest.approx(value2, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), grads, grads2)
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_output():
+    cfg = dataclasses.replace(SMALL, dtype="bfloat16", qk_norm=True)
+    params = random_params(cfg)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    out = dit.apply(cfg, params, *inputs(cfg))
+    exact = dit.apply(dataclasses.replace(cfg, dtype="float32"), params, *inputs(cfg))
+    assert out.dtype == jnp.float32
+    assert 0 < np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_qk_norm_bounds_the_logits():
+    """Queries and keys of any size give the same attention: scaling the projection of q and k changes nothing."""
+    cfg = dataclasses.replace(SMALL, qk_norm=True)
+    params, batch = random_params(cfg), inputs(cfg)
+    scaled = jax.tree.map(lambda a: a, params)
+    for name in ("kernel", "bias"):
+        weight = params["blocks"]["attention"]["qkv"][name]
+        axis = 2 if name == "kernel" else 1
+        factor = jnp.array([100.0, 100.0, 1.0]).reshape([3 if i == axis else 1 for i in range(weight.ndim)])
+        scaled["blocks"]["attention"]["qkv"][name] = weight * factor
+    np.testing.assert_allclose(dit.apply(cfg, params, *batch), dit.apply(cfg, scaled, *batch), atol=2e-4)
+    plain = dataclasses.replace(cfg, qk_norm=False)
+    assert np.abs(dit.apply(plain, params, *batch) - dit.apply(plain, scaled, *batch)).max() > 1e-2
+
+
+@pytest.mark.parametrize("size,patch,channels", [(8, 1, 1), (12, 4, 3), (16, 8, 4)])
+def test_sizes_patches_and_channels_are_free(size, patch, channels):
+    cfg = ModelConfig(depth=1, width=16, heads=2, patch=patch, input_size=size, channels=channels, classes=3)
+    out = dit.apply(cfg, dit.init(cfg, jax.random.key(0)), *inputs(cfg, 2))
+    assert out.shape == (2, size, size, 2 * channels)
+
+
+def test_positions_encode_the_column_first():
+    table = positions(4, 16)
+    assert table.shape == (16, 16)
+    np.testing.assert_array_equal(table[0::4, :8], np.tile(table[:1, :8], (4, 1)))  # one column: equal first halves
+    np.testing.assert_array_equal(table[:4, 8:], np.tile(table[:1, 8:], (4, 1)))  # one row: equal second halves
+    frequencies = 1 / 10_000 ** (np.arange(4) / 4)
+    np.testing.assert_allclose(
+        table[3, :8], np.concatenate([np.sin(3 * frequencies), np.cos(3 * frequencies)]), rtol=1e-6
+    )
+
+
+def test_timesteps_are_cosines_then_sines():
+    features = np.asarray(timestep_features(jnp.array([0.0, 10.0]), 256))
+    np.testing.assert_array_equal(features[0], np.repeat([1.0, 0.0], 128))
+    frequencies = np.exp(-np.log(10_000) * np.arange(128) / 128)
+    expected = np.concatenate([np.cos(10 * frequencies), np.sin(10 * frequencies)])
+    np.testing.assert_allclose(features[1], expected, atol=2e-6)
+
+
+def test_patches_go_row_by_row_and_back():
+    x = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype(jnp.float32)
+    patches = patchify(x, 2)
+    np.testing.assert_array_equal(patches[0, 1], x[0, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(patches, 2, 2), x)

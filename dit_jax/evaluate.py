@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -113,10 +114,10 @@ def statistics_hash(stats: frechet.Statistics) -> str:
     return hashlib.sha256(np.round(mean, 5).tobytes() + np.round(cov, 5).tobytes()).hexdigest()
 
 
-def make_protocol(cfg: Config, images: int, reference: frechet.Statistics | None) -> dict:
-    """Everything that the numbers of a record depend on besides the checkpoint."""
+def loss_protocol(cfg: Config, images: int) -> dict:
+    """Everything that the held-out loss depends on besides the checkpoint."""
     process = make_process(cfg.diffusion, cfg.model.learn_sigma)
-    protocol = {
+    return {
         "data": describe(cfg.data.dataset, cfg.data.held_out_split, cfg.data.data_dir)
         | {"image_size": cfg.data.image_size},
         "weights": cfg.sample.weights,
@@ -127,21 +128,27 @@ def make_protocol(cfg: Config, images: int, reference: frechet.Statistics | None
             "labels": "true",
         },
         "process": processes.describe(process),
+        "autoencoder": "none",
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }
-    if reference is not None:
-        sample = dataclasses.asdict(cfg.sample)
-        del sample["batch_size"]
-        protocol["samples"] = sample | {
-            "num": cfg.eval.samples,
-            "seed": cfg.eval.seed,
-            "uint8": "clamp(127.5 x + 128, 0, 255), truncated",
-            "autoencoder": "none",
-            "features": f"digits {digit_features.load()[1]['sha256']}",
-            "reference": f"{cfg.data.dataset} {cfg.data.split}, {reference.count} images, {statistics_hash(reference)}",
-        }
-    return protocol
+
+
+def sample_protocol(cfg: Config, reference: frechet.Statistics) -> dict:
+    """Everything that the sample metrics depend on besides the checkpoint."""
+    sample = dataclasses.asdict(cfg.sample)
+    del sample["batch_size"]
+    return {
+        "data": describe(cfg.data.dataset, cfg.data.split, cfg.data.data_dir) | {"image_size": cfg.data.image_size},
+        "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed},
+        "process": processes.describe(make_process(cfg.diffusion, cfg.model.learn_sigma)),
+        "uint8": "clamp(127.5 x + 128, 0, 255), truncated",
+        "autoencoder": "none",
+        "features": f"digits {digit_features.load()[1]['sha256']}",
+        "reference": f"{cfg.data.dataset} {cfg.data.split}, {reference.count} images, {statistics_hash(reference)}",
+        "dtype": cfg.model.dtype,
+        "flops": "exact, 2 x MACs, training = 3 x forward",
+    }
 
 
 def protocol_id(protocol: dict) -> str:
@@ -160,8 +167,8 @@ def make_record(cfg: Config, name: str, step: int, metrics: dict, protocol: dict
         "params_active": flops.active_parameters(cfg.model),
         "flops_train": flops.train_flops(cfg.model, images),
         "flops_image": flops.forward_flops(cfg.model),
-        "flops_sample": image_flops(cfg, cfg.sample),
-        "metrics": {name: float(value) for name, value in metrics.items()},
+        **({"flops_sample": image_flops(cfg, cfg.sample)} if "samples" in protocol else {}),
+        "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,
         "protocol_id": protocol_id(protocol),
     }
@@ -190,32 +197,42 @@ def check_config(cfg: Config) -> None:
         )
 
 
-def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
-    """Evaluate checkpoints (default: all on disk) that have no record under this protocol yet. Returns their records."""
-    check_config(cfg)
-    mesh = make_mesh(cfg.mesh)
+def protocols(cfg: Config, mesh) -> list[tuple[dict, Callable]]:
+    """The protocols of a config, each with its function from weights to metrics."""
     images, labels = load_arrays(cfg.data, cfg.data.held_out_split)
     if cfg.eval.max_images:
         images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
-    reference = reference_statistics(cfg) if cfg.eval.samples else None
-    protocol = make_protocol(cfg, len(images), reference)
-    done = {(r["step"], r["protocol_id"]): r for r in read_lines(os.path.join(workdir, RECORDS))}
-    records = []
-    for step in checkpoint.steps(workdir) if steps is None else steps:
-        record = done.get((step, protocol_id(protocol)))
-        if record is None:
-            _, params = checkpoint.load(workdir, step, cfg.sample.weights)
-            metrics = held_out_loss(cfg, params, images, labels, mesh)
-            if reference is not None:
-                metrics["fd_digits"] = digits_distance(cfg, params, mesh, reference)
-            record = make_record(cfg, os.path.basename(os.path.abspath(workdir)), step, metrics, protocol)
-            append_record(workdir, record)
-        records.append(record)
-        if not quiet:
-            shown = "  ".join(
-                f"{k} {record['metrics'][k]:.4g}" for k in ("loss", "loss_se", "fd_digits") if k in record["metrics"]
+    found = [(loss_protocol(cfg, len(images)), lambda params: held_out_loss(cfg, params, images, labels, mesh))]
+    if cfg.eval.samples:
+        reference = reference_statistics(cfg)
+        found.append(
+            (
+                sample_protocol(cfg, reference),
+                lambda params: {"fd_digits": digits_distance(cfg, params, mesh, reference)},
             )
-            say(f"step {step}  {shown}")
+        )
+    return found
+
+
+def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
+    """Evaluate checkpoints (default: all on disk), each under each protocol, unless recorded already. Returns the records."""
+    check_config(cfg)
+    mesh = make_mesh(cfg.mesh)
+    wanted = protocols(cfg, mesh)
+    done = {(r["step"], r["protocol_id"]): r for r in read_lines(os.path.join(workdir, RECORDS))}
+    name, records = os.path.basename(os.path.abspath(workdir)), []
+    for step in checkpoint.steps(workdir) if steps is None else steps:
+        params = None
+        for protocol, measure in wanted:
+            record = done.get((step, protocol_id(protocol)))
+            if record is None:
+                params = checkpoint.load(workdir, step, cfg.sample.weights)[1] if params is None else params
+                record = make_record(cfg, name, step, measure(params), protocol)
+                append_record(workdir, record)
+            records.append(record)
+            if not quiet:
+                shown = "  ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items() if not k.startswith("loss_t"))
+                say(f"step {step}  {shown}")
     return records
 
 

@@ -17,7 +17,7 @@ from dit_jax.optim import make_optimizer
 class TrainState:
     """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state."""
 
-    step: jax.Array
+    step: Any  # int32 scalar
     params: Any
     ema: Any
     opt: Any

@@ -69,8 +69,8 @@ def train_step(cfg: Config, state: TrainState, batch: dict) -> tuple[TrainState,
     scalars = {
         "loss": loss,
         **(parts if len(parts) > 1 else {}),
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optim, cfg.train.steps)(state.step), jnp.float32),
     }
     return TrainState(state.step + 1, params, ema, opt), scalars

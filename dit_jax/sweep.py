@@ -16,14 +16,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dit_jax import evaluate, flops, train
+from dit_jax import checkpoint, evaluate, flops, train
 from dit_jax.command import ERROR, Interrupted, launch, write_file
 from dit_jax.config import Config, SweepConfig, UsageError, resolve, to_dict
 from dit_jax.log import METRICS, clock, read_lines, say
+from dit_jax.mesh import make_mesh
+from dit_jax.sample import grid, sample_images
+from dit_jax.scaling import fit, plan, predict, report, runs, table
 
 STEP_SECONDS = 1.5e-3  # a step's fixed cost, for the ETA before anything was measured
 FLOP_RATE = 5e9
@@ -48,7 +52,7 @@ class Cell:
         return flops.train_flops(self.cfg.model, self.cfg.train.batch_size)
 
 
-def make_cell(cfg: Config, workdir: str, budget: float, size: tuple, **changes) -> Cell:
+def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
     """The run of `size` = (width, depth, heads) that spends `budget` training FLOPs; the learning rate scales with width."""
     width, depth, heads = size
     model = dataclasses.replace(cfg.model, width=width, depth=depth, heads=heads)
@@ -63,7 +67,7 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple, **changes) 
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
         train=dataclasses.replace(cfg.train, steps=steps, log_every=log_every, checkpoint_every=steps, keep=1),
         sweep=SweepConfig(),
-        **changes,
+        eval=dataclasses.replace(cfg.eval, samples=0),
     )
     name = f"C{budget:.2e}-w{width}-d{depth}".replace("+", "")
     return Cell(name, os.path.join(workdir, name), budget, cell)
@@ -238,21 +242,108 @@ def prepare(cfg: Config, workdir: str) -> None:
         raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None
 
 
+def ladder_sizes(cfg: Config) -> list[tuple]:
+    """Rows (name, active parameters, forward FLOPs of an image) that a plan may choose from: all sizes of the sweep."""
+    rows = []
+    for width, depth, heads in cfg.sweep.sizes:
+        model = dataclasses.replace(cfg.model, width=width, depth=depth, heads=heads)
+        rows.append((f"w{width}-d{depth}", flops.active_parameters(model), flops.forward_flops(model)))
+    return rows
+
+
+def recommended_cell(cfg: Config, workdir: str, law: fit.IsoflopFit) -> Cell:
+    """The run that the law recommends at `sweep.extrapolate` times the largest budget."""
+    budget = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
+    names = [row[0] for row in ladder_sizes(cfg)]
+    chosen = plan.plan(law, budget, ladder_sizes(cfg))
+    cell = make_cell(cfg, os.path.join(workdir, "extrapolation"), budget, cfg.sweep.sizes[names.index(chosen.name)])
+    return dataclasses.replace(cell, cfg=dataclasses.replace(cell.cfg, eval=cfg.eval))
+
+
+def check_law(cfg: Config, workdir: str, law: fit.IsoflopFit) -> tuple[Cell, predict.Extrapolation]:
+    """Train the recommended model on all cores, say what was predicted before, and measure."""
+    cell = recommended_cell(cfg, workdir, law)
+    said = predict.predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
+    low, high = said["L_run_interval"]
+    beyond, expected = f"{said['beyond']:.1f}x beyond the ladder", f"{said['L_run']:.4f} ({low:.4f} to {high:.4f})"
+    say(f"the law recommends {cell.name}, {beyond}; predicted loss {expected}")
+    if not finished(cell):
+        train.run(cell.cfg, cell.workdir)
+    evaluate.run(cell.cfg, cell.workdir, [cell.cfg.train.steps])
+    return cell, predict.extrapolate(law, runs.load_runs([cell.workdir])[0])
+
+
+def draw_grid(cfg: Config, cell: Cell) -> str:
+    """Guided samples of a run, one row a class: the PNG's path. Drawn once."""
+    path = os.path.join(cell.workdir, "samples", f"grid-guidance{cfg.sweep.grid_guidance:g}.png")
+    if not os.path.isfile(path):
+        _, params = checkpoint.load(cell.workdir, item=cell.cfg.sample.weights)
+        settings = dataclasses.replace(cfg.sample, labels="balanced", guidance=cfg.sweep.grid_guidance)
+        classes, mesh = cfg.model.classes, make_mesh(cell.cfg.mesh)
+        parts = list(sample_images(cell.cfg, params, settings, classes * cfg.sweep.grid, cfg.eval.seed, mesh))
+        images = np.concatenate([part[0] for part in parts])
+        by_class = images.reshape(cfg.sweep.grid, classes, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        grid(by_class, columns=cfg.sweep.grid).save(path)
+    return path
+
+
+def notes(cell: Cell) -> list[str]:
+    """Sentences for the report: what the recommended model is and how its samples score."""
+    model, count = cell.cfg.model, cell.cfg.train.steps * cell.cfg.train.batch_size
+    found = [
+        f"The recommended model: width {model.width}, depth {model.depth}, {flops.active_parameters(model):,} active of "
+        f"{flops.parameters(model):,} trainable parameters, trained on {count:,} images ({count * model.tokens:,} tokens)."
+    ]
+    for record in read_lines(os.path.join(cell.workdir, evaluate.RECORDS)):
+        if "fd_digits" in record["metrics"]:
+            drawn = record["protocol"]["samples"]
+            found.append(
+                f"fd_digits of {drawn['num']} samples ({drawn['sampler']}, {drawn['steps']} steps, guidance {drawn['guidance']:g}): "
+                f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
+                "network and comparable to nothing else; the held-out digits themselves score 0.37."
+            )
+    return found
+
+
+def conclude(cfg: Config, workdir: str) -> str:
+    """Fit the ladder, test the law if the config asks for it, print the tables; returns the report's path."""
+    ladder = runs.load_runs([os.path.join(workdir, "cells")])
+    law = fit.fit_isoflop(ladder)
+    held = predict.holdout_largest(ladder)
+    cell = tested = picture = None
+    if cfg.sweep.extrapolate:
+        cell, tested = check_law(cfg, workdir, law)
+        picture = draw_grid(cfg, cell)
+    for warning in law.warnings:
+        say(f"warning: {warning}")
+    table.print_table("Budgets", table.BUDGET_HEAD, table.budget_rows(law))
+    table.print_table(f"Laws of compute, {law.level:.0%} intervals", table.LAW_HEAD, table.law_rows(law))
+    table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))
+    print(table.answer(law, tested))
+    path = os.path.join(workdir, "report.html")
+    title = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
+    said = notes(cell) if cell else []
+    return report.write_report(path, law, ladder, held, title=title, extrapolation=tested, grid_png=picture, notes=said)
+
+
 def run(cfg: Config, workdir: str) -> list[Cell]:
-    """The ladder; returns the cells that failed."""
+    """The ladder, its law and the report; returns the cells that failed."""
     cells = make_cells(cfg, workdir)
     prepare(cfg, workdir)
     cache = os.path.join(workdir, "compiled")
-    return run_ladder(cells, cfg.sweep.processes, cache)
+    failed = run_ladder(cells, cfg.sweep.processes, cache)
+    _use_cache(cache)
+    print(conclude(cfg, workdir))
+    return failed
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     failed = run(resolve(flags.FLAGS.config), flags.FLAGS.workdir)
     if failed:
-        say(
-            f"{len(failed)} cell(s) failed: {', '.join(cell.name for cell in failed)}; the same command tries them again"
-        )
+        names = ", ".join(cell.name for cell in failed)
+        say(f"error: {len(failed)} cell(s) failed: {names}; the same command tries them again")
         raise SystemExit(ERROR)
 
 

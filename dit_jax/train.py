@@ -3,6 +3,7 @@
 The same command again resumes from the newest checkpoint, bit for bit, or finds nothing to do. SIGTERM saves and exits 75.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -111,12 +112,13 @@ def run(cfg: Config, workdir: str, quiet: bool = False) -> int:
         if first >= cfg.train.steps:
             say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
             return 0
-        return _train(cfg, workdir, mesh, manager, first, quiet)
+        with _stop_flag() as stop:
+            return _train(cfg, workdir, mesh, manager, first, stop, quiet)
     finally:
         manager.close()
 
 
-def _train(cfg: Config, workdir: str, mesh, manager, first: int, quiet: bool) -> int:
+def _train(cfg: Config, workdir: str, mesh, manager, first: int, stop: list, quiet: bool) -> int:
     """The loop. Scalars of a step are read after the next one is under way, so that the device never waits for the host."""
     batches = make_batches(
         cfg.data,
@@ -134,7 +136,6 @@ def _train(cfg: Config, workdir: str, mesh, manager, first: int, quiet: bool) ->
     write, close = open_scalars(workdir, first, tensorboard=not quiet)
     report = _reporter(cfg, first, quiet)
     meta = {"model": to_dict(cfg.model), **provenance()}
-    stop = _stop_flag()
     pending = None
     for i in range(first + 1, cfg.train.steps + 1):
         state, scalars = step(state, put_batch(mesh, next(batches)))
@@ -175,11 +176,15 @@ def _log(write, report, step: int, scalars: dict) -> None:
     write(step, {**values, **report(step, values), "time": time.time()})
 
 
-def _stop_flag() -> list:
-    """Filled by the first SIGTERM; the loop then saves and stops."""
+@contextlib.contextmanager
+def _stop_flag():
+    """A list that the first SIGTERM fills; the loop then saves and stops. The old handler comes back at the end."""
     stop = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-    return stop
+    old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def main() -> None:

@@ -5,21 +5,10 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
-install_import_hook(
-    [
-        "dit_jax.config",
-        "dit_jax.flops",
-        "dit_jax.models",
-        "dit_jax.diffusion",
-        "dit_jax.metrics",
-        "dit_jax.data",
-        "dit_jax.mesh",
-    ]
-    + ["dit_jax.optim", "dit_jax.state", "dit_jax.step", "dit_jax.scaling"],
-    "beartype.beartype",
-)
+CHECKED = ("config", "flops", "models", "diffusion", "metrics", "data", "mesh", "optim", "state", "step", "scaling")
+install_import_hook([f"dit_jax.{room}" for room in CHECKED], "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

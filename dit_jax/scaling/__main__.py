@@ -25,6 +25,7 @@ from dit_jax.scaling.table import (
     check_rows,
     fit_json,
     law_rows,
+    print_table,
     span,
 )
 
@@ -98,11 +99,11 @@ def _options(args) -> dict:
 
 def run_fit(args, runs, fit) -> dict:
     """Fit the laws and print them with their intervals."""
-    _print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
-    _print_table(f"Laws of compute, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
+    print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+    print_table(f"Laws of compute, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
     rows = check_rows(fit, holdout_largest(runs, **_options(args)), None)
     if rows:
-        _print_table("Predicted against measured", CHECK_HEAD, rows)
+        print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops:
         _print_predictions(fit, args.flops)
     return fit_json(fit, [predict(fit, c) for c in args.flops])
@@ -139,7 +140,7 @@ def run_plan(args, runs, fit) -> dict:
         size = (p.name, f"{p.params:.4g}", f"{p.off:.2f}x", f"{p.images:,.0f}")
         optimum = (f"{p.flops:.3g}", f"{p.beyond:.1f}x", f"{p.n_opt:.4g}", span(p.n_interval))
         rows.append((*optimum, *size, f"{p.loss:.4f}", span(p.loss_interval, ".4f")))
-    _print_table("Plan", head, rows)
+    print_table("Plan", head, rows)
     return fit_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
 
 
@@ -157,14 +158,14 @@ COMMANDS = {"fit": run_fit, "predict": run_predict, "plan": run_plan, "report": 
 
 
 def _extrapolation(paths, runs, fit):
-    """The run in the `extrapolation` folder of a sweep, if there is one, against the fit."""
+    """The largest run in the `extrapolation` folder of a sweep, if there is one, against the fit."""
     for path in paths:
         folder = os.path.join(path, "extrapolation")
-        if os.path.isfile(os.path.join(folder, "eval", "records.jsonl")):
+        if os.path.isdir(folder):
             try:
                 loaded = load_runs([*paths, folder])
                 if len(loaded) > len(runs):  # else the user made it part of the fit
-                    return extrapolate(fit, loaded[-1])
+                    return extrapolate(fit, max(loaded, key=lambda run: run.flops))
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None
@@ -178,27 +179,7 @@ def _print_predictions(fit, flops) -> None:
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
             row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
         rows.append((*row, span(said["L_run_interval"], ".4f")))
-    _print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
-
-
-def _print_table(title: str, head, rows) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    print(title)
-    for line in [head, *rows]:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        print("  " + "  ".join(cells).rstrip())
-    print()
+    print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
 
 
 def main(argv=None) -> int:

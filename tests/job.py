@@ -1,0 +1,57 @@
+"""Runs the project's jobs as a user does, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = [  # overrides of configs/digits.py that train in seconds
+    "--config.model.depth=2", "--config.model.width=16", "--config.model.heads=2", "--config.train.batch_size=16",
+    "--config.train.log_every=1", "--config.train.checkpoint_every=10", "--config.eval.samples=0",
+    "--config.optim.warmup_steps=5",
+]  # fmt: skip
+
+
+def environment(cache_dir, devices=8):
+    """The tests' environment: virtual devices, and one cache of compiled programs."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+def start(job, *arguments, cache_dir, devices=8):
+    """A running `python -m dit_jax.JOB ARGUMENTS`."""
+    command = [sys.executable, "-m", f"dit_jax.{job}", *map(str, arguments)]
+    env = environment(cache_dir, devices)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(job, *arguments, cache_dir, devices=8):
+    """(exit code, standard output, standard error) of a job that ran to its end."""
+    process = start(job, *arguments, cache_dir=cache_dir, devices=devices)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def steps_logged(workdir):
+    """The last step that the run's scalars show; 0 before the first."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def wait_for_step(process, workdir, step, timeout=120):
+    """Returns when the run has logged `step`."""
+    end = time.monotonic() + timeout
+    while steps_logged(workdir) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"no step {step} within {timeout} s"
+        time.sleep(0.01)

@@ -1,0 +1,153 @@
+"""The mesh: its shape, the one placement rule, and that no layout changes the result."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from dit_jax import mesh as meshes
+from dit_jax.config import (
+    Config,
+    DiffusionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    UsageError,
+    model_config,
+)
+from dit_jax.state import abstract_state, make_state
+from dit_jax.step import make_train_step
+
+SMALL = Config(
+    model=ModelConfig(depth=2, width=32, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False),
+    diffusion=DiffusionConfig(process="flow"),
+    optim=OptimConfig(learning_rate=1e-2, clip=1.0),
+    train=TrainConfig(steps=10, batch_size=16),
+)
+
+
+def batch(cfg, seed=0):
+    rng = np.random.default_rng(seed)
+    size, b = cfg.model.input_size, cfg.train.batch_size
+    return {
+        "image": rng.normal(size=(b, size, size, cfg.model.channels)).astype(np.float32),
+        "label": rng.integers(0, cfg.model.classes, b).astype(np.int32),
+    }
+
+
+def losses(cfg, mesh, steps=5):
+    """Losses of the first steps, and the last state's weights on the host."""
+    state, step = make_state(cfg, mesh), make_train_step(cfg, mesh)
+    found = []
+    for i in range(steps):
+        state, scalars = step(state, batch(cfg, i))
+        found.append(float(scalars["loss"]))
+    return np.array(found), jax.device_get(state.params), state
+
+
+@pytest.fixture(scope="module")
+def single():
+    return losses(SMALL, meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data8", "fsdp8", "data2fsdp2tensor2"])
+def test_loss_equals_a_single_devices(axes, single):
+    mesh = meshes.make_mesh(MeshConfig(*axes))
+    found, params, state = losses(SMALL, mesh)
+    np.testing.assert_allclose(found, single[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), params, single[1])
+    kernel = state.ema["blocks"]["mlp"]["fc1"]["kernel"]
+    share = kernel.addressable_shards[0].data.size / kernel.size
+    assert share == 1 / (axes[1] * axes[2])
+
+
+def test_accumulation_equals_one_large_batch(single):
+    cfg = dataclasses.replace(SMALL, optim=dataclasses.replace(SMALL.optim, accumulate=4))
+    found, _, _ = losses(cfg, meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    np.testing.assert_allclose(found, single[0], rtol=1e-5)
+
+
+def test_training_is_deterministic(single):
+    found, params, _ = losses(SMALL, meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    np.testing.assert_array_equal(found, single[0])
+    jax.tree.map(np.testing.assert_array_equal, params, single[1])
+
+
+def test_the_rule():
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    shapes = {
+        ("blocks", "attention", "qkv", "kernel"): ((4, 64, 3, 8, 8), P(None, "fsdp", None, "tensor", None)),
+        ("blocks", "attention", "qkv", "bias"): ((4, 3, 8, 8), P(None, None, "tensor", "fsdp")),
+        ("blocks", "attention", "proj", "kernel"): ((4, 8, 8, 64), P(None, "tensor", None, "fsdp")),
+        ("blocks", "mlp", "fc1", "kernel"): ((4, 64, 256), P(None, "fsdp", "tensor")),
+        ("blocks", "mlp", "fc2", "kernel"): ((4, 256, 64), P(None, "tensor", "fsdp")),
+        ("blocks", "modulation", "linear", "bias"): ((4, 384), P(None, None)),
+        ("label_embedding", "table", "embedding"): ((11, 64), P(None, "fsdp")),
+        ("step",): ((), P()),
+    }
+    for path, (shape, expected) in shapes.items():
+        assert meshes.spec(path, shape, sizes) == expected, path
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (4, 128, 1), (4, 16, 8)])
+def test_never_the_layer_axis_and_moments_follow_weights(name, sizes):
+    mesh = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    state = abstract_state(Config(model=model_config(name)), mesh)
+    flat = jax.tree_util.tree_leaves_with_path(state)
+    assert len(flat) > 80
+    for path, leaf in flat:
+        if "blocks" in jax.tree_util.keystr(path):
+            assert len(leaf.sharding.spec) == 0 or leaf.sharding.spec[0] is None
+    specs = [jax.tree.map(lambda leaf: leaf.sharding.spec, tree) for tree in (state.params, state.ema)]
+    moments = [part for part in jax.tree.leaves(state.opt, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")]
+    specs += [jax.tree.map(lambda leaf: leaf.sharding.spec, tree) for tree in (moments[0].mu, moments[0].nu)]
+    assert all(tree == specs[0] for tree in specs)
+
+
+def test_contract_the_real_xl_step_traces_on_512_devices_that_are_not_there():
+    """DiT-XL/2, batch 4096, on a 4 x 128 mesh: shapes and placement agree, and every byte of the state is reused."""
+    mesh = AbstractMesh((4, 128, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    model = model_config("DiT-XL/2", dtype="bfloat16", remat="dots")
+    cfg = Config(model=model, train=TrainConfig(batch_size=4096))
+    state, rows = abstract_state(cfg, mesh), meshes.batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct((4096, 32, 32, 4), jnp.float32, sharding=rows)
+    labels = jax.ShapeDtypeStruct((4096,), jnp.int32, sharding=rows)
+    traced = make_train_step(cfg, mesh).trace(state, {"image": images, "label": labels})
+    new_state, scalars = traced.out_info
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (new_state, state)]
+    assert shapes[0] == shapes[1]
+    assert set(scalars) == {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate"}
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "num_partitions = 512" in text
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    "axes,message",
+    [
+        ((3, 1, 1), "found data=3, fsdp=1, tensor=1, expected axes that multiply to 8 devices"),
+        ((-1, 3, 1), "found data=-1, fsdp=3, tensor=1, expected axes that multiply to 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_to_the_devices(axes, message):
+    with pytest.raises(UsageError, match=message):
+        meshes.make_mesh(MeshConfig(*axes))
+
+
+def test_the_rest_is_filled_in():
+    assert meshes.mesh_shape(MeshConfig(-1, 2, 2), 8) == (2, 2, 2)
+    assert meshes.mesh_shape(MeshConfig(2, -1, 1), 8) == (2, 4, 1)
+
+
+def test_a_batch_that_does_not_divide():
+    mesh = meshes.make_mesh(MeshConfig())
+    with pytest.raises(UsageError, match=r"train.batch_size: found 12, expected a multiple of 8"):
+        meshes.check_batch(mesh, 12)
+    with pytest.raises(UsageError, match=r"train.batch_size: found 24, expected a multiple of 16"):
+        meshes.check_batch(mesh, 24, accumulate=2)

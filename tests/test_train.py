@@ -1,0 +1,188 @@
+"""Training as users run it: killed, resumed, stopped, repeated and misconfigured."""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from job import TINY, run, start, steps_logged, wait_for_step
+
+from dit_jax import checkpoint
+from dit_jax.config import UsageError
+from dit_jax.flops import parameters
+
+STEPS = 60
+TIMINGS = ("images_per_second", "mfu", "time")
+
+
+def train(workdir, *more, steps=STEPS):
+    return ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, f"--config.train.steps={steps}", *more]
+
+
+def saved(workdir, step):
+    """Every item of a checkpoint, on the host."""
+    manager = ocp.CheckpointManager(checkpoint.folder(str(workdir)), item_names=checkpoint.ITEMS)
+    arrays = {name: ocp.args.StandardRestore() for name in ("params", "ema", "opt")}
+    with pytest.warns(UserWarning, match="Sharding info"):  # orbax: there is no target to restore to, on purpose
+        found = manager.restore(
+            step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        )
+    manager.close()
+    return {name: jax.device_get(found[name]) for name in checkpoint.ITEMS}
+
+
+def scalars(workdir):
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data_dir, cache_dir):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    assert code == 0, err
+    return workdir
+
+
+def test_kill_9_at_a_random_step_then_resume_is_bitwise(uninterrupted, tmp_path, cache_dir):
+    """Twice killed, three times started: weights, EMA, moments, data position and scalars are the uninterrupted run's."""
+    workdir = tmp_path / "killed"
+    seed = random.SystemRandom().randrange(10**6)
+    kills = sorted(random.Random(seed).sample(range(11, STEPS - 5), 2))
+    for step in kills:
+        process = start("train", *train(workdir), cache_dir=cache_dir)
+        wait_for_step(process, workdir, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert steps_logged(workdir) < STEPS, f"seed {seed}: the kill came too late"
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    assert code == 0, err
+    whole, resumed = saved(uninterrupted, STEPS), saved(workdir, STEPS)
+    assert whole["data"] == resumed["data"] == {"next_index": STEPS}
+    for name in ("params", "ema", "opt"):
+        leaves = jax.tree.leaves(whole[name])
+        assert len(leaves) >= 18
+        jax.tree.map(np.testing.assert_array_equal, whole[name], resumed[name])
+    assert [line["step"] for line in scalars(workdir)] == list(range(1, STEPS + 1))
+    assert scalars(workdir) == scalars(uninterrupted), f"seed {seed}, killed at {kills}"
+
+
+def test_sigterm_saves_exits_75_and_resumes_bitwise(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "stopped"
+    process = start("train", *train(workdir), cache_dir=cache_dir)
+    wait_for_step(process, workdir, 13)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    stopped = checkpoint.steps(str(workdir))[-1]
+    assert 13 <= stopped < STEPS
+    assert f"interrupted: saved step {stopped} of {STEPS}" in err
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    assert code == 0, err
+    assert scalars(workdir) == scalars(uninterrupted)
+    jax.tree.map(np.testing.assert_array_equal, saved(workdir, STEPS)["opt"], saved(uninterrupted, STEPS)["opt"])
+
+
+def test_the_same_command_again_finds_nothing_to_do(uninterrupted, cache_dir):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file() and p.name != "config.json"}
+    code, _, err = run("train", *train(uninterrupted), cache_dir=cache_dir)
+    assert code == 0 and "all 60 steps are done" in err
+    assert before == {
+        p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file() and p.name != "config.json"
+    }
+
+
+def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted):
+    lines = scalars(uninterrupted)
+    assert np.mean([line["loss"] for line in lines[-10:]]) < 0.8 * np.mean([line["loss"] for line in lines[:5]])
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["config"]["model"]["width"] == 16 and config["versions"]["jax"] == jax.__version__
+    assert checkpoint.steps(str(uninterrupted)) == [40, 50, 60]  # train.keep = 3
+    meta = saved(uninterrupted, STEPS)["meta"]
+    assert meta["step"] == STEPS and meta["model"]["depth"] == 2
+
+
+def test_load_gives_the_config_and_the_weights(uninterrupted):
+    cfg, ema = checkpoint.load(str(uninterrupted))
+    assert cfg.width == 16
+    assert sum(leaf.size for leaf in jax.tree.leaves(ema)) == parameters(cfg)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(ema), saved(uninterrupted, STEPS)["ema"])
+    _, raw = checkpoint.load(str(uninterrupted), step=50, item="params")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(raw), saved(uninterrupted, 50)["params"])
+    with pytest.raises(UsageError, match=r"no checkpoint of step 55, expected one of \[40, 50, 60\]"):
+        checkpoint.load(str(uninterrupted), step=55)
+
+
+def test_a_run_can_be_extended_when_its_schedule_is_constant(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "extended"
+    assert run("train", *train(workdir, steps=30), cache_dir=cache_dir)[0] == 0
+    code, _, err = run("train", *train(workdir, steps=STEPS), cache_dir=cache_dir)
+    assert code == 0, err
+    jax.tree.map(np.testing.assert_array_equal, saved(workdir, STEPS)["ema"], saved(uninterrupted, STEPS)["ema"])
+
+
+BAD = {
+    "unknown key": (
+        ["--config.train.stepz=5"],
+        "--config.train.stepz: unknown config key 'stepz'; did you mean 'steps'?",
+    ),
+    "unknown group": (
+        ["--config.trian.steps=5"],
+        "--config.trian.steps: unknown config key 'trian'; did you mean 'train'?",
+    ),
+    "wrong type": (["--config.train.steps=many"], "config.train.steps"),
+    "out of range": (
+        ["--config.train.label_dropout=1.5"],
+        "train.label_dropout: found 1.5, expected a value from 0 to 1",
+    ),
+    "bad choice": (
+        ["--config.diffusion.process=flows"],
+        "diffusion.process: found 'flows', expected one of ddpm, flow; did you",
+    ),
+    "mesh": (
+        ["--config.mesh.data=3"],
+        "mesh: found data=3, fsdp=1, tensor=1, expected axes that multiply to 8 devices",
+    ),
+    "batch": (["--config.train.batch_size=12"], "train.batch_size: found 12, expected a multiple of 8"),
+    "heads": (["--config.model.heads=3"], "model.heads: found 3, expected a divisor of model.width = 16"),
+    "classes": (["--config.model.classes=7"], "model.classes: found 7, expected 10, as the data (digits) has"),
+    "split": (["--config.data.split=nope"], "dataset 'digits': found split 'nope', expected one of"),
+    "dataset": (["--config.data.dataset=digitz"], "data.dataset: found 'digitz'"),
+    "held out": (["--config.data.held_out_split=train"], "data.held_out_split: found 'train', the training split"),
+    "unknown flag": (["--workdri=x"], "--workdri: unknown flag; did you mean 'workdir'?"),
+    "no config": (["--config=configs/nope.py"], "--config: no file 'configs/nope.py'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(case, tmp_path, data_dir, cache_dir):
+    arguments, message = BAD[case]
+    first = [] if case == "no config" else ["--config=configs/digits.py", *TINY]
+    workdir = tmp_path / "new"
+    code, out, err = run("train", *first, f"--workdir={workdir}", *arguments, cache_dir=cache_dir)
+    assert code == 2, err
+    assert out == "" and err.startswith("error: ") and len(err.strip().splitlines()) == 1
+    assert message in err
+    assert not workdir.exists()
+
+
+def test_another_config_for_a_folder_is_refused_and_nothing_is_lost(uninterrupted, cache_dir):
+    before = (uninterrupted / "config.json").read_bytes()
+    code, _, err = run("train", *train(uninterrupted, "--config.optim.learning_rate=0.5"), cache_dir=cache_dir)
+    assert code == 2
+    assert "holds a run of another config: optim.learning_rate: the folder has 0.003, the command 0.5" in err
+    assert (uninterrupted / "config.json").read_bytes() == before
+    assert checkpoint.steps(str(uninterrupted)) == [40, 50, 60]
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, data_dir, cache_dir):
+    (tmp_path / "thesis.txt").write_text("mine")
+    code, _, err = run("train", *train(tmp_path), cache_dir=cache_dir)
+    assert code == 2 and "is not empty and holds no config.json" in err
+    assert os.listdir(tmp_path) == ["thesis.txt"]

@@ -1,0 +1,63 @@
+# `make demo` and `make test` set up all they need, from the hash locks, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
+
+.PHONY: help setup dev demo test test-slow lint lock clean
+
+help:
+	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
+	@echo "make test       the tests (under 10 minutes on 2 cores)"
+	@echo "make test-slow  the long tests: coverage of intervals and the like"
+	@echo "make lint       ruff"
+	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
+	@echo "make lock       resolve the locks anew"
+
+$(BIN)/uv: requirements-bootstrap.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is too old: expected Python 3.11 or later; try make PYTHON=python3.11" >&2; exit 2; }
+	@echo "setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
+	@touch $@
+
+$(VENV)/.setup: $(BIN)/uv requirements.lock setup.py
+	@echo "installing the locked dependencies ..."
+	@$(UV) -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.setup requirements-dev.lock
+	@echo "installing the tools for tests ..."
+	@$(UV) -r requirements-dev.lock
+	@touch $@
+
+setup: $(VENV)/.setup
+
+dev: $(VENV)/.dev
+
+demo: setup
+	@$(BIN)/python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=$(DEMO)
+
+test: dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: dev
+	$(BIN)/python -m pytest -m slow
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
+
+lock: $(BIN)/uv
+	$(COMPILE) requirements-bootstrap.in -o requirements-bootstrap.lock
+	$(COMPILE) setup.py -o requirements.lock
+	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

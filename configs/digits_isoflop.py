@@ -1,12 +1,12 @@
-"""An isoFLOP ladder on the digits: 5 budgets over a factor of 32, sizes of width / depth = 4.
+"""An isoFLOP ladder on the digits: 5 budgets over a factor of 30, sizes of width / depth = 4.
 
 python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=runs/demo
 """
 
 from dit_jax.config import template
 
-SIZES = tuple((4 * k, k, k) for k in range(1, 11))  # (width, depth, heads): width / depth = 4
-BUDGETS = (1e10, 2.4e10, 5.6e10, 1.33e11, 3.2e11)  # training FLOPs
+SIZES = tuple((4 * k, k, 1) for k in range(2, 12))  # (width, depth, heads): width / depth = 4
+BUDGETS = (1e10, 2.34e10, 5.48e10, 1.28e11, 3e11)  # training FLOPs
 
 
 def get_config():
@@ -20,10 +20,10 @@ def get_config():
     c.sweep.update(
         budgets=BUDGETS,
         sizes=SIZES,
-        windows=((1, 6), (1, 6), (1, 6), (1, 6), (2, 7)),
+        windows=((0, 5), (0, 5), (0, 5), (0, 5), (1, 6)),
         base_width=64,
         width_power=0.5,
-        extrapolate=4.0,
+        extrapolate=3.2,
         processes=2,
     )
     return c

@@ -93,10 +93,12 @@ def state_sharding(mesh, tree):
 
 
 def batch_sharding(mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -106,11 +108,6 @@ def put_batch(mesh, batch: dict) -> dict:
         return batch
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
-def place(tree, shardings):
-    """Host or device arrays -> arrays that lie as `shardings` says."""
-    return jax.device_put(tree, shardings)
 
 
 def attention_implementation(requested: str, dtype: str) -> str:

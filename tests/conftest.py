@@ -16,18 +16,29 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def _shared(tmp_path_factory, name):
+    """A folder that all processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    path.mkdir(exist_ok=True)
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """One folder for the digits, built once; child processes find it through the environment."""
-    path = tmp_path_factory.getbasetemp().parent / "tfds"
-    path.mkdir(exist_ok=True)
-    os.environ["TFDS_DATA_DIR"] = str(path)
-    return str(path)
+    """One folder for the digits, built once; jobs find it through the environment."""
+    os.environ["TFDS_DATA_DIR"] = _shared(tmp_path_factory, "tfds")
+    return os.environ["TFDS_DATA_DIR"]
 
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
-    """Compiled programs shared by the jobs that the tests start."""
-    path = tmp_path_factory.getbasetemp().parent / "compiled"
-    path.mkdir(exist_ok=True)
-    return str(path)
+    """Compiled programs, shared by the tests and the jobs that they start."""
+    return _shared(tmp_path_factory, "compiled")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(cache_dir):
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

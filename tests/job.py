@@ -1,9 +1,11 @@
 """Runs the project's jobs as a user does, in processes of their own."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ def environment(cache_dir, devices=8):
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
 
@@ -33,11 +35,32 @@ def start(job, *arguments, cache_dir, devices=8):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+_zygotes: dict[tuple, subprocess.Popen] = {}
+
+
+def _zygote(cache_dir, devices):
+    """The process that forks jobs of this environment; one per test process."""
+    key = (str(cache_dir), devices)
+    if key not in _zygotes:
+        env = {**environment(cache_dir, devices), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "tests" / "zygote.py")]
+        _zygotes[key] = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(_zygotes[key].kill)
+    return _zygotes[key]
+
+
 def run(job, *arguments, cache_dir, devices=8):
-    """(exit code, standard output, standard error) of a job that ran to its end."""
-    process = start(job, *arguments, cache_dir=cache_dir, devices=devices)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    """(exit code, standard output, standard error) of a job that ran to its end, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        request = {"job": job, "arguments": [str(a) for a in arguments], "out": str(out), "err": str(err)}
+        zygote = _zygote(cache_dir, devices)
+        zygote.stdin.write(json.dumps(request) + "\n")
+        zygote.stdin.flush()
+        code = int(zygote.stdout.readline())
+        return code, out.read_text(), err.read_text()
 
 
 def steps_logged(workdir):

@@ -58,6 +58,8 @@ def _scanned_block(cfg: ModelConfig):
 
 
 class DiT(nn.Module):
+    """x (b, h, w, c), t (b,), labels (b,) -> (b, h, w, c_out): patches, blocks, output."""
+
     cfg: ModelConfig
 
     @nn.compact

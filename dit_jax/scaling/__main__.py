@@ -183,6 +183,7 @@ def _print_predictions(fit, flops) -> None:
 
 
 def main(argv=None) -> int:
+    """Runs a command line; returns the exit code."""
     try:
         args = _parser().parse_args(argv)
         _check(args)

@@ -43,6 +43,7 @@ class Curve:
 
 
 def powers(u: np.ndarray) -> np.ndarray:
+    """u (n,) -> the columns 1, u, u^2 (n, 3) of a parabola's design."""
     return np.stack([np.ones_like(u), u, u**2], axis=-1)
 
 

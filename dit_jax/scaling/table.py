@@ -45,6 +45,7 @@ def _finite(value):
 
 
 def law_text(law) -> str:
+    """A law as a formula in C."""
     term = f"{law.coefficient:.4g} C^{law.exponent:.4f}"
     return f"{law.irreducible:.4f} + {term}" if law.irreducible else term
 

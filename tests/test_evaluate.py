@@ -1,0 +1,188 @@
+"""Evaluation and sampling: a fixed, stratified held-out loss, records written once, images that depend on (seed, i) only."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from job import TINY, run
+from PIL import Image
+
+from dit_jax import checkpoint, evaluate, flops, sample
+from dit_jax.command import read_config
+from dit_jax.config import MeshConfig, SampleConfig
+from dit_jax.data.pipeline import load_arrays
+from dit_jax.diffusion.process import make_process
+from dit_jax.mesh import make_mesh
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_dir, cache_dir):
+    path = tmp_path_factory.mktemp("evaluated") / "run"
+    flags = ["--config=configs/digits.py", f"--workdir={path}", *TINY, "--config.train.steps=40"]
+    code, _, err = run("train", *flags, cache_dir=cache_dir)
+    assert code == 0, err
+    return path
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "eval" / "records.jsonl").read_text().splitlines()]
+
+
+def test_one_record_per_checkpoint_and_protocol(workdir, cache_dir):
+    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=40", cache_dir=cache_dir)
+    assert code == 0, err
+    first = records(workdir)
+    assert sorted(r["step"] for r in first) == [20, 20, 30, 30, 40, 40]
+    assert len({(r["step"], r["protocol_id"]) for r in first}) == 6
+    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=40", cache_dir=cache_dir)
+    assert code == 0 and records(workdir) == first
+    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.seed=5", cache_dir=cache_dir)
+    assert code == 0 and len(records(workdir)) == 9
+
+
+def test_a_record_says_everything(workdir):
+    cfg = read_config(str(workdir))
+    record = next(r for r in records(workdir) if "loss" in r["metrics"])
+    assert set(record) == {
+        "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics", "protocol",
+        "protocol_id",
+    }  # fmt: skip
+    assert record["images_seen"] == record["step"] * 16 and record["tokens_seen"] == record["images_seen"] * 16
+    assert record["flops_train"] == flops.train_flops(cfg.model, record["images_seen"])
+    assert record["params"] == flops.parameters(cfg.model)
+    assert len([m for m in record["metrics"] if m.startswith("loss_t")]) == cfg.eval.buckets
+    drawn = next(r for r in records(workdir) if "fd_digits" in r["metrics"])
+    for key in ("sampler", "steps", "guidance", "interval", "channels", "labels", "weights", "num", "seed"):
+        assert key in drawn["protocol"]["samples"]
+    for key in ("uint8", "features", "reference", "autoencoder", "dtype", "data", "process"):
+        assert drawn["protocol"][key]
+
+
+def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
+    """Recomputed here one image at a time, without batches, meshes or padding."""
+    cfg = read_config(str(workdir))
+    _, params = checkpoint.load(str(workdir), 40)
+    images, labels = load_arrays(cfg.data, "test")
+    found = evaluate.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
+    process = make_process(cfg.diffusion, False)
+    table = []
+    for i in range(21):
+        u = evaluate.stratified(cfg.eval.seed, np.array([i]), 16)
+        assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
+        eps = evaluate.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
+        x, y = np.repeat(images[i : i + 1], 16, axis=0), np.repeat(labels[i : i + 1], 16)
+        losses, _ = evaluate.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
+        table.append(np.asarray(losses))
+    per_image = np.mean(table, axis=1)
+    assert found["loss"] == pytest.approx(per_image.mean(), rel=1e-5)
+    assert found["loss_se"] == pytest.approx(per_image.std(ddof=1) / np.sqrt(21), rel=1e-4)
+    assert np.mean([found[f"loss_t{b}"] for b in range(8)]) == pytest.approx(found["loss"], rel=1e-6)
+    assert found["loss_t0"] == pytest.approx(np.mean(np.array(table)[:, :2]), rel=1e-5)
+
+
+def draw(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
+    cfg = read_config(str(workdir))
+    _, params = checkpoint.load(str(workdir), 40)
+    settings = SampleConfig(sampler=sampler, steps=4, guidance=2.0, batch_size=batch_size, **changes)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    batches = list(sample.sample_images(cfg, params, settings, num, 7, mesh))
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+def test_image_i_does_not_depend_on_batches_or_devices(workdir):
+    images, labels = draw(workdir)
+    assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
+    for batch_size, devices, num in ((8, 8, 20), (24, 2, 20), (5, 1, 20), (16, 4, 11)):
+        other, other_labels = draw(workdir, batch_size=batch_size, devices=devices, num=num)
+        np.testing.assert_array_equal(labels[:num], other_labels)
+        assert np.abs(images[:num].astype(int) - other.astype(int)).max() <= 1  # rounding at a uint8 boundary
+
+
+def test_label_policies(workdir):
+    _, balanced = draw(workdir, labels="balanced", num=24)
+    np.testing.assert_array_equal(balanced, np.arange(24) % 10)
+    _, uniform = draw(workdir, num=24)
+    assert len(set(uniform.tolist())) > 4 and not np.array_equal(uniform, balanced)
+
+
+def test_uint8_rule():
+    values = np.array([-1.5, -1.0, -0.999, 0.0, 0.9999, 1.0, 2.0])
+    np.testing.assert_array_equal(sample.to_uint8(values), [0, 0, 0, 128, 255, 255, 255])
+    assert sample.to_uint8(np.array([127.9 / 127.5 - 128 / 127.5 + 0.001]))[0] == 128 - 1 + 1
+
+
+def test_cost_of_an_image_counts_guided_steps_twice(workdir):
+    cfg = read_config(str(workdir))
+    forward = flops.forward_flops(cfg.model)
+    assert sample.image_flops(cfg, SampleConfig(sampler="euler", steps=10)) == 10 * forward
+    assert sample.image_flops(cfg, SampleConfig(sampler="euler", steps=10, guidance=2.0)) == 20 * forward
+    interval = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65))
+    assert sample.image_flops(cfg, interval) == 13 * forward
+    assert sample.image_flops(cfg, SampleConfig(sampler="heun", steps=10)) == 19 * forward
+
+
+def test_sample_job_writes_npz_and_grid(workdir, tmp_path, cache_dir):
+    out, grid = tmp_path / "samples.npz", tmp_path / "grid.png"
+    flags = [f"--workdir={workdir}", "--num=12", "--steps=3", f"--out={out}", f"--grid={grid}", "--labels=3,7"]
+    code, said, err = run("sample", *flags, cache_dir=cache_dir)
+    assert code == 0, err
+    assert said.split() == [str(out), str(grid)]
+    with np.load(out, allow_pickle=False) as archive:
+        assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(archive["arr_1"], [3, 7] * 6)
+    with Image.open(grid) as picture:
+        assert picture.size[0] > 100
+    first = out.read_bytes()
+    assert run("sample", *flags, cache_dir=cache_dir)[0] == 0 and out.read_bytes() == first
+
+
+BAD = {
+    "sampler": ("sample", ["--sampler=eular"], "sample.sampler: found 'eular'; did you mean 'euler'?"),
+    "guidance": ("sample", ["--guidance=-1"], "sample.guidance: found -1.0, expected a value from 0 to 1000"),
+    "steps": ("sample", ["--steps=0"], "sample.steps: found 0, expected at least 1"),
+    "labels": ("sample", ["--labels=3,12"], "--labels: found '12', expected class numbers from 0 to 9"),
+    "step": ("sample", ["--step=55"], "found no checkpoint of step 55, expected one of [20, 30, 40]"),
+    "folder": ("sample", ["--out=/nowhere/at/all.npz"], "/nowhere/at/all.npz: its folder does not exist"),
+    "override": (
+        "evaluate",
+        ["--config.eval.sample=3"],
+        "--config.eval.sample: unknown config key 'sample'; did you mean 'samples'?",
+    ),
+    "buckets": (
+        "evaluate",
+        ["--config.eval.buckets=5"],
+        "eval.times_per_image: found 16, expected a multiple of eval.buckets = 5",
+    ),
+    "features": (
+        "evaluate",
+        ["--config.eval.features=inception", "--config.eval.samples=9"],
+        "eval.features: found 'inception'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(case, workdir, cache_dir):
+    job, arguments, message = BAD[case]
+    before = sorted(p for p in workdir.rglob("*"))
+    code, out, err = run(job, f"--workdir={workdir}", *arguments, cache_dir=cache_dir)
+    assert code == 2 and out == "", err
+    assert err.startswith("error: ") and message in err and len(err.strip().splitlines()) == 1
+    assert sorted(p for p in workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("job", ["sample", "evaluate"])
+def test_missing_and_foreign_folders(job, tmp_path, cache_dir):
+    code, _, err = run(job, f"--workdir={tmp_path / 'nope'}", cache_dir=cache_dir)
+    assert code == 2 and "no folder" in err
+    code, _, err = run(job, f"--workdir={tmp_path}", cache_dir=cache_dir)
+    assert code == 2 and "holds no config.json" in err
+    code, _, err = run(job, cache_dir=cache_dir)
+    assert code == 2 and "--workdir" in err
+
+
+def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    code, _, err = run("evaluate", f"--workdir={tmp_path}", cache_dir=cache_dir)
+    assert code == 2 and "found no checkpoint, expected one; train the run first" in err

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from dit_jax.config import Config, UsageError, nearest, resolve, template, to_dict
@@ -51,13 +51,14 @@ def _complain(message, code: int, kind: str = "error") -> int:
 
 
 def _parse(config: str) -> None:
+    logging.set_verbosity(logging.WARNING)
+    _check_overrides()
     if config == "workdir":
         values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
         config_flags.DEFINE_config_dict("config", values)
     elif config == "file":
         _check_file(_early_value("config"))
         config_flags.DEFINE_config_file("config", help_string="a file of configs/, with :ARG where it takes one")
-    _check_overrides()
     try:
         rest = flags.FLAGS(sys.argv)
     except UsageError:

@@ -313,7 +313,7 @@ def template() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False).lock()
 
 
-def resolve(values: Mapping) -> Config:
+def resolve(values: Mapping | ml_collections.ConfigDict) -> Config:
     """Nested mapping (ConfigDict or JSON) -> Config. Raises UsageError naming the key, what was found and what was expected."""
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()

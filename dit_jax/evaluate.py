@@ -60,7 +60,7 @@ def make_losses(model, diffusion, evaluation: EvalConfig, mesh):
     process, k = make_process(diffusion, model.learn_sigma), evaluation.times_per_image
 
     def losses(params, images, labels, indices):
-        t = process.time(stratified(evaluation.seed, indices, k)).reshape(-1)
+        t = process.time(stratified(evaluation.seed, indices, k).reshape(-1))
         eps = fixed_noise(evaluation.seed, indices, k, images.shape[1:]).reshape(-1, *images.shape[1:])
         images, labels = jnp.repeat(images, k, axis=0), jnp.repeat(labels, k, axis=0)
         total, _ = image_losses(model, diffusion, params, images, labels, t, eps)

@@ -7,7 +7,6 @@ Half a minute on one CPU core; 98.9 % on the held-out split, which serves for th
 
 import hashlib
 import json
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags
 
-from dit_jax.config import DataConfig, UsageError
+from dit_jax.command import launch
+from dit_jax.config import DataConfig
 from dit_jax.data import datasets, pipeline
 from dit_jax.models import digit_features
 
@@ -96,22 +96,15 @@ def run(out: str, steps: int, seed: int, data_dir: str) -> dict:
     return meta
 
 
-def main(argv) -> None:
+def main() -> None:
     values = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1 or values.steps < 1:
-            raise UsageError(f"found {argv[1:]} and --steps={values.steps}, expected flags only, and at least 1 step")
-        meta = run(values.out, values.steps, values.seed, values.data_dir)
-    except UsageError as error:
-        print(f"features: {error}", file=sys.stderr)
-        sys.exit(2)
+    meta = run(values.out, values.steps, values.seed, values.data_dir)
     print(f"accuracy on the held-out split: {meta['accuracy']:.4f} of {meta['held_out']['records']} images")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder that the weights and their notes are written to.", required=True)
-    flags.DEFINE_integer("steps", 4000, "Training steps.")
+    flags.DEFINE_integer("steps", 4000, "Training steps.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the initialisation, the order and the augmentation.")
     flags.DEFINE_string("data_dir", "", 'TFDS folder; "" means $TFDS_DATA_DIR, else ~/tensorflow_datasets.')
-    app.run(main)
+    launch(main)

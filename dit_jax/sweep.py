@@ -101,7 +101,7 @@ def _start_worker(cores: list[int], counter, cache: str) -> None:
     """A worker keeps to its own share of the cores: small models gain nothing from a second one."""
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
-    if cores and hasattr(os, "sched_setaffinity"):
+    if cores:
         os.sched_setaffinity(0, {cores[index % len(cores)]})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _use_cache(cache)
@@ -117,9 +117,11 @@ def _use_cache(folder: str) -> None:
 
 
 def _pool(processes: int, cache: str) -> futures.ProcessPoolExecutor:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") and processes > 1 else []
+    """Workers, each kept to a core of its own if there are several; virtual devices of one process need more than one."""
+    virtual = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    pin = processes > 1 and not virtual and hasattr(os, "sched_getaffinity")
     context = multiprocessing.get_context("spawn")
-    arguments = (cores, context.Value("i", 0), cache)
+    arguments = (sorted(os.sched_getaffinity(0)) if pin else [], context.Value("i", 0), cache)
     return futures.ProcessPoolExecutor(processes, context, _start_worker, arguments)
 
 

@@ -17,7 +17,7 @@ TINY = [  # overrides of configs/digits.py that train in seconds
 ]  # fmt: skip
 
 
-def environment(cache_dir, devices=8):
+def environment(cache_dir, devices=2):
     """The tests' environment: virtual devices, and one cache of compiled programs."""
     return {
         **os.environ,
@@ -28,7 +28,7 @@ def environment(cache_dir, devices=8):
     }
 
 
-def start(job, *arguments, cache_dir, devices=8):
+def start(job, *arguments, cache_dir, devices=2):
     """A running `python -m dit_jax.JOB ARGUMENTS`."""
     command = [sys.executable, "-m", f"dit_jax.{job}", *map(str, arguments)]
     env = environment(cache_dir, devices)
@@ -51,7 +51,7 @@ def _zygote(cache_dir, devices):
     return _zygotes[key]
 
 
-def run(job, *arguments, cache_dir, devices=8):
+def run(job, *arguments, cache_dir, devices=2):
     """(exit code, standard output, standard error) of a job that ran to its end, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

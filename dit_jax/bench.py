@@ -1,0 +1,325 @@
+"""How fast this machine trains and samples: `python -m dit_jax.bench [--repeats=5] [--json=OUT]`, about four minutes on two cores.
+
+    step    the training step at width 384, as a share of the machine's own matrix rate (target: at least 30 %)
+    host    the isoFLOP ladder's small models: what the host takes of a run's wall time (target: at most 20 %)
+    sample  guided sampling
+
+What is compared is measured in turn, again and again, in one process: a disturbance strikes both sides.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dit_jax import flops, sweep, train
+from dit_jax.command import launch, write_file
+from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, model_config
+from dit_jax.data.pipeline import make_batches
+from dit_jax.diffusion.process import make_process
+from dit_jax.log import METRICS, open_scalars, read_lines, say
+from dit_jax.mesh import batch_sharding, make_mesh
+from dit_jax.models import dit
+from dit_jax.sample import image_flops, make_sampler
+from dit_jax.state import make_state
+from dit_jax.step import make_train_step, on_device, train_step
+
+STEP_TARGET, HOST_TARGET = 0.30, 0.20
+SIZES = ((8, 2, 2), (12, 3, 3), (16, 4, 4), (24, 6, 6))  # (width, depth, heads), of configs/digits_isoflop.py
+BUDGET = 3.4e10  # training FLOPs of a run of the `host` part: the ladder's middle budget
+SAMPLE = SampleConfig(sampler="heun", steps=16, guidance=2.0, labels="balanced", batch_size=100)
+
+
+def ladder_config() -> Config:
+    """What configs/digits_isoflop.py trains: digits, rectified flow, batch 32."""
+    model = ModelConfig(width=8, depth=2, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
+    optim = OptimConfig(learning_rate=6e-3, warmup_steps=50, clip=1.0, ema="power", ema_width=0.1)
+    diffusion = dataclasses.replace(Config().diffusion, process="flow")
+    return Config(model, diffusion, optim=optim, data=DataConfig(), train=TrainConfig(batch_size=32), sample=SAMPLE)
+
+
+def step_config(batch_size: int) -> Config:
+    """DiT-S/4 at 256 pixels, cut to 4 layers: width 384, 64 tokens."""
+    return Config(model_config("DiT-S/4", depth=4), train=TrainConfig(batch_size=batch_size))
+
+
+def spread(values: list[float]) -> dict:
+    """Median and range of the repeats."""
+    return {"median": float(np.median(values)), "low": float(min(values)), "high": float(max(values))}
+
+
+def seconds(job: Callable) -> float:
+    """Wall seconds until what `job` returns is computed."""
+    start = time.perf_counter()
+    jax.block_until_ready(job())
+    return time.perf_counter() - start
+
+
+def alternate(jobs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each job returns, `repeats` times: every job once, then every job again. A first round is thrown away."""
+    rounds = [{name: job() for name, job in jobs.items()} for _ in range(repeats + 1)][1:]
+    return {name: [found[name] for found in rounds] for name in jobs}
+
+
+def fixed_batch(cfg: Config, mesh) -> dict:
+    """A batch of noise that lies on the devices."""
+    side, rng = cfg.model.input_size, np.random.default_rng(0)
+    images = rng.standard_normal((cfg.train.batch_size, side, side, cfg.model.channels), np.float32)
+    labels = rng.integers(cfg.model.classes, size=cfg.train.batch_size, dtype=np.int32)
+    return jax.device_put({"image": images, "label": labels}, batch_sharding(mesh))
+
+
+def make_stepper(cfg: Config, mesh) -> Callable[[int], float]:
+    """A function of n: seconds a step of n calls of the compiled training step, one after another."""
+    state, batch, step = make_state(cfg, mesh), fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
+
+    def many(n: int):
+        nonlocal state
+        for _ in range(n):
+            state, scalars = step(state, batch)
+        return state, scalars
+
+    return lambda n: seconds(lambda: many(n)) / n
+
+
+def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
+    """The same, with n steps as one compiled program: the device alone, without a call a step."""
+    state, batch = make_state(cfg, mesh), fixed_batch(cfg, mesh)
+    shapes = jax.eval_shape(lambda: train_step(cfg, state, batch)[1])
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(state, n):
+        return jax.lax.fori_loop(0, n, lambda _, carry: train_step(cfg, carry[0], batch), (state, zeros))
+
+    def many(n: int):
+        nonlocal state
+        state, scalars = program(state, n)
+        return state, scalars
+
+    return lambda n: seconds(lambda: many(n)) / n
+
+
+def measure_step(cfg: Config, repeats: int, matrix: int = 2048) -> dict:
+    """The training step (forward, backward, AdamW, EMA) between products of `matrix`^3 in float32."""
+    cfg, mesh = dataclasses.replace(cfg, model=on_device(cfg.model)), make_mesh(cfg.mesh)
+    a = jnp.ones((matrix, matrix), jnp.float32)
+    product, stepper = jax.jit(lambda a: a @ a), make_stepper(cfg, mesh)
+    found = alternate({"matrix": lambda: seconds(lambda: product(a)), "step": lambda: stepper(1)}, repeats)
+    work = flops.train_flops(cfg.model, cfg.train.batch_size)
+    rates = [2 * matrix**3 / s for s in found["matrix"]]
+    return {
+        "model": {name: getattr(cfg.model, name) for name in ("width", "depth", "heads", "tokens", "dtype")},
+        "parameters": flops.parameters(cfg.model),
+        "batch_size": cfg.train.batch_size,
+        "matrix": matrix,
+        "matrix_gflops": spread([rate / 1e9 for rate in rates]),
+        "step_ms": spread([1e3 * s for s in found["step"]]),
+        "images_per_second": spread([cfg.train.batch_size / s for s in found["step"]]),
+        "model_gflops": spread([work / s / 1e9 for s in found["step"]]),
+        "share": spread([work / s / rate for s, rate in zip(found["step"], rates, strict=True)]),
+        "target": STEP_TARGET,
+    }
+
+
+def run_once(cfg: Config) -> dict[str, float]:
+    """Seconds of a whole `train.run` in a new folder: before the first step's line, a step, and after the last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        train.run(cfg, os.path.join(folder, "run"), quiet=True)
+        end = time.time()
+        first, *_, last = read_lines(os.path.join(folder, "run", METRICS))
+    steps = last["step"] - first["step"]
+    return {"start": first["time"] - start, "loop": (last["time"] - first["time"]) / steps, "end": end - last["time"]}
+
+
+def data_seconds(cfg: Config, steps: int) -> Callable[[], float]:
+    """Seconds a batch, read as the training loop does."""
+    batches = make_batches(cfg.data, batch_size=cfg.train.batch_size, seed=0)
+    return lambda: seconds(lambda: [next(batches) for _ in range(steps)] and None) / steps
+
+
+def log_seconds(lines: int = 50) -> float:
+    """Seconds a line of scalars."""
+    with tempfile.TemporaryDirectory() as folder:
+        write, close = open_scalars(folder, 0, tensorboard=False)
+        scalars = {name: jnp.float32(1.5) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
+
+        def log():
+            for i in range(lines):
+                write(i, {name: float(value) for name, value in jax.device_get(scalars).items()})
+
+        spent = seconds(log)
+        close()
+    return spent / lines
+
+
+def measure_host(cell: sweep.Cell, repeats: int, steps: int = 300) -> dict:
+    """The host's share of a run: 1 - device / wall. Wall: the loop and its checkpoint; device: the steps as one program.
+
+    Start-up (imports, tracing, a compiled program from the cache) is told apart: its length does not grow with the run.
+    """
+    cfg, mesh = dataclasses.replace(cell.cfg, model=on_device(cell.cfg.model)), make_mesh(cell.cfg.mesh)
+    stepper, looped, read = make_stepper(cfg, mesh), make_looped(cfg, mesh), data_seconds(cfg, steps)
+    found = alternate(
+        {
+            "run": lambda: run_once(cfg),
+            "device": lambda: looped(steps),
+            "step": lambda: stepper(steps),
+            "data": read,
+            "line": log_seconds,
+        },
+        repeats,
+    )
+    runs, total = found["run"], cfg.train.steps
+    lines = total / cfg.train.log_every + 2
+    parts = {
+        "wall": [r["loop"] + r["end"] / total for r in runs],
+        "device": found["device"],
+        "dispatch": [s - d for s, d in zip(found["step"], found["device"], strict=True)],
+        "data": found["data"],
+        "log": [s * lines / total for s in found["line"]],
+        "checkpoint": [r["end"] / total for r in runs],
+    }
+    known = zip(*(parts[name] for name in ("wall", *list(parts)[1:])), strict=True)
+    parts["rest"] = [wall - sum(others) for wall, *others in known]
+    return {
+        "size": [cfg.model.width, cfg.model.depth, cfg.model.heads],
+        "parameters": flops.parameters(cfg.model),
+        "batch_size": cfg.train.batch_size,
+        "steps": total,
+        "step_us": {name: spread([1e6 * s for s in values]) for name, values in parts.items()},
+        "start_seconds": spread([r["start"] for r in runs]),
+        "checkpoint_seconds": spread([r["end"] for r in runs]),
+        "host_share": spread([1 - d / w for d, w in zip(parts["device"], parts["wall"], strict=True)]),
+        "target": HOST_TARGET,
+    }
+
+
+def measure_ladder(repeats: int, sizes: tuple = SIZES, budget: float = BUDGET) -> list[dict]:
+    """`measure_host` for each size; on CPU in a worker of the sweep, which keeps to one core and to a compilation cache."""
+    job, found = functools.partial(measure_host, repeats=repeats), []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            say(f"host: (width, depth, heads) = {size} ...")
+            cell = sweep.make_cell(ladder_config(), folder, budget, size)
+            if jax.default_backend() != "cpu":
+                found.append(job(cell))
+                continue
+            outcomes = sweep.run_cells([cell], 2, os.path.join(folder, "compiled"), job)
+            found += [outcome for done, outcome in outcomes if done is not None]
+    for outcome in found:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return found
+
+
+def measure_sample(size: tuple, repeats: int, sample: SampleConfig = SAMPLE) -> dict:
+    """Guided sampling with one of the ladder's models; how long it takes does not depend on the weights."""
+    cfg = sweep.make_cell(ladder_config(), "", BUDGET, size).cfg
+    mesh, process = make_mesh(cfg.mesh), make_process(cfg.diffusion, cfg.model.learn_sigma)
+    draw, params = make_sampler(cfg.model, process, sample, mesh), dit.init(cfg.model, jax.random.key(0))
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    indices = np.arange(-(-sample.batch_size // split) * split, dtype=np.int32)
+    found = alternate({"draw": lambda: seconds(lambda: draw(params, 0, indices)) / len(indices)}, repeats)["draw"]
+    return {
+        "size": list(size),
+        "batch_size": len(indices),
+        **{name: getattr(sample, name) for name in ("sampler", "steps", "guidance")},
+        "image_ms": spread([1e3 * s for s in found]),
+        "model_gflops": spread([image_flops(cfg, sample) / s / 1e9 for s in found]),
+    }
+
+
+def machine() -> dict:
+    """What was measured, and with which versions."""
+    device, name = make_mesh(Config().mesh).devices.flat[0], ""
+    if device.platform == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": name or device.device_kind,
+        "devices": jax.device_count(),
+        "cores": cores,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        **train.provenance(),
+    }
+
+
+def _shown(value: dict, digits: int = 0, percent: bool = False) -> str:
+    pattern = f"{{:.{digits}{'%' if percent else 'f'}}}"
+    middle, low, high = (pattern.format(value[name]) for name in ("median", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def show(found: dict, console: Console) -> None:
+    """The tables: medians (ranges)."""
+    about, step = found["machine"], found["step"]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "jaxlib", "flax", "numpy"))
+    console.print(f"{about['device']}, {about['cores']} cores, load {about['load']:.1f}; {about['date']}; {versions}")
+    console.print("Medians (lowest to highest of the repeats).\n")
+    table = Table("training step", "", title_justify="left")
+    model = step["model"]
+    table.add_row(
+        "model", f"width {model['width']}, depth {model['depth']}, {model['tokens']} tokens, {model['dtype']}"
+    )
+    table.add_row("batch", str(step["batch_size"]))
+    table.add_row(f"{step['matrix']}^3 float32 product", f"{_shown(step['matrix_gflops'], 1)} GFLOP/s")
+    table.add_row("step", f"{_shown(step['step_ms'])} ms")
+    table.add_row("images/s", _shown(step["images_per_second"], 1))
+    table.add_row("model FLOPs", f"{_shown(step['model_gflops'], 1)} GFLOP/s")
+    reached = _verdict(step["share"]["median"] >= step["target"])
+    table.add_row(f"share (target >= {step['target']:.0%})", f"{_shown(step['share'], 0, True)}: {reached}")
+    console.print(table)
+    names = ("wall", "device", "dispatch", "data", "log", "checkpoint", "rest")
+    table = Table("width", "steps", *(f"{name} us" for name in names), "host", f"<= {HOST_TARGET:.0%}", "start s")
+    for row in found["host"]:
+        cells = [f"{row['step_us'][name]['median']:,.0f}" for name in names]
+        reached = _verdict(row["host_share"]["median"] <= row["target"])
+        start = f"{row['start_seconds']['median']:.1f}"
+        table.add_row(
+            str(row["size"][0]), f"{row['steps']:,}", *cells, _shown(row["host_share"], 0, True), reached, start
+        )
+    console.print(table)
+    drawn = found["sample"]
+    console.print(
+        f"sampling, width {drawn['size'][0]}, {drawn['sampler']} {drawn['steps']}, guidance {drawn['guidance']:g}, batch "
+        f"{drawn['batch_size']}: {_shown(drawn['image_ms'], 2)} ms an image, {_shown(drawn['model_gflops'], 1)} GFLOP/s"
+    )
+
+
+def main() -> None:
+    repeats, on_cpu = flags.FLAGS.repeats, jax.default_backend() == "cpu"
+    found = {"machine": machine()}
+    say("step: width 384 ...")
+    found["step"] = measure_step(step_config(16 if on_cpu else 256), repeats, 2048 if on_cpu else 8192)
+    found["host"] = measure_ladder(repeats)
+    say("sample ...")
+    found["sample"] = measure_sample(SIZES[-1], repeats)
+    if flags.FLAGS.json:
+        write_file(flags.FLAGS.json, json.dumps(found, indent=1) + "\n")
+    show(found, Console(width=130, highlight=False))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("repeats", 5, "repeats; medians and ranges are over them", lower_bound=1)
+    flags.DEFINE_string("json", "", "write all figures here")
+    launch(main)

@@ -1,0 +1,147 @@
+"""The sweep: a small ladder end to end, a cell that fails, a worker that dies, and a second run that finds all done."""
+
+import dataclasses
+import json
+import os
+import time
+
+import pytest
+
+from dit_jax import flops, sweep
+from dit_jax.config import EvalConfig, SweepConfig, UsageError, resolve
+from dit_jax.config import template as config_template
+from dit_jax.scaling.runs import load_runs
+
+
+def ladder(**changes):
+    c = config_template()
+    c.model.update(patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
+    c.diffusion.process = "flow"
+    c.optim.update(learning_rate=6e-3, warmup_steps=20, clip=1.0, ema="power", ema_width=0.1)
+    c.train.update(batch_size=32)
+    c.sample.update(sampler="euler", steps=4, labels="balanced", batch_size=40)
+    c.sweep.update(
+        budgets=(1.5e9, 3e9, 6e9),
+        sizes=((4, 1, 1), (8, 2, 1), (12, 3, 1), (16, 4, 1)),
+        windows=((0, 3), (0, 3), (0, 4)),
+        width_power=0.5,
+        extrapolate=3.0,
+        processes=2,
+        grid=2,
+    )
+    c.sweep.update(changes)
+    return resolve(c)
+
+
+def test_cells_spend_their_budget_with_one_aspect_ratio(tmp_path):
+    cells = sweep.make_cells(ladder(), str(tmp_path))
+    assert len(cells) == 10
+    for cell in cells:
+        model, train = cell.cfg.model, cell.cfg.train
+        spent = flops.train_flops(model, train.batch_size * train.steps)
+        assert spent == pytest.approx(cell.budget, rel=0.01)
+        assert model.width / model.depth == 4
+        assert cell.cfg.optim.learning_rate == pytest.approx(6e-3 * (64 / model.width) ** 0.5)
+    assert [cell.weight for cell in cells] == sorted((cell.weight for cell in cells), reverse=True)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, data_dir):
+    """The ladder, with one cell whose folder belongs to somebody else."""
+    workdir = tmp_path_factory.mktemp("sweep") / "demo"
+    cfg = dataclasses.replace(ladder(), eval=EvalConfig(times_per_image=8, samples=100))
+    sweep.prepare(cfg, str(workdir))
+    foreign = next(c for c in sweep.make_cells(cfg, str(workdir)) if c.cfg.model.width == 16)
+    os.makedirs(foreign.workdir)
+    with open(os.path.join(foreign.workdir, "thesis.txt"), "w") as f:
+        f.write("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")  # the workers see one device, as a user's do
+        return cfg, workdir, sweep.run(cfg, str(workdir))
+
+
+def test_a_failed_cell_costs_the_others_nothing(swept):
+    _cfg, workdir, failed = swept
+    assert [cell.cfg.model.width for cell in failed] == [16]
+    assert os.listdir(failed[0].workdir) == ["thesis.txt"]
+    runs = load_runs([str(workdir)])
+    assert len(runs) == 9
+    for run in runs:
+        assert 0 < run.loss < 3 and run.loss_se > 0
+
+
+def test_the_loop_is_closed(swept):
+    """The law recommended a model beyond the ladder; it was trained, measured, drawn and reported."""
+    _cfg, workdir, _ = swept
+    (name,) = os.listdir(workdir / "extrapolation")
+    lines = (workdir / "extrapolation" / name / "eval" / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records[0]["flops_train"] == pytest.approx(1.8e10, rel=0.01)
+    assert {key for r in records for key in r["metrics"]} >= {"loss", "fd_digits"}
+    report = (workdir / "report.html").read_text()
+    for part in ("IsoFLOP", "Predicted against measured", "data:image/png;base64", "fd_digits of 100 samples"):
+        assert part in report
+    assert "http" not in report.replace("http://www.w3.org", "")
+    assert (workdir / "extrapolation" / name / "samples" / "grid-guidance2.png").stat().st_size > 1000
+
+
+def test_a_second_run_finds_everything_done(swept, capsys):
+    cfg, workdir, _ = swept
+    before = {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
+    metrics = {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
+    start = time.monotonic()
+    failed = sweep.run(cfg, str(workdir))
+    assert len(failed) == 1 and time.monotonic() - start < 60
+    assert before == {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
+    assert metrics == {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
+    said = capsys.readouterr()
+    assert "9 of 10 cells are finished" in said.err
+    assert "Laws of compute" in said.out and str(workdir / "report.html") in said.out
+
+
+def test_another_sweep_for_a_folder_is_refused(swept):
+    cfg, workdir, _ = swept
+    other = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=64))
+    with pytest.raises(UsageError, match=r"holds another sweep: train.batch_size is 32 there, 64 in the command"):
+        sweep.run(other, str(workdir))
+
+
+def die(cell):
+    """Stands for a cell that runs out of memory."""
+    if cell.cfg.model.width == 8:
+        os._exit(9)
+    return cell.name
+
+
+def test_a_dying_worker_loses_its_own_cell_only(tmp_path):
+    cells = sweep.make_cells(ladder(windows=((0, 2), (0, 1), (2, 3))), str(tmp_path))
+    outcomes = {cell.name: outcome for cell, outcome in sweep.run_cells(cells, 2, str(tmp_path), die) if cell}
+    assert len(outcomes) == 4
+    for cell in cells:
+        if cell.cfg.model.width == 8:
+            assert "its process died" in str(outcomes[cell.name])
+        else:
+            assert outcomes[cell.name] == cell.name
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"windows": ((0, 3),)}, "sweep.windows: found 1, expected one per budget, so 3"),
+        (
+            {"windows": ((0, 3), (0, 3), (0, 9))},
+            r"sweep.windows: found \(0, 9\), expected \(first, end\) within 4 sizes",
+        ),
+        ({"processes": 0}, "sweep.processes: found 0, expected at least 1"),
+    ],
+)
+def test_bad_ladders(changes, message):
+    with pytest.raises(UsageError, match=message):
+        ladder(**changes)
+
+
+def test_no_budgets_and_too_small_budgets(tmp_path):
+    with pytest.raises(UsageError, match=r"sweep.budgets: found none"):
+        sweep.make_cells(dataclasses.replace(ladder(), sweep=SweepConfig()), str(tmp_path))
+    with pytest.raises(UsageError, match="less than one step of the model of width 4"):
+        sweep.make_cells(ladder(budgets=(1e3, 3e9, 6e9)), str(tmp_path))

@@ -50,6 +50,15 @@ def _loss_axis(axis) -> None:
     axis.yaxis.set_minor_locator(LogLocator(subs=()))
 
 
+def _plain_ticks(axis) -> None:
+    """A log axis of about one or two decades: ticks at 1, 2 and 5, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x:.3g}" if x < 1e3 else f"{x / 1e3:.3g}k" if x < 1e6 else f"{x / 1e6:.3g}M")
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
 def isoflop(fit) -> bytes:
     """Loss against N at each budget, its parabola, and the minimum as a star; a budget not used is drawn hollow."""
     figure, (axis,) = _figure(1, 7.5, 4.8)
@@ -77,6 +86,7 @@ def isoflop(fit) -> bytes:
     axis.plot([], [], "*", color="black", markersize=11, label="minimum of the parabola")
     axis.set_xlabel(PARAMS)
     axis.set_ylabel(LOSS)
+    _plain_ticks(axis.xaxis)
     _loss_axis(axis)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
@@ -107,6 +117,7 @@ def laws(fit, extrapolation=None) -> bytes:
     axes[2].plot(grid, fit.laws["L_opt_pure"](grid), "k:", linewidth=1, label="pure power law")
     for axis in axes[:2]:
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
     _loss_axis(axes[2])
     if extrapolation:
         _test_point(axes, extrapolation)

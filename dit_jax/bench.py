@@ -1,8 +1,10 @@
-"""How fast this machine trains and samples: `python -m dit_jax.bench [--repeats=5] [--json=OUT]`, about four minutes on two cores.
+"""How fast this machine trains and samples, in about four minutes on two cores.
+
+    python -m dit_jax.bench --config=configs/digits_isoflop.py [--repeats=5] [--json=OUT]
 
     step    the training step at width 384, as a share of the machine's own matrix rate (target: at least 30 %)
-    host    the isoFLOP ladder's small models: what the host takes of a run's wall time (target: at most 20 %)
-    sample  guided sampling
+    host    small models of the config's ladder: what the host takes of a run's wall time (target: at most 20 %)
+    sample  the config's sampler with the largest of them
 
 What is compared is measured in turn, again and again, in one process: a disturbance strikes both sides.
 """
@@ -25,7 +27,7 @@ from rich.table import Table
 
 from dit_jax import flops, sweep, train
 from dit_jax.command import launch, write_file
-from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, model_config
+from dit_jax.config import Config, TrainConfig, UsageError, model_config, resolve
 from dit_jax.data.pipeline import make_batches
 from dit_jax.diffusion.process import make_process
 from dit_jax.log import METRICS, open_scalars, read_lines, say
@@ -36,17 +38,7 @@ from dit_jax.state import make_state
 from dit_jax.step import make_train_step, on_device, train_step
 
 STEP_TARGET, HOST_TARGET = 0.30, 0.20
-SIZES = ((8, 2, 2), (12, 3, 3), (16, 4, 4), (24, 6, 6))  # (width, depth, heads), of configs/digits_isoflop.py
-BUDGET = 3.4e10  # training FLOPs of a run of the `host` part: the ladder's middle budget
-SAMPLE = SampleConfig(sampler="heun", steps=16, guidance=2.0, labels="balanced", batch_size=100)
-
-
-def ladder_config() -> Config:
-    """What configs/digits_isoflop.py trains: digits, rectified flow, batch 32."""
-    model = ModelConfig(width=8, depth=2, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
-    optim = OptimConfig(learning_rate=6e-3, warmup_steps=50, clip=1.0, ema="power", ema_width=0.1)
-    diffusion = dataclasses.replace(Config().diffusion, process="flow")
-    return Config(model, diffusion, optim=optim, data=DataConfig(), train=TrainConfig(batch_size=32), sample=SAMPLE)
+MOST_STEPS = 2000  # of a run of the `host` part; longer runs would only dilute their checkpoint
 
 
 def step_config(batch_size: int) -> Config:
@@ -80,9 +72,16 @@ def fixed_batch(cfg: Config, mesh) -> dict:
     return jax.device_put({"image": images, "label": labels}, batch_sharding(mesh))
 
 
-def make_stepper(cfg: Config, mesh) -> Callable[[int], float]:
-    """A function of n: seconds a step of n calls of the compiled training step, one after another."""
-    state, batch, step = make_state(cfg, mesh), fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
+def empty_step(state, batch: dict):
+    """As many arrays in and out as a training step, and next to nothing computed: what a call itself costs."""
+    scalar = batch["image"][0, 0, 0, 0]
+    return jax.tree.map(lambda x: x + 1, state), {"loss": scalar, "grad_norm": scalar, "param_norm": scalar}
+
+
+def make_stepper(cfg: Config, mesh, empty: bool = False) -> Callable[[int], float]:
+    """A function of n: seconds a step of n calls of the compiled training step (or of `empty_step`), one after another."""
+    state, batch = make_state(cfg, mesh), fixed_batch(cfg, mesh)
+    step = jax.jit(empty_step, donate_argnums=0) if empty else make_train_step(cfg, mesh)
 
     def many(n: int):
         nonlocal state
@@ -94,7 +93,7 @@ def make_stepper(cfg: Config, mesh) -> Callable[[int], float]:
 
 
 def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
-    """The same, with n steps as one compiled program: the device alone, without a call a step."""
+    """The same, with n steps as one compiled program: what is left when there is no call a step."""
     state, batch = make_state(cfg, mesh), fixed_batch(cfg, mesh)
     shapes = jax.eval_shape(lambda: train_step(cfg, state, batch)[1])
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -111,24 +110,32 @@ def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
     return lambda n: seconds(lambda: many(n)) / n
 
 
-def measure_step(cfg: Config, repeats: int, matrix: int = 2048) -> dict:
-    """The training step (forward, backward, AdamW, EMA) between products of `matrix`^3 in float32."""
+def make_products(size: int) -> dict[str, Callable[[], float]]:
+    """Seconds of a float32 product of `size`^3: by XLA and, on CPU, by NumPy's BLAS."""
+    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    b, product = jax.device_put(a), jax.jit(lambda b: b @ b)
+    products = {"xla": lambda: seconds(lambda: product(b))}
+    return products | ({"blas": lambda: seconds(lambda: a @ a)} if jax.default_backend() == "cpu" else {})
+
+
+def measure_step(cfg: Config, repeats: int, size: int = 2048) -> dict:
+    """The training step (forward, backward, AdamW, EMA), each time after matrix products; its share is of the faster one."""
     cfg, mesh = dataclasses.replace(cfg, model=on_device(cfg.model)), make_mesh(cfg.mesh)
-    a = jnp.ones((matrix, matrix), jnp.float32)
-    product, stepper = jax.jit(lambda a: a @ a), make_stepper(cfg, mesh)
-    found = alternate({"matrix": lambda: seconds(lambda: product(a)), "step": lambda: stepper(1)}, repeats)
-    work = flops.train_flops(cfg.model, cfg.train.batch_size)
-    rates = [2 * matrix**3 / s for s in found["matrix"]]
+    products, stepper = make_products(size), make_stepper(cfg, mesh)
+    found = alternate({**products, "step": lambda: stepper(1)}, repeats)
+    steps, work = found["step"], flops.train_flops(cfg.model, cfg.train.batch_size)
+    rates = {name: [2 * size**3 / s for s in found[name]] for name in products}
+    fastest = [max(row) for row in zip(*rates.values(), strict=True)]
     return {
         "model": {name: getattr(cfg.model, name) for name in ("width", "depth", "heads", "tokens", "dtype")},
         "parameters": flops.parameters(cfg.model),
         "batch_size": cfg.train.batch_size,
-        "matrix": matrix,
-        "matrix_gflops": spread([rate / 1e9 for rate in rates]),
-        "step_ms": spread([1e3 * s for s in found["step"]]),
-        "images_per_second": spread([cfg.train.batch_size / s for s in found["step"]]),
-        "model_gflops": spread([work / s / 1e9 for s in found["step"]]),
-        "share": spread([work / s / rate for s, rate in zip(found["step"], rates, strict=True)]),
+        "matrix": size,
+        "matrix_gflops": {name: spread([rate / 1e9 for rate in row]) for name, row in rates.items()},
+        "step_ms": spread([1e3 * s for s in steps]),
+        "images_per_second": spread([cfg.train.batch_size / s for s in steps]),
+        "model_gflops": spread([work / s / 1e9 for s in steps]),
+        "share": spread([work / s / rate for s, rate in zip(steps, fastest, strict=True)]),
         "target": STEP_TARGET,
     }
 
@@ -166,54 +173,66 @@ def log_seconds(lines: int = 50) -> float:
 
 
 def measure_host(cell: sweep.Cell, repeats: int, steps: int = 300) -> dict:
-    """The host's share of a run: 1 - device / wall. Wall: the loop and its checkpoint; device: the steps as one program.
+    """The host's share of a run, 1 - device / wall, and its parts a step.
 
-    Start-up (imports, tracing, a compiled program from the cache) is told apart: its length does not grow with the run.
+    wall      the loop of `train.run` and its checkpoint, over its steps. Start-up (tracing, the compiled program from the
+              cache) is told apart: it does not grow with the run.
+    device    the compiled step, called again and again with one batch, less `call`, what a call of an empty step takes
+    looped    for comparison, many steps as one program
     """
     cfg, mesh = dataclasses.replace(cell.cfg, model=on_device(cell.cfg.model)), make_mesh(cell.cfg.mesh)
-    stepper, looped, read = make_stepper(cfg, mesh), make_looped(cfg, mesh), data_seconds(cfg, steps)
-    found = alternate(
-        {
-            "run": lambda: run_once(cfg),
-            "device": lambda: looped(steps),
-            "step": lambda: stepper(steps),
-            "data": read,
-            "line": log_seconds,
-        },
-        repeats,
-    )
-    runs, total = found["run"], cfg.train.steps
-    lines = total / cfg.train.log_every + 2
-    parts = {
-        "wall": [r["loop"] + r["end"] / total for r in runs],
-        "device": found["device"],
-        "dispatch": [s - d for s, d in zip(found["step"], found["device"], strict=True)],
-        "data": found["data"],
-        "log": [s * lines / total for s in found["line"]],
-        "checkpoint": [r["end"] / total for r in runs],
-    }
-    known = zip(*(parts[name] for name in ("wall", *list(parts)[1:])), strict=True)
-    parts["rest"] = [wall - sum(others) for wall, *others in known]
+    steppers = {"step": make_stepper(cfg, mesh), "call": make_stepper(cfg, mesh, empty=True)}
+    steppers |= {"looped": make_looped(cfg, mesh)}
+    jobs = {name: functools.partial(job, steps) for name, job in steppers.items()}
+    jobs |= {"run": lambda: run_once(cfg), "data": data_seconds(cfg, steps), "log": log_seconds}
+    found = alternate(jobs, repeats)
+    parts = step_parts(found, cfg.train.steps, cfg.train.log_every)
     return {
         "size": [cfg.model.width, cfg.model.depth, cfg.model.heads],
         "parameters": flops.parameters(cfg.model),
         "batch_size": cfg.train.batch_size,
-        "steps": total,
+        "steps": cfg.train.steps,
         "step_us": {name: spread([1e6 * s for s in values]) for name, values in parts.items()},
-        "start_seconds": spread([r["start"] for r in runs]),
-        "checkpoint_seconds": spread([r["end"] for r in runs]),
+        "start_seconds": spread([run["start"] for run in found["run"]]),
+        "checkpoint_seconds": spread([run["end"] for run in found["run"]]),
         "host_share": spread([1 - d / w for d, w in zip(parts["device"], parts["wall"], strict=True)]),
         "target": HOST_TARGET,
     }
 
 
-def measure_ladder(repeats: int, sizes: tuple = SIZES, budget: float = BUDGET) -> list[dict]:
+def step_parts(found: dict, steps: int, log_every: int) -> dict[str, list[float]]:
+    """Where the seconds of a step go, per repeat: wall = device + call + data + log + checkpoint + rest."""
+    parts = {
+        "device": [step - call for step, call in zip(found["step"], found["call"], strict=True)],
+        "call": found["call"],
+        "data": found["data"],
+        "log": [line * (steps / log_every + 2) / steps for line in found["log"]],
+        "checkpoint": [run["end"] / steps for run in found["run"]],
+    }
+    wall = [run["loop"] + run["end"] / steps for run in found["run"]]
+    rest = [whole - sum(row) for whole, *row in zip(wall, *parts.values(), strict=True)]
+    return {"wall": wall, **parts, "rest": rest, "looped": found["looped"]}
+
+
+def ladder_cells(cfg: Config, folder: str) -> list[sweep.Cell]:
+    """Runs of the ladder's middle budget, every other size of its window, cut to `MOST_STEPS`."""
+    middle, cells = len(cfg.sweep.budgets) // 2, []
+    if not cfg.sweep.budgets:
+        raise UsageError("sweep.budgets: found none, expected training FLOPs; start from configs/digits_isoflop.py")
+    first, end = cfg.sweep.windows[middle]
+    for size in cfg.sweep.sizes[first:end:2]:
+        whole = sweep.make_cell(cfg, folder, cfg.sweep.budgets[middle], size)
+        most = MOST_STEPS * whole.step_flops
+        cells.append(whole if whole.budget <= most else sweep.make_cell(cfg, folder, most, size))
+    return cells
+
+
+def measure_ladder(cfg: Config, repeats: int) -> list[dict]:
     """`measure_host` for each size; on CPU in a worker of the sweep, which keeps to one core and to a compilation cache."""
     job, found = functools.partial(measure_host, repeats=repeats), []
     with tempfile.TemporaryDirectory() as folder:
-        for size in sizes:
-            say(f"host: (width, depth, heads) = {size} ...")
-            cell = sweep.make_cell(ladder_config(), folder, budget, size)
+        for cell in ladder_cells(cfg, folder):
+            say(f"host: width {cell.cfg.model.width}, {cell.cfg.train.steps} steps ...")
             if jax.default_backend() != "cpu":
                 found.append(job(cell))
                 continue
@@ -225,20 +244,19 @@ def measure_ladder(repeats: int, sizes: tuple = SIZES, budget: float = BUDGET) -
     return found
 
 
-def measure_sample(size: tuple, repeats: int, sample: SampleConfig = SAMPLE) -> dict:
-    """Guided sampling with one of the ladder's models; how long it takes does not depend on the weights."""
-    cfg = sweep.make_cell(ladder_config(), "", BUDGET, size).cfg
+def measure_sample(cfg: Config, repeats: int) -> dict:
+    """Sampling as `cfg.sample` says; how long it takes does not depend on the weights."""
     mesh, process = make_mesh(cfg.mesh), make_process(cfg.diffusion, cfg.model.learn_sigma)
-    draw, params = make_sampler(cfg.model, process, sample, mesh), dit.init(cfg.model, jax.random.key(0))
+    draw, params = make_sampler(cfg.model, process, cfg.sample, mesh), dit.init(cfg.model, jax.random.key(0))
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    indices = np.arange(-(-sample.batch_size // split) * split, dtype=np.int32)
+    indices = np.arange(-(-cfg.sample.batch_size // split) * split, dtype=np.int32)
     found = alternate({"draw": lambda: seconds(lambda: draw(params, 0, indices)) / len(indices)}, repeats)["draw"]
     return {
-        "size": list(size),
+        "size": [cfg.model.width, cfg.model.depth, cfg.model.heads],
         "batch_size": len(indices),
-        **{name: getattr(sample, name) for name in ("sampler", "steps", "guidance")},
+        **{name: getattr(cfg.sample, name) for name in ("sampler", "steps", "guidance")},
         "image_ms": spread([1e3 * s for s in found]),
-        "model_gflops": spread([image_flops(cfg, sample) / s / 1e9 for s in found]),
+        "model_gflops": spread([image_flops(cfg, cfg.sample) / s / 1e9 for s in found]),
     }
 
 
@@ -282,23 +300,25 @@ def show(found: dict, console: Console) -> None:
         "model", f"width {model['width']}, depth {model['depth']}, {model['tokens']} tokens, {model['dtype']}"
     )
     table.add_row("batch", str(step["batch_size"]))
-    table.add_row(f"{step['matrix']}^3 float32 product", f"{_shown(step['matrix_gflops'], 1)} GFLOP/s")
+    for name, rate in step["matrix_gflops"].items():
+        table.add_row(f"{step['matrix']}^3 float32 product, {name}", f"{_shown(rate, 1)} GFLOP/s")
     table.add_row("step", f"{_shown(step['step_ms'])} ms")
     table.add_row("images/s", _shown(step["images_per_second"], 1))
     table.add_row("model FLOPs", f"{_shown(step['model_gflops'], 1)} GFLOP/s")
     reached = _verdict(step["share"]["median"] >= step["target"])
-    table.add_row(f"share (target >= {step['target']:.0%})", f"{_shown(step['share'], 0, True)}: {reached}")
+    table.add_row(
+        f"share of the faster (target >= {step['target']:.0%})", f"{_shown(step['share'], 0, True)}: {reached}"
+    )
     console.print(table)
-    names = ("wall", "device", "dispatch", "data", "log", "checkpoint", "rest")
-    table = Table("width", "steps", *(f"{name} us" for name in names), "host", f"<= {HOST_TARGET:.0%}", "start s")
+    names = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
+    table = Table("width", "steps", *names, f"host (target <= {HOST_TARGET:.0%})", "start")
     for row in found["host"]:
         cells = [f"{row['step_us'][name]['median']:,.0f}" for name in names]
         reached = _verdict(row["host_share"]["median"] <= row["target"])
-        start = f"{row['start_seconds']['median']:.1f}"
-        table.add_row(
-            str(row["size"][0]), f"{row['steps']:,}", *cells, _shown(row["host_share"], 0, True), reached, start
-        )
+        host = f"{_shown(row['host_share'], 0, True)}: {reached}"
+        table.add_row(str(row["size"][0]), f"{row['steps']:,}", *cells, host, f"{row['start_seconds']['median']:.1f} s")
     console.print(table)
+    console.print("Microseconds a step; `looped`, for comparison, is a step among many in one program.")
     drawn = found["sample"]
     console.print(
         f"sampling, width {drawn['size'][0]}, {drawn['sampler']} {drawn['steps']}, guidance {drawn['guidance']:g}, batch "
@@ -308,18 +328,19 @@ def show(found: dict, console: Console) -> None:
 
 def main() -> None:
     repeats, on_cpu = flags.FLAGS.repeats, jax.default_backend() == "cpu"
-    found = {"machine": machine()}
+    cfg, found = resolve(flags.FLAGS.config), {"machine": machine()}
+    largest = ladder_cells(cfg, "")[-1].cfg
     say("step: width 384 ...")
     found["step"] = measure_step(step_config(16 if on_cpu else 256), repeats, 2048 if on_cpu else 8192)
-    found["host"] = measure_ladder(repeats)
+    found["host"] = measure_ladder(cfg, repeats)
     say("sample ...")
-    found["sample"] = measure_sample(SIZES[-1], repeats)
+    found["sample"] = measure_sample(largest, repeats)
     if flags.FLAGS.json:
         write_file(flags.FLAGS.json, json.dumps(found, indent=1) + "\n")
-    show(found, Console(width=130, highlight=False))
+    show(found, Console(width=140, highlight=False))
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 5, "repeats; medians and ranges are over them", lower_bound=1)
     flags.DEFINE_string("json", "", "write all figures here")
-    launch(main)
+    launch(main, config="file")

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from dit_jax.command import read_config
 from dit_jax.config import ModelConfig, UsageError
+from dit_jax.models import dit
 from dit_jax.state import TrainState, restored_state
 
 ITEMS = ("params", "ema", "opt", "data", "meta")
@@ -21,7 +22,10 @@ def folder(workdir: str) -> str:
 
 
 def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of a run, saved in the background; `keep` newest ones stay (None: all). Close it when done."""
+    """The checkpoints of one's own run, saved in the background; `keep` newest ones stay (None: all). Close it when done.
+
+    It removes what an earlier process left half-written, so only the process that trains may open it.
+    """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
     )
@@ -59,19 +63,13 @@ def load(workdir: str, step: int | None = None, item: str = "ema") -> tuple[Mode
     step = find_step(workdir, step)
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
-    manager = open_manager(workdir)
-    shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda: _init(cfg.model))
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings), shapes)
-    found = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
-    manager.close()
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda: dit.init(cfg.model, jax.random.key(0)))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    options = ocp.CheckpointManagerOptions(read_only=True)  # the run may be training: touch nothing
+    with ocp.CheckpointManager(folder(workdir), item_names=ITEMS, options=options) as manager:
+        found = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
     return cfg.model, found[item]
-
-
-def _init(model: ModelConfig) -> dict:
-    from dit_jax.models import dit
-
-    return dit.init(model, jax.random.key(0))
 
 
 def find_step(workdir: str, step: int | None = None) -> int:

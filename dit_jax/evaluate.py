@@ -222,6 +222,8 @@ def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool =
     done = {(r["step"], r["protocol_id"]): r for r in read_lines(os.path.join(workdir, RECORDS))}
     name, records = os.path.basename(os.path.abspath(workdir)), []
     for step in checkpoint.steps(workdir) if steps is None else steps:
+        if step not in checkpoint.steps(workdir):
+            continue  # pruned meanwhile by the training that goes on
         params = None
         for protocol, measure in wanted:
             record = done.get((step, protocol_id(protocol)))
@@ -239,7 +241,8 @@ def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool =
 def main() -> None:
     values = flags.FLAGS
     cfg = resolve(values.config)
-    checkpoint.find_step(values.workdir)
+    if not values.watch:
+        checkpoint.find_step(values.workdir)
     while True:
         records = run(cfg, values.workdir)
         if not values.watch or (records and records[-1]["step"] >= read_config(values.workdir).train.steps):

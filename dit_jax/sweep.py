@@ -65,7 +65,9 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
         cfg,
         model=model,
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
-        train=dataclasses.replace(cfg.train, steps=steps, log_every=log_every, checkpoint_every=steps, keep=1),
+        train=dataclasses.replace(
+            cfg.train, steps=steps, log_every=log_every, checkpoint_every=min(cfg.train.checkpoint_every, steps), keep=1
+        ),
         sweep=SweepConfig(),
         eval=dataclasses.replace(cfg.eval, samples=0),
     )

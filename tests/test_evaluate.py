@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from job import TINY, run
+from job import TINY, run, start, wait_for_step
 from PIL import Image
 
 from dit_jax import checkpoint, evaluate, flops, sample
@@ -180,6 +180,22 @@ def test_missing_and_foreign_folders(job, tmp_path, cache_dir):
     assert code == 2 and "holds no config.json" in err
     code, _, err = run(job, cache_dir=cache_dir)
     assert code == 2 and "--workdir" in err
+
+
+def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
+    """Two processes on one folder: the watcher records the last step and ends; the training is not disturbed."""
+    workdir = tmp_path / "live"
+    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=300"]
+    training = start("train", *flags, cache_dir=cache_dir)
+    wait_for_step(training, workdir, 1)
+    code, _, err = run(
+        "evaluate", f"--workdir={workdir}", "--watch", "--config.eval.poll_seconds=0.2", cache_dir=cache_dir
+    )
+    assert code == 0, err
+    _, training_err = training.communicate(timeout=60)
+    assert training.returncode == 0, training_err
+    steps = [record["step"] for record in records(workdir)]
+    assert steps[-1] == 300 and steps == sorted(set(steps))
 
 
 def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):

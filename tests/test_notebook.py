@@ -1,0 +1,55 @@
+"""The notebooks: run from their first cell to the last with small settings, and are kept without outputs."""
+
+import base64
+import io
+import os
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from job import environment
+from PIL import Image
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def figures(notebook):
+    """The PNG images that its cells show."""
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    found = [output.data["image/png"] for output in shown if "image/png" in output.get("data", {})]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_kept_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+            assert "def " not in cell.source and "class " not in cell.source  # figures only: code lives in the package
+
+
+def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
+    environ = environment(cache_dir, devices=1)
+    environ |= {"QUICKSTART_STEPS": "60", "QUICKSTART_WORKDIR": str(tmp_path / "run")}
+    environ.pop("MPLBACKEND", None)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environ)
+    found = figures(notebook)
+    if folder := os.environ.get("NOTEBOOK_FIGURES"):  # to look at them
+        for i, picture in enumerate(found):
+            Image.fromarray(picture).save(Path(folder) / f"quickstart-{i}.png")
+    assert len(found) == 3
+    for picture in found:
+        assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 20
+    text = "".join(
+        o.text for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout"
+    )
+    assert "parameters" in text and "MACs" in text
+    assert (tmp_path / "run" / "eval" / "records.jsonl").read_text().count("\n") == 3

@@ -3,6 +3,8 @@
 python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits
 python -m dit_jax.evaluate --workdir=runs/digits
 python -m dit_jax.sample --workdir=runs/digits --num=100 --guidance=2 --grid=grid.png --out=samples.npz
+
+Expected after 3,000 steps (2 to 4 minutes on 2 cores): held-out loss 0.353 +- 0.004, fd_digits 2.0 (1,000 samples, guidance 2).
 """
 
 from dit_jax.config import template

@@ -66,10 +66,8 @@ def load(workdir: str, step: int | None = None, item: str = "ema") -> tuple[Mode
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda: dit.init(cfg.model, jax.random.key(0)))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
-    options = ocp.CheckpointManagerOptions(read_only=True)  # the run may be training: touch nothing
-    with ocp.CheckpointManager(folder(workdir), item_names=ITEMS, options=options) as manager:
-        found = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
-    return cfg.model, found[item]
+    with ocp.StandardCheckpointer() as reader:  # not a manager: the run may be training, so nothing is touched
+        return cfg.model, reader.restore(os.path.join(folder(workdir), str(step), item), like)
 
 
 def find_step(workdir: str, step: int | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dit_jax import bench, flops, sweep
-from dit_jax.config import Config, SampleConfig, UsageError, resolve
+from dit_jax.config import Config, SampleConfig, TrainConfig, UsageError, resolve
 
 SPREAD = {"median", "low", "high"}
 
@@ -71,10 +71,10 @@ def test_step_shape_is_width_384():
 def test_ladder_cells_are_runs_of_the_sweep():
     cells = bench.ladder_cells(CFG, "")
     middle = CFG.sweep.budgets[len(CFG.sweep.budgets) // 2]
-    assert len(cells) >= 3 and all(cell.budget <= middle for cell in cells)
+    assert len(cells) >= 3 and {cell.budget for cell in cells} == {middle}
     for cell in cells:
         model = cell.cfg.model
-        assert (model.width, model.depth, model.heads) in CFG.sweep.sizes and cell.cfg.train.steps <= bench.MOST_STEPS
+        assert (model.width, model.depth, model.heads) in CFG.sweep.sizes
     with pytest.raises(UsageError, match="budgets"):
         bench.ladder_cells(Config(), "")
 
@@ -91,17 +91,18 @@ def test_host_measurement(host):
     names = {"wall", "device", "call", "data", "log", "checkpoint", "rest", "looped"}
     assert set(host["step_us"]) == names and all(map(ordered, host["step_us"].values()))
     assert host["step_us"]["wall"]["low"] > 0 and host["start_seconds"]["low"] > 0
-    assert ordered(host["host_share"]) and host["host_share"]["high"] <= 1
+    assert ordered(host["host_share"]) and host["host_share"]["low"] > 0
+    assert ordered(host["not_device_share"]) and host["not_device_share"]["high"] <= 1
 
 
 def test_parts_of_a_step_sum_to_the_wall():
     found = {"step": [5.0], "call": [1.0], "looped": [3.0], "data": [0.5], "log": [0.2]}
     found["run"] = [{"start": 9.0, "loop": 6.0, "end": 10.0}]
-    parts = bench.step_parts(found, steps=10, log_every=5)
+    parts = bench.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
     assert parts["device"] == [4.0] and parts["wall"] == [7.0]
-    named = ("device", "call", "data", "log", "checkpoint", "rest")
-    assert sum(parts[name][0] for name in named) == pytest.approx(7.0)
+    assert sum(parts[name][0] for name in ("device", *bench.HOST, "rest")) == pytest.approx(7.0)
     assert parts["rest"] == [pytest.approx(7 - 4 - 1 - 0.5 - 0.08 - 1)]
+    assert bench.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
 
 
 def test_sample_measurement(sample):

@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see README, "Install")."""
+"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see README, "Meshes")."""
 
 from setuptools import find_packages, setup
 
@@ -51,7 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dit_jax", "dit_jax.*"]),
-    package_data={"dit_jax": ["**/*.safetensors", "**/*.json", "**/*.html"]},
+    package_data={"dit_jax": ["**/*.safetensors", "**/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

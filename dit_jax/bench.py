@@ -1,4 +1,4 @@
-"""How fast this machine trains and samples, in about four minutes on two cores.
+"""How fast this machine trains and samples, in about five minutes on two cores.
 
     python -m dit_jax.bench --config=configs/digits_isoflop.py [--repeats=5] [--json=OUT]
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from dit_jax.command import read_config
 from dit_jax.config import ModelConfig, UsageError
+from dit_jax.mesh import on_one_device
 from dit_jax.models import dit
 from dit_jax.state import TrainState, restored_state
 
@@ -18,7 +19,8 @@ ITEMS = ("params", "ema", "opt", "data", "meta")
 
 
 def folder(workdir: str) -> str:
-    return os.path.join(os.path.abspath(workdir) if "://" not in workdir else workdir, "checkpoints")
+    """Where a run keeps its checkpoints."""
+    return os.path.join(os.path.abspath(workdir), "checkpoints")
 
 
 def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
@@ -63,9 +65,7 @@ def load(workdir: str, step: int | None = None, item: str = "ema") -> tuple[Mode
     step = find_step(workdir, step)
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda: dit.init(cfg.model, jax.random.key(0)))
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    like = on_one_device(jax.eval_shape(lambda: dit.init(cfg.model, jax.random.key(0))))
     with ocp.StandardCheckpointer() as reader:  # not a manager: the run may be training, so nothing is touched
         return cfg.model, reader.restore(os.path.join(folder(workdir), str(step), item), like)
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable, Mapping
 
@@ -65,10 +66,21 @@ def _parse(config: str) -> None:
         raise
     except flags.UnrecognizedFlagError as error:
         raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, flags.FLAGS)}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(str(error).strip().splitlines()[0]) from None
+    except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(_line(error)) from None
     if len(rest) > 1:
         raise UsageError(f"found the argument {rest[1]!r}, expected flags only (--name=value)")
+
+
+def _line(error: BaseException) -> str:
+    """The one line of a parse error; what a config file raised lies under a traceback that ml_collections made a message."""
+    lines = str(error).strip().splitlines()
+    if "Error whilst parsing config file" not in lines[0]:
+        return lines[0]
+    while error.__context__ is not None:
+        error = error.__context__
+    inner = str(error).strip("\"' \n").splitlines()
+    return f"{lines[0].split(': ')[0]}: {inner[0] if inner else type(error).__name__}"
 
 
 def _early_value(name: str) -> str:
@@ -113,6 +125,18 @@ def _check_overrides() -> None:
                 known = level if isinstance(level, ml_collections.ConfigDict) else ()
                 raise UsageError(f"--{found}: unknown config key {key!r}{nearest(key, known)}")
             level = level[key]
+        _check_number(found, argument, level)
+
+
+def _check_number(name: str, argument: str, default) -> None:
+    """A number where the default is one; absl's own message names no type."""
+    if type(default) not in (int, float) or "=" not in argument:
+        return
+    value = argument.split("=", 1)[1]
+    try:
+        type(default)(value)
+    except ValueError:
+        raise UsageError(f"--{name}: found {value!r}, expected {type(default).__name__}") from None
 
 
 def read_config(workdir: str) -> Config:
@@ -130,6 +154,15 @@ def read_config(workdir: str) -> Config:
     if not isinstance(values, Mapping) or "config" not in values:
         raise UsageError(f"{path}: found no key 'config', expected a file written by dit_jax.train")
     return resolve(values["config"])
+
+
+def load_config(value: str) -> ml_collections.ConfigDict:
+    """The ConfigDict of a config file, `configs/x.py` or `configs/x.py:ARG`, for notebooks and scripts."""
+    path, _, argument = value.partition(":")
+    if not os.path.isfile(path):
+        raise UsageError(f"no config file {path!r}")
+    get_config = runpy.run_path(path)["get_config"]
+    return get_config(argument) if argument else get_config()
 
 
 def write_file(path: str, text: str) -> None:

@@ -28,6 +28,10 @@ def _choice(name: str, found, allowed) -> None:
         raise UsageError(f"{name}: found {found!r}, expected one of {', '.join(map(str, allowed))}{hint}")
 
 
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**1000
+
+
 def _range(name: str, found, low=-math.inf, high=math.inf) -> None:
     if not low <= found <= high:
         expected = f"a value from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
@@ -152,6 +156,9 @@ class OptimConfig:
         _range("optim.warmup_steps", self.warmup_steps, 0)
         _range("optim.weight_decay", self.weight_decay, 0.0)
         _range("optim.clip", self.clip, 0.0)
+        _range("optim.b1", self.b1, 0.0, 1.0)
+        _range("optim.b2", self.b2, 0.0, 1.0)
+        _range("optim.eps", self.eps, 0.0)
         _range("optim.accumulate", self.accumulate, 1)
         _range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
         _range("optim.ema_width", self.ema_width, 1e-3, 0.28)
@@ -211,9 +218,9 @@ class SampleConfig:
         _choice("sample.channels", self.channels, ("all", "first3"))
         _choice("sample.labels", self.labels, ("uniform", "balanced"))
         _choice("sample.weights", self.weights, ("ema", "params"))
-        low_high = self.interval
-        if len(low_high) != 2 or not 0.0 <= low_high[0] <= low_high[1] <= 1.0:
-            raise UsageError(f"sample.interval: found {low_high!r}, expected (low, high) with 0 <= low <= high <= 1")
+        ends = self.interval
+        if len(ends) != 2 or not all(map(_number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
+            raise UsageError(f"sample.interval: found {ends!r}, expected (low, high) with 0 <= low <= high <= 1")
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,7 @@ class EvalConfig:
             _range(f"eval.{name}", getattr(self, name), 1)
         _range("eval.samples", self.samples, 0)
         _range("eval.max_images", self.max_images, 0)
+        _range("eval.poll_seconds", self.poll_seconds, 0.01)
         _range("eval.seed", self.seed, 0, 2**31 - 1)
         if self.times_per_image % self.buckets:
             raise UsageError(
@@ -256,17 +264,31 @@ class SweepConfig:
     grid_guidance: float = 2.0
 
     def __post_init__(self):
-        if len(self.windows) != len(self.budgets):
-            raise UsageError(
-                f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
-            )
+        for budget in self.budgets:
+            if not _number(budget) or budget <= 0:
+                raise UsageError(f"sweep.budgets: found {budget!r}, expected training FLOPs above 0")
+        for name, rows, count, form in (
+            ("sizes", self.sizes, 3, "(width, depth, heads)"),
+            ("windows", self.windows, 2, "(first, end)"),
+        ):
+            for row in rows:
+                whole = isinstance(row, tuple) and len(row) == count and all(type(n) is int for n in row)
+                if not whole or (name == "sizes" and min(row) < 1):
+                    raise UsageError(f"sweep.{name}: found {row!r}, expected {form} in whole numbers")
         for window in self.windows:
             if not 0 <= window[0] < window[1] <= len(self.sizes):
                 raise UsageError(
                     f"sweep.windows: found {window!r}, expected (first, end) within {len(self.sizes)} sizes"
                 )
+        if len(self.windows) != len(self.budgets):
+            raise UsageError(
+                f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
+            )
         _range("sweep.processes", self.processes, 1)
         _range("sweep.extrapolate", self.extrapolate, 0.0)
+        _range("sweep.base_width", self.base_width, 1)
+        _range("sweep.grid", self.grid, 1)
+        _range("sweep.grid_guidance", self.grid_guidance, 0.0, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -313,7 +335,7 @@ def template() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False).lock()
 
 
-def resolve(values: Mapping | ml_collections.ConfigDict) -> Config:
+def resolve(values: object) -> Config:
     """Nested mapping (ConfigDict or JSON) -> Config. Raises UsageError naming the key, what was found and what was expected."""
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -342,7 +364,7 @@ def nearest(key: str, known) -> str:
 
 
 def _typed(value, kind: type | types.GenericAlias, name: str):
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return float(value)
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)

@@ -5,6 +5,7 @@ checkpoint and protocol goes to `W/eval/records.jsonl`; what is recorded already
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -18,17 +19,18 @@ import numpy as np
 from absl import flags
 
 from dit_jax import checkpoint, flops
-from dit_jax.command import launch, read_config
+from dit_jax.command import launch, read_config, write_file
 from dit_jax.config import Config, EvalConfig, UsageError, resolve
 from dit_jax.data.datasets import describe
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.process import make_process
+from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.log import read_lines, say
 from dit_jax.mesh import batch_sharding, make_mesh, replicated
 from dit_jax.metrics import frechet
 from dit_jax.models import digit_features
-from dit_jax.sample import check, image_flops, sample_images
+from dit_jax.sample import image_flops, sample_images
 from dit_jax.step import image_losses, on_device
 
 RECORDS = os.path.join("eval", "records.jsonl")
@@ -39,7 +41,8 @@ def stratified(seed: int, indices: jax.Array, times_per_image: int) -> jax.Array
 
     def one(i):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 0)
-        return (jnp.arange(times_per_image) + jax.random.uniform(key, (times_per_image,))) / times_per_image
+        u = (jnp.arange(times_per_image) + jax.random.uniform(key, (times_per_image,))) / times_per_image
+        return jnp.minimum(u, 1 - 2**-24)  # float32 rounds the last stratum's end up to 1
 
     return jax.vmap(one)(indices)
 
@@ -84,6 +87,8 @@ def held_out_loss(cfg: Config, params, images: np.ndarray, labels: np.ndarray, m
         safe = np.minimum(rows, len(images) - 1)  # the last batch is filled up, and the filling dropped
         found.append(np.asarray(losses(params, images[safe], labels[safe], rows), np.float64)[: len(images) - start])
     table = np.concatenate(found)
+    if not np.isfinite(table).all():
+        raise UsageError("held-out loss: found values that are not finite; the run diverged, and nothing is recorded")
     per_image = table.mean(axis=1)
     buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
     error = per_image.std(ddof=1) / np.sqrt(len(per_image)) if len(per_image) > 1 else float("nan")
@@ -101,7 +106,7 @@ def digits_distance(cfg: Config, params, mesh, reference: frechet.Statistics) ->
 
 
 def reference_statistics(cfg: Config) -> frechet.Statistics:
-    """Feature statistics of the whole training split."""
+    """Feature statistics of the whole of `data.split`, the training split."""
     images, _ = load_arrays(cfg.data, cfg.data.split)
     weights, _ = digit_features.load()
     return frechet.update(
@@ -109,9 +114,19 @@ def reference_statistics(cfg: Config) -> frechet.Statistics:
     )
 
 
-def statistics_hash(stats: frechet.Statistics) -> str:
-    mean, cov = frechet.mean_cov(stats)
-    return hashlib.sha256(np.round(mean, 5).tobytes() + np.round(cov, 5).tobytes()).hexdigest()
+def held_out_distance(cfg: Config) -> float:
+    """`fd_digits` of the real held-out images: what a perfect sampler would score."""
+    held_out = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, split=cfg.data.held_out_split))
+    both = [frechet.mean_cov(reference_statistics(c)) for c in (held_out, cfg)]
+    return frechet.frechet_distance(*both[0], *both[1])
+
+
+def weights_protocol(cfg: Config) -> dict:
+    """Which weights are scored: raw, or which EMA."""
+    if cfg.sample.weights == "params":
+        return {"weights": "params (raw)"}
+    width = {"constant": {"decay": cfg.optim.ema_decay}, "power": {"width": cfg.optim.ema_width}}[cfg.optim.ema]
+    return {"weights": {"ema": cfg.optim.ema, **width}}
 
 
 def loss_protocol(cfg: Config, images: int) -> dict:
@@ -137,15 +152,16 @@ def loss_protocol(cfg: Config, images: int) -> dict:
 def sample_protocol(cfg: Config, reference: frechet.Statistics) -> dict:
     """Everything that the sample metrics depend on besides the checkpoint."""
     sample = dataclasses.asdict(cfg.sample)
-    del sample["batch_size"]
+    del sample["batch_size"], sample["weights"]
     return {
         "data": describe(cfg.data.dataset, cfg.data.split, cfg.data.data_dir) | {"image_size": cfg.data.image_size},
+        **weights_protocol(cfg),
         "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed},
         "process": processes.describe(make_process(cfg.diffusion, cfg.model.learn_sigma)),
         "uint8": "clamp(127.5 x + 128, 0, 255), truncated",
         "autoencoder": "none",
         "features": f"digits {digit_features.load()[1]['sha256']}",
-        "reference": f"{cfg.data.dataset} {cfg.data.split}, {reference.count} images, {statistics_hash(reference)}",
+        "reference": f"{cfg.data.dataset} {cfg.data.split}, {reference.count} images",
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }
@@ -175,21 +191,19 @@ def make_record(cfg: Config, name: str, step: int, metrics: dict, protocol: dict
 
 
 def append_record(workdir: str, record: dict) -> None:
-    """Add a line; what a kill cut short is removed first."""
+    """Add a line, whole or not at all, also beside another evaluation of the same run; what a kill cut short goes."""
     path = os.path.join(workdir, RECORDS)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    lines = [*read_lines(path), record]
-    temporary = path + ".tmp"
-    with open(temporary, "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = read_lines(path)
+        if (record["step"], record["protocol_id"]) not in {(line["step"], line["protocol_id"]) for line in lines}:
+            write_file(path, "".join(json.dumps(line) + "\n" for line in [*lines, record]))
 
 
 def check_config(cfg: Config) -> None:
     """Raises UsageError for a protocol that cannot be."""
-    check(cfg.sample, make_process(cfg.diffusion, cfg.model.learn_sigma))
+    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), cfg.sample.sampler, cfg.sample.steps)
     if cfg.eval.samples and (cfg.eval.features != "digits" or cfg.data.dataset != "digits"):
         raise UsageError(
             f"eval.features: found {cfg.eval.features!r} for {cfg.data.dataset!r}; this version has the digits' network only; "
@@ -222,20 +236,27 @@ def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool =
     done = {(r["step"], r["protocol_id"]): r for r in read_lines(os.path.join(workdir, RECORDS))}
     name, records = os.path.basename(os.path.abspath(workdir)), []
     for step in checkpoint.steps(workdir) if steps is None else steps:
-        if step not in checkpoint.steps(workdir):
-            continue  # pruned meanwhile by the training that goes on
-        params = None
-        for protocol, measure in wanted:
-            record = done.get((step, protocol_id(protocol)))
-            if record is None:
-                params = checkpoint.load(workdir, step, cfg.sample.weights)[1] if params is None else params
-                record = make_record(cfg, name, step, measure(params), protocol)
-                append_record(workdir, record)
-            records.append(record)
+        missing = [(p, measure) for p, measure in wanted if (step, protocol_id(p)) not in done]
+        params = _weights(cfg, workdir, step) if missing else None
+        for protocol, measure in missing if params is not None else []:
+            record = make_record(cfg, name, step, measure(params), protocol)
+            append_record(workdir, record)
+            done[step, record["protocol_id"]] = record
             if not quiet:
                 shown = "  ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items() if not k.startswith("loss_t"))
                 say(f"step {step}  {shown}")
+        records += [done[step, protocol_id(p)] for p, _ in wanted if (step, protocol_id(p)) in done]
     return records
+
+
+def _weights(cfg: Config, workdir: str, step: int):
+    """The weights of a checkpoint, or None if the training that goes on has pruned it meanwhile."""
+    try:
+        return checkpoint.load(workdir, step, cfg.sample.weights)[1]
+    except Exception:
+        if step in checkpoint.steps(workdir):
+            raise
+        return None
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ DEVICES = {
     "TPU v6e": Device("tpu-v6e", 918e12, 32 * GIB),
     "NVIDIA A100-SXM4-40GB": Device("a100-40gb", 312e12, 40 * 10**9),
     "NVIDIA A100": Device("a100-80gb", 312e12, 80 * 10**9),
+    "NVIDIA H100 PCIe": Device("h100-pcie", 756e12, 80 * 10**9),
     "NVIDIA H100": Device("h100", 989e12, 80 * 10**9),
     "NVIDIA H200": Device("h200", 989e12, 141 * 10**9),
 }

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from dit_jax.config import UsageError
+
 METRICS = "metrics.jsonl"
 
 
@@ -15,12 +17,23 @@ def say(message: str) -> None:
 
 
 def read_lines(path: str) -> list[dict]:
-    """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none."""
+    """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none.
+
+    Raises UsageError naming the line of a damaged file.
+    """
     if not os.path.exists(path):
         return []
     with open(path) as f:
-        lines = f.read().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+        lines = f.read().split("\n")[:-1]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UsageError(
+                f"{path}:{number}: found {line[:40]!r}, expected a JSON object; repair or remove the line"
+            ) from None
+    return found
 
 
 def drop_after(path: str, step: int) -> None:

@@ -102,6 +102,12 @@ def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def on_one_device(shapes):
+    """A tree of shapes -> the same, to be placed whole on this process's first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
 def put_batch(mesh, batch: dict) -> dict:
     """This process's rows of a global batch -> global arrays. With one process `jit` places NumPy arrays itself, faster."""
     if jax.process_count() == 1:
@@ -112,6 +118,10 @@ def put_batch(mesh, batch: dict) -> dict:
 
 def attention_implementation(requested: str, dtype: str) -> str:
     """`auto` -> cudnn on an NVIDIA GPU in bfloat16, else xla: on TPU plain XLA is the faster one at 256 tokens."""
+    if requested == "cudnn" and jax.default_backend() != "gpu":
+        raise UsageError(
+            f"model.attention: found 'cudnn' on {jax.default_backend()}, expected 'auto' or 'xla' without an NVIDIA GPU"
+        )
     if requested != "auto":
         return requested
     return "cudnn" if jax.default_backend() == "gpu" and dtype == "bfloat16" else "xla"

@@ -5,6 +5,7 @@ the same that `evaluate` uses.
 """
 
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,26 +18,16 @@ from PIL import Image
 
 from dit_jax import checkpoint, flops
 from dit_jax.command import launch, read_config
-from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError, nearest
+from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Process, make_process
-from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times
+from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times, sampling_times
 from dit_jax.log import say
 from dit_jax.mesh import batch_sharding, make_mesh, replicated
 from dit_jax.models import dit
 from dit_jax.step import on_device
 
 LABEL_DRAW = 2**31 - 1  # the draw that gives image i its label; the sampler's draws count from 0
-
-
-def check(cfg: SampleConfig, process: Process) -> np.ndarray:
-    """The grid of times. Raises UsageError if the sampler or its steps cannot be."""
-    if cfg.sampler not in SAMPLERS:
-        raise UsageError(f"sample.sampler: found {cfg.sampler!r}{nearest(cfg.sampler, SAMPLERS)}")
-    try:
-        return process.times(cfg.steps)
-    except ValueError as error:
-        raise UsageError(f"sample.steps: {error}") from None
 
 
 def make_denoiser(model: ModelConfig, process: Process, cfg: SampleConfig, params, labels: jax.Array) -> Callable:
@@ -50,7 +41,7 @@ def make_denoiser(model: ModelConfig, process: Process, cfg: SampleConfig, param
 
     if cfg.guidance == 1.0:
         return plain
-    channels = model.channels if cfg.channels == "all" else 3
+    channels = model.channels if cfg.channels == "all" else min(3, model.channels)
     guided = guidance.classifier_free(guidance.paired(apply, labels, model.null_class), cfg.guidance, channels)
     low, high = cfg.interval
     return guided if (low, high) == (0.0, 1.0) else guidance.within(guided, plain, low, high)
@@ -72,11 +63,12 @@ def draw_labels(
     return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, LABEL_DRAW), (), 0, classes))(keys)
 
 
+@functools.lru_cache(maxsize=8)
 def make_sampler(
     model: ModelConfig, process: Process, cfg: SampleConfig, mesh, wanted: tuple[int, ...] = ()
 ) -> Callable:
     """One compiled program: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,)."""
-    times = check(cfg, process)
+    times = sampling_times(process, cfg.sampler, cfg.steps)
     sampler = SAMPLERS[cfg.sampler]
     shape = (model.input_size, model.input_size, model.channels)
     model = on_device(model)
@@ -115,9 +107,9 @@ def sample_images(
 
 def image_flops(cfg: Config, sample: SampleConfig) -> int:
     """FLOPs of one sampled image, guided steps counted twice."""
-    times = check(sample, make_process(cfg.diffusion, cfg.model.learn_sigma))
-    calls = evaluation_times(sample.sampler, times)
-    low, high = sample.interval
+    times = sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
+    calls = evaluation_times(sample.sampler, times).astype(np.float32)  # as the program compares them
+    low, high = np.float32(sample.interval)
     guided = 0 if sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
     return flops.sample_flops(cfg.model, len(calls), guided)
 
@@ -165,12 +157,14 @@ def main() -> None:
     values = flags.FLAGS
     cfg = read_config(values.workdir)
     sample = _sample_config(cfg, values)
-    check(sample, make_process(cfg.diffusion, cfg.model.learn_sigma))
+    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
     wanted = _wanted(values.labels, cfg.model.classes)
     step = checkpoint.find_step(values.workdir, values.step)
     for path in (values.out, values.grid):
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise UsageError(f"{path}: its folder does not exist")
+    if values.grid and not values.grid.endswith(".png"):
+        raise UsageError(f"--grid: found {values.grid!r}, expected a name that ends in .png")
     mesh = make_mesh(MeshConfig())
     _, params = checkpoint.load(values.workdir, step, sample.weights)
     say(
@@ -193,7 +187,7 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
     flags.DEFINE_integer("num", 64, "images", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "seed", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "seed", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("step", None, "checkpoint; default: the newest")
     flags.DEFINE_string("sampler", None, "one of " + ", ".join(SAMPLERS))
     flags.DEFINE_integer("steps", None, "sampling steps")

@@ -53,8 +53,9 @@ def gradients(cfg: Config, params, *batch):
     def add(total, part):
         return jax.tree.map(jnp.add, total, loss_and_gradients(params, *part)), None
 
-    first = loss_and_gradients(params, *[x[0] for x in micro])
-    total, _ = jax.lax.scan(add, first, [x[1:] for x in micro])
+    shapes = jax.eval_shape(loss_and_gradients, params, *[x[0] for x in micro])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, micro)
     return jax.tree.map(lambda x: x / count, total)
 
 

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_jax import checkpoint, evaluate, flops, train
-from dit_jax.command import ERROR, Interrupted, launch, write_file
-from dit_jax.config import Config, SweepConfig, UsageError, resolve, to_dict
+from dit_jax.command import ERROR, Interrupted, launch
+from dit_jax.config import Config, SampleConfig, SweepConfig, UsageError, resolve, to_dict
+from dit_jax.data.pipeline import load_arrays
 from dit_jax.log import METRICS, clock, read_lines, say
 from dit_jax.mesh import make_mesh
 from dit_jax.sample import grid, sample_images
@@ -84,6 +85,10 @@ def make_cells(cfg: Config, workdir: str) -> list[Cell]:
         for budget, window in zip(cfg.sweep.budgets, cfg.sweep.windows, strict=True)
         for size in cfg.sweep.sizes[window[0] : window[1]]
     ]
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"sweep.sizes, sweep.budgets: found {double} twice, expected every size once a budget")
     return sorted(cells, key=lambda cell: -cell.weight)
 
 
@@ -93,10 +98,16 @@ def run_cell(cell: Cell) -> dict:
     return evaluate.run(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet=True)[0]
 
 
-def finished(cell: Cell) -> bool:
-    """Whether the cell's last step has a record."""
+def loss_protocol_id(cfg: Config) -> str:
+    """The protocol that all cells are compared under; a cell may carry records of others."""
+    images = len(load_arrays(cfg.data, cfg.data.held_out_split)[0])
+    return evaluate.protocol_id(evaluate.loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
+
+
+def finished(cell: Cell, protocol_id: str) -> bool:
+    """Whether the cell's last step has its record."""
     records = read_lines(os.path.join(cell.workdir, evaluate.RECORDS))
-    return any(record["step"] == cell.cfg.train.steps for record in records)
+    return any(r["step"] == cell.cfg.train.steps and r["protocol_id"] == protocol_id for r in records)
 
 
 def _start_worker(cores: list[int], counter, cache: str) -> None:
@@ -179,9 +190,9 @@ def share_done(cell: Cell) -> float:
     return lines[-1]["step"] / cell.cfg.train.steps if lines else 0.0
 
 
-def run_ladder(cells: list[Cell], processes: int, cache: str) -> list[Cell]:
+def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) -> list[Cell]:
     """Run what is not finished, with one progress display; returns the cells that failed."""
-    todo = [cell for cell in cells if not finished(cell)]
+    todo = [cell for cell in cells if not finished(cell, protocol_id)]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished")
     if not todo:
@@ -217,33 +228,21 @@ def _eta(done: float, total: float, start: float) -> str:
 
 
 def prepare(cfg: Config, workdir: str) -> None:
-    """Make W with the sweep's config.json, or check that W holds this sweep."""
-    train.check_data(cfg)
+    """Make W with the sweep's config as sweep.json, or check that W holds this sweep."""
+    train.check(cfg)
+    evaluate.check_config(cfg)
     path = os.path.join(workdir, "sweep.json")
-    if os.path.isfile(path):
-        with open(path) as f:
-            old = train.flatten(json.load(f)["config"])
-        new = json.loads(json.dumps(train.flatten(to_dict(cfg))))
-        changed = [
-            k
-            for k in new
-            if new[k] != old.get(k) and not k.startswith(("sweep.processes", "sweep.grid", "data.data_dir"))
-        ]
-        if changed:
-            key = changed[0]
-            raise UsageError(
-                f"{workdir} holds another sweep: {key} is {old.get(key)!r} there, {new[key]!r} in the command"
-            )
+    if not os.path.isfile(path):
+        train.make_folder(workdir, "sweep.json", cfg)
         return
-    if os.path.isdir(workdir) and os.listdir(workdir):
-        raise UsageError(
-            f"--workdir: {workdir!r} is not empty and holds no sweep.json; expected a new folder or a sweep's"
-        )
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        write_file(path, json.dumps({"config": to_dict(cfg), **train.provenance()}, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None
+    with open(path) as f:
+        old = train.flatten(json.load(f)["config"])
+    new = json.loads(json.dumps(train.flatten(to_dict(cfg))))
+    free = ("sweep.processes", "sweep.grid", "data.data_dir")
+    changed = [k for k in new if new[k] != old.get(k) and not k.startswith(free)]
+    if changed:
+        key = changed[0]
+        raise UsageError(f"{workdir} holds another sweep: {key} is {old.get(key)!r} there, {new[key]!r} in the command")
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:
@@ -264,26 +263,30 @@ def recommended_cell(cfg: Config, workdir: str, law: fit.IsoflopFit) -> Cell:
     return dataclasses.replace(cell, cfg=dataclasses.replace(cell.cfg, eval=cfg.eval))
 
 
-def check_law(cfg: Config, workdir: str, law: fit.IsoflopFit) -> tuple[Cell, predict.Extrapolation]:
-    """Train the recommended model on all cores, say what was predicted before, and measure."""
-    cell = recommended_cell(cfg, workdir, law)
+def check_law(cell: Cell, law: fit.IsoflopFit, protocol_id: str) -> predict.Extrapolation:
+    """Say what the law predicts for a cell beyond the ladder, train it on all cores, and measure."""
     said = predict.predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
     low, high = said["L_run_interval"]
     beyond, expected = f"{said['beyond']:.1f}x beyond the ladder", f"{said['L_run']:.4f} ({low:.4f} to {high:.4f})"
     say(f"the law recommends {cell.name}, {beyond}; predicted loss {expected}")
-    if not finished(cell):
-        train.run(cell.cfg, cell.workdir)
+    train.run(cell.cfg, cell.workdir)
     evaluate.run(cell.cfg, cell.workdir, [cell.cfg.train.steps])
-    return cell, predict.extrapolate(law, runs.load_runs([cell.workdir])[0])
+    return predict.extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
+
+
+def grid_settings(cfg: Config) -> SampleConfig:
+    """How the report's grid is sampled."""
+    return dataclasses.replace(cfg.sample, labels="balanced", guidance=cfg.sweep.grid_guidance)
 
 
 def draw_grid(cfg: Config, cell: Cell) -> str:
     """Guided samples of a run, one row a class: the PNG's path. Drawn once."""
-    path = os.path.join(cell.workdir, "samples", f"grid-guidance{cfg.sweep.grid_guidance:g}.png")
+    settings, classes = grid_settings(cfg), cfg.model.classes
+    name = f"grid-{settings.sampler}{settings.steps}-guidance{settings.guidance:g}-{cfg.sweep.grid}.png"
+    path = os.path.join(cell.workdir, "samples", name)
     if not os.path.isfile(path):
-        _, params = checkpoint.load(cell.workdir, item=cell.cfg.sample.weights)
-        settings = dataclasses.replace(cfg.sample, labels="balanced", guidance=cfg.sweep.grid_guidance)
-        classes, mesh = cfg.model.classes, make_mesh(cell.cfg.mesh)
+        _, params = checkpoint.load(cell.workdir, item=settings.weights)
+        mesh = make_mesh(cell.cfg.mesh)
         parts = list(sample_images(cell.cfg, params, settings, classes * cfg.sweep.grid, cfg.eval.seed, mesh))
         images = np.concatenate([part[0] for part in parts])
         by_class = images.reshape(cfg.sweep.grid, classes, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
@@ -292,54 +295,68 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
     return path
 
 
-def notes(cell: Cell) -> list[str]:
-    """Sentences for the report: what the recommended model is and how its samples score."""
-    model, count = cell.cfg.model, cell.cfg.train.steps * cell.cfg.train.batch_size
+def notes(cfg: Config, cell: Cell) -> list[str]:
+    """Sentences for the report: what the recommended model is, how its samples score and how the grid was drawn."""
+    model, count, drawn = cell.cfg.model, cell.cfg.train.steps * cell.cfg.train.batch_size, grid_settings(cfg)
     found = [
         f"The recommended model: width {model.width}, depth {model.depth}, {flops.active_parameters(model):,} active of "
-        f"{flops.parameters(model):,} trainable parameters, trained on {count:,} images ({count * model.tokens:,} tokens)."
+        f"{flops.parameters(model):,} trainable parameters, trained on {count:,} images ({count * model.tokens:,} tokens). "
+        f"The grid shows its samples, one row a class: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
+        f"seed {cfg.eval.seed}."
     ]
     for record in read_lines(os.path.join(cell.workdir, evaluate.RECORDS)):
         if "fd_digits" in record["metrics"]:
-            drawn = record["protocol"]["samples"]
+            how = record["protocol"]["samples"]
             found.append(
-                f"fd_digits of {drawn['num']} samples ({drawn['sampler']}, {drawn['steps']} steps, guidance {drawn['guidance']:g}): "
+                f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
                 f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
-                "network and comparable to nothing else; the held-out digits themselves score 0.37."
+                f"network and comparable to nothing else; the held-out digits themselves score {evaluate.held_out_distance(cfg):.2f}."
             )
     return found
 
 
-def conclude(cfg: Config, workdir: str) -> str:
-    """Fit the ladder, test the law if the config asks for it, print the tables; returns the report's path."""
-    ladder = runs.load_runs([os.path.join(workdir, "cells")])
+def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cell]]:
+    """Fit the ladder, test the law if the config asks for it, print the tables; returns the report's path and what failed."""
+    ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id)
     law = fit.fit_isoflop(ladder)
     held = predict.holdout_largest(ladder)
-    cell = tested = picture = None
+    failed, tested, picture, said = [], None, None, []
     if cfg.sweep.extrapolate:
-        cell, tested = check_law(cfg, workdir, law)
-        picture = draw_grid(cfg, cell)
+        cell = recommended_cell(cfg, workdir, law)
+        try:
+            tested = check_law(cell, law, protocol_id)
+            picture, said = draw_grid(cfg, cell), notes(cfg, cell)
+        except (UsageError, RuntimeError, OSError) as error:
+            say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
+            failed.append(cell)
     for warning in law.warnings:
         say(f"warning: {warning}")
     table.print_table("Budgets", table.BUDGET_HEAD, table.budget_rows(law))
     table.print_table(f"Laws of compute, {law.level:.0%} intervals", table.LAW_HEAD, table.law_rows(law))
     table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))
     print(table.answer(law, tested))
-    path = os.path.join(workdir, "report.html")
-    title = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
-    said = notes(cell) if cell else []
-    return report.write_report(path, law, ladder, held, title=title, extrapolation=tested, grid_png=picture, notes=said)
+    path, title = os.path.join(workdir, "report.html"), f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
+    return report.write_report(
+        path, law, ladder, held, title=title, extrapolation=tested, grid_png=picture, notes=said
+    ), failed
 
 
 def run(cfg: Config, workdir: str) -> list[Cell]:
     """The ladder, its law and the report; returns the cells that failed."""
     cells = make_cells(cfg, workdir)
     prepare(cfg, workdir)
-    cache = os.path.join(workdir, "compiled")
-    failed = run_ladder(cells, cfg.sweep.processes, cache)
+    cache, protocol_id = os.path.join(workdir, "compiled"), loss_protocol_id(cfg)
+    failed = run_ladder(cells, cfg.sweep.processes, cache, protocol_id)
     _use_cache(cache)
-    print(conclude(cfg, workdir))
-    return failed
+    try:
+        path, untested = conclude(cfg, workdir, protocol_id)
+    except UsageError as error:
+        if not failed:
+            raise
+        say(f"no law: {error}")
+        return failed
+    print(path)
+    return failed + untested
 
 
 def main() -> None:

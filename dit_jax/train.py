@@ -18,8 +18,10 @@ from absl import flags
 from dit_jax import checkpoint, flops
 from dit_jax.command import Interrupted, launch, read_config, write_file
 from dit_jax.config import Config, UsageError, resolve, to_dict
-from dit_jax.data.datasets import load_source
+from dit_jax.data.datasets import load_source, overlap
 from dit_jax.data.pipeline import make_batches
+from dit_jax.diffusion.process import make_process
+from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.log import open_scalars, progress, say
 from dit_jax.mesh import check_batch, make_mesh, peak_flops, put_batch
 from dit_jax.state import abstract_state, make_state
@@ -52,19 +54,28 @@ def check_same_run(cfg: Config, workdir: str) -> None:
 
 
 def prepare_workdir(cfg: Config, workdir: str) -> None:
-    """Make the run's folder and write config.json, or check that the folder is this run's."""
+    """Make the run's folder and write config.json, or check that the folder is this run's; more steps are written down."""
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(path):
         check_same_run(cfg, workdir)
-    elif os.path.isdir(workdir) and os.listdir(workdir):
-        raise UsageError(
-            f"--workdir: {workdir!r} is not empty and holds no config.json; expected a new folder or a run's"
-        )
-    elif os.path.exists(workdir) and not os.path.isdir(workdir):
+        if read_config(workdir).train.steps >= cfg.train.steps:
+            return
+    make_folder(workdir, "config.json", cfg)
+
+
+def make_folder(workdir: str, name: str, cfg: Config) -> None:
+    """Write the config as `workdir`/`name`; the folder must be new, empty or already hold `name`. Raises UsageError."""
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise UsageError(f"--workdir: {workdir!r} is a file, expected a folder")
+    held = [file for file in os.listdir(workdir) if ".tmp" not in file] if os.path.isdir(workdir) else []
+    if held and name not in held:
+        raise UsageError(
+            f"--workdir: {workdir!r} is not empty and holds no {name}; expected a new folder or one made before"
+        )
+    text = json.dumps({"config": to_dict(cfg), **provenance()}, indent=1) + "\n"
     try:
         os.makedirs(workdir, exist_ok=True)
-        write_file(path, json.dumps({"config": to_dict(cfg), **provenance()}, indent=1) + "\n")
+        write_file(os.path.join(workdir, name), text)
     except OSError as error:
         raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None
 
@@ -73,53 +84,45 @@ def provenance() -> dict:
     """Versions and commit of what computes."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
-    }
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"versions": {name: importlib.metadata.version(name) for name in names}, "commit": commit}
 
 
-def check_data(cfg: Config) -> None:
-    """Raises UsageError unless the data set fits the model."""
-    data, model = load_source(cfg.data.dataset, cfg.data.split, cfg.data.data_dir), cfg.model
-    if cfg.data.split == cfg.data.held_out_split:
-        raise UsageError(f"data.held_out_split: found {cfg.data.split!r}, the training split; expected another one")
-    if cfg.data.image_size == 8 * model.input_size:
+def check(cfg: Config) -> None:
+    """Raises UsageError unless the data fit the model, the held-out split is another one, and the run can be sampled."""
+    data, model = cfg.data, cfg.model
+    if data.image_size == 8 * model.input_size:
         raise UsageError(
-            f"data.image_size: found {cfg.data.image_size} pixels for a model of {model.input_size} x {model.input_size} "
+            f"data.image_size: found {data.image_size} pixels for a model of {model.input_size} x {model.input_size} "
             "latents; this version trains in pixel space only, expected data.image_size = model.input_size"
         )
+    source = load_source(data.dataset, data.split, data.data_dir)
+    if data.split == data.held_out_split or overlap(
+        source, load_source(data.dataset, data.held_out_split, data.data_dir)
+    ):
+        raise UsageError(
+            f"data.held_out_split: found {data.held_out_split!r}, which shares images with data.split = {data.split!r}"
+        )
     for key, found, expected in (
-        ("model.classes", model.classes, data.classes),
-        ("model.channels", model.channels, data.image_shape[-1]),
-        ("model.input_size", model.input_size, cfg.data.image_size),
+        ("model.classes", model.classes, source.classes),
+        ("model.channels", model.channels, source.image_shape[-1]),
+        ("model.input_size", model.input_size, data.image_size),
     ):
         if found != expected:
-            raise UsageError(f"{key}: found {found}, expected {expected}, as the data ({cfg.data.dataset}) has")
+            raise UsageError(f"{key}: found {found}, expected {expected}, as the data ({data.dataset}) has")
+    sampling_times(make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps)
 
 
 def run(cfg: Config, workdir: str, quiet: bool = False) -> int:
     """Train to `train.steps`, resuming what the folder holds. Returns the steps done now (0: nothing was left to do)."""
-    check_data(cfg)
+    check(cfg)
     mesh = make_mesh(cfg.mesh)
     check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
-    prepare_workdir(cfg, workdir)
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
-    manager = checkpoint.open_manager(workdir, cfg.train.keep)
-    try:
-        first = manager.latest_step() or 0
-        if first >= cfg.train.steps:
-            say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
-            return 0
-        with _stop_flag() as stop:
-            return _train(cfg, workdir, mesh, manager, first, stop, quiet)
-    finally:
-        manager.close()
-
-
-def _train(cfg: Config, workdir: str, mesh, manager, first: int, stop: list, quiet: bool) -> int:
-    """The loop. Scalars of a step are read after the next one is under way, so that the device never waits for the host."""
+    on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))
     batches = make_batches(
         cfg.data,
         batch_size=cfg.train.batch_size,
@@ -127,6 +130,21 @@ def _train(cfg: Config, workdir: str, mesh, manager, first: int, stop: list, qui
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    prepare_workdir(cfg, workdir)
+    manager = checkpoint.open_manager(workdir, cfg.train.keep)
+    try:
+        first = manager.latest_step() or 0
+        if first >= cfg.train.steps:
+            say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
+            return 0
+        with _stop_flag() as stop:
+            return _train(on_these_devices, workdir, mesh, manager, batches, first, stop, quiet)
+    finally:
+        manager.close()
+
+
+def _train(cfg: Config, workdir: str, mesh, manager, batches, first: int, stop: list, quiet: bool) -> int:
+    """The loop. Scalars of a step are read after the next one is under way, so that the device never waits for the host."""
     if first:
         state, position = checkpoint.restore(manager, first, abstract_state(cfg, mesh))
         batches.set_state(position)

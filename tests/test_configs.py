@@ -80,7 +80,7 @@ def test_an_unknown_size_names_the_nearest(file, name, hint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/imagenet256.py:DiT-XXL/2"], "DiT-XXL/2"),
+        (["--config=configs/imagenet256.py:DiT-XXL/2"], "did you mean 'DiT-XL/2'"),
         (["--config=configs/imagenet256.py", "--config.train.stepz=3"], "did you mean 'steps'"),
         (["--config=configs/imagenet256.py", "--config.optm.clip=3"], "did you mean 'optim'"),
         (["--config=configs/imagenet1024.py"], "configs/imagenet1024.py"),
@@ -189,7 +189,7 @@ def test_floats_are_finite(key, value):
         ("sample.weights", "raw", "one of ema, params"),
         ("sample.interval", [0.8, 0.2], "0 <= low <= high <= 1"),
         ("eval.times_per_image", 12, "a multiple of eval.buckets = 8"),
-        ("sweep.windows", [[0, 1]], "one per budget, so 0"),
+        ("sweep.windows", [[0, 1]], "(first, end) within 0 sizes"),
     ],
 )
 def test_a_value_out_of_range_names_the_key_and_what_was_expected(key, value, expected):
@@ -241,7 +241,9 @@ def test_any_json_resolves_or_complains(values):
 @given(st.sampled_from(KEYS), JSON | st.lists(st.lists(st.integers() | st.floats(), max_size=4), max_size=4))
 @example("sample.interval", ["a", "b"])
 @example("sample.interval", [0, {}])
+@example("sample.interval", [0, 10**400])
 @example("sweep.windows", [1])
+@example("sweep.budgets", [10**400])
 @example("sweep.sizes", [[8, 2]])
 @example("optim.learning_rate", 10**400)
 @example("model.width", 10**400)

@@ -149,6 +149,7 @@ def test_chain_times_are_step_numbers(process):
 def test_respacing_keeps_both_ends():
     assert schedule.linspace_steps(1000, 250)[0] == 999 and schedule.linspace_steps(1000, 250)[-1] == 0
     np.testing.assert_array_equal(schedule.linspace_steps(1000, 4), [999, 666, 333, 0])
+    np.testing.assert_array_equal(schedule.linspace_steps(1000, 1), [999])
     with pytest.raises(ValueError, match="expected 1 to 1000"):
         schedule.linspace_steps(1000, 1001)
 
@@ -227,7 +228,7 @@ def test_discretised_likelihood_sums_to_one():
 
 
 def test_learned_variance_lies_between_its_bounds():
-    """Share 0 is the posterior's variance, share 1 is beta: ancestral steps differ by exactly that."""
+    """Share 0 is the posterior's variance, share 1 is beta, and a share of one half gives noise in between."""
     process = DDPM()
     k = keys(4)
     x = draw_noise(k, 0, (2, 2, 1))

@@ -1,5 +1,6 @@
 """Evaluation and sampling: a fixed, stratified held-out loss, records written once, images that depend on (seed, i) only."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 
 from dit_jax import checkpoint, evaluate, flops, sample
 from dit_jax.command import read_config
-from dit_jax.config import MeshConfig, SampleConfig
+from dit_jax.config import MeshConfig, SampleConfig, UsageError
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.diffusion.process import make_process
 from dit_jax.mesh import make_mesh
@@ -53,9 +54,9 @@ def test_a_record_says_everything(workdir):
     assert record["params"] == flops.parameters(cfg.model)
     assert len([m for m in record["metrics"] if m.startswith("loss_t")]) == cfg.eval.buckets
     drawn = next(r for r in records(workdir) if "fd_digits" in r["metrics"])
-    for key in ("sampler", "steps", "guidance", "interval", "channels", "labels", "weights", "num", "seed"):
+    for key in ("sampler", "steps", "guidance", "interval", "channels", "labels", "num", "seed"):
         assert key in drawn["protocol"]["samples"]
-    for key in ("uint8", "features", "reference", "autoencoder", "dtype", "data", "process"):
+    for key in ("weights", "uint8", "features", "reference", "autoencoder", "dtype", "data", "process"):
         assert drawn["protocol"][key]
 
 
@@ -71,7 +72,7 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
         u = evaluate.stratified(cfg.eval.seed, np.array([i]), 16)
         assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
         eps = evaluate.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
-        x, y = np.repeat(images[i : i + 1], 16, axis=0), np.repeat(labels[i : i + 1], 16)
+        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(labels[i : i + 1], 16)
         losses, _ = evaluate.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
         table.append(np.asarray(losses))
     per_image = np.mean(table, axis=1)
@@ -79,6 +80,25 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     assert found["loss_se"] == pytest.approx(per_image.std(ddof=1) / np.sqrt(21), rel=1e-4)
     assert np.mean([found[f"loss_t{b}"] for b in range(8)]) == pytest.approx(found["loss"], rel=1e-6)
     assert found["loss_t0"] == pytest.approx(np.mean(np.array(table)[:, :2]), rel=1e-5)
+
+
+def test_a_diverged_model_is_not_recorded(workdir):
+    cfg = read_config(str(workdir))
+    _, params = checkpoint.load(str(workdir), 40)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with pytest.raises(UsageError, match="not finite; the run diverged, and nothing is recorded"):
+        evaluate.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
+
+
+def test_protocols_differ_by_ema_and_buckets(workdir):
+    cfg = read_config(str(workdir))
+    others = [
+        dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema_width=0.2)),
+        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
+        dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
+    ]
+    ids = {evaluate.protocol_id(evaluate.loss_protocol(c, 355)) for c in [cfg, *others]}
+    assert len(ids) == 4
 
 
 def draw(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
@@ -117,6 +137,8 @@ def test_cost_of_an_image_counts_guided_steps_twice(workdir):
     forward = flops.forward_flops(cfg.model)
     assert sample.image_flops(cfg, SampleConfig(sampler="euler", steps=10)) == 10 * forward
     assert sample.image_flops(cfg, SampleConfig(sampler="euler", steps=10, guidance=2.0)) == 20 * forward
+    edges = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.1, 0.2))
+    assert sample.image_flops(cfg, edges) == 12 * forward
     interval = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65))
     assert sample.image_flops(cfg, interval) == 13 * forward
     assert sample.image_flops(cfg, SampleConfig(sampler="heun", steps=10)) == 19 * forward

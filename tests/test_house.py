@@ -95,7 +95,14 @@ def test_rooms_keep_their_libraries():
 def test_devices_are_named_in_the_mesh_only():
     for path in FILES:
         text = path.read_text()
-        for word in ("jax.devices(", "PartitionSpec", "NamedSharding", "with_sharding_constraint"):
+        for word in (
+            "jax.devices(",
+            "PartitionSpec",
+            "NamedSharding",
+            "with_sharding_constraint",
+            "local_devices(",
+            "jax.sharding.",
+        ):
             assert word not in text or room(path) in {"mesh", "bench"}, f"{path}: {word}"
 
 

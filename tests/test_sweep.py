@@ -82,7 +82,7 @@ def test_the_loop_is_closed(swept):
     for part in ("IsoFLOP", "Predicted against measured", "data:image/png;base64", "fd_digits of 100 samples"):
         assert part in report
     assert "http" not in report.replace("http://www.w3.org", "")
-    assert (workdir / "extrapolation" / name / "samples" / "grid-guidance2.png").stat().st_size > 1000
+    assert (workdir / "extrapolation" / name / "samples" / "grid-euler4-guidance2-2.png").stat().st_size > 1000
 
 
 def test_a_second_run_finds_everything_done(swept, capsys):
@@ -143,5 +143,7 @@ def test_bad_ladders(changes, message):
 def test_no_budgets_and_too_small_budgets(tmp_path):
     with pytest.raises(UsageError, match=r"sweep.budgets: found none"):
         sweep.make_cells(dataclasses.replace(ladder(), sweep=SweepConfig()), str(tmp_path))
+    with pytest.raises(UsageError, match=r"C1.50e09-w8-d2 twice"):
+        sweep.make_cells(ladder(sizes=((4, 1, 1), (8, 2, 1), (8, 2, 2), (16, 4, 1))), str(tmp_path))
     with pytest.raises(UsageError, match="less than one step of the model of width 4"):
         sweep.make_cells(ladder(budgets=(1e3, 3e9, 6e9)), str(tmp_path))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_kill_9_at_a_random_step_then_resume_is_bitwise(uninterrupted, tmp_path,
     """Twice killed, three times started: weights, EMA, moments, data position and scalars are the uninterrupted run's."""
     workdir = tmp_path / "killed"
     seed = random.SystemRandom().randrange(10**6)
-    kills = sorted(random.Random(seed).sample(range(11, STEPS - 5), 2))
+    kills = [random.Random(seed).randint(11, 25), random.Random(seed).randint(31, 45)]
     for step in kills:
         process = start("train", *train(workdir), cache_dir=cache_dir)
         wait_for_step(process, workdir, step)
@@ -88,12 +89,10 @@ def test_sigterm_saves_exits_75_and_resumes_bitwise(uninterrupted, tmp_path, cac
 
 
 def test_the_same_command_again_finds_nothing_to_do(uninterrupted, cache_dir):
-    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file() and p.name != "config.json"}
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
     code, _, err = run("train", *train(uninterrupted), cache_dir=cache_dir)
     assert code == 0 and "all 60 steps are done" in err
-    assert before == {
-        p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file() and p.name != "config.json"
-    }
+    assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
 
 
 def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted):
@@ -134,7 +133,7 @@ BAD = {
         ["--config.trian.steps=5"],
         "--config.trian.steps: unknown config key 'trian'; did you mean 'train'?",
     ),
-    "wrong type": (["--config.train.steps=many"], "config.train.steps"),
+    "wrong type": (["--config.train.steps=many"], "--config.train.steps: found 'many', expected int"),
     "out of range": (
         ["--config.train.label_dropout=1.5"],
         "train.label_dropout: found 1.5, expected a value from 0 to 1",
@@ -152,7 +151,12 @@ BAD = {
     "classes": (["--config.model.classes=7"], "model.classes: found 7, expected 10, as the data (digits) has"),
     "split": (["--config.data.split=nope"], "dataset 'digits': found split 'nope', expected one of"),
     "dataset": (["--config.data.dataset=digitz"], "data.dataset: found 'digitz'"),
-    "held out": (["--config.data.held_out_split=train"], "data.held_out_split: found 'train', the training split"),
+    "held out": (
+        ["--config.data.held_out_split=train[:10%]"],
+        "data.held_out_split: found 'train[:10%]', which shares images",
+    ),
+    "sampler": (["--config.sample.sampler=eular"], "sample.sampler: found 'eular'; did you mean 'euler'?"),
+    "attention": (["--config.model.attention=cudnn"], "model.attention: found 'cudnn' on cpu"),
     "unknown flag": (["--workdri=x"], "--workdri: unknown flag; did you mean 'workdir'?"),
     "no config": (["--config=configs/nope.py"], "--config: no file 'configs/nope.py'"),
 }
@@ -177,6 +181,39 @@ def test_another_config_for_a_folder_is_refused_and_nothing_is_lost(uninterrupte
     assert "holds a run of another config: optim.learning_rate: the folder has 0.003, the command 0.5" in err
     assert (uninterrupted / "config.json").read_bytes() == before
     assert checkpoint.steps(str(uninterrupted)) == [40, 50, 60]
+
+
+def test_unreadable_data_is_named_and_nothing_is_written(tmp_path, data_dir, cache_dir):
+    damaged = tmp_path / "tfds"
+    shutil.copytree(data_dir, damaged)
+    (file,) = damaged.rglob("*train*array_record*")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    workdir = tmp_path / "run"
+    code, _, err = run("train", *train(workdir, f"--config.data.data_dir={damaged}"), cache_dir=cache_dir)
+    assert code == 2 and len(err.strip().splitlines()) == 1, err
+    assert file.name in err and not workdir.exists()
+
+
+def test_what_a_kill_at_the_start_left_is_no_foreign_folder(tmp_path, cache_dir):
+    (tmp_path / "config.json.tmp123").write_text("{")
+    code, _, err = run("train", *train(tmp_path, steps=2), cache_dir=cache_dir)
+    assert code == 0, err
+
+
+def test_the_paper_s_process_trains_evaluates_and_samples(tmp_path, data_dir, cache_dir):
+    """DDPM with learned variance, cosine decay, accumulation and guidance on three channels, through the jobs."""
+    flags = ["--config.diffusion.process=ddpm", "--config.model.learn_sigma=True", "--config.optim.accumulate=2"]
+    flags += ["--config.optim.schedule=cosine", "--config.sample.sampler=ddpm", "--config.sample.channels=first3"]
+    workdir = tmp_path / "ddpm"
+    code, _, err = run("train", *train(workdir, *flags, steps=20), cache_dir=cache_dir)
+    assert code == 0, err
+    lines = scalars(workdir)
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["mse"] + lines[-1]["vb"], rel=1e-5)
+    assert lines[-1]["learning_rate"] < 0.1 * lines[5]["learning_rate"]
+    assert run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir)[0] == 0
+    out = tmp_path / "samples.npz"
+    code, _, err = run("sample", f"--workdir={workdir}", "--num=4", "--steps=5", f"--out={out}", cache_dir=cache_dir)
+    assert code == 0 and out.exists(), err
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, data_dir, cache_dir):

@@ -7,6 +7,7 @@ test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kayna
 import contextlib
 import hashlib
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,6 +125,15 @@ def load_source(name: str, split: str, data_dir: str = "") -> Records:
     encoded = isinstance(features["image"], tfds.features.Image)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
     return Records(name, split, source, tuple(features["image"].shape), features["label"].num_classes, tuple(files))
+
+
+def overlap(a: Records, b: Records) -> bool:
+    """Whether two splits of one dataset share a record."""
+
+    def spans(records):
+        return [(f.filename, f.skip, f.skip + f.take if f.take >= 0 else math.inf) for f in records.files]
+
+    return any(x[0] == y[0] and x[1] < y[2] and y[1] < x[2] for x in spans(a) for y in spans(b))
 
 
 def describe(name: str, split: str, data_dir: str = "") -> dict:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.config import UsageError, nearest
 from dit_jax.diffusion.process import Denoiser, Process
 
 
@@ -101,6 +102,16 @@ def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, k
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+
+
+def sampling_times(process: Process, sampler: str, steps: int) -> np.ndarray:
+    """The grid of times, (steps + 1,). Raises UsageError if there is no such sampler, or the process has fewer steps."""
+    if sampler not in SAMPLERS:
+        raise UsageError(f"sample.sampler: found {sampler!r}{nearest(sampler, SAMPLERS)}")
+    try:
+        return process.times(steps)
+    except ValueError as error:
+        raise UsageError(f"sample.steps: {error}") from None
 
 
 def evaluation_times(sampler: str, times: np.ndarray) -> np.ndarray:

@@ -30,8 +30,8 @@ def alpha_bars(schedule: str, timesteps: int) -> np.ndarray:
 def linspace_steps(timesteps: int, count: int) -> np.ndarray:
     """`count` of the steps 0..T-1, descending, the first and the last among them: the published DiT's respacing.
 
-    Equal to diffusers' `timestep_spacing="linspace"`.
+    Equal to diffusers' `timestep_spacing="linspace"`, but for a single step, which here is the noisiest.
     """
     if not 1 <= count <= timesteps:
         raise ValueError(f"sampling steps: found {count}, expected 1 to {timesteps}, the length of the chain")
-    return np.round(np.linspace(0, timesteps - 1, count)).astype(np.int64)[::-1]
+    return np.round(np.linspace(timesteps - 1 if count == 1 else 0, timesteps - 1, count)).astype(np.int64)[::-1]

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--window", type=float, default=float("inf"), help="keep sizes within this factor of a budget's best run"
         )
+        one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
         one.add_argument("--json", metavar="OUT", help="write the result here too")
@@ -163,7 +164,7 @@ def _extrapolation(paths, runs, fit):
         folder = os.path.join(path, "extrapolation")
         if os.path.isdir(folder):
             try:
-                loaded = load_runs([*paths, folder])
+                loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
                 if len(loaded) > len(runs):  # else the user made it part of the fit
                     return extrapolate(fit, max(loaded, key=lambda run: run.flops))
             except UsageError as error:
@@ -187,7 +188,7 @@ def main(argv=None) -> int:
     try:
         args = _parser().parse_args(argv)
         _check(args)
-        runs = load_runs(args.runs)
+        runs = load_runs(args.runs, protocol_id=args.protocol)
         fit = METHODS[args.method](runs, **_options(args))
         for warning in fit.warnings:
             print(f"warning: {warning}", file=sys.stderr)

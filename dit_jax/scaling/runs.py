@@ -40,11 +40,12 @@ class Run:
     source: str = ""  # file and line, for messages
 
 
-def load_runs(paths: str | os.PathLike | Iterable, metric: str = "loss") -> list[Run]:
+def load_runs(paths: str | os.PathLike | Iterable, metric: str = "loss", protocol_id: str | None = None) -> list[Run]:
     """Runs of `paths`: workdirs, folders of workdirs, records.jsonl files or CSVs. One run per record name, at its last step.
 
     Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a
-    model trained to test a law does not enter it. Refuses runs whose protocols differ, naming the field and both values.
+    model trained to test a law does not enter it. `protocol_id` takes the records of that protocol alone. Refuses runs whose
+    protocols differ, naming the field and both values.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, seen = [], set()
@@ -52,7 +53,7 @@ def load_runs(paths: str | os.PathLike | Iterable, metric: str = "loss") -> list
         for file in _files(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
-                runs += _read_csv(file) if file.endswith(".csv") else _read_records(file, metric)
+                runs += _read_csv(file) if file.endswith(".csv") else _read_records(file, metric, protocol_id)
     if not runs:
         raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}")
     for run in runs[1:]:
@@ -80,7 +81,7 @@ def _files(path: str) -> list[str]:
     return found
 
 
-def _read_records(file: str, metric: str) -> list[Run]:
+def _read_records(file: str, metric: str, protocol_id: str | None) -> list[Run]:
     """The last step's record of each run that carries `metric`."""
     last, other = {}, set()
     with open(file, encoding="utf-8", errors="replace") as lines:
@@ -89,6 +90,8 @@ def _read_records(file: str, metric: str) -> list[Run]:
                 continue
             where = f"{file}:{number}"
             record = _parse(line, where)
+            if protocol_id not in (None, record.get("protocol_id", "")):
+                continue
             if metric not in record["metrics"]:
                 other |= set(record["metrics"])
                 continue

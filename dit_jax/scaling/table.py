@@ -100,6 +100,7 @@ def law_rows(fit) -> list[tuple]:
 
 
 def budget_rows(fit) -> list[tuple]:
+    """A row per budget: its runs, its minimum and whether it is used."""
     rows = []
     for b in fit.budgets:
         sizes = [r.params for r in b.runs]

@@ -1,0 +1,47 @@
+"""The progress line and the scalars' file."""
+
+import json
+
+import pytest
+
+from dit_jax import hardware, log
+from dit_jax.config import UsageError
+
+
+def test_progress_reports_rates_and_eta(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    report = log.progress(0, 400, images_per_step=32, flops_per_step=1e9, peak=1e11)
+    now[0] += 10.0
+    rates = report(100, {"loss": 0.5})
+    assert rates == {"images_per_second": pytest.approx(320.0), "mfu": pytest.approx(0.1)}
+    line = capsys.readouterr().err
+    for part in ("100/400", "loss 0.5000", "320 images/s", "MFU 10.0%", "ETA 0:30"):
+        assert part in line
+
+
+def test_clock():
+    assert [log.clock(s) for s in (0, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
+
+
+def test_lines_beyond_a_step_are_forgotten_and_a_cut_one_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
+    assert [line["step"] for line in log.read_lines(str(path))] == [1, 2, 3]
+    log.drop_after(str(path), 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(UsageError, match=r"records.jsonl:2: found 'rubbish', expected a JSON object"):
+        log.read_lines(str(path))
+
+
+def test_devices_are_found_by_their_longest_name():
+    assert hardware.find("TPU v5 lite").kind == "tpu-v5e"
+    assert hardware.find("TPU v5").kind == "tpu-v5p"
+    assert hardware.find("NVIDIA H200").peak_flops == 989e12
+    assert hardware.find("NVIDIA H100 PCIe").kind == "h100-pcie"
+    assert hardware.find("cpu") is None

@@ -1,7 +1,6 @@
 """The benchmark in a tiny setting: its structure and its arithmetic, never its timings."""
 
 import dataclasses
-import importlib.util
 import io
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from dit_jax import bench, flops, sweep
+from dit_jax.command import load_config
 from dit_jax.config import Config, SampleConfig, TrainConfig, UsageError, resolve
 
 SPREAD = {"median", "low", "high"}
@@ -16,11 +16,7 @@ SPREAD = {"median", "low", "high"}
 
 def ladder():
     """The config of configs/digits_isoflop.py."""
-    path = Path(__file__).parent.parent / "configs" / "digits_isoflop.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config())
+    return resolve(load_config(str(Path(__file__).parent.parent / "configs" / "digits_isoflop.py")))
 
 
 CFG = ladder()

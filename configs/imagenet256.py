@@ -2,6 +2,8 @@
 
     python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --workdir=runs/xl2
 
+This version has no SD-VAE yet, so the command stops with that message; the config counts FLOPs and traces.
+
 Expected, from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run here:
 
     XL/2 after 7M steps, FID-50K     9.62 unguided    3.22 at guidance 1.25    2.27 at guidance 1.5

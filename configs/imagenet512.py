@@ -2,6 +2,8 @@
 
     python -m dit_jax.train --config=configs/imagenet512.py:DiT-XL/2 --workdir=runs/xl2_512
 
+This version has no SD-VAE yet, so the command stops with that message; the config counts FLOPs and traces.
+
 Expected, from the paper (XL/2 after 3M steps, 250 DDPM steps, EMA weights, ft-ema decoder); not run here:
 
     FID-50K     12.03 unguided    4.64 at guidance 1.25    3.04 at guidance 1.5

@@ -91,17 +91,26 @@ def clock(seconds: float) -> str:
 def progress(
     first: int, last: int, images_per_step: int, flops_per_step: float, peak: float
 ) -> Callable[[int, dict], dict]:
-    """A function of (step, scalars) that prints "step, loss, images/s, MFU, ETA" and returns the rates."""
+    """A function of (step, scalars) that prints "step, loss, images/s, MFU, ETA" and returns the rates.
+
+    Its first call is told from the others: the time up to there is mostly compilation, so it gives no rate and no ETA.
+    """
     then = [time.perf_counter(), first]
+    compiled = []
 
     def report(step: int, scalars: dict) -> dict:
         now = time.perf_counter()
-        rate = (step - then[1]) / max(now - then[0], 1e-9)
+        seconds, steps = now - then[0], step - then[1]
         then[:] = now, step
+        line = f"step {step:>7}/{last}  loss {scalars['loss']:.4f}  "
+        if not compiled:
+            compiled.append(step)
+            say(f"{line}{seconds:.1f} s with compilation")
+            return {}
+        rate = steps / max(seconds, 1e-9)
         rates = {"images_per_second": rate * images_per_step, "mfu": rate * flops_per_step / peak}
         say(
-            f"step {step:>7}/{last}  loss {scalars['loss']:.4f}  {rates['images_per_second']:,.0f} images/s  "
-            f"MFU {rates['mfu']:.1%}  ETA {clock((last - step) / rate)}"
+            f"{line}{rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}  ETA {clock((last - step) / rate)}"
         )
         return rates
 

@@ -135,10 +135,11 @@ def loss_protocol(cfg: Config, images: int) -> dict:
     return {
         "data": describe(cfg.data.dataset, cfg.data.held_out_split, cfg.data.data_dir)
         | {"image_size": cfg.data.image_size},
-        "weights": cfg.sample.weights,
+        **weights_protocol(cfg),
         "held_out": {
             "images": images,
             "times_per_image": cfg.eval.times_per_image,
+            "buckets": cfg.eval.buckets,
             "seed": cfg.eval.seed,
             "labels": "true",
         },

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,6 +111,15 @@ def finished(cell: Cell, protocol_id: str) -> bool:
     return any(r["step"] == cell.cfg.train.steps and r["protocol_id"] == protocol_id for r in records)
 
 
+def _follow(parent: int) -> None:
+    """Save and stop when the sweep itself is gone, so that the same command finds no cell half in other hands."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    while True:  # the first SIGTERM makes a training save and stop; the next one ends the idle worker
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5.0)
+
+
 def _start_worker(cores: list[int], counter, cache: str) -> None:
     """A worker keeps to its own share of the cores: small models gain nothing from a second one."""
     with counter.get_lock():
@@ -117,6 +127,7 @@ def _start_worker(cores: list[int], counter, cache: str) -> None:
     if cores:
         os.sched_setaffinity(0, {cores[index % len(cores)]})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     _use_cache(cache)
 
 

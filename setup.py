@@ -39,6 +39,7 @@ EXTRAS = {
         "nbformat",
         "pre-commit",
         "pytest",
+        "pytest-timeout",
         "pytest-xdist",
         "ruff",
     ],

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from dit_jax.config import Config, UsageError, nearest, resolve, template, to_dict
+from dit_jax.config import Config, JobError, UsageError, nearest, resolve, template, to_dict
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 
@@ -37,6 +38,8 @@ def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
         main()
     except UsageError as error:
         return _complain(error, USAGE)
+    except (JobError, OSError) as error:
+        return _complain(error, ERROR)
     except Interrupted as error:
         return _complain(error, INTERRUPTED, "interrupted")
     except KeyboardInterrupt:
@@ -51,7 +54,15 @@ def _complain(message, code: int, kind: str = "error") -> int:
     return code
 
 
+def _make_room_for_virtual_devices() -> None:
+    """XLA's CPU threads must outnumber virtual devices: threads that wait for each other's sum would leave none to work."""
+    found = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if found and int(found[1]) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(found[1])))
+
+
 def _parse(config: str) -> None:
+    _make_room_for_virtual_devices()
     logging.set_verbosity(logging.WARNING)
     _check_overrides()
     if config == "workdir":

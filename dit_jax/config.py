@@ -21,6 +21,10 @@ class UsageError(ValueError):
     """The user asked for something that cannot be done: one line saying which key or file, what was found, what was expected."""
 
 
+class JobError(RuntimeError):
+    """The job cannot go on, through no mistake in its command: one line saying what happened, what is kept and what to do."""
+
+
 def _choice(name: str, found, allowed) -> None:
     if found not in allowed:
         near = difflib.get_close_matches(str(found), [str(a) for a in allowed], 1)

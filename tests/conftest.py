@@ -3,6 +3,7 @@
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("NPROC", "32")  # XLA's threads: as many as cores would deadlock where 8 devices meet on 2 cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook

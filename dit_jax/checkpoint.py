@@ -1,21 +1,38 @@
-"""Checkpoints in `W/checkpoints/<step>/`: one atomic Orbax commit of params, ema, opt, data (position) and meta.
+"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, data, meta, and a manifest of checksums.
 
-params, ema   nested dicts of float32 arrays       data   JSON, the position of the data iterator
-opt           the optimizer's state                meta   JSON, what the run was: step, versions, model config
+params, ema   nested dicts of float32 arrays           data   JSON, the position of the data iterator
+opt           the optimizer's state and the guard's    meta   JSON, what the run was: step, versions, model config
+
+A save goes to `<step>.saving/`; when all is on the disk its files are read back and hashed, and the folder gets its name:
+only then it counts. Older ones are pruned after that, and only if the newest verifies. What is there is always read from
+the disk. A folder that does not verify is never restored; training sets it aside as `<step>.damaged`.
 """
 
+import concurrent.futures as futures
+import contextlib
 import os
+import re
+import shutil
+import time
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
+from dit_jax import manifest
 from dit_jax.command import read_config
-from dit_jax.config import ModelConfig, UsageError
+from dit_jax.config import JobError, ModelConfig, UsageError, to_dict
+from dit_jax.log import say
 from dit_jax.mesh import on_one_device
 from dit_jax.models import dit
 from dit_jax.state import TrainState, restored_state
 
 ITEMS = ("params", "ema", "opt", "data", "meta")
+SAVING, DAMAGED = ".saving", ".damaged"
+FREE = ("remat", "unroll", "attention")  # of the model config: how it is computed, not what
 
 
 def folder(workdir: str) -> str:
@@ -23,60 +40,255 @@ def folder(workdir: str) -> str:
     return os.path.join(os.path.abspath(workdir), "checkpoints")
 
 
-def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of one's own run, saved in the background; `keep` newest ones stay (None: all). Close it when done.
-
-    It removes what an earlier process left half-written, so only the process that trains may open it.
-    """
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
-    )
-    return ocp.CheckpointManager(folder(workdir), item_names=ITEMS, options=options)
-
-
-def save(manager: ocp.CheckpointManager, state: TrainState, position: dict, meta: dict) -> None:
-    """Start an asynchronous save of everything that a resumed run needs."""
-    step = int(state.step)
-    arrays = {name: ocp.args.StandardSave(tree) for name, tree in state.items().items()}
-    values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
-    manager.save(step, args=ocp.args.Composite(**arrays, **values))
-
-
-def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, dict]:
-    """The state, laid out as the abstract state `like` says, and the position of the data iterator."""
-    arrays = {name: ocp.args.StandardRestore(tree) for name, tree in like.items().items()}
-    found = manager.restore(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore()))
-    state = restored_state(step, {name: found[name] for name in arrays})
-    return state, found["data"]
+def path_of(workdir: str, step: int) -> str:
+    return os.path.join(folder(workdir), str(step))
 
 
 def steps(workdir: str) -> list[int]:
-    """Steps of the complete checkpoints on disk, ascending."""
+    """Steps of the checkpoints on disk, ascending: folders that carry a manifest. Their contents are verified when read."""
     root = folder(workdir)
-    return sorted(ocp.utils.checkpoint_steps(root)) if os.path.isdir(root) else []
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return sorted(int(n) for n in names if n.isdecimal() and os.path.isfile(os.path.join(root, n, manifest.NAME)))
+
+
+class Saver:
+    """Saves in the background, one at a time, keeping the `keep` newest checkpoints. Only the process that trains opens one.
+
+    Opening removes what a killed process left half-written. An error of a save is raised by the next `check`, `save` or
+    `close`, as a JobError.
+    """
+
+    def __init__(self, workdir: str, keep: int):
+        self.workdir, self.keep = workdir, keep
+        self._pending: tuple[int, futures.Future] | None = None
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS), async_options=at_once)
+        if jax.process_index() == 0:
+            os.makedirs(folder(workdir), exist_ok=True)
+            _remove_unfinished(workdir)
+
+    def save(self, state: TrainState, position: dict, meta: dict, after: Callable = lambda: None) -> None:
+        """Copy everything that a resumed run needs from the devices, and start writing it; `after()` runs once it counts."""
+        self.wait()
+        step = int(state.step)
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in state.items().items()}
+        values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
+        target = path_of(self.workdir, step) + SAVING
+        try:
+            self._orbax.save(target, args=ocp.args.Composite(**arrays, **values))
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._pending = step, self._thread.submit(self._commit, step, target, after)
+
+    def check(self) -> None:
+        """Raise what a save in the background met."""
+        if self._pending and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is on the disk."""
+        if not self._pending:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            with contextlib.suppress(Exception):  # what it met was raised by `wait`
+                self._orbax.close()
+            if jax.process_index() == 0:
+                _remove_unfinished(self.workdir)
+
+    def _commit(self, step: int, target: str, after: Callable) -> None:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            publish(target, path_of(self.workdir, step))
+            after()
+            prune(self.workdir, self.keep)
+
+    def _failed(self, step: int, error: Exception) -> JobError:
+        left = steps(self.workdir)
+        kept = f"the checkpoints of steps {left} are intact" if left else "there is no earlier checkpoint"
+        return JobError(
+            f"{path_of(self.workdir, step)}: the checkpoint could not be written ({_cause(error)}); {kept}; make room "
+            "or mend the disk, then the same command goes on"
+        )
+
+
+def publish(unfinished: str, final: str) -> None:
+    """Give a wholly written folder its manifest and then its name; a checkpoint of that name must not exist."""
+    manifest.write_manifest(unfinished)
+    if os.path.exists(final):
+        raise OSError(f"{final} exists already")
+    os.rename(unfinished, final)
+    _sync_folder(os.path.dirname(final))
+
+
+def prune(workdir: str, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, unless the newest does not verify."""
+    found = steps(workdir)
+    if len(found) <= keep or manifest.problems(path_of(workdir, found[-1])):
+        return
+    for step in found[:-keep]:
+        old = path_of(workdir, step)
+        os.rename(old, old + SAVING)  # from here on it no longer counts, however far the removal comes
+        shutil.rmtree(old + SAVING)
+
+
+def newest_verified(workdir: str) -> int:
+    """The newest step whose checkpoint verifies, the same on all processes; 0 for a new run.
+
+    Checkpoints that do not verify are named and set aside. Raises JobError when there are some but none verifies.
+    """
+    step = _newest_verified(workdir) if jax.process_index() == 0 else 0
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    return step
+
+
+def restore(workdir: str, step: int, like: TrainState, model: ModelConfig) -> tuple[TrainState, dict]:
+    """The state of a checkpoint, laid out as the abstract state `like` says, and the position of the data iterator.
+
+    Raises UsageError naming keys or leaves when the checkpoint is another model's.
+    """
+    at, arrays = path_of(workdir, step), like.items()
+    check_model(at, model)
+    for name, tree in arrays.items():
+        check_tree(at, name, tree)
+    arguments = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS)) as reader:
+        found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
+    return restored_state(step, {name: found[name] for name in arrays}, like), found["data"]
 
 
 def load(workdir: str, step: int | None = None, item: str = "ema") -> tuple[ModelConfig, dict]:
     """(model config, weights) of a run: `item` is "ema" or "params" (raw); `step` None takes the newest checkpoint.
 
-    Raises UsageError when the run or the checkpoint is missing.
+    Raises UsageError when the run or the checkpoint is missing or another model's, JobError when it is damaged; without
+    `step` a damaged one is named and the newest that verifies is taken.
     """
-    cfg = read_config(workdir)
-    step = find_step(workdir, step)
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
-    like = on_one_device(jax.eval_shape(lambda: dit.init(cfg.model, jax.random.key(0))))
-    with ocp.StandardCheckpointer() as reader:  # not a manager: the run may be training, so nothing is touched
-        return cfg.model, reader.restore(os.path.join(folder(workdir), str(step), item), like)
+    model = read_config(workdir).model
+    at = path_of(workdir, find_step(workdir, step, item))
+    check_model(at, model)
+    like = on_one_device(jax.eval_shape(lambda: dit.init(model, jax.random.key(0))))
+    check_tree(at, item, like)
+    with ocp.StandardCheckpointer() as reader:
+        return model, reader.restore(os.path.join(at, item), like)
 
 
-def find_step(workdir: str, step: int | None = None) -> int:
-    """`step`, or the newest one; UsageError when it is not there."""
+def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
+    """`step`, or the newest one whose `item` ("" = all of it) verifies. UsageError when it is not there, JobError when damaged."""
     found = steps(workdir)
     if not found:
         raise UsageError(f"{folder(workdir)}: found no checkpoint, expected one; train the run first")
-    if step is None:
-        return found[-1]
-    if step not in found:
+    if step is not None and step not in found:
         raise UsageError(f"{folder(workdir)}: found no checkpoint of step {step}, expected one of {found}")
-    return step
+    for candidate in reversed(found if step is None else [step]):
+        wrong = manifest.problems(path_of(workdir, candidate), (f"{item}/", "meta/") if item else ("",))
+        if not wrong:
+            return candidate
+        if step is not None:
+            raise JobError(f"{path_of(workdir, step)}: damaged ({_few(wrong)}); verified ones may be among {found}")
+        say(f"warning: {path_of(workdir, candidate)} is damaged ({_few(wrong)}); falling back to an older checkpoint")
+    raise JobError(f"{folder(workdir)}: none of the checkpoints {found} verifies; restore the folder from a copy")
+
+
+def check_model(at: str, model: ModelConfig) -> None:
+    """Raises UsageError naming the keys in which the checkpoint's model differs from the config's."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        found = reader.restore(os.path.join(at, "meta"))["model"]
+    wanted = to_dict(model)
+    keys = [key for key in {**wanted, **found} if key not in FREE and found.get(key) != wanted.get(key)]
+    if keys:
+        shown = "; ".join(f"model.{k}: found {found.get(k)!r}, expected {wanted.get(k)!r}" for k in keys[:4])
+        raise UsageError(f"{at}: the checkpoint is of another model than the config: {shown}")
+
+
+def check_tree(at: str, item: str, like) -> None:
+    """Raises UsageError naming the leaves that are missing, too many, or of another shape or dtype than `like`."""
+    if not os.path.isdir(os.path.join(at, item)):
+        raise UsageError(f"{os.path.join(at, item)}: missing, expected the item {item!r} of a checkpoint")
+    found = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree)
+    wanted = _leaves(like)
+    names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
+    if names:
+        shown = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
+        raise UsageError(f"{os.path.join(at, item)}: other leaves than the config's model has: {_few(shown)}")
+
+
+def _leaves(tree) -> dict[str, str]:
+    """Path -> "dtype (shape)" of a tree of arrays or of their metadata."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in flat}
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
+
+
+def _newest_verified(workdir: str) -> int:
+    root = folder(workdir)
+    found = sorted((int(name) for name in os.listdir(root) if name.isdecimal()), reverse=True)
+    for step in found:
+        wrong = manifest.problems(path_of(workdir, step))
+        if not wrong:
+            return step
+        aside = _free_name(path_of(workdir, step) + DAMAGED)
+        say(f"warning: {path_of(workdir, step)} is damaged ({_few(wrong)}); set aside as {os.path.basename(aside)}")
+        os.rename(path_of(workdir, step), aside)
+    if found:
+        raise JobError(
+            f"{root}: none of the checkpoints {found[::-1]} verifies; restore them from a copy, or use another --workdir "
+            "to start from the first step"
+        )
+    return 0
+
+
+def _free_name(path: str) -> str:
+    count, name = 1, path
+    while os.path.exists(name):
+        count, name = count + 1, f"{path}-{count + 1}"
+    return name
+
+
+def _remove_unfinished(workdir: str) -> None:
+    root = folder(workdir)
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        path, tries = os.path.join(root, name), 0
+        while (
+            SAVING in name and os.path.isdir(path) and tries < 20
+        ):  # threads of a save that failed may still write there
+            shutil.rmtree(path, ignore_errors=True)
+            tries += 1
+            time.sleep(0.05 if os.path.isdir(path) else 0)
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _few(lines: list[str]) -> str:
+    return "; ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _cause(error: BaseException) -> str:
+    """The system's own words where there are some: TensorStore says them at the end of a long line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip().splitlines()
+    said = re.search(r"([^:]+) \[os_error_code", str(error))
+    return said[1].strip() if said else (text[0] if text else type(error).__name__)[:200]

@@ -3,12 +3,16 @@
 0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on).
 """
 
+import collections
+import contextlib
 import json
 import os
 import re
 import runpy
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO
 
 import ml_collections
 from absl import flags, logging
@@ -16,6 +20,9 @@ from ml_collections import config_flags
 
 from dit_jax.config import Config, JobError, UsageError, nearest, resolve, template, to_dict
 
+LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
+LARGEST = 2**27  # bytes of a file of lines
+DEEPEST = 32  # JSON lists and objects within each other
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 
 
@@ -29,7 +36,19 @@ def launch(main: Callable[[], None], config: str = "") -> None:
     `config` says where `--config` comes from: "file" (a file of configs/), "workdir" (the run's config.json, with
     `--config.a.b=v` overrides), or "" (none).
     """
+    sys.excepthook = _hook
+    signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
     sys.exit(_guarded(lambda: _parse(config), main))
+
+
+def _hook(kind: type, value: BaseException, trace) -> None:
+    """Leaves out what threads of a save say after it failed: its error is raised and told once, in the main thread."""
+    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
+        sys.__excepthook__(kind, value, trace)
+
+
+def _stopped(number: int, frame) -> None:
+    raise Interrupted("SIGTERM: nothing was under way; the same command goes on")
 
 
 def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
@@ -63,29 +82,38 @@ def _make_room_for_virtual_devices() -> None:
 
 def _parse(config: str) -> None:
     _make_room_for_virtual_devices()
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)
     _check_overrides()
-    if config == "workdir":
-        values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
-        config_flags.DEFINE_config_dict("config", values)
-    elif config == "file":
-        _check_file(_early_value("config"))
-        config_flags.DEFINE_config_file("config", help_string="a file of configs/, with :ARG where it takes one")
-    try:
+    with _parsing(flags.FLAGS):
+        if config == "workdir":
+            values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
+            config_flags.DEFINE_config_dict("config", values)
+        elif config == "file":
+            _check_file(_early_value("config"))
+            config_flags.DEFINE_config_file("config", help_string="a file of configs/, with :ARG where it takes one")
         rest = flags.FLAGS(sys.argv)
-    except UsageError:
-        raise
-    except flags.UnrecognizedFlagError as error:
-        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, flags.FLAGS)}") from None
-    except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
-        raise UsageError(_line(error)) from None
     if len(rest) > 1:
         raise UsageError(f"found the argument {rest[1]!r}, expected flags only (--name=value)")
 
 
+@contextlib.contextmanager
+def _parsing(values: flags.FlagValues) -> Iterator[None]:
+    """What absl, ml_collections, a config file or Python's own parser say against the command line is a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, values)}") from None
+    except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(_line(error)) from None
+    except (RecursionError, MemoryError):  # at a value of thousands of signs or brackets
+        raise UsageError("--config: found a value nested too deeply, expected a number, a text or a list") from None
+
+
 def _line(error: BaseException) -> str:
     """The one line of a parse error; what a config file raised lies under a traceback that ml_collections made a message."""
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Error whilst parsing config file" not in lines[0]:
         return lines[0]
     while error.__context__ is not None:
@@ -157,14 +185,51 @@ def read_config(workdir: str) -> Config:
         raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
     if not os.path.isfile(path):
         raise UsageError(f"--workdir: {workdir!r} holds no config.json, expected a run made by dit_jax.train")
+    with open(path, "rb") as f:
+        data = f.read(LONGEST + 1)
     try:
-        with open(path) as f:
-            values = json.load(f)
+        values = parse_json(data)
     except ValueError as error:
         raise UsageError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, Mapping) or "config" not in values:
         raise UsageError(f"{path}: found no key 'config', expected a file written by dit_jax.train")
     return resolve(values["config"])
+
+
+def parse_json(data: bytes, most: int = LONGEST) -> object:
+    """One JSON value. Raises ValueError saying what is wrong, also for one too long, nested too deeply, or with a key twice."""
+    if len(data) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_keys_once)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    inside = [value]
+    for _ in range(DEEPEST + 1):
+        inside = [v for x in inside for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())]
+    if inside:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    return value
+
+
+def _keys_once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {name!r} is there twice")
+    return found
+
+
+def numbered(lines: IO, path: str, most: float = LARGEST) -> Iterator[tuple]:
+    """(number, line) of an open file. Raises UsageError at a line beyond LONGEST, or when all lines are beyond `most`."""
+    number = total = 0
+    while line := lines.readline(LONGEST + 1):
+        number, total = number + 1, total + len(line)
+        if len(line) > LONGEST:
+            raise UsageError(f"{path}:{number}: found more than {LONGEST:,} bytes in a line, expected fewer")
+        if total > most:
+            raise UsageError(f"{path}: found more than {most:,} bytes, expected fewer; split the file")
+        yield number, line
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:

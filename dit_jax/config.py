@@ -7,29 +7,26 @@ A config file in `configs/` starts from `template()`, a `ConfigDict` of all defa
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ml_collections
 
+from dit_jax.error import JobError as JobError
+from dit_jax.error import UsageError, shown
+
 # name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-
-
-class UsageError(ValueError):
-    """The user asked for something that cannot be done: one line saying which key or file, what was found, what was expected."""
-
-
-class JobError(RuntimeError):
-    """The job cannot go on, through no mistake in its command: one line saying what happened, what is kept and what to do."""
+DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 
 
 def _choice(name: str, found, allowed) -> None:
     if found not in allowed:
-        near = difflib.get_close_matches(str(found), [str(a) for a in allowed], 1)
+        near = difflib.get_close_matches(str(found)[:100], [str(a) for a in allowed], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{name}: found {found!r}, expected one of {', '.join(map(str, allowed))}{hint}")
+        raise UsageError(f"{name}: found {shown(found)}, expected one of {', '.join(map(str, allowed))}{hint}")
 
 
 def _number(value) -> bool:
@@ -39,7 +36,7 @@ def _number(value) -> bool:
 def _range(name: str, found, low=-math.inf, high=math.inf) -> None:
     if not low <= found <= high:
         expected = f"a value from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-        raise UsageError(f"{name}: found {found!r}, expected {expected}")
+        raise UsageError(f"{name}: found {shown(found)}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -127,11 +124,18 @@ class DataConfig:
     cache: bool = True  # keep the decoded split in memory (small datasets)
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
+    latents: str = ""  # folder with one folder of latents a split, as `encode` writes them; "" = images
+    skip_bad: int = 0  # malformed records that may be left out; 0 = the first is an error
 
     def __post_init__(self):
+        # TFDS would import or download what a namespace or an argument names.
+        if len(self.dataset) > 200 or not DATASET.fullmatch(self.dataset):
+            expected = "a TFDS name: letters, digits and _, then /config and :1.2.3 where it has them"
+            raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
         _range("data.image_size", self.image_size, 1)
         _range("data.workers", self.workers, 0)
         _range("data.prefetch", self.prefetch, 0)
+        _range("data.skip_bad", self.skip_bad, 0)
 
 
 @dataclass(frozen=True)
@@ -177,11 +181,19 @@ class TrainConfig:
     log_every: int = 100
     checkpoint_every: int = 10_000
     keep: int = 3  # checkpoints kept, the newest ones
+    spike: float = (
+        20.0  # a step is skipped when loss or gradient norm lie this many deviations above their mean; 0 = never
+    )
+    spike_window: int = 100  # steps of that rolling mean and deviation, and before the first such skip
+    skips_in_a_row: int = 10  # skipped steps (not finite, or spikes) that stop the run
+    replay_every: int = 0  # every so many steps the step is computed twice and compared bit for bit; 0 = never
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "spike_window", "skips_in_a_row"):
             _range(f"train.{name}", getattr(self, name), 1)
         _range("train.seed", self.seed, 0, 2**31 - 1)
+        _range("train.spike", self.spike, 0.0)
+        _range("train.replay_every", self.replay_every, 0)
         _range("train.label_dropout", self.label_dropout, 0.0, 1.0)
 
 
@@ -192,9 +204,11 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    heartbeat: int = 30  # seconds without a sign of life after which a process counts as lost and the others stop
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        _range("mesh.heartbeat", self.heartbeat, 1)
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
             if size != -1 and size < 1:
                 raise UsageError(f"mesh.{name}: found {size}, expected a number of devices, or -1 for the rest")
@@ -224,7 +238,7 @@ class SampleConfig:
         _choice("sample.weights", self.weights, ("ema", "params"))
         ends = self.interval
         if len(ends) != 2 or not all(map(_number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
-            raise UsageError(f"sample.interval: found {ends!r}, expected (low, high) with 0 <= low <= high <= 1")
+            raise UsageError(f"sample.interval: found {shown(ends)}, expected (low, high) with 0 <= low <= high <= 1")
 
 
 @dataclass(frozen=True)
@@ -270,19 +284,19 @@ class SweepConfig:
     def __post_init__(self):
         for budget in self.budgets:
             if not _number(budget) or budget <= 0:
-                raise UsageError(f"sweep.budgets: found {budget!r}, expected training FLOPs above 0")
+                raise UsageError(f"sweep.budgets: found {shown(budget)}, expected training FLOPs above 0")
         for name, rows, count, form in (
             ("sizes", self.sizes, 3, "(width, depth, heads)"),
             ("windows", self.windows, 2, "(first, end)"),
         ):
             for row in rows:
-                whole = isinstance(row, tuple) and len(row) == count and all(type(n) is int for n in row)
+                whole = isinstance(row, tuple) and len(row) == count and all(type(n) is int and n < 2**63 for n in row)
                 if not whole or (name == "sizes" and min(row) < 1):
-                    raise UsageError(f"sweep.{name}: found {row!r}, expected {form} in whole numbers")
+                    raise UsageError(f"sweep.{name}: found {shown(row)}, expected {form} in whole numbers")
         for window in self.windows:
             if not 0 <= window[0] < window[1] <= len(self.sizes):
                 raise UsageError(
-                    f"sweep.windows: found {window!r}, expected (first, end) within {len(self.sizes)} sizes"
+                    f"sweep.windows: found {shown(window)}, expected (first, end) within {len(self.sizes)} sizes"
                 )
         if len(self.windows) != len(self.budgets):
             raise UsageError(
@@ -348,11 +362,12 @@ def resolve(values: object) -> Config:
 
 def _build(cls, values, prefix: str):
     if not isinstance(values, Mapping):
-        raise UsageError(f"{prefix.rstrip('.') or 'config'}: found {values!r}, expected a group of keys")
+        raise UsageError(f"{prefix.rstrip('.') or 'config'}: found {shown(values)}, expected a group of keys")
     known = {f.name: f.type for f in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
-        if key not in known:
+        if not isinstance(key, str) or key not in known:
+            key = key if isinstance(key, str) else shown(key)
             raise UsageError(f"{prefix}{key}: unknown config key{nearest(key, known)}")
         if dataclasses.is_dataclass(known[key]):
             arguments[key] = _build(known[key], value, f"{prefix}{key}.")
@@ -363,7 +378,7 @@ def _build(cls, values, prefix: str):
 
 def nearest(key: str, known) -> str:
     """A hint at the known key that looks most like `key`."""
-    near = difflib.get_close_matches(key, list(known), 1, cutoff=0.4)
+    near = difflib.get_close_matches(key[:100], list(known), 1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
 
 
@@ -373,7 +388,9 @@ def _typed(value, kind: type | types.GenericAlias, name: str):
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     if type(value) is not kind:
-        raise UsageError(f"{name}: found {value!r} ({type(value).__name__}), expected {kind.__name__}")
+        raise UsageError(f"{name}: found {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
+    if kind is int and abs(value) >= 2**63:
+        raise UsageError(f"{name}: found {shown(value)}, expected an integer of 64 bits")
     if kind is float and not math.isfinite(value):
         raise UsageError(f"{name}: found {value!r}, expected a finite number")
     return value

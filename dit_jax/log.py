@@ -1,14 +1,18 @@
 """Scalars to JSONL and, where TensorFlow is installed, to TensorBoard through clu; and the progress line."""
 
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
+from dit_jax.command import LARGEST, numbered, parse_json
 from dit_jax.config import UsageError
 
 METRICS = "metrics.jsonl"
+STEP = {"step": int}  # what a line of scalars holds at least
+RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # and a record
 
 
 def say(message: str) -> None:
@@ -16,23 +20,35 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def read_lines(path: str) -> list[dict]:
+def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
     """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none.
 
-    Raises UsageError naming the line of a damaged file.
+    Raises UsageError naming the line of a damaged file: one that is no object, or lacks one of `fields`.
     """
+    return list(_objects(path, fields, LARGEST))
+
+
+def _objects(path: str, fields: Mapping[str, type], most: float) -> Iterator[dict]:
     if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        lines = f.read().split("\n")[:-1]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise UsageError(
-                f"{path}:{number}: found {line[:40]!r}, expected a JSON object; repair or remove the line"
-            ) from None
+        return
+    with open(path, "rb") as f:
+        for number, line in numbered(f, path, most):
+            if line.endswith(b"\n"):
+                yield _object(line[:-1], f"{path}:{number}", fields)
+
+
+def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
+    try:
+        found = parse_json(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        text = line[:40].decode(errors="replace")
+        raise UsageError(f"{where}: found {text!r}, expected a JSON object; repair or remove the line")
+    for name, kind in fields.items():
+        if type(found.get(name)) is not kind:
+            what = f"{name!r} is {found[name]!r}" if name in found else f"no {name!r}"
+            raise UsageError(f"{where}: {what}, expected {kind.__name__}; repair or remove the line")
     return found
 
 
@@ -40,10 +56,14 @@ def drop_after(path: str, step: int) -> None:
     """Forget the lines of a JSONL file beyond `step`: a resumed run writes them again."""
     if not os.path.exists(path):
         return
-    kept = [line for line in read_lines(path) if line["step"] <= step]
     temporary = path + ".tmp"
-    with open(temporary, "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in kept)
+    try:
+        with open(temporary, "w") as f:
+            kept = (line for line in _objects(path, STEP, math.inf) if line["step"] <= step)
+            f.writelines(json.dumps(line) + "\n" for line in kept)
+    except BaseException:
+        os.unlink(temporary)
+        raise
     os.replace(temporary, path)
 
 
@@ -57,7 +77,8 @@ def open_scalars(
     writer = _tensorboard(workdir) if tensorboard else None
 
     def write(step: int, scalars: dict) -> None:
-        file.write(json.dumps({"step": step, **scalars}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        file.write(json.dumps({"step": step, **finite}) + "\n")
         file.flush()
         if writer:
             writer.write_scalars(step, scalars)

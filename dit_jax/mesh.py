@@ -4,12 +4,17 @@ Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 202
 (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
 """
 
+import contextlib
 import math
+import os
+import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,6 +111,67 @@ def on_one_device(shapes):
     """A tree of shapes -> the same, to be placed whole on this process's first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def connect(cfg: MeshConfig) -> None:
+    """Join the other processes of this job, where the environment names them; alone, do nothing.
+
+    They are found on Cloud TPU pods and under SLURM, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A
+    process that gives no sign of life for `mesh.heartbeat` seconds ends all of them.
+    """
+    env = os.environ
+    hosts = env.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise UsageError(
+                "JAX_COORDINATOR_ADDRESS is set: expected whole numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"
+            ) from None
+        where = {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "num_processes": count, "process_id": index}
+    elif hosts > 1 or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        where = {}
+    else:
+        return
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=cfg.heartbeat)
+
+
+def leader() -> bool:
+    """Whether this process writes the run's files and talks to people."""
+    return jax.process_index() == 0
+
+
+def everyone_is_here(what: str) -> None:
+    """Wait for the other processes."""
+    if jax.process_count() > 1:
+        with leave_if_a_peer_is_gone():
+            multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def leave_if_a_peer_is_gone() -> Iterator[None]:
+    """End this process, with exit code 1, where what runs inside meets the end of another process of the job.
+
+    At once, since JAX and Orbax would wait for the other one before they let this one go.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0][:200]
+        print(
+            f"error: computing with the other processes failed, most likely as one is gone ({reason}); the checkpoints are intact, "
+            "and the same command on all hosts goes on from the newest",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def asked_to_stop(step: int) -> bool:
+    """Whether some process got SIGTERM: the same answer on all of them, at the same step."""
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def put_batch(mesh, batch: dict) -> dict:

@@ -1,12 +1,15 @@
 """What training carries from step to step, born already sharded."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.config import Config
+from dit_jax.guard import Guard, init_guard
 from dit_jax.mesh import state_sharding
 from dit_jax.models import dit
 from dit_jax.optim import make_optimizer
@@ -15,23 +18,25 @@ from dit_jax.optim import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state."""
+    """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state; `guard`: see dit_jax.guard."""
 
     step: Any  # int32 scalar
     params: Any
     ema: Any
     opt: Any
+    guard: Guard
 
     def items(self) -> dict:
         """The parts as a checkpoint stores them."""
-        return {"params": self.params, "ema": self.ema, "opt": self.opt}
+        opt = {"optimizer": self.opt, "guard": dataclasses.asdict(self.guard)}
+        return {"params": self.params, "ema": self.ema, "opt": opt}
 
 
 def init_state(cfg: Config) -> TrainState:
     """A pure function of the config: weights from train.seed, the EMA equal to them, empty moments."""
     params = dit.init(cfg.model, jax.random.key(cfg.train.seed))
     opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, init_guard())
 
 
 def abstract_state(cfg: Config, mesh) -> TrainState:
@@ -50,6 +55,7 @@ def make_state(cfg: Config, mesh) -> TrainState:
     return jax.jit(lambda: init_state(cfg), out_shardings=shardings)()
 
 
-def restored_state(step: int, items: dict) -> TrainState:
-    """The state of a checkpoint's items."""
-    return TrainState(step=jnp.asarray(step, jnp.int32), **items)
+def restored_state(step: int, items: dict, like: TrainState) -> TrainState:
+    """The state of a checkpoint's items, `step` laid out as in `like`: the step function then compiles once."""
+    opt, guard = items["opt"]["optimizer"], Guard(**items["opt"]["guard"])
+    return TrainState(jax.device_put(np.int32(step), like.step.sharding), items["params"], items["ema"], opt, guard)

@@ -9,6 +9,7 @@ import optax
 
 from dit_jax.config import Config, DiffusionConfig, ModelConfig
 from dit_jax.diffusion.process import make_process
+from dit_jax.guard import choose, fingerprint, judge
 from dit_jax.mesh import attention_implementation, batch_sharding, replicated
 from dit_jax.models import dit
 from dit_jax.optim import ema_decay, learning_rate, make_optimizer, update_ema
@@ -60,21 +61,35 @@ def gradients(cfg: Config, params, *batch):
 
 
 def train_step(cfg: Config, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    """One update. batch: `image` (b, h, w, c) in [-1, 1], `label` (b,). The randomness depends on (train.seed, step) only."""
-    key = jax.random.fold_in(jax.random.key(cfg.train.seed), state.step)
-    t, eps, labels = draw(cfg, key, batch["image"], batch["label"])
+    """One update. batch: `image` (b, h, w, c) in [-1, 1], `label` (b,). The randomness depends on (train.seed, step) only.
+
+    A step that the guard refuses counts as a step and leaves parameters, EMA and optimizer as they were, bit for bit.
+    """
+    t, eps, labels = draw(cfg, step_key(cfg, state.step), batch["image"], batch["label"])
     (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps)
     updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay(cfg.optim, state.step))
+    done = state.step - state.guard.skipped  # updates so far
+    ema = update_ema(state.ema, params, ema_decay(cfg.optim, done))
+    grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
+    accepted, guard = judge(cfg.train, state.guard, loss, grad_norm, param_norm)
     scalars = {
         "loss": loss,
         **(parts if len(parts) > 1 else {}),
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
-        "learning_rate": jnp.asarray(learning_rate(cfg.optim, cfg.train.steps)(state.step), jnp.float32),
+        "grad_norm": grad_norm,
+        "param_norm": param_norm,
+        "learning_rate": jnp.asarray(learning_rate(cfg.optim, cfg.train.steps)(done), jnp.float32),
+        "skipped": guard.skipped,
+        "streak": guard.streak,
+        **({"gradient_bits": fingerprint(grads)} if cfg.train.replay_every else {}),
     }
-    return TrainState(state.step + 1, params, ema, opt), scalars
+    kept = choose(accepted, (params, ema, opt), (state.params, state.ema, state.opt))
+    return TrainState(state.step + 1, *kept, guard), scalars
+
+
+def step_key(cfg: Config, step: jax.Array) -> jax.Array:
+    """The key of all random numbers of the step that follows `step` others."""
+    return jax.random.fold_in(jax.random.key(cfg.train.seed), step)
 
 
 def on_device(model: ModelConfig) -> ModelConfig:

@@ -240,7 +240,7 @@ def _eta(done: float, total: float, start: float) -> str:
 
 def prepare(cfg: Config, workdir: str) -> None:
     """Make W with the sweep's config as sweep.json, or check that W holds this sweep."""
-    train.check(cfg)
+    train.open_data(cfg)
     evaluate.check_config(cfg)
     path = os.path.join(workdir, "sweep.json")
     if not os.path.isfile(path):

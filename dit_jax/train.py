@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,20 +18,34 @@ from absl import flags
 
 from dit_jax import checkpoint, flops
 from dit_jax.command import Interrupted, launch, read_config, write_file
-from dit_jax.config import Config, UsageError, resolve, to_dict
-from dit_jax.data.datasets import load_source, overlap
+from dit_jax.config import Config, JobError, UsageError, resolve, to_dict
+from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
+from dit_jax.diagnose import find_layer
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.guard import all_finite, run_twice
+from dit_jax.ledger import Ledger, close, lose, process_start, write_entry
 from dit_jax.log import open_scalars, progress, say
-from dit_jax.mesh import check_batch, make_mesh, peak_flops, put_batch
+from dit_jax.mesh import (
+    asked_to_stop,
+    check_batch,
+    connect,
+    everyone_is_here,
+    leader,
+    leave_if_a_peer_is_gone,
+    make_mesh,
+    peak_flops,
+    put_batch,
+)
 from dit_jax.state import abstract_state, make_state
 from dit_jax.step import make_train_step, on_device
 
 # What a resumed run may change: where and how it runs and is looked at, never what it computes.
 FREE = (
-    "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.cache", "data.workers", "data.prefetch", "train.log_every",
-    "train.checkpoint_every", "train.keep", "model.remat", "model.unroll", "model.attention",
+    "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.latents", "data.cache", "data.workers", "data.prefetch", "data.skip_bad",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.skips_in_a_row", "train.replay_every",
+    "model.remat", "model.unroll", "model.attention",
 )  # fmt: skip
 
 
@@ -92,89 +107,136 @@ def provenance() -> dict:
     return {"versions": {name: importlib.metadata.version(name) for name in names}, "commit": commit}
 
 
-def check(cfg: Config) -> None:
-    """Raises UsageError unless the data fit the model, the held-out split is another one, and the run can be sampled."""
+def open_data(cfg: Config):
+    """The training split, as `make_batches` takes it.
+
+    Raises UsageError unless it fits the model, the held-out split is another one of the same kind, and the run can be sampled.
+    """
     data, model = cfg.data, cfg.model
-    if data.image_size == 8 * model.input_size:
+    if not data.latents and data.image_size == 8 * model.input_size:
         raise UsageError(
-            f"data.image_size: found {data.image_size} pixels for a model of {model.input_size} x {model.input_size} "
-            "latents; this version trains in pixel space only, expected data.image_size = model.input_size"
+            f"data.latents: found none for a model of {model.input_size} x {model.input_size} latents and images of "
+            f"{data.image_size} pixels, expected a folder of latents, or data.image_size = model.input_size to train on pixels"
         )
-    source = load_source(data.dataset, data.split, data.data_dir)
-    if data.split == data.held_out_split or overlap(
-        source, load_source(data.dataset, data.held_out_split, data.data_dir)
-    ):
+    source, held_out = sources.open_source(data, data.split), sources.open_source(data, data.held_out_split)
+    if data.split == data.held_out_split or sources.overlap(source, held_out):
         raise UsageError(
             f"data.held_out_split: found {data.held_out_split!r}, which shares images with data.split = {data.split!r}"
         )
+    if data.latents:
+        sources.match(source, held_out)
     for key, found, expected in (
         ("model.classes", model.classes, source.classes),
         ("model.channels", model.channels, source.image_shape[-1]),
-        ("model.input_size", model.input_size, data.image_size),
+        ("model.input_size", model.input_size, source.image_shape[0] if data.latents else data.image_size),
     ):
         if found != expected:
-            raise UsageError(f"{key}: found {found}, expected {expected}, as the data ({data.dataset}) has")
+            raise UsageError(
+                f"{key}: found {found}, expected {expected}, as the data ({data.latents or data.dataset}) has"
+            )
     sampling_times(make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps)
+    return source
 
 
-def run(cfg: Config, workdir: str, quiet: bool = False) -> int:
-    """Train to `train.steps`, resuming what the folder holds. Returns the steps done now (0: nothing was left to do)."""
-    check(cfg)
-    mesh = make_mesh(cfg.mesh)
-    check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
-    on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))
-    batches = make_batches(
-        cfg.data,
-        batch_size=cfg.train.batch_size,
-        seed=cfg.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    prepare_workdir(cfg, workdir)
-    manager = checkpoint.open_manager(workdir, cfg.train.keep)
-    try:
-        first = manager.latest_step() or 0
-        if first >= cfg.train.steps:
-            say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
-            return 0
-        with _stop_flag() as stop:
-            return _train(on_these_devices, workdir, mesh, manager, batches, first, stop, quiet)
-    finally:
-        manager.close()
+def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = None) -> int:
+    """Train to `train.steps`, resuming what the folder holds. Returns the steps done now (0: nothing was left to do).
+
+    `since` is when the job began (seconds since the epoch; None: now). Raises UsageError, JobError, and Interrupted when
+    SIGTERM made it save and stop.
+    """
+    ledger = Ledger("train", since or time.time())
+    with _stop_flag() as stop:
+        source = open_data(cfg)
+        mesh = make_mesh(cfg.mesh)
+        check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
+        on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))
+        batches = make_batches(
+            cfg.data,
+            batch_size=cfg.train.batch_size,
+            seed=cfg.train.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            source=source,
+        )
+        if leader():
+            prepare_workdir(cfg, workdir)
+        everyone_is_here("workdir")
+        with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, leave_if_a_peer_is_gone():
+            done = _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
+    for index, problem in sources.bad_records(source).items():
+        say(f"warning: record {index} was left out: {problem}")
+    return done
 
 
-def _train(cfg: Config, workdir: str, mesh, manager, batches, first: int, stop: list, quiet: bool) -> int:
-    """The loop. Scalars of a step are read after the next one is under way, so that the device never waits for the host."""
+def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
+    """Restore or begin, then the loop."""
+    first = checkpoint.newest_verified(workdir)
+    if first >= cfg.train.steps:
+        say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
+        return 0
     if first:
-        state, position = checkpoint.restore(manager, first, abstract_state(cfg, mesh))
+        state, position = checkpoint.restore(workdir, first, abstract_state(cfg, mesh), cfg.model)
         batches.set_state(position)
     else:
         state = make_state(cfg, mesh)
-    step = make_train_step(cfg, mesh)
-    write, close = open_scalars(workdir, first, tensorboard=not quiet)
-    report = _reporter(cfg, first, quiet)
-    meta = {"model": to_dict(cfg.model), **provenance()}
-    pending = None
+    if leader():
+        lose(ledger, workdir, first)
+        write_entry(ledger.entry(), workdir)
+        write, close_scalars = open_scalars(workdir, first, tensorboard=not quiet)
+    else:
+        write, close_scalars = (lambda step, values: None), (lambda: None)
+    try:
+        with ledger.spend("step"):
+            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, first, quiet)))
+    finally:
+        close_scalars()
+        if leader():
+            close(ledger, workdir, quiet)
+    if last < cfg.train.steps:
+        raise Interrupted(f"saved step {last} of {cfg.train.steps} in {workdir}; the same command goes on from there")
+    return last - first
+
+
+def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
+    """The steps; returns the last one, saved. Scalars of a step are read after the next one is under way, so that the
+    device never waits for the host."""
+    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance()}
+    first, every, pending, kind = int(state.step), cfg.train.replay_every, None, "compile"
     for i in range(first + 1, cfg.train.steps + 1):
-        state, scalars = step(state, put_batch(mesh, next(batches)))
+        saver.check()
+        with ledger.spend("data"):
+            batch = put_batch(mesh, next(batches))
+        with ledger.spend(kind):
+            twice = every and i % every == 0
+            state, scalars = run_twice(step, state, batch, i) if twice else step(state, batch)
+        kind, ledger.last = "step", i
         if pending:
-            _log(write, report, *pending)
+            _log(cfg, outputs, *pending, state, batch)
             pending = None
         if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
             pending = (i, scalars)
-        stopping = bool(stop)
+        stopping = asked_to_stop(i) if jax.process_count() > 1 else bool(stop)
         if i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping:
-            if pending:
-                _log(write, report, *pending)
-                pending = None
-            checkpoint.save(manager, state, batches.get_state(), meta)
+            _log(cfg, outputs, i, scalars, state, batch, written=bool(pending))
+            pending = None
+            with ledger.spend("save"):
+                _save(saver, state, batches.get_state(), meta, ledger, workdir)
         if stopping:
             break
-    manager.wait_until_finished()
-    close()
-    if stopping and i < cfg.train.steps:
-        raise Interrupted(f"saved step {i} of {cfg.train.steps} in {workdir}; the same command goes on from there")
-    return i - first
+    with ledger.spend("save"):
+        saver.wait()
+    return i
+
+
+def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str) -> None:
+    """Start the save of a state that is finite; the ledger's line follows when it counts."""
+    if not all_finite(state):
+        raise JobError(
+            f"step {int(state.step)}: the state holds numbers that are not finite, though no step was accepted that made "
+            "them: a device or its memory is at fault. Nothing was saved; run the same command on other devices"
+        )
+    entry = ledger.entry()
+    saver.save(state, position, meta, after=lambda: write_entry(entry, workdir))
 
 
 def _reporter(cfg: Config, first: int, quiet: bool):
@@ -189,15 +251,42 @@ def _reporter(cfg: Config, first: int, quiet: bool):
     return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
 
 
-def _log(write, report, step: int, scalars: dict) -> None:
-    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-    write(step, {**values, **report(step, values), "time": time.time()})
+def _log(cfg: Config, outputs: tuple, step: int, scalars: dict, state, batch: dict, written: bool = True) -> None:
+    """Write a step's scalars (if `written`) and stop a run whose steps are all skipped; `state`, `batch`: of the newest step."""
+    (write, report), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
+    streak = int(values.pop("streak"))
+    if written:
+        write(step, {**values, **report(step, values), "time": time.time()})
+    if streak >= cfg.train.skips_in_a_row:
+        raise JobError(
+            f"step {step}: {streak} steps in a row were skipped, as {_reason(values)}; {find_layer(cfg, state, batch)}. "
+            "The state is that of the last good step, and its checkpoints are kept. Lower optim.learning_rate, set "
+            "optim.clip or model.qk_norm, or look at the data"
+        )
+
+
+def _reason(values: dict) -> str:
+    """Why the guard refused a step."""
+    for name, what in (
+        ("loss", "the loss is not finite"),
+        ("grad_norm", "the gradients are not finite"),
+        ("param_norm", "the update would make parameters that are not finite"),
+    ):
+        if not math.isfinite(values[name]):
+            return what
+    return f"loss ({values['loss']:.4g}) or gradient norm ({values['grad_norm']:.4g}) spike"
 
 
 @contextlib.contextmanager
 def _stop_flag():
-    """A list that the first SIGTERM fills; the loop then saves and stops. The old handler comes back at the end."""
+    """A list that the first SIGTERM fills; the loop then saves and stops. The old handler comes back at the end.
+
+    Of several processes, all must stop at one step: `asked_to_stop` has a handler of its own, which stays.
+    """
     stop = []
+    if jax.process_count() > 1:
+        yield stop
+        return
     old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     try:
         yield stop
@@ -206,7 +295,9 @@ def _stop_flag():
 
 
 def main() -> None:
-    run(resolve(flags.FLAGS.config), flags.FLAGS.workdir)
+    cfg = resolve(flags.FLAGS.config)
+    connect(cfg.mesh)
+    run(cfg, flags.FLAGS.workdir, since=process_start())
 
 
 if __name__ == "__main__":

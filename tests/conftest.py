@@ -43,3 +43,15 @@ def compilation_cache(cache_dir):
     jax.config.update("jax_compilation_cache_dir", cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, data_dir, cache_dir):
+    """The folder of the small run (tests/runs.py), trained in one go. Not to be changed: copy it."""
+    from job import run
+    from runs import train
+
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    assert code == 0, err
+    return workdir

@@ -3,6 +3,8 @@
 import atexit
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,16 +54,48 @@ def _zygote(cache_dir, devices):
     return _zygotes[key]
 
 
-def run(job, *arguments, cache_dir, devices=2):
+class Job:
+    """A running job, forked from a process that has the libraries loaded; used like a Popen object."""
+
+    def __init__(self, job, *arguments, cache_dir, devices=2, environment=None, file_size=0):
+        self._folder = Path(tempfile.mkdtemp(prefix="job-"))
+        self.out, self.err = self._folder / "out", self._folder / "err"
+        self._zygote, self.returncode = _zygote(cache_dir, devices), None
+        request = {"job": job, "arguments": [str(a) for a in arguments], "out": str(self.out), "err": str(self.err)}
+        self.pid = int(self._ask(request | {"environment": environment or {}, "file_size": file_size}))
+
+    def _ask(self, request):
+        self._zygote.stdin.write(json.dumps(request) + "\n")
+        self._zygote.stdin.flush()
+        return self._zygote.stdout.readline().strip()
+
+    def poll(self):
+        if self.returncode is None:
+            found = self._ask({"poll": self.pid})
+            self.returncode = None if found == "running" else int(found)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=300):
+        """(standard output, standard error) when the job has ended; kills it after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.send_signal(signal.SIGABRT)
+                raise AssertionError(f"the job did not end within {timeout} s: {self.err.read_text()[-2000:]}")
+            time.sleep(0.005)
+        texts = self.out.read_text(), self.err.read_text()
+        shutil.rmtree(self._folder)
+        return texts
+
+
+def run(job, *arguments, **how):
     """(exit code, standard output, standard error) of a job that ran to its end, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        request = {"job": job, "arguments": [str(a) for a in arguments], "out": str(out), "err": str(err)}
-        zygote = _zygote(cache_dir, devices)
-        zygote.stdin.write(json.dumps(request) + "\n")
-        zygote.stdin.flush()
-        code = int(zygote.stdout.readline())
-        return code, out.read_text(), err.read_text()
+    process = Job(job, *arguments, **how)
+    out, err = process.communicate()
+    return process.returncode, out, err
 
 
 def steps_logged(workdir):

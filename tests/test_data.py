@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dit_jax.config import DataConfig, UsageError
-from dit_jax.data import datasets, pipeline
+from dit_jax.data import datasets, pipeline, source
 
 TRAIN, TEST = 1442, 355
 
@@ -308,7 +308,8 @@ def test_damaged_file_is_named(broken, damage, cache):
         batches(dataclasses.replace(config, cache=cache), 40)
 
     why = {"flip": "Corrupted", "cut": "Corrupted", "empty": "ArrayRecord file should be", "gone": "open.. failed"}
-    where, advice = re.escape(f"dataset 'digits', split 'train': cannot read {path}: "), f"; delete {path.parent} and"
+    place = r"dataset 'digits', split 'train'" + (r", record \d+" if damage == "flip" else "")
+    where, advice = place + re.escape(f": cannot read {path}: "), f"; delete {path.parent} and"
     assert re.fullmatch(where + why[damage] + ".*" + re.escape(advice) + ".*", error_of(read))
 
 
@@ -320,16 +321,190 @@ def test_damaged_notes_are_refused(broken):
 
 
 def test_wrong_records_are_named(data):
+    path = f"{data.data_dir}/digits/1.0.0/digits-train.array_record-00000-of-00001"
     source = datasets.load_source("digits", "train", data.data_dir)
     narrow = dataclasses.replace(source, classes=3)
     labels = [record["label"] for record in source]
     first = next(i for i, label in enumerate(labels) if label >= 3)
     message = error_of(lambda: narrow.__getitems__(range(TRAIN)))
     expected = f"found label {labels[first]}, expected 0 to 2"
-    assert message == f"dataset 'digits', split 'train', record {first}: {expected}"
+    assert message == f"dataset 'digits', split 'train', record {first} of {path}: {expected}"
     message = error_of(lambda: dataclasses.replace(source, image_shape=(None, 8, 3))[7])
     expected = "found an image uint8 (8, 8, 1), expected uint8 (None, 8, 3)"
-    assert message == f"dataset 'digits', split 'train', record 7: {expected}"
+    assert message == f"dataset 'digits', split 'train', record 7 of {path}: {expected}"
+
+
+class Grids(tfds.core.GeneratorBasedBuilder):
+    """Twelve images of one size; tests change the attributes between writing and reading, as another builder would."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SHAPE, DTYPE, CLASSES, ENCODED = (4, 4, 1), np.uint8, 5, False
+
+    def _info(self):
+        features = {"image": self._image(), "label": tfds.features.ClassLabel(num_classes=self.CLASSES)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _image(self):
+        if self.ENCODED:
+            return tfds.features.Image(shape=(None, None, 3))
+        return tfds.features.Tensor(shape=self.SHAPE, dtype=self.DTYPE, encoding=tfds.features.Encoding.BYTES)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(12):
+            yield i, {"image": self.image(i), "label": 4 if i == 7 else i % 4}
+
+    def image(self, i):
+        return np.full(self.SHAPE, i, self.DTYPE)
+
+
+def encoded_but(bad):
+    """The encoded image number i, number 7 through `bad`."""
+
+    def image(self, i):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(file, "PNG")
+        return io.BytesIO(bad(file.getvalue()) if i == 7 else file.getvalue())
+
+    return image
+
+
+# name -> (attributes when written, attributes when read, message after the file's name)
+WRITTEN = {
+    "label too large": ({}, dict(CLASSES=4), "found label 4, expected 0 to 3"),
+    "another dtype": (
+        dict(DTYPE=np.int16),
+        dict(DTYPE=np.int16),
+        "found an image int16 (4, 4, 1), expected uint8 (4, 4, 1)",
+    ),
+    "another shape": ({}, dict(SHAPE=(8, 8, 1)), "cannot reshape array of size 16"),
+    "a wider dtype": ({}, dict(DTYPE=np.int64), "cannot reshape array"),
+    "not an image": (
+        dict(ENCODED=True, image=encoded_but(lambda b: b"text")),
+        dict(ENCODED=True),
+        "cannot decode the image",
+    ),
+    "half an image": (
+        dict(ENCODED=True, image=encoded_but(lambda b: b[: len(b) // 2])),
+        dict(ENCODED=True),
+        "cannot decode the image",
+    ),
+    "no bytes": (dict(ENCODED=True, image=encoded_but(lambda b: b"")), dict(ENCODED=True), "cannot decode the image"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_malformed_images_are_named(tmp_path, monkeypatch, name, cache):
+    written, read, expected = WRITTEN[name]
+    for attribute, value in written.items():
+        monkeypatch.setattr(Grids, attribute, value)
+    Grids(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    for attribute, value in read.items():
+        monkeypatch.setattr(Grids, attribute, value)
+    config = DataConfig(dataset="grids", data_dir=str(tmp_path), image_size=4, cache=cache)
+    message = error_of(lambda: batches(config, 2, batch_size=12))
+    path = f"{tmp_path}/grids/1.0.0/grids-train.array_record-00000-of-00001"
+    assert path in message and expected in message
+    number = re.search(r"dataset 'grids', split 'train', record (\d+)", message)
+    assert number and (int(number[1]) == 7 or name in ("another dtype", "another shape", "a wider dtype"))
+
+
+@pytest.mark.timeout(60)
+def test_malformed_images_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(Grids, "ENCODED", True)
+    monkeypatch.setattr(Grids, "image", encoded_but(lambda b: b"text"))
+    Grids(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    config = DataConfig(dataset="grids", data_dir=str(tmp_path), image_size=32, skip_bad=1)
+    order = np.concatenate([pipeline.order(3, epoch, 12) for epoch in range(8)])
+    order[order == 7] = 8
+    for cache, workers in ((True, 0), (False, 0), (False, 3)):
+        data = dataclasses.replace(config, cache=cache, workers=workers)
+        opened = source.open_source(data, "train")
+        found = np.concatenate([b["image"] for b in batches(data, 8, batch_size=12, source=opened)])
+        np.testing.assert_array_equal(np.rint((found[:, 0, 0, 0] + 1) * 127.5), 10 * order)
+        assert list(source.bad_records(opened)) == [7] and "cannot decode" in source.bad_records(opened)[7]
+
+
+def test_a_damaged_digit_may_be_left_out(broken):
+    config, path = broken
+    content = bytearray(path.read_bytes())
+    content[60_000] ^= 255
+    path.write_bytes(content)
+    config = dataclasses.replace(config, cache=False, flip=False, skip_bad=2)
+    opened = source.open_source(config, "train")
+    images, labels = pipeline.load_arrays(config, "train", opened)
+    (bad,) = source.bad_records(opened)
+    assert f"record {bad}: cannot read {path}: Corrupted" in source.bad_records(opened)[bad]
+    np.testing.assert_array_equal(images[bad], images[bad + 1])
+    expected = np.concatenate([pipeline.order(3, epoch, TRAIN) for epoch in range(2)])[: 48 * 40]
+    found = batches(config, 40)
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in found]), images[expected])
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in found]), labels[expected])
+
+
+def test_files_of_other_sizes_are_refused(broken):
+    config, path = broken
+    other = path.parent / "digits-test.array_record-00000-of-00001"
+    shutil.copy(path, other)
+    message = error_of(datasets.load_source, "digits", "test", config.data_dir)
+    assert message.startswith(
+        f"dataset 'digits', split 'test': {other}: found {TRAIN} records, expected {TEST}; delete"
+    )
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused(broken, make):
+    config, path = broken
+    path.unlink()
+    make(path)
+    message = error_of(datasets.load_source, "digits", "train", config.data_dir)
+    assert message.startswith(f"dataset 'digits', split 'train': cannot read {path}: found no regular file; delete")
+
+
+@pytest.mark.parametrize("split", ["train[:0]", "test[355:]"])
+def test_empty_splits_are_refused(data, split):
+    message = error_of(datasets.load_source, "digits", split, data.data_dir)
+    assert message == f"dataset 'digits', split {split!r}: found no records, expected at least one"
+
+
+@pytest.mark.timeout(120)
+def test_flipped_bits_are_found_or_harmless(data, broken):
+    """Riegeli hashes blocks and chunks: what a flipped bit leaves readable is what was written."""
+    config, path = broken
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    expected = list(datasets.load_source("digits", "train", data.data_dir))
+    detected = 0
+    for trial in range(60):
+        content = bytearray(good)
+        place = (int(rng.integers(len(good))), int(rng.integers(200)), len(good) - 1 - int(rng.integers(1 << 16)))[
+            trial % 3
+        ]
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            opened = datasets.load_source("digits", "train", config.data_dir)
+            found = [r for i in range(0, TRAIN, 103) for r in opened.__getitems__(range(i, min(i + 103, TRAIN)))]
+        except UsageError as error:
+            assert str(path) in str(error)
+            detected += 1
+        else:
+            assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(expected, found, strict=True))
+            assert [a["label"] for a in expected] == [b["label"] for b in found]
+    assert detected >= 20
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"1", b"\xff\xfe", b"[" * 100_000])
+def test_no_damage_of_tfds_notes_passes(broken, content):
+    config, path = broken
+    (path.parent / "dataset_info.json").write_bytes(content)
+    assert config.data_dir in error_of(datasets.load_source, "digits", "train", config.data_dir)
 
 
 def test_batch_that_processes_do_not_divide_is_refused(data):

@@ -122,7 +122,7 @@ def test_contract_the_real_xl_step_traces_on_512_devices_that_are_not_there():
     new_state, scalars = traced.out_info
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (new_state, state)]
     assert shapes[0] == shapes[1]
-    assert set(scalars) == {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate"}
+    assert set(scalars) == {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate", "skipped", "streak"}
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "num_partitions = 512" in text
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))

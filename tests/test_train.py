@@ -2,90 +2,17 @@
 
 import json
 import os
-import random
 import shutil
-import signal
-from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from job import TINY, run, start, steps_logged, wait_for_step
+from job import TINY, run
+from runs import STEPS, saved, scalars, train
 
 from dit_jax import checkpoint
 from dit_jax.config import UsageError
 from dit_jax.flops import parameters
-
-STEPS = 60
-TIMINGS = ("images_per_second", "mfu", "time")
-
-
-def train(workdir, *more, steps=STEPS):
-    return ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, f"--config.train.steps={steps}", *more]
-
-
-def saved(workdir, step):
-    """Every item of a checkpoint, on the host."""
-    manager = ocp.CheckpointManager(checkpoint.folder(str(workdir)), item_names=checkpoint.ITEMS)
-    arrays = {name: ocp.args.StandardRestore() for name in ("params", "ema", "opt")}
-    values = {name: ocp.args.JsonRestore() for name in ("data", "meta")}
-    found = manager.restore(step, args=ocp.args.Composite(**arrays, **values))
-    manager.close()
-    return {name: jax.device_get(found[name]) for name in checkpoint.ITEMS}
-
-
-def scalars(workdir):
-    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, data_dir, cache_dir):
-    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
-    assert code == 0, err
-    return workdir
-
-
-def test_kill_9_at_a_random_step_then_resume_is_bitwise(uninterrupted, tmp_path, cache_dir):
-    """Twice killed, three times started: weights, EMA, moments, data position and scalars are the uninterrupted run's."""
-    workdir = tmp_path / "killed"
-    seed = random.SystemRandom().randrange(10**6)
-    kills = [random.Random(seed).randint(11, 25), random.Random(seed).randint(31, 45)]
-    for step in kills:
-        process = start("train", *train(workdir), cache_dir=cache_dir)
-        wait_for_step(process, workdir, step)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert steps_logged(workdir) < STEPS, f"seed {seed}: the kill came too late"
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
-    assert code == 0, err
-    whole, resumed = saved(uninterrupted, STEPS), saved(workdir, STEPS)
-    assert whole["data"] == resumed["data"] == {"next_index": STEPS}
-    for name in ("params", "ema", "opt"):
-        leaves = jax.tree.leaves(whole[name])
-        assert len(leaves) >= 18
-        jax.tree.map(np.testing.assert_array_equal, whole[name], resumed[name])
-    assert [line["step"] for line in scalars(workdir)] == list(range(1, STEPS + 1))
-    assert scalars(workdir) == scalars(uninterrupted), f"seed {seed}, killed at {kills}"
-
-
-def test_sigterm_saves_exits_75_and_resumes_bitwise(uninterrupted, tmp_path, cache_dir):
-    workdir = tmp_path / "stopped"
-    process = start("train", *train(workdir), cache_dir=cache_dir)
-    wait_for_step(process, workdir, 13)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    stopped = checkpoint.steps(str(workdir))[-1]
-    assert 13 <= stopped < STEPS
-    assert f"interrupted: saved step {stopped} of {STEPS}" in err
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
-    assert code == 0, err
-    assert scalars(workdir) == scalars(uninterrupted)
-    jax.tree.map(np.testing.assert_array_equal, saved(workdir, STEPS)["opt"], saved(uninterrupted, STEPS)["opt"])
 
 
 def test_the_same_command_again_finds_nothing_to_do(uninterrupted, cache_dir):

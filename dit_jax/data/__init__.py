@@ -1,1 +1,1 @@
-"""Images on disk to batches of arrays: TFDS builders and sources (`datasets`), grain pipelines (`pipeline`)."""
+"""Images or latents on disk to batches of arrays: TFDS (`datasets`), `latents`, what a config names (`source`), grain (`pipeline`)."""

@@ -7,20 +7,25 @@ test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kayna
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from google.protobuf import json_format
 from PIL import Image
 
 from dit_jax.config import UsageError
+from dit_jax.data.shard import open_shard
+from dit_jax.data.skip import Skips
 
 CHUNK = 256  # records read at a time when a whole split is walked
+_OPENERS = 16  # threads that open files
+_UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # what the libraries raise on damaged files
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -70,6 +75,7 @@ class Records(Sequence):
     image_shape: tuple  # (h, w, c) with None where it varies
     classes: int
     files: tuple  # file instructions of TFDS: filename, skip, take
+    skips: Skips = field(default_factory=Skips, compare=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,21 +86,30 @@ class Records(Sequence):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """The records at `indices`. Raises UsageError naming the files or the record that cannot be read."""
+        """The records at `indices`. Raises UsageError naming the record that cannot be read, and its file."""
         return [self._checked(i, record) for i, record in zip(indices, self.stored(indices), strict=True)]
 
     def stored(self, indices: Sequence[int]) -> list[dict]:
         """The same records as TFDS stores them: images of the feature `Image` as encoded bytes, nothing checked."""
         try:
             return self.source.__getitems__(list(indices))
-        except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-            raise UsageError(
-                f"dataset {self.name!r}, split {self.split!r}: cannot read {_names(self.files)}: {_line(error)}; "
-                f"delete {os.path.dirname(self.files[0].filename)} and prepare the dataset again (digits do so themselves)"
-            ) from error
+        except _UNREADABLE as error:
+            index, why = next(((i, e) for i in indices if (e := self._fault(i))), (indices[0], error))
+        where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
+        raise UsageError(
+            f"{where}: cannot read {_holder(self.files, index)}: {_line(why)}; {_advice(self.files)}"
+        ) from why
+
+    def _fault(self, index: int) -> Exception | None:
+        """What is wrong with record `index` by itself, if anything."""
+        try:
+            self.source.__getitems__([index])
+        except _UNREADABLE as error:
+            return error
+        return None
 
     def _checked(self, index: int, record: dict) -> dict:
-        where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
+        where = f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
         image, label = record["image"], int(record["label"])
         if not isinstance(image, np.ndarray):
             image = _decode(image, self.image_shape[-1], where)
@@ -107,7 +122,7 @@ class Records(Sequence):
         return {"image": image, "label": label}
 
 
-def load_source(name: str, split: str, data_dir: str = "") -> Records:
+def load_source(name: str, split: str, data_dir: str = "", skips: Skips | None = None) -> Records:
     """The records of one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
 
     `name` and `split` are TFDS's (`imagenet2012`, `train[:90%]`); `data_dir` "" means $TFDS_DATA_DIR, else
@@ -122,9 +137,15 @@ def load_source(name: str, split: str, data_dir: str = "") -> Records:
     except (KeyError, ValueError) as error:
         known = ", ".join(builder.info.splits)
         raise UsageError(f"dataset {name!r}: found split {split!r}, expected one of {known}") from error
+    if not files:
+        raise UsageError(f"dataset {name!r}, split {split!r}: found no records, expected at least one")
+    with ThreadPoolExecutor(_OPENERS) as pool:
+        where = f"dataset {name!r}, split {split!r}"
+        list(pool.map(lambda file: _check_file(where, file, _advice(files)), files))
     encoded = isinstance(features["image"], tfds.features.Image)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
-    return Records(name, split, source, tuple(features["image"].shape), features["label"].num_classes, tuple(files))
+    shape, classes = tuple(features["image"].shape), features["label"].num_classes
+    return Records(name, split, source, shape, classes, tuple(files), skips or Skips())
 
 
 def overlap(a: Records, b: Records) -> bool:
@@ -187,7 +208,7 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
     except tfds.core.registered.DatasetNotFoundError as error:
         where = f"data.dataset: found {name!r}"
         raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
-    except (OSError, ValueError, json_format.Error) as error:
+    except Exception as error:  # whatever TFDS trips over in files that are not what it wrote
         raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
 
 
@@ -216,14 +237,30 @@ def _decode(encoded: bytes, channels: int, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
-    except (OSError, KeyError, TypeError) as error:
+    except Exception as error:  # decoders raise what they like on bytes that are no image
         raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _names(files: Sequence) -> str:
-    first = files[0].filename
-    return first if len(files) == 1 else f"{first} or one of the {len(files) - 1} files beside it"
+def _check_file(where: str, file, advice: str) -> None:
+    """Raises UsageError unless a file of a split can be opened and has as many records as TFDS noted."""
+    path = os.fspath(file.filename)
+    try:
+        found = open_shard(path).num_records()
+    except _UNREADABLE as error:
+        raise UsageError(f"{where}: cannot read {path}: {_line(error)}; {advice}") from error
+    if found != file.examples_in_shard:
+        raise UsageError(f"{where}: {path}: found {found} records, expected {file.examples_in_shard}; {advice}")
+
+
+def _holder(files: Sequence, index: int) -> str:
+    """The file that holds record `index` of a split."""
+    ends = itertools.accumulate(f.take if f.take >= 0 else f.examples_in_shard - f.skip for f in files)
+    return next(f.filename for f, end in zip(files, ends, strict=True) if index < end)
+
+
+def _advice(files: Sequence) -> str:
+    return f"delete {os.path.dirname(files[0].filename)} and prepare the dataset again (digits do so themselves)"
 
 
 def _line(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def _scanned_block(cfg: ModelConfig):
         block = nn.remat(block, policy=keep, prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=cfg.depth,
@@ -88,3 +88,26 @@ def apply(cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, labels: ja
     With `cfg.learn_sigma` the last half of c_out is the learned-range variance.
     """
     return DiT(cfg).apply({"params": params}, x, t, labels)
+
+
+# Modules of a block in the order in which they run.
+ORDER = ("modulation", "attention/qkv", "attention/q_norm", "attention/k_norm", "attention/proj", "mlp/fc1", "mlp/fc2")
+
+
+def activations(
+    cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, labels: jax.Array
+) -> list[tuple[str, jax.Array]]:
+    """What the modules put out, in the order in which they run: ("patch_embedding", array), ("blocks[0]/mlp/fc1", array), ..."""
+    _, found = DiT(cfg).apply({"params": params}, x, t, labels, capture_intermediates=True, mutable=["intermediates"])
+    outputs = {}
+    for path, value in jax.tree_util.tree_flatten_with_path(found["intermediates"])[0]:
+        keys = [part.key for part in path if hasattr(part, "key")]
+        outputs.setdefault("/".join(key for key in keys if key != "__call__"), value)
+    blocks = [
+        (f"blocks[{layer}]/{name}", outputs[f"blocks/{name}"][layer])
+        for layer in range(cfg.depth)
+        for name in ORDER
+        if f"blocks/{name}" in outputs
+    ]
+    ends = [[(name, outputs[name])] for name in ("patch_embedding", "time_embedding", "label_embedding", "output")]
+    return [*ends[0], *ends[1], *ends[2], *blocks, *ends[3]]

@@ -1,13 +1,14 @@
 """Where runs come from: the evaluation records of run folders, or a CSV; checked, and never of mixed protocols."""
 
+import contextlib
 import csv
-import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from dit_jax.command import DEEPEST, numbered, parse_json
 from dit_jax.config import UsageError
 
 REQUIRED = ("params", "tokens", "loss")
@@ -19,6 +20,8 @@ RECORD = {  # field of a record -> field of a Run
     "tokens_seen": "tokens",
     "flops_train": "flops",
 }
+SMALLEST = 1e-100  # number of a run, and 1 over the largest: squares and products of such numbers are finite
+COLUMNS = 1000  # of a CSV, at most; and names that are searched for a near one
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def _files(path: str) -> list[str]:
         raise UsageError(f"{path}: no such file or folder")
     found = []
     for folder, below, _ in os.walk(path):
+        if folder.count(os.sep) - path.count(os.sep) > DEEPEST:
+            raise UsageError(f"{folder}: found folders more than {DEEPEST} deep, expected runs nearer to {path}")
         below[:] = sorted(b for b in below if b != "extrapolation")
         file = os.path.join(folder, "eval", "records.jsonl")
         if os.path.isfile(file):
@@ -81,16 +86,26 @@ def _files(path: str) -> list[str]:
     return found
 
 
+@contextlib.contextmanager
+def _opened(file: str, mode: str, **options) -> Iterator:
+    """An open file; what the system or the csv module says against it is a UsageError."""
+    try:
+        with open(file, mode, **options) as lines:
+            yield lines
+    except (OSError, csv.Error) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from None
+
+
 def _read_records(file: str, metric: str, protocol_id: str | None) -> list[Run]:
     """The last step's record of each run that carries `metric`."""
     last, other = {}, set()
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
+    with _opened(file, "rb") as lines:
+        for number, line in numbered(lines, file):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             record = _parse(line, where)
-            if protocol_id not in (None, record.get("protocol_id", "")):
+            if protocol_id not in (None, record["protocol_id"]):
                 continue
             if metric not in record["metrics"]:
                 other |= set(record["metrics"])
@@ -103,11 +118,11 @@ def _read_records(file: str, metric: str, protocol_id: str | None) -> list[Run]:
     return [_run(record, metric, where) for _, record, where in last.values()]
 
 
-def _parse(line: str, where: str) -> dict:
+def _parse(line: bytes, where: str) -> dict:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not a JSON line ({error.msg} at column {error.colno})") from None
+        record = parse_json(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: not a JSON line ({error})") from None
     if not isinstance(record, dict):
         raise UsageError(f"{where}: found {type(record).__name__}, expected a JSON object")
     for name, kind in {
@@ -121,7 +136,16 @@ def _parse(line: str, where: str) -> dict:
             raise UsageError(f"{where}: no field {name!r}; {_nearest(name, record)}")
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
             raise UsageError(f"{where}: {name} is {record[name]!r}, a {type(record[name]).__name__}")
+    if not isinstance(record.setdefault("protocol_id", ""), str):
+        raise UsageError(f"{where}: protocol_id is {record['protocol_id']!r}, expected text")
+    _check_name(record["run"], "run", where)
     return record
+
+
+def _check_name(name: str, what: str, where: str) -> None:
+    """Names go to terminals and reports."""
+    if not name.isprintable() or len(name) > 200:
+        raise UsageError(f"{where}: {what} is {name!r}, expected at most 200 characters, all of them printable")
 
 
 def _run(record: dict, metric: str, where: str) -> Run:
@@ -129,73 +153,99 @@ def _run(record: dict, metric: str, where: str) -> Run:
     values = {ours: _positive(record[theirs], theirs, where) for theirs, ours in RECORD.items()}
     return Run(
         name=record["run"],
-        loss=_positive(metrics[metric], f"metrics.{metric}", where),
-        loss_se=_positive(metrics.get(f"{metric}_se", 0.0), f"metrics.{metric}_se", where, zero=True),
+        loss=_metric(record, metric, where),
+        loss_se=_metric(record, f"{metric}_se", where, 0.0),
         protocol=record["protocol"],
-        protocol_id=str(record.get("protocol_id", "")),
+        protocol_id=record["protocol_id"],
         metrics=metrics,
         source=where,
         **values,
     )
 
 
+def _metric(record: dict, name: str, where: str, default: float | None = None) -> float:
+    value = record["metrics"].get(name, default)
+    if not isinstance(value, (int, float)):
+        raise UsageError(f"{where}: metrics.{name} is {value!r}, expected a number")
+    return _positive(value, f"metrics.{name}", where, zero=default is not None)
+
+
 def _read_csv(file: str) -> list[Run]:
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
-        reader = csv.DictReader(lines, skipinitialspace=True)
-        columns = [c.strip() for c in reader.fieldnames or ()]
+    with _opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
+        reader = csv.reader((line for _, line in numbered(lines, file)), skipinitialspace=True, strict=True)
+        columns = [c.strip() for c in next(reader, [])]
         _check_columns(file, columns)
-        reader.fieldnames = columns
-        runs = [_csv_run(row, f"{file}:{reader.line_num}", i) for i, row in enumerate(reader)]
+        rows = (_row(columns, cells, f"{file}:{reader.line_num}") for cells in reader if cells)
+        runs = [_csv_run(row, f"{file}:{reader.line_num}", i) for i, row in enumerate(rows)]
     if not runs:
         raise UsageError(f"{file}: found a header and no run below it")
     return runs
 
 
+def _row(columns: list, cells: list, where: str) -> dict:
+    """Column -> cell. Cells beyond the header would shift a number into another column's place."""
+    if any(cell.strip() for cell in cells[len(columns) :]):
+        raise UsageError(f"{where}: found {len(cells)} fields, expected {len(columns)} as in the header")
+    return dict(zip(columns, cells, strict=False))
+
+
 def _check_columns(file: str, columns: list) -> None:
+    if len(columns) > COLUMNS:
+        raise UsageError(f"{file}: found {len(columns):,} columns, expected at most {COLUMNS:,}")
+    for name in REQUIRED + OPTIONAL:
+        if columns.count(name) > 1:
+            raise UsageError(f"{file}: found the column {name!r} twice, expected it once")
     for name in REQUIRED:
         if name not in columns:
             raise UsageError(f"{file}: no column {name!r}; {_nearest(name, columns)}")
     absent = [name for name in OPTIONAL if name not in columns]
     for column in columns:  # a misspelt optional column would silently fall back to its default
-        near = get_close_matches(column.lower(), absent, 1, cutoff=0.8)
+        near = get_close_matches(column[:100].lower(), absent, 1, cutoff=0.8)
         if column not in REQUIRED + OPTIONAL and near:
             raise UsageError(f"{file}: unknown column {column!r}; did you mean {near[0]!r}?")
 
 
 def _csv_run(row: dict, where: str, index: int) -> Run:
     def number(name, default=None, zero=False):
-        text = row.get(name)
-        if default is not None and not (text or "").strip():
+        found = row.get(name)
+        if default is not None and not (found or "").strip():
             return default
-        return _positive(text, name, where, zero)
+        return _positive(found, name, where, zero)
+
+    def text(name, default=""):
+        found = (row.get(name) or "").strip() or default
+        _check_name(found, name, where)
+        return found
 
     params, tokens = number("params"), number("tokens")
     return Run(
-        name=(row.get("run") or "").strip() or f"row{index + 1}",
+        name=text("run", f"row{index + 1}"),
         params=params,
         tokens=tokens,
-        flops=number("flops", 6.0 * params * tokens),
+        flops=_positive(number("flops", 6.0 * params * tokens), "flops", where),
         loss=number("loss"),
         loss_se=number("loss_se", 0.0, zero=True),
         images=number("images", math.nan),
-        group=(row.get("group") or "").strip(),
+        group=text("group"),
         source=where,
     )
 
 
 def _positive(value, name: str, where: str, zero: bool = False) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{where}: {name} is {value!r}, expected a number") from None
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise UsageError(f"{where}: {name} is {value}, expected a finite number {'at least' if zero else 'above'} 0")
+    if number and not SMALLEST <= number <= 1 / SMALLEST:
+        raise UsageError(f"{where}: {name} is {value}, expected a number from {SMALLEST:g} to {1 / SMALLEST:g}")
     return number
 
 
 def _nearest(name: str, found) -> str:
-    found = list(found)
-    near = get_close_matches(name, found, 1, cutoff=0.3)
+    found = list(found)[:COLUMNS]
+    near = get_close_matches(name, [f[:100] for f in found], 1, cutoff=0.3)
     return f"nearest found {near[0]!r}" if near else f"found {', '.join(map(str, found)) or 'nothing'}"
 
 
@@ -204,7 +254,9 @@ def _same_protocol(first: Run, run: Run) -> None:
         return
     a, b = flatten(first.protocol), flatten(run.protocol)
     absent = "(absent)"
-    name = next(k for k in [*a, *b] if a.get(k, absent) != b.get(k, absent))
+    name = next((k for k in [*a, *b] if a.get(k, absent) != b.get(k, absent)), None)
+    if name is None:  # the same dotted names and values, nested otherwise
+        raise UsageError(f"{run.source}: protocol is {run.protocol!r}, but {first.protocol!r} in {first.source}")
     raise UsageError(
         f"{run.source}: protocol field {name!r} is {b.get(name, absent)!r}, but {a.get(name, absent)!r} in {first.source}; "
         "one fit takes one protocol"

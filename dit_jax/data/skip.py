@@ -1,0 +1,69 @@
+"""Malformed records that may be left out: how many at most, and which ones were met.
+
+Instead of malformed record i the next good one stands, i + 1, i + 2, ... (modulo the size). Which one that is depends on
+the records alone, so neither batches, processes nor resuming change what comes at a position. Each process counts what
+it meets itself, since it started.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dit_jax.config import UsageError
+
+_SHOWN = 3  # errors quoted when there are too many
+
+
+@dataclass(frozen=True)
+class Skips:
+    """The malformed records of one source met so far. `cap` 0: the first is an error. Threads may share it."""
+
+    cap: int = 0
+    found: dict = field(default_factory=dict)  # index -> what is wrong with it
+    lock: object = field(default_factory=threading.Lock)
+
+    def note(self, index: int, error: UsageError) -> None:
+        """Counts record `index`, once. Raises UsageError where that would make more than `cap`."""
+        with self.lock:
+            known = {**self.found, index: str(error)}
+            if len(known) <= self.cap:
+                self.found[index] = str(error)
+                return
+        first = " | ".join(known[i] for i in sorted(known)[:_SHOWN])
+        where = f"data.skip_bad: found {len(known)} malformed records, expected at most {self.cap}"
+        raise UsageError(f"{where}; the first: {first}") from error
+
+    def instead(self, index: int, size: int) -> int:
+        """The record that stands for `index`: itself, or the next that is not known as malformed."""
+        for i in range(index, index + size):
+            if i % size not in self.found:
+                return i % size
+        raise UsageError(f"data.skip_bad: found all {size} records malformed; the first: {self.found[index]}")
+
+
+def read_good(read: Callable, indices: np.ndarray, size: int, skips: Skips):
+    """`read(indices)` of a source of `size` records, the next good record in place of each malformed one.
+
+    `read` raises UsageError where a record is malformed, and so does this with `skips.cap` of 0 and beyond the cap.
+    """
+    while True:
+        wanted = np.array([skips.instead(int(i), size) for i in indices]) if skips.found else indices
+        try:
+            return read(wanted)
+        except UsageError:
+            if not skips.cap or not _note_bad(read, wanted, skips):
+                raise
+
+
+def _note_bad(read: Callable, indices: np.ndarray, skips: Skips) -> bool:
+    """Counts those of `indices` that cannot be read. False where each can: then not a record was at fault."""
+    bad = False
+    for index in np.unique(indices):
+        try:
+            read(index[None])
+        except UsageError as error:
+            skips.note(int(index), error)
+            bad = True
+    return bad

@@ -1,0 +1,105 @@
+"""Where the wall time of a run goes: `W/goodput.jsonl`, one line for every start of a job.
+
+set-up  imports, data, restoring    compile  tracing and compiling     data  waiting for a batch    step  the training steps
+save    checkpoints, records        evaluation  scoring, sampling      lost  steps of the start before, which a kill undid
+wait    for the next checkpoint (`evaluate --watch`)
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+
+from dit_jax.command import write_file
+from dit_jax.log import METRICS, read_lines, say
+
+GOODPUT = "goodput.jsonl"
+LINE = {"job": str, "since": float, "wall": float, "seconds": dict}  # what a line holds at least
+KINDS = ("set-up", "compile", "data", "step", "save", "evaluation", "wait", "lost")
+
+
+def process_start() -> float:
+    """When this process began (seconds since the epoch), as the kernel says; now, where it does not."""
+    try:
+        with open("/proc/self/stat") as f:
+            ticks = int(f.read().rsplit(")", 1)[1].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        age = 0.0
+    return time.time() - age
+
+
+class Ledger:
+    """A stopwatch that is always in one of KINDS, beginning with "set-up" at `since` (seconds since the epoch)."""
+
+    def __init__(self, job: str, since: float):
+        self.job, self.since = job, since
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.first = self.last = self.lost_steps = 0
+        self._kind, self._then = "set-up", time.perf_counter() - (time.time() - since)
+
+    @contextlib.contextmanager
+    def spend(self, kind: str) -> Iterator[None]:
+        """What runs inside is booked as `kind`, and not as what it interrupts."""
+        before = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, kind: str) -> str:
+        now = time.perf_counter()
+        self.seconds[self._kind] += now - self._then
+        self._then, before, self._kind = now, self._kind, kind
+        return before
+
+    def entry(self) -> dict:
+        """This start's line: `wall` is measured from `since`, apart from the kinds; `lost` belongs to the start before."""
+        self._switch(self._kind)
+        return {
+            "job": self.job,
+            "since": self.since,
+            "wall": time.time() - self.since,
+            "first": self.first,
+            "last": self.last,
+            "lost_steps": self.lost_steps,
+            "seconds": dict(self.seconds),
+        }
+
+
+def lose(ledger: Ledger, workdir: str, restored: int) -> None:
+    """Book the steps that the scalars show beyond the restored checkpoint; call it before they are forgotten."""
+    ledger.first = ledger.last = restored
+    beyond = [line for line in read_lines(os.path.join(workdir, METRICS)) if line["step"] > restored]
+    trainings = [line for line in read_lines(os.path.join(workdir, GOODPUT), LINE) if line["job"] == "train"]
+    if beyond and trainings:
+        booked = trainings[-1]["since"] + trainings[-1]["wall"]  # what that start spent up to its last checkpoint
+        ledger.lost_steps = beyond[-1]["step"] - restored
+        ledger.seconds["lost"] += max(beyond[-1]["time"] - booked, 0.0)
+
+
+def write_entry(entry: dict, workdir: str) -> None:
+    """Write or renew a start's line, whole or not at all, also beside another job on the same run."""
+    path, this = os.path.join(workdir, GOODPUT), (entry["job"], entry["since"])
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        others = [line for line in read_lines(path, LINE) if (line["job"], line["since"]) != this]
+        write_file(path, "".join(json.dumps(line) + "\n" for line in [*others, entry]))
+
+
+def summary(ledger: Ledger) -> str:
+    """One line: the share of the time, lost work included, that went into steps (or scoring), and where the rest went."""
+    entry = ledger.entry()
+    total = entry["wall"] + entry["seconds"]["lost"]
+    useful = entry["seconds"]["step"] + entry["seconds"]["evaluation"]
+    parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in entry["seconds"].items() if seconds >= 0.05)
+    return f"goodput {useful / max(total, 1e-9):.0%} of {total:.1f} s: {parts}"
+
+
+def close(ledger: Ledger, workdir: str, quiet: bool = False) -> None:
+    """The last entry, and its line for people."""
+    write_entry(ledger.entry(), workdir)
+    if not quiet:
+        say(summary(ledger))

@@ -1,0 +1,43 @@
+"""The small run that many tests train, and what it means for two runs to be the same."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from job import TINY
+
+from dit_jax import checkpoint
+
+STEPS, EVERY = 60, 10
+TIMINGS = ("images_per_second", "mfu", "time")
+
+
+def train(workdir, *more, steps=STEPS):
+    return ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, f"--config.train.steps={steps}", *more]
+
+
+def saved(workdir, step=STEPS):
+    """Every item of a checkpoint, on the host, read by plain Orbax."""
+    arrays = {name: ocp.args.StandardRestore() for name in ("params", "ema", "opt")}
+    values = {name: ocp.args.JsonRestore() for name in ("data", "meta")}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*checkpoint.ITEMS)) as reader:
+        found = reader.restore(checkpoint.path_of(str(workdir), step), args=ocp.args.Composite(**arrays, **values))
+    return {name: jax.device_get(found[name]) for name in checkpoint.ITEMS}
+
+
+def scalars(workdir):
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def assert_same_run(one, other):
+    """Parameters, EMA, moments, guard, data position and all scalars, bit for bit."""
+    a, b = saved(one), saved(other)
+    assert a["data"] == b["data"] == {"next_index": STEPS}
+    for name in ("params", "ema", "opt"):
+        assert len(jax.tree.leaves(a[name])) >= 18
+        jax.tree.map(np.testing.assert_array_equal, a[name], b[name])
+    assert [line["step"] for line in scalars(other)] == list(range(1, STEPS + 1))
+    assert scalars(one) == scalars(other)

@@ -1,0 +1,782 @@
+"""Latents on disk: what is stored comes back, noise depends on seed and position only, and damage is named, never read."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from scipy import stats
+
+from dit_jax.config import DataConfig, UsageError
+from dit_jax.data import counter, latents, pipeline, source
+from dit_jax.data.latent_writer import write_latents
+from dit_jax.data.latents import LatentInfo, open_latents
+
+pytestmark = pytest.mark.timeout(60)  # nothing hangs, whatever is broken
+
+SIZE = 60
+INFO = LatentInfo(
+    shape=(4, 4, 2),
+    dtype="float16",
+    moments=True,
+    mirrored=True,
+    autoencoder="tiny",
+    autoencoder_sha256="a" * 64,
+    scale=0.5,
+    shift=0.25,
+    classes=7,
+    dataset="digits",
+    split="train",
+    source_sha256="b" * 64,
+    image_size=32,
+)
+TEST = dataclasses.replace(INFO, split="test")
+
+
+def examples(info, count, seed=0):
+    """Labels and random means and log-variances, of the image and of its mirror image."""
+    rng = np.random.default_rng(seed)
+    return [(i % info.classes, rng.standard_normal(info.record_shape, dtype=np.float32)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A folder with the splits train (three shards) and test."""
+    root = tmp_path_factory.mktemp("latents")
+    write_latents(f"{root}/train", INFO, examples(INFO, SIZE), shard_bytes=25 * INFO.layout.itemsize)
+    write_latents(f"{root}/test", TEST, examples(TEST, 11, seed=1))
+    return str(root)
+
+
+@pytest.fixture
+def broken(store, tmp_path):
+    """A copy of the folder of the split train, to damage."""
+    shutil.copytree(f"{store}/train", tmp_path / "train")
+    return tmp_path / "train"
+
+
+def config(store, **changes):
+    return DataConfig(**{**dict(latents=str(store), image_size=32, cache=False, workers=0, prefetch=0), **changes})
+
+
+def batches(data, count, batch_size=16, seed=3, start=0, **kwargs):
+    iterator = pipeline.make_batches(data, batch_size=batch_size, seed=seed, **kwargs)
+    iterator.set_state({"next_index": start})
+    taken = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return {key: np.concatenate([batch[key] for batch in taken]) for key in ("image", "label")}
+
+
+def assert_same(a, b):
+    for key in ("image", "label"):
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def error_of(function, *args, kind=UsageError, **kwargs):
+    with pytest.raises(kind) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- what is stored
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("moments, mirrored", [(True, True), (True, False), (False, True), (False, False)])
+def test_what_is_written_comes_back(tmp_path, dtype, moments, mirrored):
+    info = dataclasses.replace(INFO, dtype=dtype, moments=moments, mirrored=mirrored)
+    written = examples(info, 9)
+    found = write_latents(str(tmp_path / "x"), info, iter(written), shard_bytes=4 * info.layout.itemsize)
+    assert (found.info, len(found), len(found.files), found.classes, found.image_shape) == (info, 9, 3, 7, (4, 4, 2))
+    stored = np.stack([values for _, values in written]).astype(latents.DTYPES[dtype])
+    values, labels = found.read(np.array([8, 0, 3, 8, 4]))  # across shards, out of order, twice
+    np.testing.assert_array_equal(values, stored[[8, 0, 3, 8, 4]])
+    assert labels.tolist() == [1, 0, 3, 1, 4] and labels.dtype == np.int32
+    record = found[7]
+    np.testing.assert_array_equal(record["latent"], stored[7].astype(np.float32))
+    assert record["label"] == 0 and len(list(found)) == 9
+    assert info.layout.itemsize == 16 + stored[0].nbytes
+    assert sorted(os.listdir(tmp_path / "x")) == [*(latents.shard_name(i, 3) for i in range(3)), "latents.json"]
+
+
+def test_a_record_is_laid_out_as_documented(store):
+    found = open_latents(f"{store}/train")
+    raw = found._stored(np.array([31]))[0]
+    assert int.from_bytes(raw[:4], "little") == zlib.crc32(raw[4:])
+    assert int.from_bytes(raw[4:12], "little") == 31 and int.from_bytes(raw[12:16], "little") == 31 % 7
+    expected = examples(INFO, SIZE)[31][1].astype(np.float16)
+    np.testing.assert_array_equal(np.frombuffer(raw[16:], "<f2").reshape(INFO.record_shape), expected)
+
+
+def test_the_same_latents_give_the_same_checksum_however_sharded(store, tmp_path):
+    one = write_latents(str(tmp_path / "one"), INFO, examples(INFO, SIZE))
+    assert len(one.files) == 1 and one.content == open_latents(f"{store}/train").content
+    other = write_latents(str(tmp_path / "other"), INFO, examples(INFO, SIZE, seed=5))
+    assert other.content != one.content
+    assert source.describe(config(store), "train")["sha256"] == one.content
+
+
+def test_describe_and_overlap_of_latents(store, tmp_path):
+    data = config(store)
+    found = source.describe(data, "test")
+    assert {k: found[k] for k in ("dataset", "split", "records", "classes", "image_shape")} == {
+        "dataset": "digits",
+        "split": "test",
+        "records": 11,
+        "classes": 7,
+        "image_shape": [4, 4, 2],
+    }
+    assert (found["autoencoder_sha256"], found["scale"], found["shift"]) == ("a" * 64, 0.5, 0.25)
+    train, test = (source.open_source(data, split) for split in ("train", "test"))
+    assert source.overlap(train, train) and not source.overlap(train, test)
+    write_latents(str(tmp_path / "copy"), TEST, examples(INFO, SIZE))
+    assert source.overlap(train, open_latents(str(tmp_path / "copy")))
+    source.match(train, test)
+    other = dataclasses.replace(test, info=dataclasses.replace(TEST, autoencoder_sha256="c" * 64))
+    assert re.search("autoencoder_sha256: found c+, expected a+", error_of(source.match, train, other))
+
+
+# ---- what a model sees
+
+
+def test_normals_are_normal():
+    drawn = counter.normals(1, np.arange(1000), 2048)
+    assert drawn.dtype == np.float32 and np.isfinite(drawn).all()
+    flat = drawn.ravel().astype(np.float64)
+    n = flat.size
+    assert stats.kstest(flat, "norm").statistic < 1.95 / math.sqrt(n)  # p = 0.001
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(np.mean(flat**power) - moment) < 4 * math.sqrt(variance / n)
+    share = 2 * stats.norm.sf(4.0)
+    assert abs(np.sum(np.abs(flat) > 4) - share * n) < 5 * math.sqrt(share * n)
+    halves = drawn.reshape(1000, 2, 1024)
+    for a, b in (
+        (drawn[:-1], drawn[1:]),
+        (halves[:, 0], halves[:, 1]),
+        (halves[:, 0] ** 2 - 1, halves[:, 1] ** 2 - 1),
+        (drawn[:, :-1], drawn[:, 1:]),
+        (drawn, counter.normals(2, np.arange(1000), 2048)),
+    ):
+        assert abs(np.mean(a * b)) < 4 * math.sqrt(np.mean(a**2) * np.mean(b**2) / a.size)
+
+
+def test_normals_depend_on_seed_and_position_only():
+    whole = counter.normals(7, np.arange(1000), 33)
+    for chosen in (np.array([5]), np.arange(500, 537), np.array([999, 3, 3])):
+        np.testing.assert_array_equal(counter.normals(7, chosen, 33), whole[chosen])
+    assert len(np.unique(whole)) > 0.999 * whole.size
+    assert counter.normals(7, np.array([2**47]), 33).shape == (1, 33)
+
+
+def test_normals_are_box_mullers_of_splitmix64():
+    word = (1 << 64) - 1
+
+    def mixed(z):
+        z = (z + 0x9E3779B97F4A7C15) & word
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+        return z ^ (z >> 31)
+
+    assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of the published generator of seed 0
+    key = 0
+    for number in (11, 3, 0, 123_456_789):  # seed, stream, index, position
+        key = mixed((key + number) & word)
+    bits = [mixed((key + j * 0x9E3779B97F4A7C15) & word) for j in range(5)]
+    radius = [math.sqrt(-2 * math.log(((b >> 32) + 0.5) / 2**32)) for b in bits]
+    angle = [2 * math.pi * (b & 0xFFFFFFFF) / 2**32 for b in bits]
+    expected = [r * math.cos(a) for r, a in zip(radius, angle, strict=True)]
+    expected += [r * math.sin(a) for r, a in zip(radius, angle, strict=True)]
+    drawn = counter.normals(11, np.array([123_456_789]), 9)
+    np.testing.assert_allclose(drawn, [expected[:9]], atol=2e-6)
+
+
+def test_samples_have_the_posteriors_moments(tmp_path):
+    info = dataclasses.replace(INFO, dtype="float32", mirrored=False)
+    mean, deviation = np.float32(3.0), np.float32(0.5)
+    values = np.zeros(info.record_shape, np.float32)
+    values[0, 0], values[0, 1] = mean, 2 * np.log(deviation)
+    write_latents(str(tmp_path / "train"), info, [(0, values)] * 50)
+    drawn = batches(config(tmp_path), 20, batch_size=100)["image"]
+    assert drawn.dtype == np.float32 and drawn.shape == (2000, 4, 4, 2)
+    n = drawn.size
+    assert abs(drawn.mean() - (mean - 0.25) * 0.5) < 4 * 0.25 / math.sqrt(n)
+    assert abs(drawn.std() - deviation * 0.5) < 4 * 0.25 / math.sqrt(2 * n)
+    epochs = drawn.reshape(40, 50, -1)
+    assert abs(np.corrcoef(epochs[0].ravel(), epochs[1].ravel())[0, 1]) < 0.1  # another epoch, other noise
+
+
+def test_held_out_latents_are_means(store):
+    images, labels = pipeline.load_arrays(config(store), "test")
+    written = examples(TEST, 11, seed=1)
+    expected = np.stack([values[0, 0] for _, values in written]).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(images, (expected - np.float32(0.25)) * np.float32(0.5))
+    assert images.dtype == np.float32 and labels.tolist() == [label for label, _ in written]
+
+
+def test_means_alone_are_not_sampled(tmp_path):
+    info = dataclasses.replace(INFO, moments=False, mirrored=False, dtype="bfloat16")
+    write_latents(str(tmp_path / "train"), info, examples(info, 20))
+    images, labels = pipeline.load_arrays(config(tmp_path), "train")
+    order = np.concatenate([pipeline.order(3, epoch, 20) for epoch in range(4)])
+    drawn = batches(config(tmp_path), 5)
+    np.testing.assert_array_equal(drawn["image"], images[order])
+    np.testing.assert_array_equal(drawn["label"], labels[order])
+
+
+def test_log_variance_is_bounded(tmp_path):
+    info = dataclasses.replace(INFO, mirrored=False, dtype="float32")
+    values = np.zeros(info.record_shape, np.float32)
+    values[0, 1] = 1e30
+    write_latents(str(tmp_path / "train"), info, [(0, values)])
+    drawn = batches(config(tmp_path), 4)["image"]
+    assert np.isfinite(drawn).all() and np.abs(drawn).max() < 0.5 * 7 * math.exp(10)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("cache", [True, False])
+def test_latents_are_independent_of_processes_batches_and_cache(store, processes, cache):
+    expected = batches(config(store, flip=True), 12)
+    assert_same(expected, batches(config(store, flip=True, cache=cache), 6, batch_size=32))
+    threads = config(store, flip=True, cache=cache, workers=3, prefetch=4)
+    parts = [batches(threads, 12, process_index=i, process_count=processes) for i in range(processes)]
+    rows = 16 // processes
+    joined = {
+        k: np.concatenate([p[k].reshape(12, rows, *p[k].shape[1:]) for p in parts], 1).reshape(expected[k].shape)
+        for k in ("image", "label")
+    }
+    assert_same(expected, joined)
+    assert_same({k: v[80:] for k, v in expected.items()}, batches(threads, 7, start=5))  # resumed
+    assert not np.array_equal(expected["image"], batches(config(store, flip=True), 12, seed=4)["image"])
+
+
+def test_flip_takes_the_mirrored_copy_where_pixels_would_be_flipped(tmp_path):
+    info = dataclasses.replace(INFO, moments=False, scale=1.0, shift=0.0)
+    values = np.stack([np.zeros((1, 4, 4, 2)), np.ones((1, 4, 4, 2))]).astype(np.float32)
+    write_latents(str(tmp_path / "train"), info, [(0, values)] * 20)
+    marks = np.arange(2.0).reshape(1, 1, 2, 1).repeat(160, 0)
+    flipped = pipeline.flip(marks, np.arange(160), 3)[:, 0, 0, 0] == 1
+    drawn = batches(config(tmp_path, flip=True), 10)["image"]
+    np.testing.assert_array_equal(drawn[:, 0, 0, 0] == 1, flipped)
+    assert not batches(config(tmp_path), 10)["image"].any()
+
+
+def test_flip_needs_mirrored_copies(tmp_path):
+    info = dataclasses.replace(INFO, mirrored=False)
+    write_latents(str(tmp_path / "train"), info, examples(info, 5))
+    message = error_of(batches, config(tmp_path, flip=True), 1)
+    assert message.startswith(f"data.flip: found True, expected False, as the latents in {tmp_path}/train hold no ")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(dataset="mnist"), "data.dataset: found 'mnist', expected 'digits', which the latents in "),
+        (dict(image_size=64), "data.image_size: found 64, expected 32, which the latents in "),
+        (
+            dict(split="test2"),
+            "latents {store}/test2/latents.json: found no such file, so the latents are not complete",
+        ),
+        (dict(split="../train"), "data.split: found '../train', expected the name of a folder in data.latents"),
+        (dict(split=""), "data.split: found '', expected the name of a folder in data.latents"),
+    ],
+)
+def test_latents_of_something_else_are_refused(store, changes, message):
+    assert error_of(batches, config(store, **changes), 1).startswith(message.format(store=store))
+
+
+def test_a_renamed_split_is_refused(store, tmp_path):
+    shutil.copytree(f"{store}/test", tmp_path / "train")
+    message = error_of(batches, config(tmp_path), 1)
+    assert message.startswith("data.split or data.held_out_split: found 'train', expected 'test', which the latents in")
+
+
+# ---- damage: whole files
+
+
+def change_notes(folder, change, seal=True):
+    """Applies `change` to the notes; `seal` makes their checksum right again."""
+    path = folder / "latents.json"
+    notes = json.loads(path.read_text())
+    change(notes)
+    if seal:
+        notes["checksum"] = latents.checksum(notes)
+    path.write_text(json.dumps(notes))
+
+
+def seal_shard(folder, shard):
+    """Makes the notes fit a damaged shard, as if it had been written so."""
+
+    def change(notes):
+        path = folder / notes["shards"][shard]["file"]
+        notes["shards"][shard] |= {"bytes": path.stat().st_size, "sha256": latents.file_sha256(str(path))}
+
+    change_notes(folder, change)
+
+
+def cut(folder, path):
+    path.write_bytes(path.read_bytes()[:-70_000])
+    return f"latents {path}: found {path.stat().st_size} bytes, expected "
+
+
+def cut_unnoticed(folder, path):
+    cut(folder, path)
+    seal_shard(folder, 1)
+    return f"latents {path}: cannot read it: ArrayRecord file should be"
+
+
+def extra(folder, path):
+    path.write_bytes(path.read_bytes() + b"x")
+    return f"latents {path}: found {path.stat().st_size} bytes, expected {path.stat().st_size - 1}; delete"
+
+
+def empty(folder, path):
+    path.write_bytes(b"")
+    return f"latents {path}: found 0 bytes, expected "
+
+
+def missing(folder, path):
+    path.unlink()
+    return f"latents {path}: cannot read it: [Errno 2] No such file or directory"
+
+
+def directory(folder, path):
+    path.unlink()
+    path.mkdir()
+    return f"latents {path}: found "
+
+
+def pipe(folder, path):
+    path.unlink()
+    os.mkfifo(path)
+    return f"latents {path}: found 0 bytes, expected "
+
+
+def foreign_link(folder, path):
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+    return f"latents {path}: found a link to {folder.parent}/elsewhere, expected a file of this folder"
+
+
+def other_shard(folder, path):
+    shutil.copy(folder / latents.shard_name(2, 3), path)
+    seal_shard(folder, 1)
+    return f"latents {path}: found 10 records, expected 25; delete"
+
+
+def no_notes(folder, path):
+    (folder / "latents.json").unlink()
+    return f"latents {folder}/latents.json: found no such file, so the latents are not complete; run encode"
+
+
+def notes_pipe(folder, path):
+    (folder / "latents.json").unlink()
+    os.mkfifo(folder / "latents.json")
+    return f"latents {folder}/latents.json: found no regular file"
+
+
+def huge_notes(folder, path):
+    os.truncate(folder / "latents.json", 1 << 33)
+    return f"latents {folder}/latents.json: found no regular file of up to 4194304 bytes"
+
+
+WHOLE = [cut, cut_unnoticed, extra, empty, missing, directory, pipe, foreign_link, other_shard]
+WHOLE += [no_notes, notes_pipe, huge_notes]
+
+
+@pytest.mark.parametrize("damage", WHOLE, ids=lambda f: f.__name__)
+def test_damaged_files_are_named(broken, damage):
+    expected = damage(broken, broken / latents.shard_name(1, 3))
+    assert error_of(open_latents, str(broken)).startswith(expected)
+
+
+def test_verify_hashes_whole_shards(broken):
+    open_latents(str(broken), verify=True)
+    path = broken / latents.shard_name(1, 3)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # padding that no record needs
+    path.write_bytes(content)
+    open_latents(str(broken))
+    assert error_of(open_latents, str(broken), verify=True).startswith(f"latents {path}: found SHA-256 ")
+
+
+@pytest.mark.parametrize(
+    "expectation, message",
+    [
+        (dict(dtype="bfloat16"), "dtype: found float16, expected bfloat16"),
+        (
+            dict(autoencoder_sha256="d" * 64),
+            f"autoencoder_sha256: found {'a' * 64} (autoencoder 'tiny'), expected {'d' * 64}",
+        ),
+        (dict(shape=(8, 8, 4)), "shape: found (4, 4, 2), expected (8, 8, 4)"),
+        (dict(classes=10), "classes: found 7, expected 10"),
+    ],
+)
+def test_a_cache_of_another_kind_is_refused_naming_both(store, expectation, message):
+    open_latents(f"{store}/train", dtype="float16", autoencoder_sha256="a" * 64, shape=(4, 4, 2), classes=7)
+    assert error_of(open_latents, f"{store}/train", **expectation).startswith(
+        f"latents {store}/train/latents.json: {message}"
+    )
+
+
+NOTES = {
+    "version": (lambda n: n.update(version=2), "version: found 2, expected 1"),
+    "missing key": (lambda n: n.pop("scale"), "notes: found ["),
+    "unknown key": (lambda n: n.update(more=1), "notes: found ["),
+    "float as text": (lambda n: n.update(scale="0.5"), "notes.scale: found '0.5' (str), expected float"),
+    "bool as int": (lambda n: n.update(records=True), "notes.records: found True (bool), expected int"),
+    "not finite": (lambda n: n.update(shift=math.nan), "scale, shift: found 0.5, nan, expected finite"),
+    "dtype": (lambda n: n.update(dtype="int8"), "dtype: found 'int8', expected one of float16"),
+    "absurd shape": (lambda n: n.update(shape=[4096, 4096, 4096]), "shape: found "),
+    "negative shape": (lambda n: n.update(shape=[-1, 4, 2]), "shape: found (-1, 4, 2), expected (h, w, c)"),
+    "digest": (lambda n: n.update(autoencoder_sha256="xyz"), "autoencoder_sha256: found 'xyz', expected the 64"),
+    "no shards": (lambda n: n.update(shards=[], records=0), "shards: found 0, expected 1 to"),
+    "zero records": (lambda n: n["shards"][0].update(records=0), "shards[0].records: found 0, expected at least 1"),
+    "other sum": (lambda n: n.update(records=59), "records: found 59, expected 60, the sum over the shards"),
+    "path": (lambda n: n["shards"][0].update(file="../x"), "shards[0].file: found '../x', expected 'latents-00000-of"),
+    "absolute": (lambda n: n["shards"][2].update(file="/etc/passwd"), "shards[2].file: found '/etc/passwd', expected"),
+    "shard twice": (lambda n: n["shards"].__setitem__(1, n["shards"][0]), "shards[1].file: found 'latents-00000-of"),
+    "shard keys": (lambda n: n["shards"][1].pop("sha256"), "shards[1]: found ['bytes', 'file', 'records'], expected"),
+    "shard text": (lambda n: n["shards"].__setitem__(1, "x"), "shards[1]: found str, expected the keys"),
+    "control characters": (lambda n: n.update(dataset="a\x1b[31m"), "dataset: found 'a\\x1b[31m', expected a name"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_wrong_notes_are_named(broken, name):
+    change, expected = NOTES[name]
+    change_notes(broken, change)
+    assert error_of(open_latents, str(broken)).startswith(f"latents {broken}/latents.json: {expected}")
+
+
+def test_edited_notes_are_refused(broken):
+    change_notes(broken, lambda notes: notes.update(scale=0.6), seal=False)
+    message = error_of(open_latents, str(broken))
+    assert message.startswith(f"latents {broken}/latents.json: checksum: found ") and "(damaged or edited)" in message
+
+
+def test_no_damage_of_the_notes_passes(broken):
+    path, rng = broken / "latents.json", np.random.default_rng(0)
+    good, info = path.read_bytes(), open_latents(str(broken)).info
+    wholes = [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"1" * 5000,
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"version": "1"}',
+        b'{"version": {}}',
+    ]
+    for trial in range(150):
+        content = bytearray(good)
+        place = int(rng.integers(len(good)))
+        if trial < len(wholes):
+            content = wholes[trial]
+        elif trial % 3 == 0:
+            content = content[:place]
+        elif trial % 3 == 1:
+            content[place] ^= 1 << int(rng.integers(8))
+        else:
+            del content[place : place + int(rng.integers(1, 60))]
+        path.write_bytes(content)
+        try:
+            assert open_latents(str(broken)).info == info  # white space
+        except UsageError as error:
+            assert str(broken) in str(error)
+
+
+# ---- damage: records
+
+
+def records_of(shard):
+    """The bytes of the records of one shard of the split of the fixture."""
+    reader = latents.open_shard(str(shard))
+    return reader.read(list(range(reader.num_records())))
+
+
+def rewrite(folder, shard, records):
+    """Writes a shard of these records, sealed: nothing but the records tells that it is damaged."""
+    path = folder / latents.shard_name(shard, 3)
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    seal_shard(folder, shard)
+
+
+def sealed(record, **fields):
+    """A record with changed fields and the right CRC."""
+    table = np.frombuffer(record, INFO.layout).copy()
+    for name, value in fields.items():
+        table[name] = value
+    content = table.tobytes()[4:]
+    return zlib.crc32(content).to_bytes(4, "little") + content
+
+
+def with_value(record, value):
+    values = np.frombuffer(record, INFO.layout)["values"].copy()
+    values[0, 1, 1, 2, 3, 1] = value
+    return sealed(record, values=values)
+
+
+def replaced(records, i, new):
+    return [*records[:i], new, *records[i + 1 :]]
+
+
+# name -> (records of shard 1 -> damaged ones, number of the first bad record in the split, message)
+BAD = 25 + 4
+RECORDS = {
+    "truncated record": (lambda r: replaced(r, 4, r[4][:-1]), BAD, "found 271 bytes, expected 272"),
+    "empty record": (lambda r: replaced(r, 4, b""), BAD, "found 0 bytes, expected 272"),
+    "another dtype": (lambda r: replaced(r, 4, r[4] + r[4][16:]), BAD, "found 528 bytes, expected 272"),
+    "another shape": (lambda r: replaced(r, 4, r[4][:144]), BAD, "found 144 bytes, expected 272"),
+    "changed value": (lambda r: replaced(r, 4, r[4][:99] + b"?" + r[4][100:]), BAD, "found CRC-32 "),
+    "zeros": (lambda r: replaced(r, 4, bytes(272)), BAD, "found CRC-32 "),
+    "NaN": (lambda r: replaced(r, 4, with_value(r[4], np.nan)), BAD, "found NaN or infinity, expected finite values"),
+    "infinity": (lambda r: replaced(r, 4, with_value(r[4], -np.inf)), BAD, "found NaN or infinity, expected finite"),
+    "label too large": (lambda r: replaced(r, 4, sealed(r[4], label=7)), BAD, "found label 7, expected 0 to 6"),
+    "negative label": (lambda r: replaced(r, 4, sealed(r[4], label=-1)), BAD, "found label -1, expected 0 to 6"),
+    "duplicate": (lambda r: replaced(r, 4, r[3]), BAD, f"found record number {BAD - 1}, expected number {BAD} (a dupl"),
+    "swapped": (lambda r: [*r[:4], r[5], r[4], *r[6:]], BAD, f"found record number {BAD + 1}, expected number {BAD}"),
+    "reversed": (lambda r: r[::-1], 25, "found record number 49, expected number 25"),
+    "huge number": (lambda r: replaced(r, 4, sealed(r[4], index=2**64 - 1)), BAD, f"found record number {2**64 - 1}"),
+}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", RECORDS)
+def test_malformed_records_are_named(broken, name, cache):
+    change, number, expected = RECORDS[name]
+    path = broken / latents.shard_name(1, 3)
+    rewrite(broken, 1, change(records_of(path)))
+    message = error_of(lambda: list(open_latents(str(broken))))
+    assert message.startswith(f"latents {path}, record {number}: {expected}") and "encode again" in message
+    data = config(broken.parent, cache=cache, workers=2, prefetch=2)
+    message = error_of(batches, data, 4)  # from any thread; one epoch has 3.75 batches
+    assert f"latents {path}, record " in message
+
+
+def test_swapped_shards_are_named(broken):
+    first, second = (records_of(broken / latents.shard_name(i, 3)) for i in (0, 1))
+    rewrite(broken, 0, second)
+    rewrite(broken, 1, first)
+    message = error_of(lambda: list(open_latents(str(broken))))
+    expected = "record 0: found record number 25, expected number 0 (a duplicate, or another order)"
+    assert message.startswith(f"latents {broken}/{latents.shard_name(0, 3)}, {expected}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_values_that_are_not_finite_are_found_in_every_dtype(tmp_path, dtype):
+    info = dataclasses.replace(INFO, dtype=dtype)
+    found = write_latents(str(tmp_path / "train"), info, examples(info, 5))
+    table = np.zeros(4, info.layout)
+    values = table["values"]
+    values[1, 0, 0, 0, 0, 0], values[2, 1, 1, 3, 3, 1] = np.inf, np.nan
+    assert latents._finite(values, dtype).tolist() == [True, False, False, True]
+    assert latents._finite(found.read(np.arange(5))[0], dtype).all()
+
+
+def test_flipped_bits_are_found_or_harmless(broken):
+    path, rng = broken / latents.shard_name(1, 3), np.random.default_rng(0)
+    good, split = path.read_bytes(), open_latents(str(broken))
+    expected, detected = split.read(np.arange(SIZE)), 0
+    for trial in range(60):
+        content = bytearray(good)
+        place = int(rng.integers(12_000)) if trial % 2 else int(rng.integers(len(good)))
+        content[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        try:
+            values, labels = open_latents(str(broken)).read(np.arange(SIZE))
+            np.testing.assert_array_equal(values, expected[0])
+            np.testing.assert_array_equal(labels, expected[1])
+        except UsageError as error:
+            assert str(path) in str(error)
+            detected += 1
+    assert detected >= 20
+
+
+# ---- malformed records left out
+
+
+@pytest.fixture
+def spoiled(broken):
+    """Records 29, 30 and 59, the last one, are malformed. The rule: 31, 31 and 0 stand in their places."""
+    path = broken / latents.shard_name(1, 3)
+    records = records_of(path)
+    rewrite(broken, 1, replaced(replaced(records, 4, records[4][:-1]), 5, with_value(records[5], np.nan)))
+    records = records_of(broken / latents.shard_name(2, 3))
+    rewrite(broken, 2, replaced(records, 9, sealed(records[9], label=99)))
+    return broken.parent
+
+
+STANDS = np.array([{29: 31, 30: 31, 59: 0}.get(i, i) for i in range(SIZE)])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_malformed_records_are_replaced_and_counted(store, spoiled, cache):
+    data = config(spoiled, skip_bad=3, cache=cache, flip=True)
+    opened = source.open_source(data, "train")
+    found = batches(data, 12, source=opened)
+    bad = source.bad_records(opened)
+    assert list(bad) == [29, 30, 59]
+    for number, what in ((29, "found 271 bytes"), (30, "found NaN"), (59, "found label 99")):
+        assert f"record {number}: {what}" in bad[number]
+    good = open_latents(f"{store}/train")
+    positions = np.arange(192)
+    order = STANDS[np.concatenate([pipeline.order(3, epoch, SIZE) for epoch in range(4)])[:192]]
+    values, labels = good.read(order)
+    mirror = pipeline._mirrored(positions, 3)
+    np.testing.assert_array_equal(found["image"], latents.sample_posterior(INFO, values, positions, 3, mirror))
+    np.testing.assert_array_equal(found["label"], labels)
+
+
+def test_replacing_is_independent_of_processes_threads_and_resuming(spoiled):
+    data = config(spoiled, skip_bad=3)
+    expected = batches(data, 12)
+    threads = dataclasses.replace(data, workers=4, prefetch=8)
+    parts = [batches(threads, 12, process_index=i, process_count=2)["label"].reshape(12, 8) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts, 1).ravel(), expected["label"])
+    assert_same(expected, batches(threads, 4, batch_size=48))
+    assert_same({k: v[-48:] for k, v in expected.items()}, batches(threads, 3, start=9))
+
+
+@pytest.mark.parametrize("cap", [1, 2])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_too_many_malformed_records_are_an_error(spoiled, cap, workers):
+    data = config(spoiled, skip_bad=cap, workers=workers, prefetch=2 * workers)
+    message = error_of(batches, data, 4)
+    expected = (
+        f"data.skip_bad: found {cap + 1} malformed records, expected at most {cap}; the first: latents {spoiled}/train"
+    )
+    assert message.startswith(expected) and len(re.findall(r"record \d+: found", message)) == cap + 1
+
+
+def test_nothing_but_malformed_records_is_an_error(broken):
+    for shard in range(3):
+        rewrite(broken, shard, [b"x"] * len(records_of(broken / latents.shard_name(shard, 3))))
+    message = error_of(batches, config(broken.parent, skip_bad=1000), 4)
+    assert message.startswith(f"data.skip_bad: found all {SIZE} records malformed; the first: latents {broken}")
+
+
+def test_a_missing_shard_is_not_skipped(broken):
+    (broken / latents.shard_name(1, 3)).unlink()
+    assert "cannot read it: [Errno 2]" in error_of(batches, config(broken.parent, skip_bad=1000), 1)
+
+
+# ---- writing
+
+
+def bad_values(value):
+    values = np.zeros(INFO.record_shape)
+    values[1, 1, 3, 3, 1] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "example, expected",
+    [
+        (
+            (0, np.zeros((2, 2, 4, 4, 1))),
+            "found an array float64 (2, 2, 4, 4, 1), expected floating point (2, 2, 4, 4, 2)",
+        ),
+        ((0, np.zeros(INFO.record_shape, np.int32)), "found an array int32 (2, 2, 4, 4, 2), expected floating point"),
+        ((0, bad_values(np.nan)), "found values up to nan, expected finite ones that float16 can hold"),
+        ((0, bad_values(70_000)), "found values up to 70000.0, expected finite ones that float16 can hold"),
+        ((7, bad_values(0)), "found label 7, expected a whole number from 0 to 6"),
+        ((-1, bad_values(0)), "found label -1, expected a whole number from 0 to 6"),
+        ((1.5, bad_values(0)), "found label 1.5, expected a whole number from 0 to 6"),
+    ],
+)
+def test_what_cannot_be_stored_is_named_and_nothing_is_left(tmp_path, example, expected):
+    folder = str(tmp_path / "x")
+    message = error_of(write_latents, folder, INFO, [*examples(INFO, 4), example], shard_bytes=600)
+    assert message.startswith(f"latents {folder}, record 4: {expected}")
+    assert os.listdir(folder) == []
+
+
+def test_a_failing_source_leaves_nothing(tmp_path):
+    def failing():
+        yield from examples(INFO, 4)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_latents(str(tmp_path), INFO, failing(), shard_bytes=600)
+    assert os.listdir(tmp_path) == []
+    assert error_of(write_latents, str(tmp_path), INFO, []).endswith("found no records to write, expected at least one")
+    assert len(write_latents(str(tmp_path), INFO, [(1, bad_values(ml_dtypes.bfloat16(3)))])) == 1
+
+
+def test_complete_latents_foreign_files_and_other_writers_are_refused(store, tmp_path):
+    before = sorted(os.listdir(f"{store}/train"))
+    expected = f"latents {store}/train: found complete latents, expected none"
+    assert error_of(write_latents, f"{store}/train", INFO, examples(INFO, 1)).startswith(expected)
+    assert sorted(os.listdir(f"{store}/train")) == before
+    (tmp_path / "thesis.tex").write_text("x")
+    expected = f"latents {tmp_path}: found 'thesis.tex', expected an empty folder"
+    assert error_of(write_latents, str(tmp_path), INFO, examples(INFO, 1)).startswith(expected)
+    expected = f"latents {tmp_path}/thesis.tex: cannot make the folder: File exists"
+    assert error_of(write_latents, f"{tmp_path}/thesis.tex", INFO, examples(INFO, 1)).startswith(expected)
+
+    def nested():
+        yield from examples(INFO, 2)
+        message = error_of(write_latents, f"{tmp_path}/two", INFO, examples(INFO, 1))
+        assert message == f"latents {tmp_path}/two: found another process writing there, expected none"
+
+    assert len(write_latents(f"{tmp_path}/two", INFO, nested())) == 2
+
+
+WRITER = """
+import json, os, resource, signal, sys
+import numpy as np
+from dit_jax.data.latent_writer import write_latents
+from dit_jax.data.latents import LatentInfo
+
+fields = json.loads(sys.argv[3])
+info = LatentInfo(**{**fields, "shape": tuple(fields["shape"])})
+def some():
+    for i in range(40):
+        if i == 30 and sys.argv[2] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield i % 7, np.zeros(info.record_shape, np.float32)
+if sys.argv[2] == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    write_latents(sys.argv[1], info, some(), shard_bytes=10 * info.layout.itemsize)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def run_writer(folder, how):
+    """A writer in a process of its own, which is killed or finds the disk full."""
+    command = [sys.executable, "-c", WRITER, folder, how, json.dumps(dataclasses.asdict(INFO))]
+    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+
+
+def test_a_killed_writer_leaves_no_latents(tmp_path):
+    folder = str(tmp_path / "x")
+    assert run_writer(folder, "kill").returncode == -signal.SIGKILL
+    left = os.listdir(folder)
+    assert left and "latents.json" not in left
+    assert "found no such file, so the latents are not complete" in error_of(open_latents, folder)
+    again = write_latents(folder, INFO, examples(INFO, 40))
+    assert len(again) == 40 and sorted(os.listdir(folder)) == [latents.shard_name(0, 1), "latents.json"]
+
+
+def test_a_full_disk_is_a_job_error(tmp_path):
+    done = run_writer(str(tmp_path), "full")
+    assert done.stdout.startswith(f"JobError latents {tmp_path}: cannot write them: "), done
+    assert "nothing is kept, encode again" in done.stdout and os.listdir(tmp_path) == []

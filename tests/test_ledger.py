@@ -1,0 +1,99 @@
+"""The goodput ledger: what it books sums to the wall time that others measure, also over a kill."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from job import Job, run, start, wait_for_step
+from runs import STEPS, train
+
+from dit_jax import ledger
+from dit_jax.config import UsageError
+
+SHARE = 0.99  # of the wall time that must be accounted for
+
+
+def entries(workdir):
+    return [json.loads(line) for line in (workdir / ledger.GOODPUT).read_text().splitlines()]
+
+
+def booked(entry):
+    """Seconds of a start, without those it took over from the one before."""
+    assert set(entry["seconds"]) == set(ledger.KINDS) and min(entry["seconds"].values()) >= 0
+    return sum(entry["seconds"].values()) - entry["seconds"]["lost"]
+
+
+def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
+    workdir, began = tmp_path / "run", time.time()
+    job = start("train", *train(workdir, steps=20), cache_dir=cache_dir)  # a process of its own: its whole life counts
+    _, err = job.communicate(timeout=300)
+    wall = time.time() - began
+    assert job.returncode == 0, err
+    (entry,) = entries(workdir)
+    seconds = entry["seconds"]
+    assert booked(entry) == pytest.approx(entry["wall"], rel=1 - SHARE)
+    assert SHARE * wall - 1.0 <= booked(entry) <= wall  # a second for the interpreter to end
+    assert min(seconds["set-up"], seconds["compile"], seconds["step"], seconds["save"], seconds["data"]) > 0
+    assert seconds["lost"] == seconds["evaluation"] == seconds["wait"] == 0
+    assert (entry["first"], entry["last"]) == (0, 20)
+    (line,) = [line for line in err.splitlines() if line.startswith("goodput ")]
+    assert f"set-up {seconds['set-up']:.1f}" in line and f"compile {seconds['compile']:.1f}" in line
+
+
+def test_the_work_that_a_kill_undid_is_booked_as_lost(tmp_path, data_dir, cache_dir):
+    workdir, began = tmp_path / "run", time.time()
+    job = Job("train", *train(workdir, "--config.train.checkpoint_every=25"), cache_dir=cache_dir)
+    wait_for_step(job, workdir, 40)
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate()
+    killed = time.time() - began
+    last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"][
+        -1
+    ]
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    assert code == 0, err
+    first, second = entries(workdir)
+    assert (first["first"], first["last"]) == (0, 25)  # up to the checkpoint that counted
+    assert (second["first"], second["last"], second["lost_steps"]) == (25, STEPS, last["step"] - 25)
+    assert second["seconds"]["lost"] > 0 and "lost " in err.splitlines()[-1]
+    both = booked(first) + second["seconds"]["lost"]  # the first start, up to its last line of scalars
+    assert both == pytest.approx(last["time"] - first["since"], rel=1 - SHARE)
+    assert both <= killed + 1.0
+    assert booked(second) == pytest.approx(second["wall"], rel=1 - SHARE)
+
+
+def test_an_evaluation_has_a_line_of_its_own(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    trained = entries(workdir)
+    code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir)
+    assert code == 0 and "goodput " in err, err
+    *before, entry = entries(workdir)
+    assert before == trained and entry["job"] == "evaluate"
+    assert entry["seconds"]["evaluation"] > 0
+    assert booked(entry) == pytest.approx(entry["wall"], rel=1 - SHARE)
+    code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir)
+    assert code == 0 and len(entries(workdir)) == len(trained) + 1  # nothing was left to measure
+
+
+def test_a_stopwatch_is_always_in_one_kind():
+    watch = ledger.Ledger("train", time.time() - 2.0)
+    with watch.spend("step"):
+        time.sleep(0.05)
+        with watch.spend("save"):
+            time.sleep(0.1)
+        with pytest.raises(RuntimeError), watch.spend("data"):
+            raise RuntimeError
+    entry = watch.entry()
+    seconds = entry["seconds"]
+    assert seconds["set-up"] >= 2.0 and 0.05 <= seconds["step"] < 0.1 <= seconds["save"]
+    assert sum(seconds.values()) == pytest.approx(entry["wall"], abs=0.01)
+
+
+def test_a_damaged_ledger_is_named(tmp_path):
+    (tmp_path / ledger.GOODPUT).write_text('{"job": "train"}\n')
+    with pytest.raises(UsageError, match=r"goodput.jsonl:1: no 'since', expected float"):
+        ledger.write_entry(ledger.Ledger("train", time.time()).entry(), str(tmp_path))

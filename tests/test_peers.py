@@ -1,0 +1,86 @@
+"""Two processes, as on two hosts: one is killed, hangs or gets SIGTERM, and the same command on both goes on, bit for bit."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+from job import Job, steps_logged
+from runs import STEPS, assert_same_run, saved, train
+
+from dit_jax import checkpoint
+
+HEARTBEAT, GRACE = 5, 5  # seconds
+
+
+def start(workdir, cache_dir):
+    """Process 0, which coordinates and writes, and process 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = train(workdir, f"--config.mesh.heartbeat={HEARTBEAT}")
+    jobs = []
+    for index in range(2):
+        where = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        jobs.append(Job("train", *arguments, cache_dir=cache_dir, devices=1, environment=where))
+    return jobs
+
+
+def wait_for_steps(jobs, workdir, count):
+    """Returns when the run has logged `count` steps more."""
+    goal, end = steps_logged(workdir) + count, time.monotonic() + 120
+    while steps_logged(workdir) < goal:
+        for job in jobs:
+            assert job.poll() is None, job.err.read_text()[-2000:]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def finish(jobs):
+    """Exit codes and what the processes said."""
+    said = [job.communicate()[1] for job in jobs]
+    return [job.returncode for job in jobs], said
+
+
+def lose(jobs, victim, number):
+    """Send the signal to one process; returns seconds until the other ended, its exit code and what it said."""
+    os.kill(jobs[victim].pid, number)
+    asked, other = time.monotonic(), jobs[1 - victim]
+    _, said = other.communicate(timeout=60)
+    seconds = time.monotonic() - asked
+    if number == signal.SIGSTOP:
+        os.kill(jobs[victim].pid, signal.SIGKILL)
+    jobs[victim].communicate(timeout=60)
+    return seconds, other.returncode, said
+
+
+@pytest.mark.timeout(900)
+def test_a_lost_peer_ends_all_and_the_rerun_gives_the_same_bits(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "run"
+    for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)):
+        jobs = start(workdir, cache_dir)
+        wait_for_steps(jobs, workdir, 4)
+        seconds, code, said = lose(jobs, victim, number)
+        assert code not in (0, 75), said
+        assert seconds <= HEARTBEAT + GRACE, (victim, number, seconds)
+        if number == signal.SIGKILL:
+            assert code == 1 and "error: computing with the other processes failed" in said
+    codes, said = finish(start(workdir, cache_dir))
+    assert codes == [0, 0], said
+    assert_same_run(uninterrupted, workdir)  # one process with as many devices
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_to_one_process_stops_both_at_one_step(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "run"
+    jobs = start(workdir, cache_dir)
+    wait_for_steps(jobs, workdir, 4)
+    os.kill(jobs[1].pid, signal.SIGTERM)
+    codes, said = finish(jobs)
+    assert codes == [75, 75], said
+    newest = checkpoint.steps(str(workdir))[-1]
+    assert newest == steps_logged(workdir) == saved(workdir, newest)["meta"]["step"] < STEPS
+    codes, said = finish(start(workdir, cache_dir))
+    assert codes == [0, 0], said
+    assert_same_run(uninterrupted, workdir)

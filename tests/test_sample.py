@@ -1,0 +1,307 @@
+"""Sampling that is killed, stopped, damaged and resumed, with other batches and devices: the same images, exactly N of them."""
+
+import dataclasses
+import os
+import random
+import signal
+import time
+import tracemalloc
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from job import TINY, run, start
+from PIL import Image
+
+from dit_jax import checkpoint, sample
+from dit_jax.command import Interrupted, read_config
+from dit_jax.config import JobError, MeshConfig, SampleConfig, UsageError
+from dit_jax.data import samples
+from dit_jax.mesh import make_mesh
+
+NUM = 1536
+SETTINGS = ["--seed=3", "--sampler=ddpm", "--steps=100", "--guidance=2"]  # seconds of work on two cores
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_dir, cache_dir):
+    path = tmp_path_factory.mktemp("sampled") / "run"
+    flags = ["--config=configs/digits.py", f"--workdir={path}", *TINY, "--config.train.steps=10"]
+    code, _, err = run("train", *flags, cache_dir=cache_dir)
+    assert code == 0, err
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workdir, tmp_path_factory, cache_dir):
+    out = tmp_path_factory.mktemp("whole") / "samples.npz"
+    flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS, "--batch_size=64"]
+    code, _, err = run("sample", *flags, cache_dir=cache_dir, devices=2)
+    assert code == 0, err
+    return out.read_bytes()
+
+
+def parts(out):
+    folder = out.parent / (out.name + ".parts")
+    return sorted(folder.glob("*.part")) if folder.exists() else []
+
+
+def wait_for_part(process, out, timeout=120):
+    """Returns when there is one part more than before."""
+    before, end = len(parts(out)), time.monotonic() + timeout
+    while len(parts(out)) <= before:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"no part within {timeout} s"
+        time.sleep(0.01)
+
+
+def flip_a_bit(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(workdir, tmp_path, cache_dir, uninterrupted):
+    out, seed = tmp_path / "samples.npz", random.randrange(10**6)
+    print("seed", seed)
+    flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS]
+    chance = random.Random(seed)
+    for batch, devices in ((16, 1), (200, 4)):
+        process = start("sample", *flags, f"--batch_size={batch}", cache_dir=cache_dir, devices=devices)
+        wait_for_part(process, out)
+        if devices == 4:
+            code, _, err = run("sample", *flags, cache_dir=cache_dir)
+            assert code == 1 and "another process draws into it; wait for its end, or use another --out" in err
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not out.exists()
+    code, _, err = run("sample", *flags, "--seed=4", cache_dir=cache_dir)
+    assert code == 2 and "holds images of another job: seed: found 3, this command has 4" in err
+    kept = parts(out)
+    assert len(kept) >= 2
+    flip_a_bit(kept[1], 100)
+    code, said, err = run("sample", *flags, "--batch_size=48", cache_dir=cache_dir, devices=2)
+    assert code == 0, err
+    assert f"{kept[1]}: damaged (its checksum does not match)" in err and "were drawn before" in err
+    assert said.split() == [str(out)] and out.read_bytes() == uninterrupted
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_sigterm_keeps_the_parts_exits_75_and_the_same_command_goes_on(workdir, tmp_path, cache_dir, uninterrupted):
+    out = tmp_path / "samples.npz"
+    flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS, "--batch_size=64"]
+    process = start("sample", *flags, cache_dir=cache_dir, devices=2)
+    wait_for_part(process, out)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    kept = sum(int(p.name[11:21]) - int(p.name[:10]) for p in parts(out))
+    assert 0 < kept < NUM and f"interrupted: {kept} of {NUM} images are kept in {out}.parts; the same command" in err
+    code, _, err = run("sample", *flags, cache_dir=cache_dir, devices=2)
+    assert code == 0 and f"{kept}/{NUM} were drawn before" in err
+    assert out.read_bytes() == uninterrupted
+    written = os.stat(out)
+    code, said, err = run("sample", *flags, cache_dir=cache_dir, devices=2)
+    assert code == 0 and f"{out}: all {NUM} images are there; nothing to do" in err and said.split() == [str(out)]
+    assert os.stat(out).st_mtime_ns == written.st_mtime_ns and os.stat(out).st_ino == written.st_ino
+    with np.load(out, allow_pickle=False) as archive:
+        assert archive["arr_0"].shape == (NUM, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
+        assert archive["arr_1"].shape == (NUM,) and set(archive["arr_1"].tolist()) == set(range(10))
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+# The rest draws in this process: real images, and the same functions that the job calls.
+
+
+def images_of(workdir, num=70, devices=1, batch_size=16, first=0, seed=3, dtype="float32"):
+    cfg = read_config(str(workdir))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
+    _, params = checkpoint.load(str(workdir), 10)
+    settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    return sample.sample_images(cfg, params, settings, num, seed, mesh, first=first)
+
+
+def job_of(workdir, **changes):
+    cfg = read_config(str(workdir))
+    _, params = checkpoint.load(str(workdir), 10)
+    return sample.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4), 10, 3) | changes
+
+
+def complete(workdir, out, num, stop=(), job=None, **drawing):
+    def draw(first, end):
+        for count, batch in enumerate(images_of(workdir, end, first=first, **drawing)):
+            if stop and count == stop[0]:
+                flag.append(signal.SIGTERM)
+            drawn.append(len(batch[1]))
+            yield batch
+
+    flag, drawn = [], []
+    try:
+        samples.complete(str(out), job or job_of(workdir), (8, 8, 1), num, draw, flag)
+    finally:
+        drawn_in_all = sum(drawn)
+    return drawn_in_all
+
+
+def stored(out):
+    with np.load(out, allow_pickle=False) as archive:
+        return archive["arr_0"], archive["arr_1"]
+
+
+def expected(workdir, num):
+    return [np.concatenate(x) for x in zip(*images_of(workdir, num, devices=8), strict=True)]
+
+
+def assert_holds(out, workdir, num):
+    for found, wanted in zip(stored(out), expected(workdir, num), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert len(list(out.parent.iterdir())) == 1
+
+
+def test_a_larger_num_keeps_what_was_drawn_before(workdir, tmp_path):
+    out = tmp_path / "s.npz"
+    with pytest.raises(Interrupted, match="32 of 50 images are kept"):
+        complete(workdir, out, 50, stop=(1,))
+    assert complete(workdir, out, 60) == 28  # after an interrupted run
+    assert_holds(out, workdir, 60)
+    assert complete(workdir, out, 75, batch_size=64) == 15  # and after a finished one
+    assert_holds(out, workdir, 75)
+    with pytest.raises(
+        UsageError, match="holds 75 images of this job, more than --num=60; remove it or use another --out"
+    ):
+        complete(workdir, out, 60)
+    assert_holds(out, workdir, 75)
+
+
+def test_an_output_of_another_job_or_of_nobody_is_never_overwritten(workdir, tmp_path):
+    out = tmp_path / "s.npz"
+    complete(workdir, out, 10)
+    before = out.read_bytes()
+    changed = {"weights_sha256": "0" * 64, "sample.guidance": 2.0}
+    with pytest.raises(
+        UsageError, match=r"weights_sha256: found .*; sample.guidance: found 1.0, this command has 2.0; remove"
+    ):
+        complete(workdir, out, 10, job=job_of(workdir, **changed))
+    assert out.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    np.savez(out, arr_0=np.zeros((10, 8, 8, 1), np.uint8))
+    with pytest.raises(UsageError, match="exists and does not say which job drew it; remove it or use another --out"):
+        complete(workdir, out, 10)
+    out.write_bytes(before[:-50])
+    with pytest.raises(UsageError, match="exists and does not say which job drew it"):
+        complete(workdir, out, 10)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_flipped_byte_of_an_output_or_a_part_is_noticed(workdir, tmp_path, capsys):
+    out, chance = tmp_path / "s.npz", random.Random(0)
+    complete(workdir, out, 40)
+    whole = out.read_bytes()
+    inside = whole.index(b"\n", whole.index(b"NUMPY")) + 1
+    flip_a_bit(out, chance.randrange(inside, inside + 40 * 64))
+    assert complete(workdir, out, 40) == 40 and out.read_bytes() == whole
+    assert "arr_0.npy is damaged; its images are drawn again" in capsys.readouterr().err
+    out.unlink()
+    for at in (0, 31, 32, 700, -1):
+        with pytest.raises(Interrupted):
+            complete(workdir, out, 40, stop=(1,))
+        (part,) = parts(out)
+        assert part.name == "0000000000-0000000032.part"
+        flip_a_bit(part, at)
+        (part.parent / "0000000032-0000000040.part.tmp").write_bytes(b"cut short")
+        assert complete(workdir, out, 40) == 40 and out.read_bytes() == whole
+        said = capsys.readouterr().err
+        assert "images 0 to 31 are drawn again" in said and "0000000040.part.tmp: unfinished, removed" in said
+        assert len(list(tmp_path.iterdir())) == 1
+        out.unlink()
+
+
+def test_a_part_of_another_job_or_range_is_not_mixed_in(workdir, tmp_path, capsys):
+    """Also when somebody copies it into the folder, or renames it."""
+    out, other = tmp_path / "s.npz", tmp_path / "other" / "s.npz"
+    other.parent.mkdir()
+    for path, seed in ((out, 3), (other, 4)):
+        with pytest.raises(Interrupted):
+            complete(workdir, path, 64, stop=(1,), job=job_of(workdir, seed=seed), seed=seed)
+    parts(other)[0].rename(parts(out)[0])
+    parts(out)[0].with_name("0000000032-0000000064.part").write_bytes(parts(out)[0].read_bytes())
+    assert complete(workdir, out, 64) == 64
+    assert capsys.readouterr().err.count("its checksum does not match") == 2
+    np.testing.assert_array_equal(stored(out)[0], expected(workdir, 64)[0])
+
+
+def test_ranges_that_are_missing():
+    assert samples.missing([], 10) == [(0, 10)]
+    assert samples.missing([(0, 4), (4, 6), (8, 12)], 20) == [(6, 8), (12, 20)]
+    assert samples.missing([(2, 4), (8, 30)], 20) == [(0, 2), (4, 8)]
+    assert samples.missing([(0, 30)], 20) == []
+
+
+def test_the_npz_is_written_and_read_part_by_part(tmp_path):
+    """64 MB of images in parts of 1 MB: the memory stays below 8 MB, and numpy reads what numpy would have written."""
+    out, shape = tmp_path / "s.npz", (32, 32, 1)
+    block = (np.arange(1024 * 1024) % 251).astype(np.uint8).reshape(1024, *shape)
+    made = ((block, np.full(1024, i, np.int32)) for i in range(64))
+    tracemalloc.start()
+    samples.write_npz(str(out), str(out) + ".tmp", 65536, shape, made, {"seed": 0})
+    for i, (images, labels) in enumerate(samples.read_npz(str(out), 1 << 20)):
+        assert images.shape == (1024, *shape) and set(labels.tolist()) == {i}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20, peak
+    images, labels = stored(out)
+    np.testing.assert_array_equal(images.reshape(64, -1), np.broadcast_to(block.reshape(1, -1), (64, block.size)))
+    np.save(tmp_path / "a.npy", images)
+    with zipfile.ZipFile(out) as archive:
+        assert archive.read("arr_0.npy") == (tmp_path / "a.npy").read_bytes() and archive.testzip() is None
+
+
+def test_too_few_images_are_never_an_output(workdir, tmp_path):
+    out = tmp_path / "s.npz"
+    with pytest.raises(JobError, match="found 16 images in the parts, expected 17; nothing is written"):
+        samples.write_npz(str(out), str(out) + ".tmp", 17, (8, 8, 1), images_of(workdir, 16), {})
+    assert not out.exists()
+
+
+def test_tiny_batches_make_few_parts(workdir, tmp_path):
+    """80 batches within a second or so: a part is written at most four times a second."""
+    out, began = tmp_path / "s.npz", time.monotonic()
+    with pytest.raises(Interrupted):
+        complete(workdir, out, 2000, stop=(80,))
+    assert len(parts(out)) <= 2 + (time.monotonic() - began) / samples.PART_SECONDS
+
+
+def test_the_job_says_what_images_depend_on_and_nothing_else(workdir):
+    job = job_of(workdir)
+    cfg = read_config(str(workdir))
+    _, params = checkpoint.load(str(workdir), 10)
+    other = sample.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4, batch_size=7), 10, 3)
+    assert job == other
+    changed = jax.tree.map(lambda leaf: leaf, params)
+    changed["patch_embedding"]["bias"] = changed["patch_embedding"]["bias"].at[0].add(1e-6)
+    assert sample.weights_hash(changed) != sample.weights_hash(params) == job["weights_sha256"]
+    for name in ("step", "seed", "labels", "sample.sampler", "sample.interval", "model.dtype", "model.width", "uint8"):
+        assert name in job
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_are_the_same_bits_for_every_batch_size_and_number_of_devices(workdir, dtype, monkeypatch):
+    monkeypatch.setattr(sample, "to_uint8", lambda images: images)  # compare the float32 images themselves
+    wanted = np.concatenate([x for x, _ in images_of(workdir, 40, batch_size=64, dtype=dtype)])
+    assert wanted.dtype == np.float32
+    for batch_size, devices in ((1, 1), (5, 8), (24, 8)):
+        found = [x for x, _ in images_of(workdir, 40, devices, batch_size, first=9, dtype=dtype)]
+        np.testing.assert_array_equal(np.concatenate(found), wanted[9:])
+
+
+def test_the_grid_is_of_the_first_images_only(tmp_path):
+    def many():
+        for i in range(10**9):
+            assert i <= 40, "read on beyond the grid"
+            yield np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32)
+
+    sample.save_grid(str(tmp_path / "g.png"), many())
+    with Image.open(tmp_path / "g.png") as picture:
+        assert picture.size == (20 * 60, 20 * 60)

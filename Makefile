@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
-.PHONY: help setup dev demo test test-slow lint lock clean
+.PHONY: help setup dev demo test test-slow torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
+	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about half an hour)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
 	@echo "make lock       resolve the locks anew"
@@ -47,6 +48,10 @@ test: dev
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
+
+torture: dev
+	$(BIN)/python -m pytest -m slow tests/test_kills.py
+	DIT_JAX_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 lint: dev
 	$(BIN)/ruff check .

@@ -285,13 +285,15 @@ def machine() -> dict:
     }
 
 
-def _shown(value: dict, digits: int = 0, percent: bool = False) -> str:
+def shown(value: dict, digits: int = 0, percent: bool = False) -> str:
+    """Median (lowest to highest), as text."""
     pattern = f"{{:.{digits}{'%' if percent else 'f'}}}"
     middle, low, high = (pattern.format(value[name]) for name in ("median", "low", "high"))
     return f"{middle} ({low} to {high})"
 
 
-def _verdict(met: bool) -> str:
+def verdict(met: bool) -> str:
+    """The word for whether a target is met."""
     return "met" if met else "missed"
 
 
@@ -308,21 +310,21 @@ def show(found: dict, console: Console) -> None:
     )
     table.add_row("batch", str(step["batch_size"]))
     for name, rate in step["matrix_gflops"].items():
-        table.add_row(f"{step['matrix']}^3 float32 product, {name}", f"{_shown(rate, 1)} GFLOP/s")
-    table.add_row("step", f"{_shown(step['step_ms'])} ms")
-    table.add_row("images/s", _shown(step["images_per_second"], 1))
-    table.add_row("model FLOPs", f"{_shown(step['model_gflops'], 1)} GFLOP/s")
-    reached = _verdict(step["share"]["median"] >= step["target"])
+        table.add_row(f"{step['matrix']}^3 float32 product, {name}", f"{shown(rate, 1)} GFLOP/s")
+    table.add_row("step", f"{shown(step['step_ms'])} ms")
+    table.add_row("images/s", shown(step["images_per_second"], 1))
+    table.add_row("model FLOPs", f"{shown(step['model_gflops'], 1)} GFLOP/s")
+    reached = verdict(step["share"]["median"] >= step["target"])
     table.add_row(
-        f"share of the faster (target >= {step['target']:.0%})", f"{_shown(step['share'], 0, True)}: {reached}"
+        f"share of the faster (target >= {step['target']:.0%})", f"{shown(step['share'], 0, True)}: {reached}"
     )
     console.print(table)
     names = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
     table = Table("width", "steps", *names, f"host (target <= {HOST_TARGET:.0%})", "not device", "start")
     for row in found["host"]:
         cells = [f"{row['step_us'][name]['median']:,.0f}" for name in names]
-        shares = [_shown(row[name], 0, True) for name in ("host_share", "not_device_share")]
-        shares[0] += f": {_verdict(row['host_share']['median'] <= row['target'])}"
+        shares = [shown(row[name], 0, True) for name in ("host_share", "not_device_share")]
+        shares[0] += f": {verdict(row['host_share']['median'] <= row['target'])}"
         table.add_row(
             str(row["size"][0]), f"{row['steps']:,}", *cells, *shares, f"{row['start_seconds']['median']:.1f} s"
         )
@@ -334,7 +336,7 @@ def show(found: dict, console: Console) -> None:
     drawn = found["sample"]
     console.print(
         f"sampling, width {drawn['size'][0]}, {drawn['sampler']} {drawn['steps']}, guidance {drawn['guidance']:g}, batch "
-        f"{drawn['batch_size']}: {_shown(drawn['image_ms'], 2)} ms an image, {_shown(drawn['model_gflops'], 1)} GFLOP/s"
+        f"{drawn['batch_size']}: {shown(drawn['image_ms'], 2)} ms an image, {shown(drawn['model_gflops'], 1)} GFLOP/s"
     )
 
 

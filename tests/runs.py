@@ -20,11 +20,14 @@ def train(workdir, *more, steps=STEPS):
 
 def saved(workdir, step=STEPS):
     """Every item of a checkpoint, on the host, read by plain Orbax."""
-    arrays = {name: ocp.args.StandardRestore() for name in ("params", "ema", "opt")}
-    values = {name: ocp.args.JsonRestore() for name in ("data", "meta")}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*checkpoint.ITEMS)) as reader:
-        found = reader.restore(checkpoint.path_of(str(workdir), step), args=ocp.args.Composite(**arrays, **values))
-    return {name: jax.device_get(found[name]) for name in checkpoint.ITEMS}
+    folder, found = Path(checkpoint.path_of(str(workdir), step)), {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for name in ("params", "ema", "opt"):
+            tree = reader.metadata(folder / name).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found[name] = reader.restore(folder / name, ocp.args.PyTreeRestore(restore_args=as_numpy))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return found | {name: reader.restore(folder / name, ocp.args.JsonRestore()) for name in ("data", "meta")}
 
 
 def scalars(workdir):

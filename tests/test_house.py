@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
-JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench"}
+JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs"}
 GROUND = {"error", "config", "flops", "hardware", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {"mesh", "ledger", "optim", "log", "weights", "data", "manifest"}
@@ -22,6 +22,7 @@ ALLOWED_JOBS = {
     "evaluate": {"sample"},
     "sweep": {"train", "evaluate", "sample"},
     "bench": {"train", "sample", "sweep", "evaluate"},
+    "costs": {"bench", "train"},
 }
 
 
@@ -73,7 +74,7 @@ def test_no_cycle_among_rooms():
     graph = {name: set() for name in FLOOR}
     for path in FILES:
         graph[room(path)] |= rooms_used(path) - {room(path)}
-    assert max(longest_chain(name, graph) for name in graph) <= 10
+    assert max(longest_chain(name, graph) for name in graph) <= 11  # five of them jobs that use each other
 
 
 def only_in(name, rooms):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from job import Job, run, start, wait_for_step
-from runs import STEPS, train
+from runs import train
 
 from dit_jax import ledger
 from dit_jax.config import UsageError
@@ -35,7 +35,7 @@ def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
     (entry,) = entries(workdir)
     seconds = entry["seconds"]
     assert booked(entry) == pytest.approx(entry["wall"], rel=1 - SHARE)
-    assert SHARE * wall - 1.0 <= booked(entry) <= wall  # a second for the interpreter to end
+    assert SHARE * wall - 3.0 <= booked(entry) <= wall  # seconds for the interpreter to end on a busy machine
     assert min(seconds["set-up"], seconds["compile"], seconds["step"], seconds["save"], seconds["data"]) > 0
     assert seconds["lost"] == seconds["evaluation"] == seconds["wait"] == 0
     assert (entry["first"], entry["last"]) == (0, 20)
@@ -45,19 +45,25 @@ def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
 
 def test_the_work_that_a_kill_undid_is_booked_as_lost(tmp_path, data_dir, cache_dir):
     workdir, began = tmp_path / "run", time.time()
-    job = Job("train", *train(workdir, "--config.train.checkpoint_every=25"), cache_dir=cache_dir)
-    wait_for_step(job, workdir, 40)
+    arguments = train(workdir, "--config.train.checkpoint_every=200", "--config.train.log_every=5", steps=400)
+    job, saved = Job("train", *arguments, cache_dir=cache_dir), []
+    while not saved:  # the line that is written when the checkpoint counts
+        assert job.poll() is None, job.communicate()[1]
+        path = workdir / ledger.GOODPUT
+        saved = [entry for entry in (entries(workdir) if path.exists() else []) if entry["last"] == 200]
+        time.sleep(0.01)
+    wait_for_step(job, workdir, 210)
     os.kill(job.pid, signal.SIGKILL)
     job.communicate()
     killed = time.time() - began
     last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"][
         -1
     ]
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    code, _, err = run("train", *arguments, cache_dir=cache_dir)
     assert code == 0, err
     first, second = entries(workdir)
-    assert (first["first"], first["last"]) == (0, 25)  # up to the checkpoint that counted
-    assert (second["first"], second["last"], second["lost_steps"]) == (25, STEPS, last["step"] - 25)
+    assert (first["first"], first["last"]) == (0, 200)  # up to the checkpoint that counted
+    assert (second["first"], second["last"], second["lost_steps"]) == (200, 400, last["step"] - 200)
     assert second["seconds"]["lost"] > 0 and "lost " in err.splitlines()[-1]
     both = booked(first) + second["seconds"]["lost"]  # the first start, up to its last line of scalars
     assert both == pytest.approx(last["time"] - first["since"], rel=1 - SHARE)

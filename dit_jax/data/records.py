@@ -82,7 +82,7 @@ def load_partial(partial: Partial) -> frechet.Statistics | None:
     if not os.path.exists(partial.path):
         return None
     try:
-        with np.load(partial.path, allow_pickle=False) as archive:
+        with open(partial.path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             values = {name: archive[name] for name in ("count", "mean", "scatter")}
             if str(archive["checksum"]) == _checksum(partial, **values):
                 return frechet.Statistics(int(values["count"]), values["mean"], values["scatter"])

@@ -1,4 +1,4 @@
-"""What the safeguards cost on this machine, in about three minutes on two cores.
+"""What the safeguards cost on this machine, in about five minutes on two cores.
 
 python -m dit_jax.costs --config=configs/digits.py [--repeats=3] [--json=OUT]
 
@@ -27,10 +27,11 @@ from dit_jax.config import Config, DataConfig, TrainConfig, model_config, resolv
 from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import LatentInfo
 from dit_jax.data.pipeline import make_batches
+from dit_jax.guard import run_twice
 from dit_jax.log import read_lines, say
 from dit_jax.mesh import make_mesh
 from dit_jax.state import make_state
-from dit_jax.step import on_device
+from dit_jax.step import make_train_step, on_device
 
 CHECKPOINT_TARGET, DATA_TARGET, LATENTS_TARGET = 0.02, 0.01, 5000
 REPLAYS = (10, 100)
@@ -42,7 +43,7 @@ def latent_config(folder: str) -> Config:
     """DiT-S/8 cut to 4 layers, on latents of 256 px images."""
     data = DataConfig(dataset="noise", latents=folder, image_size=256, held_out_split="test", cache=False)
     model = model_config("DiT-S/8", image_size=256, depth=4)
-    return Config(model, data=data, train=TrainConfig(steps=15, batch_size=32, log_every=5))
+    return Config(model, data=data, train=TrainConfig(steps=60, batch_size=32, log_every=20))
 
 
 @contextlib.contextmanager
@@ -93,17 +94,26 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
     }
 
 
-def measure_replay(cfg: Config, repeats: int, steps: int = 400) -> list[dict]:
-    """How much longer a step of `train.run` takes on average when every N-th is computed twice."""
-    base = dataclasses.replace(cfg.train, steps=steps, log_every=steps, checkpoint_every=steps)
+def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
+    """What computing one step twice and comparing adds, in steps; every N steps, a run takes that / N longer."""
+    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
+    mesh = make_mesh(cfg.mesh)
+    state, batch, step = make_state(cfg, mesh), bench.fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
 
-    def loop(every: int) -> float:
-        return bench.run_once(dataclasses.replace(cfg, train=dataclasses.replace(base, replay_every=every)))["loop"]
+    def once():
+        nonlocal state
+        state, scalars = step(state, batch)
+        return state, scalars
 
-    found = bench.alternate({every: lambda every=every: loop(every) for every in (0, *REPLAYS)}, repeats)
-    plain = found.pop(0)
-    costs = {every: [a / b - 1 for a, b in zip(times, plain, strict=True)] for every, times in found.items()}
-    return [{"every": every, "expected": 1 / every, "cost": bench.spread(cost)} for every, cost in costs.items()]
+    def twice():
+        nonlocal state
+        state, scalars = run_twice(step, state, batch, 0)
+        return state, scalars
+
+    jobs = {"once": lambda: bench.seconds(once), "twice": lambda: bench.seconds(twice)}
+    found = bench.alternate(jobs, repeats * rounds)
+    added = [b / a - 1 for a, b in zip(found["once"], found["twice"], strict=True)]
+    return {"added_steps": bench.spread(added), "quartiles": np.quantile(added, (0.25, 0.75)).tolist()}
 
 
 def measure_wait(cfg: Config, repeats: int) -> dict:
@@ -150,10 +160,12 @@ def show(found: dict, console: Console) -> None:
         cells = [str(row["size"][0]), f"{row['bytes'] / 1e6:.1f}", *times]
         table.add_row(*cells, f"{bench.shown(row['share'], 3, True)}: {reached}")
     console.print(table)
-    table = Table("replay: every N steps", "expected", "measured")
-    for row in found["replay"]:
-        table.add_row(str(row["every"]), f"{row['expected']:.0%}", bench.shown(row["cost"], 1, True))
-    console.print(table)
+    added, quartiles = found["replay"]["added_steps"]["median"], found["replay"]["quartiles"]
+    costs = ", ".join(f"N = {every}: {added / every:.1%} (1/N = {1 / every:.0%})" for every in REPLAYS)
+    low, high = quartiles
+    console.print(
+        f"replay: a step that is computed twice takes {added:.2f} steps more (quartiles {low:.2f} to {high:.2f}); {costs}"
+    )
     table = Table("data", "width", "batch", "step, ms", f"wait (target < {DATA_TARGET:.0%})")
     for name, row in found["data"].items():
         reached = bench.verdict(row["share"]["median"] < DATA_TARGET)

@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
-.PHONY: help setup dev demo test test-slow torture lint lock clean
+.PHONY: help setup dev demo test test-slow test-torch torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (under 10 minutes on 2 cores)"
+	@echo "make test       the tests (about 12 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
+	@echo "make test-torch  the tests that need PyTorch, the extra of setup.py named torch"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about half an hour)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
@@ -48,6 +49,9 @@ test: dev
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
+
+test-torch: dev
+	$(BIN)/python -m pytest -m torch
 
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py

@@ -178,13 +178,13 @@ def _check_number(name: str, argument: str, default) -> None:
         raise UsageError(f"--{name}: found {value!r}, expected {type(default).__name__}") from None
 
 
-def read_config(workdir: str) -> Config:
+def read_config(workdir: str, name: str = "config.json") -> Config:
     """The config of a run folder. Raises UsageError when the folder is missing or is not a run's."""
-    path = os.path.join(workdir, "config.json")
+    path = os.path.join(workdir, name)
     if not os.path.isdir(workdir):
         raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
     if not os.path.isfile(path):
-        raise UsageError(f"--workdir: {workdir!r} holds no config.json, expected a run made by dit_jax.train")
+        raise UsageError(f"--workdir: {workdir!r} holds no {name}, expected a run made by dit_jax.train")
     with open(path, "rb") as f:
         data = f.read(LONGEST + 1)
     try:

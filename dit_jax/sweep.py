@@ -8,7 +8,6 @@ a cell that fails is reported, costs the others nothing, and makes the exit code
 
 import concurrent.futures as futures
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_jax import checkpoint, evaluate, flops, train
-from dit_jax.command import ERROR, Interrupted, launch
+from dit_jax.command import ERROR, Interrupted, launch, read_config
 from dit_jax.config import Config, SampleConfig, SweepConfig, UsageError, resolve, to_dict
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.log import METRICS, clock, read_lines, say
@@ -246,14 +245,12 @@ def prepare(cfg: Config, workdir: str) -> None:
     if not os.path.isfile(path):
         train.make_folder(workdir, "sweep.json", cfg)
         return
-    with open(path) as f:
-        old = train.flatten(json.load(f)["config"])
-    new = json.loads(json.dumps(train.flatten(to_dict(cfg))))
+    old, new = (train.flatten(to_dict(c)) for c in (read_config(workdir, "sweep.json"), cfg))
     free = ("sweep.processes", "sweep.grid", "data.data_dir")
-    changed = [k for k in new if new[k] != old.get(k) and not k.startswith(free)]
+    changed = [k for k in new if new[k] != old[k] and not k.startswith(free)]
     if changed:
         key = changed[0]
-        raise UsageError(f"{workdir} holds another sweep: {key} is {old.get(key)!r} there, {new[key]!r} in the command")
+        raise UsageError(f"{workdir} holds another sweep: {key} is {old[key]!r} there, {new[key]!r} in the command")
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:

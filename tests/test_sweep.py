@@ -6,14 +6,23 @@ import os
 import time
 
 import pytest
+from job import start
 
 from dit_jax import flops, sweep
-from dit_jax.config import EvalConfig, SweepConfig, UsageError, resolve
+from dit_jax.config import SweepConfig, UsageError, resolve
 from dit_jax.config import template as config_template
 from dit_jax.scaling.runs import load_runs
 
 
 def ladder(**changes):
+    c = small()
+    c.eval.update(samples=0)
+    c.sweep.update(changes)
+    return resolve(c)
+
+
+def small():
+    """The config of a ladder of ten small models."""
     c = config_template()
     c.model.update(patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
     c.diffusion.process = "flow"
@@ -29,8 +38,8 @@ def ladder(**changes):
         processes=2,
         grid=2,
     )
-    c.sweep.update(changes)
-    return resolve(c)
+    c.eval.update(times_per_image=8, samples=100)
+    return c
 
 
 def test_cells_spend_their_budget_with_one_aspect_ratio(tmp_path):
@@ -46,24 +55,30 @@ def test_cells_spend_their_budget_with_one_aspect_ratio(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, data_dir):
-    """The ladder, with one cell whose folder belongs to somebody else."""
+def swept(tmp_path_factory, data_dir, cache_dir):
+    """The ladder, run as a user does it on one device, with one cell whose folder belongs to somebody else."""
     workdir = tmp_path_factory.mktemp("sweep") / "demo"
-    cfg = dataclasses.replace(ladder(), eval=EvalConfig(times_per_image=8, samples=100))
+    cfg = resolve(small())
     sweep.prepare(cfg, str(workdir))
     foreign = next(c for c in sweep.make_cells(cfg, str(workdir)) if c.cfg.model.width == 16)
     os.makedirs(foreign.workdir)
     with open(os.path.join(foreign.workdir, "thesis.txt"), "w") as f:
         f.write("mine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XLA_FLAGS")  # the workers see one device, as a user's do
-        return cfg, workdir, sweep.run(cfg, str(workdir))
+    config = workdir.parent / "ladder.py"
+    config.write_text(
+        f"import sys\nsys.path.append({os.path.dirname(__file__)!r})\nfrom test_sweep import small\nget_config = small\n"
+    )
+    process = start("sweep", f"--config={config}", f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
+    _, said = process.communicate()
+    assert process.returncode == 1, said
+    return cfg, workdir, said
 
 
 def test_a_failed_cell_costs_the_others_nothing(swept):
-    _cfg, workdir, failed = swept
-    assert [cell.cfg.model.width for cell in failed] == [16]
-    assert os.listdir(failed[0].workdir) == ["thesis.txt"]
+    cfg, workdir, said = swept
+    (failed,) = [cell for cell in sweep.make_cells(cfg, str(workdir)) if cell.cfg.model.width == 16]
+    assert f"error: 1 cell(s) failed: {failed.name}; the same command tries them again" in said
+    assert os.listdir(failed.workdir) == ["thesis.txt"]
     runs = load_runs([str(workdir)])
     assert len(runs) == 9
     for run in runs:

@@ -186,6 +186,8 @@ def _members(archive: zipfile.ZipFile, path: str, methods: tuple) -> list[zipfil
     seen, end = set(), 0
     members = sorted(archive.infolist(), key=lambda m: m.header_offset)
     for m in members:
+        if m.filename in seen or not m.filename:
+            raise UsageError(f"{path}: found the member {m.filename!r} twice or without a name, expected names once")
         _check_name(m.orig_filename, path)
         kind = stat.S_IFMT(m.external_attr >> 16)
         if m.is_dir() or kind not in (0, stat.S_IFREG) or m.flag_bits & 1 or m.compress_type not in methods:
@@ -193,8 +195,6 @@ def _members(archive: zipfile.ZipFile, path: str, methods: tuple) -> list[zipfil
                 f"{path}: the member {m.filename!r} is a folder, a link, encrypted or compressed otherwise than "
                 f"expected; expected plain files, {' or '.join(zipfile.compressor_names[n] for n in methods)}"
             )
-        if m.filename in seen or not m.filename:
-            raise UsageError(f"{path}: found the member {m.filename!r} twice or without a name, expected names once")
         if m.header_offset < end or m.header_offset + 30 + m.compress_size > archive.start_dir:
             raise UsageError(f"{path}: the member {m.filename!r} lies over another or beyond the end of the data")
         if m.compress_type == zipfile.ZIP_STORED and m.file_size != m.compress_size:

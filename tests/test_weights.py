@@ -215,6 +215,11 @@ def test_a_name_twice_is_refused(tmp_path):
     refused(read_arrays, archive(tmp_path, [("a.npy", one), ("a.npy", two)]), match="twice")
 
 
+def test_a_member_without_a_name_is_refused(tmp_path):
+    empty = b"PK\x01\x02" + bytes(42) + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, 46, 0, 0)
+    refused(read_arrays, put(tmp_path, "x.npz", empty), match="without a name")
+
+
 def test_a_member_that_is_no_array_is_refused(tmp_path):
     refused(read_arrays, archive(tmp_path, [("a.npy", npy(np.ones(3))), ("run.py", b"x")]), match="expected arrays")
 

@@ -10,11 +10,13 @@ the disk. A folder that does not verify is never restored; training sets it asid
 
 import concurrent.futures as futures
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
+from typing import IO, NoReturn
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dit_jax import manifest
-from dit_jax.command import read_config
+from dit_jax.command import read_config, sync
 from dit_jax.config import JobError, ModelConfig, UsageError, to_dict
 from dit_jax.log import say
 from dit_jax.mesh import on_one_device
@@ -31,7 +33,7 @@ from dit_jax.models import dit
 from dit_jax.state import TrainState, restored_state
 
 ITEMS = ("params", "ema", "opt", "data", "meta")
-SAVING, DAMAGED = ".saving", ".damaged"
+SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
 FREE = ("remat", "unroll", "attention")  # of the model config: how it is computed, not what
 
 
@@ -59,13 +61,14 @@ class Saver:
     """
 
     def __init__(self, workdir: str, keep: int):
-        self.workdir, self.keep = workdir, keep
+        self.workdir, self.keep, self._lock = workdir, keep, None
         self._pending: tuple[int, futures.Future] | None = None
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS), async_options=at_once)
         if jax.process_index() == 0:
             os.makedirs(folder(workdir), exist_ok=True)
+            self._lock = _claim(workdir)
             _remove_unfinished(workdir)
 
     def save(self, state: TrainState, position: dict, meta: dict, after: Callable = lambda: None) -> None:
@@ -78,7 +81,7 @@ class Saver:
         try:
             self._orbax.save(target, args=ocp.args.Composite(**arrays, **values))
         except Exception as error:
-            raise self._failed(step, error) from error
+            self._fail(step, error)
         self._pending = step, self._thread.submit(self._commit, step, target, after)
 
     def check(self) -> None:
@@ -94,7 +97,7 @@ class Saver:
         try:
             future.result()
         except Exception as error:
-            raise self._failed(step, error) from error
+            self._fail(step, error)
 
     def close(self) -> None:
         try:
@@ -103,23 +106,44 @@ class Saver:
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # what it met was raised by `wait`
                 self._orbax.close()
-            if jax.process_index() == 0:
+            if self._lock:
                 _remove_unfinished(self.workdir)
+                self._lock.close()
 
     def _commit(self, step: int, target: str, after: Callable) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             publish(target, path_of(self.workdir, step))
-            after()
-            prune(self.workdir, self.keep)
+            for what, action in (("the goodput", after), ("older checkpoints", lambda: prune(self.workdir, self.keep))):
+                try:
+                    action()
+                except (OSError, UsageError) as error:  # the checkpoint counts all the same
+                    say(f"warning: {path_of(self.workdir, step)} is saved, but {what} could not be tidied up: {error}")
 
-    def _failed(self, step: int, error: Exception) -> JobError:
+    def _fail(self, step: int, error: Exception) -> NoReturn:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise error  # another process, not the disk
         left = steps(self.workdir)
         kept = f"the checkpoints of steps {left} are intact" if left else "there is no earlier checkpoint"
-        return JobError(
+        raise JobError(
             f"{path_of(self.workdir, step)}: the checkpoint could not be written ({_cause(error)}); {kept}; make room "
             "or mend the disk, then the same command goes on"
-        )
+        ) from error
+
+
+def _claim(workdir: str) -> IO:
+    """An open file whose lock keeps other trainings out of the folder. Raises JobError if one is there."""
+    file = open(os.path.join(folder(workdir), "lock"), "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise JobError(
+            f"{workdir}: another process trains this run; wait for its end, or use another --workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def publish(unfinished: str, final: str) -> None:
@@ -128,7 +152,7 @@ def publish(unfinished: str, final: str) -> None:
     if os.path.exists(final):
         raise OSError(f"{final} exists already")
     os.rename(unfinished, final)
-    _sync_folder(os.path.dirname(final))
+    sync(os.path.dirname(final))
 
 
 def prune(workdir: str, keep: int) -> None:
@@ -138,14 +162,16 @@ def prune(workdir: str, keep: int) -> None:
         return
     for step in found[:-keep]:
         old = path_of(workdir, step)
-        os.rename(old, old + SAVING)  # from here on it no longer counts, however far the removal comes
-        shutil.rmtree(old + SAVING)
+        aside = _free_name(old + REMOVING)
+        os.rename(old, aside)  # from here on it no longer counts, however far the removal comes
+        shutil.rmtree(aside)
 
 
 def newest_verified(workdir: str) -> int:
     """The newest step whose checkpoint verifies, the same on all processes; 0 for a new run.
 
-    Checkpoints that do not verify are named and set aside. Raises JobError when there are some but none verifies.
+    Checkpoints that do not verify are named and set aside where an older one does. Raises JobError, and moves nothing, when
+    there are some but none verifies; OSError when they cannot be read now.
     """
     step = _newest_verified(workdir) if jax.process_index() == 0 else 0
     if jax.process_count() > 1:
@@ -203,10 +229,12 @@ def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
 
 
 def check_model(at: str, model: ModelConfig) -> None:
-    """Raises UsageError naming the keys in which the checkpoint's model differs from the config's."""
+    """Raises UsageError naming the keys in which the checkpoint's model differs from the config's, JobError if its step does."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        found = reader.restore(os.path.join(at, "meta"))["model"]
-    wanted = to_dict(model)
+        meta = reader.restore(os.path.join(at, "meta"))
+    if str(meta["step"]) != os.path.basename(at):
+        raise JobError(f"{at}: the checkpoint is of step {meta['step']}; give the folder its name back")
+    found, wanted = meta["model"], to_dict(model)
     keys = [key for key in {**wanted, **found} if key not in FREE and found.get(key) != wanted.get(key)]
     if keys:
         shown = "; ".join(f"model.{k}: found {found.get(k)!r}, expected {wanted.get(k)!r}" for k in keys[:4])
@@ -238,19 +266,27 @@ def _name(path: tuple) -> str:
 def _newest_verified(workdir: str) -> int:
     root = folder(workdir)
     found = sorted((int(name) for name in os.listdir(root) if name.isdecimal()), reverse=True)
+    problems: dict[int, list[str]] = {}
     for step in found:
-        wrong = manifest.problems(path_of(workdir, step))
-        if not wrong:
-            return step
-        aside = _free_name(path_of(workdir, step) + DAMAGED)
-        say(f"warning: {path_of(workdir, step)} is damaged ({_few(wrong)}); set aside as {os.path.basename(aside)}")
-        os.rename(path_of(workdir, step), aside)
-    if found:
-        raise JobError(
-            f"{root}: none of the checkpoints {found[::-1]} verifies; restore them from a copy, or use another --workdir "
-            "to start from the first step"
+        problems[step] = manifest.problems(path_of(workdir, step))
+        if not problems[step]:
+            break
+    else:
+        there = sorted(name for name in os.listdir(root) if name.isdecimal() or DAMAGED in name)
+        if there:
+            first = f" ({found[0]}: {_few(problems[found[0]])})" if found else ""
+            raise JobError(
+                f"{root}: none of the checkpoints {', '.join(there)} verifies{first}; restore them from a copy, or use another "
+                "--workdir to start from the first step"
+            )
+        return 0
+    for damaged in found[: found.index(step)]:
+        aside = _free_name(path_of(workdir, damaged) + DAMAGED)
+        say(
+            f"warning: {path_of(workdir, damaged)} is damaged ({_few(problems[damaged])}); set aside as {os.path.basename(aside)}"
         )
-    return 0
+        os.rename(path_of(workdir, damaged), aside)
+    return step
 
 
 def _free_name(path: str) -> str:
@@ -265,20 +301,11 @@ def _remove_unfinished(workdir: str) -> None:
     for name in os.listdir(root) if os.path.isdir(root) else []:
         path, tries = os.path.join(root, name), 0
         while (
-            SAVING in name and os.path.isdir(path) and tries < 20
+            (SAVING in name or REMOVING in name) and os.path.isdir(path) and tries < 20
         ):  # threads of a save that failed may still write there
             shutil.rmtree(path, ignore_errors=True)
             tries += 1
             time.sleep(0.05 if os.path.isdir(path) else 0)
-
-
-def _sync_folder(path: str) -> None:
-    """Make a rename last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _few(lines: list[str]) -> str:

@@ -11,6 +11,7 @@ import re
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
@@ -55,17 +56,24 @@ def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
     try:
         parse()
         main()
-    except UsageError as error:
-        return _complain(error, USAGE)
-    except (JobError, OSError) as error:
-        return _complain(error, ERROR)
-    except Interrupted as error:
-        return _complain(error, INTERRUPTED, "interrupted")
-    except KeyboardInterrupt:
-        return _complain(
-            "stopped from the keyboard; the same command goes on from the last checkpoint", INTERRUPTED, "interrupted"
-        )
+    except (UsageError, JobError, OSError, Interrupted, KeyboardInterrupt) as error:
+        return report(error)
     return DONE
+
+
+def report(error: BaseException) -> int:
+    """Say what ended the job, in one line where it is an error that is known; returns the exit code."""
+    if isinstance(error, UsageError):
+        return _complain(error, USAGE)
+    if isinstance(error, (JobError, OSError)):
+        return _complain(error, ERROR)
+    if isinstance(error, Interrupted):
+        return _complain(error, INTERRUPTED, "interrupted")
+    if isinstance(error, KeyboardInterrupt):
+        text = "stopped from the keyboard; the same command goes on from the last checkpoint"
+        return _complain(text, INTERRUPTED, "interrupted")
+    traceback.print_exception(error)
+    return ERROR
 
 
 def _complain(message, code: int, kind: str = "error") -> int:
@@ -249,3 +257,12 @@ def write_file(path: str, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def sync(path: str) -> None:
+    """Make a file, or the names in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -28,7 +28,10 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
         _, grads = gradients(cfg, params, images, labels, t, eps)
         return [jnp.isfinite(x).all() for _, x in outputs], jax.tree_util.tree_map_with_path(_norms, grads)
 
-    finite, norms = jax.device_get(jax.jit(examine)(state.params, batch))
+    try:
+        finite, norms = jax.device_get(jax.jit(examine)(state.params, batch))
+    except jax.errors.JaxRuntimeError as error:  # keeping every layer's output takes much memory
+        return f"which layer it is could not be found ({str(error).splitlines()[0][:100]})"
     for name, good in zip(names, finite, strict=True):
         if not good:
             return f"the first output that is not finite is that of {name}"

@@ -21,20 +21,20 @@ from absl import flags
 
 from dit_jax import checkpoint, flops
 from dit_jax.command import Interrupted, launch, read_config
-from dit_jax.config import Config, EvalConfig, JobError, UsageError, resolve
+from dit_jax.config import Config, DataConfig, EvalConfig, JobError, UsageError, resolve
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.records import RECORDS, Partial, append_record, drop_partials, load_partial, save_partial
-from dit_jax.data.samples import pause, progress
 from dit_jax.data.source import describe
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
-from dit_jax.ledger import Ledger, close, process_start
+from dit_jax.ledger import Ledger, close, process_start, totals
 from dit_jax.log import RECORD, read_lines, say
 from dit_jax.mesh import batch_sharding, make_mesh, replicated
 from dit_jax.metrics import frechet
 from dit_jax.models import digit_features
+from dit_jax.records import RECORDS, Partial, append_record, drop_partials, load_partial, save_partial
 from dit_jax.sample import UINT8, describe_job, image_flops, sample_images, stop_flag
+from dit_jax.samples import pause, progress
 from dit_jax.step import image_losses, on_device
 
 PAIRS = 64  # (image, time) pairs that a device computes at a time: another number would round otherwise
@@ -130,7 +130,7 @@ def digits_distance(
 
 def reference_statistics(cfg: Config) -> frechet.Statistics:
     """Feature statistics of the whole of `data.split`, the training split."""
-    images, _ = load_arrays(cfg.data, cfg.data.split)
+    images, _ = load_arrays(_all_of(cfg.data), cfg.data.split)
     weights, _ = digit_features.load()
     return frechet.update(
         frechet.empty(digit_features.WIDTH), np.asarray(jax.jit(digit_features.apply)(weights, images)[0])
@@ -142,6 +142,11 @@ def held_out_distance(cfg: Config) -> float:
     held_out = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, split=cfg.data.held_out_split))
     both = [frechet.mean_cov(reference_statistics(c)) for c in (held_out, cfg)]
     return frechet.frechet_distance(*both[0], *both[1])
+
+
+def _all_of(data: DataConfig) -> DataConfig:
+    """The same data, none of which may be left out: a score is of the records that its protocol names."""
+    return dataclasses.replace(data, skip_bad=0)
 
 
 def weights_protocol(cfg: Config) -> dict:
@@ -254,7 +259,7 @@ def _measure_distance(cfg: Config, params, mesh, reference, partial: Partial, st
 
 def protocols(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[tuple[dict, Callable]]:
     """The protocols of a config, each with its function from (step, weights) to metrics."""
-    images, labels = load_arrays(cfg.data, cfg.data.held_out_split)
+    images, labels = load_arrays(_all_of(cfg.data), cfg.data.held_out_split)
     if cfg.eval.max_images:
         images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
 
@@ -317,7 +322,7 @@ def _run(
             _check_stop(stop, f"{workdir}: what is recorded stays")
             with ledger.spend("evaluation"):
                 metrics = measure(step, params)
-            record = make_record(cfg, name, step, metrics, protocol)
+            record = make_record(cfg, name, step, metrics, protocol) | {"goodput": totals(workdir)}
             with ledger.spend("save"):
                 append_record(workdir, record)
             done[step, record["protocol_id"]] = record

@@ -41,12 +41,12 @@ def judge(cfg: TrainConfig, guard: Guard, loss, grad_norm, param_norm) -> tuple[
     above its rolling mean. The deviations are of an exponential window of `train.spike_window` steps.
     """
     x = jnp.stack([loss, grad_norm]).astype(jnp.float32)
-    accepted = jnp.isfinite(x).all() & jnp.isfinite(param_norm)
+    delta = x - guard.mean
+    accepted = jnp.isfinite(delta**2).all() & jnp.isfinite(param_norm)  # squared, as the variance needs it
     if cfg.spike:
         limit = guard.mean + cfg.spike * jnp.sqrt(guard.variance)
         accepted &= (guard.count < cfg.spike_window) | (x <= limit).all()
     rate = 1 / jnp.minimum(guard.count + 1, cfg.spike_window).astype(jnp.float32)
-    delta = x - guard.mean
     seen = Guard(
         guard.count + 1,
         guard.mean + rate * delta,
@@ -91,6 +91,11 @@ def _same(a, b):
     return jax.tree.map(lambda x, y: (_bits(x) == _bits(y)).all(), a, b)
 
 
+def _everywhere(value: jax.Array) -> bool:
+    """Whether a replicated truth holds on every device of this process: each compared what itself computed."""
+    return all(np.asarray(shard.data).all() for shard in value.addressable_shards)
+
+
 def run_twice(step: Callable, state, batch: dict, number: int):
     """What `step(state, batch)` returns, computed twice by the same program and compared bit for bit.
 
@@ -100,8 +105,8 @@ def run_twice(step: Callable, state, batch: dict, number: int):
     spare = _copy(state)
     first = step(state, batch)
     second = step(spare, batch)
-    same, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_same(first, second)))
-    wrong = [jax.tree_util.keystr(path) for path, equal in same if not np.all(equal)]
+    same, _ = jax.tree_util.tree_flatten_with_path(_same(first, second))
+    wrong = [jax.tree_util.keystr(path) for path, equal in same if not _everywhere(equal)]
     if wrong:
         raise JobError(
             f"step {number}, computed twice from the same state and batch, gave other bits in {len(wrong)} of {len(same)} "

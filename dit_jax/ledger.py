@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 
 from dit_jax.command import write_file
-from dit_jax.log import METRICS, read_lines, say
+from dit_jax.config import UsageError
+from dit_jax.log import METRICS, read_lines, say, stream_lines
 
 GOODPUT = "goodput.jsonl"
 LINE = {"job": str, "since": float, "wall": float, "seconds": dict}  # what a line holds at least
@@ -70,23 +71,55 @@ class Ledger:
 
 
 def lose(ledger: Ledger, workdir: str, restored: int) -> None:
-    """Book the steps that the scalars show beyond the restored checkpoint; call it before they are forgotten."""
+    """Book the steps that the scalars show beyond the restored checkpoint; call it before they are forgotten.
+
+    What an error, and not a kill, undid stays booked with the start that did it; `lost_steps` counts it all the same.
+    """
     ledger.first = ledger.last = restored
-    beyond = [line for line in read_lines(os.path.join(workdir, METRICS)) if line["step"] > restored]
-    trainings = [line for line in read_lines(os.path.join(workdir, GOODPUT), LINE) if line["job"] == "train"]
-    if beyond and trainings:
-        booked = trainings[-1]["since"] + trainings[-1]["wall"]  # what that start spent up to its last checkpoint
-        ledger.lost_steps = beyond[-1]["step"] - restored
-        ledger.seconds["lost"] += max(beyond[-1]["time"] - booked, 0.0)
+    with _warned(workdir):
+        beyond = [line for line in stream_lines(os.path.join(workdir, METRICS)) if line["step"] > restored]
+        trainings = [line for line in read_lines(os.path.join(workdir, GOODPUT), LINE) if line["job"] == "train"]
+        if beyond and trainings:
+            booked = trainings[-1]["since"] + trainings[-1]["wall"]  # what that start spent up to its last line
+            ledger.lost_steps = beyond[-1]["step"] - restored
+            ledger.seconds["lost"] += max(beyond[-1]["time"] - booked, 0.0)
+
+
+@contextlib.contextmanager
+def _warned(workdir: str) -> Iterator[None]:
+    """No run ends because of its ledger: what is wrong with it is said."""
+    try:
+        yield
+    except (UsageError, OSError) as error:
+        say(f"warning: the goodput of {workdir} is not written: {error}")
 
 
 def write_entry(entry: dict, workdir: str) -> None:
-    """Write or renew a start's line, whole or not at all, also beside another job on the same run."""
+    """Write or renew a start's line, whole or not at all, also beside another job on the same run; never by an older one."""
     path, this = os.path.join(workdir, GOODPUT), (entry["job"], entry["since"])
     with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        others = [line for line in read_lines(path, LINE) if (line["job"], line["since"]) != this]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in [*others, entry]))
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = read_lines(path, LINE)
+        others = [line for line in lines if (line["job"], line["since"]) != this]
+        newest = max([entry, *(line for line in lines if line not in others)], key=lambda line: line["wall"])
+        write_file(path, "".join(json.dumps(line) + "\n" for line in [*others, newest]))
+
+
+def note(ledger: Ledger, workdir: str) -> None:
+    """Write the line as it is now, in case of a kill."""
+    with _warned(workdir):
+        write_entry(ledger.entry(), workdir)
+
+
+def totals(workdir: str) -> dict[str, float]:
+    """Seconds of all starts of a run's training, by kind: what a record says of it. {} where there is no ledger."""
+    found: dict[str, float] = {}
+    with _warned(workdir):
+        for line in read_lines(os.path.join(workdir, GOODPUT), LINE):
+            if line["job"] == "train":
+                found = {kind: found.get(kind, 0.0) + line["seconds"].get(kind, 0.0) for kind in KINDS}
+    return found
 
 
 def summary(ledger: Ledger) -> str:
@@ -100,6 +133,6 @@ def summary(ledger: Ledger) -> str:
 
 def close(ledger: Ledger, workdir: str, quiet: bool = False) -> None:
     """The last entry, and its line for people."""
-    write_entry(ledger.entry(), workdir)
+    note(ledger, workdir)
     if not quiet:
         say(summary(ledger))

@@ -25,10 +25,11 @@ def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
 
     Raises UsageError naming the line of a damaged file: one that is no object, or lacks one of `fields`.
     """
-    return list(_objects(path, fields, LARGEST))
+    return list(stream_lines(path, fields, LARGEST))
 
 
-def _objects(path: str, fields: Mapping[str, type], most: float) -> Iterator[dict]:
+def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
+    """The same, one by one, of a file of any size."""
     if not os.path.exists(path):
         return
     with open(path, "rb") as f:
@@ -59,8 +60,10 @@ def drop_after(path: str, step: int) -> None:
     temporary = path + ".tmp"
     try:
         with open(temporary, "w") as f:
-            kept = (line for line in _objects(path, STEP, math.inf) if line["step"] <= step)
+            kept = (line for line in stream_lines(path) if line["step"] <= step)
             f.writelines(json.dumps(line) + "\n" for line in kept)
+            f.flush()
+            os.fsync(f.fileno())
     except BaseException:
         os.unlink(temporary)
         raise

@@ -5,28 +5,33 @@ import json
 import os
 from collections.abc import Iterator
 
-from dit_jax.command import write_file
+from dit_jax.command import sync, write_file
 
 NAME = "manifest.json"
 LARGEST = 64 << 20  # bytes of a manifest that is read
-CHUNK = 1 << 22
+ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def write_manifest(folder: str) -> None:
-    """Hash the files of `folder` as they lie on the disk and write its manifest, whole or not at all."""
+    """Bring the files of `folder` to the disk, hash them and write its manifest, whole or not at all."""
     files = {name: _entry(os.path.join(folder, name)) for name in _files(folder)}
+    for path in (*(os.path.join(folder, name) for name in files), *(root for root, _, _ in os.walk(folder))):
+        sync(path)
     write_file(os.path.join(folder, NAME), _text({"version": 1, "files": files}))
 
 
 def problems(folder: str, parts: tuple[str, ...] = ("",)) -> list[str]:
     """What is wrong with a folder, a line each; nothing when it is as its manifest says.
 
-    Names and sizes are compared everywhere, contents of the files whose names begin like one of `parts`.
+    Names and sizes are compared everywhere, contents of the files whose names begin like one of `parts`. Raises OSError where
+    a file is there but cannot be read now: that does not make it damaged.
     """
     try:
         wanted = _read(os.path.join(folder, NAME))
-    except (OSError, ValueError) as error:
-        return [f"{NAME}: {getattr(error, 'strerror', None) or error}"]
+    except ABSENT as error:
+        return [f"{NAME}: {error.strerror}"]
+    except ValueError as error:
+        return [f"{NAME}: {error}"]
     there = set(_files(folder))
     found = [f"{name}: missing" for name in sorted(wanted.keys() - there)]
     found += [f"{name}: not in {NAME}" for name in sorted(there - wanted.keys())]
@@ -43,7 +48,7 @@ def _compare(folder: str, name: str, wanted: dict, hashes: bool) -> Iterator[str
             yield f"{name}: found {size:,} bytes, expected {wanted['bytes']:,}"
         elif hashes and _entry(path)["sha256"] != wanted["sha256"]:
             yield f"{name}: its bytes changed (SHA-256)"
-    except OSError as error:
+    except ABSENT as error:
         yield f"{name}: {error.strerror}"
 
 

@@ -5,11 +5,12 @@ Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 202
 """
 
 import contextlib
+import glob
+import importlib.util
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import hardware
-from dit_jax.config import MeshConfig, UsageError
+from dit_jax.command import Interrupted, report
+from dit_jax.config import JobError, MeshConfig, UsageError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -55,7 +57,13 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
 
 
 def check_batch(mesh, batch_size: int, accumulate: int = 1) -> None:
-    """Raises UsageError unless a (micro)batch divides over the devices that split it."""
+    """Raises UsageError unless a (micro)batch divides over the devices that split it, each host having rows of its own."""
+    here = len(mesh.local_devices)
+    if here % mesh.shape["tensor"]:
+        raise UsageError(
+            f"mesh.tensor: found {mesh.shape['tensor']}, expected a divisor of the {here} devices of one host: hosts read "
+            "different rows of a batch"
+        )
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (split * accumulate):
         raise UsageError(
@@ -114,13 +122,26 @@ def on_one_device(shapes):
 
 
 def connect(cfg: MeshConfig) -> None:
-    """Join the other processes of this job, where the environment names them; alone, do nothing.
+    """Join the other processes of this job, where there are some; alone, do nothing.
 
-    They are found on Cloud TPU pods and under SLURM, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A
+    They are found on Cloud TPU and under SLURM, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A
     process that gives no sign of life for `mesh.heartbeat` seconds ends all of them.
     """
-    env = os.environ
-    hosts = env.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    where = cluster(os.environ, bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")))
+    if where is not None:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=cfg.heartbeat)
+    if jax.process_count() > 1 and where is None:
+        raise UsageError(
+            f"found {jax.process_count()} processes that are not joined; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID on each"
+        )
+
+
+def cluster(env: Mapping[str, str], chips: bool) -> dict | None:
+    """What `jax.distributed.initialize` is told: {} where JAX finds the others itself, None for a process alone.
+
+    `chips`: whether the machine has TPU chips or the like as devices.
+    """
     if "JAX_COORDINATOR_ADDRESS" in env:
         try:
             count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
@@ -128,12 +149,11 @@ def connect(cfg: MeshConfig) -> None:
             raise UsageError(
                 "JAX_COORDINATOR_ADDRESS is set: expected whole numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"
             ) from None
-        where = {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "num_processes": count, "process_id": index}
-    elif hosts > 1 or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        where = {}
-    else:
-        return
-    jax.distributed.initialize(**where, heartbeat_timeout_seconds=cfg.heartbeat)
+        return {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "num_processes": count, "process_id": index}
+    on_tpu = chips and importlib.util.find_spec("libtpu") is not None and "cpu" not in env.get("JAX_PLATFORMS", "")
+    if on_tpu or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return {}
+    return None
 
 
 def leader() -> bool:
@@ -144,29 +164,27 @@ def leader() -> bool:
 def everyone_is_here(what: str) -> None:
     """Wait for the other processes."""
     if jax.process_count() > 1:
-        with leave_if_a_peer_is_gone():
-            multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
-def leave_if_a_peer_is_gone() -> Iterator[None]:
-    """End this process, with exit code 1, where what runs inside meets the end of another process of the job.
+def together() -> Iterator[None]:
+    """Of several processes: whatever ends this one in what runs inside, but for Interrupted, ends it here and at once.
 
-    At once, since JAX and Orbax would wait for the other one before they let this one go.
+    The others notice, and end too. JAX and Orbax would make them all wait for each other before they let one go.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, Interrupted):
             raise
-        reason = str(error).splitlines()[0][:200]
-        print(
-            f"error: computing with the other processes failed, most likely as one is gone ({reason}); the checkpoints are intact, "
-            "and the same command on all hosts goes on from the newest",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            error = JobError(
+                "computing with the other processes failed, most likely as one is gone "
+                f"({str(error).splitlines()[0][:200]}); the checkpoints are intact, and the same command on all hosts goes on "
+                "from the newest"
+            )
+        os._exit(report(error))
 
 
 def asked_to_stop(step: int) -> bool:
@@ -179,7 +197,11 @@ def put_batch(mesh, batch: dict) -> dict:
     if jax.process_count() == 1:
         return batch
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    count = jax.process_count()
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
 
 
 def attention_implementation(requested: str, dtype: str) -> str:

@@ -20,10 +20,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from dit_jax import checkpoint, flops
+from dit_jax import checkpoint, flops, samples
 from dit_jax.command import launch, read_config
 from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError, to_dict
-from dit_jax.data import samples
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Process, make_process
 from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times, sampling_times

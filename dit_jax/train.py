@@ -25,7 +25,7 @@ from dit_jax.diagnose import find_layer
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.guard import all_finite, run_twice
-from dit_jax.ledger import Ledger, close, lose, process_start, write_entry
+from dit_jax.ledger import Ledger, close, lose, note, process_start, write_entry
 from dit_jax.log import open_scalars, progress, say
 from dit_jax.mesh import (
     asked_to_stop,
@@ -33,10 +33,10 @@ from dit_jax.mesh import (
     connect,
     everyone_is_here,
     leader,
-    leave_if_a_peer_is_gone,
     make_mesh,
     peak_flops,
     put_batch,
+    together,
 )
 from dit_jax.state import abstract_state, make_state
 from dit_jax.step import make_train_step, on_device
@@ -145,7 +145,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
     SIGTERM made it save and stop.
     """
     ledger = Ledger("train", since or time.time())
-    with _stop_flag() as stop:
+    with _stop_flag() as stop, together():
         source = open_data(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
@@ -161,11 +161,12 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         if leader():
             prepare_workdir(cfg, workdir)
         everyone_is_here("workdir")
-        with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, leave_if_a_peer_is_gone():
-            done = _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
-    for index, problem in sources.bad_records(source).items():
-        say(f"warning: record {index} was left out: {problem}")
-    return done
+        try:
+            with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, together():
+                return _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
+        finally:
+            for index, problem in sources.bad_records(source).items():
+                say(f"warning: record {index} was left out: {problem}")
 
 
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
@@ -181,7 +182,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
         state = make_state(cfg, mesh)
     if leader():
         lose(ledger, workdir, first)
-        write_entry(ledger.entry(), workdir)
+        note(ledger, workdir)
         write, close_scalars = open_scalars(workdir, first, tensorboard=not quiet)
     else:
         write, close_scalars = (lambda step, values: None), (lambda: None)
@@ -200,8 +201,12 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
 def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
     """The steps; returns the last one, saved. Scalars of a step are read after the next one is under way, so that the
     device never waits for the host."""
-    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance()}
-    first, every, pending, kind = int(state.step), cfg.train.replay_every, None, "compile"
+    step, meta, cap = (
+        make_train_step(cfg, mesh),
+        {"model": to_dict(cfg.model), **provenance()},
+        cfg.train.skips_in_a_row,
+    )
+    first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()
         with ledger.spend("data"):
@@ -209,22 +214,33 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         with ledger.spend(kind):
             twice = every and i % every == 0
             state, scalars = run_twice(step, state, batch, i) if twice else step(state, batch)
-        kind, ledger.last = "step", i
+        ledger.last = i
+        if kind == "compile" and leader():
+            note(ledger, workdir)
+        kind = "step"
         if pending:
-            _log(cfg, outputs, *pending, state, batch)
+            _log(outputs, *pending)
             pending = None
         if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
             pending = (i, scalars)
+        recent.append((i, scalars))
         stopping = asked_to_stop(i) if jax.process_count() > 1 else bool(stop)
+        if i % cap == 0:
+            _check_streaks(cfg, recent[:-1], state, batch)
+            recent = recent[-1:]
         if i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping:
-            _log(cfg, outputs, i, scalars, state, batch, written=bool(pending))
-            pending = None
+            if pending:
+                _log(outputs, *pending)
+                pending = None
+            _check_streaks(cfg, recent, state, batch)
+            recent = []
             with ledger.spend("save"):
                 _save(saver, state, batches.get_state(), meta, ledger, workdir)
         if stopping:
             break
     with ledger.spend("save"):
         saver.wait()
+        everyone_is_here("saved")
     return i
 
 
@@ -251,18 +267,25 @@ def _reporter(cfg: Config, first: int, quiet: bool):
     return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
 
 
-def _log(cfg: Config, outputs: tuple, step: int, scalars: dict, state, batch: dict, written: bool = True) -> None:
-    """Write a step's scalars (if `written`) and stop a run whose steps are all skipped; `state`, `batch`: of the newest step."""
+def _log(outputs: tuple, step: int, scalars: dict) -> None:
+    """Write a step's scalars."""
     (write, report), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
-    streak = int(values.pop("streak"))
-    if written:
-        write(step, {**values, **report(step, values), "time": time.time()})
-    if streak >= cfg.train.skips_in_a_row:
-        raise JobError(
-            f"step {step}: {streak} steps in a row were skipped, as {_reason(values)}; {find_layer(cfg, state, batch)}. "
-            "The state is that of the last good step, and its checkpoints are kept. Lower optim.learning_rate, set "
-            "optim.clip or model.qk_norm, or look at the data"
-        )
+    del values["streak"]
+    write(step, {**values, **report(step, values), "time": time.time()})
+
+
+def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:
+    """Stop a run whose steps are all skipped. `recent`: (step, scalars); `state` and `batch` are of the newest step."""
+    streaks = jax.device_get([scalars["streak"] for _, scalars in recent])
+    for (step, scalars), streak in zip(recent, streaks, strict=True):
+        if streak >= cfg.train.skips_in_a_row:
+            values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            raise JobError(
+                f"step {step}: {streak} steps in a row were skipped, as {_reason(values)}; {find_layer(cfg, state, batch)}. "
+                "The state is that of the last good step, and its checkpoints are kept. Look at the data; or train in "
+                "another --workdir with a lower optim.learning_rate, with optim.clip or model.qk_norm; a larger "
+                "train.skips_in_a_row lets this run go on"
+            )
 
 
 def _reason(values: dict) -> str:

@@ -57,12 +57,13 @@ def _zygote(cache_dir, devices):
 class Job:
     """A running job, forked from a process that has the libraries loaded; used like a Popen object."""
 
-    def __init__(self, job, *arguments, cache_dir, devices=2, environment=None, file_size=0):
+    def __init__(self, job, *arguments, cache_dir, devices=2, environment=None, file_size=0, plain_user=False):
         self._folder = Path(tempfile.mkdtemp(prefix="job-"))
         self.out, self.err = self._folder / "out", self._folder / "err"
         self._zygote, self.returncode = _zygote(cache_dir, devices), None
         request = {"job": job, "arguments": [str(a) for a in arguments], "out": str(self.out), "err": str(self.err)}
-        self.pid = int(self._ask(request | {"environment": environment or {}, "file_size": file_size}))
+        limits = {"environment": environment or {}, "file_size": file_size, "plain_user": plain_user}
+        self.pid = int(self._ask(request | limits))
 
     def _ask(self, request):
         self._zygote.stdin.write(json.dumps(request) + "\n")

@@ -17,10 +17,10 @@ from dit_jax import checkpoint, evaluate, flops, sample
 from dit_jax.command import read_config
 from dit_jax.config import MeshConfig, SampleConfig, UsageError
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.records import Partial, load_partial, save_partial
 from dit_jax.diffusion.process import make_process
 from dit_jax.mesh import make_mesh
 from dit_jax.metrics import frechet
+from dit_jax.records import Partial, load_partial, save_partial
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Bad numbers and flipped bits: the state stays as it was, bit for bit, and the run says what happened."""
 
 import dataclasses
+import functools
 import random
 
 import jax
@@ -11,6 +12,7 @@ from job import run
 from runs import scalars, train
 
 from dit_jax import checkpoint, guard, step
+from dit_jax import train as train_job
 from dit_jax.command import read_config
 from dit_jax.config import JobError, MeshConfig, TrainConfig
 from dit_jax.diagnose import find_layer
@@ -141,7 +143,9 @@ def test_a_run_of_bad_steps_stops_with_the_reason_and_no_bad_state_is_saved(tmp_
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "step 10: 10 steps in a row were skipped, as the update would make parameters that are not finite" in line
     assert "the largest gradient is that of output/linear/kernel" in line
-    assert [int(s["skipped"]) for s in scalars(tmp_path / "run")] == list(range(1, 11))
+    assert [int(s["skipped"]) for s in scalars(tmp_path / "run")] == list(
+        range(1, 13)
+    )  # looked at before the save of step 12
     for saved in checkpoint.steps(str(tmp_path / "run")):
         for item in ("params", "ema"):
             _, weights = checkpoint.load(str(tmp_path / "run"), saved, item)
@@ -191,6 +195,55 @@ def test_any_flipped_gradient_bit_is_caught_before_the_state_advances(seen, faul
         order = [fault, none] if rng.random() < 0.5 else [none, fault]
         with pytest.raises(JobError, match=r"step 11, computed twice .* gave other bits"):
             twice(order)
+
+
+def test_a_wrong_replica_on_any_device_is_caught(seen):
+    """What the first device holds is right in both runs; one other device, every one in turn, computed something else."""
+    state = jax.device_get(seen)
+    where = seen.params["output"]["linear"]["bias"].sharding
+    devices = list(where.mesh.devices.flat)
+    assert len(devices) == 8
+
+    def computed(wrong):
+        """The bias on all devices, one bit flipped on the device of number `wrong`."""
+        shards = [state.params["output"]["linear"]["bias"].copy() for _ in devices]
+        if wrong is not None:
+            shards[wrong].view(np.uint32)[2] ^= 1 << 9
+        placed = [jax.device_put(x, device) for x, device in zip(shards, devices, strict=True)]
+        return {"bias": jax.make_array_from_single_device_arrays(shards[0].shape, where, placed)}, {}
+
+    for number in (None, *range(8)):
+        results = iter([computed(None), computed(number)])
+        again = functools.partial(guard.run_twice, lambda state, data, results=results: next(results))
+        if number is None:
+            again({}, {}, 11)
+            continue
+        with pytest.raises(JobError, match=r"step 11, .* other bits in 1 of 1 arrays \(first: \[0\]\['bias'\]\)"):
+            again({}, {}, 11)
+
+
+def test_finite_numbers_too_large_to_square_are_refused(seen, compiled):
+    """Their variance would be infinite, and stay so."""
+    for start in (guard.init_guard(), jax.device_get(seen.guard)):
+        accepted, after = guard.judge(TrainConfig(spike=0.0), start, jnp.float32(1e30), jnp.float32(1), jnp.float32(1))
+        assert not accepted and guard.all_finite(after) and int(after.skipped) == 1
+
+
+def test_a_streak_between_two_logged_steps_stops_the_run(tmp_path, data_dir, cache_dir):
+    """Steps are logged every 50, and ten bad ones in a row are too many: the run ends at the next multiple of ten."""
+    flags = ["--config.optim.learning_rate=1e30", "--config.optim.clip=0", "--config.train.log_every=50"]
+    code, _, err = run("train", *train(tmp_path / "run", *flags, steps=45), cache_dir=cache_dir)
+    assert code == 1 and "error: step 10: 10 steps in a row were skipped" in err
+    assert [s["step"] for s in scalars(tmp_path / "run")] == [1]
+
+
+def test_a_state_that_is_not_finite_is_never_saved(seen, cfg):
+    """Though every step was accepted: a memory that failed."""
+    broken = jax.tree_util.tree_map_with_path(
+        lambda p, x: _broken(x, None) if p[-1].key == "bias" and p[0].key == "output" else x, jax.device_get(seen.ema)
+    )
+    with pytest.raises(JobError, match=r"step 10: the state holds numbers that are not finite"):
+        train_job._save(None, dataclasses.replace(seen, ema=broken), {}, {}, None, "")
 
 
 def test_replays_change_nothing_and_cost_one_step_in_n(uninterrupted, tmp_path, cache_dir):

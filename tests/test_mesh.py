@@ -1,6 +1,7 @@
 """The mesh: its shape, the one placement rule, and that no layout changes the result."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +152,24 @@ def test_a_batch_that_does_not_divide():
         meshes.check_batch(mesh, 12)
     with pytest.raises(UsageError, match=r"train.batch_size: found 24, expected a multiple of 16"):
         meshes.check_batch(mesh, 24, accumulate=2)
+
+
+def test_where_the_other_processes_are_found():
+    address = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert meshes.cluster({}, False) is None
+    assert meshes.cluster({}, True) == ({} if importlib.util.find_spec("libtpu") else None)
+    assert meshes.cluster({"JAX_PLATFORMS": "cpu"}, True) is None
+    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False) == {}
+    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False) is None
+    found = meshes.cluster(address, True)
+    assert found == {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
+    with pytest.raises(UsageError, match="expected whole numbers in JAX_NUM_PROCESSES"):
+        meshes.cluster(address | {"JAX_PROCESS_ID": "x"}, False)
+
+
+def test_hosts_that_share_rows_are_refused():
+    class TwoHosts:  # a mesh of 8 devices, of which this process has 4
+        shape, local_devices = {"data": 1, "fsdp": 1, "tensor": 8}, [None] * 4
+
+    with pytest.raises(UsageError, match=r"mesh.tensor: found 8, expected a divisor of the 4 devices of one host"):
+        meshes.check_batch(TwoHosts, 16)

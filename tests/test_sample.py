@@ -14,10 +14,9 @@ import pytest
 from job import TINY, run, start
 from PIL import Image
 
-from dit_jax import checkpoint, sample
+from dit_jax import checkpoint, sample, samples
 from dit_jax.command import Interrupted, read_config
 from dit_jax.config import JobError, MeshConfig, SampleConfig, UsageError
-from dit_jax.data import samples
 from dit_jax.mesh import make_mesh
 
 NUM = 1536

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from dit_jax.command import sync
 from dit_jax.config import JobError, UsageError
 from dit_jax.data.latents import (
     DTYPES,
@@ -107,7 +108,7 @@ def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes
                 content.update(record)
                 count += 1
         with _disk(folder):
-            _sync(path)
+            sync(path)
             digest = file_sha256(path)
         shards.append({"file": "", "records": count, "bytes": os.path.getsize(path), "sha256": digest})
     else:
@@ -181,18 +182,10 @@ def _write_notes(folder: str, notes: dict) -> None:
     part = os.path.join(folder, f"{NOTES}.part")
     with open(part, "w") as file:
         json.dump(notes, file, indent=1)
-    _sync(part)
+    sync(part)
     os.rename(part, os.path.join(folder, NOTES))
-    _sync(folder)
+    sync(folder)
 
 
 def _part(folder: str, number: int) -> str:
     return os.path.join(folder, f"latents-{number:05d}.part")
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_jax.command import Interrupted, parse_json, write_file
+from dit_jax.command import Interrupted, parse_json, sync, write_file
 from dit_jax.config import JobError, UsageError
 from dit_jax.log import clock, say
 
@@ -315,9 +315,7 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
     if sum(map(len, labels)) != num:
         raise JobError(f"{path}: found {sum(map(len, labels))} images in the parts, expected {num}; nothing is written")
     os.replace(temporary, path)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    os.fsync(folder)  # before the parts go
-    os.close(folder)
+    sync(os.path.dirname(os.path.abspath(path)))  # before the parts go
 
 
 def read_npz(path: str, most: int = PART_BYTES) -> Iterator[Batch]:

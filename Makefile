@@ -13,7 +13,7 @@ help:
 	@echo "make test       the tests (about 12 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
 	@echo "make test-torch  the tests that need PyTorch, the extra of setup.py named torch"
-	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about half an hour)"
+	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
 	@echo "make lock       resolve the locks anew"

@@ -37,15 +37,8 @@ def launch(main: Callable[[], None], config: str = "") -> None:
     `config` says where `--config` comes from: "file" (a file of configs/), "workdir" (the run's config.json, with
     `--config.a.b=v` overrides), or "" (none).
     """
-    sys.excepthook = _hook
     signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
     sys.exit(_guarded(lambda: _parse(config), main))
-
-
-def _hook(kind: type, value: BaseException, trace) -> None:
-    """Leaves out what threads of a save say after it failed: its error is raised and told once, in the main thread."""
-    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
-        sys.__excepthook__(kind, value, trace)
 
 
 def _stopped(number: int, frame) -> None:

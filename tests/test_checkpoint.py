@@ -19,7 +19,7 @@ from runs import STEPS, assert_same_run, train
 
 from dit_jax import checkpoint, manifest
 from dit_jax.command import read_config
-from dit_jax.config import JobError, MeshConfig, UsageError
+from dit_jax.config import JobError, MeshConfig, UsageError, to_dict
 from dit_jax.mesh import make_mesh
 from dit_jax.state import abstract_state, make_state
 
@@ -221,6 +221,25 @@ def test_other_leaves_are_named_with_what_was_found_and_expected(change, uninter
     with pytest.raises(UsageError) as error:
         checkpoint.restore(str(tmp_path), 7, abstract_state(cfg, mesh), cfg.model)
     assert STRICT[change] in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["optimizer", "guard"])
+def test_another_leaf_of_the_optimizer_or_the_guard_is_named(where, uninterrupted, tmp_path):
+    cfg = dataclasses.replace(read_config(str(uninterrupted)), mesh=MeshConfig())
+    mesh = make_mesh(cfg.mesh)
+    state = dataclasses.replace(make_state(cfg, mesh), step=jnp.int32(7))
+    if where == "guard":
+        wrong = dataclasses.replace(state, guard=dataclasses.replace(state.guard, mean=jnp.zeros(3)))
+    else:
+        moments = [leaf for leaf in jax.tree.leaves(state.opt) if leaf.ndim]
+        wrong = dataclasses.replace(state, opt=jax.tree.map(lambda x: x[:1] if x is moments[0] else x, state.opt))
+    saver = checkpoint.Saver(str(tmp_path), 3)
+    saver.save(wrong, {"next_index": 7}, {"model": to_dict(cfg.model)})
+    saver.close()
+    with pytest.raises(
+        UsageError, match=rf"7/opt: other leaves than .*: {where}/.*found float32 \(.*expected float32 \("
+    ):
+        checkpoint.restore(str(tmp_path), 7, abstract_state(cfg, mesh), cfg.model)
 
 
 def test_without_an_ema_or_of_another_model_is_an_error(workdir):

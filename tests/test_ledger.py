@@ -79,6 +79,8 @@ def test_an_evaluation_has_a_line_of_its_own(uninterrupted, tmp_path, cache_dir)
     assert code == 0 and "goodput " in err, err
     *before, entry = entries(workdir)
     assert before == trained and entry["job"] == "evaluate"
+    for line in (workdir / "eval" / "records.jsonl").read_text().splitlines():
+        assert json.loads(line)["goodput"] == pytest.approx(trained[0]["seconds"])  # what the training's time went into
     assert entry["seconds"]["evaluation"] > 0
     assert booked(entry) == pytest.approx(entry["wall"], rel=1 - SHARE)
     code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir)

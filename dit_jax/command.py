@@ -6,6 +6,7 @@
 import collections
 import contextlib
 import json
+import logging
 import os
 import re
 import runpy
@@ -16,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dit_jax.config import Config, JobError, UsageError, nearest, resolve, template, to_dict
@@ -37,12 +39,36 @@ def launch(main: Callable[[], None], config: str = "") -> None:
     `config` says where `--config` comes from: "file" (a file of configs/), "workdir" (the run's config.json, with
     `--config.a.b=v` overrides), or "" (none).
     """
+    sys.unraisablehook = _unraisable
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, with a traceback, what a failed save met
     signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
     sys.exit(_guarded(lambda: _parse(config), main))
 
 
+def _unraisable(found) -> None:
+    """Leaves out what callbacks of TensorStore say, dozens of times, after a save failed: its error is told by `report`."""
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
+
+
+IDLE = "SIGTERM: nothing was under way; the same command goes on"
+_asked: list[int] = []  # SIGTERM while no job had a handler of its own
+
+
 def _stopped(number: int, frame) -> None:
-    raise Interrupted("SIGTERM: nothing was under way; the same command goes on")
+    _asked.append(number)
+    raise Interrupted(IDLE)
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[list]:
+    """A list that SIGTERM fills, for loops to look at. The old handler comes back at the end."""
+    stop = list(_asked)
+    old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
@@ -51,6 +77,10 @@ def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
         main()
     except (UsageError, JobError, OSError, Interrupted, KeyboardInterrupt) as error:
         return report(error)
+    except Exception:
+        if _asked:  # a library that `_stopped` interrupted made something else of it
+            return report(Interrupted(IDLE))
+        raise
     return DONE
 
 
@@ -83,7 +113,7 @@ def _make_room_for_virtual_devices() -> None:
 
 def _parse(config: str) -> None:
     _make_room_for_virtual_devices()
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     _check_overrides()
     with _parsing(flags.FLAGS):
         if config == "workdir":

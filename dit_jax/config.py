@@ -52,7 +52,7 @@ class ModelConfig:
     classes: int = 1000
     mlp_ratio: int = 4
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = "adaln_zero"
+    conditioning: str = "adaln_zero"  # or in_context, cross_attention, adaln
     qk_norm: bool = False
     dtype: str = "float32"  # of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn
@@ -62,7 +62,7 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("depth", "width", "heads", "patch", "input_size", "channels", "classes", "mlp_ratio", "unroll"):
             _range(f"model.{name}", getattr(self, name), 1)
-        _choice("model.conditioning", self.conditioning, ("adaln_zero",))
+        _choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
         _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         _choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         _choice("model.remat", self.remat, ("none", "dots", "full"))
@@ -73,9 +73,7 @@ class ModelConfig:
                 f"model.width: found {self.width}, expected a multiple of 4 (two sines and two cosines a position)"
             )
         if self.input_size % self.patch:
-            raise UsageError(
-                f"model.patch: found {self.patch}, expected a divisor of model.input_size = {self.input_size}"
-            )
+            raise UsageError(f"model.patch: found {self.patch}, expected a divisor of input_size = {self.input_size}")
         if self.depth % self.unroll:
             raise UsageError(f"model.unroll: found {self.unroll}, expected a divisor of model.depth = {self.depth}")
 
@@ -83,6 +81,11 @@ class ModelConfig:
     def tokens(self) -> int:
         """Image tokens per image."""
         return (self.input_size // self.patch) ** 2
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the norms' shift and scale come from the condition (adaLN); else the condition is a sequence of 2 tokens."""
+        return self.conditioning in ("adaln", "adaln_zero")
 
     @property
     def out_channels(self) -> int:

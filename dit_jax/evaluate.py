@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from dit_jax import checkpoint, flops
-from dit_jax.command import Interrupted, launch, read_config
+from dit_jax.command import Interrupted, launch, read_config, stop_flag
 from dit_jax.config import Config, DataConfig, EvalConfig, JobError, UsageError, resolve
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import describe
@@ -33,7 +33,7 @@ from dit_jax.mesh import batch_sharding, make_mesh, replicated
 from dit_jax.metrics import frechet
 from dit_jax.models import digit_features
 from dit_jax.records import RECORDS, Partial, append_record, drop_partials, load_partial, save_partial
-from dit_jax.sample import UINT8, describe_job, image_flops, sample_images, stop_flag
+from dit_jax.sample import UINT8, describe_job, image_flops, sample_images
 from dit_jax.samples import pause, progress
 from dit_jax.step import image_losses, on_device
 

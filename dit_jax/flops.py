@@ -3,9 +3,14 @@
 One MAC is one multiply and one add, so FLOPs = 2 x MACs, always. The DiT paper's "Gflops" are the MACs of one unguided
 forward pass of one image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are not counted.
 
-    MACs = T p^2 C d + (256 d + d^2) + L ((4 + 2r) T d^2 + 2 T^2 d + 6 d^2) + 2 d^2 + T d p^2 C_out
+    MACs = T p^2 C d + (256 d + d^2) + L ((4 + 2r) S d^2 + 2 S^2 d + m d^2 + x) + o d^2 + T d p^2 C_out
 
-with T tokens, patch p, C channels in and C_out out, width d, depth L and MLP ratio r.
+with T image tokens, patch p, C channels in and C_out out, width d, depth L and MLP ratio r, and by conditioning:
+
+                        in_context   cross_attention           adaln   adaln_zero
+    S, tokens           T + 2        T                         T       T
+    m, o, modulation    0, 0         0, 0                      4, 2    6, 2
+    x                   0            (2T + 4) d^2 + 4 T d      0       0
 """
 
 from dit_jax.config import ModelConfig
@@ -13,16 +18,23 @@ from dit_jax.config import ModelConfig
 TIME_FREQUENCIES = 256  # width of the sinusoid that embeds a timestep
 
 
+CONDITION_TOKENS = 2  # time and label, where they are tokens
+MODULATIONS = {"adaln": 4, "adaln_zero": 6}  # vectors a block; the output has 2
+
+
 def component_macs(cfg: ModelConfig) -> dict[str, int]:
     """MACs of one forward pass of one image, by component."""
-    n, d, patch = cfg.tokens, cfg.width, cfg.patch**2
+    n, d, patch, extra = cfg.tokens, cfg.width, cfg.patch**2, CONDITION_TOKENS
+    s = n + extra if cfg.conditioning == "in_context" else n
+    cross = 2 * n * d * d + 2 * extra * d * d + 2 * n * extra * d if cfg.conditioning == "cross_attention" else 0
     return {
         "patch_embedding": n * patch * cfg.channels * d,
         "time_embedding": TIME_FREQUENCIES * d + d * d,
-        "attention_projections": cfg.depth * 4 * n * d * d,
-        "attention_scores": cfg.depth * 2 * n * n * d,
-        "mlp": cfg.depth * 2 * cfg.mlp_ratio * n * d * d,
-        "modulation": cfg.depth * 6 * d * d + 2 * d * d,
+        "attention_projections": cfg.depth * 4 * s * d * d,
+        "attention_scores": cfg.depth * 2 * s * s * d,
+        "cross_attention": cfg.depth * cross,
+        "mlp": cfg.depth * 2 * cfg.mlp_ratio * s * d * d,
+        "modulation": (cfg.depth * MODULATIONS[cfg.conditioning] + 2) * d * d if cfg.adaptive else 0,
         "output": n * d * patch * cfg.out_channels,
     }
 
@@ -52,13 +64,16 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     d, patch, hidden = cfg.width, cfg.patch**2, cfg.mlp_ratio * cfg.width
     attention = 4 * d * d + 4 * d + (2 * (d // cfg.heads) if cfg.qk_norm else 0)
     mlp = 2 * d * hidden + hidden + d
+    crossed = cfg.conditioning == "cross_attention"
     return {
         "patch_embedding": patch * cfg.channels * d + d,
         "time_embedding": TIME_FREQUENCIES * d + d + d * d + d,
         "label_table": (cfg.classes + 1) * d,
         "attention": cfg.depth * attention,
+        "cross_attention": cfg.depth * attention if crossed else 0,
         "mlp": cfg.depth * mlp,
-        "modulation": cfg.depth * (6 * d * d + 6 * d) + 2 * d * d + 2 * d,
+        "modulation": (cfg.depth * MODULATIONS[cfg.conditioning] + 2) * (d * d + d) if cfg.adaptive else 0,
+        "norms": 0 if cfg.adaptive else (cfg.depth * (3 if crossed else 2) + 1) * 2 * d,
         "output": d * patch * cfg.out_channels + patch * cfg.out_channels,
     }
 
@@ -69,7 +84,9 @@ def parameters(cfg: ModelConfig) -> int:
 
 
 def active_parameters(cfg: ModelConfig) -> int:
-    """Weights that multiply every token: the N of scaling fits. Modulation, time and label weights act once an image."""
+    """Weights that multiply every image token: the N of scaling fits. Modulation, time and label weights act once an image, and
+    so do the keys and values of cross-attention."""
     d = cfg.width
-    per_block = (4 + 2 * cfg.mlp_ratio) * d * d
+    crossed = 2 if cfg.conditioning == "cross_attention" else 0
+    per_block = (4 + crossed + 2 * cfg.mlp_ratio) * d * d
     return cfg.depth * per_block + cfg.patch**2 * d * (cfg.channels + cfg.out_channels)

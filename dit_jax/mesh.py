@@ -29,6 +29,8 @@ BATCH = P(("data", "fsdp"))
 # Where `tensor` splits a block's weights: the axis, counted from the end, of a kernel and of a bias.
 TENSOR_AXES = {
     "qkv": {"kernel": -2, "bias": -2},  # (l, d, 3, k, h) and (l, 3, k, h): by heads
+    "q": {"kernel": -2, "bias": -2},  # of cross-attention: (l, d, k, h) and (l, k, h)
+    "kv": {"kernel": -2, "bias": -2},  # (l, d, 2, k, h) and (l, 2, k, h)
     "proj": {"kernel": -3},  # (l, k, h, d): by heads
     "fc1": {"kernel": -1, "bias": -1},
     "fc2": {"kernel": -2},

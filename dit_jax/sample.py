@@ -5,13 +5,11 @@ the same that `evaluate` uses. Images are kept in `samples.npz.parts/` as they a
 there, and finds nothing to do once the npz is whole. SIGTERM ends the running batch and exits 75.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 
 import jax
@@ -21,7 +19,7 @@ from absl import flags
 from PIL import Image
 
 from dit_jax import checkpoint, flops, samples
-from dit_jax.command import launch, read_config
+from dit_jax.command import launch, read_config, stop_flag
 from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError, to_dict
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Process, make_process
@@ -182,17 +180,6 @@ def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
         if not value.isdigit() or not int(value) < classes:
             raise UsageError(f"--labels: found {value!r}, expected class numbers from 0 to {classes - 1}, with commas")
     return tuple(int(value) for value in values)
-
-
-@contextlib.contextmanager
-def stop_flag() -> Iterator[list]:
-    """A list that SIGTERM fills, for loops to look at. The old handler comes back at the end."""
-    stop: list = []
-    old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 def _check_paths(out: str, grid: str) -> None:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import math
 import os
-import signal
 import subprocess
 import time
 
@@ -17,7 +16,7 @@ import jax
 from absl import flags
 
 from dit_jax import checkpoint, flops
-from dit_jax.command import Interrupted, launch, read_config, write_file
+from dit_jax.command import Interrupted, launch, read_config, stop_flag, write_file
 from dit_jax.config import Config, JobError, UsageError, resolve, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
@@ -300,21 +299,9 @@ def _reason(values: dict) -> str:
     return f"loss ({values['loss']:.4g}) or gradient norm ({values['grad_norm']:.4g}) spike"
 
 
-@contextlib.contextmanager
 def _stop_flag():
-    """A list that the first SIGTERM fills; the loop then saves and stops. The old handler comes back at the end.
-
-    Of several processes, all must stop at one step: `asked_to_stop` has a handler of its own, which stays.
-    """
-    stop = []
-    if jax.process_count() > 1:
-        yield stop
-        return
-    old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    """`stop_flag`; of several processes, all must stop at one step: `asked_to_stop` has a handler of its own, which stays."""
+    return stop_flag() if jax.process_count() == 1 else contextlib.nullcontext([])
 
 
 def main() -> None:

@@ -272,6 +272,7 @@ def test_a_full_disk_surfaces_and_older_checkpoints_stay(uninterrupted, tmp_path
     assert process.returncode == 1, err
     (last,) = [line for line in err.splitlines() if line.startswith("error: ")] or [err]
     assert "the checkpoint could not be written (File too large)" in last and "are intact" in last
+    assert "Traceback" not in err
     left = checkpoint.steps(str(workdir))
     assert left and left[-1] < STEPS and f"the checkpoints of steps {left} are intact" in last
     assert not [name for name in os.listdir(workdir / "checkpoints") if not name.isdecimal() and name != "lock"]

@@ -52,7 +52,8 @@ def test_a_record_says_everything(workdir):
     cfg = read_config(str(workdir))
     record = next(r for r in records(workdir) if "loss" in r["metrics"])
     assert set(record) == {
-        "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics", "protocol",
+        "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics",
+        "goodput", "protocol",
         "protocol_id",
     }  # fmt: skip
     assert record["images_seen"] == record["step"] * 16 and record["tokens_seen"] == record["images_seen"] * 16

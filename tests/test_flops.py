@@ -40,6 +40,23 @@ def test_macs_and_parameters_of_the_published_sizes(name):
     assert flops.parameters(cfg) == parameters == made_parameters(cfg)
 
 
+# conditioning: (paper's Gflops = GMAC, parameters in millions) of XL/2; Peebles & Xie 2023, section 5 and Figure 5.
+CONDITIONINGS = {
+    "in_context": (119.37, 449),
+    "cross_attention": (137.62, 598),
+    "adaln": (118.56, 600),
+    "adaln_zero": (118.64, 675),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONINGS)
+def test_macs_and_parameters_of_the_four_conditionings(name):
+    cfg, (gmacs, millions) = model_config("DiT-XL/2", conditioning=name), CONDITIONINGS[name]
+    assert flops.forward_macs(cfg) / 1e9 == pytest.approx(gmacs, rel=0.0005)
+    assert round(flops.parameters(cfg) / 1e6) == millions
+    assert flops.parameters(cfg) == made_parameters(cfg)
+
+
 def test_macs_at_512_pixels():
     assert flops.forward_macs(model_config("DiT-XL/2", image_size=512)) / 1e9 == pytest.approx(524.54, abs=0.005)
 
@@ -57,16 +74,25 @@ def test_active_parameters_of_xl():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"qk_norm": True}, {"learn_sigma": False}, {"classes": 7, "mlp_ratio": 2, "channels": 3}]
+    "changes",
+    [
+        {"qk_norm": True},
+        {"learn_sigma": False},
+        {"classes": 7, "mlp_ratio": 2, "channels": 3},
+        {"conditioning": "cross_attention", "qk_norm": True},
+        {"conditioning": "in_context", "qk_norm": True},
+        {"conditioning": "adaln"},
+    ],
 )
 def test_parameters_of_free_configs_match_init(changes):
     cfg = ModelConfig(**{"depth": 3, "width": 24, "heads": 2, "input_size": 8, **changes})
     assert flops.parameters(cfg) == made_parameters(cfg)
 
 
-def test_macs_match_the_compiler_on_an_unrolled_model():
+@pytest.mark.parametrize("name", CONDITIONINGS)
+def test_macs_match_the_compiler_on_an_unrolled_model(name):
     """XLA counts norms and activations too, so it must come out above, and near for a wide model."""
-    cfg = ModelConfig(depth=2, width=256, heads=4, patch=2, input_size=16, channels=4, classes=10, unroll=2)
+    cfg = ModelConfig(depth=2, width=256, heads=4, input_size=16, classes=10, unroll=2, conditioning=name)
     params = dit.init(cfg, jax.random.key(0))
     x, t, y = jax.numpy.zeros((1, 16, 16, 4)), jax.numpy.zeros((1,)), jax.numpy.zeros((1,), int)
     cost = jax.jit(lambda p: dit.apply(cfg, p, x, t, y)).lower(params).compile().cost_analysis()

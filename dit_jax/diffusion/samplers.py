@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import UsageError, nearest
-from dit_jax.diffusion.process import Denoiser, Process
+from dit_jax.diffusion.process import Denoiser, Flow, Process
 
 
 def draw_noise(keys: jax.Array, index, shape: tuple) -> jax.Array:
@@ -40,9 +40,21 @@ def _grid(process: Process, times: np.ndarray) -> dict[str, np.ndarray]:
         "log_large": np.log(variance),
         "log_small": np.log(np.maximum(variance * share, 1e-20)),
         "noisy": (ends["sigma_s"] > 0).astype(np.float64),  # the step to the clean image adds no noise
+        "memory": _memory(ends),
         "index": np.arange(len(times) - 1) + 1,
     }
     return {name: value.astype(np.int32 if name == "index" else np.float32) for name, value in ends.items()}
+
+
+def _memory(ends: dict[str, np.ndarray]) -> np.ndarray:
+    """How much of the x_0 predicted one step before enters that of a DPM-Solver++ step: h_i / (2 h_{i-1}) in log(alpha / sigma).
+
+    None in the first step, nor in an infinite one (to the clean image) or after one (from pure noise): those are of first order.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = np.log(ends["alpha_s"] / ends["sigma_s"]) - np.log(ends["alpha_t"] / ends["sigma_t"])
+        share = np.concatenate([[0.0], h[1:] / (2 * h[:-1])])
+    return np.where(np.isfinite(share), share, 0.0)
 
 
 def _walk(step, process: Process, x: jax.Array, times: np.ndarray) -> jax.Array:
@@ -101,13 +113,58 @@ def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, k
     return euler(process, denoise, x, times[-2:], keys)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+def dpmpp_2m(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """DPM-Solver++, second-order multistep, x_0-prediction (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+
+    Its last step, to the clean image, is of first order (diffusers: `algorithm_type="dpmsolver++"`, `solver_order=2`,
+    `solver_type="midpoint"`, `final_sigmas_type="zero"`).
+    """
+
+    def step(carry, c):
+        x, before = carry
+        x0, _ = process.predict(denoise(x, _at(c["t"], x)), x, c["alpha_t"], c["sigma_t"])
+        mixed = x0 + c["memory"] * (x0 - before)
+        share = c["sigma_s"] / c["sigma_t"]
+        return (share * x + (c["alpha_s"] - share * c["alpha_t"]) * mixed, x0), None
+
+    return jax.lax.scan(step, (x, jnp.zeros_like(x)), _grid(process, times))[0][0]
+
+
+def euler_maruyama(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Euler-Maruyama on the reverse SDE of a flow whose noise has variance 2 t dt, dx = (v + eps) dt + sqrt(2 t) dw.
+
+    It has the marginals of the ODE (Ma et al. 2024, SiT, eq. 6, w_t = 2 sigma_t); the step to the clean image is Euler's on
+    the ODE, without noise.
+    """
+
+    def step(x, c):
+        out, size = denoise(x, _at(c["t"], x)), c["t"] - c["s"]
+        _, eps = process.predict(out, x, c["alpha_t"], c["sigma_t"])
+        noise = draw_noise(keys, c["index"], x.shape[1:])
+        return x - size * (out + c["noisy"] * eps) + c["noisy"] * jnp.sqrt(2 * c["t"] * size) * noise
+
+    return _walk(step, process, x, times)
+
+
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "euler_maruyama": euler_maruyama,
+}
+FLOWS_ONLY = ("euler_maruyama",)
 
 
 def sampling_times(process: Process, sampler: str, steps: int) -> np.ndarray:
     """The grid of times, (steps + 1,). Raises UsageError if there is no such sampler, or the process has fewer steps."""
     if sampler not in SAMPLERS:
         raise UsageError(f"sample.sampler: found {sampler!r}{nearest(sampler, SAMPLERS)}")
+    if sampler in FLOWS_ONLY and not isinstance(process, Flow):
+        raise UsageError(
+            f"sample.sampler: found {sampler!r} for {type(process).__name__}, expected a flow; 'ddpm' is its like there"
+        )
     try:
         return process.times(steps)
     except ValueError as error:

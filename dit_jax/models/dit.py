@@ -1,4 +1,4 @@
-"""The Diffusion Transformer with adaLN-Zero conditioning (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
+"""The Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
 
 import functools
 
@@ -9,41 +9,81 @@ import jax.numpy as jnp
 from dit_jax.config import ModelConfig
 from dit_jax.flops import TIME_FREQUENCIES
 from dit_jax.models.conditioning import LabelEmbedding, TimeEmbedding, positions
-from dit_jax.models.layers import Attention, Mlp, Modulation, layer_norm, modulate, patchify, unpatchify, xavier, zeros
+from dit_jax.models.layers import (
+    Attention,
+    CrossAttention,
+    Mlp,
+    Modulation,
+    Norm,
+    layer_norm,
+    modulate,
+    patchify,
+    unpatchify,
+    xavier,
+    zeros,
+)
 
 
-class Block(nn.Module):
-    """One adaLN-Zero block: x (b, n, d), c (b, d) -> x."""
+def _attention(cls, cfg: ModelConfig, name: str):
+    implementation = "xla" if cfg.attention == "auto" else cfg.attention
+    return cls(cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name)
+
+
+class AdaptiveBlock(nn.Module):
+    """One block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only the latter has gates, which start at zero."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, name="modulation")(c)
-        implementation = "xla" if cfg.attention == "auto" else cfg.attention
-        attention = Attention(cfg.heads, cfg.qk_norm, implementation, dtype, name="attention")
-        x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
+        attention = _attention(Attention, cfg, "attention")
         mlp = Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")
+        if cfg.conditioning == "adaln":
+            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, name="modulation")(c)
+            x = x + attention(modulate(layer_norm(x), shift1, scale1))
+            return x + mlp(modulate(layer_norm(x), shift2, scale2)), None
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, name="modulation")(c)
+        x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
         return x + gate2[:, None] * mlp(modulate(layer_norm(x), shift2, scale2)), None
 
 
-class Output(nn.Module):
-    """x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN, then a Linear; both start at zero."""
+class PlainBlock(nn.Module):
+    """One block of `in_context` or `cross_attention`, a standard pre-norm one: x (b, n, d), c (b, 2, d) -> x.
+
+    In context c is already among the tokens x, and not looked at here.
+    """
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        shift, scale = Modulation(2, dtype, name="modulation")(c)
-        size = cfg.patch**2 * cfg.out_channels
-        return nn.Dense(size, kernel_init=zeros, dtype=dtype, name="linear")(modulate(layer_norm(x), shift, scale))
+        x = x + _attention(Attention, cfg, "attention")(Norm(dtype, name="norm1")(x))
+        if cfg.conditioning == "cross_attention":
+            x = x + _attention(CrossAttention, cfg, "cross_attention")(Norm(dtype, name="cross_norm")(x), c)
+        return x + Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")(Norm(dtype, name="norm2")(x)), None
+
+
+class Output(nn.Module):
+    """x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (or, with c as tokens, a plain norm), then a Linear; both start at zero."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, c):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        if cfg.adaptive:
+            shift, scale = Modulation(2, dtype, name="modulation")(c)
+            h = modulate(layer_norm(x), shift, scale)
+        else:
+            h = Norm(dtype, name="norm")(x)
+        return nn.Dense(cfg.patch**2 * cfg.out_channels, kernel_init=zeros, dtype=dtype, name="linear")(h)
 
 
 def _scanned_block(cfg: ModelConfig):
     """`depth` blocks as one scan: their parameters carry a leading layer axis l, and XLA compiles one body."""
-    block = Block
+    block = AdaptiveBlock if cfg.adaptive else PlainBlock
     if cfg.remat != "none":
         keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[cfg.remat]
         block = nn.remat(block, policy=keep, prevent_cse=False)
@@ -68,10 +108,13 @@ class DiT(nn.Module):
         side = cfg.input_size // cfg.patch
         h = nn.Dense(cfg.width, kernel_init=xavier, dtype=dtype, name="patch_embedding")(patchify(x, cfg.patch))
         h = h + positions(side, cfg.width).astype(dtype)[None]
-        c = TimeEmbedding(cfg.width, TIME_FREQUENCIES, dtype, name="time_embedding")(t)
-        c = c + LabelEmbedding(cfg.classes, cfg.width, dtype, name="label_embedding")(labels)
+        time = TimeEmbedding(cfg.width, TIME_FREQUENCIES, dtype, name="time_embedding")(t)
+        label = LabelEmbedding(cfg.classes, cfg.width, dtype, name="label_embedding")(labels)
+        c = time + label if cfg.adaptive else jnp.stack([time, label], axis=1)
+        if cfg.conditioning == "in_context":
+            h = jnp.concatenate([h, c], axis=1)
         h, _ = _scanned_block(cfg)(h, c)
-        h = Output(cfg, name="output")(h, c)
+        h = Output(cfg, name="output")(h[:, : side**2], c)
         return unpatchify(h, cfg.patch, side).astype(jnp.float32)
 
 
@@ -91,7 +134,11 @@ def apply(cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, labels: ja
 
 
 # Modules of a block in the order in which they run.
-ORDER = ("modulation", "attention/qkv", "attention/q_norm", "attention/k_norm", "attention/proj", "mlp/fc1", "mlp/fc2")
+ORDER = (
+    "modulation", "norm1", "attention/qkv", "attention/q_norm", "attention/k_norm", "attention/proj",
+    "cross_norm", "cross_attention/q", "cross_attention/kv", "cross_attention/q_norm", "cross_attention/k_norm",
+    "cross_attention/proj", "norm2", "mlp/fc1", "mlp/fc2",
+)  # fmt: skip
 
 
 def activations(

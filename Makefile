@@ -45,7 +45,7 @@ demo: setup
 	@$(BIN)/python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=$(DEMO)
 
 test: dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
@@ -54,7 +54,7 @@ test-torch: dev
 	$(BIN)/python -m pytest -m torch
 
 torture: dev
-	$(BIN)/python -m pytest -m slow tests/test_kills.py
+	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py
 	DIT_JAX_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 lint: dev

@@ -10,7 +10,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (about 12 minutes on 2 cores)"
+	@echo "make test       the tests (about 14 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
 	@echo "make test-torch  the tests that need PyTorch, the extra of setup.py named torch"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"

@@ -185,7 +185,7 @@ class TrainConfig:
     checkpoint_every: int = 10_000
     keep: int = 3  # checkpoints kept, the newest ones
     spike: float = (
-        20.0  # a step is skipped when loss or gradient norm lie this many deviations above their mean; 0 = never
+        0.0  # a step is skipped when loss or gradient norm lie this many deviations above their mean; 0 = never
     )
     spike_window: int = 100  # steps of that rolling mean and deviation, and before the first such skip
     skips_in_a_row: int = 10  # skipped steps (not finite, or spikes) that stop the run

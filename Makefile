@@ -4,15 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+PEERS := $(VENV)/peers
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
-.PHONY: help setup dev demo test test-slow test-torch torture lint lock clean
+.PHONY: help setup dev demo test test-slow parity torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
 	@echo "make test       the tests (about 14 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
-	@echo "make test-torch  the tests that need PyTorch, the extra of setup.py named torch"
+	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
@@ -50,8 +51,14 @@ test: dev
 test-slow: dev
 	$(BIN)/python -m pytest -m slow
 
-test-torch: dev
-	$(BIN)/python -m pytest -m torch
+$(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
+	@echo "installing the peers ..."
+	@rm -rf $(PEERS)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(PEERS) -r requirements-peers.lock
+	@touch $@
+
+parity: $(PEERS)/.done
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -m parity -n 2 --dist loadfile tests/parity tests/test_weights.py
 
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py
@@ -67,6 +74,9 @@ lock: $(BIN)/uv
 	$(COMPILE) requirements-bootstrap.in -o requirements-bootstrap.lock
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
+	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \
+		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
+		$$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock requirements-dev.lock) -o requirements-peers.lock
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -345,7 +345,7 @@ def torch():
     return importlib.import_module("torch")
 
 
-@pytest.mark.torch
+@pytest.mark.parity
 def test_plain_checkpoints_come_back(tmp_path, torch):
     path, tied = str(tmp_path / "x.pt"), torch.arange(5.0)
     half = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
@@ -364,7 +364,7 @@ def test_plain_checkpoints_come_back(tmp_path, torch):
     assert {k: v.shape for k, v in read_arrays(path).items()} == {"weight": (2, 3), "bias": (2,)}
 
 
-@pytest.mark.torch
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoints_that_are_more_than_tensors_are_refused(tmp_path, torch):
     path, one = str(tmp_path / "x.pt"), torch.zeros(1)

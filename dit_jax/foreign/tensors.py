@@ -1,0 +1,53 @@
+"""Tensors by name, each of which must be there, have its shape, and be used once."""
+
+import difflib
+
+import numpy as np
+
+from dit_jax.error import UsageError
+
+
+class Tensors:
+    """A file's arrays, taken one by one; `done` raises when some were never asked for.
+
+    `where` names the file in errors, all of which are UsageError.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], where: str):
+        self.arrays, self.where, self.left = arrays, where, set(arrays)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that must be there, without taking it: sizes are read off the shapes."""
+        return self._find(name).shape
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The float32 values of a tensor of floats, in their own layout."""
+        found = self._find(name)
+        if found.shape != tuple(shape):
+            raise UsageError(f"{self.where}: {name}: found shape {found.shape}, expected {tuple(shape)}")
+        values = np.asarray(found, np.float32)
+        if not (np.issubdtype(found.dtype, np.floating) or found.dtype.name == "bfloat16"):
+            raise UsageError(f"{self.where}: {name}: found {found.dtype}, expected floats")
+        if not np.isfinite(values).all():
+            raise UsageError(f"{self.where}: {name}: holds numbers that are not finite")
+        self.left.discard(name)
+        return values
+
+    def skip(self, *names: str) -> None:
+        """Tensors that may be there and say nothing (counters, tables worked out anew)."""
+        self.left.difference_update(names)
+
+    def done(self) -> None:
+        if self.left:
+            few = ", ".join(sorted(self.left)[:5])
+            raise UsageError(f"{self.where}: found {len(self.left)} tensors that the network does not have: {few}")
+
+    def _find(self, name: str) -> np.ndarray:
+        if name not in self.arrays:
+            near = difflib.get_close_matches(name, self.arrays, 1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise UsageError(f"{self.where}: {name}: missing, among {len(self.arrays)} tensors{hint}")
+        return self.arrays[name]

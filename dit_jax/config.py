@@ -184,9 +184,7 @@ class TrainConfig:
     log_every: int = 100
     checkpoint_every: int = 10_000
     keep: int = 3  # checkpoints kept, the newest ones
-    spike: float = (
-        0.0  # a step is skipped when loss or gradient norm lie this many deviations above their mean; 0 = never
-    )
+    spike: float = 20.0  # deviations of loss or gradient norm above their mean from which a step is skipped; 0 = none
     spike_window: int = 100  # steps of that rolling mean and deviation, and before the first such skip
     skips_in_a_row: int = 10  # skipped steps (not finite, or spikes) that stop the run
     replay_every: int = 0  # every so many steps the step is computed twice and compared bit for bit; 0 = never

@@ -2,7 +2,7 @@
 computed twice and compared bit for bit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from dit_jax.config import JobError, TrainConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Guard:
-    """Rolling statistics of the accepted steps, and counts of the skipped ones."""
+    """Rolling statistics of loss and gradients' norm, and counts of the skipped steps."""
 
-    count: Any  # int32, accepted steps
+    count: Any  # int32, steps in the statistics
     mean: Any  # float32 (2,): of the loss and of the gradients' norm
     variance: Any  # float32 (2,)
     skipped: Any  # int32, all of them
@@ -37,25 +37,24 @@ def judge(cfg: TrainConfig, guard: Guard, loss, grad_norm, param_norm) -> tuple[
     """(whether the step is accepted, the guard after it).
 
     A step is refused when the loss, the gradients' norm or the new parameters' norm is not finite or, once
-    `train.spike_window` steps were accepted, when loss or gradients' norm lies more than `train.spike` standard deviations
-    above its rolling mean. The deviations are of an exponential window of `train.spike_window` steps.
+    `train.spike_window` steps were seen, when loss or gradients' norm lies more than `train.spike` standard deviations above
+    its rolling mean. The deviations are of an exponential window of `train.spike_window` steps, in which a refused spike
+    counts as a value at the limit: with 20 deviations and 100 steps the limit more than doubles with every refusal, so that
+    a loss that has moved for good is accepted after a few steps, and one that runs away reaches `train.skips_in_a_row`.
     """
     x = jnp.stack([loss, grad_norm]).astype(jnp.float32)
-    delta = x - guard.mean
-    accepted = jnp.isfinite(delta**2).all() & jnp.isfinite(param_norm)  # squared, as the variance needs it
+    finite = jnp.isfinite((x - guard.mean) ** 2).all() & jnp.isfinite(param_norm)  # squared, as the variance needs it
+    limit = jnp.full_like(x, jnp.inf)
     if cfg.spike:
-        limit = guard.mean + cfg.spike * jnp.sqrt(guard.variance)
-        accepted &= (guard.count < cfg.spike_window) | (x <= limit).all()
+        limit = jnp.where(guard.count < cfg.spike_window, limit, guard.mean + cfg.spike * jnp.sqrt(guard.variance))
+    accepted = finite & (x <= limit).all()
+    delta = jnp.minimum(x, limit) - guard.mean
     rate = 1 / jnp.minimum(guard.count + 1, cfg.spike_window).astype(jnp.float32)
-    seen = Guard(
-        guard.count + 1,
-        guard.mean + rate * delta,
-        (1 - rate) * (guard.variance + rate * delta**2),
-        guard.skipped,
-        _zero(),
-    )
-    passed = Guard(guard.count, guard.mean, guard.variance, guard.skipped + 1, guard.streak + 1)
-    return accepted, choose(accepted, seen, passed)
+    mean, variance = guard.mean + rate * delta, (1 - rate) * (guard.variance + rate * delta**2)
+    seen = Guard(guard.count + 1, mean, variance, guard.skipped, _zero())
+    unseen = Guard(guard.count, guard.mean, guard.variance, guard.skipped, guard.streak)
+    after = choose(finite, seen, unseen)
+    return accepted, choose(accepted, after, replace(after, skipped=guard.skipped + 1, streak=guard.streak + 1))
 
 
 def choose(condition: jax.Array, new, old):

@@ -71,10 +71,10 @@ def test_a_bad_batch_leaves_the_state_bit_identical_and_is_counted(kind, seen, c
     state, values = compiled(seen, poisoned(kind))
     jax.tree.map(np.testing.assert_array_equal, before, kept(state))
     assert int(state.step) == 11 and int(state.guard.skipped) == int(state.guard.streak) == int(values["skipped"]) == 1
-    np.testing.assert_array_equal(good.mean, state.guard.mean)
-    np.testing.assert_array_equal(good.variance, state.guard.variance)
+    widened = np.asarray(state.guard.variance) > good.variance
+    assert widened.any() == (kind == "spike") and int(state.guard.count) == 10 + (kind == "spike")
     state, _ = compiled(state, batch(11))
-    assert int(state.guard.streak) == 0 and int(state.guard.skipped) == 1 and int(state.guard.count) == 11
+    assert int(state.guard.streak) == 0 and int(state.guard.skipped) == 1
     assert guard.all_finite(state)
     with pytest.raises(AssertionError):
         jax.tree.map(np.testing.assert_array_equal, before, kept(state))
@@ -89,22 +89,38 @@ def test_a_spike_is_judged_by_the_rolling_mean_and_deviation():
     cfg, rng = TrainConfig(spike=3.0, spike_window=8), np.random.default_rng(0)
     losses = rng.normal(1.0, 0.1, 60)
     losses[[3, 30, 45]] = 9.0
-    state, mean, variance, count, refused = guard.init_guard(), 0.0, 0.0, 0, []
+    state, mean, variance, refused = guard.init_guard(), 0.0, 0.0, []
     judge = jax.jit(lambda state, loss: guard.judge(cfg, state, loss, jnp.float32(1), jnp.float32(1)))
     for i, loss in enumerate(losses):
         accepted, state = judge(state, jnp.float32(loss))
-        expected = count < 8 or loss <= mean + 3.0 * np.sqrt(variance)
+        expected = i < 8 or loss <= mean + 3.0 * np.sqrt(variance)
         assert bool(accepted) == expected, i
-        if expected:
-            count += 1
-            rate = 1 / min(count, 8)
-            delta = loss - mean
-            mean, variance = mean + rate * delta, (1 - rate) * (variance + rate * delta**2)
-        else:
+        if not expected:
             refused.append(i)
+            loss = mean + 3.0 * np.sqrt(variance)
+        rate = 1 / min(i + 1, 8)
+        delta = loss - mean
+        mean, variance = mean + rate * delta, (1 - rate) * (variance + rate * delta**2)
     assert 3 not in refused and {30, 45} <= set(refused) and len(refused) < 10
     assert float(state.mean[0]) == pytest.approx(mean, rel=1e-4)
     assert float(state.variance[0]) == pytest.approx(variance, rel=1e-3)
+
+
+@pytest.mark.parametrize("growth, stops", [(1.0, False), (3.0, True)])
+def test_a_loss_that_moved_for_good_is_accepted_and_one_that_runs_away_is_not(growth, stops):
+    """With the defaults: the loss stays at 0.4, then is 4 for ever, or three times as much at every step."""
+    cfg, rng, state = TrainConfig(), np.random.default_rng(0), guard.init_guard()
+    judge = jax.jit(lambda state, loss: guard.judge(cfg, state, loss, loss, jnp.float32(1)))
+    for loss in rng.normal(0.4, 0.01, 500):
+        accepted, state = judge(state, jnp.float32(loss))
+        assert accepted
+    streaks = []
+    for k in range(30):
+        accepted, state = judge(state, jnp.float32(4.0 * growth**k))
+        streaks.append(int(state.streak))
+    assert streaks[0] == 1 and (max(streaks) >= cfg.skips_in_a_row) == stops
+    if not stops:
+        assert streaks[-1] == 0 and int(state.skipped) <= 5
 
 
 @pytest.mark.parametrize(

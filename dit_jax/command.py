@@ -21,7 +21,8 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dit_jax.config import Config, JobError, UsageError, nearest, resolve, template, to_dict
+from dit_jax.checks import nearest
+from dit_jax.config import Config, JobError, UsageError, resolve, template, to_dict
 
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
 LARGEST = 2**27  # bytes of a file of lines

@@ -5,38 +5,19 @@ A config file in `configs/` starts from `template()`, a `ConfigDict` of all defa
 """
 
 import dataclasses
-import difflib
-import math
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ml_collections
 
+from dit_jax.checks import choice, in_range, number, typed
 from dit_jax.error import JobError as JobError
 from dit_jax.error import UsageError, shown
 
 # name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
-
-
-def _choice(name: str, found, allowed) -> None:
-    if found not in allowed:
-        near = difflib.get_close_matches(str(found)[:100], [str(a) for a in allowed], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{name}: found {shown(found)}, expected one of {', '.join(map(str, allowed))}{hint}")
-
-
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**1000
-
-
-def _range(name: str, found, low=-math.inf, high=math.inf) -> None:
-    if not low <= found <= high:
-        expected = f"a value from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-        raise UsageError(f"{name}: found {shown(found)}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -61,11 +42,11 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "patch", "input_size", "channels", "classes", "mlp_ratio", "unroll"):
-            _range(f"model.{name}", getattr(self, name), 1)
-        _choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
-        _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
-        _choice("model.remat", self.remat, ("none", "dots", "full"))
+            in_range(f"model.{name}", getattr(self, name), 1)
+        choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
+        choice("model.remat", self.remat, ("none", "dots", "full"))
         if self.width % self.heads:
             raise UsageError(f"model.heads: found {self.heads}, expected a divisor of model.width = {self.width}")
         if self.width % 4:
@@ -109,11 +90,11 @@ class DiffusionConfig:
     logit_std: float = 1.0
 
     def __post_init__(self):
-        _choice("diffusion.process", self.process, ("ddpm", "flow"))
-        _choice("diffusion.schedule", self.schedule, ("linear", "cosine"))
-        _choice("diffusion.time_law", self.time_law, ("uniform", "logit_normal"))
-        _range("diffusion.timesteps", self.timesteps, 2)
-        _range("diffusion.logit_std", self.logit_std, 1e-3)
+        choice("diffusion.process", self.process, ("ddpm", "flow"))
+        choice("diffusion.schedule", self.schedule, ("linear", "cosine"))
+        choice("diffusion.time_law", self.time_law, ("uniform", "logit_normal"))
+        in_range("diffusion.timesteps", self.timesteps, 2)
+        in_range("diffusion.logit_std", self.logit_std, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -135,10 +116,10 @@ class DataConfig:
         if len(self.dataset) > 200 or not DATASET.fullmatch(self.dataset):
             expected = "a TFDS name: letters, digits and _, then /config and :1.2.3 where it has them"
             raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
-        _range("data.image_size", self.image_size, 1)
-        _range("data.workers", self.workers, 0)
-        _range("data.prefetch", self.prefetch, 0)
-        _range("data.skip_bad", self.skip_bad, 0)
+        in_range("data.image_size", self.image_size, 1)
+        in_range("data.workers", self.workers, 0)
+        in_range("data.prefetch", self.prefetch, 0)
+        in_range("data.skip_bad", self.skip_bad, 0)
 
 
 @dataclass(frozen=True)
@@ -161,18 +142,18 @@ class OptimConfig:
     ema_width: float = 0.05  # power: standard deviation of the averaging profile relative to the steps so far
 
     def __post_init__(self):
-        _choice("optim.schedule", self.schedule, ("constant", "cosine"))
-        _choice("optim.ema", self.ema, ("constant", "power"))
-        _range("optim.learning_rate", self.learning_rate, 0.0)
-        _range("optim.warmup_steps", self.warmup_steps, 0)
-        _range("optim.weight_decay", self.weight_decay, 0.0)
-        _range("optim.clip", self.clip, 0.0)
-        _range("optim.b1", self.b1, 0.0, 1.0)
-        _range("optim.b2", self.b2, 0.0, 1.0)
-        _range("optim.eps", self.eps, 0.0)
-        _range("optim.accumulate", self.accumulate, 1)
-        _range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
-        _range("optim.ema_width", self.ema_width, 1e-3, 0.28)
+        choice("optim.schedule", self.schedule, ("constant", "cosine"))
+        choice("optim.ema", self.ema, ("constant", "power"))
+        in_range("optim.learning_rate", self.learning_rate, 0.0)
+        in_range("optim.warmup_steps", self.warmup_steps, 0)
+        in_range("optim.weight_decay", self.weight_decay, 0.0)
+        in_range("optim.clip", self.clip, 0.0)
+        in_range("optim.b1", self.b1, 0.0, 1.0)
+        in_range("optim.b2", self.b2, 0.0, 1.0)
+        in_range("optim.eps", self.eps, 0.0)
+        in_range("optim.accumulate", self.accumulate, 1)
+        in_range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
+        in_range("optim.ema_width", self.ema_width, 1e-3, 0.28)
 
 
 @dataclass(frozen=True)
@@ -191,11 +172,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "spike_window", "skips_in_a_row"):
-            _range(f"train.{name}", getattr(self, name), 1)
-        _range("train.seed", self.seed, 0, 2**31 - 1)
-        _range("train.spike", self.spike, 0.0)
-        _range("train.replay_every", self.replay_every, 0)
-        _range("train.label_dropout", self.label_dropout, 0.0, 1.0)
+            in_range(f"train.{name}", getattr(self, name), 1)
+        in_range("train.seed", self.seed, 0, 2**31 - 1)
+        in_range("train.spike", self.spike, 0.0)
+        in_range("train.replay_every", self.replay_every, 0)
+        in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +189,7 @@ class MeshConfig:
     heartbeat: int = 30  # seconds without a sign of life after which a process counts as lost and the others stop
 
     def __post_init__(self):
-        _range("mesh.heartbeat", self.heartbeat, 1)
+        in_range("mesh.heartbeat", self.heartbeat, 1)
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
             if size != -1 and size < 1:
@@ -231,37 +212,65 @@ class SampleConfig:
     weights: str = "ema"  # ema | params (raw)
 
     def __post_init__(self):
-        _range("sample.steps", self.steps, 1)
-        _range("sample.guidance", self.guidance, 0.0, 1000.0)
-        _range("sample.batch_size", self.batch_size, 1)
-        _choice("sample.channels", self.channels, ("all", "first3"))
-        _choice("sample.labels", self.labels, ("uniform", "balanced"))
-        _choice("sample.weights", self.weights, ("ema", "params"))
+        in_range("sample.steps", self.steps, 1)
+        in_range("sample.guidance", self.guidance, 0.0, 1000.0)
+        in_range("sample.batch_size", self.batch_size, 1)
+        choice("sample.channels", self.channels, ("all", "first3"))
+        choice("sample.labels", self.labels, ("uniform", "balanced"))
+        choice("sample.weights", self.weights, ("ema", "params"))
         ends = self.interval
-        if len(ends) != 2 or not all(map(_number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
+        if len(ends) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
             raise UsageError(f"sample.interval: found {shown(ends)}, expected (low, high) with 0 <= low <= high <= 1")
 
 
 @dataclass(frozen=True)
+class AutoencoderConfig:
+    """What turns a model's latents into images. The latent that a model sees is (z - shift) scale."""
+
+    folder: str = ""  # as `convert --source=sd-vae` writes it; "" = the model's output is the image
+    scale: tuple = (0.18215,)  # one number, or one per channel (whitening)
+    shift: tuple = (0.0,)
+
+    def __post_init__(self):
+        for name in ("scale", "shift"):
+            found = getattr(self, name)
+            if not found or not all(map(number, found)) or (name == "scale" and min(found) <= 0):
+                raise UsageError(f"autoencoder.{name}: found {shown(found)}, expected a tuple of numbers, one or one per channel")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
-    """The protocol of the held-out loss, and of the sample metrics."""
+    """The protocol of the held-out loss and of the sample metrics, and the grid of samplings that are scored."""
 
     times_per_image: int = 16  # noise levels per held-out image, stratified over the training law of t
     max_images: int = 0  # held-out images used; 0 = all of them
     buckets: int = 8  # of equal probability under the training law of t
     batch_size: int = 128
     samples: int = 0  # images drawn for the sample metrics; 0 = none
-    features: str = "digits"  # feature network of the sample metrics
+    features: str = "digits"  # feature network of the sample metrics: digits | inception
+    inception: str = ""  # folder of the Inception network, as `convert --source=inception` writes it
+    reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
+    bootstrap: int = 20  # resamplings of the drawn images that give the distance its interval; 0 = none
+    samplers: tuple = ()  # these four: every combination is scored; empty = that of `sample`
+    steps: tuple = ()
+    guidance: tuple = ()
+    weights: tuple = ()
     seed: int = 1234
     poll_seconds: float = 30.0  # --watch
 
     def __post_init__(self):
         for name in ("times_per_image", "buckets", "batch_size"):
-            _range(f"eval.{name}", getattr(self, name), 1)
-        _range("eval.samples", self.samples, 0)
-        _range("eval.max_images", self.max_images, 0)
-        _range("eval.poll_seconds", self.poll_seconds, 0.01)
-        _range("eval.seed", self.seed, 0, 2**31 - 1)
+            in_range(f"eval.{name}", getattr(self, name), 1)
+        in_range("eval.samples", self.samples, 0)
+        in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
+        choice("eval.features", self.features, ("digits", "inception"))
+        for name, kind in (("samplers", str), ("steps", int), ("guidance", float), ("weights", str)):
+            for value in getattr(self, name):
+                if not (number(value) if kind is float else type(value) is kind):
+                    raise UsageError(f"eval.{name}: found {shown(value)}, expected a tuple of {kind.__name__}s")
+        in_range("eval.max_images", self.max_images, 0)
+        in_range("eval.poll_seconds", self.poll_seconds, 0.01)
+        in_range("eval.seed", self.seed, 0, 2**31 - 1)
         if self.times_per_image % self.buckets:
             raise UsageError(
                 f"eval.times_per_image: found {self.times_per_image}, expected a multiple of eval.buckets = {self.buckets}"
@@ -284,7 +293,7 @@ class SweepConfig:
 
     def __post_init__(self):
         for budget in self.budgets:
-            if not _number(budget) or budget <= 0:
+            if not number(budget) or budget <= 0:
                 raise UsageError(f"sweep.budgets: found {shown(budget)}, expected training FLOPs above 0")
         for name, rows, count, form in (
             ("sizes", self.sizes, 3, "(width, depth, heads)"),
@@ -303,11 +312,11 @@ class SweepConfig:
             raise UsageError(
                 f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
             )
-        _range("sweep.processes", self.processes, 1)
-        _range("sweep.extrapolate", self.extrapolate, 0.0)
-        _range("sweep.base_width", self.base_width, 1)
-        _range("sweep.grid", self.grid, 1)
-        _range("sweep.grid_guidance", self.grid_guidance, 0.0, 1000.0)
+        in_range("sweep.processes", self.processes, 1)
+        in_range("sweep.extrapolate", self.extrapolate, 0.0)
+        in_range("sweep.base_width", self.base_width, 1)
+        in_range("sweep.grid", self.grid, 1)
+        in_range("sweep.grid_guidance", self.grid_guidance, 0.0, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -319,6 +328,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
@@ -335,7 +345,7 @@ class Config:
 def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:
     """The model config of a published name such as "DiT-XL/2" on SD-VAE latents of `image_size` pixels (8 pixels a latent)."""
     allowed = [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
-    _choice("model name", name, allowed)
+    choice("model name", name, allowed)
     if image_size % 8:
         raise UsageError(f"image_size: found {image_size}, expected a multiple of 8 pixels")
     size, patch = name.removeprefix("DiT-").split("/")
@@ -373,25 +383,5 @@ def _build(cls, values, prefix: str):
         if dataclasses.is_dataclass(known[key]):
             arguments[key] = _build(known[key], value, f"{prefix}{key}.")
         else:
-            arguments[key] = _typed(value, known[key], f"{prefix}{key}")
+            arguments[key] = typed(value, known[key], f"{prefix}{key}")
     return cls(**arguments)
-
-
-def nearest(key: str, known) -> str:
-    """A hint at the known key that looks most like `key`."""
-    near = difflib.get_close_matches(key[:100], list(known), 1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
-
-
-def _typed(value, kind: type | types.GenericAlias, name: str):
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
-        return float(value)
-    if kind is tuple and isinstance(value, (list, tuple)):
-        return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
-    if type(value) is not kind:
-        raise UsageError(f"{name}: found {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
-    if kind is int and abs(value) >= 2**63:
-        raise UsageError(f"{name}: found {shown(value)}, expected an integer of 64 bits")
-    if kind is float and not math.isfinite(value):
-        raise UsageError(f"{name}: found {value!r}, expected a finite number")
-    return value

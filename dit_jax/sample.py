@@ -1,7 +1,7 @@
 """Draw images from a run: `python -m dit_jax.sample --workdir=W --num=64 --guidance=1.5 --sampler=ddpm --steps=250 --out=samples.npz`.
 
 Image i depends on (seed, i) only, whatever the batch size or the devices. Defaults come from the run's `sample` config,
-the same that `evaluate` uses. Images are kept in `samples.npz.parts/` as they are drawn: the same command goes on from
+the same that `evaluate` uses; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command goes on from
 there, and finds nothing to do once the npz is whole. SIGTERM ends the running batch and exits 75.
 """
 
@@ -19,8 +19,9 @@ from absl import flags
 from PIL import Image
 
 from dit_jax import checkpoint, flops, samples
-from dit_jax.command import launch, read_config, stop_flag
-from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError, to_dict
+from dit_jax.autoencoder import Autoencoder, image_shape, make_decoder, open_autoencoder
+from dit_jax.command import launch, stop_flag
+from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError, resolve, to_dict
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Process, make_process
 from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times, sampling_times
@@ -94,9 +95,17 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def sample_images(
-    cfg: Config, params, sample: SampleConfig, num: int, seed: int, mesh, wanted: tuple[int, ...] = (), first: int = 0
+    cfg: Config,
+    params,
+    sample: SampleConfig,
+    num: int,
+    seed: int,
+    mesh,
+    wanted: tuple[int, ...] = (),
+    first: int = 0,
+    decode: Callable[[np.ndarray], np.ndarray] = lambda images: images,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32).
+    """Images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32). `decode` makes images of latents.
 
     A device always computes ROWS images at a time, and what is too many is dropped, so that on one kind of device images are
     the same, bit for bit, for every batch size and number of devices. (With the batch as the shape of the program, float32
@@ -108,13 +117,16 @@ def sample_images(
     size = -(-min(sample.batch_size, num - first) // rows) * rows
     for start in range(first, num, size):
         end = min(start + size, num)
-        chunks = [_draw_rows(draw, params, seed, at, at + rows) for at in range(start, end, rows)]
+        chunks = [_draw_rows(draw, decode, params, seed, at, at + rows) for at in range(start, end, rows)]
         images, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
         yield images[: end - start], labels[: end - start]
 
 
-def _draw_rows(draw: Callable, params, seed: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
+def _draw_rows(
+    draw: Callable, decode: Callable, params, seed: int, start: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
+    images = decode(drawn)
     if not np.isfinite(images).all():
         raise UsageError(f"samples {start} to {end - 1}: found values that are not finite; is the model trained?")
     return to_uint8(images), labels
@@ -150,7 +162,15 @@ def weights_hash(params) -> str:
     return digest.hexdigest()
 
 
-def describe_job(cfg: Config, params, sample: SampleConfig, step: int, seed: int, wanted: tuple[int, ...] = ()) -> dict:
+def describe_job(
+    cfg: Config,
+    params,
+    sample: SampleConfig,
+    step: int,
+    seed: int,
+    wanted: tuple[int, ...] = (),
+    autoencoder: Autoencoder | None = None,
+) -> dict:
     """Everything that image i depends on besides the kind of device, flat and as JSON gives it back.
 
     Neither batch size nor number of devices is among it: they change nothing.
@@ -161,6 +181,8 @@ def describe_job(cfg: Config, params, sample: SampleConfig, step: int, seed: int
     job = {"step": step, "weights_sha256": weights_hash(params), "seed": seed, "labels": classes}
     for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(cfg.diffusion))):
         job |= {f"{name}.{key}": value for key, value in group.items()}
+    if autoencoder:
+        job |= {f"autoencoder.{key}": value for key, value in autoencoder.describe().items()}
     return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS}))
 
 
@@ -170,6 +192,7 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
         "sampler": values.sampler,
         "steps": values.steps,
         "guidance": values.guidance,
+        "channels": values.channels,
         "batch_size": values.batch_size,
     }
     return dataclasses.replace(cfg.sample, **{name: value for name, value in names.items() if value is not None})
@@ -217,28 +240,26 @@ def main() -> None:
 
 
 def _main(values, stop: list) -> None:
-    cfg = read_config(values.workdir)
-    if cfg.data.latents:
-        raise UsageError(
-            f"--workdir: {values.workdir!r} is a run on latents, which this version cannot decode to images"
-        )
+    cfg = resolve(values.config)
+    if values.autoencoder is not None:
+        cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
     sample = _sample_config(cfg, values)
     sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
     wanted = _wanted(values.labels, cfg.model.classes)
     _check_paths(values.out, values.grid)
     step = _find_step(values.workdir, values.step, values.out, sample.weights)
-    mesh = make_mesh(MeshConfig())
+    autoencoder, mesh = open_autoencoder(cfg), make_mesh(MeshConfig())
+    decode = make_decoder(autoencoder, mesh)
     _, params = checkpoint.load(values.workdir, step, sample.weights)
     settings = f"{sample.sampler} {sample.steps}, guidance {sample.guidance:g}"
     say(f"{values.num} images from step {step} ({sample.weights}), {settings}")
 
     def draw(first: int, end: int) -> Iterator[samples.Batch]:
-        return sample_images(cfg, params, sample, end, values.seed, mesh, wanted, first)
+        return sample_images(cfg, params, sample, end, values.seed, mesh, wanted, first, decode)
 
     if values.out:
-        job = describe_job(cfg, params, sample, step, values.seed, wanted)
-        shape = (cfg.model.input_size, cfg.model.input_size, cfg.model.channels)
-        samples.complete(values.out, job, shape, values.num, draw, stop)
+        job = describe_job(cfg, params, sample, step, values.seed, wanted, autoencoder)
+        samples.complete(values.out, job, image_shape(cfg, autoencoder), values.num, draw, stop)
         print(values.out)
     if values.grid:
         save_grid(values.grid, samples.read_npz(values.out) if values.out else draw(0, min(values.num, GRID)))
@@ -255,6 +276,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("sampler", None, "one of " + ", ".join(SAMPLERS))
     flags.DEFINE_integer("steps", None, "sampling steps")
     flags.DEFINE_float("guidance", None, "guidance scale; 1 = plainly conditional")
+    flags.DEFINE_string("channels", None, "all, or first3: those that guidance acts on")
+    flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
         "batch_size", None, f"images between two looks at SIGTERM, in multiples of {ROWS} per device; changes no image"
     )
@@ -265,4 +288,4 @@ if __name__ == "__main__":
         "npz of uint8 images and labels; another job's file is never overwritten; empty = the grid only",
     )
     flags.DEFINE_string("grid", "", f"PNG of the images, sorted by class; of the first {GRID} if there are more")
-    launch(main)
+    launch(main, config="workdir")

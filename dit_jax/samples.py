@@ -1,10 +1,10 @@
-"""Drawn images on the disk: parts in `samples.npz.parts/` as they come, one npz when all are there.
+"""Drawn images, or what a network says of them, on the disk: parts in a folder as they come; of images one npz at the end.
 
     job.json             what the images depend on; a folder holds the images of one job only
     START-END.part       images START to END - 1: a SHA-256 of job, range and content, then the content: images, labels
     lock                 held by the process that draws
 
-A part is whole and verified, or its images are drawn again. The npz is the ADM layout with the job as its comment.
+A part is whole and verified, or its images are drawn again. What stands for an image may be any row of bytes of one shape. The npz is the ADM layout with the job as its comment.
 """
 
 import contextlib
@@ -58,7 +58,16 @@ def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callab
                 kept = _take_over(store, out, kept, held)
             kept = _draw_missing(store, num, kept, draw, stop)
             write_npz(out, os.path.join(store.folder, "whole.tmp"), num, shape, _in_order(store, kept, num), job)
-        _remove(store)
+        remove(store.folder)
+
+
+def gather(store: Store, num: int, draw: Callable, stop: list, quiet: bool = False) -> Iterator[Batch]:
+    """Rows 0..num-1 of the job in order, from the parts that are there and from `draw`; the folder must be `locked`.
+
+    The parts stay until `remove`. Raises as `complete` does.
+    """
+    _prepare(store)
+    return _in_order(store, _draw_missing(store, num, kept_parts(store), draw, stop, quiet), num)
 
 
 @contextlib.contextmanager
@@ -228,7 +237,9 @@ def _take_over(store: Store, out: str, kept: list, held: int) -> list[tuple[int,
     return kept_parts(store)
 
 
-def _draw_missing(store: Store, num: int, kept: list, draw: Callable, stop: list) -> list[tuple[int, int]]:
+def _draw_missing(
+    store: Store, num: int, kept: list, draw: Callable, stop: list, quiet: bool = False
+) -> list[tuple[int, int]]:
     """Draw what is missing; returns the ranges of all parts, ascending.
 
     A part is written when PART_SECONDS and 1% of the time so far have passed since the last one: the work that a kill loses
@@ -236,7 +247,7 @@ def _draw_missing(store: Store, num: int, kept: list, draw: Callable, stop: list
     """
     gaps = missing(kept, num)
     done = num - sum(end - start for start, end in gaps)
-    report = progress(done, num)
+    report = (lambda count: None) if quiet else progress(done, num)
     began = last = time.monotonic()
     for start, end in gaps:
         batches, waiting = draw(start, end), []
@@ -336,8 +347,8 @@ def _npy_shape(f) -> tuple[int, ...]:
     return np.lib.format.read_array_header_1_0(f)[0]
 
 
-def _remove(store: Store) -> None:
+def remove(folder: str) -> None:
     """Remove what this module wrote; `locked` removes the folder when nothing else is in it."""
-    for name in os.listdir(store.folder):
+    for name in os.listdir(folder):
         if name == JOB or name.endswith(".tmp") or NAME.fullmatch(name):
-            os.unlink(os.path.join(store.folder, name))
+            os.unlink(os.path.join(folder, name))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
 JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert"}
-GROUND = {"error", "config", "flops", "hardware", "command", "__init__"}
+GROUND = {"error", "checks", "config", "flops", "hardware", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {"mesh", "foreign", "records", "samples", "ledger", "optim", "log", "weights", "data", "manifest"}
 SECOND = {"guard", "state", "step", "diagnose", "checkpoint"}

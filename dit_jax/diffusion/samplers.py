@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.config import UsageError, nearest
+from dit_jax.checks import nearest
+from dit_jax.error import UsageError
 from dit_jax.diffusion.process import Denoiser, Flow, Process
 
 

@@ -1,0 +1,241 @@
+"""The feature network of FID: Inception-v3 as the TensorFlow graph of 2015-12-05 has it, for inference, in Flax.
+
+Szegedy et al. 2015, arXiv 1512.00567, with what that graph does otherwise: average pooling leaves the padding out of its
+counts, the last block pools by maximum, images are resized as TensorFlow 1 did, and there are 1008 classes. Blocks
+are named as in the published PyTorch conversions of it; `foreign.inception` reads those.
+
+Nothing is approximated for speed, but sums are taken in another order: batch normalisation is folded into the kernels,
+all 1 x 1 convolutions of the same tensor are one matrix product, and as average pooling and a 1 x 1 convolution commute,
+the narrower side is pooled.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NAME = "inception-2015-12-05"
+SIZE = 299  # pixels a side, after resizing
+WIDTH = 2048  # numbers in a pooled feature
+SPATIAL = 17 * 17 * 7  # numbers in a spatial feature
+CLASSES = 1008
+EPSILON = 1e-3  # of batch normalisation
+FULL = jax.lax.Precision.HIGHEST  # no tensor cores' or MXU's shorter products: scores are compared across machines
+
+
+class Features(NamedTuple):
+    """Of b images, float32.
+
+    pool (b, 2048): `pool_3:0` of the graph, the features of FID, KID, precision and recall. spatial (b, 2023): the first
+    7 channels of `mixed_6/conv:0`, which is the rectified 1 x 1 branch of Mixed_6d, row by row, for sFID (Nash et al.
+    2021, arXiv 2103.03841, as the evaluator of ADM computes it). logits (b, 1008), and logits without the bias of the
+    last layer, of which torch-fidelity and ADM compute the Inception Score.
+    """
+
+    pool: jax.Array
+    spatial: jax.Array
+    logits: jax.Array
+    logits_unbiased: jax.Array
+
+
+class _Weights(nn.Module):
+    """A convolution and its batch normalisation, folded into kernel (h, w, in, out) and bias (out,)."""
+
+    width: int
+    window: tuple[int, int] = (1, 1)
+
+    @nn.compact
+    def __call__(self, width_in: int):
+        one, zero = nn.initializers.ones, nn.initializers.zeros
+        kernel = self.param("kernel", nn.initializers.he_normal(), (*self.window, width_in, self.width))
+        scale, bias = self.param("scale", one, (self.width,)), self.param("bias", zero, (self.width,))
+        mean, var = self.param("mean", zero, (self.width,)), self.param("var", one, (self.width,))
+        scale = scale / jnp.sqrt(var + EPSILON)
+        return kernel * scale.reshape(1, 1, 1, -1), bias - mean * scale
+
+
+def _rectify(x, bias):
+    return jax.nn.relu(x + bias.reshape(1, 1, 1, -1))
+
+
+def _conv(name: str, x, width: int, window: tuple[int, int], stride: int = 1, padding: str = "SAME"):
+    """Convolution, batch normalisation, rectifier; the weights are those of the module that calls, under this name."""
+    kernel, bias = _Weights(width, window, name=name)(x.shape[-1])
+    strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout, precision=FULL)
+    return _rectify(y, bias)
+
+
+def _points(x, **widths: int) -> list:
+    """The 1 x 1 convolutions of x, by name and width, as one product: (what comes before the bias, bias) of each."""
+    kernels, biases = zip(*(_Weights(width, name=name)(x.shape[-1]) for name, width in widths.items()), strict=True)
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), jnp.concatenate(kernels, -1)[0, 0], precision=FULL)
+    parts = jnp.split(y.reshape(*x.shape[:3], -1), np.cumsum(list(widths.values()))[:-1], axis=-1)
+    return list(zip(parts, biases, strict=True))
+
+
+def _average(x):
+    """Mean of the up to 9 pixels around each one: at the border those outside do not count."""
+    window = ((1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    counts = jax.lax.reduce_window(np.ones((1, *x.shape[1:3], 1), np.float32), 0.0, jax.lax.add, *window)
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, *window) / counts
+
+
+def _maximum(x, stride: int, padding: str):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+
+class _Block35(nn.Module):
+    """Mixed_5b to 5d: (b, 35, 35, c) -> (b, 35, 35, 224 + pooled)."""
+
+    pooled: int
+
+    @nn.compact
+    def __call__(self, x):
+        one, five, three, pool = _points(x, branch1x1=64, branch5x5_1=48, branch3x3dbl_1=64, branch_pool=self.pooled)
+        five = _conv("branch5x5_2", _rectify(*five), 64, (5, 5))
+        three = _conv("branch3x3dbl_2", _rectify(*three), 96, (3, 3))
+        three = _conv("branch3x3dbl_3", three, 96, (3, 3))
+        return jnp.concatenate([_rectify(*one), five, three, _rectify(_average(pool[0]), pool[1])], -1)
+
+
+class _Reduce35(nn.Module):
+    """Mixed_6a: (b, 35, 35, 288) -> (b, 17, 17, 768)."""
+
+    @nn.compact
+    def __call__(self, x):
+        three = _conv("branch3x3", x, 384, (3, 3), 2, "VALID")
+        ((point, bias),) = _points(x, branch3x3dbl_1=64)
+        double = _conv("branch3x3dbl_2", _rectify(point, bias), 96, (3, 3))
+        double = _conv("branch3x3dbl_3", double, 96, (3, 3), 2, "VALID")
+        return jnp.concatenate([three, double, _maximum(x, 2, "VALID")], -1)
+
+
+class _Block17(nn.Module):
+    """Mixed_6b to 6e: (b, 17, 17, 768) -> the same; `width` channels inside the branches of 7 x 1 and 1 x 7."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        c, wide, high = self.width, (1, 7), (7, 1)
+        one, seven, double, pool = _points(x, branch1x1=192, branch7x7_1=c, branch7x7dbl_1=c, branch_pool=192)
+        seven = _conv("branch7x7_2", _rectify(*seven), c, wide)
+        seven = _conv("branch7x7_3", seven, 192, high)
+        double = _conv("branch7x7dbl_2", _rectify(*double), c, high)
+        double = _conv("branch7x7dbl_3", double, c, wide)
+        double = _conv("branch7x7dbl_4", double, c, high)
+        double = _conv("branch7x7dbl_5", double, 192, wide)
+        return jnp.concatenate([_rectify(*one), seven, double, _rectify(_average(pool[0]), pool[1])], -1)
+
+
+class _Reduce17(nn.Module):
+    """Mixed_7a: (b, 17, 17, 768) -> (b, 8, 8, 1280)."""
+
+    @nn.compact
+    def __call__(self, x):
+        three, seven = _points(x, branch3x3_1=192, branch7x7x3_1=192)
+        three = _conv("branch3x3_2", _rectify(*three), 320, (3, 3), 2, "VALID")
+        seven = _conv("branch7x7x3_2", _rectify(*seven), 192, (1, 7))
+        seven = _conv("branch7x7x3_3", seven, 192, (7, 1))
+        seven = _conv("branch7x7x3_4", seven, 192, (3, 3), 2, "VALID")
+        return jnp.concatenate([three, seven, _maximum(x, 2, "VALID")], -1)
+
+
+class _Block8(nn.Module):
+    """Mixed_7b and 7c: (b, 8, 8, c) -> (b, 8, 8, 2048); the last of all pools by maximum."""
+
+    last: bool
+
+    @nn.compact
+    def __call__(self, x):
+        widths = dict(branch1x1=320, branch3x3_1=384, branch3x3dbl_1=448)
+        if self.last:
+            one, three, double = _points(x, **widths)
+            ((pool, bias),) = _points(_maximum(x, 1, "SAME"), branch_pool=192)
+        else:
+            one, three, double, (pool, bias) = _points(x, **widths, branch_pool=192)
+            pool = _average(pool)
+        three = _rectify(*three)
+        double = _conv("branch3x3dbl_2", _rectify(*double), 384, (3, 3))
+        parts = [
+            _rectify(*one),
+            _conv("branch3x3_2a", three, 384, (1, 3)),
+            _conv("branch3x3_2b", three, 384, (3, 1)),
+            _conv("branch3x3dbl_3a", double, 384, (1, 3)),
+            _conv("branch3x3dbl_3b", double, 384, (3, 1)),
+            _rectify(pool, bias),
+        ]
+        return jnp.concatenate(parts, -1)
+
+
+class _Network(nn.Module):
+    """Images (b, 299, 299, 3) in [-1, 1] -> Features."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = _conv("Conv2d_1a_3x3", x, 32, (3, 3), 2, "VALID")
+        x = _conv("Conv2d_2a_3x3", x, 32, (3, 3), 1, "VALID")
+        x = _conv("Conv2d_2b_3x3", x, 64, (3, 3))
+        ((x, bias),) = _points(_maximum(x, 2, "VALID"), Conv2d_3b_1x1=80)
+        x = _conv("Conv2d_4a_3x3", _rectify(x, bias), 192, (3, 3), 1, "VALID")
+        x = _maximum(x, 2, "VALID")
+        x = _Block35(32, name="Mixed_5b")(x)
+        x = _Block35(64, name="Mixed_5c")(x)
+        x = _Block35(64, name="Mixed_5d")(x)
+        x = _Reduce35(name="Mixed_6a")(x)
+        x = _Block17(128, name="Mixed_6b")(x)
+        x = _Block17(160, name="Mixed_6c")(x)
+        x = _Block17(160, name="Mixed_6d")(x)
+        spatial = x[..., :7].reshape(x.shape[0], -1)  # the 1 x 1 branch comes first
+        x = _Block17(192, name="Mixed_6e")(x)
+        x = _Reduce17(name="Mixed_7a")(x)
+        x = _Block8(False, name="Mixed_7b")(x)
+        x = _Block8(True, name="Mixed_7c")(x)
+        pool = x.mean((1, 2))
+        unbiased, bias = _Classifier(name="fc")(pool)
+        return Features(pool, spatial, unbiased + bias.reshape(1, -1), unbiased)
+
+
+class _Classifier(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, CLASSES))
+        return jnp.matmul(x, kernel, precision=FULL), self.param("bias", nn.initializers.zeros, (CLASSES,))
+
+
+def _lerp(x, axis: int, size: int):
+    """One axis resized to `size` pixels: pixel i of the result lies at i * (old / new) of the old ones, the last repeated."""
+    old = x.shape[axis]
+    place = np.arange(size, dtype=np.float32) * np.float32(old / size)
+    low = np.minimum(place.astype(np.int32), old - 1)
+    high, weight = np.minimum(low + 1, old - 1), place - low.astype(np.float32)
+    weight = weight.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    start = jnp.take(x, low, axis)
+    return start + (jnp.take(x, high, axis) - start) * weight
+
+
+def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
+    """float32 (b, h, w, c) -> (b, size, size, c): TensorFlow 1's `resize_bilinear` with `align_corners=False`.
+
+    Its pixels have no centres (pixel i of the result is read at i * old / new), and nothing is averaged when shrinking.
+    """
+    if images.shape[1:3] == (size, size):
+        return images
+    return _lerp(_lerp(images, 2, size), 1, size)
+
+
+def init(key: jax.Array) -> dict:
+    """Random parameters, float32: a tree of the published names, each convolution with kernel (h, w, in, out), scale, bias,
+    mean and var of its batch normalisation; `fc` with kernel (2048, 1008) and bias."""
+    return _Network().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+
+
+def apply(params: dict, images: jax.Array) -> Features:
+    """images (b, h, w, 3), RGB, uint8 or floats in 0..255, of any size -> Features. To be compiled by the caller."""
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images: found shape {images.shape}, expected (b, h, w, 3)")
+    x = resize(images.astype(jnp.float32))
+    return _Network().apply({"params": params}, (x - 128.0) / 128.0)

@@ -1,0 +1,304 @@
+"""The autoencoder of latent diffusion: images to the moments of a Gaussian over latents, latents to images.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G, the variant with a KL penalty. The posterior of a
+latent is q(z|x) = N(mean, exp(log variance)); a diffusion model sees (z - shift) scale.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.error import UsageError, shown
+
+LOG_VARIANCE = (-30.0, 20.0)  # bounds, those that the published weights were trained with
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """An autoencoder; the defaults are Stable Diffusion 1.x's, 83,653,863 parameters. Raises UsageError naming a field."""
+
+    channels: int = 3  # of an image
+    latent_channels: int = 4
+    widths: tuple = (
+        128,
+        256,
+        512,
+        512,
+    )  # channels of each resolution, the finest first; each but the last halves the sides
+    blocks: int = 2  # residual blocks a resolution in the encoder; the decoder has one more
+    groups: int = 32  # of the group norms; no tensor's shape depends on it
+    dtype: str = "float32"  # of the compute; parameters, norms, softmax and results are always float32
+
+    def __post_init__(self):
+        if not isinstance(self.widths, tuple) or not self.widths:
+            raise UsageError(f"vae.widths: found {shown(self.widths)}, expected a tuple of at least one width")
+        numbers = {name: getattr(self, name) for name in ("channels", "latent_channels", "blocks", "groups")}
+        for name, value in numbers.items() | {(f"widths[{i}]", width) for i, width in enumerate(self.widths)}:
+            if type(value) is not int or value < 1:
+                raise UsageError(f"vae.{name}: found {shown(value)}, expected an integer of at least 1")
+        for width in self.widths:
+            if width % self.groups:
+                raise UsageError(f"vae.groups: found {self.groups}, expected a divisor of every width in {self.widths}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"vae.dtype: found {shown(self.dtype)}, expected float32 or bfloat16")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image's side for each of a latent's."""
+        return 2 ** (len(self.widths) - 1)
+
+
+def _conv(cfg: VAEConfig, width: int, name: str, side: int = 3, **options):
+    """A convolution that keeps height and width unless `options` say otherwise."""
+    return nn.Conv(width, (side, side), dtype=jnp.dtype(cfg.dtype), name=name, **options)
+
+
+def _norm(cfg: VAEConfig, name: str):
+    """Group norm (Wu & He 2018) in float32, the variance as the mean squared deviation: E[x^2] - E[x]^2 cancels."""
+    return nn.GroupNorm(cfg.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """A residual block, (b, h, w, c) -> (b, h, w, width): twice norm, SiLU and convolution; a 1 x 1 shortcut if c is not width."""
+
+    cfg: VAEConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.cfg
+        h = _conv(cfg, self.width, "conv1")(nn.silu(_norm(cfg, "norm1")(x)))
+        h = _conv(cfg, self.width, "conv2")(nn.silu(_norm(cfg, "norm2")(h)))
+        if x.shape[-1] != self.width:
+            x = _conv(cfg, self.width, "shortcut", side=1)(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Self-attention of all positions with one head as wide as x, added to x: (b, h, w, c) -> (b, h, w, c)."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, x):
+        b, height, width, c = x.shape
+        dense = functools.partial(nn.Dense, c, dtype=jnp.dtype(self.cfg.dtype))
+        tokens = _norm(self.cfg, "norm")(x).reshape(b, height * width, c)
+        q, k, v = (dense(name=name)(tokens)[:, :, None] for name in ("q", "k", "v"))
+        h = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return x + dense(name="out")(h[:, :, 0]).reshape(x.shape)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution, (b, h, w, c) -> (b, h, w, c)."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        h = Block(self.cfg, width, name="first")(x)
+        h = Attention(self.cfg, name="attention")(h)
+        return Block(self.cfg, width, name="second")(h)
+
+
+class Stage(nn.Module):
+    """`blocks` blocks of one resolution, then `resample`: "down" halves the sides, "up" doubles them, "" keeps them."""
+
+    cfg: VAEConfig
+    width: int
+    blocks: int
+    resample: str
+
+    @nn.compact
+    def __call__(self, x):
+        for j in range(self.blocks):
+            x = Block(self.cfg, self.width, name=f"block_{j}")(x)
+        if self.resample == "down":  # zeros below and at the right only
+            return _conv(self.cfg, self.width, "downsample", strides=2, padding=((0, 1), (0, 1)))(x)
+        if self.resample == "up":
+            return _conv(self.cfg, self.width, "upsample")(_doubled(x))
+        return x
+
+
+def _doubled(x: jax.Array) -> jax.Array:
+    """(b, h, w, c) -> (b, 2h, 2w, c), every pixel four times."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class Encoder(nn.Module):
+    """Images (b, h, w, c) -> mean and log variance beside each other, (b, h / factor, w / factor, 2 z), float32."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, images):
+        cfg, last = self.cfg, len(self.cfg.widths) - 1
+        h = _conv(cfg, cfg.widths[0], "conv_in")(images)
+        for i, width in enumerate(cfg.widths):
+            h = Stage(cfg, width, cfg.blocks, "down" if i < last else "", name=f"down_{i}")(h)
+        h = _norm(cfg, "norm_out")(Middle(cfg, name="middle")(h))
+        h = _conv(cfg, 2 * cfg.latent_channels, "conv_out")(nn.silu(h))
+        return _conv(cfg, 2 * cfg.latent_channels, "quant_conv", side=1)(h).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Latents (b, h / factor, w / factor, z) -> images (b, h, w, c), float32. Its stages are numbered from the coarsest."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, latents):
+        cfg, last = self.cfg, len(self.cfg.widths) - 1
+        h = _conv(cfg, cfg.latent_channels, "post_quant_conv", side=1)(latents)
+        h = _conv(cfg, cfg.widths[-1], "conv_in")(h)
+        h = Middle(cfg, name="middle")(h)
+        for i, width in enumerate(reversed(cfg.widths)):
+            h = Stage(cfg, width, cfg.blocks + 1, "up" if i < last else "", name=f"up_{i}")(h)
+        h = nn.silu(_norm(cfg, "norm_out")(h))
+        return _conv(cfg, cfg.channels, "conv_out")(h).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(cfg: VAEConfig, key: jax.Array) -> dict:
+    """Parameters {"encoder": ..., "decoder": ...} as nested dicts of float32 arrays."""
+    first, second = jax.random.split(key)
+    images = jnp.zeros((1, cfg.factor, cfg.factor, cfg.channels))
+    latents = jnp.zeros((1, 1, 1, cfg.latent_channels))
+    return {
+        "encoder": Encoder(cfg).init(first, images)["params"],
+        "decoder": Decoder(cfg).init(second, latents)["params"],
+    }
+
+
+def shapes(cfg: VAEConfig) -> dict:
+    """What `init` gives, as jax.ShapeDtypeStruct, without computing it."""
+    return jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+
+
+def encode(cfg: VAEConfig, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """images (b, h, w, channels) in [-1, 1] -> mean and log variance of the posterior, (b, h / 8, w / 8, z) float32 each.
+
+    The log variance is clipped to LOG_VARIANCE; 8 is `cfg.factor`. Raises UsageError where the factor does not divide
+    height and width, or the channels are others.
+    """
+    _check("images", images, cfg.channels)
+    if images.shape[1] % cfg.factor or images.shape[2] % cfg.factor:
+        height, width = images.shape[1:3]
+        raise UsageError(
+            f"images: found {height} x {width} pixels, expected multiples of {cfg.factor}; crop or resize them"
+        )
+    mean, log_variance = jnp.split(Encoder(cfg).apply({"params": params["encoder"]}, images), 2, axis=-1)
+    return mean, jnp.clip(log_variance, *LOG_VARIANCE)
+
+
+def decode(cfg: VAEConfig, params: dict, latents: jax.Array) -> jax.Array:
+    """latents (b, h, w, z), as the posterior has them and not normalised -> images (b, 8h, 8w, channels) float32.
+
+    The images are near [-1, 1], not clipped to it. Raises UsageError where the channels are others.
+    """
+    _check("latents", latents, cfg.latent_channels)
+    return Decoder(cfg).apply({"params": params["decoder"]}, latents)
+
+
+def _check(name: str, x: jax.Array, channels: int) -> None:
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise UsageError(f"{name}: found shape {x.shape}, expected (b, h, w, {channels})")
+
+
+def reparameterise(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
+    """mean + exp(log_variance / 2) noise, all of one shape (Kingma & Welling 2014, section 2.4)."""
+    return mean + jnp.exp(0.5 * log_variance) * noise
+
+
+def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """Draws from the posteriors (b, h, w, z) -> (b, h, w, z); keys (b,), one an image: image i depends on keys[i] only.
+
+    Raises ValueError on another number of keys.
+    """
+    if keys.shape != mean.shape[:1]:
+        raise ValueError(f"keys: found shape {keys.shape}, expected {mean.shape[:1]}, one key an image")
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
+    return reparameterise(mean, log_variance, noise)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What a diffusion model sees of a latent z: (z - shift) scale, numbers for all channels or tuples of one a channel.
+
+    Raises UsageError where a number is not finite, a scale not positive, or the two tuples' lengths differ.
+    """
+
+    shift: float | tuple
+    scale: float | tuple
+
+    def __post_init__(self):
+        for name, low in (("shift", -math.inf), ("scale", 0.0)):
+            found = getattr(self, name)
+            values = found if isinstance(found, tuple) and found else (found,)
+            if not all(isinstance(value, (int, float)) and low < value < math.inf for value in values):
+                expected = "finite numbers" if name == "shift" else "finite positive numbers"
+                raise UsageError(f"normalisation.{name}: found {shown(found)}, expected {expected}")
+        lengths = {len(value) for value in (self.shift, self.scale) if isinstance(value, tuple)}
+        if len(lengths) > 1:
+            raise UsageError(
+                f"normalisation: found {self.shift} and {self.scale}, expected one number a channel in both"
+            )
+
+    def describe(self) -> dict:
+        """Plain values for a record."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in (("shift", self.shift), ("scale", self.scale))
+        }
+
+
+PUBLISHED = Normalisation(0.0, 0.18215)  # Stable Diffusion 1.x and DiT: 1 over the standard deviation of all components
+
+
+def normalise(by: Normalisation, latents: jax.Array) -> jax.Array:
+    """Latents (b, h, w, z) of the autoencoder -> those of the diffusion model. Raises UsageError on other channels."""
+    shift, scale = _rows(by, latents)
+    return (latents - shift) * scale
+
+
+def denormalise(by: Normalisation, latents: jax.Array) -> jax.Array:
+    """The inverse of `normalise`."""
+    shift, scale = _rows(by, latents)
+    return latents / scale + shift
+
+
+def _rows(by: Normalisation, latents: jax.Array) -> list:
+    """Shift and scale in the shape in which they meet the latents: (1, 1, 1, z), or numbers."""
+    channels, rows = latents.shape[-1], []
+    for name, value in (("shift", by.shift), ("scale", by.scale)):
+        if isinstance(value, tuple) and len(value) != channels:
+            raise UsageError(f"normalisation.{name}: found {len(value)} channels, expected the latents' {channels}")
+        rows.append(jnp.asarray(value, latents.dtype).reshape(1, 1, 1, -1) if isinstance(value, tuple) else value)
+    return rows
+
+
+def whitening(batches: Iterable) -> Normalisation:
+    """Mean 0 and standard deviation 1 in each channel, over all batches of latents (b, h, w, z), summed in float64.
+
+    Raises UsageError where there are none, one is not finite, or a channel never changes.
+    """
+    count, mean, scatter = 0, 0.0, 0.0
+    for batch in batches:
+        values = np.asarray(batch, np.float64)
+        values = values.reshape(-1, values.shape[-1])
+        total, delta = count + len(values), values.mean(axis=0) - mean
+        scatter = scatter + ((values - values.mean(axis=0)) ** 2).sum(axis=0) + delta**2 * count * len(values) / total
+        mean, count = mean + delta * len(values) / total, total
+    if not count:
+        raise UsageError("whitening: found no latents, expected at least one batch")
+    if not (np.isfinite(scatter).all() and np.all(scatter > 0)):
+        raise UsageError(f"whitening: found variances {scatter / count}, expected finite positive ones of the channels")
+    return Normalisation(tuple(mean.tolist()), tuple(np.sqrt(count / scatter).tolist()))

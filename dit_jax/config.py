@@ -250,6 +250,7 @@ class EvalConfig:
     features: str = "digits"  # feature network of the sample metrics: digits | inception
     inception: str = ""  # folder of the Inception network, as `convert --source=inception` writes it
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
+    loss: bool = True  # the held-out loss; False where the held-out images are not at hand
     bootstrap: int = 20  # resamplings of the drawn images that give the distance its interval; 0 = none
     samplers: tuple = ()  # these four: every combination is scored; empty = that of `sample`
     steps: tuple = ()

@@ -1,103 +1,113 @@
 """Evaluate a run's checkpoints: `python -m dit_jax.evaluate --workdir=W [--config.eval.samples=1000 ...] [--watch]`.
 
-Held-out loss of the EMA weights on a fixed set of (image, noise, t), and a Frechet distance of samples. One record per
-checkpoint and protocol goes to `W/eval/records.jsonl`; what is recorded already is not computed again. A sample metric that
-was stopped in the middle goes on from `W/eval/partial/`, also with other batches or devices. SIGTERM keeps it and exits 75.
+Held-out loss on a fixed set of (image, noise, t), and metrics of samples (FID, or the Frechet distance of another network,
+and what goes with it) for every combination of `eval.weights`, `samplers`, `steps` and `guidance`. One record per checkpoint
+and protocol goes to `W/eval/records.jsonl`; what is recorded already is not computed again. Sample i depends on (seed, i)
+only: a sample metric that was stopped in the middle goes on from `W/eval/partial/`, also with other batches or devices, and
+ends in the same record. SIGTERM keeps what there is and exits 75.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dit_jax import checkpoint, flops
+from dit_jax import checkpoint, flops, samples, scores
+from dit_jax.autoencoder import Autoencoder, make_decoder, open_autoencoder
 from dit_jax.command import Interrupted, launch, read_config, stop_flag
-from dit_jax.config import Config, DataConfig, EvalConfig, JobError, UsageError, resolve
+from dit_jax.config import Config, JobError, SampleConfig, UsageError, resolve
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import describe
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.heldout import all_of, held_out_loss, loss_protocol, weights_protocol
 from dit_jax.ledger import Ledger, close, process_start, totals
-from dit_jax.log import RECORD, read_lines, say
-from dit_jax.mesh import batch_sharding, make_mesh, replicated
-from dit_jax.metrics import frechet
-from dit_jax.models import digit_features
-from dit_jax.records import RECORDS, Partial, append_record, drop_partials, load_partial, save_partial
+from dit_jax.log import say
+from dit_jax.mesh import make_mesh
+from dit_jax.records import RECORDS, append_record, drop_partials, partial_folder, protocol_id, read_records
 from dit_jax.sample import UINT8, describe_job, image_flops, sample_images
-from dit_jax.samples import pause, progress
-from dit_jax.step import image_losses, on_device
 
-def digits_distance(
-    cfg: Config,
-    params,
-    mesh,
-    reference: frechet.Statistics,
-    stats: frechet.Statistics | None = None,
-    keep: Callable[[frechet.Statistics], None] = lambda stats: None,
-) -> float:
-    """`fd_digits`: Frechet distance between samples and the training split, in the features of our own digits network.
 
-    `stats` are those of the first images, where they are known; `keep(stats)` is called per batch, but for the last one.
+@dataclass(frozen=True)
+class Task:
+    """A protocol, the config with its sampling (also which weights: ema | params), and a function from (step, weights) to metrics.
+
+    The function returns None when another evaluation has recorded them meanwhile.
     """
-    weights, _ = digit_features.load()
-    features, num = jax.jit(digit_features.apply), cfg.eval.samples
-    stats = stats or frechet.empty(digit_features.WIDTH)
-    for images, _ in sample_images(cfg, params, cfg.sample, num, cfg.eval.seed, mesh, first=stats.count):
-        stats = frechet.update(stats, np.asarray(features(weights, images / np.float32(127.5) - 1)[0]))
-        if stats.count < num:
-            keep(stats)
-    return frechet.frechet_distance(*frechet.mean_cov(stats), *frechet.mean_cov(reference))
+
+    cfg: Config
+    protocol: dict
+    measure: Callable
+
+    @property
+    def weights(self) -> str:
+        return self.cfg.sample.weights
+
+    @property
+    def id(self) -> str:
+        return protocol_id(self.protocol)
 
 
-def reference_statistics(cfg: Config) -> frechet.Statistics:
-    """Feature statistics of the whole of `data.split`, the training split."""
-    images, _ = load_arrays(_all_of(cfg.data), cfg.data.split)
-    weights, _ = digit_features.load()
-    return frechet.update(
-        frechet.empty(digit_features.WIDTH), np.asarray(jax.jit(digit_features.apply)(weights, images)[0])
-    )
+def samplings(cfg: Config) -> list[SampleConfig]:
+    """Every combination of `eval.weights`, `samplers`, `steps` and `guidance`; an empty one is that of `sample`."""
+    names = {"weights": "weights", "samplers": "sampler", "steps": "steps", "guidance": "guidance"}
+    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in names.items()]
+    found = []
+    for values in itertools.product(*choices):
+        changes = dict(zip(names.values(), values, strict=True))
+        found.append(dataclasses.replace(cfg.sample, **changes | {"guidance": float(changes["guidance"])}))
+    return list(dict.fromkeys(found))
 
 
-def held_out_distance(cfg: Config) -> float:
-    """`fd_digits` of the real held-out images: what a perfect sampler would score."""
-    held_out = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, split=cfg.data.held_out_split))
-    both = [frechet.mean_cov(reference_statistics(c)) for c in (held_out, cfg)]
-    return frechet.frechet_distance(*both[0], *both[1])
+@dataclass(frozen=True)
+class Tools:
+    """What sample metrics need besides the model; opened once for all checkpoints and samplings."""
+
+    mesh: object
+    autoencoder: Autoencoder | None
+    decode: Callable
+    network: scores.Network
+    reference: scores.Reference
 
 
-def sample_protocol(cfg: Config, reference: frechet.Statistics) -> dict:
+def open_tools(cfg: Config, mesh) -> Tools:
+    """Raises UsageError where the autoencoder, the feature network or the reference does not fit."""
+    autoencoder = open_autoencoder(cfg)
+    network = scores.open_network(cfg, mesh)
+    return Tools(mesh, autoencoder, make_decoder(autoencoder, mesh), network, scores.open_reference(cfg, network))
+
+
+def sample_protocol(cfg: Config, tools: Tools) -> dict:
     """Everything that the sample metrics depend on besides the checkpoint."""
     sample = dataclasses.asdict(cfg.sample)
     del sample["batch_size"], sample["weights"]
     return {
-        "data": describe(cfg.data, cfg.data.split) | {"image_size": cfg.data.image_size},
+        "data": {"dataset": cfg.data.dataset, "image_size": cfg.data.image_size},
         **weights_protocol(cfg),
         "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed},
         "process": processes.describe(make_process(cfg.diffusion, cfg.model.learn_sigma)),
         "uint8": UINT8,
-        "autoencoder": "none",
-        "features": f"digits {digit_features.load()[1]['sha256']}",
-        "reference": f"{cfg.data.dataset} {cfg.data.split}, {reference.count} images",
+        "autoencoder": tools.autoencoder.describe() if tools.autoencoder else "none",
+        "features": f"{tools.network.name} {tools.network.sha256}",
+        "reference": tools.reference.describe(),
+        "bootstrap": cfg.eval.bootstrap,
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }
 
 
-def make_record(cfg: Config, name: str, step: int, metrics: dict, protocol: dict) -> dict:
+def make_record(cfg: Config, workdir: str, step: int, metrics: dict, protocol: dict) -> dict:
     """The contract between training, evaluation and the scaling wing (one JSON line)."""
     images = step * cfg.train.batch_size
     return {
-        "run": name,
+        "run": os.path.basename(os.path.abspath(workdir)),
         "step": step,
         "images_seen": images,
         "tokens_seen": images * cfg.model.tokens,
@@ -109,22 +119,8 @@ def make_record(cfg: Config, name: str, step: int, metrics: dict, protocol: dict
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,
         "protocol_id": protocol_id(protocol),
+        "goodput": totals(workdir),
     }
-
-
-def check_config(cfg: Config) -> None:
-    """Raises UsageError for a protocol that cannot be."""
-    if cfg.eval.samples and cfg.data.latents:
-        raise UsageError(
-            f"eval.samples: found {cfg.eval.samples} for a model of latents, which this version cannot decode; set "
-            "eval.samples=0 for the held-out loss alone"
-        )
-    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), cfg.sample.sampler, cfg.sample.steps)
-    if cfg.eval.samples and (cfg.eval.features != "digits" or cfg.data.dataset != "digits"):
-        raise UsageError(
-            f"eval.features: found {cfg.eval.features!r} for {cfg.data.dataset!r}; this version has the digits' network only; "
-            "set eval.samples=0 for the held-out loss alone"
-        )
 
 
 def _check_stop(stop: list, what: str) -> None:
@@ -132,46 +128,79 @@ def _check_stop(stop: list, what: str) -> None:
         raise Interrupted(f"{what}; the same command goes on from there")
 
 
-def _measure_distance(cfg: Config, params, mesh, reference, partial: Partial, stop: list, quiet: bool) -> dict:
-    """`fd_digits`, going on from what a stopped evaluation kept, and keeping what this one has every now and then."""
-    stats, num = load_partial(partial), cfg.eval.samples
-    report = (lambda count: None) if quiet else progress(stats.count if stats else 0, num)
-    began = last = time.monotonic()
-
-    def keep(stats: frechet.Statistics) -> None:
-        nonlocal last
-        report(stats.count)
-        now = time.monotonic()
-        if stop or now - last > pause(now - began):
-            save_partial(partial, stats)
-            last = time.monotonic()
-        _check_stop(stop, f"{stats.count} of {num} images of step {partial.step} are kept in {partial.path}")
-
-    return {"fd_digits": digits_distance(cfg, params, mesh, reference, stats, keep)}
+def check_config(cfg: Config) -> None:
+    """Raises UsageError for a protocol that cannot be."""
+    for sample in samplings(cfg):
+        sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
+    if not cfg.eval.loss and not cfg.eval.samples:
+        raise UsageError("eval.loss, eval.samples: found False and 0, expected at least one of them: nothing would be measured")
+    if cfg.eval.samples:
+        scores.check_config(cfg)
 
 
-def protocols(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[tuple[dict, Callable]]:
-    """The protocols of a config, each with its function from (step, weights) to metrics."""
-    images, labels = load_arrays(_all_of(cfg.data), cfg.data.held_out_split)
+def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
+    """The held-out loss of each kind of weights."""
+    images, labels = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
     if cfg.eval.max_images:
         images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
 
+    def look() -> None:
+        _check_stop(stop, f"{workdir}: what is recorded stays")
+
     def loss(step: int, params) -> dict:
-        return held_out_loss(
-            cfg, params, images, labels, mesh, lambda: _check_stop(stop, f"{workdir}: what is recorded stays")
-        )
+        return held_out_loss(cfg, params, images, labels, mesh, look)
 
-    found = [(loss_protocol(cfg, len(images)), loss)]
+    found = []
+    for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
+        chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
+        found.append(Task(chosen, loss_protocol(chosen, len(images)), loss))
+    return found
+
+
+def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: bool) -> Task:
+    """The sample metrics of one sampling, that of `cfg.sample`."""
+    protocol, network = sample_protocol(cfg, tools), tools.network
+
+    def draw(params, first: int, end: int) -> Iterator[samples.Batch]:
+        drawn = sample_images(cfg, params, cfg.sample, end, cfg.eval.seed, tools.mesh, (), first, tools.decode)
+        for images, labels in drawn:
+            yield network.rows(images).view(np.uint8), labels
+
+    def measure(step: int, params) -> dict | None:
+        job = describe_job(cfg, params, cfg.sample, step, cfg.eval.seed, (), tools.autoencoder)
+        folder = partial_folder(workdir, step, protocol_id(protocol))
+        store = samples.Store(folder, job | {"features": network.sha256}, (4 * network.width,))
+        with _alone_in(folder, stop):
+            if (step, protocol_id(protocol)) in read_records(workdir):
+                return None
+            parts = samples.gather(store, cfg.eval.samples, functools.partial(draw, params), stop, quiet)
+            rows = (part.view("<f4") for part, _ in parts)
+            return scores.measure(rows, network, tools.reference, cfg.eval)
+
+    return Task(cfg, protocol, measure)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: str, stop: list) -> Iterator[None]:
+    """Holds the folder of a partial; waits while another evaluation does the same."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(samples.locked(folder))
+                break
+            except JobError:
+                _check_stop(stop, f"{folder}: another evaluation draws these images")
+                time.sleep(0.1)
+        yield
+
+
+def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task]:
+    """What a config asks of every checkpoint."""
+    found = _loss_tasks(cfg, mesh, workdir, stop) if cfg.eval.loss else []
     if cfg.eval.samples:
-        reference = reference_statistics(cfg)
-        protocol = sample_protocol(cfg, reference)
-
-        def distance(step: int, params) -> dict:
-            job = describe_job(cfg, params, cfg.sample, step, cfg.eval.seed)
-            partial = Partial(workdir, step, protocol_id(protocol), job)
-            return _measure_distance(cfg, params, mesh, reference, partial, stop, quiet)
-
-        found.append((protocol, distance))
+        tools = open_tools(cfg, mesh)
+        for sample in samplings(cfg):
+            found.append(_sample_task(dataclasses.replace(cfg, sample=sample), tools, workdir, stop, quiet))
     return found
 
 
@@ -199,38 +228,50 @@ def _ledger(workdir: str, quiet: bool, since: float) -> Iterator[Ledger]:
 
 
 def _run(
-    cfg: Config, workdir: str, steps: list[int] | None, quiet: bool, stop: list, damaged: dict, ledger: Ledger
+    cfg: Config, workdir: str, steps: list[int] | None, quiet: bool, stop: list, damaged: dict[int, str], ledger: Ledger
 ) -> list[dict]:
     """`run`, until `stop` fills; checkpoints that cannot be read are put into `damaged`, and the others are evaluated."""
     check_config(cfg)
-    mesh = make_mesh(cfg.mesh)
-    wanted = protocols(cfg, mesh, workdir, stop, quiet)
-    done = {(r["step"], r["protocol_id"]): r for r in read_lines(os.path.join(workdir, RECORDS), RECORD)}
+    wanted, done = tasks(cfg, make_mesh(cfg.mesh), workdir, stop, quiet), read_records(workdir)
     drop_partials(workdir, set(done), checkpoint.steps(workdir))
-    name, records = os.path.basename(os.path.abspath(workdir)), []
+    records = []
     for step in checkpoint.steps(workdir) if steps is None else steps:
-        missing = [(p, measure) for p, measure in wanted if (step, protocol_id(p)) not in done]
-        params = _weights(cfg, workdir, step, damaged) if missing else None
-        for protocol, measure in missing if params is not None else []:
-            _check_stop(stop, f"{workdir}: what is recorded stays")
-            with ledger.spend("evaluation"):
-                metrics = measure(step, params)
-            record = make_record(cfg, name, step, metrics, protocol) | {"goodput": totals(workdir)}
-            with ledger.spend("save"):
-                append_record(workdir, record)
-            done[step, record["protocol_id"]] = record
-            drop_partials(workdir, set(done), checkpoint.steps(workdir))
-            if not quiet:
-                shown = "  ".join(f"{k} {v:.4g}" for k, v in record["metrics"].items() if not k.startswith("loss_t"))
-                say(f"step {step}  {shown}")
-        records += [done[step, protocol_id(p)] for p, _ in wanted if (step, protocol_id(p)) in done]
+        for weights in dict.fromkeys(task.weights for task in wanted):
+            missing = [task for task in wanted if task.weights == weights and (step, task.id) not in done]
+            params = _weights(workdir, step, weights, damaged) if missing else None
+            for task in missing if params is not None else []:
+                _check_stop(stop, f"{workdir}: what is recorded stays")
+                done = _record(workdir, step, task, params, ledger, quiet)
+        records += [done[step, task.id] for task in wanted if (step, task.id) in done]
     return records
 
 
-def _weights(cfg: Config, workdir: str, step: int, damaged: dict[int, str]):
+def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: bool) -> dict:
+    """Measure and record one protocol of one checkpoint; returns all records, by step and protocol."""
+    with ledger.spend("evaluation"):
+        metrics = task.measure(step, params)
+    if metrics is not None:
+        record = make_record(task.cfg, workdir, step, metrics, task.protocol)
+        with ledger.spend("save"):
+            append_record(workdir, record)
+        if not quiet:
+            say(f"step {step}  {describe(task, record['metrics'])}")
+    done = read_records(workdir)
+    drop_partials(workdir, set(done), checkpoint.steps(workdir))
+    return done
+
+
+def describe(task: Task, metrics: dict) -> str:
+    """A record in a line: which sampling, if one, and its scores."""
+    of = task.protocol.get("samples")
+    sampling = f"{task.weights}, {of['sampler']} {of['steps']}, guidance {of['guidance']:g}: " if of else f"{task.weights}: "
+    return sampling + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t"))
+
+
+def _weights(workdir: str, step: int, item: str, damaged: dict[int, str]):
     """The weights of a checkpoint; None if the training that goes on has pruned it meanwhile, or if it is damaged."""
     try:
-        params = checkpoint.load(workdir, step, cfg.sample.weights)[1]
+        params = checkpoint.load(workdir, step, item)[1]
     except Exception as error:
         if step not in checkpoint.steps(workdir):
             return None

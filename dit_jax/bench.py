@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_jax import flops, sweep, train
-from dit_jax.command import launch, write_file
+from dit_jax.command import launch, provenance, write_file
 from dit_jax.config import Config, TrainConfig, UsageError, model_config, resolve
 from dit_jax.data.pipeline import make_batches
 from dit_jax.diffusion.process import make_process
@@ -281,7 +281,7 @@ def machine() -> dict:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        **train.provenance(),
+        **provenance(),
     }
 
 

@@ -228,6 +228,47 @@ def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
     raise JobError(f"{folder(workdir)}: none of the checkpoints {found} verifies; restore the folder from a copy")
 
 
+def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, meta: dict) -> None:
+    """A checkpoint of weights alone, `params` and `ema` the same: it can be sampled and evaluated, not trained on.
+
+    `params` are NumPy or JAX arrays in the shapes of `model`. Raises UsageError if they have others, JobError if the disk
+    does not take them.
+    """
+    wanted = _leaves(jax.eval_shape(lambda: dit.init(model, jax.random.key(0))))
+    if _leaves(params) != wanted:
+        raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
+    at = path_of(workdir, step)
+    items = {name: ocp.args.StandardSave(params) for name in ("params", "ema")}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "ema", "meta")) as writer:
+            notes = {"model": to_dict(model), **meta, "step": step}
+            writer.save(at + SAVING, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(notes)))
+        publish(at + SAVING, at)
+    except Exception as error:
+        raise JobError(f"{at}: the checkpoint could not be written ({_cause(error)})") from error
+
+
+def read_meta(workdir: str, step: int) -> dict:
+    """What a checkpoint says of itself. Raises JobError when that is damaged."""
+    at = path_of(workdir, step)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return dict(reader.restore(os.path.join(at, "meta")))
+    except (OSError, ValueError, TypeError) as error:
+        raise JobError(f"{at}: its meta cannot be read ({_cause(error)}); restore the folder from a copy") from None
+
+
+def check_trained(workdir: str) -> None:
+    """Raises UsageError if the newest checkpoint holds weights alone: there is no training to go on with."""
+    found = steps(workdir)
+    if found and not os.path.isdir(os.path.join(path_of(workdir, found[-1]), "opt")):
+        source = read_meta(workdir, found[-1]).get("source") or {}
+        raise UsageError(
+            f"{path_of(workdir, found[-1])}: holds weights only, converted from {source.get('file', 'a file')}, and no "
+            "state of an optimizer: this run can be sampled and evaluated, not trained on; use another --workdir"
+        )
+
+
 def check_model(at: str, model: ModelConfig) -> None:
     """Raises UsageError naming the keys in which the checkpoint's model differs from the config's, JobError if its step does."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:

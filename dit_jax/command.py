@@ -5,12 +5,16 @@
 
 import collections
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import re
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -281,6 +285,43 @@ def write_file(path: str, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """A folder to write into, which gets the name `path` when all went well and is removed when not.
+
+    `path` must not exist, or be an empty folder. What a killed job left behind is removed by the next one.
+    """
+    path = os.path.abspath(path)
+    unfinished = path + ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    try:
+        yield unfinished
+        sync(unfinished)
+        os.rename(unfinished, path)
+        sync(os.path.dirname(path))
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def file_sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def provenance() -> dict:
+    """Versions and commit of what computes."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"versions": {name: importlib.metadata.version(name) for name in names}, "commit": commit}
 
 
 def sync(path: str) -> None:

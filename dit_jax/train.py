@@ -5,18 +5,16 @@ The same command again resumes from the newest checkpoint, bit for bit, or finds
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import subprocess
 import time
 
 import jax
 from absl import flags
 
 from dit_jax import checkpoint, flops
-from dit_jax.command import Interrupted, launch, read_config, stop_flag, write_file
+from dit_jax.command import Interrupted, launch, provenance, read_config, stop_flag, write_file
 from dit_jax.config import Config, JobError, UsageError, resolve, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
@@ -71,6 +69,7 @@ def prepare_workdir(cfg: Config, workdir: str) -> None:
     """Make the run's folder and write config.json, or check that the folder is this run's; more steps are written down."""
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(path):
+        checkpoint.check_trained(workdir)
         check_same_run(cfg, workdir)
         if read_config(workdir).train.steps >= cfg.train.steps:
             return
@@ -92,18 +91,6 @@ def make_folder(workdir: str, name: str, cfg: Config) -> None:
         write_file(os.path.join(workdir, name), text)
     except OSError as error:
         raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None
-
-
-def provenance() -> dict:
-    """Versions and commit of what computes."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"versions": {name: importlib.metadata.version(name) for name in names}, "commit": commit}
 
 
 def open_data(cfg: Config):

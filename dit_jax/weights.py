@@ -41,7 +41,7 @@ SHARED = 4  # tensors of a .pt file may share memory: together they are at most 
 
 
 def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
-    """Name -> array of a .safetensors, .npz, .npy (its one array is "") or .pt/.pth file.
+    """Name -> array of a .safetensors, .npz, .npy (its one array is "") or .pt/.pth/.bin file.
 
     Arrays come in native byte order and C order. Of a .pt file, dicts and lists of any depth are walked, names joined by
     dots ("ema.x"), and what is not a tensor is left out. Raises UsageError naming the file and what is wrong with it.
@@ -328,4 +328,5 @@ READERS = {
     ".npy": _read_npy,
     ".pt": _read_torch,
     ".pth": _read_torch,
+    ".bin": _read_torch,  # as diffusers names them
 }

@@ -203,11 +203,32 @@ def test_chain_times_are_step_numbers(process):
 
 
 def test_respacing_keeps_both_ends():
-    assert schedule.linspace_steps(1000, 250)[0] == 999 and schedule.linspace_steps(1000, 250)[-1] == 0
-    np.testing.assert_array_equal(schedule.linspace_steps(1000, 4), [999, 666, 333, 0])
-    np.testing.assert_array_equal(schedule.linspace_steps(1000, 1), [999])
+    assert schedule.respace(1000, 250)[0] == 999 and schedule.respace(1000, 250)[-1] == 0
+    np.testing.assert_array_equal(schedule.respace(1000, 4), [999, 666, 333, 0])
+    np.testing.assert_array_equal(schedule.respace(1000, 1), [999])
     with pytest.raises(ValueError, match="expected 1 to 1000"):
-        schedule.linspace_steps(1000, 1001)
+        schedule.respace(1000, 1001)
+
+
+def test_named_respacings_are_those_of_table_2():
+    """Lin et al. 2024 (arXiv 2305.08891), Table 2, with steps counted from 0: T = 1000 in 10 steps."""
+    np.testing.assert_array_equal(schedule.respace(1000, 10, "linspace"), np.arange(9, -1, -1) * 111)
+    np.testing.assert_array_equal(schedule.respace(1000, 10, "leading"), np.arange(9, -1, -1) * 100)
+    np.testing.assert_array_equal(schedule.respace(1000, 10, "trailing"), np.arange(10, 0, -1) * 100 - 1)
+    for spacing in schedule.SPACINGS:
+        for count in (1, 3, 7, 333, 999, 1000):
+            steps = schedule.respace(1000, count, spacing)
+            assert len(steps) == count and steps[0] <= 999 and steps[-1] >= 0 and (np.diff(steps) < 0).all()
+    with pytest.raises(ValueError, match="found 'karras', expected one of linspace, leading, trailing"):
+        schedule.respace(1000, 10, "karras")
+
+
+def test_spacing_is_for_chains():
+    np.testing.assert_allclose(sampling_times(CHAIN, "ddim", 4, "leading"), [0.751, 0.501, 0.251, 0.001, 0.0])
+    with pytest.raises(UsageError, match=r"sample.spacing: found 'trailing' for Flow, expected 'linspace'"):
+        sampling_times(FLOW, "euler", 4, "trailing")
+    with pytest.raises(UsageError, match=r"sample.spacing: found 'trailng'; did you mean 'trailing'"):
+        sampling_times(CHAIN, "ddim", 4, "trailng")
 
 
 def test_flow_noises_in_a_straight_line():

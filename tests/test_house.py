@@ -12,7 +12,19 @@ PACKAGE = ROOT / "dit_jax"
 JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert"}
 GROUND = {"error", "checks", "config", "flops", "hardware", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
-MEZZANINE = {"mesh", "foreign", "records", "samples", "ledger", "optim", "log", "weights", "data", "manifest"}
+MEZZANINE = {
+    "mesh",
+    "foreign",
+    "records",
+    "samples",
+    "ledger",
+    "optim",
+    "log",
+    "weights",
+    "data",
+    "manifest",
+    "networks",
+}
 SECOND = {"guard", "state", "step", "diagnose", "checkpoint"}
 FLOOR = {**dict.fromkeys(GROUND, 0), **dict.fromkeys(FIRST, 1), **dict.fromkeys(MEZZANINE, 2)}
 FLOOR |= {**dict.fromkeys(SECOND, 3), **dict.fromkeys(JOBS, 4)}

@@ -127,10 +127,10 @@ class DDPM:
     def clock(self, t):
         return self.sigma(t) / self.alpha(t)
 
-    def times(self, steps: int) -> np.ndarray:
-        """(steps + 1,): the respaced chain's times, then 0."""
-        steps_kept = schedule.linspace_steps(self.timesteps, steps)
-        return np.append((steps_kept + 1) / self.timesteps, 0.0)
+    def times(self, steps: int, spacing: str = "linspace") -> np.ndarray:
+        """(steps + 1,): the respaced chain's times, then 0. `spacing`: see `schedule.respace`."""
+        kept = schedule.respace(self.timesteps, steps, spacing)
+        return np.append((kept + 1) / self.timesteps, 0.0)
 
     def _table(self, values: np.ndarray, t: Times) -> jax.Array:
         return _column(jnp.asarray(values, jnp.float32)[self.index(t)])

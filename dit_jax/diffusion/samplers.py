@@ -12,6 +12,7 @@ import numpy as np
 from dit_jax.checks import nearest
 from dit_jax.error import UsageError
 from dit_jax.diffusion.process import Denoiser, Flow, Process
+from dit_jax.diffusion.schedule import SPACINGS
 
 
 def draw_noise(keys: jax.Array, index, shape: tuple) -> jax.Array:
@@ -158,16 +159,25 @@ SAMPLERS = {
 FLOWS_ONLY = ("euler_maruyama",)
 
 
-def sampling_times(process: Process, sampler: str, steps: int) -> np.ndarray:
-    """The grid of times, (steps + 1,). Raises UsageError if there is no such sampler, or the process has fewer steps."""
+def sampling_times(process: Process, sampler: str, steps: int, spacing: str = "linspace") -> np.ndarray:
+    """The grid of times, (steps + 1,). Raises UsageError if there is no such sampler, or the process has fewer steps.
+
+    `spacing` chooses among a chain's steps (`schedule.respace`); a flow has equal steps, "linspace".
+    """
     if sampler not in SAMPLERS:
         raise UsageError(f"sample.sampler: found {sampler!r}{nearest(sampler, SAMPLERS)}")
     if sampler in FLOWS_ONLY and not isinstance(process, Flow):
         raise UsageError(
             f"sample.sampler: found {sampler!r} for {type(process).__name__}, expected a flow; 'ddpm' is its like there"
         )
-    try:
+    if spacing not in SPACINGS:
+        raise UsageError(f"sample.spacing: found {spacing!r}{nearest(spacing, SPACINGS)}")
+    if isinstance(process, Flow):
+        if spacing != "linspace":
+            raise UsageError(f"sample.spacing: found {spacing!r} for Flow, expected 'linspace': its steps are equal")
         return process.times(steps)
+    try:
+        return process.times(steps, spacing)
     except ValueError as error:
         raise UsageError(f"sample.steps: {error}") from None
 

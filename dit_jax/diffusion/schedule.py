@@ -28,10 +28,33 @@ def alpha_bars(schedule: str, timesteps: int) -> np.ndarray:
 
 
 def linspace_steps(timesteps: int, count: int) -> np.ndarray:
-    """`count` of the steps 0..T-1, descending, the first and the last among them: the published DiT's respacing.
+    """`count` equally spaced steps, the first and the last of the chain among them: the published DiT's respacing.
 
-    Equal to diffusers' `timestep_spacing="linspace"`, but for a single step, which here is the noisiest.
+    A single step is the noisiest, where the published code and diffusers take the cleanest.
     """
+    return np.round(np.linspace(timesteps - 1 if count == 1 else 0, timesteps - 1, count)).astype(np.int64)[::-1]
+
+
+def leading_steps(timesteps: int, count: int) -> np.ndarray:
+    """Multiples of T // count from 0: the cleanest step is among them, the noisiest is not (Song et al. 2021's DDIM)."""
+    return np.arange(count, dtype=np.int64)[::-1] * (timesteps // count)
+
+
+def trailing_steps(timesteps: int, count: int) -> np.ndarray:
+    """Steps T / count apart from the noisiest down (Lin et al. 2024, arXiv 2305.08891, Table 2)."""
+    return np.round(timesteps - np.arange(count) * (timesteps / count)).astype(np.int64) - 1
+
+
+SPACINGS = {"linspace": linspace_steps, "leading": leading_steps, "trailing": trailing_steps}
+
+
+def respace(timesteps: int, count: int, spacing: str = "linspace") -> np.ndarray:
+    """`count` of the steps 0..T-1, descending, int64: those of diffusers' `timestep_spacing` of that name.
+
+    `linspace` is the published DiT's own. Raises ValueError for another name, or a count that the chain does not have.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing: found {spacing!r}, expected one of {', '.join(SPACINGS)}")
     if not 1 <= count <= timesteps:
         raise ValueError(f"sampling steps: found {count}, expected 1 to {timesteps}, the length of the chain")
-    return np.round(np.linspace(timesteps - 1 if count == 1 else 0, timesteps - 1, count)).astype(np.int64)[::-1]
+    return SPACINGS[spacing](timesteps, count)

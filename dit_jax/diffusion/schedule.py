@@ -41,8 +41,12 @@ def leading_steps(timesteps: int, count: int) -> np.ndarray:
 
 
 def trailing_steps(timesteps: int, count: int) -> np.ndarray:
-    """Steps T / count apart from the noisiest down (Lin et al. 2024, arXiv 2305.08891, Table 2)."""
-    return np.round(timesteps - np.arange(count) * (timesteps / count)).astype(np.int64) - 1
+    """Steps T / count apart from the noisiest down (Lin et al. 2024, arXiv 2305.08891, Table 2).
+
+    Where T / count is no float, what is halfway between two steps falls as the rounding of `arange` has it, in diffusers too.
+    """
+    ends = np.arange(timesteps, 0, -timesteps / count)[:count]  # rounding can make it one too long
+    return np.round(ends).astype(np.int64) - 1
 
 
 SPACINGS = {"linspace": linspace_steps, "leading": leading_steps, "trailing": trailing_steps}

@@ -204,6 +204,7 @@ class SampleConfig:
 
     sampler: str = "ddpm"
     steps: int = 250
+    spacing: str = "linspace"  # which steps of a chain are kept: linspace (as the published DiT) | leading | trailing
     guidance: float = 1.0  # 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # all | first3: the published DiT guides the first 3 channels only
@@ -235,7 +236,9 @@ class AutoencoderConfig:
         for name in ("scale", "shift"):
             found = getattr(self, name)
             if not found or not all(map(number, found)) or (name == "scale" and min(found) <= 0):
-                raise UsageError(f"autoencoder.{name}: found {shown(found)}, expected a tuple of numbers, one or one per channel")
+                raise UsageError(
+                    f"autoencoder.{name}: found {shown(found)}, expected a tuple of numbers, one or one per channel"
+                )
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,11 @@ def _check_stop(stop: list, what: str) -> None:
 def check_config(cfg: Config) -> None:
     """Raises UsageError for a protocol that cannot be."""
     for sample in samplings(cfg):
-        sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
+        sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing)
     if not cfg.eval.loss and not cfg.eval.samples:
-        raise UsageError("eval.loss, eval.samples: found False and 0, expected at least one of them: nothing would be measured")
+        raise UsageError(
+            "eval.loss, eval.samples: found False and 0, expected at least one of them: nothing would be measured"
+        )
     if cfg.eval.samples:
         scores.check_config(cfg)
 
@@ -264,7 +266,9 @@ def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: 
 def describe(task: Task, metrics: dict) -> str:
     """A record in a line: which sampling, if one, and its scores."""
     of = task.protocol.get("samples")
-    sampling = f"{task.weights}, {of['sampler']} {of['steps']}, guidance {of['guidance']:g}: " if of else f"{task.weights}: "
+    sampling = (
+        f"{task.weights}, {of['sampler']} {of['steps']}, guidance {of['guidance']:g}: " if of else f"{task.weights}: "
+    )
     return sampling + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t"))
 
 

@@ -64,7 +64,10 @@ def drop_partials(workdir: str, done: set[tuple[int, str]], there: list[int]) ->
     for name in os.listdir(root) if os.path.isdir(root) else []:
         match = re.fullmatch(r"([0-9a-f]{16})-(\d+)", name)
         if match and ((int(match[2]), match[1]) in done or int(match[2]) not in there):
-            with contextlib.suppress(JobError), samples.locked(os.path.join(root, name)):  # in use: its owner removes it
+            with (
+                contextlib.suppress(JobError),
+                samples.locked(os.path.join(root, name)),
+            ):  # in use: its owner removes it
                 samples.remove(os.path.join(root, name))
     with contextlib.suppress(OSError):  # not there, or others are under way
         os.rmdir(root)

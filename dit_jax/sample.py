@@ -74,7 +74,7 @@ def make_sampler(
     model: ModelConfig, process: Process, cfg: SampleConfig, mesh, wanted: tuple[int, ...] = ()
 ) -> Callable:
     """One compiled program: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,)."""
-    times = sampling_times(process, cfg.sampler, cfg.steps)
+    times = sampling_times(process, cfg.sampler, cfg.steps, cfg.spacing)
     sampler = SAMPLERS[cfg.sampler]
     shape = (model.input_size, model.input_size, model.channels)
     model = on_device(model)
@@ -134,7 +134,9 @@ def _draw_rows(
 
 def image_flops(cfg: Config, sample: SampleConfig) -> int:
     """FLOPs of one sampled image, guided steps counted twice."""
-    times = sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
+    times = sampling_times(
+        make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing
+    )
     calls = evaluation_times(sample.sampler, times).astype(np.float32)  # as the program compares them
     low, high = np.float32(sample.interval)
     guided = 0 if sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
@@ -244,7 +246,7 @@ def _main(values, stop: list) -> None:
     if values.autoencoder is not None:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
     sample = _sample_config(cfg, values)
-    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps)
+    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing)
     wanted = _wanted(values.labels, cfg.model.classes)
     _check_paths(values.out, values.grid)
     step = _find_step(values.workdir, values.step, values.out, sample.weights)

@@ -4,20 +4,19 @@ A network makes one row of float32 of an image: its pooled features, where it ha
 score is named after its network: FID, sFID, KID and IS are those of the Inception network only, the others say which.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.config import Config, DataConfig, EvalConfig, UsageError
+from dit_jax.config import Config, UsageError
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import describe
 from dit_jax.foreign.reference import read_reference
 from dit_jax.heldout import all_of
 from dit_jax.mesh import batch_sharding, replicated
-from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall
 from dit_jax.models import digit_features, inception
 from dit_jax.networks import load_network
 
@@ -131,7 +130,6 @@ def open_reference(cfg: Config, network: Network) -> Reference:
         images, _ = load_arrays(all_of(cfg.data), cfg.data.split)
         return _of_images(as_uint8(images), network, describe(cfg.data, cfg.data.split))
     found = read_reference(cfg.eval.reference)
-    ...
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:

@@ -101,13 +101,12 @@ def run_cell(cell: Cell) -> dict:
 def loss_protocol_id(cfg: Config) -> str:
     """The protocol that all cells are compared under; a cell may carry records of others."""
     images = len(load_arrays(cfg.data, cfg.data.held_out_split)[0])
-    return evaluate.protocol_id(evaluate.loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
+    return protocol_id(loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
 
 
 def finished(cell: Cell, protocol_id: str) -> bool:
     """Whether the cell's last step has its record."""
-    records = read_lines(os.path.join(cell.workdir, evaluate.RECORDS))
-    return any(r["step"] == cell.cfg.train.steps and r["protocol_id"] == protocol_id for r in records)
+    return (cell.cfg.train.steps, protocol_id) in read_records(cell.workdir)
 
 
 def _follow(parent: int) -> None:
@@ -312,13 +311,13 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
         f"The grid shows its samples, one row a class: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
         f"seed {cfg.eval.seed}."
     ]
-    for record in read_lines(os.path.join(cell.workdir, evaluate.RECORDS)):
+    for record in read_records(cell.workdir).values():
         if "fd_digits" in record["metrics"]:
             how = record["protocol"]["samples"]
             found.append(
                 f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
                 f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
-                f"network and comparable to nothing else; the held-out digits themselves score {evaluate.held_out_distance(cfg):.2f}."
+                f"network and comparable to nothing else; the held-out digits themselves score {scores.real_distance(cfg):.2f}."
             )
     return found
 

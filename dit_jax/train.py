@@ -120,7 +120,9 @@ def open_data(cfg: Config):
             raise UsageError(
                 f"{key}: found {found}, expected {expected}, as the data ({data.latents or data.dataset}) has"
             )
-    sampling_times(make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps)
+    sampling_times(
+        make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps, cfg.sample.spacing
+    )
     return source
 
 

@@ -13,7 +13,7 @@ from dit_jax.metrics import frechet
 
 @dataclass(frozen=True)
 class Limit:
-    """Distances of subsets of `sizes` samples, and the line limit + slope / N through them."""
+    """Mean distances of subsets of `sizes` samples, and the line limit + slope / N through them."""
 
     sizes: tuple[int, ...]
     distances: tuple[float, ...]
@@ -22,7 +22,7 @@ class Limit:
 
 
 def infinite(features: np.ndarray, to_reference: frechet.Distance, points: int = 8, seed: int = 0) -> Limit:
-    """From features (n, d), without replacement in each subset; sizes are even in 1 / N from n / 4 to n.
+    """From features (n, d); sizes are even in 1 / N from n / 4 to n, and of each as many disjoint subsets as there are.
 
     Raises ValueError when even the smallest subset would have a singular covariance, so under 4 (d + 1) samples.
     """
@@ -31,11 +31,12 @@ def infinite(features: np.ndarray, to_reference: frechet.Distance, points: int =
         raise ValueError(
             f"limit of the distance: found {count} samples, expected at least {4 * (width + 1)} for {width} features"
         )
-    sizes = tuple(int(round(count / x)) for x in np.linspace(4, 1, points))
+    sizes = tuple(round(count / x) for x in np.linspace(4, 1, points))
     rng, found = np.random.default_rng(seed), []
     for size in sizes:
-        rows = features[rng.permutation(count)[:size]]
-        found.append(to_reference(*frechet.mean_cov(_statistics(rows))))
+        order = rng.permutation(count)
+        subsets = [features[order[start : start + size]] for start in range(0, count - size + 1, size)]
+        found.append(float(np.mean([to_reference(*frechet.mean_cov(_statistics(rows))) for rows in subsets])))
     slope, limit = np.polyfit(1 / np.array(sizes), found, 1)
     return Limit(sizes, tuple(found), float(limit), float(slope))
 

@@ -63,9 +63,10 @@ def _rectify(x, bias):
 def _conv(name: str, x, width: int, window: tuple[int, int], stride: int = 1, padding: str = "SAME"):
     """Convolution, batch normalisation, rectifier; the weights are those of the module that calls, under this name."""
     kernel, bias = _Weights(width, window, name=name)(x.shape[-1])
-    strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout, precision=FULL)
-    return _rectify(y, bias)
+    crop = stride == 1 and padding == "VALID"  # on a CPU, XLA is 2 to 3 times as fast with padding as without
+    layout, padding = ("NHWC", "HWIO", "NHWC"), "SAME" if crop else padding
+    y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layout, precision=FULL)
+    return _rectify(y[:, 1:-1, 1:-1] if crop else y, bias)
 
 
 def _points(x, **widths: int) -> list:
@@ -76,15 +77,24 @@ def _points(x, **widths: int) -> list:
     return list(zip(parts, biases, strict=True))
 
 
+def _pool(x, combine, stride: int):
+    """`combine` over windows of 3 x 3, an axis at a time: on a CPU slices are faster than `reduce_window`."""
+    for axis in (1, 2):
+        end = x.shape[axis] - 2
+        parts = [jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(3)]
+        x = combine(combine(parts[0], parts[1]), parts[2])
+    return x
+
+
 def _average(x):
     """Mean of the up to 9 pixels around each one: at the border those outside do not count."""
-    window = ((1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-    counts = jax.lax.reduce_window(np.ones((1, *x.shape[1:3], 1), np.float32), 0.0, jax.lax.add, *window)
-    return jax.lax.reduce_window(x, 0.0, jax.lax.add, *window) / counts
+    h, w = (np.minimum(np.minimum(np.arange(n), n - 1 - np.arange(n)) + 2, 3) for n in x.shape[1:3])
+    counts = np.outer(h, w).astype(np.float32).reshape(1, len(h), len(w), 1)
+    return _pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), jnp.add, 1) / counts
 
 
-def _maximum(x, stride: int, padding: str):
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+def _maximum(x):
+    return _pool(x, jnp.maximum, 2)
 
 
 class _Block35(nn.Module):
@@ -110,7 +120,7 @@ class _Reduce35(nn.Module):
         ((point, bias),) = _points(x, branch3x3dbl_1=64)
         double = _conv("branch3x3dbl_2", _rectify(point, bias), 96, (3, 3))
         double = _conv("branch3x3dbl_3", double, 96, (3, 3), 2, "VALID")
-        return jnp.concatenate([three, double, _maximum(x, 2, "VALID")], -1)
+        return jnp.concatenate([three, double, _maximum(x)], -1)
 
 
 class _Block17(nn.Module):
@@ -141,7 +151,7 @@ class _Reduce17(nn.Module):
         seven = _conv("branch7x7x3_2", _rectify(*seven), 192, (1, 7))
         seven = _conv("branch7x7x3_3", seven, 192, (7, 1))
         seven = _conv("branch7x7x3_4", seven, 192, (3, 3), 2, "VALID")
-        return jnp.concatenate([three, seven, _maximum(x, 2, "VALID")], -1)
+        return jnp.concatenate([three, seven, _maximum(x)], -1)
 
 
 class _Block8(nn.Module):
@@ -154,7 +164,8 @@ class _Block8(nn.Module):
         widths = dict(branch1x1=320, branch3x3_1=384, branch3x3dbl_1=448)
         if self.last:
             one, three, double = _points(x, **widths)
-            ((pool, bias),) = _points(_maximum(x, 1, "SAME"), branch_pool=192)
+            around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # with zeros: x is rectified, nothing is less
+            ((pool, bias),) = _points(_pool(around, jnp.maximum, 1), branch_pool=192)
         else:
             one, three, double, (pool, bias) = _points(x, **widths, branch_pool=192)
             pool = _average(pool)
@@ -179,9 +190,9 @@ class _Network(nn.Module):
         x = _conv("Conv2d_1a_3x3", x, 32, (3, 3), 2, "VALID")
         x = _conv("Conv2d_2a_3x3", x, 32, (3, 3), 1, "VALID")
         x = _conv("Conv2d_2b_3x3", x, 64, (3, 3))
-        ((x, bias),) = _points(_maximum(x, 2, "VALID"), Conv2d_3b_1x1=80)
+        ((x, bias),) = _points(_maximum(x), Conv2d_3b_1x1=80)
         x = _conv("Conv2d_4a_3x3", _rectify(x, bias), 192, (3, 3), 1, "VALID")
-        x = _maximum(x, 2, "VALID")
+        x = _maximum(x)
         x = _Block35(32, name="Mixed_5b")(x)
         x = _Block35(64, name="Mixed_5c")(x)
         x = _Block35(64, name="Mixed_5d")(x)

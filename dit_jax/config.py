@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import ml_collections
 
-from dit_jax.checks import choice, in_range, number, typed
+from dit_jax.checks import choice, in_range, nearest, number, typed
 from dit_jax.error import JobError as JobError
 from dit_jax.error import UsageError, shown
 

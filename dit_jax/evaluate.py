@@ -81,6 +81,7 @@ def open_tools(cfg: Config, mesh) -> Tools:
     """Raises UsageError where the autoencoder, the feature network or the reference does not fit."""
     autoencoder = open_autoencoder(cfg)
     network = scores.open_network(cfg, mesh)
+    scores.check_number(cfg, network)
     return Tools(mesh, autoencoder, make_decoder(autoencoder, mesh), network, scores.open_reference(cfg, network))
 
 
@@ -96,7 +97,7 @@ def sample_protocol(cfg: Config, tools: Tools) -> dict:
         "uint8": UINT8,
         "autoencoder": tools.autoencoder.describe() if tools.autoencoder else "none",
         "features": f"{tools.network.name} {tools.network.sha256}",
-        "reference": tools.reference.describe(),
+        "reference": tools.reference.source,
         "bootstrap": cfg.eval.bootstrap,
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",

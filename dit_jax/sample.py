@@ -1,8 +1,9 @@
 """Draw images from a run: `python -m dit_jax.sample --workdir=W --num=64 --guidance=1.5 --sampler=ddpm --steps=250 --out=samples.npz`.
 
 Image i depends on (seed, i) only, whatever the batch size or the devices. Defaults come from the run's `sample` config,
-the same that `evaluate` uses; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command goes on from
-there, and finds nothing to do once the npz is whole. SIGTERM ends the running batch and exits 75.
+the same that `evaluate` uses; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn:
+the same command goes on from there, and finds nothing to do once the npz is whole. SIGTERM ends the running batch and
+exits 75.
 """
 
 import dataclasses

@@ -4,7 +4,8 @@
     START-END.part       images START to END - 1: a SHA-256 of job, range and content, then the content: images, labels
     lock                 held by the process that draws
 
-A part is whole and verified, or its images are drawn again. An image may be any row of bytes of one shape. The npz is the ADM layout with the job as its comment.
+A part is whole and verified, or its images are drawn again. An image may be any row of bytes of one shape.
+The npz is the ADM layout with the job as its comment.
 """
 
 import contextlib

@@ -4,23 +4,28 @@ A network makes one row of float32 of an image: its pooled features, where it ha
 score is named after its network: FID, sFID, KID and IS are those of the Inception network only, the others say which.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.config import Config, UsageError
+from dit_jax.config import Config, EvalConfig, UsageError
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import describe
 from dit_jax.foreign.reference import read_reference
 from dit_jax.heldout import all_of
+from dit_jax.log import say
 from dit_jax.mesh import batch_sharding, replicated
+from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall
 from dit_jax.models import digit_features, inception
 from dit_jax.networks import load_network
 
 ROWS = 16  # images that a device looks at at a time: another number would round otherwise
+SPLITS = 10  # of the Inception Score
+FEW = 5  # samples for each feature below which a distance comes with a warning: about 10,000 for Inception's
 BLOCK = 1024  # rows that enter the statistics at a time, whatever the parts were that they came in
 NAMES = {
     "inception": {"distance": "fid", "spatial": "sfid", "kernel": "kid", "score": "is", "precision": "precision", "recall": "recall"},
@@ -105,6 +110,22 @@ def check_config(cfg: Config) -> None:
         )
 
 
+def check_number(cfg: Config, network: Network) -> None:
+    """Raises UsageError for too few samples, and warns of few."""
+    num, width = cfg.eval.samples, network.parts["pool"]
+    if num <= width:
+        raise UsageError(
+            f"eval.samples: found {num}, expected more than the {width} features of the network {network.name!r}: a "
+            "covariance of fewer samples is singular"
+        )
+    if num < FEW * width:
+        name = NAMES[network.name]["distance"]
+        say(
+            f"warning: eval.samples: {num} are few for {width} features: {name} is biased upwards, by how much depends on the "
+            f"model; compare {NAMES[network.name]['kernel']}, or {name}_inf where it is given"
+        )
+
+
 def open_network(cfg: Config, mesh) -> Network:
     """The network that `eval.features` names. Raises UsageError when its folder is not what it should be."""
     return _digits(mesh) if cfg.eval.features == "digits" else _inception(cfg.eval.inception, mesh)
@@ -112,26 +133,130 @@ def open_network(cfg: Config, mesh) -> Network:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: statistics of pooled and of spatial features, and, where images were at hand, the
-    pooled features themselves, which KID, precision and recall need."""
+    """What samples are compared with: `source` says what, for records; distances to its pooled and, where there are some,
+    its spatial features; and the pooled features of its images, where it has images, for KID, precision and recall."""
 
-    source: dict
-    pool: tuple  # mean, covariance
-    spatial: tuple | None
+    source: object
+    pool: frechet.Distance
+    spatial: frechet.Distance | None
     features: np.ndarray | None
-
-    def describe(self) -> dict:
-        return self.source
 
 
 def open_reference(cfg: Config, network: Network) -> Reference:
     """The npz of `eval.reference`, else the images of `data.split`. Raises UsageError when it is another network's."""
     if not cfg.eval.reference:
         images, _ = load_arrays(all_of(cfg.data), cfg.data.split)
-        return _of_images(as_uint8(images), network, describe(cfg.data, cfg.data.split))
-    found = read_reference(cfg.eval.reference)
+        rows = network.rows(as_uint8(images))
+        return _of_rows([rows], network, describe(cfg.data, cfg.data.split) | {"images": len(images)})
+    found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
+    source = {"file": os.path.basename(found.path), "sha256": found.sha256}
+    if found.pool is None:
+        return _of_rows(_rows_of(network, found.images), network, source | {"images": len(found.images)})
+    features = None
+    if found.images is not None:
+        features = np.concatenate([network.split(rows)["pool"] for rows in _rows_of(network, found.images)])
+    spatial = frechet.Distance(*found.spatial) if found.spatial else None
+    return Reference(source, frechet.Distance(*found.pool), spatial, features)
+
+
+def _rows_of(network: Network, images: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), BLOCK):
+        yield network.rows(images[start : start + BLOCK])
+
+
+def _of_rows(rows: Iterable[np.ndarray], network: Network, source: object) -> Reference:
+    seen = gather(rows, network)
+    if seen.pool.count <= network.parts["pool"]:
+        raise UsageError(
+            f"reference {source}: found {seen.pool.count} images, expected more than the {network.parts['pool']} features of "
+            f"the network {network.name!r}: a covariance of fewer is singular"
+        )
+    spatial = frechet.Distance(*frechet.mean_cov(seen.spatial)) if "spatial" in network.parts else None
+    return Reference(source, frechet.Distance(*frechet.mean_cov(seen.pool)), spatial, seen.features)
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] as the data pipeline makes them of uint8, back to uint8 exactly."""
     return np.rint((images + 1) * 127.5).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a set of images: statistics in float64, and the pooled features in float32 (50,000 of Inception's: 410 MB)."""
+
+    pool: frechet.Statistics
+    spatial: frechet.Statistics
+    features: np.ndarray  # (n, d)
+    score: inception_score.Sums | None
+
+
+def gather(rows: Iterable[np.ndarray], network: Network, num: int = 0) -> Seen:
+    """Streams rows (b, width); with `num`, how many will come, also the sums of the Inception Score.
+
+    Statistics take the rows in blocks of BLOCK, so that the parts in which they come change no bit.
+    """
+    pool, spatial = (frechet.empty(network.parts.get(name, 0)) for name in ("pool", "spatial"))
+    sums = inception_score.empty(network.parts["logits"], num, min(SPLITS, num)) if num else None
+    features = []
+    for block in _blocks(rows):
+        parts = network.split(block)
+        pool = frechet.update(pool, parts["pool"])
+        spatial = frechet.update(spatial, parts["spatial"]) if "spatial" in parts else spatial
+        sums = inception_score.update(sums, parts["logits"]) if sums else None
+        features.append(np.ascontiguousarray(parts["pool"]))
+    return Seen(pool, spatial, np.concatenate(features), sums)
+
+
+def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same rows, BLOCK at a time, the last ones fewer."""
+    waiting: list[np.ndarray] = []
+    for part in rows:
+        waiting.append(part)
+        while sum(map(len, waiting)) >= BLOCK:
+            joined = np.concatenate(waiting)
+            yield joined[:BLOCK]
+            waiting = [joined[BLOCK:]]
+    if rest := [part for part in waiting if len(part)]:
+        yield np.concatenate(rest)
+
+
+def measure(
+    rows: Iterable[np.ndarray], network: Network, reference: Reference, evaluation: EvalConfig
+) -> dict[str, float]:
+    """Every metric that the features of the drawn images and the reference allow; raises UsageError on bad numbers.
+
+    The distance comes with its standard error (`_se`, bootstrap over samples), with its values at smaller numbers of samples
+    (`_n1000`) and their limit for infinitely many (`_inf`), where there are samples enough for those.
+    """
+    try:
+        return _measure(gather(rows, network, evaluation.samples), network, reference, evaluation)
+    except ValueError as error:
+        raise UsageError(f"samples: {error}; nothing is recorded") from None
+
+
+def _measure(seen: Seen, network: Network, reference: Reference, evaluation: EvalConfig) -> dict[str, float]:
+    names, seed, features = NAMES[network.name], evaluation.seed, seen.features
+    distance = names["distance"]
+    found = {distance: reference.pool(*frechet.mean_cov(seen.pool))}
+    if evaluation.bootstrap > 1:
+        found[f"{distance}_se"] = extrapolate.standard_error(features, reference.pool, evaluation.bootstrap, seed)
+    if len(features) // 4 > features.shape[1]:
+        limit = extrapolate.infinite(features, reference.pool, seed=seed)
+        found |= {f"{distance}_n{size}": value for size, value in zip(limit.sizes, limit.distances, strict=True)}
+        found[f"{distance}_inf"] = limit.limit
+    if reference.spatial:
+        found[names["spatial"]] = reference.spatial(*frechet.mean_cov(seen.spatial))
+    found[names["score"]], found[f"{names['score']}_std"] = inception_score.score(seen.score)
+    if reference.features is not None:
+        mean, std = kernel.kernel_distance(features, reference.features, seed=seed)
+        found |= {names["kernel"]: mean, f"{names['kernel']}_std": std}
+        both = precision_recall.precision_recall(reference.features, features)
+        found |= dict(zip((names["precision"], names["recall"]), both, strict=True))
+    return found
+
+
+def real_distance(cfg: Config, network: Network) -> float:
+    """The distance of the real held-out images: what a perfect sampler would score."""
+    images, _ = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
+    seen = gather([network.rows(as_uint8(images))], network)
+    return open_reference(cfg, network).pool(*frechet.mean_cov(seen.pool))

@@ -21,12 +21,15 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dit_jax import checkpoint, evaluate, flops, train
+from dit_jax import checkpoint, evaluate, flops, scores, train
 from dit_jax.command import ERROR, Interrupted, launch, read_config
-from dit_jax.config import Config, SampleConfig, SweepConfig, UsageError, resolve, to_dict
+from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, UsageError, resolve, to_dict
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.heldout import loss_protocol
 from dit_jax.log import METRICS, clock, read_lines, say
 from dit_jax.mesh import make_mesh
+from dit_jax.records import protocol_id as identify
+from dit_jax.records import read_records
 from dit_jax.sample import grid, sample_images
 from dit_jax.scaling import fit, plan, predict, report, runs, table
 
@@ -101,7 +104,7 @@ def run_cell(cell: Cell) -> dict:
 def loss_protocol_id(cfg: Config) -> str:
     """The protocol that all cells are compared under; a cell may carry records of others."""
     images = len(load_arrays(cfg.data, cfg.data.held_out_split)[0])
-    return protocol_id(loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
+    return identify(loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
 
 
 def finished(cell: Cell, protocol_id: str) -> bool:
@@ -311,13 +314,14 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
         f"The grid shows its samples, one row a class: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
         f"seed {cfg.eval.seed}."
     ]
+    real = scores.real_distance(cfg, scores.open_network(cfg, make_mesh(MeshConfig()))) if cfg.eval.samples else 0.0
     for record in read_records(cell.workdir).values():
         if "fd_digits" in record["metrics"]:
             how = record["protocol"]["samples"]
             found.append(
                 f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
                 f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
-                f"network and comparable to nothing else; the held-out digits themselves score {scores.real_distance(cfg):.2f}."
+                f"network and comparable to nothing else; the held-out digits themselves score {real:.2f}."
             )
     return found
 

@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,14 +12,13 @@ import pytest
 from job import TINY, run, start, wait_for_step
 from PIL import Image
 
-from dit_jax import checkpoint, evaluate, flops, sample
+from dit_jax import checkpoint, evaluate, flops, heldout, sample, samples, step
 from dit_jax.command import read_config
 from dit_jax.config import MeshConfig, SampleConfig, UsageError
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.diffusion.process import make_process
 from dit_jax.mesh import make_mesh
-from dit_jax.metrics import frechet
-from dit_jax.records import Partial, load_partial, save_partial
+from dit_jax.records import drop_partials, protocol_id
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +35,12 @@ def records(workdir):
 
 
 def test_one_record_per_checkpoint_and_protocol(workdir, cache_dir):
-    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=40", cache_dir=cache_dir)
+    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
     assert code == 0, err
     first = records(workdir)
     assert sorted(r["step"] for r in first) == [20, 20, 30, 30, 40, 40]
     assert len({(r["step"], r["protocol_id"]) for r in first}) == 6
-    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=40", cache_dir=cache_dir)
+    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
     assert code == 0 and records(workdir) == first
     code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.seed=5", cache_dir=cache_dir)
     assert code == 0 and len(records(workdir)) == 9
@@ -72,15 +70,15 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
     images, labels = load_arrays(cfg.data, "test")
-    found = evaluate.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
+    found = heldout.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
-        u = evaluate.stratified(cfg.eval.seed, np.array([i]), 16)
+        u = heldout.stratified(cfg.eval.seed, np.array([i]), 16)
         assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
-        eps = evaluate.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
+        eps = heldout.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
         x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(labels[i : i + 1], 16)
-        losses, _ = evaluate.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
+        losses, _ = step.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
         table.append(np.asarray(losses))
     per_image = np.mean(table, axis=1)
     assert found["loss"] == pytest.approx(per_image.mean(), rel=1e-5)
@@ -94,7 +92,7 @@ def test_a_diverged_model_is_not_recorded(workdir):
     _, params = checkpoint.load(str(workdir), 40)
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     with pytest.raises(UsageError, match="not finite; the run diverged, and nothing is recorded"):
-        evaluate.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
+        heldout.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
 
 
 def test_protocols_differ_by_ema_and_buckets(workdir):
@@ -104,7 +102,7 @@ def test_protocols_differ_by_ema_and_buckets(workdir):
         dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
     ]
-    ids = {evaluate.protocol_id(evaluate.loss_protocol(c, 355)) for c in [cfg, *others]}
+    ids = {protocol_id(heldout.loss_protocol(c, 355)) for c in [cfg, *others]}
     assert len(ids) == 4
 
 
@@ -186,7 +184,29 @@ BAD = {
     "features": (
         "evaluate",
         ["--config.eval.features=inception", "--config.eval.samples=9"],
-        "eval.features: found 'inception'",
+        "eval.inception: empty, expected the folder of the Inception network",
+    ),
+    "few samples": (
+        "evaluate",
+        ["--config.eval.samples=64"],
+        "eval.samples: found 64, expected more than the 64 features of the network 'digits'",
+    ),
+    "nothing": ("evaluate", ["--config.eval.loss=False"], "found False and 0, expected at least one of them"),
+    "reference": (
+        "evaluate",
+        ["--config.eval.reference=/nowhere.npz", "--config.eval.samples=400"],
+        "reference '/nowhere.npz': no such file",
+    ),
+    "grid": ("evaluate", ["--config.eval.samplers=('eular',)"], "sample.sampler: found 'eular'; did you mean 'euler'?"),
+    "grid of other things": (
+        "evaluate",
+        ["--config.eval.steps=('a',)"],
+        "eval.steps: found 'a', expected a tuple of ints",
+    ),
+    "autoencoder": (
+        "sample",
+        ["--autoencoder=/nowhere"],
+        "/nowhere/meta.json: cannot be read (No such file or directory); expected a folder made by dit_jax.convert",
     ),
 }
 
@@ -243,7 +263,7 @@ def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     for batch_size, devices in ((128, 1), (1, 1), (20, 8)):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        found.append(evaluate.held_out_loss(other, params, images[:41], labels[:41], mesh))
+        found.append(heldout.held_out_loss(other, params, images[:41], labels[:41], mesh))
     assert all(other == found[0] for other in found)
 
 
@@ -256,73 +276,92 @@ def copy_of(workdir, folder):
 LONG = ["--config.eval.samples=1500", "--config.sample.sampler=ddpm", "--config.sample.steps=100"]
 
 
-def wait_for_partial(process, workdir, before=None, timeout=120):
-    """Returns the partial and its time, once it is newer than `before`."""
+def wait_for_partial(process, workdir, before=(), timeout=120):
+    """Returns the names of the parts, once there are more than `before`."""
     end = time.monotonic() + timeout
     while True:
-        for path in (workdir / "eval" / "partial").glob("*.npz"):
-            if path.stat().st_mtime_ns != before:
-                return path, path.stat().st_mtime_ns
+        found = {path.name for path in (workdir / "eval" / "partial").glob("*/*.part")}
+        if found > set(before):
+            return found
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"no partial within {timeout} s"
         time.sleep(0.01)
 
 
+def images_in(workdir):
+    """How many images the parts hold."""
+    ranges = [path.stem.split("-") for path in (workdir / "eval" / "partial").glob("*/*.part")]
+    return sum(int(last) - int(first) for first, last in ranges)
+
+
 def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(workdir, tmp_path, cache_dir):
+    """On one device, on two, and in this process on eight, in one go: the same record, to the last bit."""
     workdir = copy_of(workdir, tmp_path)
     command = [f"--workdir={workdir}", *LONG]
     killed = start("evaluate", *command, "--config.sample.batch_size=16", cache_dir=cache_dir, devices=1)
-    path, before = wait_for_partial(killed, workdir)
+    before = wait_for_partial(killed, workdir)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert [next(iter(r["metrics"])) for r in records(workdir)] == ["loss"]
-    with np.load(path, allow_pickle=False) as archive:
-        kept = int(archive["count"])
     stopped = start("evaluate", *command, "--config.sample.batch_size=40", cache_dir=cache_dir, devices=2)
     wait_for_partial(stopped, workdir, before)
     stopped.terminate()
     _, err = stopped.communicate(timeout=60)
     assert stopped.returncode == 75 and "/1500 were drawn before" in err, err
-    with np.load(path, allow_pickle=False) as archive:
-        assert kept < archive["count"] < 1500
-        kept = int(archive["count"])
-    assert f"interrupted: {kept} of 1500 images of step 40 are kept in {path}; the same command goes on" in err
+    kept, (folder,) = images_in(workdir), (workdir / "eval" / "partial").iterdir()
+    assert f"interrupted: {kept} of 1500 images are kept in {folder}; the same command goes on" in err
     (workdir / "eval" / "records.jsonl.tmp77").write_text("cut short")
     code, _, err = run("evaluate", *command, cache_dir=cache_dir, devices=2)
     assert code == 0 and f"{kept}/1500 were drawn before" in err, err
     assert [next(iter(r["metrics"])) for r in records(workdir)] == ["loss", "fd_digits"]
     assert sorted(p.name for p in (workdir / "eval").iterdir()) == ["records.jsonl", "records.jsonl.lock"]
-    protocol = records(workdir)[1]["protocol"]
-    cfg = read_config(str(workdir))
-    settings = dataclasses.replace(cfg.sample, sampler="ddpm", steps=100, batch_size=512)
-    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=1500), sample=settings)
-    assert protocol == json.loads(json.dumps(evaluate.sample_protocol(cfg, evaluate.reference_statistics(cfg))))
-    _, params = checkpoint.load(str(workdir), 40)
-    whole = evaluate.digits_distance(cfg, params, make_mesh(MeshConfig()), evaluate.reference_statistics(cfg))
-    assert records(workdir)[1]["metrics"]["fd_digits"] == pytest.approx(whole, rel=1e-6)
+    whole = copy_of(workdir, tmp_path / "whole")
+    cfg = read_config(str(whole))
+    cfg = dataclasses.replace(
+        cfg,
+        eval=dataclasses.replace(cfg.eval, samples=1500, loss=False),
+        sample=dataclasses.replace(cfg.sample, sampler="ddpm", steps=100, batch_size=512),
+    )
+    (record,) = evaluate.run(cfg, str(whole), quiet=True)
+    for key in ("protocol", "metrics"):
+        assert json.loads(json.dumps(record[key])) == records(workdir)[1][key]
 
 
-def test_a_partial_that_is_damaged_or_of_something_else_is_not_used(tmp_path, capsys):
-    partial = Partial(str(tmp_path), 40, "0123456789abcdef", {"seed": 1, "weights_sha256": "ab"})
-    stats = frechet.update(frechet.empty(3), np.random.default_rng(0).normal(size=(20, 3)))
-    assert load_partial(partial) is None
-    save_partial(partial, stats)
-    again = load_partial(partial)
-    assert again.count == 20 and np.array_equal(again.mean, stats.mean) and np.array_equal(again.scatter, stats.scatter)
-    path = tmp_path / "eval" / "partial" / "0123456789abcdef-40.npz"
-    for changed in ({"job": {"seed": 2, "weights_sha256": "ab"}}, {"step": 30}, {"protocol_id": "f" * 16}):
-        other = dataclasses.replace(partial, **changed)
-        path.rename(other.path)
-        assert load_partial(other) is None
-        assert "damaged, or of other weights; its images are drawn again" in capsys.readouterr().err
-        Path(other.path).rename(path)
-    whole = path.read_bytes()
-    for at in range(0, len(whole), 7):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        found = load_partial(partial)  # dropped, or a byte that no value depends on (a date, say)
-        assert found is None or (found.count == 20 and np.array_equal(found.scatter, stats.scatter))
-        path.write_bytes(whole[:at])
-        assert load_partial(partial) is None
+def test_a_grid_of_samplings_is_scored_once_each(workdir, tmp_path, cache_dir):
+    workdir = copy_of(workdir, tmp_path)
+    grid = ["--config.eval.samplers=('euler','heun')", "--config.eval.steps=(2,3)", "--config.eval.guidance=(1.0,2.5)"]
+    command = [f"--workdir={workdir}", *grid, "--config.eval.weights=('ema','params')", "--config.eval.samples=70"]
+    code, _, err = run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)
+    assert code == 0, err
+    found = {
+        (str(p["weights"]), p["samples"]["sampler"], p["samples"]["steps"], p["samples"]["guidance"]): r
+        for r in records(workdir)
+        for p in [r["protocol"]]
+    }
+    assert len(found) == len(records(workdir)) == 16
+    assert "warning: eval.samples: 70 are few for 64 features: fd_digits is biased upwards" in err
+    cost = flops.forward_flops(read_config(str(workdir)).model)
+    for (_, sampler, steps, guidance), record in found.items():
+        calls = {"euler": steps, "heun": 2 * steps - 1}[sampler]
+        assert record["flops_sample"] == calls * cost * (1 if guidance == 1 else 2)
+    assert len({record["metrics"]["fd_digits"] for record in records(workdir)}) == 16
+    before = (workdir / "eval" / "records.jsonl").read_bytes()
+    assert run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)[0] == 0
+    assert (workdir / "eval" / "records.jsonl").read_bytes() == before
+
+
+def test_partials_of_what_is_recorded_or_gone_are_dropped(tmp_path):
+    names = {"0123456789abcdef-40": False, "0123456789abcdef-30": True, "fedcba9876543210-40": True, "thesis": True}
+    for name in names:
+        folder = tmp_path / "eval" / "partial" / name
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_text("{}")
+    in_use = tmp_path / "eval" / "partial" / "0123456789abcdef-20"
+    with samples.locked(str(in_use)):
+        drop_partials(str(tmp_path), {(40, "0123456789abcdef")}, [30, 40])
+        assert in_use.exists()
+    for name, stays in names.items():
+        assert (tmp_path / "eval" / "partial" / name).exists() == stays
 
 
 def test_two_evaluations_at_once_write_each_record_once(workdir, tmp_path, cache_dir):

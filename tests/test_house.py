@@ -25,7 +25,7 @@ MEZZANINE = {
     "manifest",
     "networks",
 }
-SECOND = {"guard", "state", "step", "diagnose", "checkpoint"}
+SECOND = {"autoencoder", "scores", "heldout", "guard", "state", "step", "diagnose", "checkpoint"}
 FLOOR = {**dict.fromkeys(GROUND, 0), **dict.fromkeys(FIRST, 1), **dict.fromkeys(MEZZANINE, 2)}
 FLOOR |= {**dict.fromkeys(SECOND, 3), **dict.fromkeys(JOBS, 4)}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -241,7 +241,7 @@ def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
 def init(key: jax.Array) -> dict:
     """Random parameters, float32: a tree of the published names, each convolution with kernel (h, w, in, out), scale, bias,
     mean and var of its batch normalisation; `fc` with kernel (2048, 1008) and bias."""
-    return _Network().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    return jax.jit(_Network().init)(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]  # the images are never convolved
 
 
 def apply(params: dict, images: jax.Array) -> Features:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy.stats
 
 from dit_jax.metrics import frechet
 from dit_jax.metrics.features import checked
@@ -94,8 +95,10 @@ def bootstrap(
 ) -> Interval:
     """How far the distance of n features (n, d) to a reference would move with another n samples of the same model.
 
-    A resample with replacement holds 63 % of the samples and lies higher by bias, so that the quantiles are taken about the
-    resamples' own mean and laid around the distance found: the interval is of the distance at this n, not at infinite n.
+    A resample with replacement holds 63 % of the samples and lies higher by bias. So only the resamples' standard deviation is
+    used: value +- t sd, Student's t with resamples - 1 degrees; the interval is of the distance at this n, not at infinite n.
+    Of 3 x 400 sets of 8 normal features, other ones than this form was chosen on, 95 % intervals held the mean distance in
+    95.2 % (n = 300, 60 resamples), 95.2 % (300, 10) and 97.0 % (2000, 20); quantiles of resamples held it in 91 to 93 %.
     Raises ValueError on fewer than 2 samples or resamples and on a level not between 0 and 1.
     """
     features = checked(features, 2)
@@ -104,8 +107,8 @@ def bootstrap(
     rng, n = np.random.default_rng(seed), len(features)
     values = np.array([_distance(features[rng.integers(n, size=n)], mean, cov) for _ in range(resamples)])
     value = _distance(features, mean, cov)
-    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(value + low), float(value + high), level, values)
+    half = float(scipy.stats.t.ppf((1 + level) / 2, resamples - 1) * values.std(ddof=1))
+    return Interval(value, value - half, value + half, level, values)
 
 
 def _distance(features: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> float:

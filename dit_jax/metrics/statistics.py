@@ -60,7 +60,7 @@ def update(
         raise ValueError(f"statistics: found {sizes} features from sample {start}, expected alike, of {plan.total}")
     split = inception_score.assign(plan.total, plan.splits, plan.seed)[start : start + len(pool)]
     scores = (inception_score.update(s, logits[split == i]) for i, s in enumerate(stats.scores))
-    kept = ((start, pool.astype(np.float32)),) if plan.keep else ()
+    kept = ((start, pool.astype(np.float32)),) if plan.keep and len(pool) else ()
     return replace(
         stats,
         pool=frechet.update(stats.pool, pool),

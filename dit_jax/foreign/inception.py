@@ -7,7 +7,6 @@
 
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from dit_jax.error import UsageError
@@ -23,7 +22,7 @@ def read(tensors: Tensors) -> dict:
     Raises UsageError where a tensor is missing, unknown, of another shape or not finite, or a variance is negative.
     """
     params = {}
-    for path, shapes in _layers(jax.eval_shape(inception.init, jax.random.key(0))):
+    for path, shapes in _layers(inception.shapes()):
         layer = _read_fc(tensors, shapes) if path == ("fc",) else _read_conv(tensors, ".".join(path), shapes)
         place = params
         for name in path[:-1]:

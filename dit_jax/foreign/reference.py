@@ -1,8 +1,13 @@
-"""Reference statistics of Frechet distances, as other projects publish them in npz files; never unpickled.
+"""Reference statistics and reference images of other codebases, checked before they become half of a score.
 
-mu, sigma [, mu_s, sigma_s] [, arr_0]   ADM's reference batches: pooled and spatial features, and images
-ref_mu, ref_sigma                       statistics of JAX projects
-arr_0 alone                             images uint8 (n, h, w, c), to be run through the network
+| keys | written by |
+|---|---|
+| mu, sigma, mu_s, sigma_s, often with the images as arr_0 | ADM's evaluator (Dhariwal & Nichol 2021), used by DiT |
+| ref_mu, ref_sigma | FID in JAX |
+| mu, sigma | pytorch-fid, EDM |
+| arr_0, uint8 images (n, h, w, 3) | samples as ADM and DiT write them |
+
+`sigma` is in all of them the unbiased covariance (divided by n - 1), as `metrics.frechet.mean_cov` gives.
 """
 
 import hashlib
@@ -12,68 +17,93 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError
+from dit_jax.models import inception
 from dit_jax.weights import read_arrays
 
-NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
-SPATIAL = ("mu_s", "sigma_s")
-IMAGES = "arr_0"
+KINDS = {"adm": ("mu", "sigma", "mu_s", "sigma_s"), "jax-fid": ("ref_mu", "ref_sigma"), "pytorch-fid": ("mu", "sigma")}
+ROUNDING = 1e-5  # of the largest entry or eigenvalue: covariances that were once float32
 
 
 @dataclass(frozen=True)
-class ReferenceFile:
-    """Mean and covariance (float64) of pooled and of spatial features, and images; what the file has not is None."""
+class Reference:
+    """`kind` is "adm", "jax-fid", "pytorch-fid" or "images"; what a file does not hold is None.
+
+    mean (2048,), cov (2048, 2048) of pooled features and mean_spatial (2023,), cov_spatial (2023, 2023), float64;
+    images uint8 (n, h, w, 3), for the caller to run through the network.
+    """
 
     path: str
     sha256: str
-    pool: tuple[np.ndarray, np.ndarray] | None
-    spatial: tuple[np.ndarray, np.ndarray] | None
-    images: np.ndarray | None
+    kind: str
+    mean: np.ndarray | None = None
+    cov: np.ndarray | None = None
+    mean_spatial: np.ndarray | None = None
+    cov_spatial: np.ndarray | None = None
+    images: np.ndarray | None = None
 
 
-def read_reference(path: str, width: int, spatial_width: int = 0) -> ReferenceFile:
-    """A reference for a network with `width` pooled (and `spatial_width` spatial) features. Raises UsageError.
+def read_reference(path: str | os.PathLike) -> Reference:
+    """The reference in an npz file. Nothing is unpickled.
 
-    A file of another network's statistics is told by its width, or by a covariance that is none.
+    Raises UsageError on other keys, widths of another feature network, and covariances that are not symmetric, have
+    eigenvalues below 0 beyond rounding, or hold values that are not finite.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f"reference {path!r}: no such file, expected an npz of statistics or images")
+    path = os.fspath(path)
     arrays = read_arrays(path)
-    pool = next((_gaussian(arrays, names, width, path) for names in NAMES if names[0] in arrays), None)
-    spatial = _gaussian(arrays, SPATIAL, spatial_width, path) if spatial_width and SPATIAL[0] in arrays else None
-    images = _images(arrays[IMAGES], path) if IMAGES in arrays else None
-    if pool is None and images is None:
-        expected = "mu and sigma, ref_mu and ref_sigma, or arr_0"
-        raise UsageError(f"reference {path}: found {', '.join(sorted(arrays)[:5]) or 'nothing'}, expected {expected}")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ReferenceFile(path, digest, pool, spatial, images)
+    images = _images(arrays["arr_0"], f"{path}: arr_0") if "arr_0" in arrays else None
+    kind = next((kind for kind, keys in KINDS.items() if set(keys) <= set(arrays)), None)
+    if kind is None and images is None:
+        few, known = ", ".join(sorted(arrays)[:8]), "; ".join(", ".join(keys) for keys in KINDS.values())
+        raise UsageError(f"{path}: found the arrays {few or 'none'}, expected one of: {known}; or images as arr_0")
+    if kind is None:
+        return Reference(path, digest, "images", images=images)
+    names = KINDS[kind]
+    pool = _gaussian(arrays, names[0], names[1], inception.WIDTH, path)
+    spatial = _gaussian(arrays, *names[2:], inception.SPATIAL, path) if kind == "adm" else (None, None)
+    return Reference(path, digest, kind, *pool, *spatial, images)
 
 
-def _gaussian(arrays: dict, names: tuple, width: int, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,) and covariance (d, d), checked."""
-    mean_name, cov_name = names
-    if cov_name not in arrays:
-        raise UsageError(f"reference {path}: {cov_name}: missing, though {mean_name} is there")
+def _images(images: np.ndarray, where: str) -> np.ndarray:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise UsageError(f"{where}: found {images.dtype} {images.shape}, expected uint8 images (n, h, w, 3)")
+    return images
+
+
+def _gaussian(arrays: dict, mean_name: str, cov_name: str, width: int, path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (width,), covariance (width, width)), float64, checked."""
     for name, shape in ((mean_name, (width,)), (cov_name, (width, width))):
         found = arrays[name]
         if found.shape != shape:
             raise UsageError(
-                f"reference {path}: {name}: found shape {found.shape}, expected {shape}: it is of another feature network"
+                f"{path}: {name}: found shape {found.shape}, expected {shape} of the network {inception.NAME}; "
+                "these are statistics of another feature network or layer"
             )
         if not np.issubdtype(found.dtype, np.floating) or not np.isfinite(found).all():
-            raise UsageError(f"reference {path}: {name}: found {found.dtype}, expected floats, all of them finite")
-    mean, cov = (np.asarray(arrays[name], np.float64) for name in names)
-    scale = np.abs(cov).max()
-    if not np.allclose(cov, cov.T, rtol=0, atol=1e-4 * scale):
-        raise UsageError(f"reference {path}: {cov_name}: not symmetric, so no covariance")
-    if (least := np.linalg.eigvalsh((cov + cov.T) / 2)[0]) < -1e-3 * scale:
-        raise UsageError(f"reference {path}: {cov_name}: has the eigenvalue {least:.3g}, expected none below 0")
+            raise UsageError(f"{path}: {name}: found {found.dtype} with values that are no finite floats")
+    mean, cov = (np.asarray(arrays[name], np.float64) for name in (mean_name, cov_name))
+    skew, most = np.abs(cov - cov.T).max(), np.abs(cov).max()
+    if skew > ROUNDING * most:
+        raise UsageError(
+            f"{path}: {cov_name}: found entries that differ by {skew:.3g} from their mirror image, expected 0"
+        )
+    cov = (cov + cov.T) / 2
+    if not _nonnegative(cov):
+        values = np.linalg.eigvalsh(cov)
+        raise UsageError(
+            f"{path}: {cov_name}: found the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}, expected none below 0"
+        )
     return mean, cov
 
 
-def _images(found: np.ndarray, path: str) -> np.ndarray:
-    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[-1] not in (1, 3) or not found.size:
-        raise UsageError(
-            f"reference {path}: {IMAGES}: found {found.dtype} {found.shape}, expected uint8 (n, h, w, c) with 1 or 3 channels"
-        )
-    return found
+def _nonnegative(cov: np.ndarray) -> bool:
+    """Whether no eigenvalue is below -ROUNDING times the matrix's Frobenius norm: then, shifted, it has a Cholesky factor."""
+    if (np.diag(cov) < 0).any():
+        return False
+    shift = ROUNDING * np.linalg.norm(cov) or 1.0
+    try:
+        np.linalg.cholesky(cov + shift * np.eye(len(cov)))
+    except np.linalg.LinAlgError:
+        return False
+    return True

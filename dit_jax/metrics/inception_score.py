@@ -1,54 +1,85 @@
-"""Inception Score (Salimans et al. 2016, arXiv 1606.03498, section 4): exp(E_x KL(p(y|x) || p(y))), streamed.
+"""Inception Score from logits, as sums that stream over batches in float64, a set of sums for each split.
 
-The samples are cut into consecutive splits, and mean and standard deviation of the splits' scores are quoted. On another
-network than Inception the name must say so.
+IS = exp(E_x KL(p(y|x) || p(y)))   (Salimans et al. 2016, arXiv 1606.03498, section 4)
+   = exp(E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y)),   p(y) = E_x p(y|x)
+
+within each split; the score is the mean over splits, its spread their standard deviation (divided by their number, not
+one less, as all published scores). In the second form only p(y|x) and the inner sum need adding up. A logit that
+underflows to p = 0 adds nothing. Which logits is for the caller to say: published scores leave out the last layer's bias.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Of the samples seen, per split: how many, the sum of p(y|x) over them, and the sum of its negative entropy in nats."""
+    """Over the samples of a split: their count, sum of p(y|x) (classes,), and sum of sum_y p(y|x) log p(y|x)."""
 
-    ends: np.ndarray  # (splits,): the number of the first sample after each split
-    counts: np.ndarray  # (splits,)
-    shares: np.ndarray  # (splits, classes), float64
-    negentropy: np.ndarray  # (splits,)
-
-
-def empty(classes: int, num: int, splits: int = 10) -> Sums:
-    """Of no samples yet; `num` will come, split i being those from i num // splits on."""
-    if not 1 <= splits <= num:
-        raise ValueError(f"Inception Score: found {splits} splits of {num} samples, expected 1 to {num}")
-    ends = (np.arange(splits) + 1) * num // splits
-    return Sums(ends, np.zeros(splits, np.int64), np.zeros((splits, classes)), np.zeros(splits))
+    count: int
+    probabilities: np.ndarray
+    entropies: float  # negative
 
 
-def update(sums: Sums, logits: np.ndarray) -> Sums:
-    """Adds the next samples' logits (b, classes). Raises ValueError on values that are not finite or are too many."""
+def empty(classes: int) -> Sums:
+    """Sums over no samples."""
+    return Sums(0, np.zeros(classes), 0.0)
+
+
+def update(sums: Sums, logits: npt.ArrayLike) -> Sums:
+    """Adds logits (b, classes). Raises ValueError on another shape and on values that are not finite."""
+    logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or logits.shape[1] != len(sums.probabilities):
+        raise ValueError(f"logits: found shape {logits.shape}, expected (b, {len(sums.probabilities)})")
     if not np.isfinite(logits).all():
-        raise ValueError("Inception Score: a logit is not finite")
-    numbers = sums.counts.sum() + np.arange(len(logits))
-    if len(logits) and numbers[-1] >= sums.ends[-1]:
-        raise ValueError(f"Inception Score: found more than the {sums.ends[-1]} samples that were announced")
-    logs = log_softmax(np.asarray(logits, np.float64), axis=1)
-    split = np.searchsorted(sums.ends, numbers, side="right")
-    counts, shares, negentropy = sums.counts.copy(), sums.shares.copy(), sums.negentropy.copy()
-    np.add.at(counts, split, 1)
-    np.add.at(shares, split, np.exp(logs))
-    np.add.at(negentropy, split, (np.exp(logs) * logs).sum(axis=1))
-    return Sums(sums.ends, counts, shares, negentropy)
+        raise ValueError(f"logits: found {np.sum(~np.isfinite(logits))} values that are not finite")
+    if not len(logits):
+        return sums
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    p = np.exp(logs)
+    return merge(sums, Sums(len(logits), p.sum(axis=0), float((p * logs).sum())))
 
 
-def score(sums: Sums) -> tuple[float, float]:
-    """Mean and standard deviation over the splits. Raises ValueError before all samples are there."""
-    if sums.counts.sum() != sums.ends[-1]:
-        raise ValueError(f"Inception Score: found {sums.counts.sum()} samples, expected {sums.ends[-1]}")
-    p = sums.shares / sums.counts[:, None]
-    logs = np.log(p, where=p > 0, out=np.zeros_like(p))
-    scores = np.exp(sums.negentropy / sums.counts - (p * logs).sum(axis=1))
-    return float(scores.mean()), float(scores.std())
+def merge(a: Sums, b: Sums) -> Sums:
+    """Sums over both sets of samples."""
+    if a.probabilities.shape != b.probabilities.shape:
+        raise ValueError(f"logits: found {len(a.probabilities)} and {len(b.probabilities)} classes, expected the same")
+    return Sums(a.count + b.count, a.probabilities + b.probabilities, a.entropies + b.entropies)
+
+
+def assign(total: int, splits: int = 10, seed: int | None = None) -> np.ndarray:
+    """The split (total,) of each sample: [s N/S, (s+1) N/S) in their order, or after a shuffle where there is a seed.
+
+    Papers and ADM's evaluator do not shuffle; torch-fidelity does, with the seed 2020 and this same generator. It matters
+    only where samples come ordered, by class for instance. Raises ValueError on fewer samples than splits.
+    """
+    if not 1 <= splits <= total:
+        raise ValueError(f"Inception Score: found {splits} splits of {total} samples, expected 1 to {total}")
+    bounds = [s * total // splits for s in range(splits + 1)]
+    place = np.repeat(np.arange(splits), np.diff(bounds))
+    if seed is None:
+        return place
+    shuffled = np.empty_like(place)
+    shuffled[np.random.RandomState(seed).permutation(total)] = place
+    return shuffled
+
+
+def score(splits: Sequence[Sums]) -> tuple[float, float]:
+    """(mean, standard deviation) of the splits' scores, each within 1 and the number of classes.
+
+    Raises ValueError on a split without samples.
+    """
+    if not splits or not all(s.count for s in splits):
+        raise ValueError(f"Inception Score: found splits of {[s.count for s in splits]} samples, expected at least 1")
+    scores = [_score(s) for s in splits]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _score(sums: Sums) -> float:
+    marginal = sums.probabilities / sums.count
+    seen = marginal[marginal > 0]
+    return float(np.exp(sums.entropies / sums.count - np.sum(seen * np.log(seen))))

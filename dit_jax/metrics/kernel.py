@@ -1,43 +1,61 @@
-"""Kernel distance: the squared maximum mean discrepancy of features under a cubic kernel, KID on the Inception network.
+"""Kernel distance of features: the squared maximum mean discrepancy with a cubic kernel, over random subsets.
 
-k(x, y) = (x . y / d + 1)^3, the unbiased estimator, averaged over random subsets (Binkowski et al. 2018, arXiv 1801.01401,
-section 4). Unlike the Frechet distance its expectation does not depend on the number of samples.
+k(x, y) = (x . y / d + 1)^3   (Bińkowski et al. 2018, arXiv 1801.01401, section 4)
+MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+is unbiased (Gretton et al. 2012, eq. 3), unlike the Fréchet distance, and so may be slightly negative. "KID" is its name on
+the Inception network's pooled features.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
+
+from dit_jax.metrics.features import checked_pair
 
 
-def squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased estimate of MMD^2 between the laws of rows (m, d) and (n, d); it may be below 0. At least 2 rows each."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"kernel distance: found {len(a)} and {len(b)} samples, expected at least 2 of each")
-    return _within(a) + _within(b) - 2 * _kernel(a, b).mean()
+@dataclass(frozen=True)
+class Estimate:
+    """Over random subsets: their mean, and standard deviation (of one subset, not of the mean)."""
+
+    mean: float
+    std: float
+    subsets: int
+    size: int
 
 
-def kernel_distance(
-    a: np.ndarray, b: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Mean and standard deviation of `squared_mmd` over random subsets of `size` rows, or of all rows where they are fewer.
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """k (n, m) of float64 features (n, d) and (m, d)."""
+    return (x @ y.T / x.shape[1] + 1.0) ** 3
 
-    Raises ValueError on widths that differ and on values that are not finite.
+
+def mmd2(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Unbiased MMD^2 of features (n, d) and (m, d), n and m at least 2, in float64.
+
+    Raises ValueError on other shapes, widths that differ, and values that are not finite.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"kernel distance: found shapes {a.shape} and {b.shape}, expected (m, d) and (n, d)")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("kernel distance: a feature is not finite")
-    rng, found = np.random.default_rng(seed), []
+    x, y = (a.astype(np.float64) for a in checked_pair(x, y, 2))
+    return _mean_of_others(kernel(x, x)) + _mean_of_others(kernel(y, y)) - 2 * float(kernel(x, y).mean())
+
+
+def _mean_of_others(k: np.ndarray) -> float:
+    return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
+
+
+def distance(
+    features: npt.ArrayLike, reference: npt.ArrayLike, subsets: int = 100, size: int = 1000, seed: int = 2020
+) -> Estimate:
+    """MMD^2 of `subsets` pairs of subsets, each of `size` samples drawn without replacement.
+
+    The defaults, the generator and the order of its draws are torch-fidelity's, so that both see the same subsets; it works
+    them out in float32 and here it is float64. Raises ValueError as `mmd2`, and where there are fewer samples than `size`.
+    """
+    x, y = checked_pair(features, reference, size)
+    if subsets < 1 or size < 2:
+        raise ValueError(f"kernel distance: found {subsets} subsets of {size}, expected at least 1 of at least 2")
+    rng, values = np.random.RandomState(seed), []
     for _ in range(subsets):
-        rows = [x[rng.choice(len(x), min(size, len(x)), replace=False)] for x in (a, b)]
-        found.append(squared_mmd(*rows))
-    return float(np.mean(found)), float(np.std(found))
-
-
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def _within(a: np.ndarray) -> float:
-    """Mean of the kernel over pairs of different rows."""
-    kernel = _kernel(a, a)
-    return (kernel.sum() - np.trace(kernel)) / (len(a) * (len(a) - 1))
+        drawn = (a[rng.choice(len(a), size, replace=False)] for a in (x, y))
+        values.append(mmd2(*drawn))
+    return Estimate(float(np.mean(values)), float(np.std(values)), subsets, size)

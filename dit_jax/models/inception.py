@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 NAME = "inception-2015-12-05"
 SIZE = 299  # pixels a side, after resizing
@@ -48,10 +49,10 @@ class _Weights(nn.Module):
 
     @nn.compact
     def __call__(self, width_in: int):
-        one, zero = nn.initializers.ones, nn.initializers.zeros
-        kernel = self.param("kernel", nn.initializers.he_normal(), (*self.window, width_in, self.width))
-        scale, bias = self.param("scale", one, (self.width,)), self.param("bias", zero, (self.width,))
-        mean, var = self.param("mean", zero, (self.width,)), self.param("var", one, (self.width,))
+        kernel = self.param("kernel", nn.initializers.zeros, (*self.window, width_in, self.width))
+        scale, bias, mean, var = (
+            self.param(name, nn.initializers.zeros, (self.width,)) for name in ("scale", "bias", "mean", "var")
+        )
         scale = scale / jnp.sqrt(var + EPSILON)
         return kernel * scale.reshape(1, 1, 1, -1), bias - mean * scale
 
@@ -213,7 +214,7 @@ class _Network(nn.Module):
 class _Classifier(nn.Module):
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, CLASSES))
+        kernel = self.param("kernel", nn.initializers.zeros, (WIDTH, CLASSES))
         return jnp.matmul(x, kernel, precision=FULL), self.param("bias", nn.initializers.zeros, (CLASSES,))
 
 
@@ -238,10 +239,26 @@ def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
     return _lerp(_lerp(images, 2, size), 1, size)
 
 
+def shapes() -> dict:
+    """The parameters' tree, of shapes: the published names, each convolution with kernel (h, w, in, out), scale, bias, mean
+    and var of its batch normalisation; `fc` with kernel (2048, 1008) and bias."""
+    return jax.eval_shape(_Network().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+
+
 def init(key: jax.Array) -> dict:
-    """Random parameters, float32: a tree of the published names, each convolution with kernel (h, w, in, out), scale, bias,
-    mean and var of its batch normalisation; `fc` with kernel (2048, 1008) and bias."""
-    return _Network().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    """Random parameters, float32, as `shapes` has them: kernels after He et al. 2015, batch normalisation that changes
+    nothing. For tests and timing; scores need the published weights."""
+    flat = traverse_util.flatten_dict(shapes())
+    sizes = [leaf.size if path[-1] == "kernel" else 0 for path, leaf in flat.items()]
+    draws = np.split(np.asarray(jax.random.normal(key, (sum(sizes),))), np.cumsum(sizes)[:-1])  # one program, not 95
+    params = {}
+    for (path, leaf), draw in zip(flat.items(), draws, strict=True):
+        if path[-1] == "kernel":
+            value = draw.reshape(leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1])).astype(np.float32)
+        else:
+            value = np.full(leaf.shape, path[-1] in ("scale", "var"), np.float32)
+        params[path] = jnp.asarray(value)
+    return traverse_util.unflatten_dict(params)
 
 
 def apply(params: dict, images: jax.Array) -> Features:

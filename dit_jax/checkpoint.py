@@ -238,11 +238,12 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
     if _leaves(params) != wanted:
         raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
     at = path_of(workdir, step)
-    items = {name: ocp.args.StandardSave(params) for name in ("params", "ema")}
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "ema", "meta")) as writer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "meta")) as writer:
             notes = {"model": to_dict(model), **meta, "step": step}
-            writer.save(at + SAVING, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(notes)))
+            items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(notes)}
+            writer.save(at + SAVING, args=ocp.args.Composite(**items))
+        shutil.copytree(os.path.join(at + SAVING, "params"), os.path.join(at + SAVING, "ema"))  # needs no memory
         publish(at + SAVING, at)
     except Exception as error:
         raise JobError(f"{at}: the checkpoint could not be written ({_cause(error)})") from error

@@ -24,8 +24,9 @@ def save_network(folder: str, kind: str, config: dict, params: Mapping, source: 
     `params`: nested dicts of arrays, any depth, keys without "/". `config`, `source`: plain values, as JSON gives them back.
     Raises JobError when the disk does not take it.
     """
-    flat = {name: np.asarray(value) for name, value in _flatten(params)}
     try:
+        # in C order: safetensors writes the memory of an array as it lies there
+        flat = {name: np.asarray(value, order="C") for name, value in _flatten(params)}
         with new_folder(folder) as unfinished:
             weights = os.path.join(unfinished, WEIGHTS)
             save_file(flat, weights)

@@ -38,7 +38,10 @@ def read(tensors: Tensors, heads: int = 0) -> tuple[ModelConfig, dict]:
 
 
 def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
-    """Our parameters under their published names, with the table of positions. Raises UsageError for a model without such names."""
+    """Our parameters under their published names, in C order, with the table of positions.
+
+    Raises UsageError for a model without such names.
+    """
     _check_published(cfg)
     found = {
         "pos_embed": _table(cfg),
@@ -209,4 +212,4 @@ def _put(params: dict, path: str, value: np.ndarray) -> None:
 def _get(params: dict, path: str) -> np.ndarray:
     for name in path.split("/"):
         params = params[name]
-    return np.asarray(params)
+    return np.ascontiguousarray(params)

@@ -1,0 +1,473 @@
+"""The job `convert` and what it stands on: strict reading of published names, whole folders, nothing done twice or over."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+
+import jax
+import numpy as np
+import pytest
+from job import ROOT, run
+from safetensors.numpy import load_file, save_file
+
+from dit_jax import checkpoint, manifest
+from dit_jax.config import SIZES, JobError, ModelConfig, UsageError, model_config
+from dit_jax.convert import run_config
+from dit_jax.foreign import diffusers_dit
+from dit_jax.foreign import dit as published
+from dit_jax.foreign.tensors import Tensors
+from dit_jax.models import dit
+from dit_jax.networks import load_network, save_network
+
+TINY = ModelConfig(depth=2, width=16, heads=2, patch=2, input_size=8, channels=3, classes=5)
+
+
+def random_params(cfg=TINY, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: dit.init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 8, shapes)
+
+
+def read_dit(arrays, heads=2):
+    return published.read(Tensors(arrays, "F"), heads)
+
+
+def read_diffusers(arrays, config):
+    return diffusers_dit.read(Tensors(arrays, "F"), config)
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+# names and shapes
+
+
+@pytest.mark.parametrize("name", [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)])
+def test_names_and_shapes_of_the_published_sizes(name):
+    """Of each of the 12: its tensors by formula, and its sizes read back from their shapes; nothing is allocated."""
+    cfg = model_config(name)
+    size, patch = name.removeprefix("DiT-").split("/")
+    (depth, width, _), p = SIZES[size], int(patch)
+    shapes = published.shapes(cfg)
+    assert len(shapes) == 4 + 4 + 10 * depth + 4
+    assert shapes["x_embedder.proj.weight"] == (width, 4, p, p)
+    assert shapes["pos_embed"] == (1, (32 // p) ** 2, width)
+    assert shapes["t_embedder.mlp.0.weight"] == (width, 256)
+    assert shapes["y_embedder.embedding_table.weight"] == (1001, width)
+    assert shapes[f"blocks.{depth - 1}.attn.qkv.weight"] == (3 * width, width)
+    assert shapes[f"blocks.{depth - 1}.mlp.fc2.weight"] == (width, 4 * width)
+    assert shapes["blocks.0.adaLN_modulation.1.weight"] == (6 * width, width)
+    assert shapes["final_layer.linear.weight"] == (8 * p * p, width)
+    empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    assert published._infer(Tensors(empty, "F"), 0) == cfg
+    ours = jax.eval_shape(lambda: dit.init(cfg, jax.random.key(0)))
+    learned = sum(np.prod(shape, dtype=int) for name, shape in shapes.items() if name != "pos_embed")
+    assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == learned
+
+
+def test_names_of_xl_2():
+    """As the published checkpoint DiT-XL-2-256x256.pt has them."""
+    shapes = published.shapes(model_config("DiT-XL/2"))
+    assert shapes["blocks.0.attn.qkv.weight"] == (3456, 1152) and shapes["blocks.27.mlp.fc1.bias"] == (4608,)
+    assert shapes["pos_embed"] == (1, 256, 1152) and shapes["final_layer.linear.weight"] == (32, 1152)
+    assert shapes["final_layer.adaLN_modulation.1.weight"] == (2304, 1152) and len(shapes) == 292
+
+
+@pytest.mark.parametrize("cfg", [TINY, dataclasses.replace(TINY, learn_sigma=False, patch=4, heads=4)])
+def test_there_and_back_is_bitwise(cfg):
+    params = random_params(cfg)
+    arrays = published.write(cfg, params)
+    assert {name: a.shape for name, a in arrays.items()} == published.shapes(cfg)
+    found, again = read_dit(arrays, cfg.heads)
+    assert found == cfg
+    same(again, params)
+    found, again = read_diffusers(*diffusers_dit.write(cfg, params))
+    assert found == cfg
+    same(again, params)
+
+
+def test_the_patch_embedding_is_a_convolution():
+    """One pixel of one channel lit: the embedding is that column of the convolution's weight."""
+    cfg, params = TINY, random_params()
+    weight = published.write(cfg, params)["x_embedder.proj.weight"]
+    for row, column, channel in ((0, 1, 2), (1, 0, 1)):
+        place = np.zeros((2, 2, 3), np.float32)
+        place[row, column, channel] = 1
+        ours = place.reshape(-1) @ params["patch_embedding"]["kernel"]
+        np.testing.assert_array_equal(ours, weight[:, channel, row, column])
+
+
+def test_queries_keys_and_values_are_thirds():
+    params = random_params()
+    qkv = published.write(TINY, params)["blocks.1.attn.qkv.weight"]
+    kernel = params["blocks"]["attention"]["qkv"]["kernel"][1]  # (d, 3, heads, 8)
+    np.testing.assert_array_equal(qkv[16 + 8 + 3], kernel[:, 1, 1, 3])
+
+
+@pytest.mark.parametrize("changes", [{"conditioning": "adaln"}, {"conditioning": "in_context"}, {"qk_norm": True}])
+def test_other_models_have_no_published_names(changes):
+    with pytest.raises(UsageError, match="only 'adaln_zero' without qk_norm has published names"):
+        published.write(dataclasses.replace(TINY, **changes), {})
+
+
+# strictness
+
+
+def broken(arrays, name, how):
+    changed = dict(arrays)
+    if how == "missing":
+        del changed[name]
+    elif how == "misshapen":
+        changed[name] = np.concatenate([changed[name], changed[name]], axis=-1)
+    elif how == "not finite":
+        changed[name] = changed[name].copy()
+        changed[name].flat[0] = np.nan
+    elif how == "integers":
+        changed[name] = changed[name].astype(np.int32)
+    return changed
+
+
+@pytest.mark.parametrize("how", ["missing", "misshapen", "not finite", "integers"])
+def test_every_tensor_that_is_wrong_is_named(how):
+    """Of the first block and both ends: the error names the tensor, or one whose shape no longer goes with it."""
+    arrays = published.write(TINY, random_params())
+    for name in arrays:
+        with pytest.raises(UsageError) as found:
+            read_dit(broken(arrays, name, how))
+        text = str(found.value)
+        assert text.startswith("F: ")
+        # a width or a depth read off one tensor makes another one the wrong one
+        inferred = how == "misshapen" and name in (
+            "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed",
+            "blocks.0.mlp.fc1.weight",
+        )  # fmt: skip
+        assert name in text or inferred, text
+
+
+@pytest.mark.parametrize("how", ["missing", "misshapen", "not finite", "integers"])
+def test_every_tensor_of_diffusers_that_is_wrong_is_named(how):
+    arrays, config = diffusers_dit.write(TINY, random_params())
+    for name in arrays:
+        with pytest.raises(UsageError) as found:
+            read_diffusers(broken(arrays, name, how), config)
+        assert f"F: {name}:" in str(found.value)
+
+
+def test_tensors_too_many_are_named():
+    arrays = published.write(TINY, random_params())
+    for extra in ("blocks.1.attn.q_norm.weight", "ema.x_embedder.proj.weight", "head.bias"):
+        with pytest.raises(UsageError, match=f"F: found 1 tensors that the network does not have: {extra}"):
+            read_dit({**arrays, extra: np.zeros(3, np.float32)})
+    with pytest.raises(UsageError, match=r"F: blocks.2.adaLN_modulation.1.weight: missing"):
+        read_dit({**arrays, "blocks.3.x": np.zeros(3, np.float32)})
+    with pytest.raises(UsageError, match=r"blocks.999999999.x: found block 999999999 among 33 tensors"):
+        read_dit({**arrays, "blocks.999999999.x": np.zeros(3, np.float32)})
+    theirs, config = diffusers_dit.write(TINY, random_params())
+    with pytest.raises(UsageError, match=r"tensors that the network does not have: transformer_blocks.0.norm3.weight"):
+        read_diffusers({**theirs, "transformer_blocks.0.norm3.weight": np.ones(16, np.float32)}, config)
+
+
+def test_another_table_of_positions_is_refused():
+    arrays = published.write(TINY, random_params())
+    other = (
+        arrays["pos_embed"].reshape(1, 4, 4, 16).transpose(0, 2, 1, 3).reshape(1, 16, 16)
+    )  # rows and columns exchanged
+    with pytest.raises(
+        UsageError, match=r"F: pos_embed: differs by up to .* from the sin-cos table of a grid of 4 x 4"
+    ):
+        read_dit({**arrays, "pos_embed": other})
+    read_dit({**arrays, "pos_embed": arrays["pos_embed"] + np.float32(5e-6)})
+    with pytest.raises(UsageError, match="pos_embed: found 15, expected a square number"):
+        read_dit({**arrays, "pos_embed": arrays["pos_embed"][:, :15]})
+    theirs, config = diffusers_dit.write(TINY, random_params())
+    read_diffusers({**theirs, "pos_embed.pos_embed": arrays["pos_embed"]}, config)
+    with pytest.raises(UsageError, match=r"pos_embed.pos_embed: differs by up to"):
+        read_diffusers({**theirs, "pos_embed.pos_embed": other}, config)
+
+
+def test_embedders_must_be_the_same_in_all_blocks():
+    arrays, config = diffusers_dit.write(TINY, random_params())
+    for name in [name for name in arrays if name.startswith("transformer_blocks.1.norm1.emb")]:
+        changed = arrays[name].copy()
+        changed.flat[-1] += 1e-3
+        with pytest.raises(UsageError, match=f"F: {name}: differs from transformer_blocks.0.norm1.emb"):
+            read_diffusers({**arrays, name: changed}, config)
+
+
+def test_heads_are_asked_for_where_no_size_has_them():
+    arrays = published.write(TINY, random_params())
+    with pytest.raises(
+        UsageError, match=r"found 2 blocks of width 16, which is no published size .* say it with --heads"
+    ):
+        read_dit(arrays, heads=0)
+    with pytest.raises(UsageError, match=r"F: model.heads: found 3, expected a divisor of model.width = 16"):
+        read_dit(arrays, heads=3)
+    assert read_dit(arrays, heads=4)[0].heads == 4
+
+
+@pytest.mark.parametrize(
+    "key,value,expected",
+    [
+        ("_class_name", "UNet2DModel", "'DiTTransformer2DModel'"), ("norm_type", "ada_norm_single", "'ada_norm_zero'"),
+        ("activation_fn", "gelu", "'gelu-approximate'"), ("attention_bias", False, "True"), ("norm_eps", 1e-3, "1e-05 or 1e-06"),
+        ("norm_elementwise_affine", True, "False"), ("out_channels", 5, "3 or, with a variance, 6"), ("num_layers", 3, "num_layers = 3"),
+        ("num_attention_heads", "two", "a number of at least 1"), ("sample_size", 0, "a number of at least 1"),
+        ("sample_size", 9, "a divisor of input_size = 9"), ("attention_head_dim", 2**70, "a number of at least 1"),
+        ("cross_attention_dim", 768, "None"),
+    ],
+)  # fmt: skip
+def test_a_config_of_diffusers_that_is_another_network_is_refused(key, value, expected):
+    arrays, config = diffusers_dit.write(TINY, random_params())
+    with pytest.raises(UsageError, match="F: ") as found:
+        read_diffusers(arrays, {**config, key: value})
+    assert expected in str(found.value)
+
+
+# the job
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint file and a folder of diffusers, of one tiny model."""
+    folder = tmp_path_factory.mktemp("files")
+    save_file(published.write(TINY, random_params()), folder / "dit.safetensors")
+    save_file(published.write(TINY, random_params(seed=1)), folder / "other.safetensors")
+    arrays, config = diffusers_dit.write(TINY, random_params())
+    (folder / "transformer").mkdir()
+    save_file(arrays, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def convert(cache_dir, *arguments):
+    return run("convert", *arguments, cache_dir=cache_dir)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def workdir(files, tmp_path_factory, cache_dir):
+    out = tmp_path_factory.mktemp("converted") / "w"
+    code, stdout, err = convert(
+        cache_dir, "--source=dit", f"--weights={files / 'dit.safetensors'}", f"--out={out}", "--heads=2", "--step=70"
+    )
+    assert (code, stdout) == (0, ""), err
+    return out
+
+
+def test_a_checkpoint_becomes_a_run_folder(workdir, files):
+    assert checkpoint.steps(str(workdir)) == [70] and manifest.problems(checkpoint.path_of(str(workdir), 70)) == []
+    for item in ("ema", "params"):
+        cfg, params = checkpoint.load(str(workdir), item=item)
+        assert cfg == TINY
+        same(jax.tree.map(np.asarray, params), random_params())
+    meta = checkpoint.read_meta(str(workdir), 70)
+    digest = hashlib.sha256((files / "dit.safetensors").read_bytes()).hexdigest()
+    assert meta["source"] == {"file": "dit.safetensors", "sha256": digest, "format": "dit"} and meta["step"] == 70
+    assert sorted(p.name for p in workdir.parent.iterdir()) == ["w"]
+
+
+def test_the_config_is_the_papers_with_the_files_model():
+    for pixels, schedule_steps in ((256, 7_000_000), (512, 3_000_000)):
+        model = model_config("DiT-XL/2", pixels)
+        cfg = run_config(model)
+        assert cfg.model == model and cfg.data.image_size == pixels and cfg.train.steps == schedule_steps
+        assert (cfg.sample.sampler, cfg.sample.steps, cfg.sample.channels) == ("ddpm", 250, "first3")
+
+
+def test_the_same_command_finds_it_done(workdir, files, cache_dir):
+    before = tree(workdir)
+    same_command = [
+        "--source=dit",
+        f"--weights={files / 'dit.safetensors'}",
+        f"--out={workdir}",
+        "--heads=2",
+        "--step=70",
+    ]
+    code, _, err = convert(cache_dir, *same_command)
+    assert code == 0 and f"{workdir}: done before, from the same" in err
+    for change, expected in (
+        (["--heads=4"], "was made with 2 heads, not 4"),
+        (["--step=71"], "holds a run with checkpoints of steps [70], not [71]"),
+        (
+            [f"--weights={files / 'other.safetensors'}"],
+            "holds other weights, of 'dit.safetensors' (sha256: the folder has",
+        ),
+    ):
+        code, _, err = convert(cache_dir, *same_command, *change)
+        assert code == 2 and expected in err and err.count("\n") == 1, err
+    code, _, err = convert(
+        cache_dir, "--source=diffusers", f"--weights={files / 'transformer'}", f"--out={workdir}", "--step=70"
+    )
+    assert code == 2 and "format: the folder has 'dit', the command 'diffusers'" in err
+    assert tree(workdir) == before
+
+
+def test_a_damaged_folder_is_not_taken_for_done(workdir, files, cache_dir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "w")
+    part = max((tmp_path / "w" / "checkpoints").rglob("*"), key=lambda p: p.stat().st_size)
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    command = [
+        "--source=dit",
+        f"--weights={files / 'dit.safetensors'}",
+        f"--out={tmp_path / 'w'}",
+        "--heads=2",
+        "--step=70",
+    ]
+    code, _, err = convert(cache_dir, *command)
+    assert code == 1 and "damaged" in err and "convert again" in err
+
+
+def test_diffusers_through_a_run_to_published_names_and_back(files, tmp_path, cache_dir):
+    out, exported = tmp_path / "w", tmp_path / "dit.safetensors"
+    assert convert(cache_dir, "--source=diffusers", f"--weights={files / 'transformer'}", f"--out={out}")[0] == 0
+    assert checkpoint.steps(str(out)) == [0]
+    command = ["--source=workdir", f"--weights={out}", f"--out={exported}", "--item=params"]
+    assert convert(cache_dir, *command)[0] == 0
+    first = exported.read_bytes()
+    found, expected = load_file(exported), load_file(files / "dit.safetensors")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    code, _, err = convert(cache_dir, *command)
+    assert code == 0 and "done before" in err and exported.read_bytes() == first
+    exported.write_bytes(b"mine")
+    code, _, err = convert(cache_dir, *command)
+    assert code == 2 and "exists and holds something else" in err and exported.read_bytes() == b"mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dit.safetensors", "w"]
+
+
+def test_a_converted_model_samples_and_does_not_train(workdir, tmp_path, data_dir, cache_dir):
+    out = tmp_path / "images.npz"
+    arguments = [f"--workdir={workdir}", "--num=2", "--steps=2", "--guidance=1", f"--out={out}"]
+    code, _, err = run("sample", *arguments, cache_dir=cache_dir)
+    assert code == 0, err
+    assert np.load(out)["arr_0"].shape == (2, 8, 8, 3)
+    code, _, err = run("train", "--config=configs/digits.py", f"--workdir={workdir}", cache_dir=cache_dir)
+    assert code == 2 and err.count("\n") == 1, err
+    assert "holds weights only, converted from dit.safetensors" in err and "not trained on" in err
+
+
+def wrong_commands(files, folder):
+    dit_file, full = files / "dit.safetensors", folder / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    (folder / "file").write_text("mine")
+    (folder / "empty").mkdir()
+    cut = folder / "cut.safetensors"
+    cut.write_bytes(dit_file.read_bytes()[:-10])
+    header = folder / "header.safetensors"
+    header.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    pickled = folder / "bare.pt"
+    pickled.write_bytes(b"\x80\x04cos\nsystem\n(S'touch owned'\ntR.")
+    no_config = folder / "no_config"
+    no_config.mkdir()
+    shutil.copy(files / "transformer" / "diffusion_pytorch_model.safetensors", no_config)
+    bad_config = folder / "bad_config"
+    shutil.copytree(files / "transformer", bad_config)
+    (bad_config / "config.json").write_text("[" * 50 + "]" * 50)
+    new = folder / "new"
+    yield ["dit", dit_file, full], "is not empty and holds no run"
+    yield ["dit", dit_file, folder / "file"], "is a file, expected a folder"
+    yield ["dit", folder / "absent.pt", new], "no file or folder"
+    yield ["dit", dit_file, new], "say it with --heads"
+    yield ["dit", cut, new, "--heads=2"], "damaged or no safetensors"
+    yield ["dit", header, new, "--heads=2"], "found a header of"
+    yield ["dit", pickled, new, "--heads=2"], "not read here"
+    yield ["dit", files / "transformer", new, "--heads=2"], "x_embedder.proj.weight: missing"
+    yield ["dit", folder / "empty", new], "found none of diffusion_pytorch_model.safetensors"
+    yield ["diffusers", dit_file, new], "expected a folder of diffusers"
+    yield ["diffusers", no_config, new], "expected a folder of diffusers"
+    yield ["diffusers", bad_config, new], "nested more than"
+    yield ["diffusers", files / "transformer", new, "--heads=2"], "--heads: is for --source=dit"
+    yield ["dit", dit_file, new, "--heads=2", "--item=ema"], "--item: is for --source=workdir only"
+    yield ["workdir", folder / "empty", folder / "x.safetensors"], "holds no config.json"
+    yield ["workdir", full, folder / "x.pt"], "ends in .safetensors"
+    yield ["dits", dit_file, new], "--source"
+
+
+def test_what_the_job_cannot_do_is_one_line_and_leaves_nothing(files, tmp_path, cache_dir):
+    commands = list(wrong_commands(files, tmp_path))
+    before = tree(tmp_path)
+    for (source, weights, out, *more), expected in commands:
+        code, stdout, err = convert(cache_dir, f"--source={source}", f"--weights={weights}", f"--out={out}", *more)
+        assert (code, stdout) == (2, "") and err.count("\n") == 1 and expected in err, (source, weights, code, err)
+    assert tree(tmp_path) == before and not (tmp_path / "new").exists() and not (ROOT / "owned").exists()
+
+
+def test_a_full_disk_leaves_nothing_and_a_killed_jobs_rest_is_removed(files, tmp_path, cache_dir):
+    out = tmp_path / "w"
+    command = ["--source=dit", f"--weights={files / 'dit.safetensors'}", f"--out={out}", "--heads=2"]
+    code, _, err = run("convert", *command, cache_dir=cache_dir, file_size=20_000)
+    assert code == 1 and "could not be written" in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "w.unfinished" / "checkpoints").mkdir(parents=True)
+    assert convert(cache_dir, *command)[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+# folders of networks
+
+
+def network():
+    """Nested dicts, one array not in C order."""
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": rng.standard_normal((3, 4), np.float32), "b": {"bias": np.arange(4, dtype=np.float32)}}}
+    return params | {"table": rng.standard_normal((2, 2), np.float32)[:, ::-1]}
+
+
+def test_a_networks_folder_gives_back_what_was_saved(tmp_path):
+    config, source = {"channels": [1, 2], "scale": 0.18215}, {"file": "x.pt", "sha256": "0" * 64, "format": "toy"}
+    written = save_network(str(tmp_path / "n"), "toy", config, network(), source)
+    assert sorted(p.name for p in (tmp_path / "n").iterdir()) == ["meta.json", "weights.safetensors"]
+    found, params, meta = load_network(str(tmp_path / "n"), "toy")
+    assert found == config and meta == written and meta["parameters"] == 20 and meta["source"] == source
+    same(params, network())
+    save_network(str(tmp_path / "again"), "toy", config, network(), source)
+    assert tree(tmp_path / "n") == tree(tmp_path / "again")
+
+
+def test_a_networks_folder_is_read_strictly(tmp_path):
+    folder = tmp_path / "n"
+    save_network(str(folder), "toy", {}, network(), {"file": "x"})
+    meta, weights = (folder / "meta.json").read_text(), (folder / "weights.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="found a network of kind 'toy', expected 'sd-vae'"):
+        load_network(str(folder), "sd-vae")
+    with pytest.raises(UsageError, match=r"cannot be read .* expected a folder made by dit_jax.convert"):
+        load_network(str(tmp_path), "toy")
+    (folder / "weights.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"weights.safetensors: found sha256 .* convert the network again"):
+        load_network(str(folder), "toy")
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"weights.safetensors: missing"):
+        load_network(str(folder), "toy")
+    (folder / "weights.safetensors").write_bytes(weights)
+    for changed, expected in (
+        (meta[:-5], "not readable as JSON"),
+        (meta.replace('"parameters": 20', '"parameters": 21'), "found 20 parameters, expected 21"),
+        (meta.replace('"parameters": 20', '"parameters": "20"'), "parameters: found a str, expected int"),
+        (meta.replace('"config"', '"configs"'), "found other keys than expected"),
+        ("[]", "found other keys than expected"),
+    ):
+        (folder / "meta.json").write_text(changed)
+        with pytest.raises(UsageError, match=expected):
+            load_network(str(folder), "toy")
+
+
+def test_a_network_is_saved_whole_or_not_at_all(tmp_path):
+    with pytest.raises(JobError, match="expected names without '/'"):
+        save_network(str(tmp_path / "n"), "toy", {}, {"a/b": np.zeros(2)}, {})
+    with pytest.raises(JobError, match="not JSON serializable"):
+        save_network(str(tmp_path / "n"), "toy", {"x": object()}, network(), {})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(JobError, match="could not be written"):
+        save_network(str(tmp_path / "full"), "toy", {}, network(), {})
+    assert sorted(tree(tmp_path)) == ["full/mine.txt"]

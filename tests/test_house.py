@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
-JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert"}
+JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert", "encode"}
 GROUND = {"error", "checks", "config", "flops", "hardware", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {
+    "autoencoder",
     "mesh",
     "foreign",
     "records",

@@ -1,18 +1,27 @@
-"""From the latents that a model draws to images: a converted autoencoder, compiled for the mesh."""
+"""From images to the latents that a model sees, and back: a converted autoencoder, compiled for the mesh.
 
+How a run's latents are normalised, (z - shift) scale, is what the notes of the latents it is trained on say. Training writes
+it into the run's config (`follow_latents`), so that sampling knows it where the latents are not; where they are, sampling
+compares the two.
+"""
+
+import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import AutoencoderConfig, Config, UsageError
+from dit_jax.data.latents import NOTES, LatentInfo, read_info
 from dit_jax.mesh import batch_sharding, replicated
 from dit_jax.models import vae
 from dit_jax.networks import load_network
 
-AT_ONCE = 4  # images that a device decodes at a time: at 512 px each takes 134 MB in every one of the widest layers
+AT_ONCE = 4  # images that a device encodes or decodes at a time: at 512 px each takes 134 MB in every one of the widest layers
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,54 @@ def normalisation(cfg: AutoencoderConfig) -> vae.Normalisation:
     return vae.Normalisation(shift, scale)
 
 
+def follow_latents(cfg: Config) -> Config:
+    """The config of a run on latents, with `autoencoder.scale` and `shift` of their notes; any other config as it is.
+
+    A config that leaves both at their defaults takes them from the notes; one that states others must agree with them, or
+    UsageError is raised.
+    """
+    info = _notes_of(cfg)
+    if info is None:
+        return cfg
+    default = AutoencoderConfig()
+    if (cfg.autoencoder.scale, cfg.autoencoder.shift) != (default.scale, default.shift):
+        _check_normalisation(cfg, info)
+        return cfg
+    taken = {
+        name: value if isinstance(value, tuple) else (value,)
+        for name, value in (("scale", info.scale), ("shift", info.shift))
+    }
+    return dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, **taken))
+
+
+def _notes_of(cfg: Config) -> LatentInfo | None:
+    """The notes of the latents of `data.split`; None where the config names none, or they are not here."""
+    folder = os.path.join(cfg.data.latents, cfg.data.split)
+    return read_info(folder) if cfg.data.latents and os.path.isfile(os.path.join(folder, NOTES)) else None
+
+
+def _check_normalisation(cfg: Config, info: LatentInfo) -> None:
+    """Raises UsageError unless the config normalises each channel as the latents are."""
+    for name in ("scale", "shift"):
+        found, expected = getattr(cfg.autoencoder, name), getattr(info, name)
+        if _by_channel(found, info.shape[-1]) != _by_channel(expected, info.shape[-1]):
+            raise UsageError(
+                f"autoencoder.{name}: found {found}, expected {expected}, that of the latents in {cfg.data.latents!r} "
+                "(data.latents), which a model learns in this normalisation"
+            )
+
+
+def _by_channel(value: float | tuple, channels: int) -> tuple:
+    values = value if isinstance(value, tuple) else (value,)
+    return values * channels if len(values) == 1 else values
+
+
 def open_autoencoder(cfg: Config) -> Autoencoder | None:
-    """The autoencoder of a model of latents; None for a model of pixels. Raises UsageError when it does not fit the model."""
+    """The autoencoder of a model of latents; None for a model of pixels.
+
+    Raises UsageError when it does not fit the model, or the config normalises latents otherwise than `data.latents`, where
+    those are here.
+    """
     folder, model = cfg.autoencoder.folder, cfg.model
     if not folder:
         if cfg.data.latents or model.input_size != cfg.data.image_size:
@@ -48,12 +103,19 @@ def open_autoencoder(cfg: Config) -> Autoencoder | None:
         return None
     found, params, meta = load_network(folder, "sd-vae")
     network = vae.VAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+    if cfg.data.image_size % network.factor:
+        raise UsageError(
+            f"data.image_size: found {cfg.data.image_size}, expected a multiple of {network.factor}, the pixels that "
+            f"{folder!r} makes one latent of"
+        )
     shape, wanted = (cfg.data.image_size // network.factor, network.latent_channels), (model.input_size, model.channels)
-    if shape != wanted or cfg.data.image_size % network.factor:
+    if shape != wanted:
         raise UsageError(
             f"autoencoder.folder: {folder!r} makes latents of side {shape[0]} with {shape[1]} channels from images of "
             f"{cfg.data.image_size} pixels, but the model's have side {wanted[0]} and {wanted[1]} channels"
         )
+    if (info := _notes_of(cfg)) is not None:
+        _check_normalisation(cfg, info)
     return Autoencoder(network, params, normalisation(cfg.autoencoder), meta["sha256"], meta["source"])
 
 
@@ -64,6 +126,28 @@ def image_shape(cfg: Config, autoencoder: Autoencoder | None) -> tuple[int, int,
     return (cfg.data.image_size, cfg.data.image_size, autoencoder.cfg.channels)
 
 
+def images_at_once(mesh) -> int:
+    """Images that the whole mesh encodes or decodes at a time."""
+    return AT_ONCE * mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def make_encoder(autoencoder: Autoencoder, mesh) -> Callable[[np.ndarray], jax.Array]:
+    """Images (b, H, W, C) in [-1, 1] -> mean and log variance (rows, 2, h, w, c) of their posteriors, not normalised.
+
+    b is at most rows = `images_at_once`; rows from b on are filling. The array may still be under way on the devices. A
+    device always encodes AT_ONCE images at a time, so that a latent is the same for every number of devices.
+    """
+    program = _encoder(autoencoder.cfg, mesh)
+    params = jax.device_put({"encoder": autoencoder.params["encoder"]}, replicated(mesh))
+    rows = images_at_once(mesh)
+
+    def encode(images: np.ndarray) -> jax.Array:
+        filled = np.concatenate([images, np.repeat(images[-1:], rows - len(images), axis=0)])
+        return program(params, filled)
+
+    return encode
+
+
 def make_decoder(autoencoder: Autoencoder | None, mesh) -> Callable[[np.ndarray], np.ndarray]:
     """What a model drew (b, h, w, c) -> images (b, H, W, C) near [-1, 1], both on the host: latents are small.
 
@@ -71,9 +155,9 @@ def make_decoder(autoencoder: Autoencoder | None, mesh) -> Callable[[np.ndarray]
     """
     if autoencoder is None:
         return lambda latents: latents
-    program = _compiled(autoencoder.cfg, autoencoder.normalisation, mesh)
+    program = _decoder(autoencoder.cfg, autoencoder.normalisation, mesh)
     params = jax.device_put(autoencoder.params, replicated(mesh))
-    rows = AT_ONCE * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = images_at_once(mesh)
 
     def decode(latents: np.ndarray) -> np.ndarray:
         filled = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % rows, axis=0)])
@@ -84,7 +168,17 @@ def make_decoder(autoencoder: Autoencoder | None, mesh) -> Callable[[np.ndarray]
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(cfg: vae.VAEConfig, by: vae.Normalisation, mesh) -> Callable:
+def _encoder(cfg: vae.VAEConfig, mesh) -> Callable:
+    whole, rows = replicated(mesh), batch_sharding(mesh)
+    return jax.jit(
+        lambda params, images: jnp.stack(vae.encode(cfg, params, images), axis=1),
+        in_shardings=(whole, rows),
+        out_shardings=rows,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _decoder(cfg: vae.VAEConfig, by: vae.Normalisation, mesh) -> Callable:
     whole, rows = replicated(mesh), batch_sharding(mesh)
     return jax.jit(
         lambda params, latents: vae.decode(cfg, params, vae.denormalise(by, latents)),

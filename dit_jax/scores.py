@@ -19,12 +19,14 @@ from dit_jax.foreign.reference import read_reference
 from dit_jax.heldout import all_of
 from dit_jax.log import say
 from dit_jax.mesh import batch_sharding, replicated
-from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall
+from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall, statistics
 from dit_jax.models import digit_features, inception
 from dit_jax.networks import load_network
 
 ROWS = 16  # images that a device looks at at a time: another number would round otherwise
 SPLITS = 10  # of the Inception Score
+POINTS = 8  # numbers of samples at which the distance is taken, from a quarter of them, evenly in 1 / N
+KERNEL_SUBSET = 1000  # samples of each of the 100 subsets, or all where they are fewer
 FEW = 5  # samples for each feature below which a distance comes with a warning: about 10,000 for Inception's
 BLOCK = 1024  # rows that enter the statistics at a time, whatever the parts were that they came in
 NAMES = {
@@ -133,12 +135,12 @@ def open_network(cfg: Config, mesh) -> Network:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: `source` says what, for records; distances to its pooled and, where there are some,
-    its spatial features; and the pooled features of its images, where it has images, for KID, precision and recall."""
+    """What samples are compared with: `source` says what, for records; the Gaussians of its pooled and, where there are
+    some, its spatial features; and the pooled features of its images, where it has images, for KID, precision and recall."""
 
     source: object
-    pool: frechet.Distance
-    spatial: frechet.Distance | None
+    pool: tuple  # mean (d,), covariance (d, d)
+    spatial: tuple | None
     features: np.ndarray | None
 
 
@@ -150,13 +152,13 @@ def open_reference(cfg: Config, network: Network) -> Reference:
         return _of_rows([rows], network, describe(cfg.data, cfg.data.split) | {"images": len(images)})
     found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
     source = {"file": os.path.basename(found.path), "sha256": found.sha256}
-    if found.pool is None:
+    if found.kind == "images":
         return _of_rows(_rows_of(network, found.images), network, source | {"images": len(found.images)})
     features = None
     if found.images is not None:
         features = np.concatenate([network.split(rows)["pool"] for rows in _rows_of(network, found.images)])
-    spatial = frechet.Distance(*found.spatial) if found.spatial else None
-    return Reference(source, frechet.Distance(*found.pool), spatial, features)
+    spatial = None if found.mean_spatial is None else (found.mean_spatial, found.cov_spatial)
+    return Reference(source, (found.mean, found.cov), spatial, features)
 
 
 def _rows_of(network: Network, images: np.ndarray) -> Iterator[np.ndarray]:
@@ -164,15 +166,16 @@ def _rows_of(network: Network, images: np.ndarray) -> Iterator[np.ndarray]:
         yield network.rows(images[start : start + BLOCK])
 
 
-def _of_rows(rows: Iterable[np.ndarray], network: Network, source: object) -> Reference:
-    seen = gather(rows, network)
-    if seen.pool.count <= network.parts["pool"]:
+def _of_rows(rows: Iterable[np.ndarray], network: Network, source: dict) -> Reference:
+    """Of `source["images"]` images."""
+    if source["images"] <= network.parts["pool"]:
         raise UsageError(
-            f"reference {source}: found {seen.pool.count} images, expected more than the {network.parts['pool']} features of "
+            f"reference {source}: found {source['images']} images, expected more than the {network.parts['pool']} features of "
             f"the network {network.name!r}: a covariance of fewer is singular"
         )
-    spatial = frechet.Distance(*frechet.mean_cov(seen.spatial)) if "spatial" in network.parts else None
-    return Reference(source, frechet.Distance(*frechet.mean_cov(seen.pool)), spatial, seen.features)
+    seen = gather(rows, network, source["images"])
+    spatial = frechet.mean_cov(seen.spatial) if "spatial" in network.parts else None
+    return Reference(source, frechet.mean_cov(seen.pool), spatial, statistics.features(seen))
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
@@ -180,31 +183,18 @@ def as_uint8(images: np.ndarray) -> np.ndarray:
     return np.rint((images + 1) * 127.5).astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Of a set of images: statistics in float64, and the pooled features in float32 (50,000 of Inception's: 410 MB)."""
-
-    pool: frechet.Statistics
-    spatial: frechet.Statistics
-    features: np.ndarray  # (n, d)
-    score: inception_score.Sums | None
-
-
-def gather(rows: Iterable[np.ndarray], network: Network, num: int = 0) -> Seen:
-    """Streams rows (b, width); with `num`, how many will come, also the sums of the Inception Score.
-
-    Statistics take the rows in blocks of BLOCK, so that the parts in which they come change no bit.
-    """
-    pool, spatial = (frechet.empty(network.parts.get(name, 0)) for name in ("pool", "spatial"))
-    sums = inception_score.empty(network.parts["logits"], num, min(SPLITS, num)) if num else None
-    features = []
+def gather(rows: Iterable[np.ndarray], network: Network, total: int) -> statistics.Statistics:
+    """The statistics of `total` rows (b, width), taken in blocks of BLOCK: the parts in which they come change no bit."""
+    widths = (network.parts.get(name, 0) for name in ("pool", "spatial", "logits"))
+    seen = statistics.empty(statistics.Plan(total, min(SPLITS, total), keep=True), *widths)
+    start = 0
     for block in _blocks(rows):
         parts = network.split(block)
-        pool = frechet.update(pool, parts["pool"])
-        spatial = frechet.update(spatial, parts["spatial"]) if "spatial" in parts else spatial
-        sums = inception_score.update(sums, parts["logits"]) if sums else None
-        features.append(np.ascontiguousarray(parts["pool"]))
-    return Seen(pool, spatial, np.concatenate(features), sums)
+        spatial = parts.get("spatial", np.zeros((len(block), 0)))
+        seen, start = statistics.update(seen, start, parts["pool"], spatial, parts["logits"]), start + len(block)
+    if start != total:
+        raise ValueError(f"found features of {start} images, expected {total}")
+    return seen
 
 
 def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -225,8 +215,9 @@ def measure(
 ) -> dict[str, float]:
     """Every metric that the features of the drawn images and the reference allow; raises UsageError on bad numbers.
 
-    The distance comes with its standard error (`_se`, bootstrap over samples), with its values at smaller numbers of samples
-    (`_n1000`) and their limit for infinitely many (`_inf`), where there are samples enough for those.
+    The distance comes with its 95 % interval at this number of samples (`_low`, `_high`, by bootstrap), with its values at
+    smaller numbers of samples (`_n1000`) and their limit for infinitely many (`_inf`), where there are samples enough for
+    those.
     """
     try:
         return _measure(gather(rows, network, evaluation.samples), network, reference, evaluation)
@@ -234,23 +225,28 @@ def measure(
         raise UsageError(f"samples: {error}; nothing is recorded") from None
 
 
-def _measure(seen: Seen, network: Network, reference: Reference, evaluation: EvalConfig) -> dict[str, float]:
-    names, seed, features = NAMES[network.name], evaluation.seed, seen.features
-    distance = names["distance"]
-    found = {distance: reference.pool(*frechet.mean_cov(seen.pool))}
+def _measure(
+    seen: statistics.Statistics, network: Network, reference: Reference, evaluation: EvalConfig
+) -> dict[str, float]:
+    names, seed, features = NAMES[network.name], evaluation.seed, statistics.features(seen)
+    distance, (count, width) = names["distance"], features.shape
+    found = {distance: frechet.frechet_distance(*frechet.mean_cov(seen.pool), *reference.pool)}
     if evaluation.bootstrap > 1:
-        found[f"{distance}_se"] = extrapolate.standard_error(features, reference.pool, evaluation.bootstrap, seed)
-    if len(features) // 4 > features.shape[1]:
-        limit = extrapolate.infinite(features, reference.pool, seed=seed)
-        found |= {f"{distance}_n{size}": value for size, value in zip(limit.sizes, limit.distances, strict=True)}
-        found[f"{distance}_inf"] = limit.limit
+        interval = extrapolate.bootstrap(features, *reference.pool, evaluation.bootstrap, seed=seed)
+        found |= {f"{distance}_low": interval.low, f"{distance}_high": interval.high}
+    if count // 4 > width:
+        counts = [round(count / x) for x in np.linspace(4, 1, POINTS)]
+        line = extrapolate.infinite(features, *reference.pool, counts, seed)
+        found |= {f"{distance}_n{n}": value for n, value in zip(counts, line.values, strict=True)}
+        found |= {f"{distance}_inf": line.limit, f"{distance}_inf_se": line.limit_se}
     if reference.spatial:
-        found[names["spatial"]] = reference.spatial(*frechet.mean_cov(seen.spatial))
-    found[names["score"]], found[f"{names['score']}_std"] = inception_score.score(seen.score)
+        found[names["spatial"]] = frechet.frechet_distance(*frechet.mean_cov(seen.spatial), *reference.spatial)
+    found[names["score"]], found[f"{names['score']}_std"] = inception_score.score(seen.scores)
     if reference.features is not None:
-        mean, std = kernel.kernel_distance(features, reference.features, seed=seed)
-        found |= {names["kernel"]: mean, f"{names['kernel']}_std": std}
-        both = precision_recall.precision_recall(reference.features, features)
+        size = min(KERNEL_SUBSET, count, len(reference.features))
+        estimate = kernel.distance(features, reference.features, size=size)
+        found |= {names["kernel"]: estimate.mean, f"{names['kernel']}_std": estimate.std}
+        both = precision_recall.precision_recall(features, reference.features)
         found |= dict(zip((names["precision"], names["recall"]), both, strict=True))
     return found
 
@@ -258,5 +254,5 @@ def _measure(seen: Seen, network: Network, reference: Reference, evaluation: Eva
 def real_distance(cfg: Config, network: Network) -> float:
     """The distance of the real held-out images: what a perfect sampler would score."""
     images, _ = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
-    seen = gather([network.rows(as_uint8(images))], network)
-    return open_reference(cfg, network).pool(*frechet.mean_cov(seen.pool))
+    seen = gather([network.rows(as_uint8(images))], network, len(images))
+    return frechet.frechet_distance(*frechet.mean_cov(seen.pool), *open_reference(cfg, network).pool)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_jax import checkpoint, evaluate, flops, scores, train
+from dit_jax.autoencoder import follow_latents
 from dit_jax.command import ERROR, Interrupted, launch, read_config
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, UsageError, resolve, to_dict
 from dit_jax.data.pipeline import load_arrays
@@ -354,6 +355,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
 
 def run(cfg: Config, workdir: str) -> list[Cell]:
     """The ladder, its law and the report; returns the cells that failed."""
+    cfg = follow_latents(cfg)
     cells = make_cells(cfg, workdir)
     prepare(cfg, workdir)
     cache, protocol_id = os.path.join(workdir, "compiled"), loss_protocol_id(cfg)

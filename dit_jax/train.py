@@ -14,6 +14,7 @@ import jax
 from absl import flags
 
 from dit_jax import checkpoint, flops
+from dit_jax.autoencoder import follow_latents
 from dit_jax.command import Interrupted, launch, provenance, read_config, stop_flag, write_file
 from dit_jax.config import Config, JobError, UsageError, resolve, to_dict
 from dit_jax.data import source as sources
@@ -134,7 +135,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
-        source = open_data(cfg)
+        source, cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
         on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))

@@ -195,7 +195,7 @@ BAD = {
     "reference": (
         "evaluate",
         ["--config.eval.reference=/nowhere.npz", "--config.eval.samples=400"],
-        "reference '/nowhere.npz': no such file",
+        "/nowhere.npz: no such file",
     ),
     "grid": ("evaluate", ["--config.eval.samplers=('eular',)"], "sample.sampler: found 'eular'; did you mean 'euler'?"),
     "grid of other things": (

@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from scipy import stats
 
 from dit_jax.config import DataConfig, UsageError
-from dit_jax.data import counter, latents, pipeline, source
+from dit_jax.data import counter, latents, pipeline, posterior, source
 from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import LatentInfo, open_latents
 
@@ -638,7 +638,7 @@ def test_malformed_records_are_replaced_and_counted(store, spoiled, cache):
     order = STANDS[np.concatenate([pipeline.order(3, epoch, SIZE) for epoch in range(4)])[:192]]
     values, labels = good.read(order)
     mirror = pipeline._mirrored(positions, 3)
-    np.testing.assert_array_equal(found["image"], latents.sample_posterior(INFO, values, positions, 3, mirror))
+    np.testing.assert_array_equal(found["image"], posterior.sample_posterior(INFO, values, positions, 3, mirror))
     np.testing.assert_array_equal(found["label"], labels)
 
 
@@ -779,4 +779,4 @@ def test_a_killed_writer_leaves_no_latents(tmp_path):
 def test_a_full_disk_is_a_job_error(tmp_path):
     done = run_writer(str(tmp_path), "full")
     assert done.stdout.startswith(f"JobError latents {tmp_path}: cannot write them: "), done
-    assert "nothing is kept, encode again" in done.stdout and os.listdir(tmp_path) == []
+    assert "they are not complete, encode again" in done.stdout and os.listdir(tmp_path) == []

@@ -1,6 +1,11 @@
-"""Writes a folder of latents, whole or not at all: shards under provisional names, then their names, `latents.json` last.
+"""Writes a folder of latents: shards under provisional names, then their names, `latents.json` last.
 
-Without `latents.json` a folder is no latents: what a killed writer leaves is never read, and the next writer removes it.
+Without `latents.json` a folder is no latents: what a killed writer leaves is never read. The next writer removes it
+(`write_latents`), or goes on from the shards that are whole (`continue_latents`):
+
+    latents-00000.part     the shard that is being written
+    latents-00000.whole    one that is finished and synced
+    latents.job            what the shards are of: a folder holds those of one job only
 """
 
 import contextlib
@@ -14,11 +19,12 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.command import sync
+from dit_jax.command import LONGEST, parse_json, sync
 from dit_jax.config import JobError, UsageError
 from dit_jax.data.latents import (
     DTYPES,
@@ -32,9 +38,26 @@ from dit_jax.data.latents import (
     open_latents,
     shard_name,
 )
+from dit_jax.data.shard import open_shard
 
 SHARD_BYTES = 1 << 30
-_OURS = re.compile(r"latents-\d{5}(\.part|-of-\d{5}\.array_record)|latents\.json\.part")
+JOB = "latents.job"
+_CHUNK = 256  # records read at a time
+_OURS = re.compile(r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.json\.part|latents\.job(\.part)?")
+_NAMED = re.compile(r"latents-(\d{5})-of-\d{5}\.array_record")
+_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder")  # the first two change no record, the last is a name only
+
+
+@dataclass
+class _Shards:
+    """The shards that are whole: their entries in the notes, file names missing, and the digest of all their records."""
+
+    entries: list = field(default_factory=list)
+    content: object = field(default_factory=hashlib.sha256)
+
+    @property
+    def records(self) -> int:
+        return sum(entry["records"] for entry in self.entries)
 
 
 def write_latents(
@@ -47,22 +70,45 @@ def write_latents(
     complete latents or another writer; JobError where the disk fails.
     """
     with _claimed(folder):
+        _remove_leftovers(folder)
         try:
-            shards, content = _write_shards(folder, info, enumerate(examples), shard_bytes)
-            notes = _notes(info, shards, content)
-            with _disk(folder):
-                for i, shard in enumerate(shards):
-                    os.rename(_part(folder, i), os.path.join(folder, shard["file"]))
-                _write_notes(folder, notes)
+            shards = _Shards()
+            _write_shards(folder, info, enumerate(examples), shard_bytes, shards)
+            _publish(folder, info, shards)
         except BaseException:
             _remove_leftovers(folder)
             raise
     return open_latents(folder)
 
 
+def continue_latents(
+    folder: str,
+    info: LatentInfo,
+    examples_from: Callable[[int], Iterable],
+    *,
+    settle: Callable[[LatentRecords], LatentInfo] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> LatentRecords:
+    """The same of `examples_from(first)`, the examples from record `first` on, going on from the shards that are whole.
+
+    A writer that fails or is killed leaves those, so that at most one shard is computed again; their records are read and
+    verified first. `settle` is shown all records before they become latents, and may change scale and shift. Raises
+    as `write_latents`, and UsageError where the folder holds the shards of another job.
+    """
+    with _claimed(folder):
+        shards = _take_up(folder, info)
+        try:
+            _write_shards(folder, info, enumerate(examples_from(shards.records), shards.records), shard_bytes, shards)
+            _publish(folder, settle(_opened(folder, info, shards)) if settle else info, shards)
+        except BaseException:
+            _remove_leftovers(folder, keep=bool(shards.entries))
+            raise
+    return open_latents(folder)
+
+
 @contextlib.contextmanager
 def _claimed(folder: str) -> Iterator[None]:
-    """The folder made, cleared of leftovers, and locked against other writers (the lock dies with the process)."""
+    """The folder made, and locked against other writers (the lock dies with the process)."""
     try:
         os.makedirs(folder, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -80,28 +126,100 @@ def _claimed(folder: str) -> Iterator[None]:
         for name in sorted(os.listdir(folder)):
             if not _OURS.fullmatch(name):
                 raise UsageError(f"latents {folder}: found {name!r}, expected an empty folder; name another one")
-        _remove_leftovers(folder)
         yield
     finally:
         os.close(handle)
 
 
-def _remove_leftovers(folder: str) -> None:
+def _remove_leftovers(folder: str, keep: bool = False) -> None:
+    """Remove what a writer left; with `keep`, or where it was done but for clearing up, what is not whole only."""
+    keep = keep or os.path.lexists(os.path.join(folder, NOTES))
     for name in os.listdir(folder):
-        if _OURS.fullmatch(name):
+        if _OURS.fullmatch(name) and not (keep and (name == JOB or name.endswith((".whole", ".array_record")))):
             os.unlink(os.path.join(folder, name))
 
 
-def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes: int) -> tuple[list[dict], str]:
-    """Writes the provisional shards. Returns their entries in the notes, file names missing, and the digest of all records."""
+def _take_up(folder: str, info: LatentInfo) -> _Shards:
+    """The whole shards that a writer of the same job left, verified; the first that is damaged and all after it go.
+
+    Raises UsageError where they are of another job.
+    """
+    shards, job = _Shards(), _job(info)
+    with _disk(folder):
+        for name in os.listdir(folder):  # a writer that was killed while it gave the shards their names
+            if named := _NAMED.fullmatch(name):
+                os.rename(os.path.join(folder, name), _whole(folder, int(named[1])))
+        if not os.path.lexists(_whole(folder, 0)):
+            _remove_leftovers(folder)
+            _write_json(folder, JOB, job)
+            return shards
+        _refuse_other(folder, job)
+        while os.path.lexists(_whole(folder, len(shards.entries))) and _take_shard(folder, info, shards):
+            pass
+        for name in os.listdir(folder):
+            number = re.fullmatch(r"latents-(\d{5})\.whole", name)
+            if name != JOB and not (number and int(number[1]) < len(shards.entries)):
+                os.unlink(os.path.join(folder, name))
+    return shards
+
+
+def _job(info: LatentInfo) -> dict:
+    """What the shards depend on, as JSON gives it back."""
+    fields = {key: value for key, value in dataclasses.asdict(info).items() if key not in _NOT_OF_THE_JOB}
+    return json.loads(json.dumps(fields))
+
+
+def _refuse_other(folder: str, job: dict) -> None:
+    try:
+        with open(os.path.join(folder, JOB), "rb") as file:
+            found = parse_json(file.read(LONGEST + 1))
+    except (OSError, ValueError):
+        found = None
+    found = found if isinstance(found, dict) else {}
+    for key in [*job, *found]:
+        if found.get(key) != job.get(key):
+            raise UsageError(
+                f"latents {folder}: holds unfinished latents of another job: {key}: found {found.get(key)!r}, this command has "
+                f"{job.get(key)!r}; finish that one, delete the folder, or name another one"
+            )
+
+
+def _take_shard(folder: str, info: LatentInfo, shards: _Shards) -> bool:
+    """Read the next whole shard and add it to `shards`. False if it is not what a writer finished."""
+    path, content, first = _whole(folder, len(shards.entries)), shards.content.copy(), shards.records
+    try:
+        reader = open_shard(path)
+        count = reader.num_records()
+        for start in range(0, count, _CHUNK):
+            for i, record in enumerate(reader.read(list(range(start, min(start + _CHUNK, count)))), first + start):
+                if len(record) != info.layout.itemsize or record[4:12] != i.to_bytes(8, "little"):
+                    return False
+                if record[:4] != zlib.crc32(memoryview(record)[4:]).to_bytes(4, "little"):
+                    return False
+                content.update(record)
+    except RuntimeError:
+        return False
+    shards.entries.append(_entry(path, count))
+    shards.content = content
+    return count > 0
+
+
+def _opened(folder: str, info: LatentInfo, shards: _Shards) -> LatentRecords:
+    """The records of the shards, while they have no names yet."""
+    paths = [_whole(folder, i) for i in range(len(shards.entries))]
+    files = tuple({**entry, "file": path} for entry, path in zip(shards.entries, paths, strict=True))
+    return LatentRecords(folder, info, shards.content.hexdigest(), files, tuple(open_shard(path) for path in paths))
+
+
+def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes: int, shards: _Shards) -> None:
+    """Writes `examples`, pairs (number, example), as shards after those of `shards`, and adds them there."""
     per_shard = max(1, shard_bytes // info.layout.itemsize)
-    shards, content = [], hashlib.sha256()
-    for number in range(MAX_SHARDS):
+    for number in range(len(shards.entries), MAX_SHARDS):
         records = (_encode(folder, info, i, *example) for i, example in itertools.islice(examples, per_shard))
         first = next(records, None)
         if first is None:
             break
-        count, path = 0, _part(folder, number)
+        count, path, content = 0, _part(folder, number), shards.content.copy()
         with _writer(folder, path) as write:
             for record in itertools.chain([first], records):
                 write(record)
@@ -109,13 +227,29 @@ def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes
                 count += 1
         with _disk(folder):
             sync(path)
-            digest = file_sha256(path)
-        shards.append({"file": "", "records": count, "bytes": os.path.getsize(path), "sha256": digest})
+            entry = _entry(path, count)
+            os.rename(path, _whole(folder, number))
+        shards.entries.append(entry)
+        shards.content = content
     else:
         raise UsageError(f"latents {folder}: found records for more than {MAX_SHARDS} shards; use a larger shard_bytes")
-    if not shards:
+    if not shards.entries:
         raise UsageError(f"latents {folder}: found no records to write, expected at least one")
-    return shards, content.hexdigest()
+
+
+def _entry(path: str, records: int) -> dict:
+    return {"file": "", "records": records, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+
+
+def _publish(folder: str, info: LatentInfo, shards: _Shards) -> None:
+    """Gives the shards their names, and makes them latents."""
+    notes = _notes(info, shards.entries, shards.content.hexdigest())
+    with _disk(folder):
+        for i, entry in enumerate(shards.entries):
+            os.rename(_whole(folder, i), os.path.join(folder, entry["file"]))
+        _write_json(folder, NOTES, notes)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, JOB))
 
 
 @contextlib.contextmanager
@@ -142,7 +276,7 @@ def _disk(folder: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise JobError(f"latents {folder}: cannot write them: {why}; nothing is kept, encode again") from error
+        raise JobError(f"latents {folder}: cannot write them: {why}; they are not complete, encode again") from error
 
 
 def _encode(folder: str, info: LatentInfo, index: int, label, values) -> bytes:
@@ -178,14 +312,18 @@ def _notes(info: LatentInfo, shards: list[dict], content: str) -> dict:
     return {**notes, "checksum": checksum(notes)}
 
 
-def _write_notes(folder: str, notes: dict) -> None:
-    part = os.path.join(folder, f"{NOTES}.part")
+def _write_json(folder: str, name: str, value: dict) -> None:
+    part = os.path.join(folder, f"{name}.part")
     with open(part, "w") as file:
-        json.dump(notes, file, indent=1)
+        json.dump(value, file, indent=1)
     sync(part)
-    os.rename(part, os.path.join(folder, NOTES))
+    os.rename(part, os.path.join(folder, name))
     sync(folder)
 
 
 def _part(folder: str, number: int) -> str:
     return os.path.join(folder, f"latents-{number:05d}.part")
+
+
+def _whole(folder: str, number: int) -> str:
+    return os.path.join(folder, f"latents-{number:05d}.whole")

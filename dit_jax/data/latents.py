@@ -3,7 +3,8 @@
 A record has a fixed size, little-endian: CRC-32 of all that follows (uint32), its own number in the split (uint64), its
 label (int32), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image, and its mirror
 image where `mirrored`. Parts: the mean of the posterior, and its log-variance where `moments`. The latent that a model
-sees is z = (x - shift) scale of a sample x of the posterior (Peebles & Xie 2023, scale 0.18215), or of its mean.
+sees is z = (x - shift) scale of a sample x of the posterior (Peebles & Xie 2023, scale 0.18215), or of its mean;
+shift and scale are one number each, or one per channel.
 """
 
 import dataclasses
@@ -13,16 +14,17 @@ import math
 import os
 import re
 import stat
+import typing
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import UnionType
 
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dit_jax.config import UsageError
-from dit_jax.data.counter import normals
 from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
 from dit_jax.error import shown
@@ -37,9 +39,9 @@ _EXPONENT = {
 }  # all set: inf or NaN
 _HEADER = [("crc", "<u4"), ("index", "<u8"), ("label", "<i4")]
 _CRC_BYTES = 4
-_LOG_VARIANCE = (-30.0, 20.0)  # bounds, as the autoencoder of latent diffusion has them (Rombach et al. 2022)
 _MAX_RECORD, _MAX_NOTES, MAX_SHARDS = 1 << 26, 1 << 22, 10_000  # bytes, bytes, files
 _NOTES_KEYS = {"version": int, "records": int, "content": str, "shards": list, "checksum": str}
+_LISTS = {"shape": list, "scale": float | list, "shift": float | list}  # JSON has no tuples
 _SHARD_KEYS = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
@@ -53,8 +55,8 @@ class LatentInfo:
     mirrored: bool  # the latent of the mirror image is stored too
     autoencoder: str  # its name
     autoencoder_sha256: str  # of its weights
-    scale: float
-    shift: float
+    scale: float | tuple  # one number, or one per channel
+    shift: float | tuple
     classes: int
     dataset: str  # the images: data set, split and checksum as `describe` gives them, and the side in pixels
     split: str
@@ -76,11 +78,25 @@ class LatentInfo:
         for name, value, high in (("classes", self.classes, 2**31 - 1), ("image_size", self.image_size, 65536)):
             if not 1 <= value <= high:
                 raise UsageError(f"{name}: found {value}, expected 1 to {high}")
-        if not 0 < self.scale < math.inf or not abs(self.shift) < math.inf:
-            raise UsageError(f"scale, shift: found {self.scale}, {self.shift}, expected finite numbers, scale above 0")
+        self._check_normalisation()
         size = math.prod(self.record_shape) * np.dtype(DTYPES[self.dtype]).itemsize
         if size > _MAX_RECORD:
             raise UsageError(f"shape: found {size} bytes a record, expected at most {_MAX_RECORD}")
+
+    def _check_normalisation(self) -> None:
+        for name, found, low in (("scale", self.scale, 0.0), ("shift", self.shift, -math.inf)):
+            numbers = found if isinstance(found, tuple) else (found,)
+            if isinstance(found, tuple) and len(found) != self.shape[-1]:
+                expected = f"expected one, or one for each of the {self.shape[-1]} channels"
+                raise UsageError(f"{name}: found {len(found)} numbers, {expected}")
+            if not all(type(number) is float and low < number < math.inf for number in numbers):
+                both = f"{shown(self.scale)}, {shown(self.shift)}"
+                raise UsageError(f"scale, shift: found {both}, expected finite numbers, scale above 0")
+
+    @property
+    def normalisation(self) -> dict:
+        """Scale and shift as JSON gives them back: a number, or a list of one per channel."""
+        return {name: _listed(getattr(self, name)) for name in ("scale", "shift")}
 
     @property
     def record_shape(self) -> tuple:
@@ -205,13 +221,7 @@ def open_latents(
     here, and each record when it is read. Raises UsageError naming the file, what was found and what was expected.
     """
     path = os.path.join(folder, NOTES)
-    notes = _load_notes(path)
-    try:
-        info = LatentInfo(**{f.name: _tupled(notes[f.name]) for f in dataclasses.fields(LatentInfo)})
-        _check_shards(notes)
-        _sha256("content", notes["content"])
-    except UsageError as error:
-        raise UsageError(f"latents {path}: {error}; {ADVICE}") from error
+    info, notes = _read_notes(path)
     wanted = {"dtype": dtype, "autoencoder_sha256": autoencoder_sha256, "shape": tuple(shape), "classes": classes}
     for name, value in wanted.items():
         found = getattr(info, name)
@@ -224,27 +234,9 @@ def open_latents(
     return LatentRecords(folder, info, notes["content"], tuple(notes["shards"]), readers, skips or Skips())
 
 
-def sample_posterior(
-    info: LatentInfo, values: np.ndarray, positions: np.ndarray, seed: int, mirror: np.ndarray | None = None
-) -> np.ndarray:
-    """Latents z float32 (b, h, w, c) at the global positions (b,), the noise a function of (seed, position) only.
-
-    `values` (b, copies, parts, h, w, c) as stored; `mirror` bool (b,) chooses the mirrored copies.
-    """
-    if mirror is None:
-        parts = values[:, 0].astype(np.float32)
-    else:
-        parts = values[np.arange(len(values)), mirror.astype(np.int64)].astype(np.float32)
-    x = parts[:, 0]
-    if info.moments:
-        deviation = np.exp(np.clip(parts[:, 1], *_LOG_VARIANCE) * np.float32(0.5))
-        x = x + deviation * normals(seed, positions, math.prod(info.shape)).reshape(x.shape)
-    return (x - np.float32(info.shift)) * np.float32(info.scale)
-
-
-def posterior_mean(info: LatentInfo, values: np.ndarray) -> np.ndarray:
-    """Latents z float32 (b, h, w, c) at the mean of the posterior, of the images as they are."""
-    return (values[:, 0, 0].astype(np.float32) - np.float32(info.shift)) * np.float32(info.scale)
+def read_info(folder: str) -> LatentInfo:
+    """What the latents in `folder` are, from the notes alone: no shard is opened. Raises UsageError as `open_latents`."""
+    return _read_notes(os.path.join(folder, NOTES))[0]
 
 
 def checksum(notes: dict) -> str:
@@ -264,6 +256,18 @@ def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
     if not np.any(bits & mask == mask):
         return np.ones(len(values), bool)
     return np.array([not np.any(row & mask == mask) for row in bits])
+
+
+def _read_notes(path: str) -> tuple[LatentInfo, dict]:
+    """What the latents are, and their notes with all in them looked at. Raises UsageError."""
+    notes = _load_notes(path)
+    try:
+        info = LatentInfo(**{f.name: _tupled(notes[f.name]) for f in dataclasses.fields(LatentInfo)})
+        _check_shards(notes)
+        _sha256("content", notes["content"])
+    except UsageError as error:
+        raise UsageError(f"latents {path}: {error}; {ADVICE}") from error
+    return info, notes
 
 
 def _load_notes(path: str) -> dict:
@@ -287,7 +291,7 @@ def _load_notes(path: str) -> dict:
     try:
         if isinstance(notes, dict) and notes.get("version", VERSION) != VERSION:
             raise UsageError(f"version: found {notes['version']!r}, expected {VERSION}")
-        _keys("notes", notes, {**LatentInfo.__annotations__, **_NOTES_KEYS, "shape": list})
+        _keys("notes", notes, {**LatentInfo.__annotations__, **_NOTES_KEYS, **_LISTS})
         found, stated = checksum(notes), notes["checksum"]
         if found != stated:
             raise UsageError(f"checksum: found {found}, expected {stated[:64]} (damaged or edited)")
@@ -346,13 +350,19 @@ def _keys(name: str, found, kinds: dict) -> None:
         _kind(f"{name}.{key}", found[key], kind)
 
 
-def _kind(name: str, value, kind: type) -> None:
-    if type(value) is not kind:
-        raise UsageError(f"{name}: found {shown(value)[:99]} ({type(value).__name__}), expected {kind.__name__}")
+def _kind(name: str, value, kind: type | UnionType) -> None:
+    kinds = typing.get_args(kind) or (kind,)
+    if type(value) not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise UsageError(f"{name}: found {shown(value)[:99]} ({type(value).__name__}), expected {expected}")
 
 
 def _tupled(value):
     return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _sha256(name: str, value: str) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 from dit_jax.config import DataConfig, UsageError
 from dit_jax.data.counter import FLIP, ORDER, hash_counters
 from dit_jax.data.datasets import CHUNK, Records
-from dit_jax.data.latents import LatentRecords, posterior_mean, sample_posterior
+from dit_jax.data.latents import LatentRecords
+from dit_jax.data.posterior import posterior_mean, sample_posterior
 from dit_jax.data.skip import read_good
 from dit_jax.data.source import open_source
 
@@ -91,12 +92,7 @@ class Batches(Iterator):
 def latents_identity(source: LatentRecords) -> dict:
     """What must be the same for a run to go on: the records, and how a model sees them."""
     info = source.info
-    return {
-        "sha256": source.content,
-        "autoencoder_sha256": info.autoencoder_sha256,
-        "scale": info.scale,
-        "shift": info.shift,
-    }
+    return {"sha256": source.content, "autoencoder_sha256": info.autoencoder_sha256, **info.normalisation}
 
 
 def load_arrays(
@@ -111,6 +107,32 @@ def load_arrays(
         images, labels = _read_all(source, data)
         return to_float(images), labels
     return _read_all(source, data, functools.partial(posterior_mean, source.info))
+
+
+def images_in_order(
+    source: Records, data: DataConfig, rows: int, first: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A split in record order from record `first` on, `rows` at a time: float32 (b, h, w, c) in [-1, 1], labels int32 (b,).
+
+    Never flipped; read ahead by `data.workers` threads. The last batch holds what is left. Malformed records as in
+    `make_batches`.
+    """
+    read, size = _reading(source, data), len(source)
+
+    def load(k: int) -> tuple[np.ndarray, np.ndarray]:
+        start = first + k * rows
+        images, labels = read(np.arange(start, min(start + rows, size)))
+        return to_float(images), labels
+
+    count = -(-(size - first) // rows)
+    if not count:
+        return
+    options = grain.ReadOptions(num_threads=data.workers, prefetch_buffer_size=data.prefetch if data.workers else 0)
+    iterator = iter(grain.MapDataset.range(count).map(load).to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:

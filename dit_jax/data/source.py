@@ -73,8 +73,7 @@ def describe(data: DataConfig, split: str) -> dict:
         "source_sha256": info.source_sha256,
         "autoencoder": info.autoencoder,
         "autoencoder_sha256": info.autoencoder_sha256,
-        "scale": info.scale,
-        "shift": info.shift,
+        **info.normalisation,
         "latent_dtype": info.dtype,
     }
 

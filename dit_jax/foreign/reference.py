@@ -29,7 +29,7 @@ class Reference:
     """`kind` is "adm", "jax-fid", "pytorch-fid" or "images"; what a file does not hold is None.
 
     mean (2048,), cov (2048, 2048) of pooled features and mean_spatial (2023,), cov_spatial (2023, 2023), float64;
-    images uint8 (n, h, w, 3), for the caller to run through the network.
+    images uint8 (n, h, w, 1 or 3), for the caller to run through the network.
     """
 
     path: str
@@ -42,13 +42,15 @@ class Reference:
     images: np.ndarray | None = None
 
 
-def read_reference(path: str | os.PathLike) -> Reference:
-    """The reference in an npz file. Nothing is unpickled.
+def read_reference(path: str | os.PathLike, pool: int = inception.WIDTH, spatial: int = inception.SPATIAL) -> Reference:
+    """The reference in an npz file, for a network with `pool` pooled and `spatial` spatial features. Nothing is unpickled.
 
     Raises UsageError on other keys, widths of another feature network, and covariances that are not symmetric, have
     eigenvalues below 0 beyond rounding, or hold values that are not finite.
     """
     path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: no such file, expected an npz of reference statistics or images")
     arrays = read_arrays(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -60,14 +62,14 @@ def read_reference(path: str | os.PathLike) -> Reference:
     if kind is None:
         return Reference(path, digest, "images", images=images)
     names = KINDS[kind]
-    pool = _gaussian(arrays, names[0], names[1], inception.WIDTH, path)
-    spatial = _gaussian(arrays, *names[2:], inception.SPATIAL, path) if kind == "adm" else (None, None)
-    return Reference(path, digest, kind, *pool, *spatial, images)
+    pooled = _gaussian(arrays, names[0], names[1], pool, path)
+    of_places = _gaussian(arrays, *names[2:], spatial, path) if kind == "adm" and spatial else (None, None)
+    return Reference(path, digest, kind, *pooled, *of_places, images)
 
 
 def _images(images: np.ndarray, where: str) -> np.ndarray:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise UsageError(f"{where}: found {images.dtype} {images.shape}, expected uint8 images (n, h, w, 3)")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise UsageError(f"{where}: found {images.dtype} {images.shape}, expected uint8 images (n, h, w, 1 or 3)")
     return images
 
 
@@ -77,7 +79,7 @@ def _gaussian(arrays: dict, mean_name: str, cov_name: str, width: int, path: str
         found = arrays[name]
         if found.shape != shape:
             raise UsageError(
-                f"{path}: {name}: found shape {found.shape}, expected {shape} of the network {inception.NAME}; "
+                f"{path}: {name}: found shape {found.shape}, expected {shape}; "
                 "these are statistics of another feature network or layer"
             )
         if not np.issubdtype(found.dtype, np.floating) or not np.isfinite(found).all():

@@ -81,7 +81,8 @@ def infinite(
     if not all(2 <= c <= n for c in counts):
         raise ValueError(f"extrapolation: found counts {list(counts)}, expected each of 2 to the {n} samples")
     rng = np.random.default_rng(seed)
-    values = [_distance(features[rng.permutation(n)[:c]], mean, cov) for c in counts]
+    reference = frechet.Distance(mean, cov)
+    values = [_distance(features[rng.permutation(n)[:c]], reference) for c in counts]
     return fit_line(counts, values)
 
 
@@ -105,14 +106,15 @@ def bootstrap(
     if resamples < 2 or not 0 < level < 1:
         raise ValueError(f"bootstrap: found {resamples} resamples, level {level}, expected at least 2, between 0 and 1")
     rng, n = np.random.default_rng(seed), len(features)
-    values = np.array([_distance(features[rng.integers(n, size=n)], mean, cov) for _ in range(resamples)])
-    value = _distance(features, mean, cov)
+    reference = frechet.Distance(mean, cov)
+    values = np.array([_distance(features[rng.integers(n, size=n)], reference) for _ in range(resamples)])
+    value = _distance(features, reference)
     half = float(scipy.stats.t.ppf((1 + level) / 2, resamples - 1) * values.std(ddof=1))
     return Interval(value, value - half, value + half, level, values)
 
 
-def _distance(features: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> float:
+def _distance(features: np.ndarray, reference: frechet.Distance) -> float:
     stats = frechet.empty(features.shape[1])
     for start in range(0, len(features), 4096):  # bounds the float64 copies
         stats = frechet.update(stats, features[start : start + 4096])
-    return frechet.frechet_distance(*frechet.mean_cov(stats), mean, cov)
+    return reference(*frechet.mean_cov(stats))

@@ -234,7 +234,7 @@ def test_missing_and_foreign_folders(job, tmp_path, cache_dir):
 def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     """Two processes on one folder: the watcher records the last step and ends; the training is not disturbed."""
     workdir = tmp_path / "live"
-    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=300"]
+    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=150"]
     training = start("train", *flags, cache_dir=cache_dir)
     wait_for_step(training, workdir, 1)
     code, _, err = run(
@@ -244,7 +244,7 @@ def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     _, training_err = training.communicate(timeout=60)
     assert training.returncode == 0, training_err
     steps = [record["step"] for record in records(workdir)]
-    assert steps[-1] == 300 and steps == sorted(set(steps))
+    assert steps[-1] == 150 and steps == sorted(set(steps))
 
 
 def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):
@@ -329,7 +329,7 @@ def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(work
 
 def test_a_grid_of_samplings_is_scored_once_each(workdir, tmp_path, cache_dir):
     workdir = copy_of(workdir, tmp_path)
-    grid = ["--config.eval.samplers=('euler','heun')", "--config.eval.steps=(2,3)", "--config.eval.guidance=(1.0,2.5)"]
+    grid = ["--config.eval.samplers=('euler','heun')", "--config.eval.steps=(3,)", "--config.eval.guidance=(1.0,2.5)"]
     command = [f"--workdir={workdir}", *grid, "--config.eval.weights=('ema','params')", "--config.eval.samples=70"]
     code, _, err = run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)
     assert code == 0, err
@@ -338,13 +338,13 @@ def test_a_grid_of_samplings_is_scored_once_each(workdir, tmp_path, cache_dir):
         for r in records(workdir)
         for p in [r["protocol"]]
     }
-    assert len(found) == len(records(workdir)) == 16
+    assert len(found) == len(records(workdir)) == 8
     assert "warning: eval.samples: 70 are few for 64 features: fd_digits is biased upwards" in err
     cost = flops.forward_flops(read_config(str(workdir)).model)
     for (_, sampler, steps, guidance), record in found.items():
         calls = {"euler": steps, "heun": 2 * steps - 1}[sampler]
         assert record["flops_sample"] == calls * cost * (1 if guidance == 1 else 2)
-    assert len({record["metrics"]["fd_digits"] for record in records(workdir)}) == 16
+    assert len({record["metrics"]["fd_digits"] for record in records(workdir)}) == 8
     before = (workdir / "eval" / "records.jsonl").read_bytes()
     assert run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)[0] == 0
     assert (workdir / "eval" / "records.jsonl").read_bytes() == before

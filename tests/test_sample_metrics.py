@@ -249,7 +249,9 @@ def test_unusable_logits_and_counts_are_refused():
         extrapolate.infinite(x, *gaussian, counts=[20, 20, 20])
     with pytest.raises(ValueError, match=r"^features: sample 1 is not finite"):
         extrapolate.bootstrap(BAD, *gaussian)
-    with pytest.raises(ValueError, match=r"^Fréchet distance: found shapes \(2,\), \(2, 2\), \(3,\), \(3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"^Fréchet distance: found shapes \(2,\) and \(2, 2\), expected \(3,\) and \(3, 3\)"
+    ):
         extrapolate.bootstrap(x, np.zeros(3), np.eye(3))
 
 
@@ -301,7 +303,7 @@ def test_unusable_references_are_refused(tmp_path, gaussians):
     mu, sigma, eye = gaussians["mu"], gaussians["sigma"].astype(np.float32), np.eye(2048, dtype=np.float16)
     negative = sigma - 0.01 * np.linalg.norm(sigma) * eye.astype(np.float32)
     cases = {
-        r"mu: found shape \(768,\), expected \(2048,\) of the network inception": dict(
+        r"mu: found shape \(768,\), expected \(2048,\); these are statistics of another": dict(
             mu=np.zeros(768), sigma=eye[:768, :768]
         ),
         r"sigma: found shape \(2048,\), expected \(2048, 2048\)": dict(mu=mu, sigma=mu),

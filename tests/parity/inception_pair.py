@@ -1,0 +1,66 @@
+"""The same random weights in our Inception and in torch-fidelity's, and real photographs for both."""
+
+import functools
+
+import jax
+import numpy as np
+from sklearn.datasets import load_digits, load_sample_images
+
+from dit_jax.foreign import inception as foreign
+from dit_jax.foreign.tensors import Tensors
+from dit_jax.models import inception
+from dit_jax.weights import read_arrays
+
+
+def random_weights(seed=0):
+    """A state dict of the published names, nothing in it at a value that changes nothing; activations stay near 1."""
+    rng, params = np.random.default_rng(seed), jax.device_get(inception.init(jax.random.key(seed)))
+
+    def drawn(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            return leaf
+        if name in ("scale", "var"):
+            return rng.uniform(0.7, 1.4, leaf.shape).astype(np.float32)
+        return 0.2 * rng.standard_normal(leaf.shape).astype(np.float32)
+
+    return foreign.write(jax.tree_util.tree_map_with_path(drawn, params))
+
+
+def save(torch, path):
+    """The random weights as torch.save writes the published file, counters of batches included."""
+    state = random_weights()
+    counters = {name.replace("running_var", "num_batches_tracked"): 0 for name in state if name.endswith("running_var")}
+    torch.save({name: torch.tensor(value) for name, value in (state | counters).items()}, path)
+    return path
+
+
+def ours(path):
+    return foreign.read(Tensors(read_arrays(path), str(path)))
+
+
+def theirs(torch_fidelity, path):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    names = ["2048", "logits_unbiased", "logits"]
+    return FeatureExtractorInceptionV3("inception", names, feature_extractor_weights_path=str(path))
+
+
+@functools.cache
+def photographs():
+    return load_sample_images().images
+
+
+def crops(image, n, h, w, seed=0):
+    """uint8 (n, h, w, 3): places drawn at random."""
+    rng = np.random.default_rng(seed)
+    places = zip(
+        rng.integers(image.shape[0] - h + 1, size=n), rng.integers(image.shape[1] - w + 1, size=n), strict=True
+    )
+    return np.stack([image[y : y + h, x : x + w] for y, x in places])
+
+
+def digits(n):
+    """uint8 (n, 8, 8, 3)."""
+    gray = (load_digits().images[:n] * (255 / 16)).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=3)

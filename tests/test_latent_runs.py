@@ -96,7 +96,7 @@ def test_its_held_out_loss_names_the_latents_and_samples_are_refused(trained, la
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"scale": 0.5}, "data.latents: scale: found 0.5, expected 1.0"),
+        ({"scale": 0.5}, "autoencoder.scale: the folder has (1.0,), the command (0.5,)"),
         ({"autoencoder_sha256": "1" * 64}, "data.latents: autoencoder_sha256: found '1111"),
         ({"dtype": "bfloat16"}, "data.latents: sha256: found"),
     ],

@@ -14,12 +14,12 @@ import zlib
 import ml_dtypes
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from scipy import stats
 
 from dit_jax.config import DataConfig, UsageError
 from dit_jax.data import counter, latents, pipeline, posterior, source
-from dit_jax.data.latent_writer import write_latents
+from dit_jax.data.latent_writer import continue_latents, write_latents
 from dit_jax.data.latents import LatentInfo, open_latents
 
 pytestmark = pytest.mark.timeout(60)  # nothing hangs, whatever is broken
@@ -222,6 +222,27 @@ def test_held_out_latents_are_means(store):
     expected = np.stack([values[0, 0] for _, values in written]).astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(images, (expected - np.float32(0.25)) * np.float32(0.5))
     assert images.dtype == np.float32 and labels.tolist() == [label for label, _ in written]
+
+
+def test_scale_and_shift_may_be_one_per_channel(tmp_path):
+    info = dataclasses.replace(INFO, scale=(0.5, 2.0), shift=(0.25, -1.0))
+    found = write_latents(str(tmp_path / "train"), info, examples(info, 20))
+    assert found.info == info
+    values, _ = found.read(np.arange(20))
+    for see in (
+        posterior.posterior_mean,
+        lambda info, values: posterior.sample_posterior(info, values, np.arange(20), 3),
+    ):
+        z = see(info, values)
+        assert z.dtype == np.float32
+        for c in range(2):
+            alone = dataclasses.replace(INFO, scale=info.scale[c], shift=info.shift[c])
+            np.testing.assert_array_equal(z[..., c], see(alone, values)[..., c])
+    described = source.describe(config(tmp_path), "train")
+    assert (described["scale"], described["shift"]) == ([0.5, 2.0], [0.25, -1.0])
+    one, other = batches(config(tmp_path), 1), pipeline.make_batches(config(tmp_path), batch_size=16, seed=3)
+    other.set_state(json.loads(json.dumps(other.get_state())))  # as a checkpoint keeps it
+    np.testing.assert_array_equal(next(other)["image"], one["image"][:16])
 
 
 def test_means_alone_are_not_sampled(tmp_path):
@@ -436,6 +457,19 @@ NOTES = {
     "float as text": (lambda n: n.update(scale="0.5"), "notes.scale: found '0.5' (str), expected float"),
     "bool as int": (lambda n: n.update(records=True), "notes.records: found True (bool), expected int"),
     "not finite": (lambda n: n.update(shift=math.nan), "scale, shift: found 0.5, nan, expected finite"),
+    "other channels": (
+        lambda n: n.update(scale=[0.5] * 3),
+        "scale: found 3 numbers, expected one, or one for each of the 2",
+    ),
+    "text among numbers": (
+        lambda n: n.update(shift=["1", 0.0]),
+        "scale, shift: found 0.5, ('1', 0.0), expected finite",
+    ),
+    "lists in lists": (
+        lambda n: n.update(shift=[[1.0], 0.0]),
+        "scale, shift: found 0.5, ([1.0], 0.0), expected finite",
+    ),
+    "a channel of scale 0": (lambda n: n.update(scale=[1.0, 0.0]), "scale, shift: found (1.0, 0.0), 0.25, expected"),
     "dtype": (lambda n: n.update(dtype="int8"), "dtype: found 'int8', expected one of float16"),
     "absurd shape": (lambda n: n.update(shape=[4096, 4096, 4096]), "shape: found "),
     "negative shape": (lambda n: n.update(shape=[-1, 4, 2]), "shape: found (-1, 4, 2), expected (h, w, c)"),
@@ -774,6 +808,103 @@ def test_a_killed_writer_leaves_no_latents(tmp_path):
     assert "found no such file, so the latents are not complete" in error_of(open_latents, folder)
     again = write_latents(folder, INFO, examples(INFO, 40))
     assert len(again) == 40 and sorted(os.listdir(folder)) == [latents.shard_name(0, 1), "latents.json"]
+
+
+TENS = 10 * INFO.layout.itemsize  # shard_bytes
+
+
+def interrupted(folder, at):
+    """A writer of SIZE records in shards of ten that fails at record `at`."""
+
+    def some(first):
+        yield from examples(INFO, at)[first:]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        continue_latents(str(folder), INFO, some, shard_bytes=TENS)
+
+
+def go_on(folder, info=INFO, **how):
+    """Finish it. Returns the latents, and the record from which they were asked for."""
+    asked = []
+
+    def rest(first):
+        asked.append(first)
+        return examples(INFO, SIZE)[first:]
+
+    return continue_latents(str(folder), info, rest, shard_bytes=TENS, **how), asked[0]
+
+
+def spoil(path):
+    """Flips a bit of the last record of a shard."""
+    data, record = bytearray(path.read_bytes()), ArrayRecordReader(str(path)).read([9])[0]
+    data[data.index(record) + 30] ^= 1
+    path.write_bytes(bytes(data))
+
+
+LEFT = {  # what a kill or a disk makes of the three whole shards -> the record to go on from
+    "as they were": (lambda folder: None, 30),
+    "killed in a shard": (lambda folder: (folder / "latents-00003.part").write_bytes(b"x"), 30),
+    "killed while naming them": (
+        lambda folder: (folder / "latents-00000.whole").rename(folder / "latents-00000-of-00003.array_record"),
+        30,
+    ),
+    "killed in the notes": (lambda folder: (folder / "latents.json.part").write_text("{"), 30),
+    "one is missing": (lambda folder: (folder / "latents-00001.whole").unlink(), 10),
+    "one is cut": (lambda folder: os.truncate(folder / "latents-00002.whole", 1000), 20),
+    "a shard twice": (
+        lambda folder: shutil.copy(folder / "latents-00000.whole", folder / "latents-00001.whole"),
+        10,
+    ),
+    "a bit is another": (lambda folder: spoil(folder / "latents-00001.whole"), 10),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_writer_goes_on_from_the_shards_that_are_whole(store, tmp_path, name):
+    interrupted(tmp_path, 34)
+    assert sorted(os.listdir(tmp_path)) == [*(f"latents-0000{i}.whole" for i in range(3)), "latents.job"]
+    assert "found no such file, so the latents are not complete" in error_of(open_latents, str(tmp_path))
+    damage, first = LEFT[name]
+    damage(tmp_path)
+    found, asked = go_on(tmp_path)
+    assert asked == first
+    whole = open_latents(f"{store}/train")
+    assert (found.content, len(found), found.info) == (whole.content, SIZE, INFO)
+    assert sorted(os.listdir(tmp_path)) == [*(latents.shard_name(i, 6) for i in range(6)), "latents.json"]
+    open_latents(str(tmp_path), verify=True)
+
+
+def test_a_writer_does_not_go_on_with_another_job(tmp_path):
+    interrupted(tmp_path, 34)
+    before = sorted(os.listdir(tmp_path))
+    message = error_of(go_on, tmp_path, dataclasses.replace(INFO, dtype="float32"))
+    found = "dtype: found 'float16', this command has 'float32'"
+    assert message.startswith(f"latents {tmp_path}: holds unfinished latents of another job: {found}")
+    assert sorted(os.listdir(tmp_path)) == before
+    for content in ("[]", "{", '{"dtype": "float16"}'):
+        (tmp_path / "latents.job").write_text(content)
+        assert "holds unfinished latents of another job: shape: found None" in error_of(go_on, tmp_path)
+    interrupted(tmp_path / "other", 34)
+    found, asked = go_on(tmp_path / "other", dataclasses.replace(INFO, scale=3.0, shift=1.0))  # notes only
+    assert (asked, found.info.scale, len(found)) == (30, 3.0, SIZE)
+
+
+def test_scale_and_shift_may_be_settled_by_the_records(store, tmp_path):
+    def settle(records):
+        values, _ = records.read(np.arange(len(records)))
+        return dataclasses.replace(records.info, shift=(float(values[:, 0, 0].max()), 0.0))
+
+    interrupted(tmp_path, 34)
+    found, _ = go_on(tmp_path, settle=settle)
+    whole = open_latents(f"{store}/train")
+    assert found.content == whole.content
+    assert found.info.shift == (float(whole.read(np.arange(SIZE))[0][:, 0, 0].max()), 0.0)
+
+
+def test_a_writer_that_fails_in_the_first_shard_leaves_nothing(tmp_path):
+    interrupted(tmp_path, 7)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_a_job_error(tmp_path):

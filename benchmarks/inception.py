@@ -19,10 +19,10 @@ import jax
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests" / "parity")]
-import inception_pair
+import inception_pair  # noqa: E402
 
-from dit_jax.metrics import frechet, inception_score
-from dit_jax.models import inception
+from dit_jax.metrics import frechet, inception_score  # noqa: E402
+from dit_jax.models import inception  # noqa: E402
 
 
 def load_peers(threads: int):

@@ -61,7 +61,7 @@ $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@touch $@
 
 parity: $(PEERS)/.done
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -m parity -n 2 --dist loadfile tests/parity tests/test_weights.py
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -m parity --disable-warnings -n 2 --dist loadfile tests/parity tests/test_weights.py
 
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests" / "parity")]
-import inception_pair  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
+from parity import inception_pair  # noqa: E402
 
 from dit_jax.metrics import frechet, inception_score  # noqa: E402
 from dit_jax.models import inception  # noqa: E402

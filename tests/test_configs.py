@@ -43,7 +43,7 @@ def test_files_resolve_and_open_with_their_command(path):
     cfg = resolve(found.get_config())
     assert isinstance(cfg, Config)
     command = f"python -m dit_jax.{'sweep' if cfg.sweep.budgets else 'train'} --config=configs/{path.name}"
-    assert command in "\n".join(found.__doc__.splitlines()[:4])
+    assert command in "\n".join(found.__doc__.splitlines()[:6])
 
 
 @pytest.mark.parametrize("size", [256, 512])

@@ -7,13 +7,13 @@ the blocks mixed, mixed_1, ... from Mixed_5b on, and a block's bare `conv` is it
 import jax
 import numpy as np
 import pytest
-from inception_pair import crops, digits, ours, photographs, save, theirs
 
 from dit_jax.error import UsageError
 from dit_jax.foreign import inception as foreign
 from dit_jax.foreign.tensors import Tensors
 from dit_jax.models import inception
 from dit_jax.weights import read_arrays
+from parity.inception_pair import crops, digits, ours, photographs, save, theirs
 
 SIZES = [(8, 8), (32, 32), (64, 96), (256, 256), (299, 299), (400, 400)]
 

@@ -11,10 +11,13 @@ The definitions agree but for these, each of which is tested both ways:
 import jax
 import numpy as np
 import pytest
-from inception_pair import crops, ours, photographs, save, theirs
 
+from dit_jax import convert, scores
+from dit_jax.config import Config, EvalConfig, MeshConfig, UsageError
+from dit_jax.mesh import make_mesh
 from dit_jax.metrics import frechet, inception_score, kernel, precision_recall
 from dit_jax.models import inception
+from parity.inception_pair import crops, ours, photographs, save, theirs
 
 COUNT, CHUNK = 80, 20
 
@@ -106,3 +109,19 @@ def test_precision_and_recall_agree(torch, torch_fidelity, sets, dtype, k):
     print("precision, recall", dtype, k, found, expected)
     np.testing.assert_allclose(found, (expected["precision"], expected["recall"]), rtol=1e-3)
     assert all(0 < f < 1 for f in found)
+
+
+def test_a_converted_network_gives_the_evaluation_job_these_features(torch, weights, images, sets, tmp_path):
+    """From the published file's names through `convert` to the rows that `evaluate` streams; gray images as three alike."""
+    folder = str(tmp_path / "inception")
+    convert.import_network("inception", str(weights), folder)
+    cfg = Config(eval=EvalConfig(features="inception", inception=folder, samples=3000))
+    network = scores.open_network(cfg, make_mesh(MeshConfig(), jax.devices()[:1]))
+    parts = network.split(network.rows(images[0][:18]))
+    for name, expected in zip(("pool", "logits"), sets[0], strict=True):
+        np.testing.assert_allclose(parts[name], expected[:18], rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert parts["spatial"].shape == (18, 2023) and np.ptp(parts["spatial"], axis=0).max() > 0
+    gray = images[0][:2, :, :, :1]
+    np.testing.assert_array_equal(network.rows(gray), network.rows(np.repeat(gray, 3, axis=3)))
+    with pytest.raises(UsageError, match="found 2048, expected more than the 2048 features"):
+        scores.check_number(Config(eval=EvalConfig(samples=2048)), network)

@@ -13,7 +13,6 @@ JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "c
 GROUND = {"error", "checks", "config", "flops", "hardware", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {
-    "autoencoder",
     "mesh",
     "foreign",
     "records",
@@ -26,7 +25,7 @@ MEZZANINE = {
     "manifest",
     "networks",
 }
-SECOND = {"guard", "state", "step", "diagnose", "checkpoint"}
+SECOND = {"autoencoder", "scores", "heldout", "guard", "state", "step", "diagnose", "checkpoint"}
 FLOOR = {**dict.fromkeys(GROUND, 0), **dict.fromkeys(FIRST, 1), **dict.fromkeys(MEZZANINE, 2)}
 FLOOR |= {**dict.fromkeys(SECOND, 3), **dict.fromkeys(JOBS, 4)}
 FILES = sorted(PACKAGE.rglob("*.py"))

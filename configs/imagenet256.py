@@ -1,12 +1,14 @@
 """Class-conditional DiT on ImageNet at 256 x 256, in SD-VAE latents (Peebles & Xie 2023); any of the 12 published sizes.
 
+    python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --config.data.latents=latents/256 --workdir=runs/xl2
+
+Before it the latents, from the file or folder of the published autoencoder, and after it the images:
+
     python -m dit_jax.convert --source=sd-vae --weights=sd-vae-ft-ema --out=nets/ft-ema
     python -m dit_jax.encode --config=configs/imagenet256.py --autoencoder=nets/ft-ema --out=latents/256
-    python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --config.data.latents=latents/256 --workdir=runs/xl2
     python -m dit_jax.sample --workdir=runs/xl2 --autoencoder=nets/ft-ema --num=64 --out=samples.npz
 
---weights is the file or folder of the published autoencoder. The latents take 42 GB: mean and log-variance of each image and
-of its mirror image in float16.
+The latents take 42 GB: mean and log-variance of each image and of its mirror image in float16.
 
 Expected, from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run here:
 

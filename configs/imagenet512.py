@@ -1,12 +1,14 @@
 """Class-conditional DiT on ImageNet at 512 x 512, in SD-VAE latents (Peebles & Xie 2023); any of the 12 published sizes.
 
+    python -m dit_jax.train --config=configs/imagenet512.py:DiT-XL/2 --config.data.latents=latents/512 --workdir=runs/xl2_512
+
+Before it the latents, from the file or folder of the published autoencoder, and after it the images:
+
     python -m dit_jax.convert --source=sd-vae --weights=sd-vae-ft-ema --out=nets/ft-ema
     python -m dit_jax.encode --config=configs/imagenet512.py --autoencoder=nets/ft-ema --out=latents/512
-    python -m dit_jax.train --config=configs/imagenet512.py:DiT-XL/2 --config.data.latents=latents/512 --workdir=runs/xl2_512
     python -m dit_jax.sample --workdir=runs/xl2_512 --autoencoder=nets/ft-ema --num=64 --out=samples.npz
 
---weights is the file or folder of the published autoencoder. The latents take 168 GB: mean and log-variance of each image and
-of its mirror image in float16.
+The latents take 168 GB: mean and log-variance of each image and of its mirror image in float16.
 
 Expected, from the paper (XL/2 after 3M steps, 250 DDPM steps, EMA weights, ft-ema decoder); not run here:
 

@@ -13,7 +13,6 @@ JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "c
 GROUND = {"error", "checks", "config", "flops", "hardware", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {
-    "autoencoder",
     "mesh",
     "foreign",
     "records",

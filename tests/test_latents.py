@@ -836,10 +836,12 @@ def go_on(folder, info=INFO, **how):
 
 
 def spoil(path):
-    """Flips a bit of the last record of a shard."""
-    data, record = bytearray(path.read_bytes()), ArrayRecordReader(str(path)).read([9])[0]
-    data[data.index(record) + 30] ^= 1
-    path.write_bytes(bytes(data))
+    """Another value in the last record of a shard that is whole otherwise."""
+    records = ArrayRecordReader(str(path)).read(list(range(10)))
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for record in [*records[:9], records[9][:30] + bytes([records[9][30] ^ 1]) + records[9][31:]]:
+        writer.write(record)
+    writer.close()
 
 
 LEFT = {  # what a kill or a disk makes of the three whole shards -> the record to go on from
@@ -856,7 +858,7 @@ LEFT = {  # what a kill or a disk makes of the three whole shards -> the record 
         lambda folder: shutil.copy(folder / "latents-00000.whole", folder / "latents-00001.whole"),
         10,
     ),
-    "a bit is another": (lambda folder: spoil(folder / "latents-00001.whole"), 10),
+    "a value is another": (lambda folder: spoil(folder / "latents-00001.whole"), 10),
 }
 
 

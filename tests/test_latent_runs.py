@@ -77,7 +77,7 @@ def test_a_run_on_latents_trains_and_resumes_bitwise(trained, latents, tmp_path,
     assert a["data"]["latents"]["sha256"] == open_latents(f"{latents}/train").content
 
 
-def test_its_held_out_loss_names_the_latents_and_samples_are_refused(trained, latents, tmp_path, cache_dir):
+def test_its_held_out_loss_names_the_latents_and_samples_need_an_autoencoder(trained, latents, tmp_path, cache_dir):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir)
@@ -88,9 +88,13 @@ def test_its_held_out_loss_names_the_latents_and_samples_are_refused(trained, la
     assert record["protocol"]["held_out"]["latents"] == "mean of the posterior"
     assert 0 < record["metrics"]["loss"] < 3
     code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=10", cache_dir=cache_dir)
-    assert code == 2 and "eval.samples: found 10 for a model of latents" in err
+    assert code == 2 and "eval.reference: empty, expected an npz" in err
     code, _, err = run("sample", f"--workdir={workdir}", f"--out={tmp_path}/x.npz", cache_dir=cache_dir)
-    assert code == 2 and "is a run on latents" in err and not os.path.exists(f"{tmp_path}/x.npz")
+    assert (
+        code == 2
+        and "autoencoder.folder: found none for a model of latents" in err
+        and not os.path.exists(f"{tmp_path}/x.npz")
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from job import TINY, run
 from runs import STEPS, saved, scalars, train
 
 from dit_jax import checkpoint
-from dit_jax.config import UsageError
+from dit_jax.config import DataConfig, UsageError
+from dit_jax.data.pipeline import load_arrays
 from dit_jax.flops import parameters
 
 
@@ -111,6 +112,7 @@ def test_another_config_for_a_folder_is_refused_and_nothing_is_lost(uninterrupte
 
 
 def test_unreadable_data_is_named_and_nothing_is_written(tmp_path, data_dir, cache_dir):
+    load_arrays(DataConfig(data_dir=data_dir), "train")  # builds it
     damaged = tmp_path / "tfds"
     shutil.copytree(data_dir, damaged)
     (file,) = damaged.rglob("*train*array_record*")

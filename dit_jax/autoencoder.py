@@ -35,8 +35,9 @@ class Autoencoder:
     source: dict
 
     def describe(self) -> dict:
-        """Which network and normalisation, for records; the file that it was converted from tells ft-ema from ft-mse."""
-        return {"sha256": self.sha256, "source": self.source, "latents": self.normalisation.describe()}
+        """Which weights, of which file, and which normalisation; a file of the same bytes is the same under any name."""
+        of = {"sha256": self.sha256, "source_sha256": self.source["sha256"]}
+        return of | {"latents": self.normalisation.describe(), "images_at_once": AT_ONCE}
 
 
 def normalisation(cfg: AutoencoderConfig) -> vae.Normalisation:

@@ -194,15 +194,19 @@ def restore(workdir: str, step: int, like: TrainState, model: ModelConfig) -> tu
     return restored_state(step, {name: found[name] for name in arrays}, like), found["data"]
 
 
-def load(workdir: str, step: int | None = None, item: str = "ema") -> tuple[ModelConfig, dict]:
+def load(
+    workdir: str, step: int | None = None, item: str = "ema", model: ModelConfig | None = None
+) -> tuple[ModelConfig, dict]:
     """(model config, weights) of a run: `item` is "ema" or "params" (raw); `step` None takes the newest checkpoint.
+
+    `model`: what the caller expects the model to be, where that is not the run's own config.
 
     Raises UsageError when the run or the checkpoint is missing or another model's, JobError when it is damaged; without
     `step` a damaged one is named and the newest that verifies is taken.
     """
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
-    model = read_config(workdir).model
+    model = model or read_config(workdir).model
     at = path_of(workdir, find_step(workdir, step, item))
     check_model(at, model)
     like = on_one_device(jax.eval_shape(lambda: dit.init(model, jax.random.key(0))))

@@ -267,6 +267,8 @@ class EvalConfig:
             in_range(f"eval.{name}", getattr(self, name), 1)
         in_range("eval.samples", self.samples, 0)
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
+        if self.bootstrap == 1:
+            raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")
         choice("eval.features", self.features, ("digits", "inception"))
         for name, kind in (("samplers", str), ("steps", int), ("guidance", float), ("weights", str)):
             for value in getattr(self, name):

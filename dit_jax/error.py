@@ -17,6 +17,10 @@ class UsageError(ValueError):
         super().__init__(one_line(message))
 
 
+class NotFiniteError(UsageError):
+    """What a model computed is not finite: it has diverged, while others of the same command may not have."""
+
+
 class JobError(RuntimeError):
     """The job cannot go on, through no mistake in its command: one line saying what happened, what is kept and what to do."""
 

@@ -22,17 +22,18 @@ from absl import flags
 from dit_jax import checkpoint, flops, samples, scores
 from dit_jax.autoencoder import Autoencoder, make_decoder, open_autoencoder
 from dit_jax.command import Interrupted, launch, read_config, stop_flag
-from dit_jax.config import Config, JobError, SampleConfig, UsageError, resolve
+from dit_jax.config import Config, JobError, MeshConfig, SampleConfig, UsageError, resolve, to_dict
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.error import NotFiniteError
 from dit_jax.heldout import all_of, held_out_loss, loss_protocol, weights_protocol
 from dit_jax.ledger import Ledger, close, process_start, totals
 from dit_jax.log import say
-from dit_jax.mesh import make_mesh
+from dit_jax.mesh import describe_device, make_mesh
 from dit_jax.records import RECORDS, append_record, drop_partials, partial_folder, protocol_id, read_records
-from dit_jax.sample import UINT8, describe_job, image_flops, sample_images
+from dit_jax.sample import UINT8, describe_job, image_flops, sample_images, weights_hash
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def open_tools(cfg: Config, mesh) -> Tools:
     autoencoder = open_autoencoder(cfg)
     network = scores.open_network(cfg, mesh)
     scores.check_number(cfg, network)
-    return Tools(mesh, autoencoder, make_decoder(autoencoder, mesh), network, scores.open_reference(cfg, network))
+    reference = scores.open_reference(cfg, network)
+    scores.warn_of_few(cfg, network)
+    return Tools(mesh, autoencoder, make_decoder(autoencoder, mesh), network, reference)
 
 
 def sample_protocol(cfg: Config, tools: Tools) -> dict:
@@ -98,14 +101,18 @@ def sample_protocol(cfg: Config, tools: Tools) -> dict:
         "autoencoder": tools.autoencoder.describe() if tools.autoencoder else "none",
         "features": f"{tools.network.name} {tools.network.sha256}",
         "reference": tools.reference.source,
-        "bootstrap": cfg.eval.bootstrap,
+        "metrics": scores.describe(tools.network) | {"bootstrap": cfg.eval.bootstrap},
         "dtype": cfg.model.dtype,
-        "flops": "exact, 2 x MACs, training = 3 x forward",
+        "attention": cfg.model.attention,
+        "flops": "exact, 2 x MACs, training = 3 x forward, of the diffusion model alone",
     }
 
 
-def make_record(cfg: Config, workdir: str, step: int, metrics: dict, protocol: dict) -> dict:
-    """The contract between training, evaluation and the scaling wing (one JSON line)."""
+def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict) -> dict:
+    """The contract between training, evaluation and the scaling wing (one JSON line). `weights`: their SHA-256.
+
+    What the numbers depend on besides the protocol and the weights, the kind of device, stands beside them.
+    """
     images = step * cfg.train.batch_size
     return {
         "run": os.path.basename(os.path.abspath(workdir)),
@@ -120,6 +127,8 @@ def make_record(cfg: Config, workdir: str, step: int, metrics: dict, protocol: d
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,
         "protocol_id": protocol_id(protocol),
+        "weights_sha256": weights,
+        "device": describe_device(),
         "goodput": totals(workdir),
     }
 
@@ -186,19 +195,23 @@ def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: boo
 @contextlib.contextmanager
 def _alone_in(folder: str, stop: list) -> Iterator[None]:
     """Holds the folder of a partial; waits while another evaluation does the same."""
+    told = False
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(samples.locked(folder))
                 break
             except JobError:
+                if not told:
+                    told = say(f"{folder}: another evaluation draws these images; waiting for it") is None
                 _check_stop(stop, f"{folder}: another evaluation draws these images")
                 time.sleep(0.1)
         yield
 
 
 def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task]:
-    """What a config asks of every checkpoint."""
+    """What a config asks of every checkpoint. Raises UsageError for a protocol that cannot be."""
+    check_config(cfg)
     found = _loss_tasks(cfg, mesh, workdir, stop) if cfg.eval.loss else []
     if cfg.eval.samples:
         tools = open_tools(cfg, mesh)
@@ -210,12 +223,13 @@ def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task
 def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
     """Evaluate checkpoints (default: all on disk), each under each protocol, unless recorded already. Returns the records.
 
-    Raises JobError at the end if checkpoints are damaged; nothing is recorded for them.
+    Raises JobError at the end if checkpoints are damaged or their numbers not finite; nothing is recorded for them.
     """
-    damaged: dict[int, str] = {}
+    failed: dict[int, str] = {}
     with _ledger(workdir, quiet, time.time()) as ledger:
-        records = _run(cfg, workdir, steps, quiet, [], damaged, ledger)
-    _report_damaged(damaged)
+        wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, [], quiet)
+        records = _run(wanted, workdir, steps, quiet, [], failed, ledger)
+    _report_failed(failed)
     return records
 
 
@@ -231,20 +245,28 @@ def _ledger(workdir: str, quiet: bool, since: float) -> Iterator[Ledger]:
 
 
 def _run(
-    cfg: Config, workdir: str, steps: list[int] | None, quiet: bool, stop: list, damaged: dict[int, str], ledger: Ledger
+    wanted: list[Task],
+    workdir: str,
+    steps: list[int] | None,
+    quiet: bool,
+    stop: list,
+    failed: dict[int, str],
+    ledger: Ledger,
 ) -> list[dict]:
-    """`run`, until `stop` fills; checkpoints that cannot be read are put into `damaged`, and the others are evaluated."""
-    check_config(cfg)
-    wanted, done = tasks(cfg, make_mesh(cfg.mesh), workdir, stop, quiet), read_records(workdir)
+    """`run`, until `stop` fills; checkpoints that cannot be scored are put into `failed`, and the others are evaluated."""
+    done = read_records(workdir)
     drop_partials(workdir, set(done), checkpoint.steps(workdir))
     records = []
     for step in checkpoint.steps(workdir) if steps is None else steps:
         for weights in dict.fromkeys(task.weights for task in wanted):
             missing = [task for task in wanted if task.weights == weights and (step, task.id) not in done]
-            params = _weights(workdir, step, weights, damaged) if missing else None
+            params = _weights(missing[0].cfg, workdir, step, failed) if missing else None
             for task in missing if params is not None else []:
                 _check_stop(stop, f"{workdir}: what is recorded stays")
-                done = _record(workdir, step, task, params, ledger, quiet)
+                try:
+                    done = _record(workdir, step, task, params, ledger, quiet)
+                except NotFiniteError as error:
+                    _fail(failed, step, f"{checkpoint.path_of(workdir, step)}: {error}")
         records += [done[step, task.id] for task in wanted if (step, task.id) in done]
     return records
 
@@ -254,7 +276,7 @@ def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: 
     with ledger.spend("evaluation"):
         metrics = task.measure(step, params)
     if metrics is not None:
-        record = make_record(task.cfg, workdir, step, metrics, task.protocol)
+        record = make_record(task.cfg, workdir, step, weights_hash(params), metrics, task.protocol)
         with ledger.spend("save"):
             append_record(workdir, record)
         if not quiet:
@@ -273,27 +295,31 @@ def describe(task: Task, metrics: dict) -> str:
     return sampling + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t"))
 
 
-def _weights(workdir: str, step: int, item: str, damaged: dict[int, str]):
+def _fail(failed: dict[int, str], step: int, error: str) -> None:
+    if failed.get(step) != error:
+        say(f"error: {error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
+    failed[step] = error
+
+
+def _weights(cfg: Config, workdir: str, step: int, failed: dict[int, str]):
     """The weights of a checkpoint; None if the training that goes on has pruned it meanwhile, or if it is damaged."""
     try:
-        params = checkpoint.load(workdir, step, item)[1]
+        params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model)[1]
     except Exception as error:
         if step not in checkpoint.steps(workdir):
             return None
         if not isinstance(error, JobError):
             raise
-        if step not in damaged:
-            say(f"error: {error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
-        damaged[step] = str(error)
+        _fail(failed, step, str(error))
         return None
-    damaged.pop(step, None)  # another evaluation of a live run may find it written anew
+    failed.pop(step, None)  # another evaluation of a live run may find it written anew
     return params
 
 
-def _report_damaged(damaged: dict[int, str]) -> None:
-    if damaged:
-        steps = ", ".join(map(str, sorted(damaged)))
-        raise JobError(f"step {steps}: damaged and not evaluated, the others are; restore the folder from a copy")
+def _report_failed(failed: dict[int, str]) -> None:
+    if failed:
+        steps = ", ".join(map(str, sorted(failed)))
+        raise JobError(f"step {steps}: damaged or diverged and not evaluated, as said above; the others are")
 
 
 def main() -> None:
@@ -301,17 +327,27 @@ def main() -> None:
     cfg = resolve(values.config)
     if not values.watch and not checkpoint.steps(values.workdir):
         checkpoint.find_step(values.workdir)  # says what is missing
-    damaged: dict[int, str] = {}
+    _check_model(cfg, values.workdir)
+    failed: dict[int, str] = {}
     with stop_flag() as stop, _ledger(values.workdir, False, process_start()) as ledger:
+        wanted = tasks(cfg, make_mesh(MeshConfig()), values.workdir, stop, False)
         while True:
-            records = _run(cfg, values.workdir, None, False, stop, damaged, ledger)
-            newest = max([*(record["step"] for record in records), *damaged], default=0)
+            records = _run(wanted, values.workdir, None, False, stop, failed, ledger)
+            newest = max([*(record["step"] for record in records), *failed], default=0)
             if not values.watch or newest >= read_config(values.workdir).train.steps:
                 break
             with ledger.spend("wait"):
                 _wait(cfg.eval.poll_seconds, stop)
     print(os.path.join(values.workdir, RECORDS))
-    _report_damaged(damaged)
+    _report_failed(failed)
+
+
+def _check_model(cfg: Config, workdir: str) -> None:
+    """Raises UsageError where the command changes the run's model: protocols and records do not name it."""
+    asked, found = to_dict(cfg.model), to_dict(read_config(workdir).model)
+    for key in found:
+        if key not in checkpoint.FREE and asked[key] != found[key]:
+            raise UsageError(f"model.{key}: found {asked[key]!r}, expected {found[key]!r}, as the run {workdir} has")
 
 
 def _wait(seconds: float, stop: list) -> None:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.config import Config, DataConfig, EvalConfig, UsageError
+from dit_jax.config import Config, DataConfig, EvalConfig
 from dit_jax.data.source import describe
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.process import make_process
+from dit_jax.error import NotFiniteError
 from dit_jax.mesh import batch_sharding, replicated
 from dit_jax.step import image_losses, on_device
 
@@ -77,7 +78,9 @@ def held_out_loss(
         found.append(values[: len(images) - start])
     table = np.concatenate(found)
     if not np.isfinite(table).all():
-        raise UsageError("held-out loss: found values that are not finite; the run diverged, and nothing is recorded")
+        raise NotFiniteError(
+            "held-out loss: found values that are not finite; the run diverged, and nothing is recorded"
+        )
     per_image = table.mean(axis=1)
     buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
     error = per_image.std(ddof=1) / np.sqrt(len(per_image)) if len(per_image) > 1 else float("nan")

@@ -226,6 +226,12 @@ def peak_flops() -> tuple[float, str]:
     return measured_matmul_flops(), "measured here on a 1024^3 float32 product"
 
 
+def describe_device() -> dict:
+    """Kind of device, and the precision of float32 matrix products there: a backend's default is coarser on GPU and TPU."""
+    precision = jax.config.jax_default_matmul_precision or "default"
+    return {"kind": jax.devices()[0].device_kind, "matmul_precision": precision}
+
+
 def measured_matmul_flops(size: int = 1024, repeats: int = 3) -> float:
     """FLOP/s of this machine on a square float32 matrix product: the best of a few."""
     a = jnp.ones((size, size), jnp.float32)

@@ -26,6 +26,7 @@ from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageE
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import Process, make_process
 from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times, sampling_times
+from dit_jax.error import NotFiniteError
 from dit_jax.log import say
 from dit_jax.mesh import batch_sharding, make_mesh, replicated
 from dit_jax.models import dit
@@ -129,7 +130,7 @@ def _draw_rows(
     drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
     images = decode(drawn)
     if not np.isfinite(images).all():
-        raise UsageError(f"samples {start} to {end - 1}: found values that are not finite; is the model trained?")
+        raise NotFiniteError(f"samples {start} to {end - 1}: found values that are not finite; is the model trained?")
     return to_uint8(images), labels
 
 
@@ -203,7 +204,7 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
 
 def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
     for value in values:
-        if not value.isdigit() or not int(value) < classes:
+        if not (value.isascii() and value.isdecimal()) or not int(value) < classes:
             raise UsageError(f"--labels: found {value!r}, expected class numbers from 0 to {classes - 1}, with commas")
     return tuple(int(value) for value in values)
 
@@ -253,7 +254,7 @@ def _main(values, stop: list) -> None:
     step = _find_step(values.workdir, values.step, values.out, sample.weights)
     autoencoder, mesh = open_autoencoder(cfg), make_mesh(MeshConfig())
     decode = make_decoder(autoencoder, mesh)
-    _, params = checkpoint.load(values.workdir, step, sample.weights)
+    _, params = checkpoint.load(values.workdir, step, sample.weights, cfg.model)
     settings = f"{sample.sampler} {sample.steps}, guidance {sample.guidance:g}"
     say(f"{values.num} images from step {step} ({sample.weights}), {settings}")
 

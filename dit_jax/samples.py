@@ -146,7 +146,7 @@ def begun(out: str) -> dict:
 def _prepare(store: Store) -> None:
     """Write job.json, or check that the folder is this job's."""
     path = os.path.join(store.folder, JOB)
-    advice = "go on with that job's command, remove the folder, or use another --out"
+    advice = "go on with that job's command, remove the folder, or let this one write elsewhere"
     if os.path.exists(path):
         with open(path, "rb") as f:
             data = f.read()
@@ -351,5 +351,5 @@ def _npy_shape(f) -> tuple[int, ...]:
 def remove(folder: str) -> None:
     """Remove what this module wrote; `locked` removes the folder when nothing else is in it."""
     for name in os.listdir(folder):
-        if name == JOB or name.endswith(".tmp") or NAME.fullmatch(name):
+        if name == JOB or name.startswith(f"{JOB}.tmp") or name.endswith(".tmp") or NAME.fullmatch(name):
             os.unlink(os.path.join(folder, name))

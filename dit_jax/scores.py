@@ -4,30 +4,31 @@ A network makes one row of float32 of an image: its pooled features, where it ha
 score is named after its network: FID, sFID, KID and IS are those of the Inception network only, the others say which.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import Config, EvalConfig, UsageError
+from dit_jax.data import source as sources
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import describe
 from dit_jax.foreign.reference import read_reference
 from dit_jax.heldout import all_of
 from dit_jax.log import say
 from dit_jax.mesh import batch_sharding, replicated
 from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall, statistics
+from dit_jax.metrics.features import check_room
 from dit_jax.models import digit_features, inception
 from dit_jax.networks import load_network
 
 ROWS = 16  # images that a device looks at at a time: another number would round otherwise
 SPLITS = 10  # of the Inception Score
-POINTS = 8  # numbers of samples at which the distance is taken, from a quarter of them, evenly in 1 / N
+POINTS = 8  # numbers of samples at which the distance is taken, evenly in 1 / N, from a quarter of them, but not below
+LEAST = 2.5  # samples for each feature: with fewer the distance is no line in 1 / N
 KERNEL_SUBSET = 1000  # samples of each of the 100 subsets, or all where they are fewer
-FEW = 5  # samples for each feature below which a distance comes with a warning: about 10,000 for Inception's
+FEW = 5  # samples for each feature below which there is a warning and no limit: about 10,000 for Inception's
 BLOCK = 1024  # rows that enter the statistics at a time, whatever the parts were that they came in
 NAMES = {
     "inception": {"distance": "fid", "spatial": "sfid", "kernel": "kid", "score": "is", "precision": "precision", "recall": "recall"},
@@ -45,6 +46,7 @@ class Network:
     sha256: str
     parts: dict
     rows: Callable = field(repr=False)  # uint8 (b, h, w, c) -> float32 (b, width)
+    shape: tuple | None = None  # (h, w, c) of the images that it takes; None: any
 
     @property
     def width(self) -> int:
@@ -78,7 +80,7 @@ def _digits(mesh) -> Network:
         return jnp.concatenate(digit_features.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
 
     parts = {"pool": digit_features.WIDTH, "logits": 10}
-    return Network("digits", meta["sha256"], parts, _on_mesh(apply, weights, mesh))
+    return Network("digits", meta["sha256"], parts, _on_mesh(apply, weights, mesh), (8, 8, 1))
 
 
 def _inception(folder: str, mesh) -> Network:
@@ -91,6 +93,23 @@ def _inception(folder: str, mesh) -> Network:
 
     parts = {"pool": 2048, "spatial": 2023, "logits": 1008}
     return Network("inception", meta["sha256"], parts, _on_mesh(apply, weights, mesh))
+
+
+def describe(network: Network) -> dict:
+    """The rules and constants that the metrics depend on, for records."""
+    logits = "without the bias of the last layer" if network.name == "inception" else "of the last layer"
+    return {
+        "score": f"{SPLITS} consecutive splits, logits {logits}",
+        "kernel": f"100 subsets of {KERNEL_SUBSET}, seed 2020, float64",
+        "precision_recall": "k = 3, float64",
+        "limit": f"{POINTS} numbers of samples, at least {LEAST:g} a feature",
+        **(
+            {"spatial": "first 7 channels of mixed_6/conv", "resize": "TensorFlow 1 bilinear, 299"}
+            if network.shape is None
+            else {}
+        ),
+        "rows": ROWS,
+    }
 
 
 def check_config(cfg: Config) -> None:
@@ -113,18 +132,27 @@ def check_config(cfg: Config) -> None:
 
 
 def check_number(cfg: Config, network: Network) -> None:
-    """Raises UsageError for too few samples, and warns of few."""
+    """Raises UsageError for too few samples, and for more than are kept."""
     num, width = cfg.eval.samples, network.parts["pool"]
+    try:
+        check_room(num, width)
+    except ValueError as error:
+        raise UsageError(f"eval.samples: found {num}: {error}") from None
     if num <= width:
         raise UsageError(
             f"eval.samples: found {num}, expected more than the {width} features of the network {network.name!r}: a "
             "covariance of fewer samples is singular"
         )
+
+
+def warn_of_few(cfg: Config, network: Network) -> None:
+    """Says so where a distance of so few samples misleads."""
+    num, width = cfg.eval.samples, network.parts["pool"]
     if num < FEW * width:
         name = NAMES[network.name]["distance"]
         say(
             f"warning: eval.samples: {num} are few for {width} features: {name} is biased upwards, by how much depends on the "
-            f"model; compare {NAMES[network.name]['kernel']}, or {name}_inf where it is given"
+            f"model; compare {NAMES[network.name]['kernel']}"
         )
 
 
@@ -149,11 +177,17 @@ def open_reference(cfg: Config, network: Network) -> Reference:
     if not cfg.eval.reference:
         images, _ = load_arrays(all_of(cfg.data), cfg.data.split)
         rows = network.rows(as_uint8(images))
-        return _of_rows([rows], network, describe(cfg.data, cfg.data.split) | {"images": len(images)})
+        source = sources.describe(cfg.data, cfg.data.split) | {"images": len(images)}
+        return _of_rows([rows], network, source, f"{cfg.data.dataset} {cfg.data.split}")
     found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
-    source = {"file": os.path.basename(found.path), "sha256": found.sha256}
+    source = {"sha256": found.sha256}
+    if found.images is not None and network.shape not in (None, found.images.shape[1:]):
+        raise UsageError(
+            f"{found.path}: arr_0: found images of shape {found.images.shape[1:]}, expected {network.shape}, as the network "
+            f"{network.name!r} takes them"
+        )
     if found.kind == "images":
-        return _of_rows(_rows_of(network, found.images), network, source | {"images": len(found.images)})
+        return _of_rows(_rows_of(network, found.images), network, source | {"images": len(found.images)}, found.path)
     features = None
     if found.images is not None:
         features = np.concatenate([network.split(rows)["pool"] for rows in _rows_of(network, found.images)])
@@ -166,11 +200,15 @@ def _rows_of(network: Network, images: np.ndarray) -> Iterator[np.ndarray]:
         yield network.rows(images[start : start + BLOCK])
 
 
-def _of_rows(rows: Iterable[np.ndarray], network: Network, source: dict) -> Reference:
+def _of_rows(rows: Iterable[np.ndarray], network: Network, source: dict, where: str) -> Reference:
     """Of `source["images"]` images."""
+    try:
+        check_room(source["images"], network.parts["pool"])
+    except ValueError as error:
+        raise UsageError(f"reference {where}: {error}") from None
     if source["images"] <= network.parts["pool"]:
         raise UsageError(
-            f"reference {source}: found {source['images']} images, expected more than the {network.parts['pool']} features of "
+            f"reference {where}: found {source['images']} images, expected more than the {network.parts['pool']} features of "
             f"the network {network.name!r}: a covariance of fewer is singular"
         )
     seen = gather(rows, network, source["images"])
@@ -229,13 +267,15 @@ def _measure(
     seen: statistics.Statistics, network: Network, reference: Reference, evaluation: EvalConfig
 ) -> dict[str, float]:
     names, seed, features = NAMES[network.name], evaluation.seed, statistics.features(seen)
+    seen = replace(seen, kept=())  # they are in `features` now
     distance, (count, width) = names["distance"], features.shape
     found = {distance: frechet.frechet_distance(*frechet.mean_cov(seen.pool), *reference.pool)}
-    if evaluation.bootstrap > 1:
+    if evaluation.bootstrap:
         interval = extrapolate.bootstrap(features, *reference.pool, evaluation.bootstrap, seed=seed)
         found |= {f"{distance}_low": interval.low, f"{distance}_high": interval.high}
-    if count // 4 > width:
-        counts = [round(count / x) for x in np.linspace(4, 1, POINTS)]
+    if count >= FEW * width:
+        most = min(4.0, count / (LEAST * width))
+        counts = [round(count / x) for x in np.linspace(most, 1, POINTS)]
         line = extrapolate.infinite(features, *reference.pool, counts, seed)
         found |= {f"{distance}_n{n}": value for n, value in zip(counts, line.values, strict=True)}
         found |= {f"{distance}_inf": line.limit, f"{distance}_inf_se": line.limit_se}
@@ -245,7 +285,9 @@ def _measure(
     if reference.features is not None:
         size = min(KERNEL_SUBSET, count, len(reference.features))
         estimate = kernel.distance(features, reference.features, size=size)
-        found |= {names["kernel"]: estimate.mean, f"{names['kernel']}_std": estimate.std}
+        found[names["kernel"]] = estimate.mean
+        if size < min(count, len(reference.features)):  # else the subsets are all of a set, and spread too little
+            found[f"{names['kernel']}_std"] = estimate.std
         both = precision_recall.precision_recall(features, reference.features)
         found |= dict(zip((names["precision"], names["recall"]), both, strict=True))
     return found

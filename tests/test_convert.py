@@ -18,7 +18,7 @@ from dit_jax.convert import run_config
 from dit_jax.foreign import diffusers_dit
 from dit_jax.foreign import dit as published
 from dit_jax.foreign.tensors import Tensors
-from dit_jax.models import dit
+from dit_jax.models import dit, vae
 from dit_jax.networks import load_network, save_network
 
 TINY = ModelConfig(depth=2, width=16, heads=2, patch=2, input_size=8, channels=3, classes=5)
@@ -344,11 +344,18 @@ def test_diffusers_through_a_run_to_published_names_and_back(files, tmp_path, ca
 
 
 def test_a_converted_model_samples_and_does_not_train(workdir, tmp_path, data_dir, cache_dir):
-    out = tmp_path / "images.npz"
+    """Also to images and a score, on one GPU's worth of devices or more: the mesh of the paper's config is for training."""
+    tiny = vae.VAEConfig(latent_channels=3, widths=(8, 8, 8, 8), groups=4, blocks=1)
+    weights = jax.tree.map(np.asarray, vae.init(tiny, jax.random.key(0)))
+    folder, out = tmp_path / "vae", tmp_path / "images.npz"
+    source = {"file": "none", "sha256": "0" * 64, "format": "sd-vae"}
+    save_network(str(folder), "sd-vae", dataclasses.asdict(tiny), weights, source)
     arguments = [f"--workdir={workdir}", "--num=2", "--steps=2", "--guidance=1", f"--out={out}"]
     code, _, err = run("sample", *arguments, cache_dir=cache_dir)
+    assert code == 2 and "autoencoder.folder: found none for a model of latents of 8 x 8" in err
+    code, _, err = run("sample", *arguments, f"--autoencoder={folder}", cache_dir=cache_dir)
     assert code == 0, err
-    assert np.load(out)["arr_0"].shape == (2, 8, 8, 3)
+    assert np.load(out)["arr_0"].shape == (2, 64, 64, 3)
     code, _, err = run("train", "--config=configs/digits.py", f"--workdir={workdir}", cache_dir=cache_dir)
     assert code == 2 and err.count("\n") == 1, err
     assert "holds weights only, converted from dit.safetensors" in err and "not trained on" in err

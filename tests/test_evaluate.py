@@ -14,7 +14,7 @@ from PIL import Image
 
 from dit_jax import checkpoint, evaluate, flops, heldout, sample, samples, step
 from dit_jax.command import read_config
-from dit_jax.config import MeshConfig, SampleConfig, UsageError
+from dit_jax.config import JobError, MeshConfig, SampleConfig, UsageError
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.diffusion.process import make_process
 from dit_jax.mesh import make_mesh
@@ -52,7 +52,7 @@ def test_a_record_says_everything(workdir):
     assert set(record) == {
         "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics",
         "goodput", "protocol",
-        "protocol_id",
+        "protocol_id", "weights_sha256", "device",
     }  # fmt: skip
     assert record["images_seen"] == record["step"] * 16 and record["tokens_seen"] == record["images_seen"] * 16
     assert record["flops_train"] == flops.train_flops(cfg.model, record["images_seen"])
@@ -191,6 +191,13 @@ BAD = {
         ["--config.eval.samples=64"],
         "eval.samples: found 64, expected more than the 64 features of the network 'digits'",
     ),
+    "another model": (
+        "evaluate",
+        ["--config.model.heads=4", "--config.eval.samples=70", "--config.eval.loss=False"],
+        "model.heads: found 4, expected 2, as the run ",
+    ),
+    "another model to sample": ("sample", ["--config.model.heads=4"], "model.heads: found 2, expected 4"),
+    "bootstrap": ("evaluate", ["--config.eval.bootstrap=1"], "eval.bootstrap: found 1, expected 0 for no interval"),
     "nothing": ("evaluate", ["--config.eval.loss=False"], "found False and 0, expected at least one of them"),
     "reference": (
         "evaluate",
@@ -387,5 +394,24 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_evaluated(workdir, tmp
     for arguments in ([], ["--watch"]):
         code, _, err = run("evaluate", f"--workdir={workdir}", *arguments, cache_dir=cache_dir)
         assert code == 1 and "checkpoints/30" in err and "nothing is recorded for step 30" in err, err
-        assert err.strip().splitlines()[-1].startswith("error: step 30: damaged and not evaluated")
+        assert err.strip().splitlines()[-1].startswith("error: step 30: damaged or diverged and not evaluated")
         assert [r["step"] for r in records(workdir)] == [20, 40]
+
+
+def test_a_diverged_checkpoint_is_named_and_the_others_are_scored(workdir, tmp_path, cache_dir, monkeypatch, capsys):
+    """The weights of step 30 are made NaN as they are loaded."""
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    load = checkpoint.load
+
+    def broken(path, step, *rest):
+        model, params = load(path, step, *rest)
+        return model, jax.tree.map(lambda leaf: leaf * np.nan, params) if step == 30 else params
+
+    monkeypatch.setattr(checkpoint, "load", broken)
+    cfg = read_config(str(tmp_path / "run"))
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=70, loss=False, bootstrap=0))
+    with pytest.raises(JobError, match="step 30: damaged or diverged and not evaluated"):
+        evaluate.run(cfg, str(tmp_path / "run"), quiet=True)
+    assert [r["step"] for r in records(tmp_path / "run")] == [20, 40]
+    said = capsys.readouterr().err
+    assert "checkpoints/30: samples 0 to" in said and "nothing is recorded for step 30" in said

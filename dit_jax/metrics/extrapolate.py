@@ -82,7 +82,7 @@ def infinite(
         raise ValueError(f"extrapolation: found counts {list(counts)}, expected each of 2 to the {n} samples")
     rng = np.random.default_rng(seed)
     reference = frechet.Distance(mean, cov)
-    values = [_distance(features[rng.permutation(n)[:c]], reference) for c in counts]
+    values = [_distance(features, rng.permutation(n)[:c], reference) for c in counts]
     return fit_line(counts, values)
 
 
@@ -107,14 +107,15 @@ def bootstrap(
         raise ValueError(f"bootstrap: found {resamples} resamples, level {level}, expected at least 2, between 0 and 1")
     rng, n = np.random.default_rng(seed), len(features)
     reference = frechet.Distance(mean, cov)
-    values = np.array([_distance(features[rng.integers(n, size=n)], reference) for _ in range(resamples)])
-    value = _distance(features, reference)
+    values = np.array([_distance(features, rng.integers(n, size=n), reference) for _ in range(resamples)])
+    value = _distance(features, np.arange(n), reference)
     half = float(scipy.stats.t.ppf((1 + level) / 2, resamples - 1) * values.std(ddof=1))
     return Interval(value, value - half, value + half, level, values)
 
 
-def _distance(features: np.ndarray, reference: frechet.Distance) -> float:
+def _distance(features: np.ndarray, rows: np.ndarray, reference: frechet.Distance) -> float:
+    """Of those rows of the features, copied a block at a time."""
     stats = frechet.empty(features.shape[1])
-    for start in range(0, len(features), 4096):  # bounds the float64 copies
-        stats = frechet.update(stats, features[start : start + 4096])
+    for start in range(0, len(rows), 4096):
+        stats = frechet.update(stats, features[rows[start : start + 4096]])
     return reference(*frechet.mean_cov(stats))

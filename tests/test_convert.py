@@ -412,7 +412,8 @@ def test_a_full_disk_leaves_nothing_and_a_killed_jobs_rest_is_removed(files, tmp
     out = tmp_path / "w"
     command = ["--source=dit", f"--weights={files / 'dit.safetensors'}", f"--out={out}", "--heads=2"]
     code, _, err = run("convert", *command, cache_dir=cache_dir, file_size=20_000)
-    assert code == 1 and "could not be written" in err and err.count("\n") == 1, err
+    *_, last = err.splitlines()  # before it JAX may say that its cache of programs could not be written
+    assert code == 1 and last.startswith("error: ") and "could not be written" in last and "Traceback" not in err, err
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "w.unfinished" / "checkpoints").mkdir(parents=True)
     assert convert(cache_dir, *command)[0] == 0

@@ -280,7 +280,7 @@ def copy_of(workdir, folder):
     return folder / "run"
 
 
-LONG = ["--config.eval.samples=1500", "--config.sample.sampler=ddpm", "--config.sample.steps=100"]
+LONG = ["--config.eval.samples=700", "--config.sample.sampler=ddpm", "--config.sample.steps=60"]
 
 
 def wait_for_partial(process, workdir, before=(), timeout=120):
@@ -314,20 +314,20 @@ def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(work
     wait_for_partial(stopped, workdir, before)
     stopped.terminate()
     _, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 75 and "/1500 were drawn before" in err, err
+    assert stopped.returncode == 75 and "/700 were drawn before" in err, err
     kept, (folder,) = images_in(workdir), (workdir / "eval" / "partial").iterdir()
-    assert f"interrupted: {kept} of 1500 images are kept in {folder}; the same command goes on" in err
+    assert f"interrupted: {kept} of 700 images are kept in {folder}; the same command goes on" in err
     (workdir / "eval" / "records.jsonl.tmp77").write_text("cut short")
     code, _, err = run("evaluate", *command, cache_dir=cache_dir, devices=2)
-    assert code == 0 and f"{kept}/1500 were drawn before" in err, err
+    assert code == 0 and f"{kept}/700 were drawn before" in err, err
     assert [next(iter(r["metrics"])) for r in records(workdir)] == ["loss", "fd_digits"]
     assert sorted(p.name for p in (workdir / "eval").iterdir()) == ["records.jsonl", "records.jsonl.lock"]
     whole = copy_of(workdir, tmp_path / "whole")
     cfg = read_config(str(whole))
     cfg = dataclasses.replace(
         cfg,
-        eval=dataclasses.replace(cfg.eval, samples=1500, loss=False),
-        sample=dataclasses.replace(cfg.sample, sampler="ddpm", steps=100, batch_size=512),
+        eval=dataclasses.replace(cfg.eval, samples=700, loss=False),
+        sample=dataclasses.replace(cfg.sample, sampler="ddpm", steps=60, batch_size=512),
     )
     (record,) = evaluate.run(cfg, str(whole), quiet=True)
     for key in ("protocol", "metrics"):

@@ -19,8 +19,8 @@ from dit_jax.command import Interrupted, read_config
 from dit_jax.config import JobError, MeshConfig, SampleConfig, UsageError
 from dit_jax.mesh import make_mesh
 
-NUM = 1536
-SETTINGS = ["--seed=3", "--sampler=ddpm", "--steps=100", "--guidance=2"]  # seconds of work on two cores
+NUM = 640
+SETTINGS = ["--seed=3", "--sampler=ddpm", "--steps=50", "--guidance=2"]  # seconds of work on two cores
 
 
 @pytest.fixture(scope="module")

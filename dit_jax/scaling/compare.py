@@ -2,7 +2,7 @@
 
 A ladder is a design, a conditioning or a data set, trained at several budgets. Liang et al. 2024 (arXiv 2410.08184), section 4,
 use exponents as a benchmark of designs; without intervals those of neighbours cannot be told apart, so here each has one.
-The two are independent studies: resample i of one is paired with resample i of the other.
+The two are independent studies: resamples of A are paired with those of B in reverse, so that equal seeds do not tie them.
 """
 
 import math
@@ -116,7 +116,9 @@ def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "") -> Com
             warnings.append(f"{side.name} has no interval, so neither has the comparison")
     names = [LOSS[form], *(n for n in ("N_opt", "D_opt") if n in a.laws and n in b.laws)]
     common = min(a.largest, b.largest)
-    pair = tuple(_pair(side, LOSS[form], min(len(_drawn(s, LOSS[form])) for s in (a, b))) for side in (a, b))
+    count = min(len(_drawn(side, LOSS[form])) for side in (a, b))
+    order = np.arange(count)
+    pair = _with_draws(a, LOSS[form], order), _with_draws(b, LOSS[form], order[::-1])
     ratio = pair[1](common) / pair[0](common)
     crossing = _crossing(a, b, *pair, level) if comparable else None
     if form == "irreducible":
@@ -160,13 +162,13 @@ def _drawn(side: Ladder, name: str) -> np.ndarray:
     return np.atleast_1d(side.draws[name].exponent) if name in side.draws else np.zeros(0)
 
 
-def _pair(side: Ladder, name: str, count: int) -> PowerLaw:
-    """The law and its first `count` resamples as one law of arrays (1 + count,)."""
+def _with_draws(side: Ladder, name: str, order: np.ndarray) -> PowerLaw:
+    """The law and these of its resamples, by index, as one law of arrays (1 + resamples,)."""
     law, draws = side.laws[name], side.draws.get(name)
     parts = []
     for part in ("coefficient", "exponent", "irreducible"):
-        tail = np.broadcast_to(getattr(draws, part), len(_drawn(side, name)))[:count] if count else np.zeros(0)
-        parts.append(np.concatenate([[float(getattr(law, part))], tail]))
+        drawn = np.broadcast_to(getattr(draws, part), len(_drawn(side, name)))[order] if len(order) else np.zeros(0)
+        parts.append(np.concatenate([[float(getattr(law, part))], drawn]))
     return PowerLaw(*parts)
 
 
@@ -180,7 +182,7 @@ def _difference(a: Ladder, b: Ladder, name: str, level: float) -> Difference:
         b=float(b.laws[name].exponent),
         b_interval=interval(theirs, level),
         difference=float(b.laws[name].exponent - a.laws[name].exponent),
-        interval=interval(theirs[:count] - ours[:count], level),
+        interval=interval(theirs[:count][::-1] - ours[:count], level),
     )
 
 

@@ -62,7 +62,7 @@ class Frontier:
     curves: dict  # model -> its score at those costs, resampled (1 + resamples, k)
     warnings: tuple
 
-    def best(self, cost: float) -> tuple:
+    def best(self, cost: float | int) -> tuple:
         """(model, its score, share of the resamples in which it is best) with at most this cost an image; None below all."""
         log = {m: _at(np.log(self.costs[m]), _logs(self, m), np.array([math.log(cost)]))[:, 0] for m in self.costs}
         table = np.stack(list(log.values()), axis=1)
@@ -82,7 +82,7 @@ def _share(drawn: np.ndarray, winner: int) -> float:
     return float(np.mean(np.argmin(drawn, axis=1) == winner)) if len(drawn) else math.nan
 
 
-def cost_of(point: Point, unit: str) -> float:
+def cost_of(point: Point, unit: str) -> float | int:
     """FLOPs or seconds of one image. Raises UsageError where they are not recorded."""
     cost = getattr(point, unit)
     if math.isnan(cost):
@@ -204,7 +204,7 @@ def _winners(curves: dict) -> list[Winner]:
         middle = np.array([(at[start] + at[end - 1]) / 2])
         drawn = np.stack([_at(x, y[1:], middle)[:, 0] for x, y in curves.values()], axis=1)
         ends = (float(np.exp(at[start])), float(np.exp(at[min(end, len(at) - 1)])))
-        found.append(Winner(names[best[start]], *ends, _share(drawn, best[start])))
+        found.append(Winner(names[best[start]], *ends, _share(drawn, int(best[start]))))
     return found
 
 

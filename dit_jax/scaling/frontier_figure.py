@@ -18,7 +18,9 @@ def frontier(fit: Frontier, points, served=()) -> bytes:
     _of_an_image(axes[0], fit, points, models)
     if served:
         _of_all(axes[1], fit, served, models)
-    axes[-1].legend(handles=_legend(fit, models), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[-1].legend(
+        handles=_legend(fit, models), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     return _png(figure)
 
 
@@ -43,7 +45,7 @@ def _of_an_image(axis, fit: Frontier, points, models: dict) -> None:
     axis.plot(x, y, "o", markerfacecolor="none", markeredgecolor="black", markersize=10, markeredgewidth=1.2, zorder=5)
     right = max(costs.max() for costs in fit.costs.values())
     top = axis.get_xaxis_transform()
-    for n, h in enumerate(fit.handovers):
+    for h in fit.handovers:
         if not np.isfinite(h.cost):
             continue
         if np.isfinite(h.interval[0]):
@@ -57,7 +59,9 @@ def _of_an_image(axis, fit: Frontier, points, models: dict) -> None:
 
 def _of_all(axis, fit: Frontier, served, models: dict) -> None:
     for s in served:
-        axis.plot(s.total, s.point.score, linestyle="", markersize=4, alpha=0.5, **_style(models[s.point.name], len(models)))
+        axis.plot(
+            s.total, s.point.score, linestyle="", markersize=4, alpha=0.5, **_style(models[s.point.name], len(models))
+        )
     best = front(served, fit.higher)
     x, y = [s.total for s in best], [s.point.score for s in best]
     axis.plot(x, y, "-", color="black", linewidth=3, alpha=0.25, zorder=1)
@@ -74,6 +78,8 @@ def _legend(fit: Frontier, models: dict) -> list:
     ring = dict(marker="o", markerfacecolor="none", markeredgecolor="black", markersize=10)
     lines.append(Line2D([], [], color="0.75", linewidth=3, label="Pareto front", **ring))
     if fit.handovers:
-        stops = "a model stops winning" + (f", {fit.level:.0%} interval" if np.isfinite(fit.handovers[0].interval[0]) else "")
+        stops = "a model stops winning" + (
+            f", {fit.level:.0%} interval" if np.isfinite(fit.handovers[0].interval[0]) else ""
+        )
         lines.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 3)), label=stops))
     return lines

@@ -17,6 +17,8 @@ from dit_jax.scaling.points import SAMPLING, Point, higher_is_better, load_point
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.table import DASH, _finite, law_text, print_table, span
 
+FEW = 12  # models below which percentiles of a resampled correlation say too much
+
 
 def add_commands(commands) -> None:
     """Adds the three to argparse's subparsers; each sets `job`, a function from the arguments to (JSON, warnings)."""
@@ -146,6 +148,8 @@ def run_metric(args) -> tuple[dict, list]:
         print_table("Predictions", ("C (FLOPs)", "beyond the data", args.metric, "interval", "of one model"), rows)
     if args.metric != "loss" and sum(not math.isnan(p.loss) for p in best) >= 4:
         result["correlation"] = _correlation(best, args)
+        if result["correlation"]["models"] < FEW:
+            warnings.append(f"the intervals of a correlation of fewer than {FEW} models are too narrow")
     if args.against:
         result["offset"] = _offset(best, args, warnings)
     return result, [*warnings, *fit.warnings]

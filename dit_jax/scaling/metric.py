@@ -43,7 +43,7 @@ class MetricLaw:
         """Interval of "coefficient", "exponent" or "irreducible"."""
         return interval(None if self.draws is None else getattr(self.draws, part), self.level)
 
-    def predict(self, flops: float) -> dict:
+    def predict(self, flops: float | int) -> dict:
         """The score at these training FLOPs, with the law's interval and that of one model, and the distance from the data."""
         law = run = None
         if self.draws is not None:
@@ -77,7 +77,7 @@ class Offset:
     verdict: str
     level: float
 
-    def shift(self, score, flops: float):
+    def shift(self, score, flops: float | int):
         """The score on the other data set of a model with this score on the one and this training compute."""
         offset = self.offset + self.growth * math.log10(flops / self.centre)
         return score + offset if self.linear else score * math.exp(offset)
@@ -108,7 +108,7 @@ def best_of_budgets(points: Sequence[Point], tolerance: float = 0.05, higher: bo
     return found
 
 
-def training(point: Point) -> float:
+def training(point: Point) -> float | int:
     """Training FLOPs. Raises UsageError where they are not recorded."""
     if math.isnan(point.train):
         raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")

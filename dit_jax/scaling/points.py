@@ -29,19 +29,19 @@ class Point:
     """One model at its last evaluated step, sampled in one way. nan or "" = not recorded; FLOPs are 2 x MACs."""
 
     name: str
-    score: float
-    score_se: float = 0.0  # of the evaluation; 0 = not recorded
-    flops: float = math.nan  # of one sampled image, guided steps counted twice
-    seconds: float = math.nan  # of one sampled image
+    score: float | int
+    score_se: float | int = 0.0  # of the evaluation; 0 = not recorded
+    flops: float | int = math.nan  # of one sampled image, guided steps counted twice
+    seconds: float | int = math.nan  # of one sampled image
     sampler: str = ""
-    steps: float = math.nan
-    guidance: float = math.nan
+    steps: float | int = math.nan
+    guidance: float | int = math.nan
     spacing: str = ""
-    train: float = math.nan  # training FLOPs
-    params: float = math.nan  # active per token
-    tokens: float = math.nan
-    images: float = math.nan  # trained on
-    loss: float = math.nan  # held out, of the same weights
+    train: float | int = math.nan  # training FLOPs
+    params: float | int = math.nan  # active per token
+    tokens: float | int = math.nan
+    images: float | int = math.nan  # trained on
+    loss: float | int = math.nan  # held out, of the same weights
     protocol: dict = field(default_factory=dict)
     loss_protocol: dict = field(default_factory=dict)
     source: str = ""  # file and line, for messages
@@ -86,8 +86,10 @@ def load_points(
         for file in _files(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
-                read = _read_csv if file.endswith(".csv") else _read_records
-                points += _own_names(read(file, metric, wanted), file, {p.name for p in points})
+                if file.endswith(".csv"):
+                    points += _read_csv(file, metric, wanted)
+                else:
+                    points += _own_names(_read_records(file, metric, wanted), file, {p.name for p in points})
     if not points:
         raise UsageError(f"RUNS: found no {metric} in {', '.join(map(str, paths))}{_which(where)}")
     for point in points:

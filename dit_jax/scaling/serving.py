@@ -28,7 +28,7 @@ class Served:
         return 1 - self.point.train / self.total
 
 
-def serve(points: Sequence[Point], images: float) -> list[Served]:
+def serve(points: Sequence[Point], images: float | int) -> list[Served]:
     """Every point with its total, cheapest first. Raises UsageError without training FLOPs or the cost of an image."""
     if not (math.isfinite(images) and images > 0):
         raise UsageError(f"--images_served: found {images}, expected a number above 0")
@@ -45,7 +45,7 @@ def front(served: Sequence[Served], higher: bool = False) -> list[Served]:
     return found
 
 
-def within(served: Sequence[Served], total: float, higher: bool = False) -> list[Served]:
+def within(served: Sequence[Served], total: float | int, higher: bool = False) -> list[Served]:
     """The best sampling of each model within a total, best model first; a model that is too dear is left out.
 
     Raises UsageError where none is cheap enough.

@@ -12,7 +12,7 @@ UNITS = {"flops": "FLOPs of one sampled image", "seconds": "seconds of one sampl
 
 def frontier(fit: Frontier, points, served=()) -> bytes:
     """Every sampling as a mark, each model's best within a cost as a line, the Pareto front in bold, and where a smaller model
-    stops winning as a vertical line with its interval shaded. With `served`, a second panel over the total."""
+    stops winning as a vertical line with its interval as a bar. With `served`, a second panel over the total."""
     figure, axes = _figure(2 if served else 1, 12.0 if served else 8.0, 5.0)
     models = {name: i for i, name in enumerate(fit.costs)}
     _of_an_image(axes[0], fit, points, models)
@@ -25,7 +25,7 @@ def frontier(fit: Frontier, points, served=()) -> bytes:
 
 
 def _style(index: int, count: int) -> dict:
-    return dict(color=_shade(index, count), marker=MARKERS[index % len(MARKERS)])
+    return dict(color=_shade(index, count + count // 4 + 1), marker=MARKERS[index % len(MARKERS)])
 
 
 def _score_axis(axis, fit: Frontier) -> None:
@@ -42,19 +42,29 @@ def _of_an_image(axis, fit: Frontier, points, models: dict) -> None:
         axis.plot(fit.costs[name], fit.curves[name][0], LINES[i % len(LINES)], linewidth=1.1, markersize=5, **style)
     x, y = ([*values] for values in zip(*((cost_of(p, fit.unit), p.score) for p in fit.front), strict=True))
     axis.plot(x, y, "-", color="black", linewidth=3, alpha=0.25, zorder=1)
-    axis.plot(x, y, "o", markerfacecolor="none", markeredgecolor="black", markersize=10, markeredgewidth=1.2, zorder=5)
+    axis.plot(x, y, "o", markerfacecolor="none", markeredgecolor="black", markersize=9, markeredgewidth=1.0, zorder=5)
     right = max(costs.max() for costs in fit.costs.values())
-    top = axis.get_xaxis_transform()
-    for h in fit.handovers:
-        if not np.isfinite(h.cost):
-            continue
-        if np.isfinite(h.interval[0]):
-            axis.axvspan(h.interval[0], min(h.interval[1], right), color="0.9", linewidth=0, zorder=0)
-        axis.axvline(h.cost, color="0.35", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        label = f"{h.model} to {h.then} "
-        axis.text(h.cost, 0.99, label, transform=top, rotation=90, va="top", ha="right", fontsize=6.5, color="0.25")
+    for n, h in enumerate(fit.handovers):
+        if np.isfinite(h.cost):
+            _handover(axis, h, right, 0.97 - 0.04 * n)
     axis.set_xlabel(UNITS[fit.unit])
     _score_axis(axis, fit)
+
+
+def _handover(axis, h, right: float, height: float) -> None:
+    """A vertical line at the cost, and its interval as a bar with caps at this height of the axes."""
+    top = axis.get_xaxis_transform()
+    end = h.cost
+    axis.plot(
+        [h.cost, h.cost], [0, height], color="0.55", linewidth=0.8, linestyle=(0, (4, 3)), transform=top, zorder=1
+    )
+    if np.isfinite(h.interval[0]):
+        end = min(h.interval[1], right)
+        bar = dict(color="0.2", linewidth=1.4, marker="|", markersize=7, transform=top, zorder=4)
+        axis.plot([h.interval[0], end], [height, height], **bar)
+    axis.plot(h.cost, height, "o", color="0.2", markersize=3.5, transform=top, zorder=4)
+    label = f" {h.model} to {h.then}" + (" or earlier" if h.censored else "")
+    axis.annotate(label, (end, height), (3, 0), xycoords=top, textcoords="offset points", va="center", fontsize=7)
 
 
 def _of_all(axis, fit: Frontier, served, models: dict) -> None:
@@ -65,7 +75,7 @@ def _of_all(axis, fit: Frontier, served, models: dict) -> None:
     best = front(served, fit.higher)
     x, y = [s.total for s in best], [s.point.score for s in best]
     axis.plot(x, y, "-", color="black", linewidth=3, alpha=0.25, zorder=1)
-    axis.plot(x, y, "o", markerfacecolor="none", markeredgecolor="black", markersize=10, markeredgewidth=1.2, zorder=5)
+    axis.plot(x, y, "o", markerfacecolor="none", markeredgecolor="black", markersize=9, markeredgewidth=1.0, zorder=5)
     axis.set_xlabel(f"training FLOPs + FLOPs of {served[0].images:,.3g} images")
     _score_axis(axis, fit)
 
@@ -81,5 +91,5 @@ def _legend(fit: Frontier, models: dict) -> list:
         stops = "a model stops winning" + (
             f", {fit.level:.0%} interval" if np.isfinite(fit.handovers[0].interval[0]) else ""
         )
-        lines.append(Line2D([], [], color="0.35", linewidth=0.9, linestyle=(0, (4, 3)), label=stops))
+        lines.append(Line2D([], [], color="0.2", linewidth=1.4, marker="|", markersize=7, label=stops))
     return lines

@@ -10,6 +10,7 @@ from dit_jax.error import one_line
 from dit_jax.scaling import compare as ladders
 from dit_jax.scaling import serving
 from dit_jax.scaling.choice import choose, one_guidance
+from dit_jax.scaling.conventions import check_units
 from dit_jax.scaling.fit import fit_isoflop
 from dit_jax.scaling.frontier import Frontier, fit_frontier
 from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
@@ -186,6 +187,7 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     options = dict(resamples=args.resamples, seed=args.seed)
     if args.metric == "loss" and not args.where:
         runs = load_runs([path])
+        check_units(runs)
     else:
         found, said = _chosen(load_points(path, args.metric, args.where), args)
         warnings += [f"{name}: {text}" for text in said if args.metric != "loss"]

@@ -74,13 +74,21 @@ def choose(
 
 def choices(points: Sequence[Point], keys: Sequence, scores: np.ndarray) -> list[Choice]:
     """One choice per distinct key, in order of appearance; `scores` (1 + resamples, points) as of `log_scores`."""
+    groups, samplings = _indices(keys), _indices([sampling_key(p) for p in points])
     found = []
-    for key in dict.fromkeys(keys):
-        index = [i for i, k in enumerate(keys) if k == key]
+    for index in groups.values():
         members, own = [points[i] for i in index], scores[:, index]
         best = members[int(np.argmin(own[0]))]
-        edge = _edge(best, [p for p in points if sampling_key(p) == sampling_key(best)])
+        edge = _edge(best, [points[i] for i in samplings[sampling_key(best)]])
         found.append(Choice(best, tuple(members), _shares(members, own[1:]), edge))
+    return found
+
+
+def _indices(keys: Sequence) -> dict:
+    """Key -> where it is, in order of appearance."""
+    found: dict = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
     return found
 
 

@@ -160,7 +160,7 @@ def _by_size(points: Sequence[Point], costs: np.ndarray) -> list[str]:
 
 def _curve(points, costs: np.ndarray, drawn: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """log costs (k,) of a model, ascending, and the best log score within each of them (1 + resamples, k)."""
-    own = np.array([i for i, p in enumerate(points) if p.name == name])
+    own = np.flatnonzero([p.name == name for p in points])
     x = np.unique(costs[own])
     best = np.stack([drawn[:, own[costs[own] == c]].min(axis=1) for c in x], axis=1)
     return np.log(x), np.minimum.accumulate(best, axis=1)

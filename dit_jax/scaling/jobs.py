@@ -18,7 +18,7 @@ from dit_jax.scaling.points import SAMPLING, Point, higher_is_better, load_point
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.table import DASH, _finite, law_text, print_table, span
 
-FEW = 12  # models below which percentiles of a resampled correlation say too much
+FEW = 12  # models below which resampled ranks that nearly agree say too much
 
 
 def add_commands(commands) -> None:
@@ -150,7 +150,9 @@ def run_metric(args) -> tuple[dict, list]:
     if args.metric != "loss" and sum(not math.isnan(p.loss) for p in best) >= 4:
         result["correlation"] = _correlation(best, args)
         if result["correlation"]["models"] < FEW:
-            warnings.append(f"the intervals of a correlation of fewer than {FEW} models are too narrow")
+            warnings.append(
+                f"fewer than {FEW} models: the interval of Spearman's is too narrow where the ranks nearly agree"
+            )
     if args.against:
         result["offset"] = _offset(best, args, warnings)
     return result, [*warnings, *fit.warnings]

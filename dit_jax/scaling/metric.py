@@ -222,8 +222,9 @@ def _pairs(one: Sequence[Point], other: Sequence[Point]) -> list[tuple[Point, Po
 
 
 def correlate(points: Sequence[Point], *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Correlation:
-    """Held-out loss against score, one pair per run. Bootstrap: whole runs are drawn with replacement, percentiles; of resamples
-    with fewer than 3 distinct runs nothing is taken. Raises UsageError on fewer than 4 runs that carry both."""
+    """Held-out loss against score, one pair per run. Bootstrap: whole runs are drawn with replacement; percentiles, expanded to
+    the width that n - 1 degrees of freedom ask for (Hesterberg 2015, arXiv 1411.5279). Resamples with fewer than 3 distinct
+    runs are left out. Raises UsageError on fewer than 4 runs that carry both."""
     pairs = [(p.loss, p.score) for p in points if not math.isnan(p.loss)]
     if len(pairs) < 4:
         raise UsageError(f"RUNS: {len(pairs)} models have both a held-out loss and the metric, expected at least 4")
@@ -236,7 +237,8 @@ def correlate(points: Sequence[Point], *, resamples: int = 2000, seed: int = 0, 
         "pearson": _pearson(x[index], y[index]),
         "spearman": _pearson(*(stats.rankdata(v[index], axis=1) for v in (x, y))),
     }
-    spans = {name: interval(values[np.isfinite(values)], level) for name, values in drawn.items()}
+    expanded = 1 - 2 * float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)))
+    spans = {name: interval(values[np.isfinite(values)], expanded) for name, values in drawn.items()}
     return Correlation(
         models=n,
         pearson=float(_pearson(x, y)),

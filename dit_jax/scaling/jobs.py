@@ -103,7 +103,8 @@ def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
     """The choice of each model and what is to be said about it."""
     options = dict(higher=higher_is_better(args.metric), resamples=args.resamples, seed=args.seed)
     found = choose(points, args.choose.split(","), **options)
-    return found, [w for w in (one_guidance(found), *(c.warning for c in found)) if w]
+    single = "" if args.metric == "loss" else one_guidance(found)
+    return found, [w for w in (single, *(c.warning for c in found)) if w]
 
 
 def _json_of(point: Point) -> dict:
@@ -131,7 +132,8 @@ def run_metric(args) -> tuple[dict, list]:
     used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric))
     fit = fit_metric(used, irreducible=args.irreducible, resamples=args.resamples, seed=args.seed)
     _print_choices(found, args.metric)
-    law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), f"{fit.noise:.2%}")
+    scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
+    law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), scatter)
     head = ("metric", "law, C in training FLOPs", "exponent, interval", "points", "scatter")
     print_table(f"Law of compute, {fit.level:.0%} intervals", head, [law])
     result = {

@@ -275,6 +275,26 @@ def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
     assert "x beyond the data; interval" in capsys.readouterr().out
 
 
+def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
+    """The vertices of FID, each model at its own best guidance, which at guidance 1 alone would be others."""
+    paths = []
+    for name, law, seed in (("a", A_LAW, 0), ("b", B_LAW, 1)):
+        rows = ["name,params,tokens,flops_train,guidance,fid"]
+        for i, r in enumerate(study(noise=0.003, seed=seed, loss=law)):
+            rows += [
+                f"{r.name},{r.params},{r.tokens},{r.flops},{g},{r.loss * (1 + x)}"
+                for g, x in ((1, 0.1 * (i % 3)), (2, 0.0), (3, 0.2))
+            ]
+        paths.append(str(tmp_path / f"{name}.csv"))
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    out = tmp_path / "out.json"
+    assert main(["compare", *paths, "--metric=fid", "--law=pure", "--resamples=300", f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
+    assert main(["compare", *paths, "--metric=fid", "--where=guidance=1", "--through=best", "--resamples=300"]) == 0
+    assert "the fid of b.csv is" in capsys.readouterr().out
+
+
 def test_the_metric_command_from_records(tmp_path, capsys):
     for p in ladder(noise=0.01):
         for guidance in (1.0, 1.5, 2.0):

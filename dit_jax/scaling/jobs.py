@@ -10,7 +10,7 @@ from dit_jax.error import one_line
 from dit_jax.scaling import compare as ladders
 from dit_jax.scaling import serving
 from dit_jax.scaling.choice import choose, one_guidance
-from dit_jax.scaling.conventions import check_units
+from dit_jax.scaling.conventions import check_units, of_record
 from dit_jax.scaling.fit import fit_isoflop
 from dit_jax.scaling.frontier import Frontier, fit_frontier
 from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
@@ -120,8 +120,8 @@ def _json_of_choice(choice) -> dict:
 def _print_choices(found: list, metric: str) -> None:
     rows = []
     for c in found:
-        share = DASH if math.isnan(c.share) else f"{c.share:.0%}"
-        rows.append((c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", share, c.edge))
+        cells = (str(len(c.tried)), f"{c.best.score:.4g}", _percent(c.share), c.edge)
+        rows.append((c.best.name, c.best.sampling or DASH, *cells))
     print_table(f"Best sampling of each model, by {metric}", ("model", "best", "tried", metric, "share", "edge"), rows)
 
 
@@ -222,7 +222,9 @@ def run_compare(args) -> tuple[dict, list]:
     print_table(f"A = {c.a}, B = {c.b}; {c.form} law of the {args.metric}, {c.level:.0%} intervals", head, rows)
     print(f"{_verdict(c)}\n{_level(c, args.metric)}\n{_crossing(c)}")
     result = vars(c) | {"metric": args.metric, "steeper": c.steeper, "exponents": [vars(d) for d in c.exponents]}
-    return result | {"crossing": vars(c.crossing) if c.crossing else None}, [*warnings, *c.warnings]
+    result |= {"crossing": vars(c.crossing) if c.crossing else None}
+    result["convention"] = str(of_record(a.protocol)) if a.protocol else None  # a CSV does not say
+    return result, [*warnings, *c.warnings]
 
 
 def _verdict(c: ladders.Comparison) -> str:
@@ -302,13 +304,16 @@ def _frontier_json(fit: Frontier, at: list) -> dict:
     }
 
 
+def _percent(share: float) -> str:
+    return DASH if math.isnan(share) else f"{share:.0%}"
+
+
 def _print_frontier(fit: Frontier, at: list) -> None:
-    share = lambda value: DASH if math.isnan(value) else f"{value:.0%}"  # noqa: E731
     unit = {"flops": "FLOPs an image", "seconds": "seconds an image"}[fit.unit]
-    rows = [(p.name, p.sampling or DASH, f"{getattr(p, fit.unit):.4g}", f"{p.score:.4g}", share(s))
+    rows = [(p.name, p.sampling or DASH, f"{getattr(p, fit.unit):.4g}", f"{p.score:.4g}", _percent(s))
             for p, s in zip(fit.front, fit.front_shares, strict=True)]  # fmt: skip
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
-    rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", share(w.share)) for w in fit.winners]
+    rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
     print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
     rows = []
     for h in fit.handovers:
@@ -322,7 +327,12 @@ def _print_frontier(fit: Frontier, at: list) -> None:
         for cost in at:
             model, score, part = fit.best(cost)
             rows.append(
-                (f"{cost:.4g}", model or "none is this cheap", DASH if model is None else f"{score:.4g}", share(part))
+                (
+                    f"{cost:.4g}",
+                    model or "none is this cheap",
+                    DASH if model is None else f"{score:.4g}",
+                    _percent(part),
+                )
             )
         print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
 

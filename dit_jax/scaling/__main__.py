@@ -1,4 +1,4 @@
-"""`python -m dit_jax.scaling fit|predict|plan|report RUNS`: fits scaling laws to runs.
+"""`python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`: fits scaling laws to runs.
 
 RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group).
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
@@ -11,6 +11,7 @@ import os
 import sys
 
 from dit_jax.config import UsageError
+from dit_jax.scaling import jobs
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
@@ -75,14 +76,15 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--out", default="report.html")
             one.add_argument("--title", default="Scaling law")
             one.add_argument("--grid", help="PNG of samples to embed")
+    jobs.add_commands(commands)
     return parser
 
 
 def _check(args) -> None:
-    for flops in args.flops:
+    for flops in getattr(args, "flops", []):
         if not 0 < flops < float("inf"):
             raise UsageError(f"--flops: found {flops}, expected a number above 0")
-    if not args.window > 1:
+    if not getattr(args, "window", float("inf")) > 1:
         raise UsageError(f"--window: found {args.window}, expected a factor above 1")
     if args.resamples < 0 or args.seed < 0:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
@@ -183,16 +185,21 @@ def _print_predictions(fit, flops) -> None:
     print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
 
 
+def _fitted(args) -> dict:
+    """The result of a command of COMMANDS, after its fit."""
+    runs = load_runs(args.runs, protocol_id=args.protocol)
+    fit = METHODS[args.method](runs, **_options(args))
+    for warning in fit.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return COMMANDS[args.command](args, runs, fit)
+
+
 def main(argv=None) -> int:
     """Runs a command line; returns the exit code."""
     try:
         args = _parser().parse_args(argv)
         _check(args)
-        runs = load_runs(args.runs, protocol_id=args.protocol)
-        fit = METHODS[args.method](runs, **_options(args))
-        for warning in fit.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        result = COMMANDS[args.command](args, runs, fit)
+        result = _fitted(args) if args.command in COMMANDS else jobs.run(args)
         if args.json:
             write(args.json, (json.dumps(result, indent=1) + "\n").encode())
     except UsageError as error:

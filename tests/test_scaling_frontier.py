@@ -1,0 +1,334 @@
+"""Facts about the sampling frontier: planted crossings come back, published examples come out, mixed protocols are refused."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_scaling_runs import record, workdir
+
+from dit_jax.config import UsageError
+from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.frontier import fit_frontier
+from dit_jax.scaling.points import Point, load_points
+from dit_jax.scaling.serving import front, serve, within
+
+STEPS = (4, 8, 16, 32, 64, 128, 256)
+SAMPLING = {"sampler": "ddim", "steps": 20, "guidance": 1.5, "spacing": "linspace", "channels": "all", "num": 1000}
+PROTOCOL = {"data": {"dataset": "digits"}, "weights": "ema", "reference": "train", "bootstrap": 20}
+MEI = {  # Mei et al. 2024 (arXiv 2404.01367): cost of a step over that of the 866M model, FID of 50 DDIM steps at guidance 7.5
+    "39M": (0.07, 25.30),
+    "83M": (0.13, 24.30),
+    "145M": (0.20, 24.18),
+    "223M": (0.30, 23.76),
+    "318M": (0.40, 22.83),
+    "430M": (0.53, 22.35),
+    "558M": (0.67, 22.15),
+    "704M": (0.83, 21.82),
+    "866M": (1.00, 21.55),
+    "2B": (2.39, 20.98),
+    "5B": (5.17, 20.14),
+}
+
+
+def planted(noise=0.0, seed=0, models=(("S", 1e9, 20, 60), ("L", 5e9, 10, 100))) -> list[Point]:
+    """Models (name, FLOPs a step, floor, height) whose score is floor + height steps^-0.9, times noise of known size."""
+    rng = np.random.default_rng(seed)
+    return [
+        Point(name, y * math.exp(noise * rng.standard_normal()), noise * y, step * n, steps=float(n), sampler="ddim")
+        for name, step, floor, height in models
+        for n, y in ((n, floor + height * n**-0.9) for n in STEPS)
+    ]
+
+
+def crossing() -> float:
+    """Where the planted curves cross: bisection on the formula, as continuous functions of cost."""
+    low, high = 5e9 * 4, 1e9 * 256
+    for _ in range(100):
+        cost = math.sqrt(low * high)
+        ahead = 20 + 60 * (cost / 1e9) ** -0.9 < 10 + 100 * (cost / 5e9) ** -0.9
+        low, high = (cost, high) if ahead else (low, cost)
+    return low
+
+
+def sampled(name="a", fid=10.0, cost=1e9, protocol=None, **sampling) -> dict:
+    protocol = (protocol or PROTOCOL) | {"samples": SAMPLING | sampling}
+    return record(
+        run=name,
+        metrics={"fid": fid, "fid_low": 0.98 * fid, "fid_high": 1.02 * fid},
+        flops_sample=cost,
+        protocol=protocol,
+    )
+
+
+def table(path, *lines) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_a_planted_crossing_is_found_within_its_interval():
+    fit = fit_frontier(planted(noise=0.02, seed=1), "fid")
+    (stop,) = fit.handovers
+    assert (stop.model, stop.then, stop.censored) == ("S", "L", False)
+    assert stop.interval[0] < crossing() < stop.interval[1] < 2 * stop.interval[0]
+    exact = fit_frontier(planted(), "fid")
+    assert exact.handovers[0].cost == pytest.approx(crossing(), rel=0.05)  # straight between steps that differ twofold
+    assert math.isnan(exact.handovers[0].interval[0]) and any("no score has an error" in w for w in exact.warnings)
+    assert [w.model for w in fit.winners] == ["S", "L"] and fit.winners[0].high == pytest.approx(stop.cost, rel=0.01)
+
+
+def test_intervals_of_a_crossing_cover():
+    truth = fit_frontier(planted(), "fid").handovers[0].cost
+    hits = []
+    for seed in range(150):
+        low, high = fit_frontier(planted(noise=0.02, seed=seed), "fid", resamples=200, seed=seed).handovers[0].interval
+        hits.append(low <= truth <= high)
+    assert 0.89 <= np.mean(hits) <= 0.99
+
+
+def test_the_front_is_what_no_point_beats():
+    rng = np.random.default_rng(4)
+    points = [Point(str(i), s, flops=c) for i, (s, c) in enumerate(rng.integers(1, 12, (60, 2)).astype(float))]
+    front = fit_frontier(points, "fid").front
+    best = {
+        (p.flops, p.score)
+        for p in points
+        if not any(
+            q.flops <= p.flops and q.score <= p.score and (q.flops, q.score) != (p.flops, p.score) for q in points
+        )
+    }
+    assert {(p.flops, p.score) for p in front} == best
+    assert [p.flops for p in front] == sorted(p.flops for p in front)
+
+
+def test_more_is_better_for_an_inception_score():
+    points = [replace(p, score=1000 / p.score, score_se=1e-3) for p in planted()]
+    up, down = fit_frontier(points, "is_digits"), fit_frontier(planted(), "fid")
+    assert up.handovers[0].cost == pytest.approx(down.handovers[0].cost)
+    assert [p.flops for p in up.front] == [p.flops for p in down.front]
+
+
+def test_the_best_guidance_is_chosen_per_model_and_steps_first():
+    """At guidance 3 alone the large model wins everywhere; each at its own best, the small one wins where both are cheap."""
+    rows = {("S", 10): {1.5: 20, 2: 22, 3: 40}, ("L", 10): {1.5: 30, 2: 25, 3: 15}, ("S", 1): {1.5: 30, 2: 31, 3: 60}}
+    points = [
+        Point(name, float(fid), 0.1, (1e9 if name == "S" else 4e9) * steps, sampler="ddim", steps=steps, guidance=g)
+        for (name, steps), scores in rows.items()
+        for g, fid in scores.items()
+    ]
+    fit = fit_frontier(points, "fid")
+    chosen = {(c.best.name, c.best.steps): c for c in fit.choices}
+    assert {k: c.best.guidance for k, c in chosen.items()} == {("S", 10): 1.5, ("L", 10): 3, ("S", 1): 1.5}
+    assert {k: c.edge for k, c in chosen.items()} == {("S", 10): "lowest", ("L", 10): "highest", ("S", 1): "lowest"}
+    assert any("at the edge of those tried in 3 of 3 samplings" in w for w in fit.warnings)
+    assert fit.best(1.2e10)[:2] == ("S", pytest.approx(20)) and fit.best(4e10)[0] == "L"
+    assert fit.best(1e8)[0] is None
+    shares = fit_frontier([replace(p, score_se=3.0) for p in points], "fid").choices[0].shares
+    assert 0.5 < shares[1.5] < 0.9 and shares[2] > 0.1 and sum(shares.values()) == pytest.approx(1)
+
+
+def test_guidance_one_is_no_edge_and_stays_in_the_race_at_half_the_cost():
+    points = [
+        Point("S", fid, 0.1, cost, steps=10, guidance=g) for g, fid, cost in ((1, 12, 1e9), (2, 11, 2e9), (3, 13, 2e9))
+    ]
+    fit = fit_frontier(points, "fid")
+    assert [p.guidance for p in fit.front] == [1, 2] and not any("edge" in w for w in fit.warnings)
+
+
+def test_the_findings_of_mei_et_al(tmp_path):
+    """On their printed scores: every size is on the front, larger ones win one after another as the cost grows; at a cost of 7,
+    where the 866M model has 7 steps, the 83M model with its 50 is the best there is. Their 866M model costs 50 in 50 steps."""
+    lines = [f"{n},{float(n[:-1]) * (1e9 if n[-1] == 'B' else 1e6)},{c},50,7.5,1,{fid}" for n, (c, fid) in MEI.items()]
+    path = table(tmp_path / "mei.csv", "name,params,flops_step,steps,guidance,passes,fid", *lines)
+    fit = fit_frontier(load_points(path, sampled=True), "fid")
+    assert [p.name for p in fit.front] == [w.model for w in fit.winners] == list(MEI)
+    assert fit.front[8].flops == pytest.approx(50) and fit.front[1].flops == pytest.approx(6.5)
+    assert fit.best(7)[:2] == ("83M", pytest.approx(24.30))
+    assert fit.best(50)[0] == "866M" and fit.best(49)[0] == "704M" and fit.best(1e4)[0] == "5B"
+    assert all(h.censored for h in fit.handovers) and any("one guidance only" in w for w in fit.warnings)
+
+
+@pytest.mark.parametrize("slope", [20, 30, 40])
+def test_smaller_models_win_at_small_cost(slope):
+    """Mei et al.: at cost 3 the 83M model has the best FID. What fewer steps cost is in their figures only, so it is planted here,
+    slope / steps for all sizes; the costs and the scores of 50 steps are theirs, and so is the grid of steps."""
+    points = [
+        Point(name, fid + slope * (1 / n - 1 / 50), 0.05, cost * n, steps=n)
+        for name, (cost, fid) in MEI.items()
+        for n in (4, 6, 8, 10, 20, 50)
+    ]
+    fit = fit_frontier(points, "fid")
+    assert fit.best(3)[0] == "83M" and fit.best(0.3)[0] == "39M" and fit.best(258.5)[0] == "5B"
+    stop = fit.handovers[0]
+    assert (stop.model, stop.then, stop.censored) == ("39M", "83M", False) and stop.interval[1] < 3
+    sizes = [list(MEI).index(w.model) for w in fit.winners]
+    assert sizes == sorted(sizes)
+
+
+def test_more_sampling_does_not_buy_back_a_smaller_model(tmp_path):
+    """Peebles & Xie 2023 (arXiv 2212.09748), section 5: L/2 with 1000 steps costs 80.7 Tflops (MACs) an image and has FID-10K
+    25.9; XL/2 with 128 steps costs 15.2 and has 23.7."""
+    rows = "DiT-L/2,161.42e9,1000,25.9,1.3e20", "DiT-XL/2,237.28e9,128,23.7,2e20"
+    points = load_points(table(tmp_path / "x.csv", "name,flops_step,steps,fid,flops_train", *rows), sampled=True)
+    assert [p.flops / 2e12 for p in points] == [pytest.approx(80.7, abs=0.05), pytest.approx(15.2, abs=0.05)]
+    fit = fit_frontier(points, "fid")
+    assert [p.name for p in fit.front] == ["DiT-XL/2"] and fit.best(2e14)[0] == "DiT-XL/2"
+    # With few images to serve the cheaper training counts; with many, the larger model is the better one in total too.
+    assert [s.point.name for s in front(serve(points, 1e5))] == ["DiT-L/2", "DiT-XL/2"]
+    assert [s.point.name for s in front(serve(points, 1e7))] == ["DiT-XL/2"]
+
+
+def test_a_total_is_shared_by_training_and_images():
+    points = [
+        Point("S", 20, flops=1e9, train=1e15),
+        Point("S", 15, flops=8e9, train=1e15),
+        Point("L", 12, flops=2e9, train=9e15),
+    ]
+    points = [replace(p, steps=float(i)) for i, p in enumerate(points)]
+    few, many = serve(points, 1e3), serve(points, 1e6)
+    assert few[0].total == 1e15 + 1e3 * 1e9 and few[0].sampling_share == pytest.approx(1e12 / 1.001e15)
+    assert [s.point.score for s in front(few)] == [20, 15, 12]
+    assert [s.point.score for s in within(many, 9e15)] == [15]
+    assert [(s.point.name, s.point.score) for s in within(many, 1.1e16)] == [("L", 12), ("S", 15)]
+    with pytest.raises(UsageError, match=r"--total: found 1e\+14 FLOPs, expected at least 2e\+15"):
+        within(many, 1e14)
+    with pytest.raises(UsageError, match="no flops_train of S"):
+        serve([replace(points[0], train=math.nan)], 10)
+
+
+def test_records_may_differ_in_how_images_are_drawn_only(tmp_path):
+    drawn = [
+        sampled(fid=20),
+        sampled(fid=18, steps=40, cost=2e9),
+        sampled(fid=17, guidance=3.0),
+        sampled(fid=25, sampler="ddpm"),
+    ]
+    path = workdir(tmp_path / "a", record(step=10), *drawn, sampled(fid=99) | {"step": 9})
+    points = load_points(path, sampled=True)
+    assert [(p.sampler, p.steps, p.guidance, p.score) for p in points] == [
+        ("ddim", 20, 1.5, 20), ("ddim", 40, 1.5, 18), ("ddim", 20, 3, 17), ("ddpm", 20, 1.5, 25)
+    ]  # fmt: skip
+    assert points[1].flops == 2e9 and points[0].loss == pytest.approx(0.5)
+    assert points[0].score_se == pytest.approx(0.02 * 20 / 2.0930, rel=1e-4)  # t of 19 degrees
+    assert [p.score for p in load_points(path, where=["samples.sampler=ddpm"])] == [25]
+    assert len(load_points(path, where=["samples.guidance=1.50", "samples.steps=20"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        (sampled("b", channels="first3"), "samples.channels"),
+        (sampled("b", num=500), "samples.num"),
+        (sampled("b", protocol=PROTOCOL | {"reference": "test"}), "reference"),
+        (sampled("b", protocol=PROTOCOL | {"weights": "params (raw)"}), "weights"),
+        (sampled("b", protocol=PROTOCOL | {"data": {"dataset": "cifar10"}}), "data.dataset"),
+    ],
+)
+def test_mixed_protocols_are_refused_naming_the_field(tmp_path, other, field, capsys):
+    workdir(tmp_path / "a", sampled())
+    workdir(tmp_path / "b", other)
+    out = tmp_path / "out.json"
+    assert main(["frontier", str(tmp_path), f"--json={out}", f"--out={tmp_path / 'f.png'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and f"'{field}'" in said and said.count("\n") == 1
+    assert not out.exists() and not (tmp_path / "f.png").exists()
+
+
+def test_runs_of_one_name_in_two_folders_are_two_models(tmp_path):
+    for name, fid in (("x", 10), ("y", 9)):
+        workdir(tmp_path / name, sampled("same", fid=fid))
+    points = load_points(tmp_path)
+    assert len({p.name for p in points}) == 2 and points[1].name.startswith("same (")
+
+
+def test_the_cost_of_a_csv_counts_the_passes_of_guidance(tmp_path):
+    head = "name,flops_step,steps,guidance,fid,fid_low,fid_high"
+    points = load_points(table(tmp_path / "x.csv", head, "a,10,4,1,9,8,10", "a,10,4,2,8,7,9", "b,10,4,,7,,"))
+    assert [p.flops for p in points] == [40, 80, 40] and points[2].score_se == 0
+    assert points[0].score_se == pytest.approx(1 / 1.959964, rel=1e-5)
+    (given,) = load_points(table(tmp_path / "y.csv", "name,flops_sample,fid,seconds_sample", "a,7,9,0.5"))
+    assert (given.flops, given.seconds) == (7, 0.5)
+    assert fit_frontier([given], "fid", unit="seconds").front[0].seconds == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,flops_step,steps\na,1,2", "no column 'fid'"),
+        ("model,flops_sample,fid\na,1,2", "no column 'name'"),
+        ("name,flop_sample,fid\na,1,2", "unknown column 'flop_sample'; did you mean 'flops_sample'?"),
+        ("name,steps,fid\na,1,2", "x.csv:2: no flops_sample of a, expected the FLOPs of one sampled image"),
+        ("name,flops_sample,fid\na,1,2\nb,1,nan", "x.csv:3: fid is nan"),
+        ("name,flops_sample,fid\na,-1,2", "x.csv:2: flops_sample is -1"),
+        ("name,flops_sample,fid\na,1,2\na,2,3", "x.csv:3: a (no sampling) is also in"),
+        ("name,flops_sample,fid,fid_low,fid_high\na,1,2,3,1", "x.csv:2: fid_low is 3, above fid_high, 1"),
+        ("name,flops_sample,fid\n", "found a header and no row"),
+        ("name,flops_sample,fid\na,1,2,3", "found 4 fields, expected 3"),
+    ],
+)
+def test_a_bad_csv_is_one_line_and_exit_2(tmp_path, text, message, capsys):
+    path = table(tmp_path / "x.csv", text)
+    assert main(["frontier", path, f"--json={tmp_path / 'out.json'}", f"--out={tmp_path / 'out.png'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["x.csv"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--metric=fidd"], "no record has metrics.fidd; found fid"),
+        (["--total=1e9"], "--total: found it without --images_served"),
+        (["--images_served=-3"], "--images_served: found -3"),
+        (["--images_served=10", "--total=1"], "--total: found 1 FLOPs, expected at least"),
+        (["--cost=seconds"], "no seconds_sample of a"),
+        (["--where=samples.sampl=x"], "no field 'samples.sampl'; nearest found 'samples.sampler'"),
+        (["--where=samples.sampler=heun"], "found no fid in"),
+        (["--where=ddim"], "--where: found 'ddim', expected FIELD=VALUE"),
+        (["--resamples=-1"], "--resamples, --seed"),
+        (["--out=."], "is a folder, expected a file"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_2(tmp_path, more, message, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = workdir(tmp_path / "a", sampled())
+    assert main(["frontier", path, "--json=out.json", *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_command_prints_tables_and_writes_json_and_a_figure(tmp_path, capsys):
+    lines = [f"{p.name},{p.flops},{p.sampler},{p.steps},{p.score},{p.score_se},{p.flops * 1e9}" for p in planted(0.02)]
+    path = table(tmp_path / "x.csv", "name,flops_sample,sampler,steps,fid,fid_se,flops_train", *lines)
+    out, png = tmp_path / "out.json", tmp_path / "out.png"
+    options = ["--at=5e9", "--images_served=1e9", "--total=1e21", f"--json={out}", f"--out={png}"]
+    assert main(["frontier", path, *options]) == 0
+    captured = capsys.readouterr()
+    for part in (
+        "Pareto front",
+        "Where a model stops winning",
+        "95% interval",
+        "Training and 1e+09 images",
+        "within 1e+21 FLOPs",
+    ):
+        assert part in captured.out
+    assert "warning: one guidance only" in captured.err
+    result = json.loads(out.read_text())
+    (stop,) = result["handovers"]
+    assert stop["interval"][0] < stop["cost"] < stop["interval"][1] and result["best_at"][0]["model"] == "S"
+    assert result["front"][0]["name"] == "S" and result["totals"] and result["within"][0]["models"]
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_needs_neither_jax_nor_flax_nor_matplotlib(tmp_path):
+    path = table(tmp_path / "x.csv", "name,flops_sample,fid", "a,1,2", "b,2,1")
+    script = (
+        f"import sys; from dit_jax.scaling.__main__ import main; assert main(['frontier', {path!r}]) == 0; "
+        "sys.exit(bool({'jax', 'flax', 'tensorflow', 'torch', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0

@@ -1,0 +1,345 @@
+"""Facts about laws of a metric, second data sets, correlations and comparisons: planted truths come back, and doubt is said."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_scaling_fit import BUDGETS, study
+from test_scaling_frontier import PROTOCOL, SAMPLING
+from test_scaling_runs import record, workdir
+
+from dit_jax.config import UsageError
+from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.choice import choose
+from dit_jax.scaling.compare import compare, ladder_of_fit, ladder_of_metric
+from dit_jax.scaling.fit import fit_isoflop
+from dit_jax.scaling.law import PowerLaw
+from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
+from dit_jax.scaling.points import Point
+
+LIANG = PowerLaw(2.2566e6, -0.234)  # FID of Liang et al. 2024 (arXiv 2410.08184), table of laws
+COMPUTE = np.geomspace(1e17, 6e18, 6)
+A_LAW, B_LAW = PowerLaw(22.0, -0.15), PowerLaw(22.0 * 4e10**0.03, -0.18)  # cross at 4e10
+DIT = {  # Peebles & Xie 2023 (arXiv 2212.09748): GMACs of a forward pass, FID-50K at 400K steps without guidance
+    "S/8": (0.36, 153.60), "S/4": (1.41, 100.41), "S/2": (6.06, 68.40), "B/8": (1.42, 122.74), "B/4": (5.56, 68.38),
+    "B/2": (23.01, 43.47), "L/8": (5.01, 118.87), "L/4": (19.70, 45.64), "L/2": (80.71, 23.33), "XL/8": (7.39, 106.41),
+    "XL/4": (29.05, 43.01), "XL/2": (118.64, 19.47),
+}  # fmt: skip
+
+
+def ladder(law=LIANG, noise=0.0, seed=0, compute=COMPUTE) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    values = [float(law(c) * math.exp(noise * rng.standard_normal())) for c in compute]
+    return [Point(f"m{i}", y, train=float(c)) for i, (c, y) in enumerate(zip(compute, values, strict=True))]
+
+
+def side(name="a", law=A_LAW, noise=0.003, seed=0, protocol=None, **options):
+    found = ladder_of_fit(name, fit_isoflop(study(noise=noise, seed=seed, loss=law), resamples=300, **options))
+    return found if protocol is None else type(found)(**vars(found) | {"protocol": protocol})
+
+
+def sheet(path, law, seed, noise=0.003) -> str:
+    rows = [f"{r.name},{r.params},{r.tokens},{r.flops},{r.loss}" for r in study(noise=noise, seed=seed, loss=law)]
+    path.write_text("\n".join(["run,params,tokens,flops,loss", *rows]))
+    return str(path)
+
+
+def test_fit_recovers_a_planted_law_of_a_metric():
+    fit = fit_metric(ladder())
+    assert fit.law.exponent == pytest.approx(-0.234, rel=1e-9) and fit.law.coefficient == pytest.approx(
+        2.2566e6, rel=1e-8
+    )
+    law = PowerLaw(9e5, -0.25, 3.0)
+    fit = fit_metric(ladder(law), irreducible=True)
+    for part in ("coefficient", "exponent", "irreducible"):
+        assert getattr(fit.law, part) == pytest.approx(getattr(law, part), rel=1e-5)
+    said = fit.predict(6e19)
+    assert said["beyond"] == pytest.approx(10) and said["score"] == pytest.approx(law(6e19), rel=1e-6)
+
+
+def test_intervals_of_a_metric_law_cover():
+    hits = []
+    for seed in range(200):
+        fit = fit_metric(ladder(noise=0.05, seed=seed), resamples=200, seed=seed)
+        low, high = fit.predict(6e19)["interval"]
+        hits.append((fit.span("exponent")[0] < -0.234 < fit.span("exponent")[1], low < LIANG(6e19) < high))
+    for share in np.mean(hits, axis=0):
+        assert 0.89 <= share <= 0.99
+
+
+def test_a_law_without_scatter_to_judge_by_has_no_interval():
+    fit = fit_metric(ladder(compute=COMPUTE[:2]))
+    assert math.isnan(fit.span("exponent")[0]) and "leave nothing to judge the scatter by" in fit.warnings[0]
+    with pytest.raises(UsageError, match=r"found 1 budget\(s\), expected at least 2"):
+        fit_metric(ladder(compute=COMPUTE[:1]))
+    with pytest.raises(UsageError, match="no flops_train of x"):
+        fit_metric([Point("x", 1.0), *ladder()])
+
+
+def test_a_metric_that_ignores_compute_is_said_to():
+    fit = fit_metric(ladder(PowerLaw(20.0, 0.0), noise=0.1))
+    assert any("do not show that the metric depends on compute" in w for w in fit.warnings)
+
+
+def test_the_best_model_of_each_budget_is_used():
+    worse = [Point(p.name + "x", p.score * 1.5, train=p.train * 1.02) for p in ladder()]
+    found = best_of_budgets(worse + ladder())
+    assert [p.name for p in found] == [p.name for p in ladder()]
+    assert [p.name for p in best_of_budgets(worse + ladder(), higher=True)] == [p.name for p in worse]
+
+
+def guided() -> list[Point]:
+    """FID = law x (1 + distance of log guidance to the best of the model), the best one moving with the model."""
+    best = [1.5, 1.5, 2.0, 2.0, 3.0, 3.0]
+    return [
+        Point(p.name, p.score * (1 + abs(math.log(g / b))), 0.01, guidance=g, sampler="ddim", steps=250, train=p.train)
+        for p, b in zip(ladder(), best, strict=True)
+        for g in (1.0, 1.5, 2.0, 3.0, 4.0)
+    ]
+
+
+def test_guidance_is_chosen_per_model_before_the_law():
+    found = choose(guided())
+    assert [c.best.guidance for c in found] == [1.5, 1.5, 2.0, 2.0, 3.0, 3.0] and all(c.share == 1 for c in found)
+    assert fit_metric([c.best for c in found]).law.exponent == pytest.approx(-0.234, rel=1e-9)
+    fixed = fit_metric([p for p in guided() if p.guidance == 3.0]).law.exponent
+    assert fixed < -0.3  # at one guidance for all the law is another one
+    short = choose([p for p in guided() if p.guidance < 2.5])
+    assert [c.edge for c in short] == ["", "", "highest", "highest", "highest", "highest"]
+    assert "the best guidance is the highest tried" in short[-1].warning
+
+
+def test_steps_are_chosen_only_when_asked():
+    points = [p for p in ladder() for p in (Point(p.name, p.score, steps=n, train=p.train) for n in (20, 50))]
+    with pytest.raises(
+        UsageError, match=r"found steps 20, 50, expected one; take one with --where samples.steps=VALUE"
+    ):
+        choose(points)
+    assert len(choose(points, ("guidance", "steps"))) == 6
+
+
+def test_an_uncertain_choice_is_said_to_be():
+    points = [Point("a", 10 + 0.01 * i, 0.5, guidance=1.0 + i / 4, train=1e18) for i in range(5)]
+    (found,) = choose(points)
+    assert 0.15 < found.share < 0.5 and sum(found.shares.values()) == pytest.approx(1)
+    assert "uncertain" in found.warning
+
+
+@pytest.mark.parametrize(("growth", "verdict"), [(0.0, "constant"), (0.1, "growing"), (-0.1, "shrinking")])
+def test_a_second_data_set_is_a_constant_or_a_growing_offset(growth, verdict):
+    rng = np.random.default_rng(1)
+    one = ladder(noise=0.2)  # what a model has in common on both data sets is no noise of the offset
+    shift = [0.5 + growth * math.log10(p.train / 1e18) + 0.01 * rng.standard_normal() for p in one]
+    other = [Point(p.name, p.score * math.exp(s), train=p.train) for p, s in zip(one, shift, strict=True)]
+    found = fit_offset(one, other)
+    assert found.verdict == verdict and found.growth_interval[0] < growth < found.growth_interval[1]
+    assert found.shift(10.0, 1e18) == pytest.approx(10 * math.exp(0.5), rel=0.02)
+
+
+def test_an_offset_may_be_a_difference():
+    one = ladder(PowerLaw(2.3943, -0.0273))  # the loss law of Liang et al.
+    other = [Point(p.name, p.score + 0.1, train=p.train) for p in one]
+    found = fit_offset(one, other, linear=True)
+    assert (
+        found.verdict == "constant"
+        and found.offset == pytest.approx(0.1)
+        and found.shift(0.7, 1e18) == pytest.approx(0.8)
+    )
+    assert fit_offset(one, other).verdict == "growing"  # the same as ratios
+
+
+def test_a_constant_offset_is_seldom_called_growing():
+    false = []
+    for seed in range(300):
+        rng, one = np.random.default_rng(seed), ladder()
+        other = [Point(p.name, p.score * math.exp(0.3 + 0.02 * rng.standard_normal()), train=p.train) for p in one]
+        false.append(fit_offset(one, other).verdict != "constant")
+    assert np.mean(false) < 0.09  # nominal 0.05, standard error 0.013
+
+
+def test_an_offset_needs_the_same_models():
+    with pytest.raises(UsageError, match=r"0 models are in both, expected at least 3 budgets; found m0, m1, m2 and x0"):
+        fit_offset(ladder(), [Point(f"x{i}", p.score, train=p.train) for i, p in enumerate(ladder())])
+    with pytest.raises(UsageError, match="m0 has flops_train 2e"):
+        fit_offset(ladder(), [Point(p.name, p.score, train=2 * p.train) for p in ladder()])
+
+
+def test_correlation_is_pearson_of_logarithms_and_spearman():
+    rng = np.random.default_rng(0)
+    x, y = np.exp(rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], 40)).T
+    found = correlate([Point(str(i), float(b), loss=float(a)) for i, (a, b) in enumerate(zip(x, y, strict=True))])
+    assert found.pearson == pytest.approx(stats.pearsonr(np.log(x), np.log(y))[0], rel=1e-12)
+    assert found.spearman == pytest.approx(stats.spearmanr(x, y)[0], rel=1e-12)
+    assert found.pearson_interval[0] < found.pearson < found.pearson_interval[1] < 1
+    assert found.pearson_interval[1] - found.pearson_interval[0] == pytest.approx(4 * 0.36 / math.sqrt(40), rel=0.5)
+    with pytest.raises(UsageError, match="0 models have both a held-out loss and the metric"):
+        correlate(ladder())
+
+
+def test_intervals_of_a_correlation_cover():
+    hits = []
+    for seed in range(150):
+        x, e = np.random.default_rng(seed).standard_normal((2, 10))
+        y = 0.9 * x + math.sqrt(1 - 0.81) * e
+        pairs = enumerate(zip(np.exp(x).tolist(), np.exp(y).tolist(), strict=True))
+        found = correlate([Point(str(i), b, loss=a) for i, (a, b) in pairs], resamples=500, seed=seed)
+        hits.append(found.pearson_interval[0] <= 0.9 <= found.pearson_interval[1])
+    assert 0.89 <= np.mean(hits) <= 0.99
+
+
+def test_fid_of_the_twelve_published_models_follows_their_compute():
+    """Peebles & Xie, section 5: FID against log Gflops, Pearson -0.93; here both are logarithms."""
+    found = correlate([Point(n, fid, loss=gmac) for n, (gmac, fid) in DIT.items()])
+    assert found.pearson == pytest.approx(-0.93, abs=0.01) and found.pearson_interval[1] < -0.75
+    fit = fit_metric([Point(n, fid, train=2e9 * gmac) for n, (gmac, fid) in DIT.items()])
+    assert fit.span("exponent")[0] < -0.37 < fit.span("exponent")[1] < -0.2
+
+
+def test_the_crossing_of_two_ladders_is_found_within_its_interval():
+    found = compare(side("a"), side("b", B_LAW, seed=1), form="pure")
+    assert found.steeper == "b" and found.exponents[0].law == "L_opt_pure"
+    assert found.exponents[0].interval[0] < -0.03 < found.exponents[0].interval[1] < 0
+    assert found.crossing.lower == "b" and found.crossing.interval[0] < 4e10 < found.crossing.interval[1]
+    assert found.ratio_interval[0] < B_LAW(found.common) / A_LAW(found.common) < found.ratio_interval[1]
+    exact = compare(side("a", noise=0.0), side("b", B_LAW, noise=0.0), form="pure")
+    assert exact.crossing.flops == pytest.approx(4e10, rel=1e-5)
+    assert exact.exponents[0].difference == pytest.approx(-0.03, rel=1e-6)
+    swapped = compare(side("b", B_LAW, noise=0.0), side("a", noise=0.0), form="pure")
+    assert swapped.crossing.lower == "b" and swapped.crossing.flops == pytest.approx(4e10, rel=1e-5)
+
+
+def test_a_crossing_beyond_the_data_says_how_far():
+    late = PowerLaw(22.0 * 1.3e12**0.03, -0.18)  # crosses at ten times the largest budget
+    found = compare(side("a", noise=0.0), side("late", late, noise=0.0), form="pure").crossing
+    assert found.lower == "late" and found.beyond == pytest.approx(1.3e12 / BUDGETS[-1], rel=1e-5)
+
+
+def test_equal_ladders_are_not_told_apart():
+    same, other = side("a", seed=3), side("b", seed=4)
+    found = compare(same, other, form="pure")
+    assert found.steeper == "" and found.exponents[0].interval[0] < 0 < found.exponents[0].interval[1]
+    assert math.isinf(found.crossing.interval[1]) or found.crossing.interval[1] > 1e3 * BUDGETS[-1]
+
+
+def test_equal_seeds_do_not_tie_two_ladders():
+    one = side("a", seed=0)
+    found = compare(one, one, form="pure").exponents[0]
+    width = one.draws["L_opt_pure"].exponent.std()
+    assert found.interval[1] - found.interval[0] == pytest.approx(2 * 1.96 * math.sqrt(2) * width, rel=0.25)
+
+
+def test_irreducible_laws_are_compared_as_such():
+    one, two = PowerLaw(22.0, -0.22, 0.38), PowerLaw(22.0, -0.22, 0.30)
+    found = compare(side("a", one, noise=0.0), side("b", two, noise=0.0))
+    assert found.form == "irreducible" and found.exponents[0].difference == pytest.approx(0, abs=1e-5)
+    assert found.crossing.lower == "b" and found.crossing.flops == 0
+    assert any("irreducible terms decide" in w for w in found.warnings)
+
+
+def test_ladders_measured_otherwise_have_no_crossing():
+    base = {"data": {"dataset": "x"}, "process": {"time_law": "uniform"}, "flops": "exact"}
+    a = side("a", protocol=base)
+    other = compare(a, side("b", B_LAW, protocol=base | {"process": {"time_law": "logit_normal"}}), form="pure")
+    assert other.crossing is None and "process.time_law is 'uniform' and 'logit_normal'" in other.warnings[0]
+    data = compare(a, side("b", B_LAW, protocol=base | {"data": {"dataset": "y"}}), form="pure")
+    assert data.crossing and "different data (data.dataset is 'x' and 'y')" in data.warnings[0]
+    with pytest.raises(UsageError, match="protocol field 'flops' is 'MACs', but 'exact' in a; convert"):
+        compare(a, side("b", B_LAW, protocol=base | {"flops": "MACs"}))
+
+
+def test_ladders_of_a_metric_compare_too():
+    laws = {"a": LIANG, "b": PowerLaw(4e7, -0.3)}
+    a, b = (ladder_of_metric(n, fit_metric(ladder(law, 0.02, i))) for i, (n, law) in enumerate(laws.items()))
+    found = compare(a, b)
+    truth = (4e7 / 2.2566e6) ** (1 / 0.066)
+    assert found.steeper == "b" and found.crossing.interval[0] < truth < found.crossing.interval[1]
+    with pytest.raises(UsageError, match="a: too few budgets for a law with an irreducible term"):
+        compare(a, b, form="irreducible")
+
+
+def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
+    a, b = sheet(tmp_path / "a.csv", A_LAW, 0), sheet(tmp_path / "b.csv", B_LAW, 1)
+    out = tmp_path / "out.json"
+    assert main(["compare", a, b, "--law=pure", "--resamples=300", f"--json={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Which scales better: b.csv" in printed and "b.csv is the lower one from" in printed
+    result = json.loads(out.read_text())
+    assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
+    assert {d["law"] for d in result["exponents"]} == {"L_opt_pure", "N_opt", "D_opt"}
+    assert main(["compare", a, b, "--through=best", "--resamples=300"]) == 0
+    far = sheet(tmp_path / "far.csv", PowerLaw(22.0 * 1.3e12**0.03, -0.18), 2, noise=1e-5)
+    assert main(["compare", a, far, "--law=pure"]) == 0
+    assert "x beyond the data; interval" in capsys.readouterr().out
+
+
+def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
+    """The vertices of FID, each model at its own best guidance, which at guidance 1 alone would be others."""
+    paths = []
+    for name, law, seed in (("a", A_LAW, 0), ("b", B_LAW, 1)):
+        rows = ["name,params,tokens,flops_train,guidance,fid"]
+        for i, r in enumerate(study(noise=0.003, seed=seed, loss=law)):
+            rows += [
+                f"{r.name},{r.params},{r.tokens},{r.flops},{g},{r.loss * (1 + x)}"
+                for g, x in ((1, 0.1 * (i % 3)), (2, 0.0), (3, 0.2))
+            ]
+        paths.append(str(tmp_path / f"{name}.csv"))
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    out = tmp_path / "out.json"
+    assert main(["compare", *paths, "--metric=fid", "--law=pure", "--resamples=300", f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
+    assert main(["compare", *paths, "--metric=fid", "--where=guidance=1", "--through=best", "--resamples=300"]) == 0
+    assert "the fid of b.csv is" in capsys.readouterr().out
+
+
+def test_the_metric_command_from_records(tmp_path, capsys):
+    for p in ladder(noise=0.01):
+        for guidance in (1.0, 1.5, 2.0):
+            fid = p.score * (1 + abs(math.log(guidance / 1.5)))
+            metrics = {"fid": fid, "fid_low": fid * 0.99, "fid_high": fid * 1.01}
+            protocol = PROTOCOL | {"samples": SAMPLING | {"guidance": guidance}}
+            records = [record(run=p.name, metrics=metrics, protocol=protocol, flops_train=p.train, flops_sample=1e9)]
+            if guidance == 1.0:
+                records.append(record(run=p.name, loss=2.4 * p.train**-0.03, flops_train=p.train))
+                workdir(tmp_path / p.name, *records)
+            else:
+                with open(tmp_path / p.name / "eval" / "records.jsonl", "a") as file:
+                    file.write(json.dumps(records[0]) + "\n")
+    out = tmp_path / "out.json"
+    assert main(["metric", str(tmp_path), "--flops=6e19", "--against", str(tmp_path), f"--json={out}"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("Best sampling of each model", "guidance 1.5", "10x beyond", "Spearman", "constant"):
+        assert part in printed
+    result = json.loads(out.read_text())
+    low, high = result["intervals"]["exponent"]
+    assert low < -0.234 < high and result["correlation"]["models"] == 6 and result["offset"]["offset"] == 0
+    assert all(c["guidance"] == 1.5 and c["tried"] == 3 for c in result["choices"])
+    assert any("too narrow" in w for w in result["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "A"], "required: RUNS_B"),
+        (["compare", "A", "nowhere.csv"], "nowhere.csv: no such file or folder"),
+        (["compare", "A", "BAD"], "no column 'loss'; nearest found 'los'"),
+        (["compare", "A", "A", "--law=cubic"], "invalid choice: 'cubic'"),
+        (["compare", "A", "A", "--metric=is_digits"], "expected a metric of which less is better"),
+        (["compare", "A", "A", "--window=0.5"], "--window: found 0.5"),
+        (["metric", "A"], "no column 'name'; nearest found"),
+        (["metric", "A", "--choose=scale"], "--choose: found 'scale', expected names among sampler, steps"),
+        (["metric", "A", "--flops=-1"], "--flops: found -1"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"A": sheet(tmp_path / "a.csv", A_LAW, 0), "BAD": str(tmp_path / "bad.csv")}
+    (tmp_path / "bad.csv").write_text("params,tokens,los\n1,2,3\n")
+    before = sorted(os.listdir(tmp_path))
+    assert main([files.get(a, a) for a in arguments] + ["--json=out.json"] * ("A" in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before

@@ -40,7 +40,7 @@ from dit_jax.sample import UINT8, describe_job, image_flops, sample_images, weig
 class Task:
     """A protocol, the config with its sampling (also which weights: ema | params), and a function from (step, weights) to metrics.
 
-    The function returns None when another evaluation has recorded them meanwhile.
+    The function returns (metrics, what else the record shall say), or None when another evaluation recorded it meanwhile.
     """
 
     cfg: Config
@@ -159,8 +159,8 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
-    def loss(step: int, params) -> dict:
-        return held_out_loss(cfg, params, images, labels, mesh, look)
+    def loss(step: int, params) -> tuple[dict, dict]:
+        return held_out_loss(cfg, params, images, labels, mesh, look), {}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
@@ -173,23 +173,35 @@ def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: boo
     """The sample metrics of one sampling, that of `cfg.sample`."""
     protocol, network = sample_protocol(cfg, tools), tools.network
 
-    def draw(params, first: int, end: int) -> Iterator[samples.Batch]:
+    def draw(params, times: list, first: int, end: int) -> Iterator[samples.Batch]:
         drawn = sample_images(cfg, params, cfg.sample, end, cfg.eval.seed, tools.mesh, (), first, tools.decode)
-        for images, labels in drawn:
+        for images, labels in _timed(drawn, times):
             yield network.rows(images).view(np.uint8), labels
 
-    def measure(step: int, params) -> dict | None:
+    def measure(step: int, params) -> tuple[dict, dict] | None:
         job = describe_job(cfg, params, cfg.sample, step, cfg.eval.seed, (), tools.autoencoder)
         folder = partial_folder(workdir, step, protocol_id(protocol))
         store = samples.Store(folder, job | {"features": network.sha256}, (4 * network.width,))
         with _alone_in(folder, stop):
             if (step, protocol_id(protocol)) in read_records(workdir):
                 return None
-            parts = samples.gather(store, cfg.eval.samples, functools.partial(draw, params), stop, quiet)
+            times: list[float] = []
+            parts = samples.gather(store, cfg.eval.samples, functools.partial(draw, params, times), stop, quiet)
             rows = (part.view("<f4") for part, _ in parts)
-            return scores.measure(rows, network, tools.reference, cfg.eval)
+            metrics = scores.measure(rows, network, tools.reference, cfg.eval)
+            return metrics, {"seconds_sample": float(np.median(times))} if times else {}
 
     return Task(cfg, protocol, measure)
+
+
+def _timed(batches: Iterator[samples.Batch], times: list[float]) -> Iterator[samples.Batch]:
+    """The same batches; `times` gets the seconds an image of each took, but for the first, which compiles."""
+    began = None
+    for batch in batches:
+        if began is not None:
+            times.append((time.perf_counter() - began) / len(batch[1]))
+        yield batch
+        began = time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -274,9 +286,9 @@ def _run(
 def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: bool) -> dict:
     """Measure and record one protocol of one checkpoint; returns all records, by step and protocol."""
     with ledger.spend("evaluation"):
-        metrics = task.measure(step, params)
-    if metrics is not None:
-        record = make_record(task.cfg, workdir, step, weights_hash(params), metrics, task.protocol)
+        found = task.measure(step, params)
+    if found is not None:
+        record = make_record(task.cfg, workdir, step, weights_hash(params), found[0], task.protocol) | found[1]
         with ledger.spend("save"):
             append_record(workdir, record)
         if not quiet:

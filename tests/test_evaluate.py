@@ -351,6 +351,7 @@ def test_a_grid_of_samplings_is_scored_once_each(workdir, tmp_path, cache_dir):
     for (_, sampler, steps, guidance), record in found.items():
         calls = {"euler": steps, "heun": 2 * steps - 1}[sampler]
         assert record["flops_sample"] == calls * cost * (1 if guidance == 1 else 2)
+    assert all(0 < record["seconds_sample"] < 10 for record in found.values())
     assert len({record["metrics"]["fd_digits"] for record in records(workdir)}) == 8
     before = (workdir / "eval" / "records.jsonl").read_bytes()
     assert run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)[0] == 0

@@ -13,8 +13,12 @@ from scipy import stats
 
 from dit_jax.config import UsageError
 from dit_jax.scaling import bootstrap, parabola
+from dit_jax.scaling.akima import fit_akima
+from dit_jax.scaling.compute import fit_compute
+from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
-from dit_jax.scaling.runs import Run
+from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
 
 IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
 
@@ -99,15 +103,15 @@ def fit_isoflop(
 
     **Intervals** are percentiles of a residual bootstrap whose unit is the run; `bootstrap` says how, and why not otherwise.
     """
-    budgets = tuple(_fit_budget(b, window) for b in _budgets(runs, tolerance))
-    used = [b for b in budgets if not b.problem]
-    warnings = [f"budget {b.label}: {b.problem}; not used" for b in budgets if b.problem]
+    found = tuple(_fit_budget(b, window) for b in _budgets(runs, tolerance))
+    used = [b for b in found if not b.problem]
+    warnings = [f"budget {b.label}: {b.problem}; not used" for b in found if b.problem]
     if len(used) < 2:
         raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2. " + "; ".join(warnings))
     fit = IsoflopFit(
         method="isoflop",
         n_runs=len(runs),
-        budgets=budgets,
+        budgets=found,
         laws={
             name: law[0] for name, law in _laws(used, [parabola.vertex(b.curve, b.losses[None]) for b in used]).items()
         },
@@ -128,28 +132,23 @@ def fit_isoflop(
     return replace(fit, identifiable=not reasons, warnings=fit.warnings + reasons + _cautions(fit))
 
 
-METHODS = {"isoflop": fit_isoflop}
+METHODS = {
+    "isoflop": fit_isoflop,
+    "akima": fit_akima,
+    "surface": fit_surface,
+    "varpro": fit_varpro,
+    "gadre": fit_gadre,
+    "envelope": fit_envelope,
+    "power": fit_compute,
+}
 
 
 def _budgets(runs, tolerance: float) -> list[Budget]:
-    """Runs grouped by label where all have one, else by training FLOPs."""
-    groups: dict = {}
-    if all(r.group for r in runs):
-        for run in runs:
-            groups.setdefault(run.group, []).append(run)
-    else:
-        start, key = -math.inf, ""
-        for run in sorted(runs, key=lambda r: r.flops):
-            if run.flops > start * (1 + tolerance) or not key:
-                start, key = run.flops, f"{run.flops:.3g}"
-                while key in groups:
-                    key += "'"
-            groups.setdefault(key, []).append(run)
-    budgets = [
-        Budget(label, float(np.exp(np.mean([math.log(r.flops) for r in members]))), tuple(members))
-        for label, members in groups.items()
+    found = [
+        Budget(label, float(np.exp(np.mean([math.log(r.flops) for r in members]))), members)
+        for label, members in budgets(runs, tolerance)
     ]
-    return sorted(budgets, key=lambda b: b.flops)
+    return sorted(found, key=lambda b: b.flops)
 
 
 def _fit_budget(budget: Budget, window: float) -> Budget:

@@ -64,6 +64,23 @@ def load_runs(paths: str | os.PathLike | Iterable, metric: str = "loss", protoco
     return runs
 
 
+def budgets(runs: Iterable[Run], tolerance: float = 0.05) -> list[tuple[str, tuple]]:
+    """(label, runs) of each compute budget: runs grouped by label where all have one, else by training FLOPs within `tolerance`."""
+    runs, groups = list(runs), {}
+    if all(r.group for r in runs):
+        for run in runs:
+            groups.setdefault(run.group, []).append(run)
+        return [(label, tuple(members)) for label, members in groups.items()]
+    start, key = -math.inf, ""
+    for run in sorted(runs, key=lambda r: r.flops):
+        if run.flops > start * (1 + tolerance) or not key:
+            start, key = run.flops, f"{run.flops:.3g}"
+            while key in groups:
+                key += "'"
+        groups.setdefault(key, []).append(run)
+    return [(label, tuple(members)) for label, members in groups.items()]
+
+
 def _files(path: str) -> list[str]:
     if os.path.isfile(path):
         if not path.endswith((".csv", ".jsonl")):

@@ -141,7 +141,8 @@ def run_all(args, runs) -> dict:
     fits, refused = {}, {}
     for method, make in METHODS.items():
         try:
-            fits[method] = make(runs, **_options(args, method, strict=False))
+            taken = load_runs(args.runs, protocol_id=args.protocol, curves=True) if method == "envelope" else runs
+            fits[method] = make(taken, **_options(args, method, strict=False))
         except UsageError as error:
             refused[method] = str(error)
     if not fits:
@@ -253,7 +254,8 @@ def main(argv=None) -> int:
     try:
         args = _parser().parse_args(argv)
         _check(args)
-        runs = load_runs(args.runs, protocol_id=args.protocol)
+        curves = args.method == "envelope"
+        runs = load_runs(args.runs, protocol_id=args.protocol, curves=curves)
         if args.method == "all":
             result = run_all(args, runs)
         else:

@@ -17,7 +17,9 @@ from dit_jax.scaling.akima import fit_akima
 from dit_jax.scaling.compute import fit_compute
 from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
+from dit_jax.scaling.points import PointFit
 from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
 
 IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
@@ -132,6 +134,7 @@ def fit_isoflop(
     return replace(fit, identifiable=not reasons, warnings=fit.warnings + reasons + _cautions(fit))
 
 
+Fit = IsoflopFit | PointFit | SurfaceFit
 METHODS = {
     "isoflop": fit_isoflop,
     "akima": fit_akima,
@@ -249,6 +252,12 @@ def _cautions(fit: IsoflopFit) -> tuple:
             found.append(
                 f"the N_opt of the budgets scatter {math.sqrt(ratio):.1f} times more than the noise of the runs allows"
             )
+    chance = _no_parabola(fit)
+    if chance < 0.01:
+        found.append(
+            f"the curves are no parabolas (F test against quartics, p = {chance:.1g}), so their minima are biased; keep nearby sizes "
+            "with --window, or compare --method=akima"
+        )
     law = fit.laws.get("L_opt_irreducible")
     if law and fit.draws:
         E = fit.draws["L_opt_irreducible"].irreducible
@@ -257,3 +266,20 @@ def _cautions(fit: IsoflopFit) -> tuple:
         if -law.exponent > 0.99 * EXPONENTS[1] or -law.exponent < 1.01 * EXPONENTS[0]:
             found.append(f"the exponent of the reducible loss is at the bound of its search ({law.exponent:.3g})")
     return tuple(found)
+
+
+def _no_parabola(fit: IsoflopFit) -> float:
+    """The chance of scatter about parabolas as systematic as this, were they true: an F test of two more powers at each budget."""
+    plain, more, powers, freedom = 0.0, 0.0, 0, 0
+    for b in fit.used:
+        u = b.curve.log_n - b.curve.centre
+        if len(set(u)) < 6:
+            continue
+        design = np.stack([(u / np.abs(u).max()) ** i for i in range(5)], axis=1)
+        left = b.losses - design @ np.linalg.lstsq(design, b.losses, rcond=None)[0]
+        plain += float(np.sum((b.losses - b(np.exp(b.curve.log_n))) ** 2))
+        more += float(np.sum(left**2))
+        powers, freedom = powers + 2, freedom + len(u) - 5
+    if not freedom or plain < 1e-18:
+        return 1.0
+    return float(stats.f.sf((plain - more) / powers / max(more / freedom, 1e-300), powers, freedom))

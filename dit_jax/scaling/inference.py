@@ -1,8 +1,9 @@
 """Intervals of the parametric fits: cluster bootstrap, delta method, profile likelihood, and how well the data condition the law.
 
-The unit is the run: rows of one run (checkpoints of one training) are drawn together and share their errors. Bootstrap draws are
-stretched about the estimate by sqrt(n / (n - p)) t / z for n runs and p parameters, which undoes the shrinking of residuals that p fitted
-parameters cause and widens few runs' percentiles to Student's t; without it, percentiles of a small study cover too rarely.
+The unit is the run: rows of one run (checkpoints of one training) are drawn together and share their errors. Bootstrap draws of a least-
+squares fit are stretched about the estimate by sqrt(n / (n - p)) t / z for n runs and p parameters, which undoes the shrinking of residuals
+that p fitted parameters cause and widens few runs' percentiles to Student's t; without it, percentiles of a small study cover too rarely.
+Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself.
 
 For a Huber loss the variance is that of an M-estimator (Huber 1964), E[psi^2] / E[psi']^2 (J'J)^-1. E[psi'], the share of residuals within
 delta, is counted in a window no narrower than the scatter of the residuals allows (Powell 1991), since delta is often narrower.
@@ -54,7 +55,7 @@ def stretch(count: int, freedom: int, level: float) -> float:
 
 def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, level: float) -> tuple:
     """(stretched estimates of as many resamples of the clusters as determine the law, how many did not)."""
-    count, width = groups.max() + 1, problem.width
+    count, width = int(groups.max()) + 1, problem.width
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(count, np.full(count, 1 / count), resamples)
     enough = (drawn > 0).sum(1) >= width
@@ -62,7 +63,8 @@ def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, 
     start = lifted(problem, theta)
     found = newton.minimize(problem, np.tile(start, (len(weight), 1)), weight)
     kept = found.theta[np.isfinite(found.theta).all(1)]
-    moved = theta + stretch(count, count - width, level) * (kept - theta)
+    factor = 1.0 if math.isfinite(problem.delta) else stretch(count, count - width, level)
+    moved = theta + factor * (kept - theta)
     return np.clip(moved, problem.lower, problem.upper), resamples - len(kept)
 
 
@@ -95,14 +97,15 @@ def curvature(problem: newton.Problem, theta: np.ndarray) -> tuple:
     if math.isfinite(problem.delta):
         spread = np.median(np.abs(r)) / 0.6745 * math.sqrt(len(r) / max(len(r) - problem.width, 1))
         window = max(problem.delta, 1.06 * spread * len(r) ** -0.2)
-        inside = max(np.mean(np.abs(r) <= window), 1 / len(r)) * problem.delta / window
+        near = np.sum(np.abs(r) <= window) - problem.width  # as many as there are parameters are fitted exactly
+        inside = max(near, 1) / max(len(r) - problem.width, 1) * problem.delta / window
     return newton.jacobian(problem, theta), psi, inside
 
 
 def covariance(problem: newton.Problem, theta: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Covariance (p, p) of the estimate; parameters at a bound are taken as known."""
     slope, psi, inside = curvature(problem, theta)
-    count, width = groups.max() + 1, problem.width
+    count, width = int(groups.max()) + 1, problem.width
     free = ~vanished(problem, theta) & (theta < problem.upper)
     bread = np.linalg.pinv(slope[:, free].T @ slope[:, free], hermitian=True) / inside
     if count == len(groups):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.config import UsageError
-from dit_jax.scaling.fit import IsoflopFit, fit_isoflop
+from dit_jax.scaling.fit import Fit, fit_isoflop
 from dit_jax.scaling.runs import Run
 
 NO_INTERVAL = (math.nan, math.nan)
@@ -64,7 +64,7 @@ def interval(values, level: float) -> tuple:
     return float(low), float(high)
 
 
-def predict(fit: IsoflopFit, flops: float | int, params: float | int | None = None) -> dict:
+def predict(fit: Fit, flops: float | int, params: float | int | None = None) -> dict:
     """N_opt, D_opt and L_opt at `flops` with intervals, and the expected loss of one run there.
 
     `L_run` is the loss of a run of `params` (None = N_opt): that of a surface, else L_opt plus what the median curvature of the
@@ -87,7 +87,7 @@ def predict(fit: IsoflopFit, flops: float | int, params: float | int | None = No
     return out
 
 
-def _one_run(fit, said: dict, draws: dict, params: float) -> tuple:
+def _one_run(fit: Fit, said: dict, draws: dict, params: float) -> tuple:
     """(expected loss of a run of `params`, its resamples with the noise of a run or None)."""
     away = math.log(params / said["N_opt"])
     noise = fit.noise_draws * np.random.default_rng(0).standard_normal(len(fit.noise_draws))
@@ -100,7 +100,7 @@ def _one_run(fit, said: dict, draws: dict, params: float) -> tuple:
     return said["L_opt"] + fit.curvature * away**2, draws["L_opt"] + fit.curvature * far**2 + noise
 
 
-def extrapolate(fit: IsoflopFit, run: Run) -> Extrapolation:
+def extrapolate(fit: Fit, run: Run) -> Extrapolation:
     """A trained run against what the fit expected of its size and compute."""
     said = predict(fit, run.flops, run.params)
     return Extrapolation(

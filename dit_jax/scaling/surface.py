@@ -40,13 +40,13 @@ class Surface:
 
     @property
     def a(self):
-        """Exponent of N_opt in compute."""
-        return self.beta / (self.alpha + self.beta)
+        """Exponent of N_opt in compute; nan where both exponents are 0."""
+        return _share(self.beta, self.alpha)
 
     @property
     def b(self):
         """Exponent of D_opt in compute."""
-        return self.alpha / (self.alpha + self.beta)
+        return _share(self.alpha, self.beta)
 
     def optimum(self, k: float) -> dict:
         """N_opt, D_opt and L_opt as laws of compute C = k N D: eq. 4 of Hoffmann et al. All three are exact power laws,
@@ -57,6 +57,11 @@ class Surface:
             d = PowerLaw(np.exp(-log_g - self.b * np.log(k)), self.b)
             reducible = self.A * n.coefficient**-self.alpha + self.B * d.coefficient**-self.beta
         return {"N_opt": n, "D_opt": d, "L_opt": PowerLaw(reducible, -self.alpha * self.a, self.E)}
+
+
+def _share(one, other):
+    with np.errstate(invalid="ignore"):
+        return np.divide(one, np.add(one, other))
 
 
 def fit_surface(
@@ -102,13 +107,14 @@ def fit_varpro(
 def fit_gadre(
     runs: Sequence[Run],
     *,
-    residual: str = "log",
+    residual: str = "linear",
     loss: str = "mse",
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> SurfaceFit:
-    """L = E + A N^-b + B D^-b: four parameters, so N_opt and D_opt both grow as the square root of compute by assumption."""
+    """L = E + A N^-b + B D^-b: four parameters, so N_opt and D_opt both grow as the square root of compute by assumption.
+    The paper fits the losses themselves by least squares, hence the defaults."""
     design = _design("gadre", runs, residual, loss)
     line = np.geomspace(0.02, 3.0, 33)
     starts = np.delete(_project(design, np.stack([line, line], axis=-1))[0], 4, axis=1)

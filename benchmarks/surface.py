@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads of BLAS spin, which would count as SciPy's work
+
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp

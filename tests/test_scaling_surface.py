@@ -153,15 +153,15 @@ def change(runs, **how):
 def test_data_that_cannot_answer_are_named():
     ratio = change(scatter(noise=0.002), tokens=lambda r: 20 * r.params, flops=lambda r: 120 * r.params**2)
     ratio = change(ratio, loss=lambda r: float(LAW(r.params, r.tokens)))
-    fit = fit_surface(ratio, resamples=50)
+    fit = fit_surface(ratio, resamples=0)
     assert not fit.identifiable and "nothing tells the two terms of the law apart" in fit.warnings[0]
     size = change(scatter(noise=0.002), params=lambda r: 1e9, flops=lambda r: 6e9 * r.tokens)
-    fit = fit_surface(change(size, loss=lambda r: float(LAW(r.params, r.tokens))), resamples=50)
+    fit = fit_surface(change(size, loss=lambda r: float(LAW(r.params, r.tokens))), resamples=0)
     assert not fit.identifiable and "all runs have the same params" in fit.warnings[0]
     noise = change(ladder(), loss=lambda r: 3 + 0.3 * math.sin(1e3 * math.log(r.params) + 77 * math.log(r.tokens)))
-    assert not fit_surface(noise, resamples=50).identifiable
+    assert not fit_surface(noise, resamples=0).identifiable
     few = scatter(count=5)
-    fit = fit_surface(few, resamples=50)
+    fit = fit_surface(few, resamples=0)
     assert not fit.identifiable and "nothing is left to test the law" in fit.warnings[0] and not fit.intervals
 
 
@@ -191,14 +191,19 @@ def test_what_no_search_can_mend_is_refused(runs, message):
         fit_surface(runs)
 
 
-@pytest.mark.parametrize(("fit", "law"), [(fit_varpro, LAW), (fit_gadre, EQUAL)])
+def gadre_of_logarithms(runs, **options):
+    """The planted noise is a share of the loss, so its residuals are of logarithms."""
+    return fit_gadre(runs, residual="log", **options)
+
+
+@pytest.mark.parametrize(("fit", "law"), [(fit_varpro, LAW), (gadre_of_logarithms, EQUAL)])
 def test_intervals_cover_in_a_small_simulation(fit, law):
-    for name, shares in coverage(fit, ladder, law, 40, 200).items():
+    for name, shares in coverage(fit, ladder, law, 25, 100).items():
         assert min(shares) >= 0.8, (name, shares)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fit", "law"), [(fit_surface, LAW), (fit_varpro, LAW), (fit_gadre, EQUAL)])
+@pytest.mark.parametrize(("fit", "law"), [(fit_surface, LAW), (fit_varpro, LAW), (gadre_of_logarithms, EQUAL)])
 def test_intervals_cover_in_500_studies(fit, law):
     for name, shares in coverage(fit, ladder, law, 500, 400).items():
         assert min(shares) >= 0.92, (name, shares)

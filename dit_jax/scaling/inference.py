@@ -128,14 +128,14 @@ def delta(quantities, theta: np.ndarray, matrix: np.ndarray, freedom: int, level
     points = np.concatenate([theta[None], theta + small * np.eye(width), theta - small * np.eye(width)])
     half = stats.t.ppf((1 + level) / 2, freedom)
     out = {}
-    for name, (values, scale) in quantities(points).items():
-        log = scale == "log" and values[0] > 0
-        with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):  # of a law that is not determined some are infinite, and their intervals nan
+        for name, (values, scale) in quantities(points).items():
+            log = scale == "log" and values[0] > 0
             values = np.log(values) if log else values
-        slope = (values[1 : width + 1] - values[width + 1 :]) / (2 * small)
-        error = half * math.sqrt(max(slope @ matrix @ slope, 0.0))
-        ends = values[0] - error, values[0] + error
-        out[name] = tuple(float(np.exp(min(e, 700.0)) if log else e) for e in ends)
+            slope = (values[1 : width + 1] - values[width + 1 :]) / (2 * small)
+            error = half * np.sqrt(np.maximum(slope @ matrix @ slope, 0.0))
+            ends = values[0] - error, values[0] + error
+            out[name] = tuple(float(np.exp(min(e, 700.0)) if log else e) for e in ends)
     return out
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-ROWS = 32_768  # numbers in one array of a chunk of problems: a few such arrays fit a core's cache
+ROWS = (
+    32_768  # numbers in one array of a chunk of problems: small enough for a core's cache, large enough to hide Python
+)
 STEPS = 300
 REACH = 2.0  # the largest change of a parameter in one step
 PRECISION = 1e-11  # of the loss, relative: predicted gains below it end a search
@@ -112,18 +114,19 @@ def local(problem: Problem, theta: np.ndarray, weight: np.ndarray | None = None)
         push, curve = psi, inside - psi
     width = problem.width
     gradient = np.zeros((len(theta), width))
-    hessian, majoriser = np.zeros((2, len(theta), width, width))
+    hessian, majoriser = np.zeros((2, len(theta), width * width))
     for share, vectors in zip(shares, problem.terms, strict=True):
         gradient += (push * share) @ vectors
-    for k, other, columns, where in problem.pairs:
+    for k, other, columns, place in problem.pairs:
+        product = shares[k] * shares[other]
+        bend, bound = product * curve, product * robust
         if k == other:
             pull = push * shares[k]
-            _add(hessian, pull @ columns, where)
-            _add(majoriser, np.abs(pull) @ columns, where)
-        product = shares[k] * shares[other]
-        _add(hessian, (product * curve) @ columns, where)
-        _add(majoriser, (product * robust) @ columns, where)
-    return _Local(loss.sum(1), gradient, hessian, majoriser)
+            bend, bound = bend + pull, bound + np.abs(pull)
+        hessian += (bend @ columns) @ place
+        majoriser += (bound @ columns) @ place
+    shape = (len(theta), width, width)
+    return _Local(loss.sum(1), gradient, hessian.reshape(shape), majoriser.reshape(shape))
 
 
 def _shares(problem: Problem, theta: np.ndarray) -> tuple:
@@ -135,11 +138,12 @@ def _shares(problem: Problem, theta: np.ndarray) -> tuple:
 
 
 def _pairs(terms: np.ndarray):
-    """For each pair of terms: (k, l, the nonzero columns of v_k v_l' + its transpose (n, c), their places in the matrix)."""
+    """For each pair of terms: (k, l, the c distinct nonzero entries of v_k v_l' + its transpose (n, c), and where they go in the
+    matrix, as zeros and ones (c, p^2))."""
     width = terms.shape[2]
     for k in range(len(terms)):
         for other in range(k, len(terms)):
-            columns, where = [], []
+            columns, place = [], []
             for i in range(width):
                 for j in range(i, width):
                     column = terms[k][:, i] * terms[other][:, j]
@@ -147,16 +151,10 @@ def _pairs(terms: np.ndarray):
                         column = column + terms[other][:, i] * terms[k][:, j]
                     if np.any(column):
                         columns.append(column)
-                        where.append((i, j))
-            yield k, other, np.stack(columns, axis=1), np.array(where).T
-
-
-def _add(matrix: np.ndarray, values: np.ndarray, where: np.ndarray) -> None:
-    """Adds values (m, c) at the places `where` of the upper triangle, and their mirror images."""
-    i, j = where
-    matrix[:, i, j] += values
-    off = i != j
-    matrix[:, j[off], i[off]] += values[:, off]
+                        spot = np.zeros((width, width))
+                        spot[i, j] = spot[j, i] = 1.0
+                        place.append(spot.ravel())
+            yield k, other, np.stack(columns, axis=1), np.array(place)
 
 
 def _search(problem: Problem, theta: np.ndarray, weight, fixed) -> Minima:

@@ -142,13 +142,9 @@ def _design(method: str, runs: Sequence[Run], residual: str, loss: str) -> Desig
         """theta (m, p) -> m surfaces."""
         e, a, b, alpha = np.moveaxis(theta[..., :4], -1, 0)
         beta = theta[..., -1]
-        return Surface(
-            np.exp(e + centre[2]),
-            np.exp(a + alpha * centre[0] + centre[2]),
-            np.exp(b + beta * centre[1] + centre[2]),
-            alpha,
-            beta,
-        )
+        with np.errstate(over="ignore"):
+            E, A, B = (np.exp(v + centre[2]) for v in (e, a + alpha * centre[0], b + beta * centre[1]))
+        return Surface(E, A, B, alpha, beta)
 
     names = ("E", "A", "B", "beta") if shared else ("E", "A", "B", "alpha", "beta")
     return Design(method, residual, loss, problem, law, names, centre)

@@ -157,6 +157,9 @@ def run_all(args, runs) -> dict:
     )
     for method, why in refused.items():
         print(f"{method}: not fitted: {why}")
+    for method, fit in fits.items():
+        for warning in fit.warnings:
+            print(f"warning: {method}: {warning}", file=sys.stderr)
     return {
         "method": "all",
         "n_runs": len(runs),

@@ -1,11 +1,13 @@
 """`python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`: fits scaling laws to runs.
 
 RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group).
+`fit --method=all` puts the methods side by side; isoflop, the default, is the only one that has a report.
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -17,6 +19,16 @@ from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
 from dit_jax.scaling.report import write, write_report
 from dit_jax.scaling.runs import load_runs
+from dit_jax.scaling.study import LOSSES, RESIDUALS, SurfaceFit
+from dit_jax.scaling.summary import (
+    METHOD_HEAD,
+    SURFACE_HEAD,
+    disagreements,
+    method_rows,
+    search_text,
+    surface_rows,
+    to_json,
+)
 from dit_jax.scaling.table import (
     BUDGET_HEAD,
     CHECK_HEAD,
@@ -24,7 +36,6 @@ from dit_jax.scaling.table import (
     answer,
     budget_rows,
     check_rows,
-    fit_json,
     law_rows,
     print_table,
     span,
@@ -56,10 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in COMMANDS.items():
         one = commands.add_parser(name, help=what.__doc__.splitlines()[0])
         one.add_argument("runs", nargs="+", metavar="RUNS")
-        one.add_argument("--method", default="isoflop", choices=METHODS)
+        one.add_argument("--method", default="isoflop", choices=[*METHODS, *(["all"] if name == "fit" else [])])
         one.add_argument(
-            "--window", type=float, default=float("inf"), help="keep sizes within this factor of a budget's best run"
+            "--residual", choices=RESIDUALS, help="of the parametric methods: log law - log loss, or law - loss"
         )
+        one.add_argument(
+            "--loss", choices=LOSSES, help="of the parametric methods: summed Huber (delta 1e-3), or squares"
+        )
+        one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -84,7 +99,8 @@ def _check(args) -> None:
     for flops in getattr(args, "flops", []):
         if not 0 < flops < float("inf"):
             raise UsageError(f"--flops: found {flops}, expected a number above 0")
-    if not getattr(args, "window", float("inf")) > 1:
+    window = getattr(args, "window", None)
+    if window is not None and not window > 1:
         raise UsageError(f"--window: found {args.window}, expected a factor above 1")
     if args.resamples < 0 or args.seed < 0:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
@@ -96,30 +112,82 @@ def _check(args) -> None:
             raise UsageError(f"--{name}: {path} is a folder, expected a file")
 
 
-def _options(args) -> dict:
-    return {"seed": args.seed, "resamples": args.resamples, "window": args.window}
+def _options(args, method: str, strict: bool = True) -> dict:
+    """The options of a method; one that it does not have is refused, or left out where not `strict`."""
+    known = inspect.signature(METHODS[method]).parameters
+    given = {name: getattr(args, name) for name in ("window", "residual", "loss") if getattr(args, name) is not None}
+    for name in given:
+        if strict and name not in known:
+            raise UsageError(f"--{name}: method {method} has no such option")
+    return {"seed": args.seed, "resamples": args.resamples} | {k: v for k, v in given.items() if k in known}
 
 
 def run_fit(args, runs, fit) -> dict:
     """Fit the laws and print them with their intervals."""
-    print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+    if fit.method == "isoflop":
+        print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+    if isinstance(fit, SurfaceFit):
+        print_table("L = E + A / N^alpha + B / D^beta", SURFACE_HEAD, surface_rows(fit))
+        print(search_text(fit) + "\n")
     print_table(f"Laws of compute, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
-    rows = check_rows(fit, holdout_largest(runs, **_options(args)), None)
-    if rows:
-        print_table("Predicted against measured", CHECK_HEAD, rows)
-    if args.flops:
+    if fit.method == "isoflop":
+        rows = check_rows(fit, holdout_largest(runs, **_options(args, "isoflop")), None)
+        if rows:
+            print_table("Predicted against measured", CHECK_HEAD, rows)
+    if args.flops and "N_opt" in fit.laws:
         _print_predictions(fit, args.flops)
-    return fit_json(fit, [predict(fit, c) for c in args.flops])
+    return to_json(fit, _predictions(fit, args.flops))
+
+
+def run_all(args, runs) -> dict:
+    """Every method that these runs allow, side by side."""
+    fits, refused = {}, {}
+    for method, make in METHODS.items():
+        try:
+            taken = load_runs(args.runs, protocol_id=args.protocol, curves=True) if method == "envelope" else runs
+            fits[method] = make(taken, **_options(args, method, strict=False))
+        except UsageError as error:
+            refused[method] = str(error)
+    if not fits:
+        raise UsageError("; ".join(f"{method}: {why}" for method, why in refused.items()))
+    flops = max(args.flops, default=max(r.flops for r in runs))
+    head = (*METHOD_HEAD[:8], f"L_opt at {flops:.3g}", *METHOD_HEAD[9:])
+    print_table(f"Methods, {next(iter(fits.values())).level:.0%} intervals", head, method_rows(fits, flops))
+    differ = disagreements(fits, flops)
+    print(
+        "\n".join(f"The methods disagree on {text}." for text in differ)
+        or "No two methods disagree beyond their intervals."
+    )
+    for method, why in refused.items():
+        print(f"{method}: not fitted: {why}")
+    for method, fit in fits.items():
+        for warning in fit.warnings:
+            print(f"warning: {method}: {warning}", file=sys.stderr)
+    return {
+        "method": "all",
+        "n_runs": len(runs),
+        "methods": {method: to_json(fit, _predictions(fit, args.flops)) for method, fit in fits.items()},
+        "refused": refused,
+        "disagreements": differ,
+    }
+
+
+def _predictions(fit, flops) -> list[dict]:
+    return [predict(fit, c) for c in flops] if "N_opt" in fit.laws else []
 
 
 def run_predict(args, runs, fit) -> dict:
     """Predict the best size, data and loss at --flops."""
+    if "N_opt" not in fit.laws:
+        raise UsageError(f"--method: {fit.method} says nothing of N_opt; predict with another")
     _print_predictions(fit, args.flops)
-    return fit_json(fit, [predict(fit, c) for c in args.flops])
+    return to_json(fit, _predictions(fit, args.flops))
 
 
 def run_plan(args, runs, fit) -> dict:
     """Choose the nearest size among RUNS for --flops, and the images it buys."""
+    if "N_opt" not in fit.laws:
+        raise UsageError(f"--method: {fit.method} says nothing of N_opt; plan with another")
     ladder = ladder_of(runs)
     if not ladder:
         raise UsageError(
@@ -144,17 +212,19 @@ def run_plan(args, runs, fit) -> dict:
         optimum = (f"{p.flops:.3g}", f"{p.beyond:.1f}x", f"{p.n_opt:.4g}", span(p.n_interval))
         rows.append((*optimum, *size, f"{p.loss:.4f}", span(p.loss_interval, ".4f")))
     print_table("Plan", head, rows)
-    return fit_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
+    return to_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
 
 
 def run_report(args, runs, fit) -> dict:
     """Write a self-contained report.html, with its figures and fit.json beside it."""
+    if fit.method != "isoflop":
+        raise UsageError(f"--method: found {fit.method}, but a report is written for isoflop alone; use fit --json")
     test = _extrapolation(args.runs, runs, fit)
-    held = holdout_largest(runs, **_options(args))
+    held = holdout_largest(runs, **_options(args, "isoflop"))
     path = write_report(args.out, fit, runs, held, title=args.title, extrapolation=test, grid_png=args.grid)
     print(answer(fit, test))
     print(path)
-    return fit_json(fit, [predict(fit, c) for c in args.flops])
+    return to_json(fit, _predictions(fit, args.flops))
 
 
 COMMANDS = {"fit": run_fit, "predict": run_predict, "plan": run_plan, "report": run_report}
@@ -187,8 +257,10 @@ def _print_predictions(fit, flops) -> None:
 
 def _fitted(args) -> dict:
     """The result of a command of COMMANDS, after its fit."""
-    runs = load_runs(args.runs, protocol_id=args.protocol)
-    fit = METHODS[args.method](runs, **_options(args))
+    runs = load_runs(args.runs, protocol_id=args.protocol, curves=args.method == "envelope")
+    if args.method == "all":
+        return run_all(args, runs)
+    fit = METHODS[args.method](runs, **_options(args, args.method))
     for warning in fit.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return COMMANDS[args.command](args, runs, fit)

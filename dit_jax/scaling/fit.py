@@ -13,8 +13,14 @@ from scipy import stats
 
 from dit_jax.config import UsageError
 from dit_jax.scaling import bootstrap, parabola
+from dit_jax.scaling.akima import fit_akima
+from dit_jax.scaling.compute import fit_compute
+from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
-from dit_jax.scaling.runs import Run
+from dit_jax.scaling.optima import PointFit
+from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.study import SurfaceFit
+from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
 
 IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
 
@@ -99,15 +105,15 @@ def fit_isoflop(
 
     **Intervals** are percentiles of a residual bootstrap whose unit is the run; `bootstrap` says how, and why not otherwise.
     """
-    budgets = tuple(_fit_budget(b, window) for b in _budgets(runs, tolerance))
-    used = [b for b in budgets if not b.problem]
-    warnings = [f"budget {b.label}: {b.problem}; not used" for b in budgets if b.problem]
+    found = tuple(_fit_budget(b, window) for b in _budgets(runs, tolerance))
+    used = [b for b in found if not b.problem]
+    warnings = [f"budget {b.label}: {b.problem}; not used" for b in found if b.problem]
     if len(used) < 2:
         raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2. " + "; ".join(warnings))
     fit = IsoflopFit(
         method="isoflop",
         n_runs=len(runs),
-        budgets=budgets,
+        budgets=found,
         laws={
             name: law[0] for name, law in _laws(used, [parabola.vertex(b.curve, b.losses[None]) for b in used]).items()
         },
@@ -128,28 +134,24 @@ def fit_isoflop(
     return replace(fit, identifiable=not reasons, warnings=fit.warnings + reasons + _cautions(fit))
 
 
-METHODS = {"isoflop": fit_isoflop}
+Fit = IsoflopFit | PointFit | SurfaceFit
+METHODS = {
+    "isoflop": fit_isoflop,
+    "akima": fit_akima,
+    "surface": fit_surface,
+    "varpro": fit_varpro,
+    "gadre": fit_gadre,
+    "envelope": fit_envelope,
+    "power": fit_compute,
+}
 
 
 def _budgets(runs, tolerance: float) -> list[Budget]:
-    """Runs grouped by label where all have one, else by training FLOPs."""
-    groups: dict = {}
-    if all(r.group for r in runs):
-        for run in runs:
-            groups.setdefault(run.group, []).append(run)
-    else:
-        start, key = -math.inf, ""
-        for run in sorted(runs, key=lambda r: r.flops):
-            if run.flops > start * (1 + tolerance) or not key:
-                start, key = run.flops, f"{run.flops:.3g}"
-                while key in groups:
-                    key += "'"
-            groups.setdefault(key, []).append(run)
-    budgets = [
-        Budget(label, float(np.exp(np.mean([math.log(r.flops) for r in members]))), tuple(members))
-        for label, members in groups.items()
+    found = [
+        Budget(label, float(np.exp(np.mean([math.log(r.flops) for r in members]))), members)
+        for label, members in budgets(runs, tolerance)
     ]
-    return sorted(budgets, key=lambda b: b.flops)
+    return sorted(found, key=lambda b: b.flops)
 
 
 def _fit_budget(budget: Budget, window: float) -> Budget:
@@ -250,6 +252,12 @@ def _cautions(fit: IsoflopFit) -> tuple:
             found.append(
                 f"the N_opt of the budgets scatter {math.sqrt(ratio):.1f} times more than the noise of the runs allows"
             )
+    chance = _no_parabola(fit)
+    if chance < 0.01:
+        found.append(
+            f"the curves are no parabolas (F test against quartics, p = {chance:.1g}), so their minima are biased; keep nearby sizes "
+            "with --window, or compare --method=akima"
+        )
     law = fit.laws.get("L_opt_irreducible")
     if law and fit.draws:
         E = fit.draws["L_opt_irreducible"].irreducible
@@ -258,3 +266,20 @@ def _cautions(fit: IsoflopFit) -> tuple:
         if -law.exponent > 0.99 * EXPONENTS[1] or -law.exponent < 1.01 * EXPONENTS[0]:
             found.append(f"the exponent of the reducible loss is at the bound of its search ({law.exponent:.3g})")
     return tuple(found)
+
+
+def _no_parabola(fit: IsoflopFit) -> float:
+    """The chance of scatter about parabolas as systematic as this, were they true: an F test of two more powers at each budget."""
+    plain, more, powers, freedom = 0.0, 0.0, 0, 0
+    for b in fit.used:
+        u = b.curve.log_n - b.curve.centre
+        if len(set(u)) < 6:
+            continue
+        design = np.stack([(u / np.abs(u).max()) ** i for i in range(5)], axis=1)
+        left = b.losses - design @ np.linalg.lstsq(design, b.losses, rcond=None)[0]
+        plain += float(np.sum((b.losses - b(np.exp(b.curve.log_n))) ** 2))
+        more += float(np.sum(left**2))
+        powers, freedom = powers + 2, freedom + len(u) - 5
+    if not freedom or plain < 1e-18:
+        return 1.0
+    return float(stats.f.sf((plain - more) / powers / max(more / freedom, 1e-300), powers, freedom))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit_jax.config import UsageError
-from dit_jax.scaling.fit import IsoflopFit
+from dit_jax.scaling.fit import Fit
 from dit_jax.scaling.predict import predict
 
 TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
@@ -33,7 +33,7 @@ class Plan:
         return self.params / self.n_opt
 
 
-def plan(fit: IsoflopFit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
+def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
     """The row of `ladder`, (name, parameters active per token, forward FLOPs of one image), nearest to N_opt in log N."""
     rows = list(ladder)
     if not rows:

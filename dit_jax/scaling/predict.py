@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.config import UsageError
-from dit_jax.scaling.fit import IsoflopFit, fit_isoflop
+from dit_jax.scaling.fit import Fit, fit_isoflop
 from dit_jax.scaling.runs import Run
 
 NO_INTERVAL = (math.nan, math.nan)
@@ -64,11 +64,12 @@ def interval(values, level: float) -> tuple:
     return float(low), float(high)
 
 
-def predict(fit: IsoflopFit, flops: float | int, params: float | int | None = None) -> dict:
+def predict(fit: Fit, flops: float | int, params: float | int | None = None) -> dict:
     """N_opt, D_opt and L_opt at `flops` with intervals, and the expected loss of one run there.
 
-    `L_run` is the loss of a run of `params` (None = N_opt): L_opt plus what the median curvature of the parabolas charges for the
-    distance to N_opt; its interval also holds the noise of a run. `beyond` is the multiple of the largest budget fitted.
+    `L_run` is the loss of a run of `params` (None = N_opt): that of a surface, else L_opt plus what the median curvature of the
+    parabolas charges for the distance to N_opt; its interval also holds the noise of a run. `beyond` is the multiple of the largest
+    budget fitted.
     """
     if not (math.isfinite(flops) and flops > 0):
         raise UsageError(f"--flops: found {flops!r}, expected a number above 0")
@@ -77,19 +78,29 @@ def predict(fit: IsoflopFit, flops: float | int, params: float | int | None = No
     for name in ("N_opt", "D_opt", "L_opt"):
         out[name] = float(fit.laws[name](flops))
         out[f"{name}_interval"] = interval(draws.get(name), fit.level)
+    out["D_over_N"] = out["D_opt"] / out["N_opt"]
+    out["D_over_N_interval"] = interval(draws["D_opt"] / draws["N_opt"] if draws else None, fit.level)
     params = out["N_opt"] if params is None else params
     out["params"] = float(params)
-    out["L_run"] = out["L_opt"] + fit.curvature * math.log(params / out["N_opt"]) ** 2
-    runs = None
-    if draws:
-        noise = fit.noise_draws * np.random.default_rng(0).standard_normal(len(fit.noise_draws))
-        away = np.log(params / draws["N_opt"]) if params != out["N_opt"] else 0.0
-        runs = draws["L_opt"] + fit.curvature * away**2 + noise
+    out["L_run"], runs = _one_run(fit, out, draws, params)
     out["L_run_interval"] = interval(runs, fit.level)
     return out
 
 
-def extrapolate(fit: IsoflopFit, run: Run) -> Extrapolation:
+def _one_run(fit: Fit, said: dict, draws: dict, params: float) -> tuple:
+    """(expected loss of a run of `params`, its resamples with the noise of a run or None)."""
+    away = math.log(params / said["N_opt"])
+    noise = fit.noise_draws * np.random.default_rng(0).standard_normal(len(fit.noise_draws))
+    if hasattr(fit, "surface"):
+        tokens = said["flops"] / (fit.k * params)
+        return fit.surface(params, tokens), fit.surfaces(params, tokens) + noise if draws else None
+    if not draws:
+        return said["L_opt"] + fit.curvature * away**2, None
+    far = np.log(params / draws["N_opt"]) if params != said["N_opt"] else 0.0
+    return said["L_opt"] + fit.curvature * away**2, draws["L_opt"] + fit.curvature * far**2 + noise
+
+
+def extrapolate(fit: Fit, run: Run) -> Extrapolation:
     """A trained run against what the fit expected of its size and compute."""
     said = predict(fit, run.flops, run.params)
     return Extrapolation(

@@ -43,8 +43,11 @@ class Run:
     source: str = ""  # file and line, for messages
 
 
-def load_runs(paths: str | os.PathLike | Iterable, metric: str = "loss", protocol_id: str | None = None) -> list[Run]:
-    """Runs of `paths`: workdirs, folders of workdirs, records.jsonl files or CSVs. One run per record name, at its last step.
+def load_runs(
+    paths: str | os.PathLike | Iterable, metric: str = "loss", protocol_id: str | None = None, curves: bool = False
+) -> list[Run]:
+    """Runs of `paths`: workdirs, folders of workdirs, records.jsonl files or CSVs. One run per record name, at its last step; with
+    `curves`, one for each step evaluated.
 
     Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a
     model trained to test a law does not enter it. `protocol_id` takes the records of that protocol alone. Refuses runs whose
@@ -56,12 +59,29 @@ def load_runs(paths: str | os.PathLike | Iterable, metric: str = "loss", protoco
         for file in _files(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
-                runs += _read_csv(file) if file.endswith(".csv") else _read_records(file, metric, protocol_id)
+                runs += _read_csv(file) if file.endswith(".csv") else _read_records(file, metric, protocol_id, curves)
     if not runs:
         raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}")
     for run in runs[1:]:
         _same_protocol(runs[0], run)
     return runs
+
+
+def budgets(runs: Iterable[Run], tolerance: float = 0.05) -> list[tuple[str, tuple]]:
+    """(label, runs) of each compute budget: runs grouped by label where all have one, else by training FLOPs within `tolerance`."""
+    runs, groups = list(runs), {}
+    if all(r.group for r in runs):
+        for run in runs:
+            groups.setdefault(run.group, []).append(run)
+        return [(label, tuple(members)) for label, members in groups.items()]
+    start, key = -math.inf, ""
+    for run in sorted(runs, key=lambda r: r.flops):
+        if run.flops > start * (1 + tolerance) or not key:
+            start, key = run.flops, f"{run.flops:.3g}"
+            while key in groups:
+                key += "'"
+        groups.setdefault(key, []).append(run)
+    return [(label, tuple(members)) for label, members in groups.items()]
 
 
 def _files(path: str) -> list[str]:
@@ -96,8 +116,8 @@ def _opened(file: str, mode: str, **options) -> Iterator:
         raise UsageError(f"{file}: cannot be read: {error}") from None
 
 
-def _read_records(file: str, metric: str, protocol_id: str | None) -> list[Run]:
-    """The last step's record of each run that carries `metric`."""
+def _read_records(file: str, metric: str, protocol_id: str | None, curves: bool) -> list[Run]:
+    """The last step's record of each run that carries `metric`, or the last record of each step."""
     last, other = {}, set()
     with _opened(file, "rb") as lines:
         for number, line in numbered(lines, file):
@@ -110,9 +130,10 @@ def _read_records(file: str, metric: str, protocol_id: str | None) -> list[Run]:
             if metric not in record["metrics"]:
                 other |= set(record["metrics"])
                 continue
-            step, before = record["step"], last.get(record["run"])
-            if before is None or step >= before[0]:
-                last[record["run"]] = (step, record, where)
+            step = record["step"]
+            key = (record["run"], step) if curves else record["run"]
+            if key not in last or step >= last[key][0]:
+                last[key] = (step, record, where)
     if not last:
         raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(sorted(other)) or 'no metric'}")
     return [_run(record, metric, where) for _, record, where in last.values()]

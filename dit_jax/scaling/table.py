@@ -27,20 +27,23 @@ def fit_json(fit, predictions=()) -> dict:
             for name, law in fit.laws.items()
         },
         "objective": fit.objective,
-        "exponents": {"a": fit.laws["N_opt"].exponent, "b": fit.laws["D_opt"].exponent},
+        "exponents": {
+            k: fit.laws[f"{n}_opt"].exponent if f"{n}_opt" in fit.laws else None for k, n in (("a", "N"), ("b", "D"))
+        },
         "intervals": intervals,
         "identifiable": fit.identifiable,
         "warnings": list(fit.warnings),
         "predictions": list(predictions),
     }
-    return _finite(out)
+    return finite(out)
 
 
-def _finite(value):
+def finite(value):
+    """A value for JSON: numbers that do not exist are None."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -84,13 +87,13 @@ def law_rows(fit) -> list[tuple]:
     """(law, coefficient, its interval, exponent, its interval, irreducible, its interval) as text."""
     rows = []
     for name, law in fit.laws.items():
-        if name == "L_opt":
+        if name == "L_opt" and "L_opt_pure" in fit.laws:
             continue  # one of the two below it in the table, marked there
         draws = fit.draws.get(name)
         chosen = " (chosen)" if name.startswith("L_opt_") and law == fit.laws["L_opt"] else ""
         cells = [name.replace("_opt_", "_opt, ") + chosen]
         for part, digits in (("coefficient", ".3g"), ("exponent", ".4f"), ("irreducible", ".4f")):
-            if part == "irreducible" and name != "L_opt_irreducible":
+            if part == "irreducible" and name not in ("L_opt", "L_opt_irreducible"):
                 cells += ["", ""]
                 continue
             values = getattr(draws, part) if draws else None

@@ -1,0 +1,96 @@
+"""Loss as a power of compute alone: L = k C^x of Liang et al. 2024 (arXiv 2410.08184), section 3.2, and E + k C^x with an irreducible term.
+
+The points are the best run of each budget. The best of noisy runs is a little too good, and the more so the more sizes a budget has.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dit_jax.scaling import inference, newton
+from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
+from dit_jax.scaling.optima import IRREDUCIBLE_FROM, Point, PointFit
+from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.study import check
+from dit_jax.scaling.surface import DELTA, NOTHING, STEEPEST
+
+
+def fit_compute(
+    runs: Sequence[Run],
+    *,
+    residual: str = "log",
+    loss: str = "mse",
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> PointFit:
+    """L_opt_pure, from 4 budgets on L_opt_irreducible, and L_opt, the latter where there is one. Says nothing of N_opt or D_opt."""
+    check(runs, "power", 2, residual, loss)
+    best = [min(members, key=lambda r: r.loss) for _, members in budgets(runs)]
+    best.sort(key=lambda r: r.flops)
+    points = tuple(Point(f"{r.flops:.3g}", r.flops, r.params, r.tokens, r.loss) for r in best)
+    C, y = np.array([r.flops for r in best]), np.array([r.loss for r in best])
+    delta = DELTA if loss == "huber" else math.inf
+    draw = {"resamples": resamples, "seed": seed, "level": level}
+    laws, draws, sums = {}, {}, {}
+    for name in ("L_opt_pure", "L_opt_irreducible")[: 1 + (len(best) >= IRREDUCIBLE_FROM)]:
+        laws[name], drawn, sums[name] = _fit(C, y, name == "L_opt_irreducible", delta, residual == "linear", draw)
+        if drawn is not None:
+            draws[name] = drawn
+    laws["L_opt"] = laws[name]
+    if name in draws:
+        draws["L_opt"] = draws[name]
+    reasons = () if name in draws or not resamples else (f"{len(best)} budgets leave nothing to test the law",)
+    low = np.quantile(draws["L_opt_irreducible"].irreducible, (1 - level) / 2) if len(draws) > 2 else math.inf
+    cautions = ("the irreducible loss is not pinned down: its interval reaches 0",) if low < 1e-3 * y.min() else ()
+    spread = float(np.std(y - laws["L_opt"](C)))
+    return PointFit(
+        method="power",
+        n_runs=len(runs),
+        points=points,
+        laws=laws,
+        objective=sums[name] if loss == "huber" else 2 * sums[name],
+        level=level,
+        resamples=resamples,
+        draws=draws,
+        noise=spread,
+        noise_draws=np.full(len(draws["L_opt"].exponent) if draws else 0, spread),
+        identifiable=not reasons,
+        warnings=reasons + cautions,
+    )
+
+
+def _fit(C, y, irreducible: bool, delta: float, linear: bool, draw: dict) -> tuple:
+    """(the law, its resamples or None, its loss). Starts from the least squares of all exponents of a grid."""
+    one = np.ones((1, len(C)))
+    start = (fit_irreducible if irreducible else fit_power)(C, y[None], one)[0]
+    x, mean = np.log(C), np.log(y).mean()
+    centre = x.mean()
+    x, log_y = x - centre, np.log(y) - mean
+    floor = log_y.min() - NOTHING
+    flat = np.ones_like(x)
+    law = np.stack([flat, -x], axis=1)
+    terms, lower = law[None], np.array([floor, -STEEPEST])
+    reducible = max(start.coefficient * math.exp(start.exponent * centre), math.exp(mean + floor + inference.LIFT))
+    theta = [math.log(reducible) - mean, -start.exponent]
+    if irreducible:
+        terms = np.zeros((2, len(x), 3))
+        terms[0, :, 0], terms[1, :, 1:] = 1.0, law
+        lower = np.array([floor, floor, 0.0])
+        theta = [max(math.log(max(start.irreducible, 1e-300)) - mean, floor + inference.LIFT), *theta]
+    upper = np.append(np.full(len(lower) - 1, 60.0), STEEPEST)
+    problem = newton.Problem(terms, log_y, delta, linear, lower, upper)
+    found = newton.minimize(problem, np.array([theta]))
+
+    def law_of(t) -> PowerLaw:
+        E = np.exp(t[:, 0] + mean) if irreducible else np.zeros(len(t))
+        return PowerLaw(np.exp(t[:, -2] + mean + t[:, -1] * centre), -t[:, -1], E)
+
+    drawn = None
+    if len(C) > len(lower) and draw["resamples"]:
+        thetas, _ = inference.resample(
+            problem, found.theta[0], np.arange(len(C)), draw["resamples"], draw["seed"], draw["level"]
+        )
+        drawn = law_of(thetas) if len(thetas) >= 20 else None
+    return law_of(found.theta)[0], drawn, float(found.loss[0])

@@ -16,7 +16,7 @@ from dit_jax.scaling.frontier import Frontier, fit_frontier
 from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
 from dit_jax.scaling.points import SAMPLING, Point, higher_is_better, load_points
 from dit_jax.scaling.runs import load_runs
-from dit_jax.scaling.table import DASH, _finite, law_text, print_table, span
+from dit_jax.scaling.table import DASH, finite, law_text, print_table, span
 
 FEW = 12  # models below which resampled ranks that nearly agree say too much
 
@@ -96,7 +96,7 @@ def run(args) -> dict:
     result, warnings = args.job(args)
     for warning in warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
-    return _finite(result | {"warnings": warnings})
+    return finite(result | {"warnings": warnings})
 
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:

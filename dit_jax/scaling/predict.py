@@ -80,8 +80,8 @@ def predict(fit: Fit, flops: float | int, params: float | int | None = None) -> 
         out[f"{name}_interval"] = interval(draws.get(name), fit.level)
     out["D_over_N"] = out["D_opt"] / out["N_opt"]
     out["D_over_N_interval"] = interval(draws["D_opt"] / draws["N_opt"] if draws else None, fit.level)
-    params = out["N_opt"] if params is None else params
-    out["params"] = float(params)
+    params = out["N_opt"] if params is None else float(params)
+    out["params"] = params
     out["L_run"], runs = _one_run(fit, out, draws, params)
     out["L_run_interval"] = interval(runs, fit.level)
     return out

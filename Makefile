@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (about 14 minutes on 2 cores)"
+	@echo "make test       the tests (about 11 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"

@@ -4,8 +4,8 @@
 
 Both take turns with chunks of images, each beginning every other turn, so that what else the machine does hits both alike;
 compilation and a first chunk of each are left out. Weights are random (time does not depend on them); images are crops of
-scikit-learn's two photographs. Printed: milliseconds an image (median over chunks), their ratio, and how far the
-statistics differ at the end.
+scikit-learn's two photographs, one half of each chunk from each. Printed: milliseconds an image (median over chunks), their
+ratio, and how far the statistics and the FID between the two halves differ at the end.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
 from parity import inception_pair  # noqa: E402
@@ -39,15 +41,16 @@ def load_peers(threads: int):
 
 
 def make_ours(path: str, batch: int):
-    """A function that adds a chunk of images to its statistics, and those statistics."""
+    """A function that adds a chunk of images to the statistics of its two halves, and those statistics."""
     params, apply = jax.device_put(inception_pair.ours(path)), jax.jit(inception.apply)
-    state = {"pool": frechet.empty(inception.WIDTH), "score": inception_score.empty(inception.CLASSES)}
+    state = {"pool": [frechet.empty(inception.WIDTH)] * 2, "score": inception_score.empty(inception.CLASSES)}
 
     def add(images):
         parts = [
             apply(params, images[i : i + batch]) for i in range(0, len(images), batch)
         ]  # all are under way at once
-        state["pool"] = frechet.update(state["pool"], np.concatenate([p.pool for p in parts]))
+        halves = np.split(np.concatenate([p.pool for p in parts]), 2)
+        state["pool"] = [frechet.update(stats, half) for stats, half in zip(state["pool"], halves, strict=True)]
         logits = np.concatenate([p.logits_unbiased for p in parts])
         state["score"] = inception_score.update(state["score"], logits)
 
@@ -80,19 +83,23 @@ def timed(function, *args) -> float:
 
 def finish(torch, ours: dict, theirs: dict) -> tuple[float, float, str]:
     """Seconds of both to make scores of what was added, and how far the statistics differ."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     start = time.perf_counter()
-    mean, cov = frechet.mean_cov(ours["pool"])
+    one, two = (frechet.mean_cov(stats) for stats in ours["pool"])
+    fid = frechet.frechet_distance(*one, *two)
     score = inception_score.score([ours["score"]])[0]
     middle = time.perf_counter()
-    stats = fid_features_to_statistics(torch.cat(theirs["pool"]))
+    pool = torch.cat(theirs["pool"]).reshape(-1, 2, len(theirs["pool"][0]) // 2, inception.WIDTH)
+    stats = [fid_features_to_statistics(pool[:, i].flatten(0, 1)) for i in (0, 1)]
+    other_fid = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
     other = isc_features_to_metric(torch.cat(theirs["logits"]), splits=1)["inception_score_mean"]
     end = time.perf_counter()
-    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in ((mean, stats["mu"]), (cov, stats["sigma"]))]
+    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(one, stats[0].values(), strict=True)]
     text = (
-        f"largest relative differences: mean {errors[0]:.1e}, covariance {errors[1]:.1e}, score {score / other - 1:.1e}"
+        f"largest relative differences: mean {errors[0]:.1e}, covariance {errors[1]:.1e}\n"
+        f"Inception Score {score:.6f}, theirs {other:.6f}; FID of the halves {fid:.6f}, theirs {other_fid:.6f}"
     )
     return middle - start, end - middle, text
 
@@ -102,8 +109,8 @@ def main() -> None:
     for name, value in dict(images=10_000, size=64, chunk=64, batch=8, their_batch=64, threads=2).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args()
-    if min(vars(args).values()) < 1 or args.chunk % args.batch or args.chunk % args.their_batch:
-        parser.error("expected numbers above 0, and a chunk that both batches divide")
+    if min(vars(args).values()) < 1 or args.chunk % args.batch or args.chunk != args.their_batch or args.chunk % 2:
+        parser.error("expected numbers above 0, and an even chunk that is their batch and that ours divides")
     torch, torch_fidelity, _ = load_peers(args.threads)
     path = f"/tmp/inception-benchmark-{os.getpid()}.pth"
     inception_pair.save(torch, path)
@@ -115,7 +122,7 @@ def main() -> None:
 
 def run(args, torch, ours: tuple, theirs: tuple) -> None:
     times, photos, chunks = {"ours": [], "theirs": []}, inception_pair.photographs(), -(-args.images // args.chunk)
-    for turn in range(chunks + 1):
+    for turn in track(range(chunks + 1), "features", console=Console(stderr=True)):
         half = args.chunk // 2 or 1
         images = np.concatenate([inception_pair.crops(p, half, args.size, args.size, turn) for p in photos])[
             : args.chunk

@@ -152,12 +152,6 @@ def test_the_bootstrap_holds_the_distance_expected_at_its_n():
     np.testing.assert_allclose(np.mean(widths), 2 * 1.96 * np.std(values), rtol=0.2)
 
 
-def test_too_few_samples_for_the_width_are_said():
-    stats = frechet.update(frechet.empty(8), normal(11, 8, 8))
-    assert frechet.shortfall(stats).startswith("8 samples of 8 features: their covariance has rank 7, which raises the")
-    assert frechet.shortfall(frechet.update(stats, normal(12, 1, 8))) is None
-
-
 # ---- one stream
 
 PLAN = statistics.Plan(60, splits=4, seed=3, keep=True)

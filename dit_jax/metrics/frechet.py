@@ -61,17 +61,6 @@ def mean_cov(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
     return stats.mean, stats.scatter / (stats.count - 1)
 
 
-def shortfall(stats: Statistics) -> str | None:
-    """What to tell beside a distance whose covariance is singular for want of samples; None where it is not."""
-    width = len(stats.mean)
-    if stats.count > width:
-        return None
-    return (
-        f"{stats.count} samples of {width} features: their covariance has rank {max(stats.count - 1, 0)}, which raises the "
-        "distance; compare it only with that of as many samples, or take more"
-    )
-
-
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """Squared distance d^2 of eq. 6 from means (d,) and covariances (d, d); at least 0.
 

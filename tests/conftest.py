@@ -1,6 +1,8 @@
 """Every test runs with 8 virtual devices, shapes checked by jaxtyping + beartype, silent broadcasting and warnings as errors."""
 
+import fcntl
 import os
+from pathlib import Path
 
 # Level 0: in tests compiling is what takes the time.
 os.environ["XLA_FLAGS"] = (
@@ -50,14 +52,18 @@ def compilation_cache(cache_dir):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, data_dir, cache_dir):
-    """The folder of the small run (tests/runs.py), trained in one go. Not to be changed: copy it."""
+    """The folder of the small run (tests/runs.py), trained in one go, once for all test processes. Not to be changed: copy it."""
     from job import run
     from runs import train
 
-    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
-    assert code == 0, err
-    return workdir
+    folder = Path(_shared(tmp_path_factory, "uninterrupted"))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            code, _, err = run("train", *train(folder / "run"), cache_dir=cache_dir)
+            assert code == 0, err
+            (folder / "done").touch()
+    return folder / "run"
 
 
 LONGEST_FIRST = ("test_sweep", "test_kills", "test_peers", "test_evaluate", "test_bench", "test_notebook", "test_guard")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
-from test_model import SMALL, inputs, random_params
+from test_model import SMALL, apply, initial_params, inputs, random_params
 
 from dit_jax import flops
 from dit_jax.config import Config, MeshConfig, TrainConfig
@@ -118,7 +118,7 @@ def reference(cfg, params, image, t, label):
 def test_outputs_equal_a_second_implementation(name):
     cfg = dataclasses.replace(SMALL, conditioning=name)
     params, (x, t, labels) = random_params(cfg), inputs(cfg)
-    out = dit.apply(cfg, params, x, t, labels)
+    out = apply(cfg, params, x, t, labels)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for i in range(len(x)):
         wanted = reference(cfg, exact, np.asarray(x[i], np.float64), float(t[i]), int(labels[i]))
@@ -128,17 +128,19 @@ def test_outputs_equal_a_second_implementation(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_time_and_label_matter_and_only_zero_gates_start_as_the_identity(name):
     cfg = dataclasses.replace(SMALL, conditioning=name)
-    params, (x, t, labels) = dit.init(cfg, jax.random.key(0)), inputs(cfg)
-    assert not np.any(dit.apply(cfg, params, x, t, labels))  # the last Linear starts at zero everywhere
+    params, (x, t, labels) = initial_params(cfg), inputs(cfg)
+    assert not np.any(apply(cfg, params, x, t, labels))  # the last Linear starts at zero everywhere
     params["output"]["linear"]["kernel"] = jax.random.normal(
         jax.random.key(1), params["output"]["linear"]["kernel"].shape
     )
-    here = dit.apply(cfg, params, x, t, labels)
-    for other in (dit.apply(cfg, params, x, t + 300, labels), dit.apply(cfg, params, x, t, (labels + 1) % 6)):
+    here = apply(cfg, params, x, t, labels)
+    for other in (apply(cfg, params, x, t + 300, labels), apply(cfg, params, x, t, (labels + 1) % 6)):
         assert np.any(here != other) == (name != "adaln_zero")
 
 
-@pytest.mark.parametrize("name", ["in_context", "cross_attention"])  # adaLN-Zero is in tests/test_mesh.py
+@pytest.mark.parametrize(  # adaLN-Zero is in tests/test_mesh.py
+    "name", [pytest.param("in_context", marks=pytest.mark.slow), "cross_attention"]
+)
 def test_shards_train_and_name_their_layers(name):
     """On 2 x 2 x 2 devices the loss is that of one device, and a broken weight is found in every kind of block."""
     cfg = Config(dataclasses.replace(SMALL, conditioning=name), train=TrainConfig(batch_size=8))

@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from job import TINY, run, start, wait_for_step
+from job import TINY, Job, run, wait_for_step
 from PIL import Image
 
 from dit_jax import checkpoint, evaluate, flops, heldout, sample, samples, step
@@ -242,7 +242,7 @@ def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     """Two processes on one folder: the watcher records the last step and ends; the training is not disturbed."""
     workdir = tmp_path / "live"
     flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=150"]
-    training = start("train", *flags, cache_dir=cache_dir)
+    training = Job("train", *flags, cache_dir=cache_dir)
     wait_for_step(training, workdir, 1)
     code, _, err = run(
         "evaluate", f"--workdir={workdir}", "--watch", "--config.eval.poll_seconds=0.2", cache_dir=cache_dir
@@ -280,7 +280,7 @@ def copy_of(workdir, folder):
     return folder / "run"
 
 
-LONG = ["--config.eval.samples=700", "--config.sample.sampler=ddpm", "--config.sample.steps=60"]
+LONG = ["--config.eval.samples=300", "--config.sample.sampler=ddpm", "--config.sample.steps=40"]
 
 
 def wait_for_partial(process, workdir, before=(), timeout=120):
@@ -305,29 +305,29 @@ def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(work
     """On one device, on two, and in this process on eight, in one go: the same record, to the last bit."""
     workdir = copy_of(workdir, tmp_path)
     command = [f"--workdir={workdir}", *LONG]
-    killed = start("evaluate", *command, "--config.sample.batch_size=16", cache_dir=cache_dir, devices=1)
+    killed = Job("evaluate", *command, "--config.sample.batch_size=16", cache_dir=cache_dir, devices=1)
     before = wait_for_partial(killed, workdir)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert [next(iter(r["metrics"])) for r in records(workdir)] == ["loss"]
-    stopped = start("evaluate", *command, "--config.sample.batch_size=40", cache_dir=cache_dir, devices=2)
+    stopped = Job("evaluate", *command, "--config.sample.batch_size=40", cache_dir=cache_dir, devices=2)
     wait_for_partial(stopped, workdir, before)
-    stopped.terminate()
+    stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 75 and "/700 were drawn before" in err, err
+    assert stopped.returncode == 75 and "/300 were drawn before" in err, err
     kept, (folder,) = images_in(workdir), (workdir / "eval" / "partial").iterdir()
-    assert f"interrupted: {kept} of 700 images are kept in {folder}; the same command goes on" in err
+    assert f"interrupted: {kept} of 300 images are kept in {folder}; the same command goes on" in err
     (workdir / "eval" / "records.jsonl.tmp77").write_text("cut short")
     code, _, err = run("evaluate", *command, cache_dir=cache_dir, devices=2)
-    assert code == 0 and f"{kept}/700 were drawn before" in err, err
+    assert code == 0 and f"{kept}/300 were drawn before" in err, err
     assert [next(iter(r["metrics"])) for r in records(workdir)] == ["loss", "fd_digits"]
     assert sorted(p.name for p in (workdir / "eval").iterdir()) == ["records.jsonl", "records.jsonl.lock"]
     whole = copy_of(workdir, tmp_path / "whole")
     cfg = read_config(str(whole))
     cfg = dataclasses.replace(
         cfg,
-        eval=dataclasses.replace(cfg.eval, samples=700, loss=False),
-        sample=dataclasses.replace(cfg.sample, sampler="ddpm", steps=60, batch_size=512),
+        eval=dataclasses.replace(cfg.eval, samples=300, loss=False),
+        sample=dataclasses.replace(cfg.sample, sampler="ddpm", steps=40, batch_size=512),
     )
     (record,) = evaluate.run(cfg, str(whole), quiet=True)
     for key in ("protocol", "metrics"):
@@ -376,7 +376,7 @@ def test_partials_of_what_is_recorded_or_gone_are_dropped(tmp_path):
 def test_two_evaluations_at_once_write_each_record_once(workdir, tmp_path, cache_dir):
     workdir = copy_of(workdir, tmp_path)
     command = [f"--workdir={workdir}", "--config.eval.samples=500"]
-    both = [start("evaluate", *command, cache_dir=cache_dir, devices=devices) for devices in (1, 2)]
+    both = [Job("evaluate", *command, cache_dir=cache_dir, devices=devices) for devices in (1, 2)]
     for process in both:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

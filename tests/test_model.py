@@ -1,6 +1,7 @@
 """The DiT: identity at the start, positions, free sizes, and options that change speed but not results."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,45 +21,57 @@ def inputs(cfg, batch=4):
     return x, jnp.linspace(0.0, 999.0, batch), jnp.arange(batch) % (cfg.classes + 1)
 
 
+apply = jax.jit(dit.apply, static_argnums=0)
+
+
+@functools.cache
+def _initial(cfg):
+    return jax.jit(dit.init, static_argnums=0)(cfg, jax.random.key(0))
+
+
+def initial_params(cfg):
+    """Weights as they are born; the nested dictionaries are the caller's own."""
+    return jax.tree.map(lambda leaf: leaf, _initial(cfg))
+
+
 def random_params(cfg, seed=0):
     """Weights with no zeros left, so that every path matters."""
-    params = dit.init(cfg, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: leaf + (0.05 * rng.standard_normal(leaf.shape)).astype(np.float32), initial_params(cfg)
+    )
 
 
 def test_output_is_zero_at_the_start():
-    out = dit.apply(SMALL, dit.init(SMALL, jax.random.key(0)), *inputs(SMALL))
+    out = apply(SMALL, initial_params(SMALL), *inputs(SMALL))
     assert out.shape == (4, 8, 8, 6)
     assert not np.any(np.asarray(out))
 
 
 def test_blocks_start_as_the_identity():
     """With zero gates, labels and times cannot reach the tokens: the deepest activations are the patch embedding."""
-    params = dit.init(SMALL, jax.random.key(0))
+    params = initial_params(SMALL)
     params["output"]["linear"]["kernel"] = jax.random.normal(
         jax.random.key(5), params["output"]["linear"]["kernel"].shape
     )
     x, t, labels = inputs(SMALL)
-    out = dit.apply(SMALL, params, x, t, labels)
+    out = apply(SMALL, params, x, t, labels)
     assert np.any(np.asarray(out))
-    np.testing.assert_array_equal(out, dit.apply(SMALL, params, x, t[::-1], labels[::-1]))
+    np.testing.assert_array_equal(out, apply(SMALL, params, x, t[::-1], labels[::-1]))
 
 
 def test_labels_times_and_positions_matter_once_trained():
     params, (x, t, labels) = random_params(SMALL), inputs(SMALL)
-    out = dit.apply(SMALL, params, x, t, labels)
-    assert np.abs(out - dit.apply(SMALL, params, x, t, (labels + 1) % 6)).max() > 1e-3
-    assert np.abs(out - dit.apply(SMALL, params, x, t + 50, labels)).max() > 1e-3
-    rolled = dit.apply(SMALL, params, jnp.roll(x, 2, axis=1), t, labels)
+    out = apply(SMALL, params, x, t, labels)
+    assert np.abs(out - apply(SMALL, params, x, t, (labels + 1) % 6)).max() > 1e-3
+    assert np.abs(out - apply(SMALL, params, x, t + 50, labels)).max() > 1e-3
+    rolled = apply(SMALL, params, jnp.roll(x, 2, axis=1), t, labels)
     assert np.abs(jnp.roll(out, 2, axis=1) - rolled).max() > 1e-3
 
 
 def test_initial_scales():
     cfg = dataclasses.replace(SMALL, width=256, heads=4, classes=1000)
-    params = dit.init(cfg, jax.random.key(0))
+    params = initial_params(cfg)
     qkv = np.asarray(params["blocks"]["attention"]["qkv"]["kernel"])
     assert np.abs(qkv).max() == pytest.approx(np.sqrt(6 / (256 + 3 * 256)), rel=0.01)  # Xavier on the fused matrix
     patch = np.asarray(params["patch_embedding"]["kernel"])
@@ -71,21 +84,21 @@ def test_initial_scales():
 
 
 def test_layers_start_different():
-    kernel = np.asarray(dit.init(SMALL, jax.random.key(0))["blocks"]["mlp"]["fc1"]["kernel"])
+    kernel = np.asarray(initial_params(SMALL)["blocks"]["mlp"]["fc1"]["kernel"])
     assert kernel.shape == (3, 32, 128)
     assert not np.allclose(kernel[0], kernel[1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(cfg, params, batch):
+    return jax.value_and_grad(lambda p: jnp.square(dit.apply(cfg, p, *batch)).mean())(params)
 
 
 @pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "full"}, {"unroll": 3}])
 def test_remat_and_unroll_change_nothing_but_speed(changes):
     params, batch = random_params(SMALL), inputs(SMALL)
-
-    def loss(cfg, params):
-        return jnp.square(dit.apply(cfg, params, *batch)).mean()
-
-    other = dataclasses.replace(SMALL, **changes)
-    value, grads = jax.value_and_grad(lambda p: loss(SMALL, p))(params)
-    value2, grads2 = jax.value_and_grad(lambda p: loss(other, p))(params)
+    value, grads = loss_and_gradients(SMALL, params, batch)
+    value2, grads2 = loss_and_gradients(dataclasses.replace(SMALL, **changes), params, batch)
     assert float(value) == pytest.approx(float(value2), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), grads, grads2)
 
@@ -94,8 +107,8 @@ def test_bfloat16_compute_keeps_float32_weights_and_output():
     cfg = dataclasses.replace(SMALL, dtype="bfloat16", qk_norm=True)
     params = random_params(cfg)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    out = dit.apply(cfg, params, *inputs(cfg))
-    exact = dit.apply(dataclasses.replace(cfg, dtype="float32"), params, *inputs(cfg))
+    out = apply(cfg, params, *inputs(cfg))
+    exact = apply(dataclasses.replace(cfg, dtype="float32"), params, *inputs(cfg))
     assert out.dtype == jnp.float32
     assert 0 < np.abs(out - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -110,15 +123,15 @@ def test_qk_norm_bounds_the_logits():
         axis = 2 if name == "kernel" else 1
         factor = jnp.array([100.0, 100.0, 1.0]).reshape([3 if i == axis else 1 for i in range(weight.ndim)])
         scaled["blocks"]["attention"]["qkv"][name] = weight * factor
-    np.testing.assert_allclose(dit.apply(cfg, params, *batch), dit.apply(cfg, scaled, *batch), atol=2e-4)
+    np.testing.assert_allclose(apply(cfg, params, *batch), apply(cfg, scaled, *batch), atol=2e-4)
     plain = dataclasses.replace(cfg, qk_norm=False)
-    assert np.abs(dit.apply(plain, params, *batch) - dit.apply(plain, scaled, *batch)).max() > 1e-2
+    assert np.abs(apply(plain, params, *batch) - apply(plain, scaled, *batch)).max() > 1e-2
 
 
 @pytest.mark.parametrize("size,patch,channels", [(8, 1, 1), (12, 4, 3), (16, 8, 4)])
 def test_sizes_patches_and_channels_are_free(size, patch, channels):
     cfg = ModelConfig(depth=1, width=16, heads=2, patch=patch, input_size=size, channels=channels, classes=3)
-    out = dit.apply(cfg, dit.init(cfg, jax.random.key(0)), *inputs(cfg, 2))
+    out = apply(cfg, initial_params(cfg), *inputs(cfg, 2))
     assert out.shape == (2, size, size, 2 * channels)
 
 

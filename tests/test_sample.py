@@ -11,7 +11,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from job import TINY, run, start
+from job import TINY, Job, run
 from PIL import Image
 
 from dit_jax import checkpoint, sample, samples
@@ -67,7 +67,7 @@ def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(workdir
     flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS]
     chance = random.Random(seed)
     for batch, devices in ((16, 1), (200, 4)):
-        process = start("sample", *flags, f"--batch_size={batch}", cache_dir=cache_dir, devices=devices)
+        process = Job("sample", *flags, f"--batch_size={batch}", cache_dir=cache_dir, devices=devices)
         wait_for_part(process, out)
         if devices == 4:
             code, _, err = run("sample", *flags, cache_dir=cache_dir)
@@ -91,9 +91,9 @@ def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(workdir
 def test_sigterm_keeps_the_parts_exits_75_and_the_same_command_goes_on(workdir, tmp_path, cache_dir, uninterrupted):
     out = tmp_path / "samples.npz"
     flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS, "--batch_size=64"]
-    process = start("sample", *flags, cache_dir=cache_dir, devices=2)
+    process = Job("sample", *flags, cache_dir=cache_dir, devices=2)
     wait_for_part(process, out)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     kept = sum(int(p.name[11:21]) - int(p.name[:10]) for p in parts(out))

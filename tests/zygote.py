@@ -16,6 +16,7 @@ import warnings
 
 import dit_jax.checkpoint
 import dit_jax.data.pipeline
+import dit_jax.scores
 import dit_jax.step  # noqa: F401
 
 

@@ -55,6 +55,7 @@ def test_waits_are_shares_and_latents_are_counted(found):
     assert found["latents"]["latents_per_core_second"]["low"] > 0
 
 
+@pytest.mark.slow
 def test_the_latents_of_the_benchmark_train(store, tmp_path):
     cfg = costs.latent_config(store)
     small = dataclasses.replace(cfg.model, depth=1, width=32, heads=2)

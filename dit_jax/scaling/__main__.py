@@ -13,7 +13,7 @@ import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs
+from dit_jax.scaling import jobs, trust
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             "--loss", choices=LOSSES, help="of the parametric methods: summed Huber (delta 1e-3), or squares"
         )
         one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
+        trust.add_options(one, name)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -115,7 +116,8 @@ def _check(args) -> None:
 def _options(args, method: str, strict: bool = True) -> dict:
     """The options of a method; one that it does not have is refused, or left out where not `strict`."""
     known = inspect.signature(METHODS[method]).parameters
-    given = {name: getattr(args, name) for name in ("window", "residual", "loss") if getattr(args, name) is not None}
+    names = ("window", "residual", "loss", "unbias")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given:
         if strict and name not in known:
             raise UsageError(f"--{name}: method {method} has no such option")
@@ -136,7 +138,8 @@ def run_fit(args, runs, fit) -> dict:
             print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops and "N_opt" in fit.laws:
         _print_predictions(fit, args.flops)
-    return to_json(fit, _predictions(fit, args.flops))
+    said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
+    return to_json(fit, _predictions(fit, args.flops)) | said
 
 
 def run_all(args, runs) -> dict:

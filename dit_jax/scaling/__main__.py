@@ -139,16 +139,18 @@ def run_fit(args, runs, fit) -> dict:
     if args.flops and "N_opt" in fit.laws:
         _print_predictions(fit, args.flops)
     said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
+    said |= trust.tell_quality(runs, [fit.method])
+    said |= trust.tell_holdouts(args.holdout, {fit.method: (runs, _options(args, fit.method))})
     return to_json(fit, _predictions(fit, args.flops)) | said
 
 
 def run_all(args, runs) -> dict:
     """Every method that these runs allow, side by side."""
-    fits, refused = {}, {}
+    fits, refused, taken = {}, {}, {}
     for method, make in METHODS.items():
         try:
-            taken = load_runs(args.runs, protocol_id=args.protocol, curves=True) if method == "envelope" else runs
-            fits[method] = make(taken, **_options(args, method, strict=False))
+            taken[method] = trust.load(args, curves=True)[0] if method == "envelope" else runs
+            fits[method] = make(taken[method], **_options(args, method, strict=False))
         except UsageError as error:
             refused[method] = str(error)
     if not fits:
@@ -166,13 +168,16 @@ def run_all(args, runs) -> dict:
     for method, fit in fits.items():
         for warning in fit.warnings:
             print(f"warning: {method}: {warning}", file=sys.stderr)
+    said = trust.tell_quality(runs, list(fits))
+    options = {method: _options(args, method, strict=False) for method in fits}
+    said |= trust.tell_holdouts(args.holdout, {method: (taken[method], options[method]) for method in fits})
     return {
         "method": "all",
         "n_runs": len(runs),
         "methods": {method: to_json(fit, _predictions(fit, args.flops)) for method, fit in fits.items()},
         "refused": refused,
         "disagreements": differ,
-    }
+    } | said
 
 
 def _predictions(fit, flops) -> list[dict]:
@@ -240,8 +245,9 @@ def _extrapolation(paths, runs, fit):
         if os.path.isdir(folder):
             try:
                 loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
-                if len(loaded) > len(runs):  # else the user made it part of the fit
-                    return extrapolate(fit, max(loaded, key=lambda run: run.flops))
+                largest = max(loaded, key=lambda run: run.flops)
+                if largest.source not in {r.source for r in runs}:  # else the user made it part of the fit
+                    return extrapolate(fit, largest)
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None
@@ -260,13 +266,13 @@ def _print_predictions(fit, flops) -> None:
 
 def _fitted(args) -> dict:
     """The result of a command of COMMANDS, after its fit."""
-    runs = load_runs(args.runs, protocol_id=args.protocol, curves=args.method == "envelope")
+    runs, said = trust.load(args, curves=args.method == "envelope")
     if args.method == "all":
-        return run_all(args, runs)
+        return run_all(args, runs) | said
     fit = METHODS[args.method](runs, **_options(args, args.method))
     for warning in fit.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return COMMANDS[args.command](args, runs, fit)
+    return COMMANDS[args.command](args, runs, fit) | said
 
 
 def main(argv=None) -> int:

@@ -5,7 +5,8 @@ The shift depends on the surface and on the sizes tried, both of which are known
 vertex of the parabola through the *surface's own* losses at the budget's own (N, D), less the surface's optimum on that budget. Czech et
 al. 2026 (arXiv 2603.22339) describe the effect; `leading` derives its leading orders.
 
-Only this difference is taken from the surface; the vertex itself stays the parabola's. The error of the shift is not in the intervals.
+Only this difference is taken from the surface; the vertex itself stays the parabola's. So is the noise of a run: what the parabola leaves
+of the surface's losses is taken out of the residuals. The error of the shift is not in the intervals.
 """
 
 import math
@@ -27,11 +28,13 @@ BIAS_HEAD = ("budget (FLOPs)", "N_opt, parabola", "over the optimum", "D_opt", "
 
 @dataclass(frozen=True)
 class Shift:
-    """What a budget's parabola adds to the truth: of log N_opt, log D_opt and of the loss there; nan where it has no vertex."""
+    """What a budget's parabola adds to the truth: of log N_opt, log D_opt and of the loss there; nan where it has no vertex. `misfit` is
+    what it leaves of the surface's loss at each run, which is no noise."""
 
     log_n: float
     log_d: float
     loss: float
+    misfit: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def shift(surface: Surface, curve: parabola.Curve, tokens: np.ndarray) -> Shift:
         return Shift(math.nan, math.nan, math.nan)
     log_d = float(parabola.powers(np.array([place - curve.centre]))[0] @ curve.log_d)
     best = float(surface(math.exp(place), math.exp(log_d)))
-    return Shift(float(found.log_n[0]) - place, float(found.log_d[0]) - log_d, float(found.loss[0]) - best)
+    misfit = losses - curve.basis @ (curve.solve @ losses)
+    off = float(found.log_n[0]) - place, float(found.log_d[0]) - log_d, float(found.loss[0]) - best
+    return Shift(*off, tuple(misfit.tolist()))
 
 
 def optimum(surface: Surface, curve: parabola.Curve) -> float | None:
@@ -127,7 +132,7 @@ def surface_of(runs: Sequence[Run]) -> Surface:
     fit = fit_varpro(runs, resamples=0)
     if not fit.identifiable:
         raise UsageError(
-            f"RUNS: the parabolas' bias is that about a surface, which these runs do not identify: {fit.warnings[0]}"
+            f"RUNS: a parabola's bias is predicted from a surface, which these runs do not identify: {fit.warnings[0]}"
         )
     return fit.surface
 

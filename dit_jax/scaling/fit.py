@@ -51,6 +51,13 @@ class Budget:
     def losses(self) -> np.ndarray:
         return np.array([r.loss for r in self.runs])
 
+    @property
+    def residuals(self) -> np.ndarray:
+        """Losses (runs,) about the parabola, without what it leaves of a surface's losses where a shift has been subtracted."""
+        return (
+            self.losses - self(np.exp(self.curve.log_n)) - (np.array(self.shift.misfit) if self.shift.misfit else 0.0)
+        )
+
     def vertex(self, losses: np.ndarray) -> parabola.Vertex:
         """The minima of the parabolas through `losses` (resamples, runs), less the shift."""
         return bias_.correct(parabola.vertex(self.curve, losses), self.shift)
@@ -274,7 +281,11 @@ def _cautions(fit: IsoflopFit) -> tuple:
                 f"the N_opt of the budgets scatter {math.sqrt(ratio):.1f} times more than the noise of the runs allows"
             )
     chance = _no_parabola(fit)
-    if chance < 0.01 and fit.bias is None:
+    if chance < 0.01 and fit.bias:
+        found.append(
+            f"the curves are not the surface's that corrected them (F test of quartics, p = {chance:.1g}); compare other methods"
+        )
+    elif chance < 0.01:
         found.append(
             f"the curves are no parabolas (F test against quartics, p = {chance:.1g}), so their minima are biased; keep nearby sizes "
             "with --window, subtract the bias with --unbias, or compare --method=akima"
@@ -297,8 +308,8 @@ def _no_parabola(fit: IsoflopFit) -> float:
         if len(set(u)) < 6:
             continue
         design = np.stack([(u / np.abs(u).max()) ** i for i in range(5)], axis=1)
-        left = b.losses - design @ np.linalg.lstsq(design, b.losses, rcond=None)[0]
-        plain += float(np.sum((b.losses - b(np.exp(b.curve.log_n))) ** 2))
+        left = b.residuals - design @ np.linalg.lstsq(design, b.residuals, rcond=None)[0]
+        plain += float(np.sum(b.residuals**2))
         more += float(np.sum(left**2))
         powers, freedom = powers + 2, freedom + len(u) - 5
     if not freedom or plain < 1e-18:

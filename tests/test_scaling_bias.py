@@ -221,7 +221,10 @@ def test_corrected_parabolas_cover_where_plain_ones_do_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("design", [dict(factor=8.0), dict(factor=4.0, drift=1.0)], ids=["x8", "drifting"])
+@pytest.mark.parametrize("design", [dict(factor=8.0), dict(factor=4.0, offset=-0.5, drift=1.0)], ids=["x8", "drifting"])
 def test_corrected_parabolas_cover_in_500_studies(design):
-    for name, shares in _coverage(SKEW, design, 500, 1000).items():
-        assert 0.91 <= shares[1] <= 0.98, (name, shares)
+    found = _coverage(SKEW, design, 500, 1000)
+    print(found)  # for docs/scaling.md
+    for name, shares in found.items():
+        assert 0.91 <= shares[1] <= 0.995, (name, shares)
+    assert found["N_opt, 4x beyond"][0] < 0.85  # plain parabolas

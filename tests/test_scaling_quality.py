@@ -255,6 +255,22 @@ def test_fit_warns_and_drops_only_when_asked(tmp_path, capsys):
     assert result["n_runs"] == 47 and [f["kind"] for f in result["quality"]] == ["outliers"]
 
 
+def test_many_findings_of_one_kind_are_counted(tmp_path, capsys):
+    runs = ladder(noise=0.003)
+    assert main(["fit", sheet(tmp_path / "runs.csv", runs + runs[:12]), "--resamples=0"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("repeats") == 8 and "warning: duplicates: 4 more; --json lists them all" in said
+
+
+def test_numbers_of_any_size_are_judged_without_an_error():
+    rng = np.random.default_rng(0)
+    for count, widest in ((1, 1), (4, 40), (8, 90), (20, 90), (20, 10)):
+        rows = 10.0 ** rng.uniform(-widest, widest, (count, 4))
+        runs = [Run("ab"[i % 2], *map(float, row)) for i, row in enumerate(rows)]
+        names = {r.name for r in runs}
+        assert all(set(f.runs) <= names for f in quality.findings(runs))
+
+
 def test_an_unknown_kind_is_refused(tmp_path, capsys):
     path = sheet(tmp_path / "runs.csv", ladder())
     assert main(["fit", path, "--drop=outlier"]) == 2

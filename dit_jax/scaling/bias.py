@@ -20,8 +20,10 @@ from dit_jax.error import UsageError
 from dit_jax.scaling import parabola
 from dit_jax.scaling.law import PowerLaw, fit_power
 from dit_jax.scaling.runs import Run
+from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import Surface, fit_varpro
 
+WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
 FAR = 30.0  # half-width, in log N, of where an optimum is looked for
 BIAS_HEAD = ("budget (FLOPs)", "N_opt, parabola", "over the optimum", "D_opt", "over the optimum", "L_opt", "shift")
 
@@ -127,9 +129,18 @@ def leading(surface: Surface, width: float, offset: float = 0.0, points: int | N
     return float(-slope / (1 + third * offset))
 
 
+def fit_sane(runs: Sequence[Run]) -> SurfaceFit:
+    """`fit_varpro` without resamples; refuses runs that span more than float64 can take to the powers that it tries."""
+    for name in ("params", "tokens", "loss"):
+        values = [getattr(r, name) for r in runs]
+        if max(values) > WIDEST * min(values):
+            raise UsageError(f"RUNS: {name} from {min(values):.3g} to {max(values):.3g}, too wide for a surface")
+    return fit_varpro(runs, resamples=0)
+
+
 def surface_of(runs: Sequence[Run]) -> Surface:
     """The surface that shifts are taken from: variable projection of all the runs. Refuses runs that do not identify one."""
-    fit = fit_varpro(runs, resamples=0)
+    fit = fit_sane(runs)
     if not fit.identifiable:
         raise UsageError(
             f"RUNS: a parabola's bias is predicted from a surface, which these runs do not identify: {fit.warnings[0]}"

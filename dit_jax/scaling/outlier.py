@@ -19,8 +19,8 @@ from scipy import stats
 
 from dit_jax.error import UsageError
 from dit_jax.scaling import inference, newton, parabola
+from dit_jax.scaling.bias import fit_sane
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.surface import fit_varpro
 
 CHANCE = 0.05  # that a clean study has an outlier
 SHARE = 0.1  # of the runs that can be outliers; more are another law, or noise with long tails
@@ -108,7 +108,7 @@ def _about_parabolas(runs, left, groups) -> tuple | None:
 def _about_surface(runs, left) -> tuple | None:
     """The same about a surface through all runs; None where there is none."""
     try:
-        fit = fit_varpro([runs[i] for i in left], resamples=0)
+        fit = fit_sane([runs[i] for i in left])
     except UsageError:
         return None
     if fit.freedom < 3 or not set(fit.bounds) <= {"E"}:

@@ -15,6 +15,7 @@ GRID = (
     "off-centre",
     "drifting",
 )  # kinds that concern a minimum of each budget: isoflop and akima alone
+PRINTED = 8  # findings of one kind
 SUMMARY_HEAD = ("method", "of", "left out", "RMS error", "worst", "worst at", "inside")
 
 
@@ -53,9 +54,12 @@ def tell_quality(runs, methods: list) -> dict:
     """Warns of what is wrong with the runs, as far as the fits of `methods` have not; returns {"quality": all of it}."""
     found = quality.findings(runs, curves=methods == ["envelope"])
     silent = SAID if {"isoflop", "akima"} & set(methods) else GRID
-    for f in found:
-        if f.kind not in silent:
+    for kind in dict.fromkeys(f.kind for f in found if f.kind not in silent):
+        same = [f for f in found if f.kind == kind]
+        for f in same[:PRINTED]:
             print(one_line(f"warning: {f.text}"), file=sys.stderr)
+        if len(same) > PRINTED:
+            print(f"warning: {kind}: {len(same) - PRINTED} more; --json lists them all", file=sys.stderr)
     return {"quality": [{"kind": f.kind, "runs": f.runs, "budgets": f.budgets, "text": f.text} for f in found]}
 
 

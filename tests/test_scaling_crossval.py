@@ -23,8 +23,10 @@ def values(found, quantity: str):
     return [i for i in found.items if i.quantity == quantity]
 
 
-@pytest.mark.parametrize(("method", "law"), [("surface", LAW), ("varpro", LAW), ("gadre", EQUAL)])
-@pytest.mark.parametrize("split", crossval.SPLITS)
+@pytest.mark.parametrize(
+    ("method", "law", "split"),
+    [("varpro", LAW, split) for split in crossval.SPLITS] + [("surface", LAW, "largest"), ("gadre", EQUAL, "budgets")],
+)
 def test_surfaces_predict_exact_runs_exactly(method, law, split):
     found = cross_validate(ladder(law, budgets=4, sizes=3), method, split, resamples=0)
     count = {"largest": 3, "budgets": 12, "models": 12}[split]
@@ -51,9 +53,9 @@ def test_the_largest_budget_of_isoflop_is_the_one_of_predict():
 
 
 def test_every_budget_is_left_out_once_and_does_not_enter_its_own_prediction():
-    runs = ladder(noise=0.003, sizes=6)
+    runs = ladder(noise=0.003, budgets=4, sizes=6)
     found = cross_validate(runs, "varpro", "budgets", resamples=0)
-    assert [i.left for i in values(found, "N_opt")] == [f"{c:.3g}" for c in np.geomspace(1e18, 1e21, 6)]
+    assert [i.left for i in values(found, "N_opt")] == ["1e+18", "1e+19", "1e+20", "1e+21"]
     item = next(i for i in found.items if i.run == runs[7].name)
     rest = METHODS["varpro"]([r for r in runs if r.flops != runs[7].flops], resamples=0)
     assert item.predicted == pytest.approx(float(rest.surface(runs[7].params, runs[7].tokens)), rel=1e-12)
@@ -72,9 +74,8 @@ def test_every_run_of_a_model_is_left_out_with_it():
         assert abs(i.error) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["varpro", "surface"])
-def test_intervals_hold_the_runs_that_are_held_out(method):
-    found = cross_validate(ladder(noise=0.003, sizes=6, budgets=4), method, "budgets", resamples=100)
+def test_intervals_hold_the_runs_that_are_held_out():
+    found = cross_validate(ladder(noise=0.003, sizes=6, budgets=4), "varpro", "budgets", resamples=100)
     summary = found.summary()["loss"]
     assert summary["judged"] == summary["count"] == 24 and summary["inside"] >= 18
     assert 0.001 < summary["rms"] < 0.006 and summary["rms"] < abs(summary["worst"])

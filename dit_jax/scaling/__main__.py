@@ -13,7 +13,7 @@ import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs
+from dit_jax.scaling import jobs, trust
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             "--loss", choices=LOSSES, help="of the parametric methods: summed Huber (delta 1e-3), or squares"
         )
         one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
+        trust.add_options(one, name)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -115,7 +116,8 @@ def _check(args) -> None:
 def _options(args, method: str, strict: bool = True) -> dict:
     """The options of a method; one that it does not have is refused, or left out where not `strict`."""
     known = inspect.signature(METHODS[method]).parameters
-    given = {name: getattr(args, name) for name in ("window", "residual", "loss") if getattr(args, name) is not None}
+    names = ("window", "residual", "loss", "unbias")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given:
         if strict and name not in known:
             raise UsageError(f"--{name}: method {method} has no such option")
@@ -136,16 +138,19 @@ def run_fit(args, runs, fit) -> dict:
             print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops and "N_opt" in fit.laws:
         _print_predictions(fit, args.flops)
-    return to_json(fit, _predictions(fit, args.flops))
+    said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
+    said |= trust.tell_quality(runs, [fit.method])
+    said |= trust.tell_holdouts(args.holdout, {fit.method: (runs, _options(args, fit.method))})
+    return to_json(fit, _predictions(fit, args.flops)) | said
 
 
 def run_all(args, runs) -> dict:
     """Every method that these runs allow, side by side."""
-    fits, refused = {}, {}
+    fits, refused, taken = {}, {}, {}
     for method, make in METHODS.items():
         try:
-            taken = load_runs(args.runs, protocol_id=args.protocol, curves=True) if method == "envelope" else runs
-            fits[method] = make(taken, **_options(args, method, strict=False))
+            taken[method] = trust.load(args, curves=True)[0] if method == "envelope" else runs
+            fits[method] = make(taken[method], **_options(args, method, strict=False))
         except UsageError as error:
             refused[method] = str(error)
     if not fits:
@@ -163,13 +168,16 @@ def run_all(args, runs) -> dict:
     for method, fit in fits.items():
         for warning in fit.warnings:
             print(f"warning: {method}: {warning}", file=sys.stderr)
+    said = trust.tell_quality(runs, list(fits))
+    options = {method: _options(args, method, strict=False) for method in fits}
+    said |= trust.tell_holdouts(args.holdout, {method: (taken[method], options[method]) for method in fits})
     return {
         "method": "all",
         "n_runs": len(runs),
         "methods": {method: to_json(fit, _predictions(fit, args.flops)) for method, fit in fits.items()},
         "refused": refused,
         "disagreements": differ,
-    }
+    } | said
 
 
 def _predictions(fit, flops) -> list[dict]:
@@ -237,8 +245,9 @@ def _extrapolation(paths, runs, fit):
         if os.path.isdir(folder):
             try:
                 loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
-                if len(loaded) > len(runs):  # else the user made it part of the fit
-                    return extrapolate(fit, max(loaded, key=lambda run: run.flops))
+                largest = max(loaded, key=lambda run: run.flops)
+                if largest.source not in {r.source for r in runs}:  # else the user made it part of the fit
+                    return extrapolate(fit, largest)
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None
@@ -257,13 +266,13 @@ def _print_predictions(fit, flops) -> None:
 
 def _fitted(args) -> dict:
     """The result of a command of COMMANDS, after its fit."""
-    runs = load_runs(args.runs, protocol_id=args.protocol, curves=args.method == "envelope")
+    runs, said = trust.load(args, curves=args.method == "envelope")
     if args.method == "all":
-        return run_all(args, runs)
+        return run_all(args, runs) | said
     fit = METHODS[args.method](runs, **_options(args, args.method))
     for warning in fit.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return COMMANDS[args.command](args, runs, fit)
+    return COMMANDS[args.command](args, runs, fit) | said
 
 
 def main(argv=None) -> int:

@@ -3,6 +3,7 @@
 import math
 import sys
 
+from dit_jax.scaling import bias
 from dit_jax.scaling.predict import interval
 
 DASH = "\N{EN DASH}"
@@ -35,6 +36,8 @@ def fit_json(fit, predictions=()) -> dict:
         "warnings": list(fit.warnings),
         "predictions": list(predictions),
     }
+    if getattr(fit, "bias", None):
+        out["bias"] = bias.to_json(fit.bias)
     return finite(out)
 
 

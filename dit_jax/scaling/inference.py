@@ -3,9 +3,9 @@
 The unit is the run: rows of one run (checkpoints of one training) are drawn together and share their errors. Bootstrap draws of a least-
 squares fit are stretched about the estimate by sqrt(n / (n - p)) t / z for n runs and p parameters, which undoes the shrinking of residuals
 that p fitted parameters cause and widens few runs' percentiles to Student's t; without it, percentiles of a small study cover too rarely.
-Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself. Drawing runs
-with replacement even widens them too much (97.3 to 98 % of the studies covered for 95), so there each run's weight is drawn from a Dirichlet
-distribution instead (the Bayesian bootstrap of Rubin 1981), which leaves none out (95.7 to 96.7 %).
+Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself. Drawn
+with replacement they would be too wide (97.3 to 98 % of the studies covered for 95), so there the runs' weights are drawn from a Dirichlet
+distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %.
 
 For a Huber loss the variance is that of an M-estimator (Huber 1964), E[psi^2] / E[psi']^2 (J'J)^-1. E[psi'], the share of residuals within
 delta, is counted in a window no narrower than the scatter of the residuals allows (Powell 1991), since delta is often narrower.

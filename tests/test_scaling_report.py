@@ -96,7 +96,7 @@ def test_fit_prints_tables_and_writes_the_public_json(sheet, tmp_path, capsys):
         assert part in printed
     result = json.loads(out.read_text())
     keys = "method n_runs law objective exponents intervals identifiable warnings predictions"
-    assert set(result) == set(keys.split())
+    assert set(result) == {*keys.split(), "convention"}
     assert result["method"] == "isoflop" and result["n_runs"] == 25 and result["identifiable"] is True
     assert set(result["law"]["N_opt"]) == {"coefficient", "exponent"} and set(result["exponents"]) == {"a", "b"}
     assert {"D_opt", "L_opt"} <= set(result["law"])

@@ -13,7 +13,8 @@ import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs
+from dit_jax.scaling import jobs, stated
+from dit_jax.scaling.conventions import check_units, convert, training_flops
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             "--loss", choices=LOSSES, help="of the parametric methods: summed Huber (delta 1e-3), or squares"
         )
         one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
+        stated.add_arguments(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -125,7 +127,7 @@ def _options(args, method: str, strict: bool = True) -> dict:
 def run_fit(args, runs, fit) -> dict:
     """Fit the laws and print them with their intervals."""
     if fit.method == "isoflop":
-        print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+        print_table("Budgets", _counting(BUDGET_HEAD, runs), budget_rows(fit))
     if isinstance(fit, SurfaceFit):
         print_table("L = E + A / N^alpha + B / D^beta", SURFACE_HEAD, surface_rows(fit))
         print(search_text(fit) + "\n")
@@ -135,7 +137,7 @@ def run_fit(args, runs, fit) -> dict:
         if rows:
             print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops and "N_opt" in fit.laws:
-        _print_predictions(fit, args.flops)
+        _print_predictions(fit, args.flops, runs)
     return to_json(fit, _predictions(fit, args.flops))
 
 
@@ -144,7 +146,7 @@ def run_all(args, runs) -> dict:
     fits, refused = {}, {}
     for method, make in METHODS.items():
         try:
-            taken = load_runs(args.runs, protocol_id=args.protocol, curves=True) if method == "envelope" else runs
+            taken = _loaded(args, curves=True) if method == "envelope" else runs
             fits[method] = make(taken, **_options(args, method, strict=False))
         except UsageError as error:
             refused[method] = str(error)
@@ -180,7 +182,7 @@ def run_predict(args, runs, fit) -> dict:
     """Predict the best size, data and loss at --flops."""
     if "N_opt" not in fit.laws:
         raise UsageError(f"--method: {fit.method} says nothing of N_opt; predict with another")
-    _print_predictions(fit, args.flops)
+    _print_predictions(fit, args.flops, runs)
     return to_json(fit, _predictions(fit, args.flops))
 
 
@@ -244,7 +246,12 @@ def _extrapolation(paths, runs, fit):
     return None
 
 
-def _print_predictions(fit, flops) -> None:
+def _counting(head: tuple, runs) -> tuple:
+    """A head whose D counts what the runs' does."""
+    return tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in head)
+
+
+def _print_predictions(fit, flops, runs) -> None:
     rows = []
     for said in (predict(fit, c) for c in flops):
         beyond = f"{said['beyond']:.1f}x" + (" beyond" if said["beyond"] > 1 else ", inside")
@@ -252,18 +259,31 @@ def _print_predictions(fit, flops) -> None:
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
             row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
         rows.append((*row, span(said["L_run_interval"], ".4f")))
-    print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
+    print_table(f"Predictions, {fit.level:.0%} intervals", _counting(PREDICT_HEAD, runs), rows)
+
+
+def _loaded(args, curves: bool) -> list:
+    """RUNS in one convention, C in FLOPs of training."""
+    options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
+    runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=curves, **options))
+    check_units(runs)
+    if args.to:
+        have = runs[0].convention
+        runs = convert(runs, have, stated.target(args.to, have), args.tokens_per_image)
+    return runs
 
 
 def _fitted(args) -> dict:
     """The result of a command of COMMANDS, after its fit."""
-    runs = load_runs(args.runs, protocol_id=args.protocol, curves=args.method == "envelope")
+    runs = _loaded(args, curves=args.method == "envelope")
+    convention = runs[0].convention
+    print(f"Convention: {convention}\n")
     if args.method == "all":
-        return run_all(args, runs)
+        return run_all(args, runs) | {"convention": convention.to_json()}
     fit = METHODS[args.method](runs, **_options(args, args.method))
     for warning in fit.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return COMMANDS[args.command](args, runs, fit)
+    return COMMANDS[args.command](args, runs, fit) | {"convention": convention.to_json()}
 
 
 def main(argv=None) -> int:

@@ -6,17 +6,15 @@ Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
 import argparse
-import dataclasses
 import inspect
 import json
 import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs, stated
+from dit_jax.scaling import jobs, planning, stated
 from dit_jax.scaling.conventions import check_units, convert, training_flops
 from dit_jax.scaling.fit import METHODS
-from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
 from dit_jax.scaling.report import write, write_report
 from dit_jax.scaling.runs import load_runs
@@ -86,9 +84,11 @@ def _parser() -> argparse.ArgumentParser:
             type=float,
             action="append",
             default=[],
-            required=name in ("predict", "plan"),
+            required=name == "predict",
             help="training FLOPs; may be repeated",
         )
+        if name == "plan":
+            planning.add_arguments(one)
         if name == "report":
             one.add_argument("--out", default="report.html")
             one.add_argument("--title", default="Scaling law")
@@ -108,6 +108,8 @@ def _check(args) -> None:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
     if getattr(args, "grid", None) and not os.path.isfile(args.grid):
         raise UsageError(f"--grid: {args.grid}: no such file")
+    if args.command == "plan":
+        planning.check(args)
     for name in ("json", "out"):
         path = getattr(args, name, None)
         if path and os.path.isdir(path):
@@ -187,34 +189,8 @@ def run_predict(args, runs, fit) -> dict:
 
 
 def run_plan(args, runs, fit) -> dict:
-    """Choose the nearest size among RUNS for --flops, and the images it buys."""
-    if "N_opt" not in fit.laws:
-        raise UsageError(f"--method: {fit.method} says nothing of N_opt; plan with another")
-    ladder = ladder_of(runs)
-    if not ladder:
-        raise UsageError(
-            "RUNS: no run records its images, so no size can be planned; add a column 'images', or use predict"
-        )
-    plans = [plan(fit, c, ladder) for c in args.flops]
-    head = (
-        "C (FLOPs)",
-        "beyond the data",
-        "N_opt",
-        "interval",
-        "size",
-        "params",
-        "over N_opt",
-        "images",
-        "loss",
-        "interval",
-    )
-    rows = []
-    for p in plans:
-        size = (p.name, f"{p.params:.4g}", f"{p.off:.2f}x", f"{p.images:,.0f}")
-        optimum = (f"{p.flops:.3g}", f"{p.beyond:.1f}x", f"{p.n_opt:.4g}", span(p.n_interval))
-        rows.append((*optimum, *size, f"{p.loss:.4f}", span(p.loss_interval, ".4f")))
-    print_table("Plan", head, rows)
-    return to_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
+    """What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next."""
+    return to_json(fit) | planning.run(args, runs, fit)
 
 
 def run_report(args, runs, fit) -> dict:

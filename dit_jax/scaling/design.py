@@ -13,6 +13,7 @@ logarithm of the variance most per FLOP; again per square root of FLOPs, and aga
 taken. Every cell is a new size at its budget: the optimum on paper repeats few cells many times, which tests nothing of the law's shape.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def next_cells(
 
 
 def _cost(cells) -> float:
-    return sum(c.flops for c in cells)
+    return sum((c.flops for c in cells), 0.0)
 
 
 def _option(cells: tuple, variance: Callable, noise: float, now: float) -> Option:
@@ -218,13 +219,15 @@ def _surface(fit: SurfaceFit, target: float) -> Callable:
     known = _rows(fit, [(n, d) for n, d in _where(fit)])[:, free]
     scale = math.exp(design.centre[2]) if design.residual == "log" else 1.0
 
+    @functools.cache
+    def row(cell: Cell) -> np.ndarray:
+        return _rows(fit, [(cell.params, cell.flops / (fit.k * cell.params))])[0, free]
+
+    information = known.T @ known
+    information += 1e-12 * np.trace(information) / len(information) * np.eye(len(information))
+
     def variance(cells) -> float:
-        rows = known
-        if cells:
-            new = _rows(fit, [(c.params, c.flops / (fit.k * c.params)) for c in cells])[:, free]
-            rows = np.concatenate([known, new])
-        matrix = rows.T @ rows
-        matrix += 1e-12 * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+        matrix = information + sum(np.outer(row(c), row(c)) for c in cells)
         return float(aim @ np.linalg.solve(matrix, aim)) / scale**2
 
     return variance

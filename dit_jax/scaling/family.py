@@ -17,12 +17,14 @@ COARSE, FINE, WIDE = (
     256,
 )  # widths are multiples of COARSE from WIDE on, below of FINE, or of what a ladder's widths share
 OFF_SIZE, OFF_ASPECT = 0.03, 0.2  # missing the size by the first is as bad as missing the aspect ratio by the second
+FAR = 4.0  # times OFF_ASPECT: aspect ratios further off are all alike
 LARGEST = 1e15  # parameters
 
 
 @dataclass(frozen=True)
 class Family:
-    """Width / depth, and the width of a head, or their number where `heads` is not 0. Small widths are multiples of `step`."""
+    """Width / depth, and how wide a head is; or, where `heads` is not 0, their number as long as none is wider than that. Small widths
+    are multiples of `step`."""
 
     name: str
     aspect: float
@@ -31,7 +33,8 @@ class Family:
     step: int = FINE
 
     def __str__(self) -> str:
-        heads = f"{self.heads} head(s)" if self.heads else f"heads of about {self.head_width:.3g}"
+        heads = f"heads of about {self.head_width:.3g}"
+        heads = f"{self.heads} head(s) up to {self.head_width:.3g} wide" if self.heads else heads
         return f"{self.name}: width = {self.aspect:.3g} x depth, {heads}"
 
 
@@ -47,9 +50,9 @@ DIT = Family("DiT", _mean(width / depth for depth, width, _ in SIZES.values()), 
 
 def family_of(models: Sequence[ModelConfig]) -> Family:
     """The family of a ladder of models: their mean aspect ratio, and their number of heads if all have the same, else its mean width."""
-    heads = {m.heads for m in models}
-    head_width = _mean(m.width / m.heads for m in models)
-    same = len(heads) == 1 and len({m.width for m in models}) > 1
+    heads, widths = {m.heads for m in models}, [m.width / m.heads for m in models]
+    same = len(heads) == 1 and len(set(widths)) > 1
+    head_width = max(DIT.head_width, *widths) if same else _mean(widths)
     shared = math.gcd(*(m.width for m in models))
     step = shared if len({m.width for m in models}) > 1 and shared <= COARSE else FINE
     return Family("RUNS", _mean(m.width / m.depth for m in models), head_width, heads.pop() if same else 0, step)
@@ -62,7 +65,9 @@ def sized(
     if not 0 < params < LARGEST:
         raise UsageError(f"size: found {params:.3g} parameters, expected a number above 0 and below {LARGEST:g}")
     like = replace(like, heads=1, unroll=1)
-    ideal = (params * family.aspect / (4 + 2 * like.mlp_ratio)) ** (1 / 3)
+    a_block = _depths(4096, params, like, count)
+    squares = (a_block[1][2] - a_block[0][2]) / 4096**2  # parameters of a block over width^2
+    ideal = (params * family.aspect / squares) ** (1 / 3)
     rows = [row for width in _widths(family, ideal) for row in _depths(width, params, like, count)]
     width, depth, _ = min(rows, key=lambda row: _score(family, params, row))
     return replace(like, width=width, depth=depth, heads=_heads(family, width))
@@ -84,13 +89,15 @@ def _depths(width: int, params: float | int, like: ModelConfig, count: Callable)
 
 
 def _score(family: Family, params: float | int, row: tuple) -> float:
+    """How bad a (width, depth, parameters) is. Very small models have no choice of shapes: there the size alone decides."""
     width, depth, found = row
-    return (math.log(found / params) / OFF_SIZE) ** 2 + (math.log(width / depth / family.aspect) / OFF_ASPECT) ** 2
+    shape = abs(math.log(width / depth / family.aspect)) / OFF_ASPECT
+    return (math.log(found / params) / OFF_SIZE) ** 2 + min(shape, FAR) ** 2
 
 
 def _heads(family: Family, width: int) -> int:
     """The family's number of heads, or the divisor of the width that makes heads nearest to the family's."""
-    if family.heads and width % family.heads == 0:
+    if family.heads and width % family.heads == 0 and width / family.heads <= family.head_width:
         return family.heads
     divisors = [h for h in range(1, math.isqrt(width) + 1) if width % h == 0]
     return min(

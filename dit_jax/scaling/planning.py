@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from dit_jax import flops
-from dit_jax.config import UsageError
+from dit_jax.config import ModelConfig, UsageError
 from dit_jax.hardware import Topology, topology
 from dit_jax.scaling.design import Cell, Proposal, next_cells
 from dit_jax.scaling.family import DIT, sized
@@ -110,13 +110,14 @@ def run(args, runs: Sequence[Run], fit: Fit) -> dict:
         rate = _rate(args)[1]
         budgets += [(hours * HOUR * rate, True) for hours in args.chip_hours]
     recipes = [make_recipe(fit, c, given, runs, exact) for c, exact in budgets]
-    proposal = _proposal(args, fit, runs, recipes[0].flops, given)
+    models: dict = {}
+    proposal = _proposal(args, fit, runs, recipes[0].flops, given, models)
     print(f"Settings of {given.source}. Family {given.family}.")
     for recipe in recipes:
         _print_recipe(recipe, args, runs, fit)
     out = {"settings": given.source, "family": str(given.family), "plans": [_json_of(r, args) for r in recipes]}
     if isinstance(proposal, Proposal):
-        cells = [_built(cell, given, runs) for cell in proposal.cells]
+        cells = [_built(cell, models[cell.params], given, runs) for cell in proposal.cells]
         _print_cells(proposal, cells, fit, recipes[0])
         out["next"] = _json_of_cells(proposal, cells)
     elif proposal:
@@ -124,8 +125,8 @@ def run(args, runs: Sequence[Run], fit: Fit) -> dict:
     return finite(out)
 
 
-def _proposal(args, fit: Fit, runs: Sequence[Run], target: float, given: Settings) -> Proposal | str:
-    """The next cells, or why there are none; what was asked for and cannot be is an error."""
+def _proposal(args, fit: Fit, runs: Sequence[Run], target: float, given: Settings, models: dict) -> Proposal | str:
+    """The next cells, or why there are none; what was asked for and cannot be is an error. Fills `models`, N -> the model of that size."""
     limit = sum(r.flops for r in runs) if args.next_flops is None else args.next_flops
     if not limit or not args.next_cells:
         return ""
@@ -133,7 +134,9 @@ def _proposal(args, fit: Fit, runs: Sequence[Run], target: float, given: Setting
 
     @functools.cache
     def real(params: float) -> float:
-        return float(count(sized(given.family, params, given.model, count)))
+        model = sized(given.family, params, given.model, count)
+        models[float(count(model))] = model
+        return float(count(model))
 
     try:
         return next_cells(fit, runs, target, limit, args.next_cells, real)
@@ -226,11 +229,9 @@ def _json_of(recipe: Recipe, args) -> dict:
     return out | ({"hardware": _where(recipe, args)} if args.topology else {})
 
 
-def _built(cell: Cell, given: Settings, runs: Sequence[Run]) -> dict:
+def _built(cell: Cell, model: ModelConfig, given: Settings, runs: Sequence[Run]) -> dict:
     """A cell as a model that can be built, and its length."""
-    convention = runs[0].convention
-    model = sized(given.family, cell.params, given.model, count_of(convention))
-    steps = max(round(cell.flops / counted_flops(convention, model, given.batch)), 1)
+    steps = max(round(cell.flops / counted_flops(runs[0].convention, model, given.batch)), 1)
     images = steps * given.batch
     size = {name: getattr(model, name) for name in ("width", "depth", "heads")}
     exact = float(flops.train_flops(model, images))

@@ -296,14 +296,14 @@ def narrowed(studies: int, rivals: int) -> tuple:
 
 
 def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
-    before, chosen, rivals, predicted = narrowed(30, 3)
+    before, chosen, rivals, predicted = narrowed(24, 2)
     assert chosen < 0.9 * before and all(chosen < rival for rival in rivals)
     assert chosen == pytest.approx(predicted, rel=0.35)
 
 
 @pytest.mark.slow
-def test_the_chosen_cells_narrow_the_interval_more_in_500_studies():
-    before, chosen, rivals, predicted = narrowed(500, 20)
+def test_the_chosen_cells_narrow_the_interval_more_in_300_studies():
+    before, chosen, rivals, predicted = narrowed(300, 10)
     assert chosen < 0.65 * before and chosen < min(rivals) and chosen < 0.8 * np.median(rivals)
     assert chosen == pytest.approx(predicted, rel=0.12)
 
@@ -346,11 +346,11 @@ def test_the_cells_chosen_for_a_surface_narrow_the_interval_more():
 def test_the_deviation_of_a_surface_is_that_of_its_delta_method(residual):
     runs = ladder(noise=0.005, seed=2)
     fit = fit_varpro(runs, resamples=0, residual=residual)
-    proposal = next_cells(fit, runs, 1e22, sum(r.flops for r in runs))
+    proposal = next_cells(fit, runs, 1e22, sum(r.flops for r in runs), most=5)
     low, high = parametric.delta_at(fit, 1e22)["N_opt"]
     half = float(stats.t.ppf(0.975, fit.freedom))
     assert proposal.before == pytest.approx(math.log(high / low) / 2 / half, rel=0.05)
-    assert proposal.after < 0.85 * proposal.before and proposal.cost <= proposal.limit
+    assert proposal.after < 0.95 * proposal.before and proposal.cost <= proposal.limit
     fewer = next_cells(fit, runs, 1e22, sum(r.flops for r in runs), most=2)
     assert len(fewer.cells) <= 2 and proposal.after < fewer.after < fewer.before
     assert [o.gain for o in fewer.ranking] == sorted((o.gain for o in fewer.ranking), reverse=True)

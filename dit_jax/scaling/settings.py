@@ -40,7 +40,7 @@ def configs_of(runs: Sequence[Run]) -> list[tuple[Run, Config]]:
     found, read = [], {}
     for run in runs:
         folder = os.path.dirname(os.path.dirname(run.source.rpartition(":")[0]))
-        if not run.source.rpartition(":")[0].endswith("records.jsonl"):
+        if not run.source.rpartition(":")[0].endswith(os.path.join("eval", "records.jsonl")):
             continue
         if folder not in read:
             read[folder] = read_config(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None

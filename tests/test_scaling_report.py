@@ -95,7 +95,7 @@ def test_fit_prints_tables_and_writes_the_public_json(sheet, tmp_path, capsys):
     for part in ("N_opt", "D_opt", "L_opt, irreducible (chosen)", "fit without the largest budget", "7.7x beyond"):
         assert part in printed
     result = json.loads(out.read_text())
-    keys = "method n_runs law objective exponents intervals identifiable warnings predictions bias quality"
+    keys = "method n_runs law objective exponents intervals identifiable warnings predictions bias quality convention"
     assert set(result) == set(keys.split())
     assert result["method"] == "isoflop" and result["n_runs"] == 25 and result["identifiable"] is True
     assert set(result["law"]["N_opt"]) == {"coefficient", "exponent"} and set(result["exponents"]) == {"a", "b"}

@@ -65,8 +65,11 @@ def test_a_folder_given_twice_counts_once(tmp_path):
 
 
 def test_csv_flops_default_to_6nd(tmp_path):
-    one, two = load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,999\n"))
-    assert (one.flops, two.flops, one.name, one.loss) == (1200, 999, "x", 3)
+    one, two = load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,1200\n"))
+    assert (one.flops, two.flops, one.name, one.loss) == (1200, 1200, "x", 3)
+    assert one.convention.counted == "6ND"
+    with pytest.raises(UsageError, match=r"runs.csv:2: flops is absent, .* but counted is 'exact' in the other rows"):
+        load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,999\n"))
 
 
 def test_mixed_protocols_are_refused_naming_the_field(tmp_path):

@@ -6,16 +6,15 @@ Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
 import argparse
-import dataclasses
 import inspect
 import json
 import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs, trust
+from dit_jax.scaling import jobs, planning, stated, trust
+from dit_jax.scaling.conventions import check_units, convert, training_flops
 from dit_jax.scaling.fit import METHODS
-from dit_jax.scaling.plan import ladder_of, plan
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
 from dit_jax.scaling.report import write, write_report
 from dit_jax.scaling.runs import load_runs
@@ -76,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
         trust.add_options(one, name)
+        stated.add_arguments(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -85,9 +85,11 @@ def _parser() -> argparse.ArgumentParser:
             type=float,
             action="append",
             default=[],
-            required=name in ("predict", "plan"),
+            required=name == "predict",
             help="training FLOPs; may be repeated",
         )
+        if name == "plan":
+            planning.add_arguments(one)
         if name == "report":
             one.add_argument("--out", default="report.html")
             one.add_argument("--title", default="Scaling law")
@@ -107,6 +109,8 @@ def _check(args) -> None:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
     if getattr(args, "grid", None) and not os.path.isfile(args.grid):
         raise UsageError(f"--grid: {args.grid}: no such file")
+    if args.command == "plan":
+        planning.check(args)
     for name in ("json", "out"):
         path = getattr(args, name, None)
         if path and os.path.isdir(path):
@@ -127,7 +131,7 @@ def _options(args, method: str, strict: bool = True) -> dict:
 def run_fit(args, runs, fit) -> dict:
     """Fit the laws and print them with their intervals."""
     if fit.method == "isoflop":
-        print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+        print_table("Budgets", _counting(BUDGET_HEAD, runs), budget_rows(fit))
     if isinstance(fit, SurfaceFit):
         print_table("L = E + A / N^alpha + B / D^beta", SURFACE_HEAD, surface_rows(fit))
         print(search_text(fit) + "\n")
@@ -137,7 +141,7 @@ def run_fit(args, runs, fit) -> dict:
         if rows:
             print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops and "N_opt" in fit.laws:
-        _print_predictions(fit, args.flops)
+        _print_predictions(fit, args.flops, runs)
     said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
     said |= trust.tell_quality(runs, [fit.method])
     said |= trust.tell_holdouts(args.holdout, {fit.method: (runs, _options(args, fit.method))})
@@ -149,7 +153,7 @@ def run_all(args, runs) -> dict:
     fits, refused, taken = {}, {}, {}
     for method, make in METHODS.items():
         try:
-            taken[method] = trust.load(args, curves=True)[0] if method == "envelope" else runs
+            taken[method] = _loaded(args, curves=True)[0] if method == "envelope" else runs
             fits[method] = make(taken[method], **_options(args, method, strict=False))
         except UsageError as error:
             refused[method] = str(error)
@@ -188,39 +192,13 @@ def run_predict(args, runs, fit) -> dict:
     """Predict the best size, data and loss at --flops."""
     if "N_opt" not in fit.laws:
         raise UsageError(f"--method: {fit.method} says nothing of N_opt; predict with another")
-    _print_predictions(fit, args.flops)
+    _print_predictions(fit, args.flops, runs)
     return to_json(fit, _predictions(fit, args.flops))
 
 
 def run_plan(args, runs, fit) -> dict:
-    """Choose the nearest size among RUNS for --flops, and the images it buys."""
-    if "N_opt" not in fit.laws:
-        raise UsageError(f"--method: {fit.method} says nothing of N_opt; plan with another")
-    ladder = ladder_of(runs)
-    if not ladder:
-        raise UsageError(
-            "RUNS: no run records its images, so no size can be planned; add a column 'images', or use predict"
-        )
-    plans = [plan(fit, c, ladder) for c in args.flops]
-    head = (
-        "C (FLOPs)",
-        "beyond the data",
-        "N_opt",
-        "interval",
-        "size",
-        "params",
-        "over N_opt",
-        "images",
-        "loss",
-        "interval",
-    )
-    rows = []
-    for p in plans:
-        size = (p.name, f"{p.params:.4g}", f"{p.off:.2f}x", f"{p.images:,.0f}")
-        optimum = (f"{p.flops:.3g}", f"{p.beyond:.1f}x", f"{p.n_opt:.4g}", span(p.n_interval))
-        rows.append((*optimum, *size, f"{p.loss:.4f}", span(p.loss_interval, ".4f")))
-    print_table("Plan", head, rows)
-    return to_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
+    """What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next."""
+    return to_json(fit) | planning.run(args, runs, fit)
 
 
 def run_report(args, runs, fit) -> dict:
@@ -253,7 +231,12 @@ def _extrapolation(paths, runs, fit):
     return None
 
 
-def _print_predictions(fit, flops) -> None:
+def _counting(head: tuple, runs) -> tuple:
+    """A head whose D counts what the runs' does."""
+    return tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in head)
+
+
+def _print_predictions(fit, flops, runs) -> None:
     rows = []
     for said in (predict(fit, c) for c in flops):
         beyond = f"{said['beyond']:.1f}x" + (" beyond" if said["beyond"] > 1 else ", inside")
@@ -261,12 +244,26 @@ def _print_predictions(fit, flops) -> None:
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
             row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
         rows.append((*row, span(said["L_run_interval"], ".4f")))
-    print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
+    print_table(f"Predictions, {fit.level:.0%} intervals", _counting(PREDICT_HEAD, runs), rows)
+
+
+def _loaded(args, curves: bool) -> tuple:
+    """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
+    options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
+    runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=curves, **options))
+    check_units(runs)
+    if args.to:
+        have = runs[0].convention
+        runs = convert(runs, have, stated.target(args.to, have), args.tokens_per_image)
+    return trust.without(runs, args.drop, curves)
 
 
 def _fitted(args) -> dict:
     """The result of a command of COMMANDS, after its fit."""
-    runs, said = trust.load(args, curves=args.method == "envelope")
+    runs, said = _loaded(args, curves=args.method == "envelope")
+    convention = runs[0].convention
+    print(f"Convention: {convention}\n")
+    said |= {"convention": convention.to_json()}
     if args.method == "all":
         return run_all(args, runs) | said
     fit = METHODS[args.method](runs, **_options(args, args.method))

@@ -5,7 +5,6 @@ import sys
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling import bias, crossval, quality
-from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.table import DASH, finite, print_table
 
 SAID = ("sizes", "budgets", "edge", "curvature")  # kinds of findings of which isoflop and akima warn themselves
@@ -31,12 +30,11 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--holdout", choices=crossval.SPLITS, help=what)
 
 
-def load(args, curves: bool) -> tuple:
-    """(the runs of a command line, {"dropped": what --drop has left out of them}), which is printed too."""
-    runs = load_runs(args.runs, protocol_id=args.protocol, curves=curves)
-    if args.drop is None:
+def without(runs: list, drop: str | None, curves: bool) -> tuple:
+    """(the runs, {"dropped": those that --drop has left out}), which are printed too."""
+    if drop is None:
         return runs, {}
-    kinds = quality.DROPPED if args.drop == "all" else tuple(args.drop.split(","))
+    kinds = quality.DROPPED if drop == "all" else tuple(drop.split(","))
     for kind in kinds:
         if kind not in quality.DROPPED:
             raise UsageError(f"--drop: found {kind!r}, expected {', '.join(quality.DROPPED)} or all")

@@ -16,8 +16,8 @@ from dit_jax.scaling.compute import fit_compute
 from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.fit import METHODS, fit_isoflop
 from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.runs import Run
 from dit_jax.scaling.reasons import disagreements
+from dit_jax.scaling.runs import Run
 from dit_jax.scaling.surface import fit_gadre, fit_varpro
 
 

@@ -154,7 +154,7 @@ def run_all(args, runs) -> dict:
     )
     for test in found.tests:
         if test.fails:
-            print(f"{test.method}: premise fails: {test.premise}: {test.found}")
+            print(f"{test.method}: {test.reason}: {test.found}")
     _say(found)
     return {
         "method": "all",

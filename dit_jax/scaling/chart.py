@@ -26,8 +26,8 @@ class Style:
     marker: str = "o"
     dash: tuple = ()
     filled: bool = True
-    width: float = 1.4
-    size: float = 5.0  # of a marker, in points
+    width: float | int = 1.4
+    size: float | int = 5.0  # of a marker, in points
 
 
 STYLES = {
@@ -134,7 +134,10 @@ def limits(panel: Panel) -> tuple:
 def frame(parts, log: bool) -> tuple:
     """The ends of an axis for series (values) of several methods: the central part of each, but of those that reach far wider than others
     only a part."""
-    ends = np.array([np.quantile(np.log10(v) if log else np.asarray(v), [0.005, 0.995]) for v in parts])
+    arrays = (np.asarray(v, float) for v in parts)
+    kept = [v[np.isfinite(v) & ((v > 0) | (not log))] for v in arrays]
+    found = [np.quantile(np.log10(v) if log else v, [0.005, 0.995]) for v in kept if len(v)]
+    ends = np.array(found or [[0.0, 1.0]])
     wide = ends[:, 1] - ends[:, 0]
     usual = wide <= WIDER * np.median(wide)
     low, high = float(ends[usual, 0].min()), float(ends[usual, 1].max())
@@ -184,7 +187,7 @@ def _span(firm: np.ndarray, soft: np.ndarray) -> tuple:
     return float(low), float(high)
 
 
-def ticks(axis: Axis, low: float, high: float) -> list[tuple]:
+def ticks(axis: Axis, low: float | int, high: float | int) -> list[tuple]:
     """(value, text) of an axis from `low` to `high`."""
     if axis.names:
         return [(float(i), name) for i, name in enumerate(axis.names)]
@@ -200,7 +203,7 @@ def ticks(axis: Axis, low: float, high: float) -> list[tuple]:
     return [(v, written(v, axis.kind)) for v in values if low <= v <= high]
 
 
-def _linear(axis: Axis, low: float, high: float, count: int) -> list[tuple]:
+def _linear(axis: Axis, low: float | int, high: float | int, count: int) -> list[tuple]:
     raw = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(s * scale for s in (1, 2, 2.5, 5, 10) if s * scale >= raw * 0.999)
@@ -211,7 +214,7 @@ def _linear(axis: Axis, low: float, high: float, count: int) -> list[tuple]:
     return [(v, f"{v:.{digits}f}" if digits < 7 else f"{v:.3g}") for v in values]
 
 
-def written(value: float, kind: str) -> str:
+def written(value: float | int, kind: str) -> str:
     """A number as a tick or a tip writes it."""
     if kind == "flops":
         power = math.floor(math.log10(value) + 1e-9)

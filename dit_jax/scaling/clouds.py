@@ -7,38 +7,44 @@ import numpy as np
 from dit_jax.scaling.chart import Axis, Chart, Mark, Panel, Style, frame, numbers, style_of
 from dit_jax.scaling.study import SurfaceFit
 
+FEW = 20  # draws that make no cloud
 SHOWN = 250  # resamples drawn as dots; the region counts all
-CELLS, REACH = 72, 4.5  # of the grid of a density, and its half-width in standard deviations
+CELLS, REACH = 144, 9.0  # of the grid of a density, and its half-width in standard deviations
+FINE = 0.75  # of Scott's width, which is for normal draws: clouds are often bent
+NEAR = 3.5  # standard deviations of the draws that set the smoothing
 
 
 def region(x: np.ndarray, y: np.ndarray, level: float) -> tuple[list, bool]:
     """([outlines, each (x, y)], closed) of the smallest region that holds `level` of the draws; a line where they lie on one.
 
-    A Gaussian kernel density of Scott's width (Scott 1992, eq. 6.42) on a grid, in coordinates in which the draws are uncorrelated; its
-    contour is at the density that `level` of the draws exceed (Hyndman 1996, section 3.2).
+    A Gaussian kernel density of three quarters of Scott's width (Scott 1992, eq. 6.42) on a grid, in coordinates in which the draws
+    are uncorrelated; its contour is at the density that `level` of the draws exceed (Hyndman 1996, section 3.2).
     """
     from contourpy import contour_generator
     from scipy.ndimage import gaussian_filter, map_coordinates
 
     points = np.stack([x, y])
-    centre = points.mean(1, keepdims=True)
-    scale = points.std(1, keepdims=True)
+    centre = np.median(points, axis=1, keepdims=True)
+    scale = np.array([[_scale(v)] for v in points])
     if not (scale > 1e-12 * np.maximum(np.abs(centre), 1e-12)).any():
         return [], False
     unit = (points - centre) / np.where(scale > 0, scale, 1.0)
-    values, axes = np.linalg.eigh(np.cov(unit))
+    near = (np.abs(unit) < NEAR).all(0)  # far draws would widen the coordinates in which the near ones are smoothed
+    values, axes = np.linalg.eigh(np.cov(unit[:, near]))
     if values[0] < 1e-6 * values[1]:  # on a line
         ends = np.quantile(axes[:, 1] @ unit, [(1 - level) / 2, (1 + level) / 2])
         line = centre + scale * (axes[:, 1:] * ends)
         return [(line[0], line[1])], False
     white = (axes.T @ unit) / np.sqrt(values)[:, None]
     edges = np.linspace(-REACH, REACH, CELLS + 1)
-    counts = np.histogram2d(*np.clip(white, -REACH + 1e-9, REACH - 1e-9), bins=[edges, edges])[0]
-    width = len(x) ** (-1 / 6) * CELLS / (2 * REACH)
+    counts = np.histogram2d(*white, bins=[edges, edges])[0]
+    width = FINE * len(x) ** (-1 / 6) * CELLS / (2 * REACH)
     density = gaussian_filter(counts, width, mode="constant")
     at = (white + REACH) * CELLS / (2 * REACH) - 0.5
-    threshold = np.quantile(map_coordinates(density, at, order=1, mode="nearest"), 1 - level)
+    threshold = np.quantile(map_coordinates(density, at, order=1, mode="constant"), 1 - level)
     middle = (edges[1:] + edges[:-1]) / 2
+    if threshold <= 1e-9 * density.max():
+        return [], False
     found = []
     for line in contour_generator(middle, middle, density.T).lines(threshold):
         if len(line) > 6:
@@ -47,7 +53,15 @@ def region(x: np.ndarray, y: np.ndarray, level: float) -> tuple[list, bool]:
     return found, True
 
 
-def chart(fits: dict, flops: float, labels: dict) -> Chart | None:
+def _scale(v: np.ndarray) -> float:
+    """The standard deviation of normal draws of the same quartiles; that of the central 95 % where most draws are alike."""
+    ends = np.quantile(v, [0.025, 0.25, 0.75, 0.975])
+    central = float(np.clip(v, ends[0], ends[3]).std())
+    quartiles = float(ends[2] - ends[1]) / 1.349
+    return quartiles if quartiles > 0.2 * central else central
+
+
+def chart(fits: dict, flops: float | int, labels: dict) -> Chart | None:
     """a against N_opt at `flops` and against b, and the irreducible loss against alpha and against the exponent of L_opt; None of none."""
     panels = []
     for title, x_axis, y_axis, pairs in (
@@ -61,7 +75,7 @@ def chart(fits: dict, flops: float, labels: dict) -> Chart | None:
             "The two exponents",
             Axis("a, of N_opt", log=False),
             Axis("b, of D_opt", log=False),
-            {m: (_exponent(f, "N_opt"), _exponent(f, "D_opt")) for m, f in fits.items()},
+            {m: (_exponent(f, "N_opt"), _exponent(f, "D_opt")) for m, f in fits.items()} if _apart(fits) else {},
         ),
         (
             "The surface",
@@ -71,7 +85,7 @@ def chart(fits: dict, flops: float, labels: dict) -> Chart | None:
         ),
         (
             "The loss law",
-            Axis("decay x, of L_opt = E + k C^-x", log=False),
+            Axis("decay x, of L_opt = E + k C^-x"),
             Axis("irreducible loss E", log=False),
             {m: (_decay(f), _irreducible(f)) for m, f in fits.items()},
         ),
@@ -85,7 +99,8 @@ def chart(fits: dict, flops: float, labels: dict) -> Chart | None:
             panels.append(Panel(x_axis, y_axis, tuple(marks), title, limits=box))
     if not panels:
         return None
-    rows = tuple(tuple(panels[i : i + 2]) for i in range(0, len(panels), 2))
+    wide = 3 if len(panels) == 3 else 2
+    rows = tuple(tuple(panels[i : i + wide]) for i in range(0, len(panels), wide))
     level = next(iter(fits.values())).level
     return Chart(
         "clouds",
@@ -97,15 +112,23 @@ def chart(fits: dict, flops: float, labels: dict) -> Chart | None:
     )
 
 
+def _apart(fits: dict) -> bool:
+    """Whether a + b is not 1 by construction, as it is where C is a multiple of N D."""
+    both = [f.laws for f in fits.values() if "N_opt" in f.laws]
+    return any(abs(laws["N_opt"].exponent + laws["D_opt"].exponent - 1) > 1e-3 for laws in both)
+
+
 def _cloud(method: str, pair, level: float, log: bool) -> list[Mark]:
     if pair is None or pair[0] is None or pair[1] is None:
         return []
     (best_x, x), (best_y, y) = pair
     style = style_of(method)
     marks = []
-    if len(x) > 20 and len(x) == len(y):
-        kept = np.isfinite(x) & np.isfinite(y)
+    if len(x) > FEW and len(x) == len(y):
+        kept = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log))
         x, y = x[kept], y[kept]
+        if len(x) <= FEW:
+            return []
         every = max(1, math.ceil(len(x) / SHOWN))
         marks.append(Mark("dots", numbers(x[::every]), numbers(y[::every]), style, "", method))
         lines, closed = region(np.log(x) if log else x, y, level)
@@ -121,7 +144,7 @@ def _law(fit, name: str) -> tuple:
     return fit.laws.get(name), fit.draws.get(name)
 
 
-def _at(fit, name: str, flops: float):
+def _at(fit, name: str, flops: float | int):
     law, draws = _law(fit, name)
     return law and (float(law(flops)), np.asarray(draws(flops)) if draws else np.zeros(0))
 

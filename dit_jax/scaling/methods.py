@@ -10,6 +10,8 @@ from dit_jax.scaling.premises import examine
 from dit_jax.scaling.reasons import disagreements
 from dit_jax.scaling.runs import Run
 
+LISTED = 4  # parts of a refusal that are said
+
 
 @dataclass(frozen=True)
 class Methods:
@@ -43,12 +45,18 @@ def fit_methods(
             rows = curves if method == "envelope" and curves is not None else runs
             fits[method] = METHODS[method](rows, **options(method))
         except UsageError as error:
-            refused[method] = str(error)
+            refused[method] = _short(str(error))
     if not fits:
         raise UsageError("; ".join(f"{method}: {why}" for method, why in refused.items()))
     at = float(max(r.flops for r in runs)) if flops is None else float(flops)
     tests = tuple(examine(fits, runs, curves, at))
     return Methods(fits, refused, at, tests, tuple(disagreements(fits, at, tests)))
+
+
+def _short(text: str) -> str:
+    """A refusal without the tail of its list."""
+    parts = text.split("; ")
+    return text if len(parts) <= LISTED else "; ".join([*parts[:LISTED], "and so on"])
 
 
 def predictions(fit, flops: Sequence[float | int]) -> list[dict]:

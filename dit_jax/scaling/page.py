@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from dit_jax.scaling import chart, conventions, residuals, svg
 from dit_jax.scaling.methods import Methods, predictions
-from dit_jax.scaling.reasons import values
+from dit_jax.scaling.reasons import UNEXPLAINED, values
 from dit_jax.scaling.runs import flatten
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.summary import METHOD_HEAD, SURFACE_HEAD, method_rows, search_text, surface_rows
@@ -30,6 +30,7 @@ from dit_jax.scaling.table import (
 
 LONG = 40  # letters of a cell, from which its column is wrapped
 MULTIPLES = (1.0, 10.0, 100.0)  # of the largest run, predicted where no compute is asked for
+DISAGREEMENT_HEAD = ("of", "one finds", "the other", "why")
 PREDICTION_HEAD = (
     "method",
     "C (FLOPs)",
@@ -157,8 +158,11 @@ def _list(title: str, items) -> str:
 
 
 def _warnings(methods: Methods) -> list[str]:
-    single = len(methods.fits) == 1
-    found = [w if single else f"{m}: {w}" for m, fit in methods.fits.items() for w in fit.warnings]
+    said: dict = {}  # warning -> methods that say it
+    for m, fit in methods.fits.items():
+        for warning in fit.warnings:
+            said.setdefault(warning, []).append(m)
+    found = [w if len(methods.fits) == 1 else f"{', '.join(names)}: {w}" for w, names in said.items()]
     return found + [f"{m}: not fitted: {why}" for m, why in methods.refused.items()]
 
 
@@ -236,8 +240,8 @@ def _comparison(methods: Methods) -> str:
     head = (*METHOD_HEAD[:8], f"L_opt at {methods.flops:.3g}", *METHOD_HEAD[9:])
     parts = [_table(head, method_rows(methods.fits, methods.flops), (0,), [_of(m) for m in methods.fits])]
     if methods.disagreements:
-        items = "".join(f"<li>{_text(d)}</li>" for d in methods.disagreements)
-        parts.append(f"<h3>Where they disagree, and why</h3><ul>{items}</ul>")
+        parts.append("<h3>Where they disagree beyond their intervals, and why</h3>")
+        parts.append(_table(DISAGREEMENT_HEAD, [_disagreement(d) for d in methods.disagreements], (0, 1, 2, 3)))
     else:
         parts.append("<p>No two methods disagree beyond their intervals.</p>")
     if methods.tests:
@@ -247,6 +251,17 @@ def _comparison(methods: Methods) -> str:
             _table(("method", "premise", "found", ""), rows, (0, 1, 2), [_of(t.method) for t in methods.tests])
         )
     return "\n".join(parts)
+
+
+def _disagreement(d) -> tuple:
+    """(quantity, one method's finding, the other's, the premises that fail)."""
+    sides = (f"{m}: {v:.4f} ({span(ends, '.4f')})" for m, v, ends in zip(d.methods, d.values, d.intervals, strict=True))
+    why = "; ".join(
+        f"{m}: {', '.join(t.reason for t in d.reasons if t.method == m)}"
+        for m in d.methods
+        if any(t.method == m for t in d.reasons)
+    )
+    return d.quantity, *sides, why or UNEXPLAINED
 
 
 def _run_table(report) -> str:

@@ -61,9 +61,9 @@ def _budgets(method: str, fit, groups, unused, tips, labels) -> Panel:
         style = series(i, len(groups), filled=not hollow)
         flops = math.exp(np.mean([math.log(r.flops) for r in members]))
         name = f"{flops:.2g} FLOPs" + (" (not used)" if hollow else "")
-        line, star = _curve(fit, label, members, flops)
+        line, star = _curve(fit, label, members)
         if line:
-            marks.append(Mark("line", *line, style, "", method, faint=hollow))
+            marks.append(Mark("line", *line, style, name, method, faint=hollow))
         marks.append(_points(members, style, name, "params", tips))
         stars += [star] if star else []
     if stars:
@@ -72,14 +72,16 @@ def _budgets(method: str, fit, groups, unused, tips, labels) -> Panel:
     return Panel(Axis(labels["N"], kind="count"), Axis(labels["L"]), tuple(marks), method, method)
 
 
-def _curve(fit, label: str, members, flops: float) -> tuple:
+def _curve(fit, label: str, members) -> tuple:
     """((N, loss) of a method's curve at a budget or None, (N, loss) of its lowest point or None)."""
     n = np.array([r.params for r in members])
     grid = np.geomspace(n.min() / 1.1, n.max() * 1.1, GRID)
     if isinstance(fit, SurfaceFit):
-        best = float(fit.laws["N_opt"](flops))
-        star = (best, float(fit.laws["L_opt"](flops))) if grid[0] <= best <= grid[-1] else None
-        return (numbers(grid), numbers(fit(grid, flops / (fit.k * grid)))), star
+        product = np.exp(np.interp(np.log(grid), np.log(n), [math.log(r.params * r.tokens) for r in members]))
+        loss = np.asarray(fit(grid, product / grid))  # D as the runs' own: exact FLOPs are no multiple of N D
+        i = int(loss.argmin())
+        star = (float(grid[i]), float(loss[i])) if 0 < i < len(grid) - 1 else None
+        return (numbers(grid), numbers(loss)), star
     if isinstance(fit, PointFit):
         found = [(p.n_opt, p.loss) for p in fit.points if p.label == label]
         return _interpolated(members, grid), found[0] if found else None
@@ -119,7 +121,7 @@ def _sizes(method: str, fit, runs, tips, labels) -> Panel:
         d = [r.tokens for r in members]
         if fit is not None:
             grid = np.geomspace(min(d) / 1.2, max(d) * 1.2, GRID)
-            marks.append(Mark("line", numbers(grid), numbers(fit(size, grid)), style, "", method))
+            marks.append(Mark("line", numbers(grid), numbers(fit(size, grid)), style, f"N = {size:.3g}", method))
         marks.append(_points(members, style, f"N = {size:.3g}", "tokens", tips))
     return Panel(Axis(labels["D"], kind="count"), Axis(labels["L"]), tuple(marks), method, method)
 
@@ -211,7 +213,7 @@ def laws(fits: dict, labels: dict, extrapolation=None) -> Chart:
     )
 
 
-def _ratios(fits: dict, grid: np.ndarray, largest: float, labels: dict) -> list[tuple]:
+def _ratios(fits: dict, grid: np.ndarray, largest: float | int, labels: dict) -> list[tuple]:
     """A row of panels of every method's law over the first one's, where there are several."""
     panels = []
     for name in ("N_opt", "D_opt", "L_opt"):
@@ -230,7 +232,7 @@ def _ratios(fits: dict, grid: np.ndarray, largest: float, labels: dict) -> list[
     return [tuple(panels)] if panels else []
 
 
-def _band(fit, name: str, grid: np.ndarray, over: np.ndarray | float, label: str) -> list[Mark]:
+def _band(fit, name: str, grid: np.ndarray, over: np.ndarray | float | int, label: str) -> list[Mark]:
     """The interval of a law along the grid, divided by `over`; nothing where it has none."""
     if name not in fit.draws:
         return []
@@ -295,7 +297,7 @@ def _tested(e, name: str) -> list[Mark]:
     ]
 
 
-def forest(table: dict, flops: float) -> Chart:
+def forest(table: dict, flops: float | int) -> Chart:
     """Estimates and intervals of every method, one panel for each quantity. `table`: method -> name -> (value, (low, high))."""
     methods = list(table)
     panels = []

@@ -13,6 +13,7 @@ import numpy as np
 from dit_jax.scaling.predict import interval
 
 SHARE = 0.2  # of a disagreement that a simulated bias must account for, at least
+UNEXPLAINED = "no premise that was tested on these runs explains it"
 QUANTITIES = ("a", "irreducible", "L_opt")
 
 
@@ -22,6 +23,7 @@ class Test:
 
     method: str
     premise: str
+    reason: str  # what its failure means, in a few words
     found: str  # the result in words
     fails: bool
     affects: tuple = QUANTITIES
@@ -37,18 +39,18 @@ class Disagreement:
     methods: tuple
     values: tuple
     intervals: tuple
-    reasons: tuple = ()
+    reasons: tuple = ()  # of Test
 
     def __str__(self) -> str:
         sides = (
             f"{m} {'finds ' * (i == 0)}{v:.4f} ({low:.4f} to {high:.4f})"
             for i, (m, v, (low, high)) in enumerate(zip(self.methods, self.values, self.intervals, strict=True))
         )
-        why = "; ".join(self.reasons) or "no premise that was tested on these runs explains it"
+        why = "; ".join(f"{t.method}: {t.found}" for t in self.reasons) or UNEXPLAINED
         return f"{self.quantity}: {', '.join(sides)}, beyond their intervals. Why: {why}"
 
 
-def values(fit, flops: float) -> dict:
+def values(fit, flops: float | int) -> dict:
     """name -> (value, interval) of what methods have in common: a, b, irreducible, and L_opt at `flops`."""
     law, draws = fit.laws["L_opt"], fit.draws.get("L_opt")
     out = {}
@@ -74,11 +76,9 @@ def disagreements(fits: dict, flops: float | int, tests: Sequence[Test] = ()) ->
                 (x, (low, high)), (y, (lower, higher)) = table[one][name], table[two][name]
                 assumed = low == high or lower == higher  # a method's premise, not its finding
                 if not assumed and (high < lower or higher < low):
-                    reasons = tuple(
-                        f"{t.method}: {t.found}" for t in tests if _explains(t, name, {one: x - y, two: y - x})
-                    )
+                    reasons = tuple(t for t in tests if _explains(t, name, {one: x - y, two: y - x}))
                     found.append(Disagreement(name, (one, two), (x, y), ((low, high), (lower, higher)), reasons))
-    return found
+    return sorted(found, key=lambda d: QUANTITIES.index(d.quantity))
 
 
 def _explains(test: Test, quantity: str, gaps: dict) -> bool:

@@ -130,7 +130,9 @@ def report_json(report: Report, charts: list) -> dict:
             "refused": m.refused,
             "flops": m.flops,
             "tests": [vars(t) for t in m.tests],
-            "disagreements": [vars(d) | {"text": str(d)} for d in m.disagreements],
+            "disagreements": [
+                vars(d) | {"reasons": [vars(t) for t in d.reasons], "text": str(d)} for d in m.disagreements
+            ],
             "findings": list(report.findings),
             "extrapolation": vars(report.extrapolation) if report.extrapolation else None,
             "runs": runs,

@@ -36,7 +36,7 @@ class _Scale:
         self.axis, self.ends = axis, tuple(math.log10(v) for v in ends) if axis.log else ends
         self.start, self.stop = start, stop
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: float | int) -> float:
         if self.axis.log:
             value = math.log10(value) if value > 0 else -400.0
         at = (value - self.ends[0]) / (self.ends[1] - self.ends[0])

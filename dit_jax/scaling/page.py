@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from dit_jax.scaling import chart, conventions, residuals, svg
 from dit_jax.scaling.methods import Methods, predictions
-from dit_jax.scaling.reasons import UNEXPLAINED, values
+from dit_jax.scaling.reasons import values
 from dit_jax.scaling.runs import flatten
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.summary import METHOD_HEAD, SURFACE_HEAD, method_rows, search_text, surface_rows
@@ -241,7 +241,16 @@ def _comparison(methods: Methods) -> str:
     parts = [_table(head, method_rows(methods.fits, methods.flops), (0,), [_of(m) for m in methods.fits])]
     if methods.disagreements:
         parts.append("<h3>Where they disagree beyond their intervals, and why</h3>")
-        parts.append(_table(DISAGREEMENT_HEAD, [_disagreement(d) for d in methods.disagreements], (0, 1, 2, 3)))
+        parts.append(
+            _table(
+                DISAGREEMENT_HEAD,
+                [
+                    (d.quantity, *(f"{m}: {text}" for m, text in zip(d.methods, d.sides, strict=True)), d.why)
+                    for d in methods.disagreements
+                ],
+                (0, 1, 2, 3),
+            )
+        )
     else:
         parts.append("<p>No two methods disagree beyond their intervals.</p>")
     if methods.tests:
@@ -251,17 +260,6 @@ def _comparison(methods: Methods) -> str:
             _table(("method", "premise", "found", ""), rows, (0, 1, 2), [_of(t.method) for t in methods.tests])
         )
     return "\n".join(parts)
-
-
-def _disagreement(d) -> tuple:
-    """(quantity, one method's finding, the other's, the premises that fail)."""
-    sides = (f"{m}: {v:.4f} ({span(ends, '.4f')})" for m, v, ends in zip(d.methods, d.values, d.intervals, strict=True))
-    why = "; ".join(
-        f"{m}: {', '.join(t.reason for t in d.reasons if t.method == m)}"
-        for m in d.methods
-        if any(t.method == m for t in d.reasons)
-    )
-    return d.quantity, *sides, why or UNEXPLAINED
 
 
 def _run_table(report) -> str:

@@ -199,6 +199,8 @@ def laws(fits: dict, labels: dict, extrapolation=None) -> Chart:
                 marks += _law(fit, name, ours, grid, len(fits) == 1)
         if extrapolation:
             marks += _tested(extrapolation, name)
+        if len(marks) == 1:
+            continue
         axis = Axis(labels["L"]) if letter == "L" else Axis(f"{name}: {labels[letter]}", kind="count")
         panels.append(Panel(Axis(labels["C"], kind="flops"), axis, tuple(marks), name))
     level = next(iter(fits.values())).level
@@ -304,6 +306,7 @@ def forest(table: dict, flops: float | int) -> Chart:
     titles = {
         "a": "a, exponent of N_opt",
         "b": "b, exponent of D_opt",
+        "N_opt": f"N_opt at {flops:.3g} FLOPs",
         "irreducible": "irreducible loss",
         "L_opt": f"best loss at {flops:.3g} FLOPs",
     }
@@ -316,12 +319,13 @@ def forest(table: dict, flops: float | int) -> Chart:
                 continue
             value, (low, high) = table[method][name]
             bar = {"low": (low,), "high": (high,)} if math.isfinite(low) else {}
-            said = f"{method}: {value:.4f}" + (f" ({low:.4f} to {high:.4f})" if bar else ", no interval")
+            said = f"{method}: {value:.4g}" + (f" ({low:.4g} to {high:.4g})" if bar else ", no interval")
             style = style_of(method)
             style = Style(style.color, style.marker, (), size=8 if style.marker == "*" else 6)
             marks.append(Mark("points", (value,), (float(i),), style, "", method, across=True, tips=(said,), **bar))
         names = tuple(reversed(methods))
-        panels.append(Panel(Axis(title, log=False), Axis("", log=False, names=names), tuple(marks)))
-    rows = tuple(tuple(panels[i : i + 2]) for i in range(0, len(panels), 2))
+        kind = "count" if name == "N_opt" else "plain"
+        panels.append(Panel(Axis(title, name == "N_opt", kind), Axis("", log=False, names=names), tuple(marks)))
+    rows = tuple(tuple(panels[i : i + WIDE]) for i in range(0, len(panels), WIDE))
     text = "Estimates with their intervals. A method without a bar has no interval; gadre's a = b = 1/2 is its premise, not a finding."
     return Chart("methods", "Methods side by side", text, rows, legend=False)

@@ -16,7 +16,7 @@ from scipy import stats
 from dit_jax.error import UsageError
 from dit_jax.scaling import fit as fits_of
 from dit_jax.scaling import inference, newton
-from dit_jax.scaling.reasons import QUANTITIES, Test, values
+from dit_jax.scaling.reasons import QUANTITIES, Check, values
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import fit_gadre, fit_varpro
 
@@ -28,7 +28,7 @@ EARLY = 0.5  # of a curve in log compute: the checkpoints that may be a warm-up
 VISIBLE = 0.005  # of the loss: what checkpoints may be off without mattering
 
 
-def examine(fits: dict, runs, curves, flops: float | int, seed: int = 0) -> list[Test]:
+def examine(fits: dict, runs, curves, flops: float | int, seed: int = 0) -> list[Check]:
     """Every test that these fits and runs allow. `curves` are rows of training curves or None, `flops` where L_opt is compared."""
     truth = next((fits[m] for m in ("varpro", "surface") if m in fits and _sound(fits[m])), None)
     found: list = []
@@ -40,17 +40,21 @@ def examine(fits: dict, runs, curves, flops: float | int, seed: int = 0) -> list
             found.append(_simulated(method, fits[method], truth, rows, flops, seed))
     for method in fits:
         found.append(_pure(method, fits, truth))
-    if "gadre" in fits:
-        found.append(_equal(runs))
     if "envelope" in fits and curves:
         found += [_checkpoints(curves, "first"), _checkpoints(curves, "last")]
-    found += [
-        test(f)
-        for f in fits.values()
-        if isinstance(f, SurfaceFit) and f.freedom > 3
-        for test in (_form, _outlier, _skew)
-    ]
+    for fit in fits.values():
+        if isinstance(fit, SurfaceFit) and fit.freedom > 3:
+            found += _of_surface(fit, fits, runs)
     return [test for test in found if test is not None]
+
+
+def _of_surface(fit: SurfaceFit, fits: dict, runs) -> list:
+    """The tests of a surface: its form, and where that holds its scatter. Where two exponents fit, their one is all there is to say."""
+    found: list = [_form(fit)]
+    if fit.method == "gadre":
+        more = _form(fits["varpro"]) if "varpro" in fits else None
+        found = [_equal(runs), *([] if more and not more.fails else found)]
+    return found if any(t and t.fails for t in found) else [*found, _outlier(fit), _skew(fit)]
 
 
 def _sound(fit: SurfaceFit) -> bool:
@@ -59,7 +63,7 @@ def _sound(fit: SurfaceFit) -> bool:
     return fit.identifiable and not (form and form.fails)
 
 
-def _parabolas(fit) -> Test | None:
+def _parabolas(fit) -> Check | None:
     if not any(len({r.params for r in b.runs}) > 5 for b in fit.used):
         return None
     p = fits_of._no_parabola(fit)
@@ -69,7 +73,7 @@ def _parabolas(fit) -> Test | None:
         f"its curves are {'no ' * (p < CHANCE)}parabolas (F test against quartics, p = {p:.1g}): sizes span {width:.3g}x, their middle "
         f"lies {off:.2g}x from the minimum"
     )
-    return Test(
+    return Check(
         "isoflop",
         "the curves of loss against log N are parabolas",
         "its curves are no parabolas",
@@ -84,7 +88,7 @@ def _ratio(budget) -> float:
     return max(sizes) / min(sizes)
 
 
-def _window(fit, runs) -> Test | None:
+def _window(fit, runs) -> Check | None:
     """Whether nearby sizes alone tell another exponent than all sizes."""
     half = float(np.median([math.log(_ratio(b)) / 2 for b in fit.used]))
     window = math.exp(NARROWER * half)
@@ -105,7 +109,7 @@ def _window(fit, runs) -> Test | None:
         f"sizes within {window:.2g}x of each budget's best run alone give a = {a:.4f} ({lower:.4f} to {higher:.4f}), "
         f"all sizes {wide:.4f}"
     )
-    return Test(
+    return Check(
         "isoflop",
         "distant sizes tell what near ones do",
         "distant sizes move its exponent",
@@ -116,7 +120,7 @@ def _window(fit, runs) -> Test | None:
     )
 
 
-def _simulated(method: str, fit, truth: SurfaceFit, rows, flops: float | int, seed: int) -> Test | None:
+def _simulated(method: str, fit, truth: SurfaceFit, rows, flops: float | int, seed: int) -> Check | None:
     """The method on losses drawn from the surface at these runs: how far it is off on average, and by how much it scatters."""
     law = np.asarray(truth(*(np.array([getattr(r, k) for r in rows]) for k in ("params", "tokens"))))
     off = np.log([r.loss for r in rows]) - np.log(law)
@@ -145,10 +149,11 @@ def _simulated(method: str, fit, truth: SurfaceFit, rows, flops: float | int, se
         biased = abs(mean) > 3 * error / math.sqrt(len(got)) and abs(mean) > MATERIAL * (high - low) / 2
         fails |= biased
         if biased:
-            said.append(f"{name} {abs(mean):.4f} too {'high' if mean > 0 else 'low'}")
+            size = f"{abs(mean) / planted[name]:.0%}" if name == "N_opt" else f"{abs(mean):.4f}"
+            said.append(f"{name} {size} too {'high' if mean > 0 else 'low'}")
     what = f"on {len(told)} sets of losses drawn from {truth.method}'s surface at these runs (scatter {spread:.2%}) it finds "
     text = what + (f"{', '.join(said)} on average" if said else "what was planted, on average")
-    return Test(
+    return Check(
         method,
         f"where {truth.method}'s surface holds, it finds that surface's optimum",
         "it is biased at these runs",
@@ -159,7 +164,7 @@ def _simulated(method: str, fit, truth: SurfaceFit, rows, flops: float | int, se
     )
 
 
-def _pure(method: str, fits: dict, truth) -> Test | None:
+def _pure(method: str, fits: dict, truth) -> Check | None:
     """A power law without an irreducible term, where the surface's interval of E excludes nothing."""
     fit = fits[method]
     if isinstance(fit, SurfaceFit) or "L_opt_irreducible" in fit.laws or truth is None or truth.profile is None:
@@ -168,7 +173,7 @@ def _pure(method: str, fits: dict, truth) -> Test | None:
     fails = low > 1e-3 * high
     between = f"{truth.surface.E:.4f} ({low:.4f} to {high:.4f})"
     text = f"its loss law has no irreducible term, for want of budgets; {truth.method} finds {between}"
-    return Test(
+    return Check(
         method,
         "the loss falls to nothing, as a pure power law",
         "no irreducible term",
@@ -178,7 +183,7 @@ def _pure(method: str, fits: dict, truth) -> Test | None:
     )
 
 
-def _equal(runs) -> Test | None:
+def _equal(runs) -> Check | None:
     """One exponent against two, in logarithms: an F test, its ratio reduced where several rows are one run."""
     try:
         one, two = (fit(runs, residual="log", loss="mse", resamples=0) for fit in (fit_gadre, fit_varpro))
@@ -192,10 +197,10 @@ def _equal(runs) -> Test | None:
     s = two.surface
     verdict = "does not fit" if p < CHANCE else "fits"
     text = f"one exponent for both terms {verdict} (F test, p = {p:.1g}): alpha = {s.alpha:.3f}, beta = {s.beta:.3f}"
-    return Test("gadre", "N and D have the same exponent", "the exponents of N and D differ", text, p < CHANCE, p=p)
+    return Check("gadre", "N and D have the same exponent", "the exponents of N and D differ", text, p < CHANCE, p=p)
 
 
-def _checkpoints(curves, which: str) -> Test | None:
+def _checkpoints(curves, which: str) -> Check | None:
     """Whether early (or last) checkpoints of each run leave the surface through the others: one number a run, a t test over runs."""
     parts: dict = {}
     for r in curves:
@@ -219,7 +224,7 @@ def _checkpoints(curves, which: str) -> Test | None:
         ("early", "warm-up", lift) if which == "first" else ("last", "decay of the learning rate", -lift)
     )
     text = f"{words} checkpoints lie {lift:+.2%} from the surface through the others (t test over {len(lifts)} runs, p = {p:.1g})"
-    return Test(
+    return Check(
         "envelope", f"no {why}: {words} checkpoints count as any", why, text, p < CHANCE and visible > VISIBLE, p=p
     )
 
@@ -237,10 +242,14 @@ def _residuals(fit: SurfaceFit) -> tuple:
     return newton.residuals(problem, fit.theta[None])[0], newton.jacobian(problem, fit.theta)
 
 
-def _form(fit: SurfaceFit) -> Test | None:
-    """Whether squares and products of log N and log D still explain residuals, what the parameters can fit projected out."""
+def _form(fit: SurfaceFit) -> Check | None:
+    """Whether squares and products of log N and log D still explain residuals, what the parameters can fit projected out. One run that is
+    far off is left out: it is no matter of form."""
     r, slope = _residuals(fit)
-    x, z = -fit.design.problem.terms[1, :, 3], -fit.design.problem.terms[2, :, -1]
+    worst, _, chance = _worst(fit)
+    kept = np.arange(len(r)) != (worst if chance < CHANCE else -1)
+    r, slope = r[kept], slope[kept]
+    x, z = -fit.design.problem.terms[1, kept, 3], -fit.design.problem.terms[2, kept, -1]
     base, _ = np.linalg.qr(slope)
     more = np.stack([x**2, x * z, z**2], axis=1)
     left = r - base @ (base.T @ r)
@@ -258,7 +267,7 @@ def _form(fit: SurfaceFit) -> Test | None:
         f"its residuals {'bend with' if p < CHANCE else 'do not bend with'} log N and log D (F test of squares and product, p = {p:.1g}"
         + (f", {explained / total:.0%} of their variance)" if p < CHANCE else ")")
     )
-    return Test(
+    return Check(
         fit.method,
         "the runs follow E + A / N^alpha + B / D^beta",
         "its surface does not fit the runs",
@@ -268,27 +277,34 @@ def _form(fit: SurfaceFit) -> Test | None:
     )
 
 
-def _outlier(fit: SurfaceFit) -> Test | None:
-    """Whether one run is too far off for the scatter of the others; squares follow such a run."""
+def _worst(fit: SurfaceFit) -> tuple:
+    """(index, studentised residual, Bonferroni's p) of the run that is farthest off; p = 1 where that cannot be told."""
     r, slope = _residuals(fit)
     base, _ = np.linalg.qr(slope)
     free = 1 - (base**2).sum(1)
     freedom = len(r) - fit.design.problem.width - 1
     if fit.loss != "mse" or fit.clusters < fit.n_runs or freedom < 3 or float(r @ r) < 1e-20:
-        return None
+        return 0, math.nan, 1.0
     with np.errstate(divide="ignore", invalid="ignore"):
         own = r**2 / free
         score = np.where(free > 0.01, np.sqrt(own * freedom / np.maximum(r @ r - own, 1e-300)), 0.0)
     worst = int(np.argmax(score))
-    p = min(1.0, float(len(r) * 2 * stats.t.sf(score[worst], freedom)))
+    return worst, float(score[worst]), min(1.0, float(len(r) * 2 * stats.t.sf(score[worst], freedom)))
+
+
+def _outlier(fit: SurfaceFit) -> Check | None:
+    """Whether one run is too far off for the scatter of the others; squares follow such a run."""
+    worst, score, p = _worst(fit)
+    if math.isnan(score):
+        return None
     terms, centre = fit.design.problem.terms, fit.design.centre
     n, d = math.exp(centre[0] - terms[1, worst, 3]), math.exp(centre[1] - terms[2, worst, -1])
-    text = f"the farthest run (N = {n:.3g}, D = {d:.3g}) is {score[worst]:.1f} standard deviations off (p = {p:.1g})"
+    text = f"the farthest run (N = {n:.3g}, D = {d:.3g}) is {score:.1f} standard deviations off (p = {p:.1g})"
     text += "; squares follow it" * (p < CHANCE)
-    return Test(fit.method, "no run is far off", "one run is far off", text, p < CHANCE, p=p)
+    return Check(fit.method, "no run is far off", "one run is far off", text, p < CHANCE, p=p)
 
 
-def _skew(fit: SurfaceFit) -> Test | None:
+def _skew(fit: SurfaceFit) -> Check | None:
     """Whether the scatter is lopsided: a fit of small Huber delta follows the median run, squares the mean."""
     r, _ = _residuals(fit)
     if fit.loss != "huber" or len(r) < 20 or fit.clusters < fit.n_runs:
@@ -296,4 +312,4 @@ def _skew(fit: SurfaceFit) -> Test | None:
     p = float(stats.skewtest(r).pvalue)
     text = f"skewness of the scatter {float(stats.skew(-r)):+.2f} (p = {p:.1g})"
     text += "; this fit follows the median run, squares follow the mean" * (p < CHANCE)
-    return Test(fit.method, "the scatter of the runs is symmetric", "the scatter is lopsided", text, p < CHANCE, p=p)
+    return Check(fit.method, "the scatter of the runs is symmetric", "the scatter is lopsided", text, p < CHANCE, p=p)

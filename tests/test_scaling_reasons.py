@@ -31,7 +31,7 @@ def wide(law=LAW, factor=8.0, off=4.0, noise=0.001, sizes=25) -> list[Run]:
 
 
 def fitted(runs, names=METHODS, rows=None, **options):
-    return fit_methods(runs, rows, names=names, options=lambda method: {"resamples": 200, **options})
+    return fit_methods(runs, rows, names=names, options=lambda method: {"resamples": 100, **options})
 
 
 def failed(found, method) -> set:
@@ -45,7 +45,7 @@ def test_on_a_clean_narrow_ladder_no_reason_is_named():
 
 
 def test_a_wide_grid_off_its_centre_is_named():
-    found = fitted(wide())
+    found = fitted(wide(), ("isoflop", "akima", "varpro"))
     assert {"its curves are no parabolas", "it is biased at these runs"} <= failed(found, "isoflop")
     assert not failed(found, "varpro") and not failed(found, "akima")
     (told,) = [d for d in found.disagreements if d.methods == ("isoflop", "varpro") and d.quantity == "N_opt"]
@@ -57,7 +57,7 @@ def test_a_wide_grid_off_its_centre_is_named():
 
 def test_the_simulated_bias_is_that_of_the_parabola():
     """What the parabolas of a wide grid are off by, told from the fitted surface, is what they are off by from the planted one."""
-    found = fitted(wide(noise=0.0003))
+    found = fitted(wide(noise=0.0003), ("isoflop", "varpro"))
     (told,) = [t for t in found.tests if t.method == "isoflop" and t.bias and "L_opt" in t.bias]
     for name in ("N_opt", "L_opt"):
         truth = float(LAW.optimum(6.0)[name](found.flops))
@@ -65,7 +65,7 @@ def test_the_simulated_bias_is_that_of_the_parabola():
 
 
 def test_unequal_exponents_are_named():
-    found = fitted(ladder(dataclasses.replace(LAW, alpha=0.45, beta=0.28, B=400.0), noise=0.001))
+    found = fitted(ladder(dataclasses.replace(LAW, alpha=0.45, beta=0.28, B=400.0), noise=0.001), ("varpro", "gadre"))
     assert "the exponents of N and D differ" in failed(found, "gadre")
     (test,) = [t for t in found.tests if t.reason == "the exponents of N and D differ"]
     assert test.p < 1e-4 and "alpha = 0.4" in test.found
@@ -92,7 +92,7 @@ def test_a_surface_that_does_not_fit_is_named_and_simulates_nothing():
         dataclasses.replace(r, loss=r.loss * math.exp(0.02 * math.log(r.params / 5e8) ** 2))
         for r in wide(noise=0.002, off=1.0)
     ]
-    found = fitted(bent)
+    found = fitted(bent, ("isoflop", "varpro"))
     assert "its surface does not fit the runs" in failed(found, "varpro")
     assert not [t for t in found.tests if t.reason == "it is biased at these runs"]
 
@@ -125,7 +125,7 @@ def test_a_bias_of_the_wrong_sign_or_size_explains_nothing():
 
 def test_fit_of_all_methods_says_why(tmp_path, capsys):
     path, out = sheet(tmp_path / "runs.csv", wide()), tmp_path / "out.json"
-    assert main(["fit", path, "--method=all", "--resamples=100", f"--json={out}"]) == 0
+    assert main(["fit", path, "--method=all", "--resamples=60", f"--json={out}"]) == 0
     printed = capsys.readouterr().out
     assert "The methods disagree on" in printed and "F test against quartics" in printed
     assert "isoflop: its curves are no parabolas" in printed

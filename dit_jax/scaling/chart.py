@@ -208,23 +208,28 @@ def _linear(axis: Axis, low: float | int, high: float | int, count: int) -> list
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(s * scale for s in (1, 2, 2.5, 5, 10) if s * scale >= raw * 0.999)
     values = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    if axis.kind != "plain":
-        return [(v, written(v, axis.kind)) for v in values]
-    digits = max(0, -math.floor(math.log10(step)) + (1 if abs(step / scale - 2.5) < 1e-9 else 0))
-    return [(v, f"{v:.{digits}f}" if digits < 7 else f"{v:.3g}") for v in values]
+    if axis.kind == "plain" and step > 1e-6 and high < 1e6:
+        digits = max(0, -math.floor(math.log10(step)) + (abs(step / scale - 2.5) < 1e-9))
+        return [(v, f"{v:.{digits}f}") for v in values]
+    texts: list = []
+    for digits in range(3, 16):  # as few as tell ticks apart
+        texts = [written(v, axis.kind, digits) for v in values]
+        if len(set(texts)) == len(texts):
+            break
+    return list(zip(values, texts, strict=True))
 
 
-def written(value: float | int, kind: str) -> str:
-    """A number as a tick or a tip writes it."""
+def written(value: float | int, kind: str, digits: int = 3) -> str:
+    """A number as a tick writes it, with this many significant digits at most."""
     if kind == "flops":
         power = math.floor(math.log10(value) + 1e-9)
-        lead = f"{value / 10.0**power:.3g}"
+        lead = f"{value / 10.0**power:.{digits}g}"
         return ("" if lead == "1" else f"{lead}\N{MULTIPLICATION SIGN}") + "10" + str(power).translate(SUPERSCRIPTS)
     if kind == "count":
         for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
             if value >= size * 0.9995:
-                return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+                return f"{value / size:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
 
 
 def to_json(chart: Chart) -> dict:

@@ -21,7 +21,11 @@ def expected(fit, runs) -> np.ndarray:
         return np.asarray(fit(*(np.array([getattr(r, k) for r in runs]) for k in ("params", "tokens"))))
     if isinstance(fit, PointFit):
         return np.full(len(runs), np.nan)
-    found = {id(r): float(b(r.params)) for b in fit.budgets if b.coefficients for r in b.runs}
+    found: dict = {}
+    for b in fit.budgets:
+        if b.coefficients:
+            said = b(np.array([r.params for r in b.runs])).tolist()
+            found |= {id(r): law for r, law in zip(b.runs, said, strict=True)}
     return np.array([found.get(id(r), np.nan) for r in runs])
 
 

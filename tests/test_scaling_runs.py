@@ -139,9 +139,10 @@ def test_columns_of_other_names_are_runs(tmp_path):
     one, two = load_columns(path, COLUMNS, {"dataset": "a"})
     assert (one.name, one.params, one.tokens, one.loss, one.flops) == ("m1", 1e6, 2e7, 3.5, 6 * 1e6 * 2e7)
     assert (two.name, two.source) == ("m3", f"{path}:4")
-    assert [r.name for r in load_columns(path, {k: v for k, v in COLUMNS.items() if k != "name"})][
-        0
-    ] == "N 1e+06, C 1.2e+14"
+    assert (
+        next(r.name for r in load_columns(path, {k: v for k, v in COLUMNS.items() if k != "name"}))
+        == "N 1e+06, C 1.2e+14"
+    )
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def limits(panel: Panel) -> tuple:
     return panel.limits or (_ends(panel, "x"), _ends(panel, "y"))
 
 
-def frame(parts, log: bool) -> tuple:
+def frame(parts, log: bool, wider: float | int = WIDER) -> tuple:
     """The ends of an axis for series (values) of several methods: the central part of each, but of those that reach far wider than others
     only a part."""
     arrays = (np.asarray(v, float) for v in parts)
@@ -139,7 +139,7 @@ def frame(parts, log: bool) -> tuple:
     found = [np.quantile(np.log10(v) if log else v, [0.005, 0.995]) for v in kept if len(v)]
     ends = np.array(found or [[0.0, 1.0]])
     wide = ends[:, 1] - ends[:, 0]
-    usual = wide <= WIDER * np.median(wide)
+    usual = wide <= wider * np.median(wide[wide > 0]) if (wide > 0).any() else wide <= 0
     low, high = float(ends[usual, 0].min()), float(ends[usual, 1].max())
     room = max(0.25 * (high - low), 1e-4 * abs(high), 1e-6)
     low, high = max(float(ends[:, 0].min()), low - room), min(float(ends[:, 1].max()), high + room)

@@ -11,6 +11,7 @@ from dit_jax.scaling.study import SurfaceFit
 
 GRID = 80  # points of a line
 WIDE = 3  # panels in a row
+APART = 15.0  # times the median interval, from which a bar may leave its panel
 FAR = 4.0  # laws are drawn to this multiple of the largest run
 END = Style("#888888", "", (3, 3), width=0.9)
 BEST = Style("#000000", "*", (), size=10)
@@ -313,11 +314,12 @@ def forest(table: dict, flops: float | int) -> Chart:
     for name, title in titles.items():
         if not any(name in row for row in table.values()):
             continue
-        marks = []
+        marks, ends = [], []
         for i, method in enumerate(reversed(methods)):
             if name not in table[method]:
                 continue
             value, (low, high) = table[method][name]
+            ends.append([v for v in (value, low, high) if math.isfinite(v)])
             bar = {"low": (low,), "high": (high,)} if math.isfinite(low) else {}
             said = f"{method}: {value:.4g}" + (f" ({low:.4g} to {high:.4g})" if bar else ", no interval")
             style = style_of(method)
@@ -325,7 +327,10 @@ def forest(table: dict, flops: float | int) -> Chart:
             marks.append(Mark("points", (value,), (float(i),), style, "", method, across=True, tips=(said,), **bar))
         names = tuple(reversed(methods))
         kind = "count" if name == "N_opt" else "plain"
-        panels.append(Panel(Axis(title, name == "N_opt", kind), Axis("", log=False, names=names), tuple(marks)))
+        box = (frame(ends, name == "N_opt", APART), (-0.6, len(names) - 0.4))
+        axes = Axis(title, name == "N_opt", kind), Axis("", log=False, names=names)
+        panels.append(Panel(*axes, tuple(marks), limits=box))
     rows = tuple(tuple(panels[i : i + WIDE]) for i in range(0, len(panels), WIDE))
-    text = "Estimates with their intervals. A method without a bar has no interval; gadre's a = b = 1/2 is its premise, not a finding."
+    text = "Estimates and intervals; a bar that leaves its panel is far wider than the others, a method without one has no interval. "
+    text += "gadre's a = b = 1/2 is its premise, not a finding."
     return Chart("methods", "Methods side by side", text, rows, legend=False)

@@ -70,7 +70,7 @@ def _parabolas(fit) -> Check | None:
     width = float(np.median([b.runs and _ratio(b) for b in fit.used]))
     off = float(np.median([math.exp(abs(b.curve.centre - math.log(b.n_opt))) for b in fit.used]))
     text = (
-        f"its curves are {'no ' * (p < CHANCE)}parabolas (F test against quartics, p = {p:.1g}): sizes span {width:.3g}x, their middle "
+        f"its curves are {'no ' * (p < CHANCE)}parabolas (F test against quartics, p = {p:.2g}): sizes span {width:.3g}x, their middle "
         f"lies {off:.2g}x from the minimum"
     )
     return Check(
@@ -196,7 +196,7 @@ def _equal(runs) -> Check | None:
     p = float(stats.f.sf(ratio, 1, two.freedom)) if one.objective > 1e-20 else 1.0
     s = two.surface
     verdict = "does not fit" if p < CHANCE else "fits"
-    text = f"one exponent for both terms {verdict} (F test, p = {p:.1g}): alpha = {s.alpha:.3f}, beta = {s.beta:.3f}"
+    text = f"one exponent for both terms {verdict} (F test, p = {p:.2g}): alpha = {s.alpha:.3f}, beta = {s.beta:.3f}"
     return Check("gadre", "N and D have the same exponent", "the exponents of N and D differ", text, p < CHANCE, p=p)
 
 
@@ -223,7 +223,7 @@ def _checkpoints(curves, which: str) -> Check | None:
     words, why, visible = (
         ("early", "warm-up", lift) if which == "first" else ("last", "decay of the learning rate", -lift)
     )
-    text = f"{words} checkpoints lie {lift:+.2%} from the surface through the others (t test over {len(lifts)} runs, p = {p:.1g})"
+    text = f"{words} checkpoints lie {lift:+.2%} from the surface through the others (t test over {len(lifts)} runs, p = {p:.2g})"
     return Check(
         "envelope", f"no {why}: {words} checkpoints count as any", why, text, p < CHANCE and visible > VISIBLE, p=p
     )
@@ -264,7 +264,7 @@ def _form(fit: SurfaceFit) -> Check | None:
     ratio = explained / int(keep.sum()) / max((total - explained) / freedom, 1e-300) * fit.clusters / fit.n_runs
     p = float(stats.f.sf(ratio, int(keep.sum()), freedom))
     text = (
-        f"its residuals {'bend with' if p < CHANCE else 'do not bend with'} log N and log D (F test of squares and product, p = {p:.1g}"
+        f"its residuals {'bend with' if p < CHANCE else 'do not bend with'} log N and log D (F test of squares and product, p = {p:.2g}"
         + (f", {explained / total:.0%} of their variance)" if p < CHANCE else ")")
     )
     return Check(
@@ -299,7 +299,7 @@ def _outlier(fit: SurfaceFit) -> Check | None:
         return None
     terms, centre = fit.design.problem.terms, fit.design.centre
     n, d = math.exp(centre[0] - terms[1, worst, 3]), math.exp(centre[1] - terms[2, worst, -1])
-    text = f"the farthest run (N = {n:.3g}, D = {d:.3g}) is {score:.1f} standard deviations off (p = {p:.1g})"
+    text = f"the farthest run (N = {n:.3g}, D = {d:.3g}) is {score:.1f} standard deviations off (p = {p:.2g})"
     text += "; squares follow it" * (p < CHANCE)
     return Check(fit.method, "no run is far off", "one run is far off", text, p < CHANCE, p=p)
 
@@ -310,6 +310,6 @@ def _skew(fit: SurfaceFit) -> Check | None:
     if fit.loss != "huber" or len(r) < 20 or fit.clusters < fit.n_runs:
         return None
     p = float(stats.skewtest(r).pvalue)
-    text = f"skewness of the scatter {float(stats.skew(-r)):+.2f} (p = {p:.1g})"
+    text = f"skewness of the scatter {float(stats.skew(-r)):+.2f} (p = {p:.2g})"
     text += "; this fit follows the median run, squares follow the mean" * (p < CHANCE)
     return Check(fit.method, "the scatter of the runs is symmetric", "the scatter is lopsided", text, p < CHANCE, p=p)

@@ -70,8 +70,7 @@ def _parabolas(fit) -> Check | None:
     width = float(np.median([b.runs and _ratio(b) for b in fit.used]))
     off = float(np.median([math.exp(abs(b.curve.centre - math.log(b.n_opt))) for b in fit.used]))
     text = (
-        f"its curves are {'no ' * (p < CHANCE)}parabolas (F test against quartics, p = {p:.2g}): sizes span {width:.3g}x, their middle "
-        f"lies {off:.2g}x from the minimum"
+        f"F test against quartics, p = {p:.2g}; sizes span {width:.3g}x, their middle lies {off:.2g}x from the minimum"
     )
     return Check(
         "isoflop",
@@ -195,8 +194,7 @@ def _equal(runs) -> Check | None:
     ratio = max(one.objective - two.objective, 0.0) / max(two.objective / two.freedom, 1e-30) * share
     p = float(stats.f.sf(ratio, 1, two.freedom)) if one.objective > 1e-20 else 1.0
     s = two.surface
-    verdict = "does not fit" if p < CHANCE else "fits"
-    text = f"one exponent for both terms {verdict} (F test, p = {p:.2g}): alpha = {s.alpha:.3f}, beta = {s.beta:.3f}"
+    text = f"F test of one exponent against two, p = {p:.2g}; alpha = {s.alpha:.3f}, beta = {s.beta:.3f}"
     return Check("gadre", "N and D have the same exponent", "the exponents of N and D differ", text, p < CHANCE, p=p)
 
 
@@ -263,10 +261,8 @@ def _form(fit: SurfaceFit) -> Check | None:
         return None
     ratio = explained / int(keep.sum()) / max((total - explained) / freedom, 1e-300) * fit.clusters / fit.n_runs
     p = float(stats.f.sf(ratio, int(keep.sum()), freedom))
-    text = (
-        f"its residuals {'bend with' if p < CHANCE else 'do not bend with'} log N and log D (F test of squares and product, p = {p:.2g}"
-        + (f", {explained / total:.0%} of their variance)" if p < CHANCE else ")")
-    )
+    text = f"F test of squares and product of log N and log D in its residuals, p = {p:.2g}"
+    text += f", {explained / total:.0%} of their variance" * (p < CHANCE)
     return Check(
         fit.method,
         "the runs follow E + A / N^alpha + B / D^beta",

@@ -1,7 +1,7 @@
 """`python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`: fits scaling laws to runs.
 
 RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group).
-`fit --method=all` puts the methods side by side; isoflop, the default, is the only one that has a report.
+`fit --method=all` puts the methods side by side and says why they disagree; `report`, by default of all of them, shows it.
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
@@ -12,17 +12,18 @@ import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs, planning, stated, trust
+from dit_jax.scaling import jobs, planning, quality, stated, trust
 from dit_jax.scaling.conventions import check_units, convert, training_flops
 from dit_jax.scaling.fit import METHODS
+from dit_jax.scaling.methods import Methods, fit_methods, predictions
+from dit_jax.scaling.page import opening
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
-from dit_jax.scaling.report import write, write_report
+from dit_jax.scaling.report import Report, report_json, save, write
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.study import LOSSES, RESIDUALS, SurfaceFit
 from dit_jax.scaling.summary import (
     METHOD_HEAD,
     SURFACE_HEAD,
-    disagreements,
     method_rows,
     search_text,
     surface_rows,
@@ -32,9 +33,9 @@ from dit_jax.scaling.table import (
     BUDGET_HEAD,
     CHECK_HEAD,
     LAW_HEAD,
-    answer,
     budget_rows,
     check_rows,
+    finite,
     law_rows,
     print_table,
     span,
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in COMMANDS.items():
         one = commands.add_parser(name, help=what.__doc__.splitlines()[0])
         one.add_argument("runs", nargs="+", metavar="RUNS")
-        one.add_argument("--method", default="isoflop", choices=[*METHODS, *(["all"] if name == "fit" else [])])
+        both = ["all"] if name in ("fit", "report") else []
+        one.add_argument("--method", default="all" if name == "report" else "isoflop", choices=[*METHODS, *both])
         one.add_argument(
             "--residual", choices=RESIDUALS, help="of the parametric methods: log law - log loss, or law - loss"
         )
@@ -145,47 +147,62 @@ def run_fit(args, runs, fit) -> dict:
     said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
     said |= trust.tell_quality(runs, [fit.method])
     said |= trust.tell_holdouts(args.holdout, {fit.method: (runs, _options(args, fit.method))})
-    return to_json(fit, _predictions(fit, args.flops)) | said
+    return to_json(fit, predictions(fit, args.flops)) | said
 
 
 def run_all(args, runs) -> dict:
     """Every method that these runs allow, side by side."""
-    fits, refused, taken = {}, {}, {}
-    for method, make in METHODS.items():
-        try:
-            taken[method] = _loaded(args, curves=True)[0] if method == "envelope" else runs
-            fits[method] = make(taken[method], **_options(args, method, strict=False))
-        except UsageError as error:
-            refused[method] = str(error)
-    if not fits:
-        raise UsageError("; ".join(f"{method}: {why}" for method, why in refused.items()))
-    flops = max(args.flops, default=max(r.flops for r in runs))
-    head = (*METHOD_HEAD[:8], f"L_opt at {flops:.3g}", *METHOD_HEAD[9:])
-    print_table(f"Methods, {next(iter(fits.values())).level:.0%} intervals", head, method_rows(fits, flops))
-    differ = disagreements(fits, flops)
+    curves = _curves(args)
+    found = _every(args, runs, curves)
+    head = (*METHOD_HEAD[:8], f"L_opt at {found.flops:.3g}", *METHOD_HEAD[9:])
+    level = found.main.level
+    print_table(f"Methods, {level:.0%} intervals", head, method_rows(found.fits, found.flops))
+    differ = [str(d) for d in found.disagreements]
     print(
         "\n".join(f"The methods disagree on {text}." for text in differ)
         or "No two methods disagree beyond their intervals."
     )
-    for method, why in refused.items():
-        print(f"{method}: not fitted: {why}")
-    for method, fit in fits.items():
-        for warning in fit.warnings:
-            print(f"warning: {method}: {warning}", file=sys.stderr)
-    said = trust.tell_quality(runs, list(fits))
-    options = {method: _options(args, method, strict=False) for method in fits}
-    said |= trust.tell_holdouts(args.holdout, {method: (taken[method], options[method]) for method in fits})
+    for test in found.tests:
+        if test.fails:
+            print(f"{test.method}: {test.reason}: {test.found}")
+    _say(found)
+    said = trust.tell_quality(runs, list(found.fits))
+    rows = {method: curves if method == "envelope" and curves else runs for method in found.fits}
+    options = {method: _options(args, method, strict=False) for method in found.fits}
+    said |= trust.tell_holdouts(args.holdout, {method: (rows[method], options[method]) for method in found.fits})
     return {
         "method": "all",
         "n_runs": len(runs),
-        "methods": {method: to_json(fit, _predictions(fit, args.flops)) for method, fit in fits.items()},
-        "refused": refused,
+        "methods": {method: to_json(fit, predictions(fit, args.flops)) for method, fit in found.fits.items()},
+        "refused": found.refused,
         "disagreements": differ,
+        "tests": finite([vars(test) for test in found.tests]),
     } | said
 
 
-def _predictions(fit, flops) -> list[dict]:
-    return [predict(fit, c) for c in flops] if "N_opt" in fit.laws else []
+def _every(args, runs, curves) -> Methods:
+    """All methods, or the one asked for, with the tests of their premises."""
+    names = tuple(METHODS) if args.method == "all" else (args.method,)
+    flops = max(args.flops, default=None)
+    return fit_methods(runs, curves, flops, names, lambda method: _options(args, method, strict=len(names) == 1))
+
+
+def _curves(args) -> tuple | None:
+    """Every evaluated step of the runs; None where these cannot be taken together."""
+    try:
+        return tuple(_loaded(args, curves=True)[0])
+    except UsageError as error:
+        print(f"warning: training curves are left out: {error}", file=sys.stderr)
+        return None
+
+
+def _say(found: Methods) -> None:
+    """What was refused, and every warning."""
+    for method, why in found.refused.items():
+        print(f"{method}: not fitted: {why}")
+    for method, fit in found.fits.items():
+        for warning in fit.warnings:
+            print(f"warning: {method}: {warning}", file=sys.stderr)
 
 
 def run_predict(args, runs, fit) -> dict:
@@ -193,7 +210,7 @@ def run_predict(args, runs, fit) -> dict:
     if "N_opt" not in fit.laws:
         raise UsageError(f"--method: {fit.method} says nothing of N_opt; predict with another")
     _print_predictions(fit, args.flops, runs)
-    return to_json(fit, _predictions(fit, args.flops))
+    return to_json(fit, predictions(fit, args.flops))
 
 
 def run_plan(args, runs, fit) -> dict:
@@ -201,16 +218,34 @@ def run_plan(args, runs, fit) -> dict:
     return to_json(fit) | planning.run(args, runs, fit)
 
 
-def run_report(args, runs, fit) -> dict:
-    """Write a self-contained report.html, with its figures and fit.json beside it."""
-    if fit.method != "isoflop":
-        raise UsageError(f"--method: found {fit.method}, but a report is written for isoflop alone; use fit --json")
-    test = _extrapolation(args.runs, runs, fit)
-    held = holdout_largest(runs, **_options(args, "isoflop"))
-    path = write_report(args.out, fit, runs, held, title=args.title, extrapolation=test, grid_png=args.grid)
-    print(answer(fit, test))
+def run_report(args, runs) -> dict:
+    """Write a self-contained report.html, with its figures, fit.json and report.json beside it."""
+    curves = _curves(args)
+    found = _every(args, runs, curves)
+    law, held, test, grid = found.fits.get("isoflop"), None, None, None
+    if law is not None:
+        held = holdout_largest(runs, **_options(args, "isoflop", strict=False))
+    if "N_opt" in found.main.laws:
+        test = _extrapolation(args.runs, runs, found.main)
+    if args.grid:
+        with open(args.grid, "rb") as file:
+            grid = file.read()
+    made = Report(
+        args.title,
+        found,
+        tuple(runs),
+        curves,
+        held,
+        test,
+        grid,
+        findings=tuple(f.text for f in quality.findings(runs)),
+        flops=tuple(args.flops),
+    )
+    path = save(args.out, made)
+    print(opening(made))
+    _say(found)
     print(path)
-    return to_json(fit, _predictions(fit, args.flops))
+    return to_json(found.main, predictions(found.main, args.flops)) if args.method != "all" else report_json(made, [])
 
 
 COMMANDS = {"fit": run_fit, "predict": run_predict, "plan": run_plan, "report": run_report}
@@ -264,6 +299,8 @@ def _fitted(args) -> dict:
     convention = runs[0].convention
     print(f"Convention: {convention}\n")
     said |= {"convention": convention.to_json()}
+    if args.command == "report":
+        return run_report(args, runs) | said
     if args.method == "all":
         return run_all(args, runs) | said
     fit = METHODS[args.method](runs, **_options(args, args.method))

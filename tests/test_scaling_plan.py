@@ -296,7 +296,7 @@ def narrowed(studies: int, rivals: int) -> tuple:
 
 
 def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
-    before, chosen, rivals, predicted = narrowed(24, 2)
+    before, chosen, rivals, predicted = narrowed(30, 3)
     assert chosen < 0.9 * before and all(chosen < rival for rival in rivals)
     assert chosen == pytest.approx(predicted, rel=0.35)
 

@@ -282,12 +282,16 @@ def others(proposal, runs, seed: int) -> tuple:
     return tuple(chosen)
 
 
+def proposed(noise: float) -> tuple:
+    """(runs of a study, cells for as many FLOPs again that tell N_opt at 10x best, that compute)."""
+    runs, target = study(noise=noise, seed=1), 10 * float(BUDGETS[-1])
+    return runs, next_cells(fit_isoflop(runs, resamples=0), runs, target, sum(r.flops for r in runs)), target
+
+
 def narrowed(studies: int, rivals: int) -> tuple:
     """(standard deviation of log N_opt at 10x with no cells, with those chosen, with rivals; the one predicted)."""
-    target, noise = 10 * float(BUDGETS[-1]), 0.003
-    runs = study(noise=noise, seed=1)
-    proposal = next_cells(fit_isoflop(runs, resamples=0), runs, target, sum(r.flops for r in runs))
-    found = []
+    noise, found = 0.003, []
+    runs, proposal, target = proposed(noise)
     for cells in [(), proposal.cells, *(others(proposal, runs, seed) for seed in range(rivals))]:
         assert sum(c.flops for c in cells) <= proposal.cost * (1 + 1e-9)
         fits = [fit_isoflop(drawn([*runs, *trained(cells)], s, noise), resamples=0) for s in range(studies)]
@@ -296,9 +300,12 @@ def narrowed(studies: int, rivals: int) -> tuple:
 
 
 def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
-    before, chosen, rivals, predicted = narrowed(24, 2)
-    assert chosen < 0.9 * before and all(chosen < rival for rival in rivals)
-    assert chosen == pytest.approx(predicted, rel=0.35)
+    runs, proposal, _ = proposed(0.003)
+    chosen = proposal.variance(proposal.cells)
+    assert chosen < 0.7 * proposal.variance(())
+    assert all(chosen < proposal.variance(others(proposal, runs, seed)) for seed in range(10))
+    before, after, _, predicted = narrowed(24, 0)
+    assert after < 0.9 * before and after == pytest.approx(predicted, rel=0.35)
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ def labels_of(runs) -> dict:
     if runs and runs[0].protocol:
         raw = runs[0].protocol.get("weights") == "params (raw)"
         loss = f"held-out loss ({'raw' if raw else 'EMA'} weights)"
-    return {"C": "training FLOPs", "N": "parameters", "D": "training tokens", "L": loss}
+    params = "parameters active per token" if runs and runs[0].protocol else "parameters"
+    return {"C": "training FLOPs", "N": params, "D": "training tokens", "L": loss}
 
 
 def curves(fits: dict, runs, tips: dict, labels: dict) -> Chart:
@@ -253,7 +254,7 @@ def _smallest(fit) -> float:
 def _law(fit, name: str, ours: str, grid: np.ndarray, single: bool) -> list[Mark]:
     style, method, law = style_of(fit.method), fit.method, fit.laws[name]
     marks = _band(fit, name, grid, 1.0, f"{fit.level:.0%} band" if single else "")
-    formula = f"{method}: {_formula(law)}" if single else method
+    formula = f"{name} = {_formula(law)}" if single else method
     marks.append(Mark("line", numbers(grid), numbers(law(grid)), style, formula, method))
     if single and name == "L_opt" and "L_opt_pure" in fit.laws:
         pure = Style("#000000", "", (1.5, 2), width=1)

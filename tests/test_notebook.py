@@ -54,7 +54,8 @@ def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
 
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
     environ = environment(cache_dir, devices=1)
-    environ |= {"QUICKSTART_STEPS": "30", "QUICKSTART_IMAGES": "50", "QUICKSTART_WORKDIR": str(tmp_path / "run")}
+    environ |= {"QUICKSTART_STEPS": "15", "QUICKSTART_IMAGES": "50", "QUICKSTART_HELD_OUT": "40"}
+    environ |= {"QUICKSTART_WORKDIR": str(tmp_path / "run")}
     environ.pop("MPLBACKEND", None)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environ)

@@ -10,13 +10,14 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Compiled once, every later process starts in half the time, also where the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev demo test test-slow parity torture lint lock clean
+.PHONY: help setup dev demo test test-slow parity slurm torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
 	@echo "make test       the tests (about 11 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals and the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
+	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
@@ -62,6 +63,9 @@ $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 
 parity: $(PEERS)/.done
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -m parity --disable-warnings -n 2 --dist loadfile tests/parity tests/test_weights.py
+
+slurm: dev
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py

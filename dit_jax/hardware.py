@@ -1,9 +1,21 @@
-"""TPU and GPU kinds: memory and peak rate of one device as JAX counts devices (a core on TPU v2 and v3, a chip after).
+"""TPU and GPU kinds, and the slices of them one can rent: memory, rates and links of a device, and devices, chips and hosts of a slice.
 
-Figures are the makers' datasheets: dense bfloat16, no sparsity.
+A device is what JAX counts: a core on TPU v2 and v3, a chip after (v4 and v5p join their two cores, "megacore"), a GPU. Cloud TPU names
+count cores for v2 to v5p and chips for v5e and v6e: `v3-256` is 128 chips and 256 devices, `v4-256` 128 chips and 128 devices,
+`v5e-256` (or `v5litepod-256`) 256 chips and 256 devices. A host is one JAX process (a TPU VM, a node of GPUs).
+
+Figures are the makers': dense, no sparsity, nan where they publish none. TPU v2 and v3: Jouppi et al. 2020, "A Domain-Specific
+Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e and the shapes of
+all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the A100, H100 and H200 (SXM), and
+its A100 whitepaper for the clock.
 """
 
+import difflib
+import math
+import re
 from dataclasses import dataclass
+
+from dit_jax.error import UsageError, shown
 
 
 @dataclass(frozen=True)
@@ -40,3 +52,154 @@ def find(device_kind: str) -> Device | None:
     """The device of a `jax.Device.device_kind`, or None for one that is not in the table (a CPU, say)."""
     matches = [name for name in DEVICES if device_kind.startswith(name)]
     return DEVICES[max(matches, key=len)] if matches else None
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip or GPU. Bytes/s, FLOP/s and Hz; nan = not published."""
+
+    device_kind: str  # as jax.Device.device_kind begins
+    devices: int  # that JAX sees in it
+    bandwidth: float  # of its memory
+    links: int  # to its neighbours
+    link_bandwidth: float  # of one link, in one direction
+    clock: float = math.nan
+    tf32: float = math.nan
+    fp32: float = math.nan  # without matrix units
+
+
+GPU_HOST = 8  # GPUs of a node
+CHIPS = {
+    "v2": Chip("TPU v2", 2, 700e9, 4, 62e9, 700e6),  # 496 Gbit/s a link
+    "v3": Chip("TPU v3", 2, 900e9, 4, 82e9, 940e6),  # 656 Gbit/s a link
+    "v4": Chip("TPU v4", 1, 1200e9, 6, 50e9, 1050e6),
+    "v5e": Chip("TPU v5 lite", 1, 819e9, 4, 50e9),  # 400 GB/s, four links, both directions
+    "v5p": Chip("TPU v5", 1, 2765e9, 6, 100e9),  # 1,200 GB/s, six links, both directions
+    "v6e": Chip("TPU v6 lite", 1, 1638e9, 4, 100e9),  # 800 GB/s, four links, both directions
+    "a100": Chip("NVIDIA A100", 1, 2039e9, 12, 25e9, 1410e6, 156e12, 19.5e12),
+    "a100-40gb": Chip("NVIDIA A100-SXM4-40GB", 1, 1555e9, 12, 25e9, 1410e6, 156e12, 19.5e12),
+    "h100": Chip("NVIDIA H100", 1, 3350e9, 18, 25e9, tf32=494.5e12, fp32=67e12),
+    "h200": Chip("NVIDIA H200", 1, 4800e9, 18, 25e9, tf32=494.5e12, fp32=67e12),
+    "cpu": Chip("cpu", 1, math.nan, 0, math.nan),
+}
+
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16), (8, 16, 16))
+_DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *_CUBES)
+_LARGE = ((8, 12, 16), (12, 16, 16), (16, 16, 16), (16, 16, 24))
+# generation -> (cores that its names count in a chip, chips along each axis)
+SLICES = {
+    "v2": (2, ((2, 2), (4, 4), (8, 8), (8, 16), (16, 16))),
+    "v3": (2, (*_FLAT[1:2], *_FLAT[3:], (16, 32), (32, 32))),
+    "v4": (2, _DEEP),
+    "v5e": (1, _FLAT),
+    "v5p": (2, (*_DEEP, *_LARGE)),
+    "v6e": (1, _FLAT),
+}
+FULL = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}  # chips along an axis whose ends are joined, in two dimensions
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice of TPUs, nodes of GPUs, or virtual CPU devices. `devices` as JAX counts them."""
+
+    name: str
+    generation: str
+    chip: Chip
+    shape: tuple  # chips along each axis of the interconnect; of GPUs (nodes, GPUs a node)
+    chips: int
+    hosts: int
+
+    @property
+    def platform(self) -> str:
+        """tpu | gpu | cpu, as JAX names it."""
+        return "tpu" if self.generation in SLICES else "cpu" if self.generation == "cpu" else "gpu"
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    @property
+    def device(self) -> Device | None:
+        """Memory and bf16 rate of one device; None of a CPU."""
+        return find(self.chip.device_kind)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of one device."""
+        return self.device.memory_bytes if self.device else math.nan
+
+    def peak(self, dtype: str = "bfloat16") -> float:
+        """FLOP/s of one device in bfloat16, tensorfloat32 or float32; nan where the maker gives none."""
+        if dtype == "bfloat16":
+            return self.device.peak_flops if self.device else math.nan
+        rates = {"tensorfloat32": self.chip.tf32, "float32": self.chip.fp32}
+        if dtype not in rates:
+            raise UsageError(f"dtype: found {shown(dtype)}, expected bfloat16, {', '.join(rates)}")
+        return rates[dtype] / self.chip.devices
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s between one device and its memory."""
+        return self.chip.bandwidth / self.chip.devices
+
+    def description(self) -> dict:
+        """Keyword arguments of `jax.experimental.topologies.get_topology_desc`. Raises UsageError on what is no TPU.
+
+        A compiler of TPU programs (libtpu) must be installed, the TPU need not be there.
+        """
+        if self.platform != "tpu":
+            raise UsageError(f"topology: found {self.name}, but programs are compiled ahead for TPU slices only")
+        sides = "x".join(map(str, self.shape))
+        hosted = self.shape if self.hosts == 1 else (2, 2)
+        if self.generation in FULL:
+            wrap = tuple(side == FULL[self.generation] for side in self.shape)
+        else:
+            wrap = (all(side % 4 == 0 for side in self.shape),) * 3
+        megacore = {"chip_config_name": "megacore"} if self.generation in ("v4", "v5p") else {}
+        return {
+            "platform": "tpu",
+            "topology_name": f"{self.generation}:{sides}",
+            "chips_per_host_bounds": (*hosted, 1)[:3],
+            "num_slices": 1,
+            "wrap": (*wrap, False)[:3],
+            **megacore,
+        }
+
+
+def names() -> list[str]:
+    """The names of all TPU slices, of a few numbers of GPUs (any whole node will do), and of CPU devices."""
+    found = [f"{kind}-{cores * math.prod(s)}" for kind, (cores, shapes) in SLICES.items() for s in shapes]
+    found += [f"v5litepod-{math.prod(s)}" for s in _FLAT]
+    gpus = [kind for kind in CHIPS if kind not in SLICES and kind != "cpu"]
+    return [*found, *(f"{kind}x{n}" for kind in gpus for n in (1, 2, 4, 8, 16, 32, 64)), "cpu", "cpux8"]
+
+
+def topology(name: str) -> Topology:
+    """`v2-8` to `v6e-256`, `a100x8`, `h100x16` (two nodes), `cpu`, `cpux8` (virtual devices). Raises UsageError with the nearest names."""
+    tpu = re.fullmatch(r"(v\d\w*)-(\d{1,6})", name, re.ASCII)
+    if tpu:
+        kind = {"v5litepod": "v5e"}.get(tpu[1], tpu[1])
+        cores, shapes = SLICES.get(kind, (1, ()))
+        shape = next((s for s in shapes if cores * math.prod(s) == int(tpu[2])), None)
+        if shape:
+            chips, single = math.prod(shape), 8 if kind in ("v5e", "v6e") else 4  # chips that one host may drive alone
+            return Topology(name, kind, CHIPS[kind], shape, chips, 1 if chips <= single else chips // 4)
+    other = re.fullmatch(r"([a-z]+[\w-]*?)x(\d{1,6})", "cpux1" if name == "cpu" else name, re.ASCII)
+    if other and other[1] in CHIPS and other[1] not in SLICES:
+        count = int(other[2])
+        if other[1] == "cpu" and count:
+            return Topology(name, "cpu", CHIPS["cpu"], (count,), count, 1)
+        if other[1] != "cpu" and (count in (1, 2, 4) or (count and count % GPU_HOST == 0)):
+            hosts = max(count // GPU_HOST, 1)
+            return Topology(name, other[1], CHIPS[other[1]], (hosts, count // hosts), count, hosts)
+    raise UsageError(f"topology: found {shown(name)}, expected a slice such as {', '.join(_nearest(name))}")
+
+
+def _nearest(name: str) -> list[str]:
+    """Names of the same kind that count about as much, else names that are spelt alike."""
+    found = re.fullmatch(r"(.*?[-x])(\d{1,9})", name[:100], re.ASCII)
+    same = [known for known in names() if found and known.startswith(found[1]) and known[len(found[1]) :].isdigit()]
+    if same:
+        return sorted(same, key=lambda known: abs(math.log(int(known[len(found[1]) :]) / max(int(found[2]), 0.5))))[:3]
+    return difflib.get_close_matches(name[:100], names(), 3, cutoff=0.3) or ["v3-256", "v4-256", "h100x8"]

@@ -6,18 +6,19 @@ Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 202
 
 import contextlib
 import glob
+import importlib.metadata
 import importlib.util
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import multihost_utils, topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +28,16 @@ from dit_jax.config import JobError, MeshConfig, UsageError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+
+# libtpu as a mere compiler: it asks no metadata server, takes no lock, and says what matters only.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 
 # Where `tensor` splits a block's weights: the axis, counted from the end, of a kernel and of a bias.
 TENSOR_AXES = {
@@ -60,9 +71,45 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_batch(mesh, batch_size: int, accumulate: int = 1) -> None:
-    """Raises UsageError unless a (micro)batch divides over the devices that split it, each host having rows of its own."""
-    here = len(mesh.local_devices)
+def why_not_compiled(topology: hardware.Topology) -> str:
+    """Why programs for a topology cannot be compiled on this machine, "" where they can."""
+    if topology.platform == "gpu":
+        return "programs for GPUs are compiled where the GPUs are"
+    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        wanted = next((r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "libtpu")
+        return (
+            f"no libtpu, the compiler of TPU programs, which needs no TPU: pip install '{wanted.split(';')[0].strip()}'"
+        )
+    return ""
+
+
+def devices_ahead(topology: hardware.Topology) -> list:
+    """The devices of a slice that is not there, to compile for. Call it before anything wakes JAX's backend."""
+    jax.config.update("jax_platforms", "cpu")
+    if topology.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.devices)
+        return jax.devices()[: topology.devices]
+    os.environ.update(TPU_ENVIRONMENT)
+    return list(topologies.get_topology_desc(**topology.description()).devices)
+
+
+def abstract_mesh(cfg: MeshConfig, devices: int):
+    """A mesh of so many devices that are not there: its shardings have shapes."""
+    return jax.sharding.AbstractMesh(mesh_shape(cfg, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def bytes_per_device(tree) -> int:
+    """Of a tree of abstract arrays with shardings, what one device holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> None:
+    """Raises UsageError unless a (micro)batch divides over the devices that split it, each host having rows of its own.
+
+    `here`: devices of a host, where they are not those of this one.
+    """
+    here = here or len(mesh.local_devices)
     if here % mesh.shape["tensor"]:
         raise UsageError(
             f"mesh.tensor: found {mesh.shape['tensor']}, expected a divisor of the {here} devices of one host: hosts read "
@@ -112,6 +159,23 @@ def state_sharding(mesh, tree):
 def batch_sharding(mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
+
+
+def gather_weights(mesh, dtype: str) -> Callable:
+    """(weights of a layer or of the model's ends) -> the same, whole along `fsdp` and, but for vectors, in the compute dtype.
+
+    So the weights of a layer move and the activations stay where their images are. (Left to itself the compiler splits
+    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.)
+    """
+    sizes = {**mesh.shape, "fsdp": 1}
+
+    def whole(path, leaf):
+        axes = spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]
+        return jax.lax.with_sharding_constraint(
+            leaf.astype(dtype) if leaf.ndim > 1 else leaf, NamedSharding(mesh, P(*axes))
+        )
+
+    return lambda weights: jax.tree_util.tree_map_with_path(whole, weights)
 
 
 def replicated(mesh) -> NamedSharding:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_jax.config import Config
 from dit_jax.guard import Guard, init_guard
-from dit_jax.mesh import state_sharding
+from dit_jax.mesh import batch_sharding, state_sharding
 from dit_jax.models import dit
 from dit_jax.optim import make_optimizer
 
@@ -47,6 +47,16 @@ def abstract_state(cfg: Config, mesh) -> TrainState:
         shapes,
         state_sharding(mesh, shapes),
     )
+
+
+def abstract_batch(cfg: Config, mesh) -> dict:
+    """Shapes, dtypes and shardings of a training batch, as the data pipeline gives it."""
+    model, rows, sharding = cfg.model, cfg.train.batch_size, batch_sharding(mesh)
+    shape = (rows, model.input_size, model.input_size, model.channels)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding),
+    }
 
 
 def make_state(cfg: Config, mesh) -> TrainState:

@@ -10,18 +10,20 @@ import optax
 from dit_jax.config import Config, DiffusionConfig, ModelConfig
 from dit_jax.diffusion.process import make_process
 from dit_jax.guard import choose, fingerprint, judge
-from dit_jax.mesh import attention_implementation, batch_sharding, replicated
+from dit_jax.mesh import attention_implementation, batch_sharding, gather_weights, replicated
 from dit_jax.models import dit
 from dit_jax.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from dit_jax.state import TrainState, abstract_state
 
 
-def image_losses(model: ModelConfig, diffusion: DiffusionConfig, params, images, labels, t, eps):
-    """Losses (b,) of images (b, h, w, c) in [-1, 1], noised by eps at times t (b,); and their parts."""
+def image_losses(
+    model: ModelConfig, diffusion: DiffusionConfig, params, images, labels, t, eps, gather: Callable = dit.as_they_are
+):
+    """Losses (b,) of images (b, h, w, c) in [-1, 1], noised by eps at times t (b,); and their parts. `gather`: see `dit.apply`."""
     process = make_process(diffusion, model.learn_sigma)
 
     def denoise(x, t):
-        return dit.apply(model, params, x, process.model_time(t), labels)
+        return dit.apply(model, params, x, process.model_time(t), labels, gather)
 
     return process.loss(denoise, images, t, eps)
 
@@ -36,15 +38,15 @@ def draw(cfg: Config, key: jax.Array, images: jax.Array, labels: jax.Array):
     return t, eps, jnp.where(dropped, cfg.model.null_class, labels)
 
 
-def batch_loss(cfg: Config, params, images, labels, t, eps):
+def batch_loss(cfg: Config, params, images, labels, t, eps, gather: Callable = dit.as_they_are):
     """Mean loss of a batch, and the means of its parts."""
-    losses, parts = image_losses(cfg.model, cfg.diffusion, params, images, labels, t, eps)
+    losses, parts = image_losses(cfg.model, cfg.diffusion, params, images, labels, t, eps, gather)
     return losses.mean(), {name: part.mean() for name, part in parts.items()}
 
 
-def gradients(cfg: Config, params, *batch):
+def gradients(cfg: Config, params, *batch, gather: Callable = dit.as_they_are):
     """(loss, parts), gradients: over the whole batch, or the mean over `optim.accumulate` microbatches, one after another."""
-    loss_and_gradients = jax.value_and_grad(lambda p, *b: batch_loss(cfg, p, *b), has_aux=True)
+    loss_and_gradients = jax.value_and_grad(lambda p, *b: batch_loss(cfg, p, *b, gather), has_aux=True)
     count = cfg.optim.accumulate
     if count == 1:
         return loss_and_gradients(params, *batch)
@@ -60,13 +62,15 @@ def gradients(cfg: Config, params, *batch):
     return jax.tree.map(lambda x: x / count, total)
 
 
-def train_step(cfg: Config, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+def train_step(
+    cfg: Config, state: TrainState, batch: dict, gather: Callable = dit.as_they_are
+) -> tuple[TrainState, dict]:
     """One update. batch: `image` (b, h, w, c) in [-1, 1], `label` (b,). The randomness depends on (train.seed, step) only.
 
     A step that the guard refuses counts as a step and leaves parameters, EMA and optimizer as they were, bit for bit.
     """
     t, eps, labels = draw(cfg, step_key(cfg, state.step), batch["image"], batch["label"])
-    (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps)
+    (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps, gather=gather)
     updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     done = state.step - state.guard.skipped  # updates so far
@@ -101,7 +105,7 @@ def make_train_step(cfg: Config, mesh) -> Callable:
     """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
     return jax.jit(
-        lambda state, batch: train_step(cfg, state, batch),
+        lambda state, batch: train_step(cfg, state, batch, gather_weights(mesh, cfg.model.dtype)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

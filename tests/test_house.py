@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
-JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert", "encode"}
-GROUND = {"error", "checks", "config", "flops", "hardware", "command", "__init__"}
+JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert", "encode", "preflight"}
+GROUND = {"error", "checks", "config", "flops", "hardware", "hlo", "command", "__init__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {
     "mesh",
@@ -37,6 +37,7 @@ ALLOWED_JOBS = {
     "sweep": {"train", "evaluate", "sample"},
     "bench": {"train", "sample", "sweep", "evaluate"},
     "costs": {"bench", "train"},
+    "preflight": {"sample"},
 }
 
 

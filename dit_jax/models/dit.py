@@ -1,6 +1,7 @@
 """The Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,11 @@ from dit_jax.models.layers import (
     xavier,
     zeros,
 )
+
+
+def as_they_are(weights):
+    """Leaves weights where they lie."""
+    return weights
 
 
 def _attention(cls, cfg: ModelConfig, name: str):
@@ -81,9 +87,11 @@ class Output(nn.Module):
         return nn.Dense(cfg.patch**2 * cfg.out_channels, kernel_init=zeros, dtype=dtype, name="linear")(h)
 
 
-def _scanned_block(cfg: ModelConfig):
+def _scanned_block(cfg: ModelConfig, gather: Callable):
     """`depth` blocks as one scan: their parameters carry a leading layer axis l, and XLA compiles one body."""
     block = AdaptiveBlock if cfg.adaptive else PlainBlock
+    if gather is not as_they_are:
+        block = nn.map_variables(block, "params", trans_in_fn=gather)
     if cfg.remat != "none":
         keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[cfg.remat]
         block = nn.remat(block, policy=keep, prevent_cse=False)
@@ -101,6 +109,7 @@ class DiT(nn.Module):
     """x (b, h, w, c), t (b,), labels (b,) -> (b, h, w, c_out): patches, blocks, output."""
 
     cfg: ModelConfig
+    gather: Callable = as_they_are
 
     @nn.compact
     def __call__(self, x, t, labels):
@@ -113,7 +122,7 @@ class DiT(nn.Module):
         c = time + label if cfg.adaptive else jnp.stack([time, label], axis=1)
         if cfg.conditioning == "in_context":
             h = jnp.concatenate([h, c], axis=1)
-        h, _ = _scanned_block(cfg)(h, c)
+        h, _ = _scanned_block(cfg, self.gather)(h, c)
         h = Output(cfg, name="output")(h[:, : side**2], c)
         return unpatchify(h, cfg.patch, side).astype(jnp.float32)
 
@@ -125,12 +134,22 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict:
     return DiT(cfg).init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
 
 
-def apply(cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+def apply(
+    cfg: ModelConfig,
+    params: dict,
+    x: jax.Array,
+    t: jax.Array,
+    labels: jax.Array,
+    gather: Callable = as_they_are,
+) -> jax.Array:
     """x (b, h, w, c), t (b,) in 0 to 1000, labels (b,) in 0 to K (K = no class) -> (b, h, w, c_out) float32.
 
-    With `cfg.learn_sigma` the last half of c_out is the learned-range variance.
+    With `cfg.learn_sigma` the last half of c_out is the learned-range variance. `gather`, a tree of weights -> the same, brings
+    together what several devices share, of one layer at a time.
     """
-    return DiT(cfg).apply({"params": params}, x, t, labels)
+    ends = gather({name: weights for name, weights in params.items() if name != "blocks"})
+    params = {**ends, "blocks": params["blocks"]}
+    return DiT(cfg, gather).apply({"params": params}, x, t, labels)
 
 
 # Modules of a block in the order in which they run.

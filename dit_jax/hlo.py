@@ -1,0 +1,209 @@
+"""What an optimised HLO module says of one step: which instructions run and how often, their cycles, and the collectives.
+
+XLA prints a module as computations, each a list of `name = shape opcode(operands), attributes`. A `while` loop's body runs as
+often as its trip count, so counting begins at the entry computation and multiplies on the way down. The TPU compiler writes
+its own `estimated_cycles` on most instructions; those inside a fusion belong to the fusion's.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {
+    "pred": 8,
+    "bf16": 16,
+    "c64": 64,
+    "c128": 128,
+}  # other dtypes end their letters with their bits: f32, s8, u4, ...
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_LOOP_END = re.compile(r"\bs(?:32|64)\[\]\S* constant\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `shape` and `attributes` as XLA prints them."""
+
+    name: str
+    opcode: str
+    shape: str
+    attributes: str  # operands included
+
+
+@dataclass(frozen=True)
+class Module:
+    entry: str
+    computations: dict[str, tuple[Instruction, ...]]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective of one step. `bytes`: of the whole array that is gathered, reduced or moved, at one execution."""
+
+    kind: str
+    bytes: int
+    group: int  # devices that take part
+    count: int  # executions in a step
+    operation: str  # the operation of the program that it serves
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step, if the group forms a ring (Patarasu & Yuan 2009)."""
+        share = {"all-reduce": 2 * (self.group - 1) / self.group, "collective-permute": 1.0}
+        return self.count * self.bytes * share.get(self.kind, (self.group - 1) / self.group)
+
+
+def parse(text: str) -> Module:
+    """The computations of a printed module. Raises ValueError when none is the entry."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, lines = "", None
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head and not line.startswith("HloModule"):
+            lines = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif lines is not None and (found := _INSTRUCTION.match(line)):
+            lines.append(Instruction(found[1], *_parts(found[2])))
+    if not entry:
+        raise ValueError("found no ENTRY computation, expected the text of an HLO module")
+    return Module(entry, {name: tuple(found) for name, found in computations.items()})
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """`shape opcode(rest` -> opcode, shape, rest; a tuple's shape stands in parentheses."""
+    end = _closing(text) if text.startswith("(") else text.index(" ")
+    opcode, _, rest = text[end:].lstrip().partition("(")
+    return opcode, text[:end], rest
+
+
+def _closing(text: str) -> int:
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def executed(module: Module) -> Iterator[tuple[Instruction, int, bool]]:
+    """(instruction, executions in a step, whether it is inside a fusion), from the entry down.
+
+    Of a conditional's branches all are given.
+    """
+    yield from _walk(module, module.entry, 1, False)
+
+
+def _walk(module: Module, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, int, bool]]:
+    for instruction in module.computations.get(name, ()):
+        yield instruction, times, fused
+        if instruction.opcode in (
+            "all-reduce",
+            "reduce",
+            "reduce-scatter",
+            "scatter",
+            "sort",
+            "map",
+            "select-and-scatter",
+        ):
+            continue  # what they apply works on single numbers
+        inner = fused or instruction.opcode == "fusion"
+        trips = trip_count(module, instruction) if instruction.opcode == "while" else 1
+        branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+        names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED.findall(instruction.attributes)
+        for called in names:
+            yield from _walk(module, called, times * trips, inner)
+
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """How often a `while` runs its body: as XLA notes it, else the number that its condition compares the counter with.
+
+    Loops made by `lax.scan` count from 0 by 1. Raises ValueError for a loop whose condition compares with no constant.
+    """
+    known = _TRIPS.search(loop.attributes)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    inside = module.computations.get(condition[1], ()) if condition else ()
+    ends = {int(i.attributes.rstrip(")").split(")")[0]) for i in inside if _is_counter(i)}
+    if len(ends) != 1:
+        raise ValueError(f"{loop.name}: found {len(ends)} constants in the loop's condition, expected one")
+    return ends.pop()
+
+
+def _is_counter(instruction: Instruction) -> bool:
+    return instruction.opcode == "constant" and bool(re.match(r"[su](32|64)\[\]", instruction.shape))
+
+
+def estimated_cycles(module: Module) -> int:
+    """The compiler's own estimate of the cycles of a step; 0 of a compiler that writes none. Most collectives carry none."""
+    return sum(times * cycles(instruction) for instruction, times, fused in executed(module) if not fused)
+
+
+def cycles(instruction: Instruction) -> int:
+    """`estimated_cycles` of one execution, 0 where there is none."""
+    found = _CYCLES.search(instruction.attributes)
+    return int(found[1]) if found else 0
+
+
+def collectives(module: Module, devices: int) -> list[Collective]:
+    """Every collective of a step. The TPU compiler's fusion of an all-reduce and the slice of it is a reduce-scatter."""
+    found = []
+    scatters = {
+        name
+        for name in module.computations
+        if name.startswith(("all-reduce-scatter", "reduce-scatter", "_reduce_scatter"))
+    }
+    inside = {i.name for name in scatters for i in module.computations[name]}
+    for instruction, times, _ in executed(module):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS or instruction.opcode.endswith("-done"):
+            continue
+        group = _group(instruction.attributes, devices)
+        size = max(_sizes(instruction.shape), default=0)
+        if kind == "reduce-scatter":
+            size *= group
+        if kind == "all-reduce" and instruction.name in inside:
+            kind = "reduce-scatter"
+        if kind in ("all-reduce", "all-to-all") and not instruction.opcode.endswith("-start"):
+            size = sum(_sizes(instruction.shape)) if kind == "all-to-all" or instruction.shape[0] == "(" else size
+        operation = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        found.append(Collective(kind, size, group, times, operation[1] if operation else ""))
+    return found
+
+
+def _sizes(shape: str) -> list[int]:
+    """Bytes of each array of a shape."""
+    found = []
+    for dtype, sides in _ARRAY.findall(shape):
+        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
+        numbers = [int(side.removeprefix("<=")) for side in sides.split(",") if side]
+        found.append(math.prod(numbers) * bits // 8)
+    return found
+
+
+def size(shape: str) -> int:
+    """Bytes of a printed shape, all arrays of a tuple together."""
+    return sum(_sizes(shape))
+
+
+def _group(attributes: str, devices: int) -> int:
+    """Devices of one replica group, in any of XLA's three ways to write them."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if listed:
+        return listed[1].count(",") + 1
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
+    if iota:
+        return int(iota[1].split(",")[-1])
+    mesh = re.search(r"replica_groups=@?mesh\S*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh:
+        sides = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sides[name]) for name, part in named)
+    return devices

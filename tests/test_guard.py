@@ -173,9 +173,9 @@ def faulty(cfg, mesh):
     """The training step on a machine that flips one bit of one gradient when the batch says so: same program, same input."""
     real = step.gradients
 
-    def flipped(cfg, params, *rest):
+    def flipped(cfg, params, *rest, **how):
         *rest, fault = rest
-        (loss, parts), grads = real(cfg, params, *rest)
+        (loss, parts), grads = real(cfg, params, *rest, **how)
         leaves, tree = jax.tree.flatten(grads)
         for i, leaf in enumerate(leaves):
             bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
@@ -187,7 +187,7 @@ def faulty(cfg, mesh):
 
     def faulty_step(state, data, fault):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step, "gradients", lambda cfg, params, *rest: flipped(cfg, params, *rest, fault))
+            patch.setattr(step, "gradients", lambda cfg, params, *rest, **how: flipped(cfg, params, *rest, fault, **how))
             return step.train_step(cfg, state, data)
 
     return jax.jit(faulty_step)

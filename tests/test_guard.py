@@ -187,7 +187,9 @@ def faulty(cfg, mesh):
 
     def faulty_step(state, data, fault):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step, "gradients", lambda cfg, params, *rest, **how: flipped(cfg, params, *rest, fault, **how))
+            patch.setattr(
+                step, "gradients", lambda cfg, params, *rest, **how: flipped(cfg, params, *rest, fault, **how)
+            )
             return step.train_step(cfg, state, data)
 
     return jax.jit(faulty_step)

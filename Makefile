@@ -15,8 +15,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (about 11 minutes on 2 cores)"
-	@echo "make test-slow  the long tests: coverage of intervals and the like"
+	@echo "make test       the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slow  the long tests: coverage of intervals, frozen peers, the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
 	@echo "make preflight  the real step compiled for TPU slices that are not there, with libtpu (minutes a slice)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"

@@ -75,6 +75,7 @@ def test_ladder_cells_are_runs_of_the_sweep():
         bench.ladder_cells(Config(), "")
 
 
+@pytest.mark.slow
 def test_step_measurement(step):
     assert step["model"]["width"] == 16 and step["batch_size"] == 8 and step["target"] == 0.3
     assert set(step["matrix_gflops"]) == {"xla", "blas"}
@@ -102,6 +103,7 @@ def test_parts_of_a_step_sum_to_the_wall():
     assert bench.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
 
 
+@pytest.mark.slow
 def test_sample_measurement(sample):
     assert (sample["sampler"], sample["steps"], sample["batch_size"]) == ("heun", 2, 8)
     assert ordered(sample["image_ms"]) and ordered(sample["model_gflops"])
@@ -113,6 +115,7 @@ def table(found):
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_tables_show_targets_and_medians(step, sample):
     text = table({"step": step, "sample": sample})
     assert "target >= 30%" in text and "heun 2, guidance 2" in text

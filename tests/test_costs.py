@@ -10,6 +10,8 @@ from rich.console import Console
 from dit_jax import bench, costs
 from dit_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cfg(data_dir):
@@ -55,7 +57,6 @@ def test_waits_are_shares_and_latents_are_counted(found):
     assert found["latents"]["latents_per_core_second"]["low"] > 0
 
 
-@pytest.mark.slow
 def test_the_latents_of_the_benchmark_train(store, tmp_path):
     cfg = costs.latent_config(store)
     small = dataclasses.replace(cfg.model, depth=1, width=32, heads=2)

@@ -235,6 +235,7 @@ def test_parts_of_an_evaluation_are_the_whole():
     assert parts["loss"].eval.samples == 0 and parts["loss"].eval.weights == ("ema", "params")
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_its_cells_and_one_of_them_runs_alone(data_dir, cache_dir, tmp_path):
     config, workdir = tmp_path / "ladder.py", tmp_path / "demo"
     config.write_text(

@@ -213,6 +213,7 @@ def _coverage(law, design, studies: int, resamples: int) -> dict:
     return {name: (float(np.mean(h[::2])), float(np.mean(h[1::2]))) for name, h in hits.items()}
 
 
+@pytest.mark.slow
 def test_corrected_parabolas_cover_where_plain_ones_do_not():
     found = _coverage(SKEW, dict(factor=8.0), 12, 100)
     assert found["N_opt, 4x beyond"][0] <= 0.7 and all(share[1] >= 0.75 for share in found.values()), found

@@ -157,6 +157,7 @@ def test_predict_and_plan_print_their_distance_from_the_data(sheet, capsys):
     assert "images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_report_command_finds_the_test_of_the_law(tmp_path, runs, capsys):
     out = tmp_path / "out" / "report.html"
     assert main(["report", sweep(tmp_path / "sweep", runs), f"--out={out}"]) == 0

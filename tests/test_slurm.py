@@ -76,7 +76,8 @@ def test_two_tasks_train_together_and_a_job_told_to_stop_is_queued_again(slurm, 
     call(env, "scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait for two minutes
     wait(env, job)
     assert_same_run(uninterrupted, workdir)
-    assert logs(env).count("the same command goes on from there") == 2  # both tasks, each once
+    said = "".join(path.read_text() for path in Path(env["LOGS"]).glob("*.out"))
+    assert said.count("the same command goes on from there") == 2  # both tasks, each once
 
 
 def test_a_sweep_runs_as_an_array_and_ends_in_a_report(slurm, tmp_path):

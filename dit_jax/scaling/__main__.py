@@ -33,24 +33,13 @@ from dit_jax.scaling.table import (
     BUDGET_HEAD,
     CHECK_HEAD,
     LAW_HEAD,
+    PREDICT_HEAD,
     budget_rows,
     check_rows,
     finite,
     law_rows,
     print_table,
     span,
-)
-
-PREDICT_HEAD = (
-    "C (FLOPs)",
-    "beyond the data",
-    "N_opt",
-    "interval",
-    "D_opt (tokens)",
-    "interval",
-    "loss",
-    "interval",
-    "of one run",
 )
 
 

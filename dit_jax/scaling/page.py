@@ -20,6 +20,7 @@ from dit_jax.scaling.table import (
     CHECK_HEAD,
     DASH,
     LAW_HEAD,
+    PREDICT_HEAD,
     answer,
     budget_rows,
     check_rows,
@@ -31,18 +32,7 @@ from dit_jax.scaling.table import (
 LONG = 40  # letters of a cell, from which its column is wrapped
 MULTIPLES = (1.0, 10.0, 100.0)  # of the largest run, predicted where no compute is asked for
 DISAGREEMENT_HEAD = ("of", "one finds", "the other", "why")
-PREDICTION_HEAD = (
-    "method",
-    "C (FLOPs)",
-    "beyond the data",
-    "N_opt",
-    "interval",
-    "D_opt (tokens)",
-    "interval",
-    "loss",
-    "interval",
-    "of one run",
-)
+PREDICTION_HEAD = ("method", *PREDICT_HEAD)
 
 
 def page(report, charts: list) -> str:

@@ -74,10 +74,10 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@touch $@
 
 preflight: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu tests/test_preflight.py
 
 preflight-quick: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" tests/test_preflight.py
 
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

@@ -5,6 +5,7 @@ Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 202
 """
 
 import contextlib
+import functools
 import glob
 import importlib.metadata
 import importlib.util
@@ -31,6 +32,7 @@ BATCH = P(("data", "fsdp"))
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # any will do: the call names the topology
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -46,6 +48,9 @@ TENSOR_AXES = {
     "fc1": {"kernel": -1, "bias": -1},
     "fc2": {"kernel": -2},
 }
+
+
+HEADED = [(name, "kernel") for name in ("qkv", "q", "kv", "proj")]
 
 
 def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -124,8 +129,9 @@ def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> No
 def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     """The one rule. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
 
-    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names; `fsdp`
-    the largest other axis that it divides. Vectors stay whole.
+    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names. `fsdp`
+    takes, of the other axes that it divides, the columns of a modulation, the heads of attention's kernels, else the first
+    that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole.
     """
     layers = 1 if "blocks" in path else 0
     if len(shape) - layers < 1:
@@ -138,8 +144,20 @@ def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     if len(shape) - layers >= 2 and sizes["fsdp"] > 1:
         free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes["fsdp"] == 0]
         if free:
-            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+            axes[_fsdp_axis(path, shape, free, sizes["fsdp"])] = "fsdp"
     return P(*axes)
+
+
+def _fsdp_axis(path: tuple, shape: tuple[int, ...], free: list[int], fsdp: int) -> int:
+    """Which of the axes `free`. A tile is 8 rows of the last axis but one, by 128 columns of the last."""
+    if "modulation" in path:
+        return max(free)
+    heads = len(shape) + TENSOR_AXES[path[-2]]["kernel"] if path[-2:] in HEADED else -1
+    if heads in free:
+        return heads
+    rows = len(shape) - 2
+    whole = [i for i in free if i < rows or (i == rows and shape[i] // fsdp % 8 == 0)]
+    return whole[0] if whole else max(free, key=lambda i: shape[i])
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -163,17 +181,43 @@ def gather_weights(mesh, dtype: str) -> Callable:
     """(weights of a layer or of the model's ends) -> the same, whole along `fsdp` and, but for vectors, in the compute dtype.
 
     So the weights of a layer move and the activations stay where their images are. (Left to itself the compiler splits
-    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.)
+    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.) Their
+    gradients are summed to where the weights are kept: reduced and scattered at once.
     """
-    sizes = {**mesh.shape, "fsdp": 1}
+
+    def place(path, leaf, sizes):
+        return NamedSharding(mesh, P(*spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]))
 
     def whole(path, leaf):
-        axes = spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]
-        return jax.lax.with_sharding_constraint(
-            leaf.astype(dtype) if leaf.ndim > 1 else leaf, NamedSharding(mesh, P(*axes))
-        )
+        if "modulation" in _names(path):
+            return leaf  # see `share_rows`
+        if leaf.ndim < 2:
+            return jax.lax.with_sharding_constraint(leaf, replicated(mesh))
+        return _gather(leaf, dtype, place(path, leaf, {**mesh.shape, "fsdp": 1}), place(path, leaf, dict(mesh.shape)))
 
     return lambda weights: jax.tree_util.tree_map_with_path(whole, weights)
+
+
+def share_rows(mesh) -> Callable[[jax.Array], jax.Array]:
+    """(b, ...) -> the same, with the rows of all devices along `fsdp` on each of them: what meets weights that stay split."""
+    sharding = NamedSharding(mesh, P("data"))
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(leaf, dtype: str, whole: NamedSharding, kept: NamedSharding):
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), whole)
+
+
+def _gather_forward(leaf, dtype, whole, kept):
+    return _gather(leaf, dtype, whole, kept), None
+
+
+def _gather_backward(dtype, whole, kept, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, kept).astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def replicated(mesh) -> NamedSharding:

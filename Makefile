@@ -5,18 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 PEERS := $(VENV)/peers
+TPU := $(VENV)/tpu
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
 # Compiled once, every later process starts in half the time, also where the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev demo test test-slow parity torture lint lock clean
+.PHONY: help setup dev demo test test-slow parity preflight slurm torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (about 11 minutes on 2 cores)"
-	@echo "make test-slow  the long tests: coverage of intervals and the like"
+	@echo "make test       the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slow  the long tests: coverage of intervals, frozen peers, the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
+	@echo "make preflight  the real step compiled for TPU slices that are not there, with libtpu (minutes a slice)"
+	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
@@ -63,6 +66,18 @@ $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 parity: $(PEERS)/.done
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -m parity --disable-warnings -n 2 --dist loadfile tests/parity tests/test_weights.py
 
+$(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
+	@echo "installing libtpu ..."
+	@rm -rf $(TPU)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(TPU) -r requirements-tpu.lock
+	@touch $@
+
+preflight: $(TPU)/.done
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu
+
+slurm: dev
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
+
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py
 	DIT_JAX_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
@@ -77,6 +92,7 @@ lock: $(BIN)/uv
 	$(COMPILE) requirements-bootstrap.in -o requirements-bootstrap.lock
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) requirements-tpu.in -o requirements-tpu.lock
 	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		$$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock requirements-dev.lock) -o requirements-peers.lock

@@ -187,9 +187,11 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     heartbeat: int = 30  # seconds without a sign of life after which a process counts as lost and the others stop
+    initialization: int = 300  # seconds in which all processes must have come together
 
     def __post_init__(self):
         in_range("mesh.heartbeat", self.heartbeat, 1)
+        in_range("mesh.initialization", self.initialization, 1)
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
             if size != -1 and size < 1:

@@ -4,7 +4,8 @@ Held-out loss on a fixed set of (image, noise, t), and metrics of samples (FID, 
 and what goes with it) for every combination of `eval.weights`, `samplers`, `steps` and `guidance`. One record per checkpoint
 and protocol goes to `W/eval/records.jsonl`; what is recorded already is not computed again. Sample i depends on (seed, i)
 only: a sample metric that was stopped in the middle goes on from `W/eval/partial/`, also with other batches or devices, and
-ends in the same record. SIGTERM keeps what there is and exits 75.
+ends in the same record. SIGTERM keeps what there is and exits 75. `--launcher=slurm|print` hands the combinations to a
+scheduler (dit_jax.launcher), and `--cell` evaluates one alone.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.error import NotFiniteError
 from dit_jax.heldout import all_of, held_out_loss, loss_protocol, weights_protocol
+from dit_jax.launcher import define_flags, find_cell, hand_over
 from dit_jax.ledger import Ledger, close, process_start, totals
 from dit_jax.log import say
 from dit_jax.mesh import describe_device, make_mesh
@@ -65,6 +67,17 @@ def samplings(cfg: Config) -> list[SampleConfig]:
         changes = dict(zip(names.values(), values, strict=True))
         found.append(dataclasses.replace(cfg.sample, **changes | {"guidance": float(changes["guidance"])}))
     return list(dict.fromkeys(found))
+
+
+def cells(cfg: Config) -> dict[str, Config]:
+    """The parts of an evaluation that may run apart, by name: the held-out loss, and each sampling."""
+    found = {"loss": dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=0))} if cfg.eval.loss else {}
+    if cfg.eval.samples:
+        alone = dataclasses.replace(cfg.eval, loss=False, weights=(), samplers=(), steps=(), guidance=())
+        for sample in samplings(cfg):
+            name = f"{sample.weights}-{sample.sampler}-{sample.steps}-guidance-{sample.guidance}"
+            found[name] = dataclasses.replace(cfg, sample=sample, eval=alone)
+    return found
 
 
 @dataclass(frozen=True)
@@ -340,6 +353,13 @@ def main() -> None:
     if not values.watch and not checkpoint.steps(values.workdir):
         checkpoint.find_step(values.workdir)  # says what is missing
     _check_model(cfg, values.workdir)
+    parts = cells(cfg)
+    if values.cell is not None:
+        cfg = list(parts.values())[find_cell(list(parts), values.cell)]
+    elif values.launcher != "local":
+        check_config(cfg)
+        hand_over(values.launcher, "evaluate", list(parts), range(len(parts)), conclude=False)
+        return
     failed: dict[int, str] = {}
     with stop_flag() as stop, _ledger(values.workdir, False, process_start()) as ledger:
         wanted = tasks(cfg, make_mesh(MeshConfig()), values.workdir, stop, False)
@@ -372,4 +392,5 @@ def _wait(seconds: float, stop: list) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
     flags.DEFINE_bool("watch", False, "follow a live run until its last step")
+    define_flags()
     launch(main, config="workdir")

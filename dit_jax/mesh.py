@@ -11,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import math
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -231,39 +233,94 @@ def on_one_device(shapes):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def connect(cfg: MeshConfig) -> None:
-    """Join the other processes of this job, where there are some; alone, do nothing.
+# What the command line may say about the other processes, and the variables that say the same.
+EXPLICIT = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
 
-    They are found on Cloud TPU and under SLURM, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A
-    process that gives no sign of life for `mesh.heartbeat` seconds ends all of them.
+
+def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
+    """Join the other processes of this job, where there are some; alone, do nothing. Before anything wakes the backend.
+
+    They are found by `given` (flags: `coordinator`, `num_processes`, `process_id`), by the variables of the same meaning,
+    under SLURM and on Cloud TPU. Those that have not all come within `mesh.initialization` seconds give up, each in one line
+    and with exit code 1; a process that gives no sign of life for `mesh.heartbeat` seconds ends all of them.
     """
-    where = cluster(os.environ, bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")))
+    chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+    where = cluster(os.environ, chips, given or {})
     if where is not None:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=cfg.heartbeat)
+        with _given_up_after(cfg.initialization, where):
+            jax.distributed.initialize(
+                **where, initialization_timeout=cfg.initialization + 60, heartbeat_timeout_seconds=cfg.heartbeat
+            )
     if jax.process_count() > 1 and where is None:
         raise UsageError(
-            f"found {jax.process_count()} processes that are not joined; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-            "JAX_PROCESS_ID on each"
+            f"found {jax.process_count()} processes that are not joined; give each --coordinator, --num_processes and "
+            "--process_id"
         )
 
 
-def cluster(env: Mapping[str, str], chips: bool) -> dict | None:
+@contextlib.contextmanager
+def _given_up_after(seconds: int, where: dict) -> Iterator[None]:
+    """What fails inside is one line; so is what takes longer than `seconds`, where JAX would abort with a stack trace."""
+    address = where.get("coordinator_address", "the address that the scheduler gives")
+    hint = "start the same command on every host, or raise mesh.initialization"
+    if where.get("process_id") == 0:
+        problem = (
+            f"of {where['num_processes']} processes not all came to the coordinator, {address}, within {seconds} s"
+        )
+    else:
+        problem = f"no coordinator at {address} that all processes reached within {seconds} s"
+
+    def give_up() -> None:
+        os._exit(report(JobError(f"{problem}; {hint}")))
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise JobError(f"joining the other processes at {address}: {str(error).splitlines()[0]}") from None
+    finally:
+        timer.cancel()
+
+
+def cluster(env: Mapping[str, str], chips: bool, given: Mapping[str, object]) -> dict | None:
     """What `jax.distributed.initialize` is told: {} where JAX finds the others itself, None for a process alone.
 
-    `chips`: whether the machine has TPU chips or the like as devices.
+    `chips`: whether the machine has TPU chips or the like as devices. `given`: see `connect`.
     """
-    if "JAX_COORDINATOR_ADDRESS" in env:
-        try:
-            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise UsageError(
-                "JAX_COORDINATOR_ADDRESS is set: expected whole numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"
-            ) from None
-        return {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "num_processes": count, "process_id": index}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if asked or EXPLICIT["coordinator"] in env:
+        return _explicit({name: asked.get(name, env.get(variable)) for name, variable in EXPLICIT.items()})
     on_tpu = chips and importlib.util.find_spec("libtpu") is not None and "cpu" not in env.get("JAX_PLATFORMS", "")
-    if on_tpu or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return {}
-    return None
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not on_tpu:
+        return _slurm(env)
+    return {} if on_tpu else None
+
+
+def _explicit(found: dict) -> dict:
+    """The three values that say who the others are. Raises UsageError naming the one that is missing or wrong."""
+    for name, value in found.items():
+        expected = "HOST:PORT of process 0" if name == "coordinator" else "a whole number"
+        fits = re.fullmatch(r".+:\d{1,5}" if name == "coordinator" else r"\d{1,9}", str(value))
+        if value is None or not fits:
+            what = "not given" if value is None else f"found {str(value)!r}"
+            raise UsageError(f"--{name} (or {EXPLICIT[name]}): {what}, expected {expected}")
+    count, index = int(found["num_processes"]), int(found["process_id"])
+    if not index < count:
+        raise UsageError(f"--process_id: found {index}, expected 0 to {count - 1} for --num_processes={count}")
+    return {"coordinator_address": str(found["coordinator"]), "num_processes": count, "process_id": index}
+
+
+def _slurm(env: Mapping[str, str]) -> dict:
+    """One task a node drives all its GPUs; JAX alone would give every task a single one."""
+    alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"]
+    gpus = env.get("SLURM_GPUS_ON_NODE", "0")
+    return {"local_device_ids": list(range(int(gpus)))} if alone and gpus.isdigit() and int(gpus) else {}
 
 
 def leader() -> bool:

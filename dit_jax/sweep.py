@@ -3,17 +3,14 @@
     python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=runs/demo
 
 Cells run side by side in `sweep.processes` processes, each an ordinary run in `W/cells/<name>`. Finished cells are skipped;
-a cell that fails is reported, costs the others nothing, and makes the exit code 1.
+a cell that fails is reported, costs the others nothing, and makes the exit code 1. `--launcher=slurm|print` hands the cells to
+a scheduler instead (dit_jax.launcher), and `--cell` runs one alone.
 """
 
-import concurrent.futures as futures
 import dataclasses
-import multiprocessing
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +24,14 @@ from dit_jax.command import ERROR, Interrupted, launch, read_config
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, UsageError, resolve, to_dict
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.heldout import loss_protocol
+from dit_jax.launcher import define_flags, find_cell, hand_over
 from dit_jax.log import METRICS, clock, read_lines, say
 from dit_jax.mesh import make_mesh
 from dit_jax.records import protocol_id as identify
 from dit_jax.records import read_records
 from dit_jax.sample import grid, sample_images
 from dit_jax.scaling import fit, plan, predict, report, runs, table
+from dit_jax.workers import run_cells, use_cache
 
 STEP_SECONDS = 1.5e-3  # a step's fixed cost, for the ETA before anything was measured
 FLOP_RATE = 5e9
@@ -96,10 +95,10 @@ def make_cells(cfg: Config, workdir: str) -> list[Cell]:
     return sorted(cells, key=lambda cell: -cell.weight)
 
 
-def run_cell(cell: Cell) -> dict:
+def run_cell(cell: Cell, quiet: bool = True) -> dict:
     """Train and evaluate one cell; returns its record."""
-    train.run(cell.cfg, cell.workdir, quiet=True)
-    return evaluate.run(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet=True)[0]
+    train.run(cell.cfg, cell.workdir, quiet)
+    return evaluate.run(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet)[0]
 
 
 def loss_protocol_id(cfg: Config) -> str:
@@ -111,90 +110,6 @@ def loss_protocol_id(cfg: Config) -> str:
 def finished(cell: Cell, protocol_id: str) -> bool:
     """Whether the cell's last step has its record."""
     return (cell.cfg.train.steps, protocol_id) in read_records(cell.workdir)
-
-
-def _follow(parent: int) -> None:
-    """Save and stop when the sweep itself is gone, so that the same command finds no cell half in other hands."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    while True:  # the first SIGTERM makes a training save and stop; the next one ends the idle worker
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5.0)
-
-
-def _start_worker(cores: list[int], counter, cache: str) -> None:
-    """A worker keeps to its own share of the cores: small models gain nothing from a second one."""
-    with counter.get_lock():
-        index, counter.value = counter.value, counter.value + 1
-    if cores:
-        os.sched_setaffinity(0, {cores[index % len(cores)]})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    _use_cache(cache)
-
-
-def _use_cache(folder: str) -> None:
-    """Compiled programs are kept beside the runs: cells of one size share them."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def _pool(processes: int, cache: str) -> futures.ProcessPoolExecutor:
-    """Workers, each kept to a core of its own if there are several; virtual devices of one process need more than one."""
-    virtual = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    pin = processes > 1 and not virtual and hasattr(os, "sched_getaffinity")
-    context = multiprocessing.get_context("spawn")
-    arguments = (sorted(os.sched_getaffinity(0)) if pin else [], context.Value("i", 0), cache)
-    return futures.ProcessPoolExecutor(processes, context, _start_worker, arguments)
-
-
-def run_cells(cells: list[Cell], processes: int, cache: str, job: Callable = run_cell) -> Iterator[tuple[Cell, object]]:
-    """Yields (cell, record or exception) as cells end, and (None, running cells) about once a second in between.
-
-    A worker that dies (out of memory, say) takes the pool with it: the cells it may have been are run again, one at a
-    time, so that only the one that kills its process is lost.
-    """
-    waiting, suspects = list(cells), []
-    while waiting or suspects:
-        alone = not waiting
-        queue, width = (suspects, 1) if alone else (waiting, processes)
-        broken = yield from _drain(queue, width, cache, job, alone)
-        if not alone:
-            suspects += broken
-
-
-def _drain(queue: list[Cell], width: int, cache: str, job: Callable, alone: bool):
-    """Run cells of `queue` until it is empty or the pool breaks; returns the cells that ran when it broke."""
-    running: dict[futures.Future, Cell] = {}
-    with _pool(width, cache) as pool:
-        try:
-            while queue or running:
-                while queue and len(running) < width:
-                    cell = queue.pop(0)
-                    running[pool.submit(job, cell)] = cell
-                done, _ = futures.wait(running, timeout=1.0, return_when=futures.FIRST_COMPLETED)
-                if any(isinstance(future.exception(), futures.process.BrokenProcessPool) for future in done):
-                    lost = list(running.values())
-                    if alone:
-                        yield lost[0], RuntimeError("its process died (out of memory?)")
-                    return lost
-                for future in done:
-                    yield running.pop(future), future.exception() or future.result()
-                yield None, list(running.values())
-        except BaseException:
-            _stop(pool)
-            raise
-    return []
-
-
-def _stop(pool: futures.ProcessPoolExecutor) -> None:
-    """Ask the workers to save and stop."""
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
-    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def share_done(cell: Cell) -> float:
@@ -217,7 +132,7 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("ladder", total=total, eta="")
-        for cell, outcome in run_cells(todo, processes, cache):
+        for cell, outcome in run_cells(todo, processes, cache, run_cell):
             if cell is None:
                 current = done + sum(c.weight * share_done(c) for c in outcome)
                 bar.update(task, completed=current, eta=f"ETA {_eta(current, total, start)}")
@@ -227,13 +142,18 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
                 failed.append(cell)
                 line = f"FAILED: {type(outcome).__name__}: {outcome}"
             else:
-                line = f"loss {outcome['metrics']['loss']:.4f} +- {outcome['metrics']['loss_se']:.4f}"
+                line = score(outcome)
             bar.console.print(
                 f"[{count}/{len(todo)}] {cell.name}  {line}  ETA {_eta(done, total, start)}",
                 highlight=False,
                 markup=False,
             )
     return failed
+
+
+def score(record: dict) -> str:
+    """A cell's held-out loss, for people."""
+    return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
 
 
 def _eta(done: float, total: float, start: float) -> str:
@@ -360,7 +280,7 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
     prepare(cfg, workdir)
     cache, protocol_id = os.path.join(workdir, "compiled"), loss_protocol_id(cfg)
     failed = run_ladder(cells, cfg.sweep.processes, cache, protocol_id)
-    _use_cache(cache)
+    use_cache(cache)
     try:
         path, untested = conclude(cfg, workdir, protocol_id)
     except UsageError as error:
@@ -372,9 +292,29 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
     return failed + untested
 
 
+def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> None:
+    """One cell alone, here; or none: all that are not finished are handed to the launcher."""
+    cfg = follow_latents(cfg)
+    cells = make_cells(cfg, workdir)
+    names = [cell.name for cell in cells]
+    chosen = None if asked is None else cells[find_cell(names, asked)]
+    prepare(cfg, workdir)
+    if chosen is None:
+        protocol_id = loss_protocol_id(cfg)
+        todo = [i for i, cell in enumerate(cells) if not finished(cell, protocol_id)]
+        hand_over(launcher, "sweep", names, todo, conclude=True)
+        return
+    use_cache(os.path.join(workdir, "compiled"))
+    say(f"{chosen.name}  {score(run_cell(chosen, quiet=False))}")
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
-    failed = run(resolve(flags.FLAGS.config), flags.FLAGS.workdir)
+    cfg, workdir, launcher, cell = (getattr(flags.FLAGS, name) for name in ("config", "workdir", "launcher", "cell"))
+    if launcher != "local" or cell is not None:
+        run_apart(resolve(cfg), workdir, launcher, cell)
+        return
+    failed = run(resolve(cfg), workdir)
     if failed:
         names = ", ".join(cell.name for cell in failed)
         say(f"error: {len(failed)} cell(s) failed: {names}; the same command tries them again")
@@ -387,4 +327,5 @@ def _interrupt(number, frame) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the sweep's folder", required=True)
+    define_flags()
     launch(main, config="file")

@@ -26,6 +26,7 @@ from dit_jax.guard import all_finite, run_twice
 from dit_jax.ledger import Ledger, close, lose, note, process_start, write_entry
 from dit_jax.log import open_scalars, progress, say
 from dit_jax.mesh import (
+    EXPLICIT,
     asked_to_stop,
     check_batch,
     connect,
@@ -296,10 +297,13 @@ def _stop_flag():
 
 def main() -> None:
     cfg = resolve(flags.FLAGS.config)
-    connect(cfg.mesh)
+    connect(cfg.mesh, {name: getattr(flags.FLAGS, name) for name in EXPLICIT})
     run(cfg, flags.FLAGS.workdir, since=process_start())
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where neither Cloud TPU nor SLURM tells it")
+    flags.DEFINE_integer("num_processes", None, "how many processes train together")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
     launch(main, config="file")

@@ -138,9 +138,8 @@ def test_time_and_label_matter_and_only_zero_gates_start_as_the_identity(name):
         assert np.any(here != other) == (name != "adaln_zero")
 
 
-@pytest.mark.parametrize(  # adaLN-Zero is in tests/test_mesh.py
-    "name", [pytest.param("in_context", marks=pytest.mark.slow), "cross_attention"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["in_context", "cross_attention"])  # adaLN-Zero is in tests/test_mesh.py
 def test_shards_train_and_name_their_layers(name):
     """On 2 x 2 x 2 devices the loss is that of one device, and a broken weight is found in every kind of block."""
     cfg = Config(dataclasses.replace(SMALL, conditioning=name), train=TrainConfig(batch_size=8))

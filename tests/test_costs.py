@@ -10,6 +10,8 @@ from rich.console import Console
 from dit_jax import bench, costs
 from dit_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cfg(data_dir):

@@ -118,6 +118,7 @@ def test_describe_names_records_and_checksum(data, broken):
     assert datasets.describe("digits", "test[:50%]", data.data_dir)["sha256"] != found["sha256"]
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
     code = (
         "import json, sys\n"

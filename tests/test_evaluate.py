@@ -373,6 +373,7 @@ def test_partials_of_what_is_recorded_or_gone_are_dropped(tmp_path):
         assert (tmp_path / "eval" / "partial" / name).exists() == stays
 
 
+@pytest.mark.slow
 def test_two_evaluations_at_once_write_each_record_once(workdir, tmp_path, cache_dir):
     workdir = copy_of(workdir, tmp_path)
     command = [f"--workdir={workdir}", "--config.eval.samples=500"]

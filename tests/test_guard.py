@@ -173,9 +173,9 @@ def faulty(cfg, mesh):
     """The training step on a machine that flips one bit of one gradient when the batch says so: same program, same input."""
     real = step.gradients
 
-    def flipped(cfg, params, *rest):
+    def flipped(cfg, params, *rest, **how):
         *rest, fault = rest
-        (loss, parts), grads = real(cfg, params, *rest)
+        (loss, parts), grads = real(cfg, params, *rest, **how)
         leaves, tree = jax.tree.flatten(grads)
         for i, leaf in enumerate(leaves):
             bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
@@ -187,7 +187,9 @@ def faulty(cfg, mesh):
 
     def faulty_step(state, data, fault):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step, "gradients", lambda cfg, params, *rest: flipped(cfg, params, *rest, fault))
+            patch.setattr(
+                step, "gradients", lambda cfg, params, *rest, **how: flipped(cfg, params, *rest, fault, **how)
+            )
             return step.train_step(cfg, state, data)
 
     return jax.jit(faulty_step)
@@ -245,6 +247,7 @@ def test_finite_numbers_too_large_to_square_are_refused(seen, compiled):
         assert not accepted and guard.all_finite(after) and int(after.skipped) == 1
 
 
+@pytest.mark.slow
 def test_a_streak_between_two_logged_steps_stops_the_run(tmp_path, data_dir, cache_dir):
     """Steps are logged every 50, and ten bad ones in a row are too many: the run ends at the next multiple of ten."""
     flags = ["--config.optim.learning_rate=1e30", "--config.optim.clip=0", "--config.train.log_every=50"]
@@ -262,6 +265,7 @@ def test_a_state_that_is_not_finite_is_never_saved(seen, cfg):
         train_job._save(None, dataclasses.replace(seen, ema=broken), {}, {}, None, "")
 
 
+@pytest.mark.slow
 def test_replays_change_nothing_and_cost_one_step_in_n(uninterrupted, tmp_path, cache_dir):
     """The same scalars, but for the gradients' fingerprint, which is there because of the replays."""
     code, _, err = run("train", *train(tmp_path / "run", "--config.train.replay_every=4"), cache_dir=cache_dir)

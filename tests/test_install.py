@@ -33,7 +33,7 @@ def installs():
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda p: p.stem)
 def test_every_requirement_is_pinned_and_hashed(lock):
     found = requirements(lock)
-    assert len(found) >= 2
+    assert found
     for line in found:
         assert re.fullmatch(rf"[A-Za-z0-9._-]+(\[[a-z0-9,._-]+\])?==[^\s;]+( ;.*?)?( {HASH})+", line), line[:200]
 

@@ -146,6 +146,7 @@ def spoil(path):
     path.write_bytes(data[:at] + bytes(40) + data[at + 40 :])
 
 
+@pytest.mark.slow
 def test_malformed_records_end_a_run_unless_they_may_be_left_out(latents, tmp_path, cache_dir):
     root = tmp_path / "latents"
     shutil.copytree(latents, root)

@@ -43,6 +43,7 @@ def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
     assert f"set-up {seconds['set-up']:.1f}" in line and f"compile {seconds['compile']:.1f}" in line
 
 
+@pytest.mark.slow
 def test_the_work_that_a_kill_undid_is_booked_as_lost(tmp_path, data_dir, cache_dir):
     workdir, began = tmp_path / "run", time.time()
     arguments = train(workdir, "--config.train.checkpoint_every=200", "--config.train.log_every=5", steps=400)

@@ -154,17 +154,51 @@ def test_a_batch_that_does_not_divide():
         meshes.check_batch(mesh, 24, accumulate=2)
 
 
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+GIVEN = {"coordinator": "b:2", "num_processes": 2, "process_id": 0}
+NOBODY = dict.fromkeys(GIVEN)
+
+
 def test_where_the_other_processes_are_found():
-    address = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-    assert meshes.cluster({}, False) is None
-    assert meshes.cluster({}, True) == ({} if importlib.util.find_spec("libtpu") else None)
-    assert meshes.cluster({"JAX_PLATFORMS": "cpu"}, True) is None
-    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False) == {}
-    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False) is None
-    found = meshes.cluster(address, True)
+    assert meshes.cluster({}, False, NOBODY) is None
+    assert meshes.cluster({}, True, NOBODY) == ({} if importlib.util.find_spec("libtpu") else None)
+    assert meshes.cluster({"JAX_PLATFORMS": "cpu"}, True, NOBODY) is None
+    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False, NOBODY) == {}
+    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False, NOBODY) is None
+    found = meshes.cluster(ADDRESS, True, NOBODY)
     assert found == {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
-    with pytest.raises(UsageError, match="expected whole numbers in JAX_NUM_PROCESSES"):
-        meshes.cluster(address | {"JAX_PROCESS_ID": "x"}, False)
+    found = meshes.cluster(ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, True, GIVEN)
+    assert found == {"coordinator_address": "b:2", "num_processes": 2, "process_id": 0}
+
+
+def test_one_task_a_node_drives_all_its_gpus_under_slurm():
+    node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    assert meshes.cluster(node, False, NOBODY) == {"local_device_ids": [0, 1, 2, 3]}
+    assert meshes.cluster(node | {"SLURM_STEP_NUM_TASKS": "8"}, False, NOBODY) == {}  # JAX: one GPU each
+
+
+@pytest.mark.parametrize(
+    "env,given,message",
+    [
+        (
+            ADDRESS | {"JAX_PROCESS_ID": "x"},
+            {},
+            r"--process_id \(or JAX_PROCESS_ID\): found 'x', expected a whole number",
+        ),
+        (ADDRESS | {"JAX_PROCESS_ID": "4"}, {}, r"--process_id: found 4, expected 0 to 3 for --num_processes=4"),
+        ({}, {"process_id": 0}, r"--coordinator \(or JAX_COORDINATOR_ADDRESS\): not given, expected HOST:PORT"),
+        ({}, GIVEN | {"coordinator": "b"}, "found 'b', expected HOST:PORT of process 0"),
+        (
+            {},
+            GIVEN | {"num_processes": None},
+            r"--num_processes \(or JAX_NUM_PROCESSES\): not given, expected a whole number",
+        ),
+        ({}, GIVEN | {"num_processes": -2}, "found '-2', expected a whole number"),
+    ],
+)
+def test_half_an_address_is_refused(env, given, message):
+    with pytest.raises(UsageError, match=message):
+        meshes.cluster(env, False, NOBODY | given)
 
 
 def test_hosts_that_share_rows_are_refused():

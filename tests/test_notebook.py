@@ -22,6 +22,23 @@ def figures(notebook):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
+def printed(notebook) -> str:
+    """What its cells wrote to standard output."""
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.text for output in shown if output.get("name") == "stdout")
+
+
+def look(notebook, name: str, count: int) -> None:
+    """Its figures are as many as expected, and none is empty; NOTEBOOK_FIGURES keeps them."""
+    found = figures(notebook)
+    if folder := os.environ.get("NOTEBOOK_FIGURES"):  # to look at them
+        for i, picture in enumerate(found):
+            Image.fromarray(picture).save(Path(folder) / f"{name}-{i}.png")
+    assert len(found) == count
+    for picture in found:
+        assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 20
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_kept_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
@@ -37,19 +54,26 @@ def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
 
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
     environ = environment(cache_dir, devices=1)
-    environ |= {"QUICKSTART_STEPS": "30", "QUICKSTART_IMAGES": "50", "QUICKSTART_WORKDIR": str(tmp_path / "run")}
+    environ |= {"QUICKSTART_STEPS": "15", "QUICKSTART_IMAGES": "50", "QUICKSTART_HELD_OUT": "40"}
+    environ |= {"QUICKSTART_WORKDIR": str(tmp_path / "run")}
     environ.pop("MPLBACKEND", None)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environ)
-    found = figures(notebook)
-    if folder := os.environ.get("NOTEBOOK_FIGURES"):  # to look at them
-        for i, picture in enumerate(found):
-            Image.fromarray(picture).save(Path(folder) / f"quickstart-{i}.png")
-    assert len(found) == 3
-    for picture in found:
-        assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 20
-    text = "".join(
-        o.text for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout"
-    )
+    look(notebook, "quickstart", count=3)
+    text = printed(notebook)
     assert "parameters" in text and "MACs" in text
     assert (tmp_path / "run" / "eval" / "records.jsonl").read_text().count("\n") == 3
+
+
+def test_scaling_derives_published_exponents_and_predicts_a_7b_run(tmp_path):
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(FOLDER / "scaling.ipynb", as_version=4)
+    environ = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    environ |= {"SCALING_RESAMPLES": "40", "PYTHONPATH": str(FOLDER.parent)}
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environ)
+    look(notebook, "scaling", count=9)
+    text = printed(notebook)
+    assert "its surface does not fit the runs" in text and "1e+13 FLOPs,  33.3x the data: width" in text
+    assert os.listdir(tmp_path) == []

@@ -77,6 +77,7 @@ def test_a_lost_peer_ends_all_and_the_rerun_gives_the_same_bits(losses, uninterr
     assert_same_run(uninterrupted, workdir)  # one process with as many devices
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sigterm_to_one_process_stops_both_at_one_step(uninterrupted, tmp_path, cache_dir):
     workdir = tmp_path / "run"
@@ -92,6 +93,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(uninterrupted, tmp_path, 
     assert_same_run(uninterrupted, workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_error_of_one_process_ends_both(uninterrupted, tmp_path, cache_dir):
     """Only process 0 looks at the folder, and only it writes manifests: its errors must not leave the other waiting."""

@@ -1,17 +1,31 @@
 """Facts about conventions: they are stated, do not mix, and convert to what a recount would give."""
 
+import csv
+import json
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_scaling_fit import study
+from test_scaling_fit import DATA, study
+from test_scaling_runs import PROTOCOL, record, table, workdir
 
 from dit_jax.config import UsageError
-from dit_jax.scaling.conventions import Convention, check_units, convert, convert_law, factor, of_record, require_same
+from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.conventions import (
+    Convention,
+    check_units,
+    convert,
+    convert_law,
+    factor,
+    of_record,
+    require_same,
+    training_flops,
+)
 from dit_jax.scaling.fit import fit_isoflop
 from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.runs import Run
+from dit_jax.scaling.runs import Run, load_runs
 
 OURS = Convention()
 MACS = Convention(unit="MACs", passes="forward")
@@ -41,7 +55,7 @@ def test_parameters_and_data_convert_by_what_was_recorded():
     (total,) = convert([RUN], OURS, replace(OURS, params="total"))
     assert (total.params, total.params_total, total.flops) == (150, 100, 2e6)
     (images,) = convert([RUN], OURS, replace(OURS, data="images"))
-    assert images.tokens == 100
+    assert images.tokens == 100 and images.convention.data == "images"
     (back,) = convert([images], replace(OURS, data="images"), OURS, tokens_per_image=16)
     assert back == RUN
     (simple,) = convert([RUN], OURS, replace(OURS, counted="6ND"))
@@ -82,6 +96,7 @@ def test_records_say_their_convention():
     flops = "exact, 2 x MACs, training = 3 x forward"
     assert of_record({"flops": flops, "weights": {"ema": "power"}}) == OURS
     assert of_record({"flops": flops, "weights": "params (raw)"}).loss == "held-out, raw"
+    assert of_record({"flops": flops + ", of the diffusion model alone"}) == OURS
     with pytest.raises(UsageError, match="protocol field 'flops' is '6ND'"):
         of_record({"flops": "6ND"})
     assert str(OURS) == "C: exact FLOPs of training; N: active parameters; D: tokens; L: held-out, EMA"
@@ -95,3 +110,125 @@ def test_units_that_look_like_another_convention_are_named(over, what):
     check_units(study())
     exact = [replace(r, flops=r.flops * x) for r, x in zip(study(), np.linspace(1.2, 2.5, 25).tolist(), strict=True)]
     check_units(exact)
+
+
+HEAD = "params,tokens,loss,images,flops"
+
+
+def sheet(tmp_path, scale=1.0, columns="", cells="") -> str:
+    rows = [f"{r.params},{r.tokens},{r.loss},{r.images},{r.flops * scale}{cells}" for r in study(noise=0.002)]
+    return table(tmp_path, "\n".join([HEAD + columns, *rows]) + "\n")
+
+
+def fitted(tmp_path, capsys, *arguments) -> tuple[dict, str]:
+    out = tmp_path / "out.json"
+    assert main(["fit", *arguments, f"--json={out}", "--resamples=50"]) == 0
+    return json.loads(out.read_text()), capsys.readouterr().out
+
+
+def test_a_fit_of_records_states_their_convention(tmp_path, capsys):
+    for r in study(noise=0.002):
+        values = dict(params_active=r.params, tokens_seen=r.tokens, flops_train=r.flops * 1.3, images_seen=r.images)
+        values["params"] = 2 * r.params
+        workdir(tmp_path / "w" / r.name, record(run=r.name, metrics={"loss": r.loss}, **values))
+    said, printed = fitted(tmp_path, capsys, str(tmp_path / "w"))
+    assert said["convention"] == {**vars(OURS), "assumed": []}
+    assert printed.startswith(
+        "Convention: C: exact FLOPs of training; N: active parameters; D: tokens; L: held-out, EMA\n"
+    )
+    again, printed = fitted(tmp_path, capsys, str(tmp_path / "w"), "--to=params=total,data=images")
+    assert again["convention"]["params"] == "total" and "D_opt (images)" in printed
+    for name, ratio in (("N_opt", 2), ("D_opt", 1 / 16)):
+        assert again["law"][name]["coefficient"] == pytest.approx(ratio * said["law"][name]["coefficient"])
+    assert main(["fit", str(tmp_path / "w"), "--unit=macs"]) == 2
+    assert "unit is 'FLOPs' by the record, 'MACs' by the command" in capsys.readouterr().err
+
+
+def test_a_table_says_what_it_counts_by_its_numbers_its_columns_or_the_command(tmp_path, capsys):
+    plain, printed = fitted(tmp_path, capsys, sheet(tmp_path))
+    assert plain["convention"]["counted"] == "6ND" and plain["convention"]["assumed"] == ["params", "data", "loss"]
+    assert "(assumed, not stated: params, data, loss)" in printed
+    exact, _ = fitted(tmp_path, capsys, sheet(tmp_path, 1.4))
+    assert exact["convention"]["counted"] == "exact" and "unit" in exact["convention"]["assumed"]
+    columns, _ = fitted(tmp_path, capsys, sheet(tmp_path, 1 / 6, ",unit,pass,params_kind", ",macs,forward,total"))
+    options, _ = fitted(tmp_path, capsys, sheet(tmp_path, 1 / 6), "--unit=macs", "--pass=forward", "--params=total")
+    for said in (columns, options):
+        assert said["convention"]["unit"] == "FLOPs" and said["convention"]["passes"] == "training"
+        assert said["convention"]["params"] == "total" and said["convention"]["assumed"] == ["data", "loss"]
+        assert said["law"]["N_opt"]["exponent"] == pytest.approx(plain["law"]["N_opt"]["exponent"])
+        assert said["law"]["N_opt"]["coefficient"] == pytest.approx(plain["law"]["N_opt"]["coefficient"], rel=1e-6)
+
+
+def test_data_in_images_need_their_tokens_for_6nd(tmp_path, capsys):
+    rows = [f"{r.params},{r.images},{r.loss}" for r in study(noise=0.002)]
+    path = table(tmp_path, "\n".join(["params,tokens,loss", *rows]))
+    said, printed = fitted(tmp_path, capsys, path, "--data=images", "--tokens_per_image=16", "--flops=1e12")
+    assert said["convention"]["data"] == "images" and "D_opt (images)" in printed
+    assert said["law"]["N_opt"]["exponent"] == pytest.approx(0.52, abs=0.1)
+    assert main(["fit", path, "--data=images"]) == 2
+    assert "D is in images and flops is absent; give flops, or --tokens_per_image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("scale", "columns", "cells", "options", "message"),
+    [
+        (1 / 2, "", "", [], "looks like multiply-adds (MACs) of training; expected FLOPs of training: multiply it by 2"),
+        (1 / 3, "", "", [], "looks like FLOPs of the forward passes alone; expected FLOPs of training: multiply it by 3"),
+        (1 / 6, "", "", [], "multiply it by 6, or say --unit=macs --pass=forward"),
+        (1, "", "", ["--unit=macs"], "looks like FLOPs of training, but is said to be MACs of training"),
+        (1.4, "", "", ["--counted=6nd"], "counted is '6ND', but flops is not 6 x params x tokens in 25 rows"),
+        (1, ",unit", ",macs", ["--unit=flops"], "runs.csv:2: unit is 'MACs' by its column and 'FLOPs' by the command"),
+        (1, ",unit", ",watts", [], "runs.csv:2: found 'watts', expected one of flops, macs"),
+        (1, "", "", ["--pass=backward"], "--pass: found 'backward', expected one of training, forward, train"),
+        (1, "", "", ["--to=unit=macs"], "--to: found 'unit', expected counted, params or data"),
+        (1, "", "", ["--to=counted=exact"], "6ND has lost the exact FLOPs"),
+        (1, "", "", ["--to=params=total"], "runs.csv:2: params_total is not recorded"),
+        (1, "", "", ["--tokens_per_image=-1"], "--tokens_per_image: found -1, expected a number above 0"),
+        (1, "", "", ["--counted=6nd", "--unit=macs"], "6ND is FLOPs of training, found MACs of training"),
+    ],
+)  # fmt: skip
+def test_units_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, scale, columns, cells, options, message):
+    path = sheet(tmp_path, scale, columns, cells)
+    assert main(["fit", path, f"--json={tmp_path / 'out.json'}", *options]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err, said.err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_runs_of_two_conventions_are_refused_naming_the_field(tmp_path):
+    one, two = tmp_path / "a.csv", tmp_path / "b.csv"
+    one.write_text("params,tokens,loss,flops,unit\n10,20,3,1700,flops\n")
+    two.write_text("params,tokens,loss,flops,unit\n10,20,3,850,macs\n")
+    with pytest.raises(UsageError, match=r"b.csv:2: unit is 'MACs' and 'FLOPs'; one fit takes one convention"):
+        load_runs([one, two])
+    both = tmp_path / "c.csv"
+    both.write_text("params,tokens,loss,flops,unit\n10,20,3,1700,flops\n10,20,3,850,macs\n")
+    with pytest.raises(UsageError, match=r"c.csv:3: unit is 'MACs' and 'FLOPs' in .*c.csv:2"):
+        load_runs([both])
+    two.write_text("params,tokens,loss\n10,20,3\n")
+    with pytest.raises(UsageError, match=r"b.csv:2: counted is '6ND' and 'exact'"):
+        load_runs([workdir(tmp_path / "w", record(protocol={})), two])
+    raw = record(run="b", protocol={**PROTOCOL, "weights": "params (raw)"})
+    (run,) = load_runs(workdir(tmp_path / "raw", raw))
+    assert run.convention.loss == "held-out, raw"
+    with pytest.raises(UsageError, match=r"records.jsonl:1: protocol field 'flops' is '6ND', expected 'exact"):
+        load_runs(workdir(tmp_path / "x", record(protocol={"flops": "6ND"})))
+
+
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_published_tables_are_not_taken_for_another_unit(tmp_path, step):
+    """Porian et al.'s 15 configurations and Gadre et al.'s runs: C is 6ND, given or by default."""
+    with open(os.path.join(DATA, "porian_isoflop_points.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("file", "dataset", "hparams", "warmup", "decay", "param_count", "val")
+    kinds = {tuple(r[n] for n in names) for r in rows}
+    assert len(kinds) == 15
+    for kind in sorted(kinds)[::step]:
+        mine = [f"{r['n']},{r['t']},{r['loss']},{r['flops']}" for r in rows if tuple(r[n] for n in names) == kind]
+        runs = training_flops(load_runs(table(tmp_path, "\n".join(["params,tokens,loss,flops", *mine]))))
+        check_units(runs)
+    with open(os.path.join(DATA, "gadre_models_104.csv"), newline="") as file:
+        mine = [f"{r['params']},{r['tokens']},{r['loss_c4_val']}" for r in csv.DictReader(file)]
+    runs = training_flops(load_runs(table(tmp_path, "\n".join(["params,tokens,loss", *mine]))))
+    check_units(runs)
+    assert len(runs) == 104 and runs[0].convention.counted == "6ND"

@@ -116,6 +116,7 @@ def _coverage(studies: int, resamples: int) -> dict:
     return {name: np.mean(h) for name, h in hits.items()}
 
 
+@pytest.mark.slow
 def test_intervals_cover_in_a_small_simulation():
     for name, share in _coverage(150, 300).items():
         assert 0.89 <= share <= 0.99, (name, share)

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dit_jax.config import UsageError
+from dit_jax.scaling.columns import load_columns
 from dit_jax.scaling.runs import load_runs
 
 PROTOCOL = {"data": {"name": "digits", "split": "test"}, "held_out": {"seed": 1234}, "weights": "ema"}
@@ -65,8 +66,11 @@ def test_a_folder_given_twice_counts_once(tmp_path):
 
 
 def test_csv_flops_default_to_6nd(tmp_path):
-    one, two = load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,999\n"))
-    assert (one.flops, two.flops, one.name, one.loss) == (1200, 999, "x", 3)
+    one, two = load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,1200\n"))
+    assert (one.flops, two.flops, one.name, one.loss) == (1200, 1200, "x", 3)
+    assert one.convention.counted == "6ND"
+    with pytest.raises(UsageError, match=r"runs.csv:2: flops is absent, .* but counted is 'exact' in the other rows"):
+        load_runs(table(tmp_path, "params,tokens,loss,run,flops\n10,20,3,x,\n10,20,2.5,y,999\n"))
 
 
 def test_mixed_protocols_are_refused_naming_the_field(tmp_path):
@@ -126,3 +130,37 @@ def test_paths_without_runs_are_named(tmp_path):
         load_runs([tmp_path])
     with pytest.raises(UsageError, match=r"no record has metrics.loss; found fd_digits"):
         load_runs(workdir(tmp_path / "w", record(metrics={"fd_digits": 1.0})))
+
+
+PUBLISHED = "model,dataset,n,t,loss\nm1,a,1e6,2e7,3.5\nm2,b,1e6,2e7,3.6\nm3,a,2e6,4e7,3.2\n"
+COLUMNS = {"name": "model", "params": "n", "tokens": "t", "loss": "loss"}
+
+
+def test_columns_of_other_names_are_runs(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text(PUBLISHED)
+    one, two = load_columns(path, COLUMNS, {"dataset": "a"})
+    assert (one.name, one.params, one.tokens, one.loss, one.flops) == ("m1", 1e6, 2e7, 3.5, 6 * 1e6 * 2e7)
+    assert (two.name, two.source) == ("m3", f"{path}:4")
+    assert (
+        next(r.name for r in load_columns(path, {k: v for k, v in COLUMNS.items() if k != "name"}))
+        == "N 1e+06, C 1.2e+14"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "where", "message"),
+    [
+        (COLUMNS | {"params": "N"}, {}, "no column 'N'"),
+        (COLUMNS, {"datset": "a"}, "no column 'datset'; nearest found 'dataset'"),
+        (COLUMNS, {"dataset": "c"}, "found no row with dataset=c"),
+        ({"params": "n", "tokens": "t"}, {}, "columns: 'loss' is missing"),
+        (COLUMNS | {"depth": "n"}, {}, "columns: 'depth' is no field"),
+        (COLUMNS | {"loss": "model"}, {}, "published.csv:2: model is 'm1', expected a number"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(tmp_path, columns, where, message):
+    path = tmp_path / "published.csv"
+    path.write_text(PUBLISHED)
+    with pytest.raises(UsageError, match=message):
+        load_columns(path, columns, where)

@@ -196,6 +196,7 @@ def gadre_of_logarithms(runs, **options):
     return fit_gadre(runs, residual="log", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fit", "law"), [(fit_varpro, LAW), (gadre_of_logarithms, EQUAL)])
 def test_intervals_cover_in_a_small_simulation(fit, law):
     for name, shares in coverage(fit, ladder, law, 25, 100).items():

@@ -44,6 +44,7 @@ def test_load_gives_the_config_and_the_weights(uninterrupted):
         checkpoint.load(str(uninterrupted), step=55)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended_when_its_schedule_is_constant(uninterrupted, tmp_path, cache_dir):
     workdir = tmp_path / "extended"
     assert run("train", *train(workdir, steps=30), cache_dir=cache_dir)[0] == 0

@@ -1,29 +1,29 @@
 """`python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`: fits scaling laws to runs.
 
 RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group).
-`fit --method=all` puts the methods side by side; isoflop, the default, is the only one that has a report.
+`fit --method=all` puts the methods side by side and says why they disagree; `report`, by default of all of them, shows it.
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
 import argparse
-import dataclasses
 import inspect
 import json
 import os
 import sys
 
 from dit_jax.config import UsageError
-from dit_jax.scaling import jobs
+from dit_jax.scaling import jobs, planning, quality, stated, trust
+from dit_jax.scaling.conventions import check_units, convert, training_flops
 from dit_jax.scaling.fit import METHODS
-from dit_jax.scaling.plan import ladder_of, plan
+from dit_jax.scaling.methods import Methods, fit_methods, predictions
+from dit_jax.scaling.page import opening
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
-from dit_jax.scaling.report import write, write_report
+from dit_jax.scaling.report import Report, report_json, save, write
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.study import LOSSES, RESIDUALS, SurfaceFit
 from dit_jax.scaling.summary import (
     METHOD_HEAD,
     SURFACE_HEAD,
-    disagreements,
     method_rows,
     search_text,
     surface_rows,
@@ -33,24 +33,13 @@ from dit_jax.scaling.table import (
     BUDGET_HEAD,
     CHECK_HEAD,
     LAW_HEAD,
-    answer,
+    PREDICT_HEAD,
     budget_rows,
     check_rows,
+    finite,
     law_rows,
     print_table,
     span,
-)
-
-PREDICT_HEAD = (
-    "C (FLOPs)",
-    "beyond the data",
-    "N_opt",
-    "interval",
-    "D_opt (tokens)",
-    "interval",
-    "loss",
-    "interval",
-    "of one run",
 )
 
 
@@ -67,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in COMMANDS.items():
         one = commands.add_parser(name, help=what.__doc__.splitlines()[0])
         one.add_argument("runs", nargs="+", metavar="RUNS")
-        one.add_argument("--method", default="isoflop", choices=[*METHODS, *(["all"] if name == "fit" else [])])
+        both = ["all"] if name in ("fit", "report") else []
+        one.add_argument("--method", default="all" if name == "report" else "isoflop", choices=[*METHODS, *both])
         one.add_argument(
             "--residual", choices=RESIDUALS, help="of the parametric methods: log law - log loss, or law - loss"
         )
@@ -75,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
             "--loss", choices=LOSSES, help="of the parametric methods: summed Huber (delta 1e-3), or squares"
         )
         one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
+        trust.add_options(one, name)
+        stated.add_arguments(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -84,9 +76,11 @@ def _parser() -> argparse.ArgumentParser:
             type=float,
             action="append",
             default=[],
-            required=name in ("predict", "plan"),
+            required=name == "predict",
             help="training FLOPs; may be repeated",
         )
+        if name == "plan":
+            planning.add_arguments(one)
         if name == "report":
             one.add_argument("--out", default="report.html")
             one.add_argument("--title", default="Scaling law")
@@ -106,6 +100,8 @@ def _check(args) -> None:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
     if getattr(args, "grid", None) and not os.path.isfile(args.grid):
         raise UsageError(f"--grid: {args.grid}: no such file")
+    if args.command == "plan":
+        planning.check(args)
     for name in ("json", "out"):
         path = getattr(args, name, None)
         if path and os.path.isdir(path):
@@ -115,7 +111,8 @@ def _check(args) -> None:
 def _options(args, method: str, strict: bool = True) -> dict:
     """The options of a method; one that it does not have is refused, or left out where not `strict`."""
     known = inspect.signature(METHODS[method]).parameters
-    given = {name: getattr(args, name) for name in ("window", "residual", "loss") if getattr(args, name) is not None}
+    names = ("window", "residual", "loss", "unbias")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given:
         if strict and name not in known:
             raise UsageError(f"--{name}: method {method} has no such option")
@@ -125,7 +122,7 @@ def _options(args, method: str, strict: bool = True) -> dict:
 def run_fit(args, runs, fit) -> dict:
     """Fit the laws and print them with their intervals."""
     if fit.method == "isoflop":
-        print_table("Budgets", BUDGET_HEAD, budget_rows(fit))
+        print_table("Budgets", _counting(BUDGET_HEAD, runs), budget_rows(fit))
     if isinstance(fit, SurfaceFit):
         print_table("L = E + A / N^alpha + B / D^beta", SURFACE_HEAD, surface_rows(fit))
         print(search_text(fit) + "\n")
@@ -135,96 +132,109 @@ def run_fit(args, runs, fit) -> dict:
         if rows:
             print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops and "N_opt" in fit.laws:
-        _print_predictions(fit, args.flops)
-    return to_json(fit, _predictions(fit, args.flops))
+        _print_predictions(fit, args.flops, runs)
+    said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
+    said |= trust.tell_quality(runs, [fit.method])
+    said |= trust.tell_holdouts(args.holdout, {fit.method: (runs, _options(args, fit.method))})
+    return to_json(fit, predictions(fit, args.flops)) | said
 
 
 def run_all(args, runs) -> dict:
     """Every method that these runs allow, side by side."""
-    fits, refused = {}, {}
-    for method, make in METHODS.items():
-        try:
-            taken = load_runs(args.runs, protocol_id=args.protocol, curves=True) if method == "envelope" else runs
-            fits[method] = make(taken, **_options(args, method, strict=False))
-        except UsageError as error:
-            refused[method] = str(error)
-    if not fits:
-        raise UsageError("; ".join(f"{method}: {why}" for method, why in refused.items()))
-    flops = max(args.flops, default=max(r.flops for r in runs))
-    head = (*METHOD_HEAD[:8], f"L_opt at {flops:.3g}", *METHOD_HEAD[9:])
-    print_table(f"Methods, {next(iter(fits.values())).level:.0%} intervals", head, method_rows(fits, flops))
-    differ = disagreements(fits, flops)
+    curves = _curves(args)
+    found = _every(args, runs, curves)
+    head = (*METHOD_HEAD[:8], f"L_opt at {found.flops:.3g}", *METHOD_HEAD[9:])
+    level = found.main.level
+    print_table(f"Methods, {level:.0%} intervals", head, method_rows(found.fits, found.flops))
+    differ = [str(d) for d in found.disagreements]
     print(
         "\n".join(f"The methods disagree on {text}." for text in differ)
         or "No two methods disagree beyond their intervals."
     )
-    for method, why in refused.items():
-        print(f"{method}: not fitted: {why}")
-    for method, fit in fits.items():
-        for warning in fit.warnings:
-            print(f"warning: {method}: {warning}", file=sys.stderr)
+    for test in found.tests:
+        if test.fails:
+            print(f"{test.method}: {test.reason}: {test.found}")
+    _say(found)
+    said = trust.tell_quality(runs, list(found.fits))
+    rows = {method: curves if method == "envelope" and curves else runs for method in found.fits}
+    options = {method: _options(args, method, strict=False) for method in found.fits}
+    said |= trust.tell_holdouts(args.holdout, {method: (rows[method], options[method]) for method in found.fits})
     return {
         "method": "all",
         "n_runs": len(runs),
-        "methods": {method: to_json(fit, _predictions(fit, args.flops)) for method, fit in fits.items()},
-        "refused": refused,
+        "methods": {method: to_json(fit, predictions(fit, args.flops)) for method, fit in found.fits.items()},
+        "refused": found.refused,
         "disagreements": differ,
-    }
+        "tests": finite([vars(test) for test in found.tests]),
+    } | said
 
 
-def _predictions(fit, flops) -> list[dict]:
-    return [predict(fit, c) for c in flops] if "N_opt" in fit.laws else []
+def _every(args, runs, curves) -> Methods:
+    """All methods, or the one asked for, with the tests of their premises."""
+    names = tuple(METHODS) if args.method == "all" else (args.method,)
+    flops = max(args.flops, default=None)
+    return fit_methods(runs, curves, flops, names, lambda method: _options(args, method, strict=len(names) == 1))
+
+
+def _curves(args) -> tuple | None:
+    """Every evaluated step of the runs; None where these cannot be taken together."""
+    try:
+        return tuple(_loaded(args, curves=True)[0])
+    except UsageError as error:
+        print(f"warning: training curves are left out: {error}", file=sys.stderr)
+        return None
+
+
+def _say(found: Methods) -> None:
+    """What was refused, and every warning."""
+    for method, why in found.refused.items():
+        print(f"{method}: not fitted: {why}")
+    for method, fit in found.fits.items():
+        for warning in fit.warnings:
+            print(f"warning: {method}: {warning}", file=sys.stderr)
 
 
 def run_predict(args, runs, fit) -> dict:
     """Predict the best size, data and loss at --flops."""
     if "N_opt" not in fit.laws:
         raise UsageError(f"--method: {fit.method} says nothing of N_opt; predict with another")
-    _print_predictions(fit, args.flops)
-    return to_json(fit, _predictions(fit, args.flops))
+    _print_predictions(fit, args.flops, runs)
+    return to_json(fit, predictions(fit, args.flops))
 
 
 def run_plan(args, runs, fit) -> dict:
-    """Choose the nearest size among RUNS for --flops, and the images it buys."""
-    if "N_opt" not in fit.laws:
-        raise UsageError(f"--method: {fit.method} says nothing of N_opt; plan with another")
-    ladder = ladder_of(runs)
-    if not ladder:
-        raise UsageError(
-            "RUNS: no run records its images, so no size can be planned; add a column 'images', or use predict"
-        )
-    plans = [plan(fit, c, ladder) for c in args.flops]
-    head = (
-        "C (FLOPs)",
-        "beyond the data",
-        "N_opt",
-        "interval",
-        "size",
-        "params",
-        "over N_opt",
-        "images",
-        "loss",
-        "interval",
+    """What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next."""
+    return to_json(fit) | planning.run(args, runs, fit)
+
+
+def run_report(args, runs) -> dict:
+    """Write a self-contained report.html, with its figures, fit.json and report.json beside it."""
+    curves = _curves(args)
+    found = _every(args, runs, curves)
+    law, held, test, grid = found.fits.get("isoflop"), None, None, None
+    if law is not None:
+        held = holdout_largest(runs, **_options(args, "isoflop", strict=False))
+    if "N_opt" in found.main.laws:
+        test = _extrapolation(args.runs, runs, found.main)
+    if args.grid:
+        with open(args.grid, "rb") as file:
+            grid = file.read()
+    made = Report(
+        args.title,
+        found,
+        tuple(runs),
+        curves,
+        held,
+        test,
+        grid,
+        findings=tuple(f.text for f in quality.findings(runs)),
+        flops=tuple(args.flops),
     )
-    rows = []
-    for p in plans:
-        size = (p.name, f"{p.params:.4g}", f"{p.off:.2f}x", f"{p.images:,.0f}")
-        optimum = (f"{p.flops:.3g}", f"{p.beyond:.1f}x", f"{p.n_opt:.4g}", span(p.n_interval))
-        rows.append((*optimum, *size, f"{p.loss:.4f}", span(p.loss_interval, ".4f")))
-    print_table("Plan", head, rows)
-    return to_json(fit) | {"plans": [dataclasses.asdict(p) for p in plans]}
-
-
-def run_report(args, runs, fit) -> dict:
-    """Write a self-contained report.html, with its figures and fit.json beside it."""
-    if fit.method != "isoflop":
-        raise UsageError(f"--method: found {fit.method}, but a report is written for isoflop alone; use fit --json")
-    test = _extrapolation(args.runs, runs, fit)
-    held = holdout_largest(runs, **_options(args, "isoflop"))
-    path = write_report(args.out, fit, runs, held, title=args.title, extrapolation=test, grid_png=args.grid)
-    print(answer(fit, test))
+    path = save(args.out, made)
+    print(opening(made))
+    _say(found)
     print(path)
-    return to_json(fit, _predictions(fit, args.flops))
+    return to_json(found.main, predictions(found.main, args.flops)) if args.method != "all" else report_json(made, [])
 
 
 COMMANDS = {"fit": run_fit, "predict": run_predict, "plan": run_plan, "report": run_report}
@@ -237,14 +247,20 @@ def _extrapolation(paths, runs, fit):
         if os.path.isdir(folder):
             try:
                 loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
-                if len(loaded) > len(runs):  # else the user made it part of the fit
-                    return extrapolate(fit, max(loaded, key=lambda run: run.flops))
+                largest = max(loaded, key=lambda run: run.flops)
+                if largest.source not in {r.source for r in runs}:  # else the user made it part of the fit
+                    return extrapolate(fit, largest)
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None
 
 
-def _print_predictions(fit, flops) -> None:
+def _counting(head: tuple, runs) -> tuple:
+    """A head whose D counts what the runs' does."""
+    return tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in head)
+
+
+def _print_predictions(fit, flops, runs) -> None:
     rows = []
     for said in (predict(fit, c) for c in flops):
         beyond = f"{said['beyond']:.1f}x" + (" beyond" if said["beyond"] > 1 else ", inside")
@@ -252,18 +268,34 @@ def _print_predictions(fit, flops) -> None:
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
             row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
         rows.append((*row, span(said["L_run_interval"], ".4f")))
-    print_table(f"Predictions, {fit.level:.0%} intervals", PREDICT_HEAD, rows)
+    print_table(f"Predictions, {fit.level:.0%} intervals", _counting(PREDICT_HEAD, runs), rows)
+
+
+def _loaded(args, curves: bool) -> tuple:
+    """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
+    options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
+    runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=curves, **options))
+    check_units(runs)
+    if args.to:
+        have = runs[0].convention
+        runs = convert(runs, have, stated.target(args.to, have), args.tokens_per_image)
+    return trust.without(runs, args.drop, curves)
 
 
 def _fitted(args) -> dict:
     """The result of a command of COMMANDS, after its fit."""
-    runs = load_runs(args.runs, protocol_id=args.protocol, curves=args.method == "envelope")
+    runs, said = _loaded(args, curves=args.method == "envelope")
+    convention = runs[0].convention
+    print(f"Convention: {convention}\n")
+    said |= {"convention": convention.to_json()}
+    if args.command == "report":
+        return run_report(args, runs) | said
     if args.method == "all":
-        return run_all(args, runs)
+        return run_all(args, runs) | said
     fit = METHODS[args.method](runs, **_options(args, args.method))
     for warning in fit.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return COMMANDS[args.command](args, runs, fit)
+    return COMMANDS[args.command](args, runs, fit) | said
 
 
 def main(argv=None) -> int:

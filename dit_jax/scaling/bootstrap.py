@@ -22,7 +22,7 @@ import numpy as np
 
 def noise(budgets) -> tuple:
     """(standard deviation of a run's loss about its parabola or None, degrees of freedom, pooled standardised residuals)."""
-    residuals = [b.losses - b(np.exp(b.curve.log_n)) for b in budgets]
+    residuals = [b.residuals for b in budgets]
     freedom = sum(len(r) - 3 for r in residuals)
     if freedom > 0:
         scale = math.sqrt(sum(np.sum(r**2) for r in residuals) / freedom)

@@ -55,7 +55,7 @@ def fit_compute(
         resamples=resamples,
         draws=draws,
         noise=spread,
-        noise_draws=np.full(len(draws["L_opt"].exponent) if draws else 0, spread),
+        noise_draws=np.full(len(draws["L_opt"].exponent) if "L_opt" in draws else 0, spread),
         identifiable=not reasons,
         warnings=reasons + cautions,
     )

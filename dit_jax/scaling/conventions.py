@@ -8,16 +8,16 @@ cannot be: no function turns a smoothed training loss into a held-out one.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from dit_jax.config import UsageError
+from dit_jax.error import shown
 from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.plan import TRAIN_OVER_FORWARD
-from dit_jax.scaling.runs import Run
 
 FLOPS_OVER_MACS = 2
+TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
 CHOICES = {
     "counted": ("exact", "6ND"),
     "unit": ("FLOPs", "MACs"),
@@ -26,11 +26,16 @@ CHOICES = {
     "data": ("tokens", "images"),
     "loss": ("held-out, EMA", "held-out, raw", "training, smoothed"),
 }
-SUSPECT = {  # C / 6ND of every run, and what that looks like
-    1 / 2: "multiply-adds (MACs) of training",
-    1 / 3: "FLOPs of the forward passes alone",
-    1 / 6: "multiply-adds (MACs) of the forward passes alone",
+SHORT = {  # how options and columns may say it too
+    "passes": {"train": "training"},
+    "loss": {"ema": "held-out, EMA", "raw": "held-out, raw", "training": "training, smoothed"},
 }
+SUSPECT = {  # C / 6ND of every run, what that looks like, and how to say so
+    1 / 2: ("multiply-adds (MACs) of training", "--unit=macs"),
+    1 / 3: ("FLOPs of the forward passes alone", "--pass=forward"),
+    1 / 6: ("multiply-adds (MACs) of the forward passes alone", "--unit=macs --pass=forward"),
+}
+EXACTLY = "exact, 2 x MACs, training = 3 x forward"  # how the protocol of a record begins to say it
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Convention:
 
     `counted` 6ND is 6 x `params` x D in tokens, by definition FLOPs of training. `passes` forward is the same images, forward
     only. `params` active counts per token (an adaLN modulation runs once an image and does not count), total all trainable.
+    `assumed` names the fields that the data did not state; two conventions are equal whatever was assumed.
     """
 
     counted: str = "exact"
@@ -47,6 +53,7 @@ class Convention:
     params: str = "active"
     data: str = "tokens"
     loss: str = "held-out, EMA"
+    assumed: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -56,26 +63,37 @@ class Convention:
             raise UsageError(f"convention: 6ND is FLOPs of training, found {self.unit} of {self.passes}")
 
     def __str__(self) -> str:
-        return f"C: {self.counted} {self.unit} of {self.passes}; N: {self.params} parameters; D: {self.data}; L: {self.loss}"
+        assumed = f" (assumed, not stated: {', '.join(self.assumed)})" if self.assumed else ""
+        return f"C: {self.counted} {self.unit} of {self.passes}; N: {self.params} parameters; D: {self.data}; L: {self.loss}{assumed}"
+
+    def to_json(self) -> dict:
+        """Field -> what it counts, and the list of fields that were assumed."""
+        return asdict(self) | {"assumed": list(self.assumed)}
 
 
 def of_record(protocol: dict) -> Convention:
     """The convention of this project's records, from their protocol. Raises UsageError on one that says otherwise."""
-    expected = "exact, 2 x MACs, training = 3 x forward"
-    if protocol.get("flops", expected) != expected:
-        raise UsageError(f"protocol field 'flops' is {protocol['flops']!r}, expected {expected!r}")
+    found = protocol.get("flops", EXACTLY)
+    if not (isinstance(found, str) and found.startswith(EXACTLY)):
+        raise UsageError(f"protocol field 'flops' is {shown(found)}, expected {EXACTLY!r}")
     raw = protocol.get("weights") == "params (raw)"
     return Convention(loss="held-out, raw" if raw else "held-out, EMA")
 
 
+def word(name: str, value: str, where: str) -> str:
+    """What an option or a cell says of the field `name`, in the words of CHOICES; case does not matter."""
+    known = {choice.lower(): choice for choice in CHOICES[name]} | SHORT.get(name, {})
+    if value.strip().lower() not in known:
+        raise UsageError(f"{where}: found {value!r}, expected one of {', '.join(known)}")
+    return known[value.strip().lower()]
+
+
 def require_same(ours: Convention, theirs: Convention, what: str = "RUNS") -> None:
     """Raises UsageError naming the first field in which two conventions differ."""
-    for field in fields(Convention):
-        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+    for name in CHOICES:
+        a, b = getattr(ours, name), getattr(theirs, name)
         if a != b:
-            raise UsageError(
-                f"{what}: {field.name} is {b!r} and {a!r}; one fit takes one convention, convert one of them"
-            )
+            raise UsageError(f"{what}: {name} is {b!r} and {a!r}; one fit takes one convention, convert one of them")
 
 
 def factor(have: Convention, want: Convention) -> float:
@@ -100,10 +118,8 @@ def convert_law(law: PowerLaw, have: Convention, want: Convention) -> PowerLaw:
     return replace(law, coefficient=law.coefficient * factor(have, want) ** -np.asarray(law.exponent))
 
 
-def convert(
-    runs: Sequence[Run], have: Convention, want: Convention, tokens_per_image: float | int = math.nan
-) -> list[Run]:
-    """Runs counted as `have`, counted as `want`: their `params`, `tokens` (D, whatever it counts) and `flops`.
+def convert(runs: Sequence, have: Convention, want: Convention, tokens_per_image: float | int = math.nan) -> list:
+    """Runs counted as `have`, counted as `want`: their `params`, `tokens` (D, whatever it counts), `flops` and `convention`.
 
     `tokens_per_image` serves runs that did not record their images. Raises UsageError, naming the run, where a conversion needs what
     was not recorded, and where none exists: exact FLOPs from 6ND, one kind of loss from another.
@@ -117,7 +133,7 @@ def convert(
     return [_convert(run, have, want, tokens_per_image) for run in runs]
 
 
-def _convert(run: Run, have: Convention, want: Convention, per_image: float | int) -> Run:
+def _convert(run, have: Convention, want: Convention, per_image: float | int):
     params, other = run.params, run.params_total
     if have.params != want.params:
         params, other = _recorded(run.params_total, run, "params_total"), run.params
@@ -131,10 +147,10 @@ def _convert(run: Run, have: Convention, want: Convention, per_image: float | in
     elif have.counted == "exact" or have.params != want.params:
         ratio = _tokens_per_image(run, have, per_image) if want.data == "images" else 1.0
         flops = 6.0 * params * tokens * ratio
-    return replace(run, params=params, params_total=other, tokens=tokens, flops=flops)
+    return replace(run, params=params, params_total=other, tokens=tokens, flops=flops, convention=want)
 
 
-def _tokens_per_image(run: Run, have: Convention, per_image: float | int) -> float | int:
+def _tokens_per_image(run, have: Convention, per_image: float | int) -> float | int:
     if not math.isnan(per_image):
         return per_image
     if have.data == "images":
@@ -142,21 +158,48 @@ def _tokens_per_image(run: Run, have: Convention, per_image: float | int) -> flo
     return run.tokens / _recorded(run.images, run, "images")
 
 
-def _recorded(value: float, run: Run, name: str) -> float:
+def _recorded(value: float, run, name: str) -> float:
     if math.isnan(value):
         raise UsageError(f"{run.source or run.name}: {name} is not recorded, the conversion needs it")
     return value
 
 
-def check_units(runs: Sequence[Run], tolerance: float = 0.02) -> None:
+def training_flops(runs: Sequence) -> list:
+    """Runs whose C is FLOPs of training: those of MACs or of forward passes are converted, the others as they are.
+
+    Raises UsageError where the stated unit cannot be: C is 6ND, FLOPs of training, already.
+    """
+    have = runs[0].convention
+    want = replace(have, unit="FLOPs", passes="training")
+    if have == want:
+        return list(runs)
+    if have.data == "tokens" and _all_near(_over_6nd(runs), 1.0, 0.02):
+        raise UsageError(
+            f"{runs[0].source}: flops is 6 x params x tokens in all {len(runs)} runs, which looks like FLOPs of training, but "
+            f"is said to be {have.unit} of {have.passes}"
+        )
+    return convert(runs, have, want)
+
+
+def check_units(runs: Sequence, tolerance: float = 0.02) -> None:
     """Raises UsageError where C is, in every run, what MACs or forward passes would be beside N and D: 6ND / 2, / 3 or / 6.
 
-    Exact FLOPs of training lie above 6ND and vary with the size, so they do not meet this by chance.
+    Exact FLOPs of training lie above 6ND and vary with the size, so they do not meet this by chance. D in images is not judged.
     """
-    ratios = np.array([run.flops / (6 * run.params * run.tokens) for run in runs])
-    for expected, what in SUSPECT.items():
-        if len(ratios) > 1 and np.all(np.abs(ratios / expected - 1) <= tolerance):
+    if runs[0].convention.data == "images":
+        return
+    ratios = _over_6nd(runs)
+    for expected, (what, option) in SUSPECT.items():
+        if len(ratios) > 1 and _all_near(ratios, expected, tolerance):
             raise UsageError(
                 f"{runs[0].source}: flops is {expected:.3g} x 6 x params x tokens in all {len(runs)} runs, which looks like "
-                f"{what}; expected FLOPs of training: multiply it by {round(1 / expected)}"
+                f"{what}; expected FLOPs of training: multiply it by {round(1 / expected)}, or say {option}"
             )
+
+
+def _over_6nd(runs: Sequence) -> np.ndarray:
+    return np.array([run.flops / (6 * run.params * run.tokens) for run in runs])
+
+
+def _all_near(ratios: np.ndarray, expected: float, tolerance: float) -> bool:
+    return bool(np.all(np.abs(ratios / expected - 1) <= tolerance))

@@ -1,4 +1,4 @@
-"""The report's figures, as PNG bytes. Markers and line styles carry the meaning, so that they read in black and white."""
+"""Charts as PNG bytes. Markers and line styles carry the meaning, so that they read in black and white."""
 
 import io
 
@@ -6,16 +6,103 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
+
+from dit_jax.scaling import chart as charts
 
 MARKERS = "osD^vPX<>hp"
 LINES = ("-", "--", "-.", ":")
-FLOPS, PARAMS, TOKENS, LOSS = (
-    "training FLOPs",
-    "parameters active per token",
-    "training tokens",
-    "held-out loss (EMA weights)",
-)
+PANEL = (4.6, 3.7)  # inches
+LEGEND = 2.1  # inches, right of the panels
+LOW = 2.3  # inches, of a panel where a chart has many rows
+
+
+def png(chart: charts.Chart) -> bytes:
+    """The chart as a picture of its panels, with a legend at the right that names each label once."""
+    columns = max(len(row) for row in chart.rows)
+    height = PANEL[1] if len(chart.rows) < 4 else LOW
+    figure = Figure(
+        figsize=(PANEL[0] * max(columns, 1.4) + LEGEND * chart.legend, height * len(chart.rows)),
+        layout="constrained",
+        dpi=130,
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(chart.rows), columns, squeeze=False)
+    named: dict = {}
+    for line, row in zip(axes, chart.rows, strict=True):
+        for axis in line[len(row) :]:
+            axis.set_axis_off()
+        for axis, panel in zip(line, row, strict=False):
+            _panel(axis, panel, named)
+    if chart.legend and named:
+        handles = [tuple(kinds.values()) for kinds in named.values()]  # line and marker over each other
+        figure.legend(handles, list(named), handlelength=3, loc="outside right center", frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _panel(axis, panel: charts.Panel, named: dict) -> None:
+    (x0, x1), (y0, y1) = charts.limits(panel)
+    for one, which, low, high in ((panel.x, "x", x0, x1), (panel.y, "y", y0, y1)):
+        getattr(axis, f"set_{which}scale")("log" if one.log else "linear")
+        getattr(axis, f"set_{which}lim")(low, high)
+        getattr(axis, f"set_{which}label")(one.label, fontsize=9)
+        values, texts = zip(*charts.ticks(one, low, high), strict=True)
+        side = getattr(axis, f"{which}axis")
+        side.set_major_locator(FixedLocator(values))
+        side.set_major_formatter(FixedFormatter(texts))
+        side.set_minor_locator(NullLocator())
+    axis.tick_params(labelsize=8)
+    axis.grid(True, color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(panel.title, fontsize=10)
+    for mark in panel.marks:
+        drawn = _mark(axis, mark)
+        if mark.label:
+            named.setdefault(mark.label, {}).setdefault(mark.kind, drawn)
+
+
+def _mark(axis, mark: charts.Mark):
+    """Draws a mark; returns what stands for it in a legend."""
+    style, alpha = mark.style, 0.4 if mark.faint else 1.0
+    line = dict(color=style.color, linewidth=style.width, linestyle=(0, style.dash) if style.dash else "-", alpha=alpha)
+    if mark.kind == "rule":
+        return axis.axvline(mark.x[0], **line)
+    if mark.kind in ("line", "region"):
+        return axis.plot(mark.x, mark.y, **line)[0]
+    if mark.kind == "band":
+        axis.plot(mark.x, mark.y, **{**line, "linewidth": 0.5, "alpha": 0.6})
+        axis.plot(mark.x, mark.high, **{**line, "linewidth": 0.5, "alpha": 0.6})
+        return axis.fill_between(mark.x, mark.y, mark.high, color=style.color, alpha=0.1, linewidth=0)
+    if mark.kind == "dots":
+        return axis.plot(mark.x, mark.y, ".", color=style.color, markersize=3.2, alpha=0.4, markeredgewidth=0)[0]
+    bars = {}
+    if mark.low:
+        at = np.array(mark.x if mark.across else mark.y)
+        ends = np.clip([at - np.array(mark.low), np.array(mark.high) - at], 0, None)
+        bars = {"xerr" if mark.across else "yerr": ends}
+    return axis.errorbar(
+        mark.x,
+        mark.y,
+        fmt=style.marker,
+        color=style.color,
+        markersize=style.size,
+        markerfacecolor=style.color if style.filled else "white",
+        markeredgecolor="white" if style.marker == "*" else style.color,
+        markeredgewidth=0.6 if style.marker == "*" else 1.0,
+        elinewidth=1.1,
+        capsize=3 if mark.across else 0,
+        zorder=5 if style.marker == "*" else 3,
+        **bars,
+    )
 
 
 def _figure(columns: int, width: float, height: float):
@@ -48,98 +135,3 @@ def _loss_axis(axis) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_minor_locator(LogLocator(subs=()))
-
-
-def _plain_ticks(axis) -> None:
-    """A log axis of about one or two decades: ticks at 1, 2 and 5, written out."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(
-        FuncFormatter(lambda x, _: f"{x:.3g}" if x < 1e3 else f"{x / 1e3:.3g}k" if x < 1e6 else f"{x / 1e6:.3g}M")
-    )
-    axis.set_minor_formatter(NullFormatter())
-
-
-def isoflop(fit) -> bytes:
-    """Loss against N at each budget, its parabola, and the minimum as a star; a budget not used is drawn hollow."""
-    figure, (axis,) = _figure(1, 7.5, 4.8)
-    for i, budget in enumerate(fit.budgets):
-        color = _shade(i, len(fit.budgets))
-        sizes = np.array([r.params for r in budget.runs])
-        axis.errorbar(
-            sizes,
-            budget.losses,
-            yerr=[r.loss_se for r in budget.runs],
-            fmt=MARKERS[i % len(MARKERS)],
-            color=color,
-            markerfacecolor="none" if budget.problem else color,
-            markersize=5,
-            elinewidth=0.8,
-            label=f"{budget.flops:.2g} FLOPs" + (" (not used)" if budget.problem else ""),
-        )
-        if budget.coefficients:
-            u = np.geomspace(sizes.min() / 1.1, sizes.max() * 1.1, 100)
-            axis.plot(
-                u, budget(u), LINES[i % len(LINES)], color=color, linewidth=1.2, alpha=0.4 if budget.problem else 1
-            )
-        if not budget.problem:
-            axis.plot(budget.n_opt, budget.loss, "*", color="black", markersize=11, markeredgecolor="white", zorder=5)
-    axis.plot([], [], "*", color="black", markersize=11, label="minimum of the parabola")
-    axis.set_xlabel(PARAMS)
-    axis.set_ylabel(LOSS)
-    _plain_ticks(axis.xaxis)
-    _loss_axis(axis)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(figure)
-
-
-def laws(fit, extrapolation=None) -> bytes:
-    """N_opt, D_opt and L_opt against compute, with bands, the budgets' minima and the model that tests the law."""
-    figure, axes = _figure(3, 11.5, 4.2)
-    used = fit.used
-    C = np.array([b.flops for b in used])
-    far = max(C.max() * 4, extrapolation.flops * 1.3 if extrapolation else 0.0)
-    grid = np.geomspace(C.min() / 1.3, far, 80)
-    for axis, name, label, ours in zip(
-        axes, ("N_opt", "D_opt", "L_opt"), (PARAMS, TOKENS, LOSS), ("n_opt", "d_opt", "loss"), strict=True
-    ):
-        if fit.draws:
-            tail = (1 - fit.level) / 2
-            low, high = np.quantile(fit.draws[name](grid[:, None]), [tail, 1 - tail], axis=1)
-            axis.fill_between(grid, low, high, color="0.85", linewidth=0, label=f"{fit.level:.0%} band")
-        law = fit.laws[name]
-        fitted = grid <= C.max()
-        axis.plot(grid[fitted], law(grid[fitted]), "k-", linewidth=1.3, label=formula(law))
-        axis.plot(grid[~fitted], law(grid[~fitted]), "k--", linewidth=1.3, label="beyond the data")
-        axis.plot(C, [getattr(b, ours) for b in used], "k*", markersize=9, label="minimum of a budget")
-        axis.set_xlabel(FLOPS)
-        axis.set_ylabel(label)
-        axis.set_title(name.replace("_opt", "$_{opt}$"), fontsize=11)
-    axes[2].plot(grid, fit.laws["L_opt_pure"](grid), "k:", linewidth=1, label="pure power law")
-    for axis in axes[:2]:
-        axis.set_yscale("log")
-        _plain_ticks(axis.yaxis)
-    _loss_axis(axes[2])
-    if extrapolation:
-        _test_point(axes, extrapolation)
-    for axis, corner in zip(axes, ("upper left", "upper left", "upper right"), strict=True):
-        axis.legend(frameon=False, fontsize=7.5, loc=corner)
-    return _png(figure)
-
-
-def _test_point(axes, e) -> None:
-    def bar(value, interval):
-        return None if np.isnan(interval).any() else [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
-
-    style = dict(fmt="D", color="C3", markerfacecolor="white", capsize=4, markersize=7, zorder=6)
-    axes[0].errorbar(e.flops, e.n_opt, yerr=bar(e.n_opt, e.n_interval), label="predicted", **style)
-    axes[0].plot(e.flops, e.params, "s", color="C0", markersize=6, zorder=7, label="trained")
-    axes[2].errorbar(e.flops, e.predicted, yerr=bar(e.predicted, e.interval), label="predicted, for one run", **style)
-    axes[2].errorbar(
-        e.flops, e.measured, yerr=e.measured_se, fmt="s", color="C0", markersize=6, zorder=7, label="measured"
-    )
-
-
-def formula(law) -> str:
-    """The law in words of mathematics."""
-    term = f"{law.coefficient:.3g} C$^{{{law.exponent:.3f}}}$"
-    return f"{law.irreducible:.3g} + {term}" if law.irreducible else term

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from dit_jax.config import UsageError
+from dit_jax.scaling import bias as bias_
 from dit_jax.scaling import bootstrap, parabola
 from dit_jax.scaling.akima import fit_akima
 from dit_jax.scaling.compute import fit_compute
@@ -40,6 +41,7 @@ class Budget:
     loss: float = math.nan
     var_n: float = math.nan  # of log N_opt, per unit of loss variance
     var_loss: float = math.nan
+    shift: bias_.Shift = bias_.NONE  # what has been subtracted from the parabola's vertex
 
     @property
     def curvature(self) -> float:
@@ -48,6 +50,17 @@ class Budget:
     @property
     def losses(self) -> np.ndarray:
         return np.array([r.loss for r in self.runs])
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """Losses (runs,) about the parabola, without what it leaves of a surface's losses where a shift has been subtracted."""
+        return (
+            self.losses - self(np.exp(self.curve.log_n)) - (np.array(self.shift.misfit) if self.shift.misfit else 0.0)
+        )
+
+    def vertex(self, losses: np.ndarray) -> parabola.Vertex:
+        """The minima of the parabolas through `losses` (resamples, runs), less the shift."""
+        return bias_.correct(parabola.vertex(self.curve, losses), self.shift)
 
     def __call__(self, params):
         """The parabola's loss at these sizes."""
@@ -75,6 +88,7 @@ class IsoflopFit:
     degenerate: int  # resamples in which too few budgets kept a minimum; not in `draws`
     identifiable: bool
     warnings: tuple
+    bias: bias_.Bias | None = None  # where the vertices are corrected for it
 
     @property
     def used(self) -> tuple:
@@ -94,12 +108,15 @@ def fit_isoflop(
     level: float = 0.95,
     tolerance: float = 0.05,
     window: float = math.inf,
+    unbias: bool = False,
 ) -> IsoflopFit:
     """Fits N_opt, D_opt and L_opt as laws of compute to the isoFLOP curves of `runs`.
 
     Budgets are the runs' groups, else clusters of training FLOPs within `tolerance`. A budget is used when it has at least
     3 distinct sizes and its parabola has a minimum strictly inside them; `window` keeps only sizes within that factor of the
     budget's best run. Laws are least squares, each vertex weighted by the inverse of its variance.
+
+    `unbias` subtracts from each vertex, and from those of its resamples, the shift that a surface through the same runs predicts (`bias`).
 
     **Loss law**, chosen before any look at the data: with an irreducible term, E + k C^x, from 4 used budgets on, else pure.
 
@@ -110,13 +127,17 @@ def fit_isoflop(
     warnings = [f"budget {b.label}: {b.problem}; not used" for b in found if b.problem]
     if len(used) < 2:
         raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2. " + "; ".join(warnings))
+    if unbias:
+        surface, shifts = bias_.shifts_of(runs, used)
+        used = [_vertex(replace(b, shift=s)) for b, s in zip(used, shifts, strict=True)]
+        same = {b.label: b for b in used}
+        found = tuple(same.get(b.label, b) for b in found)
+    predicted = bias_.estimate(surface, used, corrected=True) if unbias else None
     fit = IsoflopFit(
         method="isoflop",
         n_runs=len(runs),
         budgets=found,
-        laws={
-            name: law[0] for name, law in _laws(used, [parabola.vertex(b.curve, b.losses[None]) for b in used]).items()
-        },
+        laws={name: law[0] for name, law in _laws(used, [b.vertex(b.losses[None]) for b in used]).items()},
         draws={},
         noise=math.nan,
         freedom=0,
@@ -127,7 +148,8 @@ def fit_isoflop(
         resamples=resamples,
         degenerate=0,
         identifiable=False,
-        warnings=tuple(warnings),
+        warnings=tuple(warnings) + ((bias_.text(predicted),) if unbias else ()),
+        bias=predicted,
     )
     fit = _resample(fit, np.random.default_rng(seed))
     reasons = _reasons(fit)
@@ -172,6 +194,12 @@ def _fit_budget(budget: Budget, window: float) -> Budget:
         return replace(
             budget, problem=f"minimum at {n:.3g} parameters, at or beyond the edge of the sizes tried ({span})"
         )
+    return _vertex(budget)
+
+
+def _vertex(budget: Budget) -> Budget:
+    """The budget with its minimum, less the shift."""
+    vertex = budget.vertex(budget.losses[None])
     return replace(
         budget,
         n_opt=math.exp(vertex.log_n[0]),
@@ -210,7 +238,7 @@ def _resample(fit: IsoflopFit, rng) -> IsoflopFit:
         return replace(fit, warnings=(*fit.warnings, text))
     fit = replace(fit, noise=noise, freedom=freedom)
     scales = bootstrap.scales(rng, noise, freedom, fit.resamples)
-    vertices = [parabola.vertex(b.curve, bootstrap.redraw(rng, b, residuals, scales)) for b in used]
+    vertices = [b.vertex(bootstrap.redraw(rng, b, residuals, scales)) for b in used]
     kept = np.sum([v.inside for v in vertices], axis=0) >= min(3, len(used))
     warnings = [
         f"budget {b.label}: its curve is flat for the noise, {1 - v.inside.mean():.0%} of the resamples have no minimum inside"
@@ -253,10 +281,14 @@ def _cautions(fit: IsoflopFit) -> tuple:
                 f"the N_opt of the budgets scatter {math.sqrt(ratio):.1f} times more than the noise of the runs allows"
             )
     chance = _no_parabola(fit)
-    if chance < 0.01:
+    if chance < 0.01 and fit.bias:
+        found.append(
+            f"the curves are not the surface's that corrected them (F test of quartics, p = {chance:.1g}); compare other methods"
+        )
+    elif chance < 0.01:
         found.append(
             f"the curves are no parabolas (F test against quartics, p = {chance:.1g}), so their minima are biased; keep nearby sizes "
-            "with --window, or compare --method=akima"
+            "with --window, subtract the bias with --unbias, or compare --method=akima"
         )
     law = fit.laws.get("L_opt_irreducible")
     if law and fit.draws:
@@ -276,8 +308,8 @@ def _no_parabola(fit: IsoflopFit) -> float:
         if len(set(u)) < 6:
             continue
         design = np.stack([(u / np.abs(u).max()) ** i for i in range(5)], axis=1)
-        left = b.losses - design @ np.linalg.lstsq(design, b.losses, rcond=None)[0]
-        plain += float(np.sum((b.losses - b(np.exp(b.curve.log_n))) ** 2))
+        left = b.residuals - design @ np.linalg.lstsq(design, b.residuals, rcond=None)[0]
+        plain += float(np.sum(b.residuals**2))
         more += float(np.sum(left**2))
         powers, freedom = powers + 2, freedom + len(u) - 5
     if not freedom or plain < 1e-18:

@@ -3,7 +3,9 @@
 The unit is the run: rows of one run (checkpoints of one training) are drawn together and share their errors. Bootstrap draws of a least-
 squares fit are stretched about the estimate by sqrt(n / (n - p)) t / z for n runs and p parameters, which undoes the shrinking of residuals
 that p fitted parameters cause and widens few runs' percentiles to Student's t; without it, percentiles of a small study cover too rarely.
-Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself.
+Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself. Drawn
+with replacement they would be too wide (97.3 to 98 % of the studies covered for 95), so there the runs' weights are drawn from a Dirichlet
+distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %.
 
 For a Huber loss the variance is that of an M-estimator (Huber 1964), E[psi^2] / E[psi']^2 (J'J)^-1. E[psi'], the share of residuals within
 delta, is counted in a window no narrower than the scatter of the residuals allows (Powell 1991), since delta is often narrower.
@@ -56,14 +58,17 @@ def stretch(count: int, freedom: int, level: float) -> float:
 def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, level: float) -> tuple:
     """(stretched estimates of as many resamples of the clusters as determine the law, how many did not)."""
     count, width = int(groups.max()) + 1, problem.width
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(count, np.full(count, 1 / count), resamples)
+    rng, robust = np.random.default_rng(seed), math.isfinite(problem.delta)
+    if robust:
+        drawn = count * rng.dirichlet(np.ones(count), resamples)
+    else:
+        drawn = rng.multinomial(count, np.full(count, 1 / count), resamples).astype(float)
     enough = (drawn > 0).sum(1) >= width
-    weight = drawn[enough][:, groups].astype(float)
+    weight = drawn[enough][:, groups]
     start = lifted(problem, theta)
     found = newton.minimize(problem, np.tile(start, (len(weight), 1)), weight)
     kept = found.theta[np.isfinite(found.theta).all(1)]
-    factor = 1.0 if math.isfinite(problem.delta) else stretch(count, count - width, level)
+    factor = 1.0 if robust else stretch(count, count - width, level)
     moved = theta + factor * (kept - theta)
     return np.clip(moved, problem.lower, problem.upper), resamples - len(kept)
 

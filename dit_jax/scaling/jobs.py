@@ -10,7 +10,7 @@ from dit_jax.error import one_line
 from dit_jax.scaling import compare as ladders
 from dit_jax.scaling import serving
 from dit_jax.scaling.choice import choose, one_guidance
-from dit_jax.scaling.conventions import check_units, of_record
+from dit_jax.scaling.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.fit import fit_isoflop
 from dit_jax.scaling.frontier import Frontier, fit_frontier
 from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
@@ -190,7 +190,7 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     """One side of a comparison."""
     options = dict(resamples=args.resamples, seed=args.seed)
     if args.metric == "loss" and not args.where:
-        runs = load_runs([path])
+        runs = training_flops(load_runs([path]))
         check_units(runs)
     else:
         found, said = _chosen(load_points(path, args.metric, args.where), args)

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit_jax.config import UsageError
+from dit_jax.scaling.conventions import TRAIN_OVER_FORWARD
 from dit_jax.scaling.fit import Fit
 from dit_jax.scaling.predict import predict
-
-TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ import contextlib
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from dit_jax.command import DEEPEST, numbered, parse_json
 from dit_jax.config import UsageError
+from dit_jax.scaling.conventions import Convention, of_record, require_same
+from dit_jax.scaling.stated import of_cells, of_table, require_stated
 
 REQUIRED = ("params", "tokens", "loss")
 OPTIONAL = ("flops", "images", "run", "group", "loss_se")
@@ -41,30 +43,44 @@ class Run:
     protocol_id: str = ""
     metrics: dict = field(default_factory=dict)
     source: str = ""  # file and line, for messages
+    convention: Convention = field(default_factory=Convention)
 
 
 def load_runs(
-    paths: str | os.PathLike | Iterable, metric: str = "loss", protocol_id: str | None = None, curves: bool = False
+    paths: str | os.PathLike | Iterable,
+    metric: str = "loss",
+    protocol_id: str | None = None,
+    curves: bool = False,
+    stated: Mapping | None = None,
+    tokens_per_image: float | int = math.nan,
 ) -> list[Run]:
     """Runs of `paths`: workdirs, folders of workdirs, records.jsonl files or CSVs. One run per record name, at its last step; with
     `curves`, one for each step evaluated.
 
     Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a
-    model trained to test a law does not enter it. `protocol_id` takes the records of that protocol alone. Refuses runs whose
-    protocols differ, naming the field and both values.
+    model trained to test a law does not enter it. `protocol_id` takes the records of that protocol alone. `stated` says of CSVs what
+    their columns do not: field of a Convention -> one of its CHOICES. Refuses runs whose protocols or conventions differ, naming the
+    field and both values.
     """
+    stated = stated or {}
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, seen = [], set()
     for path in map(os.fspath, paths):
         for file in _files(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
-                runs += _read_csv(file) if file.endswith(".csv") else _read_records(file, metric, protocol_id, curves)
+                if file.endswith(".csv"):
+                    runs += _read_csv(file, stated, tokens_per_image)
+                else:
+                    runs += _read_records(file, metric, protocol_id, curves)
+                    require_stated(runs[-1], stated)
     if not runs:
         raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}")
     for run in runs[1:]:
         _same_protocol(runs[0], run)
-    return runs
+        require_same(runs[0].convention, run.convention, run.source)
+    assumed = tuple({name: None for run in runs for name in run.convention.assumed})
+    return [replace(run, convention=replace(run.convention, assumed=assumed)) for run in runs]
 
 
 def budgets(runs: Iterable[Run], tolerance: float = 0.05) -> list[tuple[str, tuple]]:
@@ -172,6 +188,10 @@ def _check_name(name: str, what: str, where: str) -> None:
 def _run(record: dict, metric: str, where: str) -> Run:
     metrics = record["metrics"]
     values = {ours: _positive(record[theirs], theirs, where) for theirs, ours in RECORD.items()}
+    try:
+        convention = of_record(record["protocol"])
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     return Run(
         name=record["run"],
         loss=_metric(record, metric, where),
@@ -180,6 +200,7 @@ def _run(record: dict, metric: str, where: str) -> Run:
         protocol_id=record["protocol_id"],
         metrics=metrics,
         source=where,
+        convention=convention,
         **values,
     )
 
@@ -191,16 +212,21 @@ def _metric(record: dict, name: str, where: str, default: float | None = None) -
     return _positive(value, f"metrics.{name}", where, zero=default is not None)
 
 
-def _read_csv(file: str) -> list[Run]:
+def _read_csv(file: str, stated: Mapping, tokens_per_image: float | int) -> list[Run]:
     with _opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
         reader = csv.reader((line for _, line in numbered(lines, file)), skipinitialspace=True, strict=True)
         columns = [c.strip() for c in next(reader, [])]
         _check_columns(file, columns)
         rows = (_row(columns, cells, f"{file}:{reader.line_num}") for cells in reader if cells)
-        runs = [_csv_run(row, f"{file}:{reader.line_num}", i) for i, row in enumerate(rows)]
+        runs, said, given = [], [], []
+        for i, row in enumerate(rows):
+            where = f"{file}:{reader.line_num}"
+            runs.append(_csv_run(row, where, i))
+            said.append(of_cells(row, where))
+            given.append(bool((row.get("flops") or "").strip()))
     if not runs:
         raise UsageError(f"{file}: found a header and no run below it")
-    return runs
+    return of_table(runs, said, given, stated, tokens_per_image)
 
 
 def _row(columns: list, cells: list, where: str) -> dict:

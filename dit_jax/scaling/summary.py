@@ -1,10 +1,10 @@
-"""The parametric fits in rows of text and in JSON, and several methods side by side: where they disagree, and why they may."""
+"""The parametric fits in rows of text and in JSON, and several methods side by side."""
 
 import dataclasses
 import math
 
 from dit_jax.scaling.optima import PointFit
-from dit_jax.scaling.predict import interval
+from dit_jax.scaling.reasons import values
 from dit_jax.scaling.study import SurfaceFit, delta_at
 from dit_jax.scaling.table import DASH, finite, fit_json, span
 
@@ -22,15 +22,6 @@ METHOD_HEAD = (
     "interval",
     "identified",
 )
-WHY = {
-    "isoflop": "a parabola is biased on a wide or off-centre grid of sizes",
-    "akima": "interpolation follows the noise of single runs",
-    "surface": "a Huber loss of small delta follows the median run, so outliers and skewed noise move it less than others",
-    "varpro": "squares follow the mean run, so outliers move them",
-    "gadre": "it takes both exponents for equal, a = b = 1/2",
-    "envelope": "checkpoints before the end of a schedule have not had its decay",
-    "power": "it sees the best run of each budget only, which flatters noisy ones",
-}
 
 
 def surface_rows(fit: SurfaceFit) -> list[tuple]:
@@ -111,46 +102,13 @@ def _profile_json(profile) -> dict | None:
     }
 
 
-def _values(fit, flops: float) -> dict:
-    """name -> (value, interval) of what methods have in common."""
-    law, draws = fit.laws["L_opt"], fit.draws.get("L_opt")
-    out = {}
-    for name, ours in (("a", "N_opt"), ("b", "D_opt")):
-        if ours in fit.laws:
-            drawn = fit.draws.get(ours)
-            out[name] = (fit.laws[ours].exponent, interval(drawn.exponent if drawn else None, fit.level))
-    if law.irreducible or (draws and any(draws.irreducible)):
-        out["irreducible"] = (law.irreducible, interval(draws.irreducible if draws else None, fit.level))
-    out["L_opt"] = (law(flops), interval(draws(flops) if draws else None, fit.level))
-    return out
-
-
 def method_rows(fits: dict, flops: float) -> list[tuple]:
     """A row per method: exponents, irreducible loss and the best loss at `flops`, with intervals, as text."""
     rows = []
     for method, fit in fits.items():
-        found, cells = _values(fit, flops), []
+        found, cells = values(fit, flops), []
         for name in ("a", "b", "irreducible", "L_opt"):
             value, between = found.get(name, (math.nan, (math.nan,) * 2))
             cells += [DASH if math.isnan(value) else f"{value:.4f}", span(between, ".4f")]
         rows.append((method, str(fit.n_runs), *cells, "yes" if fit.identifiable else "no"))
     return rows
-
-
-def disagreements(fits: dict, flops: float) -> list[str]:
-    """Where the intervals of two methods do not overlap, and why each of the two may be the one that is off."""
-    values = {method: _values(fit, flops) for method, fit in fits.items()}
-    found, methods = [], list(values)
-    for i, one in enumerate(methods):
-        for two in methods[i + 1 :]:
-            for name in ("a", "irreducible", "L_opt"):
-                if name not in values[one] or name not in values[two]:
-                    continue
-                (x, (low, high)), (y, (lower, higher)) = values[one][name], values[two][name]
-                assumed = low == high or lower == higher  # a method's premise, not its finding
-                if not assumed and (high < lower or higher < low):
-                    found.append(
-                        f"{name}: {one} finds {x:.4f} ({low:.4f} to {high:.4f}), {two} {y:.4f} ({lower:.4f} to {higher:.4f}), beyond "
-                        f"their intervals; {one}: {WHY[one]}; {two}: {WHY[two]}"
-                    )
-    return found

@@ -3,9 +3,21 @@
 import math
 import sys
 
+from dit_jax.scaling import bias
 from dit_jax.scaling.predict import interval
 
 DASH = "\N{EN DASH}"
+PREDICT_HEAD = (
+    "C (FLOPs)",
+    "beyond the data",
+    "N_opt",
+    "interval",
+    "D_opt (tokens)",
+    "interval",
+    "loss",
+    "interval",
+    "of one run",
+)
 LAW_HEAD = ("law", "coefficient", "interval", "exponent", "interval", "irreducible", "interval")
 BUDGET_HEAD = ("budget (FLOPs)", "runs", "sizes", "N_opt", "D_opt (tokens)", "L_opt", "curvature", "check")
 CHECK_HEAD = ("check", "beyond the data", "of", "predicted", "interval", "measured", "error")
@@ -35,6 +47,8 @@ def fit_json(fit, predictions=()) -> dict:
         "warnings": list(fit.warnings),
         "predictions": list(predictions),
     }
+    if getattr(fit, "bias", None):
+        out["bias"] = bias.to_json(fit.bias)
     return finite(out)
 
 

@@ -1,0 +1,235 @@
+"""How far a parabola's vertex lies from the true optimum of a budget, predicted from a surface, and the correction that follows.
+
+An isoFLOP curve of L = E + A / N^alpha + B / D^beta is no parabola, so the vertex of the parabola fitted to it is off even without noise.
+The shift depends on the surface and on the sizes tried, both of which are known once a surface is fitted to the same runs: it is the
+vertex of the parabola through the *surface's own* losses at the budget's own (N, D), less the surface's optimum on that budget. Czech et
+al. 2026 (arXiv 2603.22339) describe the effect; `leading` derives its leading orders.
+
+Only this difference is taken from the surface; the vertex itself stays the parabola's. So is the noise of a run: what the parabola leaves
+of the surface's losses is taken out of the residuals. The error of the shift is not in the intervals.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq
+
+from dit_jax.error import UsageError
+from dit_jax.scaling import parabola
+from dit_jax.scaling.law import PowerLaw, fit_power
+from dit_jax.scaling.runs import Run
+from dit_jax.scaling.study import SurfaceFit
+from dit_jax.scaling.surface import Surface, fit_varpro
+
+WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
+FAR = 30.0  # half-width, in log N, of where an optimum is looked for
+BIAS_HEAD = ("budget (FLOPs)", "N_opt, parabola", "over the optimum", "D_opt", "over the optimum", "L_opt", "shift")
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What a budget's parabola adds to the truth: of log N_opt, log D_opt and of the loss there; nan where it has no vertex. `misfit` is
+    what it leaves of the surface's loss at each run, which is no noise."""
+
+    log_n: float
+    log_d: float
+    loss: float
+    misfit: tuple = ()
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The shifts of the used budgets, and what they do to the law of N_opt: N_fitted / N_true = factor(C), a power law, so that its
+    exponent is what the parabolas add to the law's exponent, and its coefficient what they multiply its coefficient by."""
+
+    surface: Surface
+    labels: tuple
+    flops: tuple
+    n_opt: tuple  # as the parabolas give it, before any correction
+    d_opt: tuple
+    loss: tuple
+    shifts: tuple  # a Shift for each label
+    factor: PowerLaw
+    corrected: bool  # whether the fit has subtracted the shifts
+
+
+NONE = Shift(0.0, 0.0, 0.0)
+
+
+def shift(surface: Surface, curve: parabola.Curve, tokens: np.ndarray) -> Shift:
+    """The shift of one budget, whose runs have the sizes of `curve` and these tokens (n,)."""
+    losses = surface(np.exp(curve.log_n), tokens)
+    found = parabola.vertex(curve, losses[None])
+    place = optimum(surface, curve)
+    if place is None or not found.curvature[0] > 0:
+        return Shift(math.nan, math.nan, math.nan)
+    log_d = float(parabola.powers(np.array([place - curve.centre]))[0] @ curve.log_d)
+    best = float(surface(math.exp(place), math.exp(log_d)))
+    misfit = losses - curve.basis @ (curve.solve @ losses)
+    off = float(found.log_n[0]) - place, float(found.log_d[0]) - log_d, float(found.loss[0]) - best
+    return Shift(*off, tuple(misfit.tolist()))
+
+
+def optimum(surface: Surface, curve: parabola.Curve) -> float | None:
+    """log N where the surface is lowest along the budget, D following the runs' own sizes as in `parabola`; None = nowhere.
+
+    With C = k N D this is the closed form of `Surface.optimum`.
+    """
+    if not (surface.A > 0 and surface.B > 0 and surface.alpha > 0 and surface.beta > 0):
+        return None
+    c0, c1, c2 = curve.log_d
+
+    def slope(u: float) -> float:
+        """Its sign is that of dL / d log N: logarithms of the two terms, which neither overflow nor cancel."""
+        fall = -(c1 + 2 * c2 * u)
+        if fall <= 0:
+            return -math.inf
+        return (
+            math.log(surface.beta * surface.B * fall)
+            - surface.beta * (c0 + c1 * u + c2 * u**2)
+            - math.log(surface.alpha * surface.A)
+            + surface.alpha * (u + curve.centre)
+        )
+
+    low, high = float(curve.log_n.min()) - curve.centre, float(curve.log_n.max()) - curve.centre
+    for _ in range(40):  # outwards from the sizes tried, so that a bend of log D far from them is not met
+        below, above = slope(low), slope(high)
+        if below < 0 < above and math.isfinite(below):
+            return curve.centre + float(brentq(slope, low, high, xtol=1e-13, rtol=1e-14))
+        low, high = (low - 0.75 if not below < 0 else low), (high + 0.75 if not above > 0 else high)
+        if max(-low, high) > FAR or not math.isfinite(below) or not math.isfinite(above):
+            return None
+    return None
+
+
+def leading(surface: Surface, width: float, offset: float = 0.0, points: int | None = None) -> float:
+    """The shift of log N_opt to the two leading orders, for sizes evenly spaced in log N within `width` (half, natural log) about a
+    centre that lies `offset` above the true optimum; `points` sizes (None = infinitely many), and C = k N D.
+
+    With x = log N - log N_true and p = A / N^alpha, q = B / D^beta there, alpha p = beta q, so along a budget the derivatives are
+    L2 = alpha p (alpha + beta), L3 = alpha p (beta^2 - alpha^2) and L4 = alpha p (alpha^3 + beta^3). Write x = m + v, m the offset and v
+    the symmetric grid, mj the mean of v^j. Least squares leaves 1, v and v^2 as they are, and replaces v^3 by k v, k = m4 / m2, and v^4 by
+    a constant and r v^2, r = (m6 - m4 m2) / (m4 - m2^2). At x = 0, where v = -m, the fitted parabola then has
+
+        slope L3 / 6 (k - 3 m^2) + L4 / 24 m (4 k - 2 r - 8 m^2) and second derivative L2 + L3 m,
+
+    and its vertex lies at minus their ratio. In the middle of a dense grid k = 3 width^2 / 5, and the vertex is off by
+    (alpha - beta) width^2 / 10: nothing where alpha = beta. Off the middle it is not nothing even then.
+    """
+    moments = {2: width**2 / 3, 4: width**4 / 5, 6: width**6 / 7}
+    if points is not None:
+        v = np.linspace(-width, width, points)
+        moments = {j: float(np.mean(v**j)) for j in moments}
+    k = moments[4] / moments[2]
+    r = (moments[6] - moments[4] * moments[2]) / (moments[4] - moments[2] ** 2)
+    third, fourth = surface.beta - surface.alpha, surface.alpha**2 - surface.alpha * surface.beta + surface.beta**2
+    slope = third / 6 * (k - 3 * offset**2) + fourth / 24 * offset * (4 * k - 2 * r - 8 * offset**2)
+    return float(-slope / (1 + third * offset))
+
+
+def fit_sane(runs: Sequence[Run]) -> SurfaceFit:
+    """`fit_varpro` without resamples; refuses runs that span more than float64 can take to the powers that it tries."""
+    for name in ("params", "tokens", "loss"):
+        values = [getattr(r, name) for r in runs]
+        if max(values) > WIDEST * min(values):
+            raise UsageError(f"RUNS: {name} from {min(values):.3g} to {max(values):.3g}, too wide for a surface")
+    return fit_varpro(runs, resamples=0)
+
+
+def surface_of(runs: Sequence[Run]) -> Surface:
+    """The surface that shifts are taken from: variable projection of all the runs. Refuses runs that do not identify one."""
+    fit = fit_sane(runs)
+    if not fit.identifiable:
+        raise UsageError(
+            f"RUNS: a parabola's bias is predicted from a surface, which these runs do not identify: {fit.warnings[0]}"
+        )
+    return fit.surface
+
+
+def estimate(surface: Surface, used: Sequence, corrected: bool = False) -> Bias:
+    """The bias of the used budgets of an isoFLOP fit. Their n_opt, d_opt and loss hold the correction where it is `corrected`."""
+    shifts = tuple(b.shift if corrected else shift(surface, b.curve, _tokens(b)) for b in used)
+    added = shifts if corrected else (NONE,) * len(shifts)
+    weight = np.array([[0.0 if math.isnan(s.log_n) else 1 / b.var_n for s, b in zip(shifts, used, strict=True)]])
+    if np.count_nonzero(weight) < 2:
+        raise UsageError("RUNS: on fewer than 2 budgets does the surface have an optimum, so no bias can be predicted")
+    C = np.array([b.flops for b in used])
+    ratio = np.exp([[0.0 if math.isnan(s.log_n) else s.log_n for s in shifts]])
+    return Bias(
+        surface=surface,
+        labels=tuple(b.label for b in used),
+        flops=tuple(b.flops for b in used),
+        n_opt=tuple(b.n_opt * math.exp(s.log_n) for s, b in zip(added, used, strict=True)),
+        d_opt=tuple(b.d_opt * math.exp(s.log_d) for s, b in zip(added, used, strict=True)),
+        loss=tuple(b.loss + s.loss for s, b in zip(added, used, strict=True)),
+        shifts=shifts,
+        factor=fit_power(C, ratio, weight)[0],
+        corrected=corrected,
+    )
+
+
+def shifts_of(runs: Sequence[Run], used: Sequence) -> tuple:
+    """(a surface through the runs, a Shift for each used budget); refuses a budget on which the surface has no optimum."""
+    surface = surface_of(runs)
+    found = [shift(surface, b.curve, _tokens(b)) for b in used]
+    lost = [b.label for b, s in zip(used, found, strict=True) if math.isnan(s.log_n)]
+    if lost:
+        raise UsageError(f"--unbias: the surface through these runs has no optimum at budget {', '.join(lost)}")
+    return surface, tuple(found)
+
+
+def correct(vertex: parabola.Vertex, by: Shift) -> parabola.Vertex:
+    """The vertices, of one budget's resamples, less the shift."""
+    return parabola.Vertex(
+        **{
+            **vars(vertex),
+            "log_n": vertex.log_n - by.log_n,
+            "log_d": vertex.log_d - by.log_d,
+            "loss": vertex.loss - by.loss,
+        }
+    )
+
+
+def rows(bias: Bias) -> list[tuple]:
+    """BIAS_HEAD's cells of each budget, as text."""
+    found = []
+    for i, s in enumerate(bias.shifts):
+        cells = (f"{bias.n_opt[i]:.4g}", _ratio(s.log_n), f"{bias.d_opt[i]:.4g}", _ratio(s.log_d))
+        found.append((f"{bias.flops[i]:.3g}", *cells, f"{bias.loss[i]:.4f}", f"{s.loss:+.2g}"))
+    return found
+
+
+def text(bias: Bias) -> str:
+    """What the shifts do to the law of N_opt, in words."""
+    low, high = (_ratio(math.log(bias.factor(c))) for c in (min(bias.flops), max(bias.flops)))
+    what = "have been taken out of" if bias.corrected else "are in"
+    rest = "" if bias.corrected else "; --unbias takes them out"
+    return (
+        f"Predicted from a surface through the same runs, the parabolas put {bias.factor.exponent:+.4f} on the exponent of N_opt, and "
+        f"{low} on N_opt at the smallest budget, {high} at the largest. These shifts {what} the laws{rest}."
+    )
+
+
+def to_json(bias: Bias) -> dict:
+    """The public JSON of a bias: ratios are parabola over optimum, less 1."""
+    budgets = [
+        {"budget": bias.labels[i], "flops": bias.flops[i], "N_opt": math.expm1(s.log_n), "D_opt": math.expm1(s.log_d), "L_opt": s.loss}
+        for i, s in enumerate(bias.shifts)
+    ]  # fmt: skip
+    return {
+        "corrected": bias.corrected,
+        "exponent": bias.factor.exponent,
+        "coefficient_factor": bias.factor.coefficient,
+        "surface": {name: float(value) for name, value in vars(bias.surface).items()},
+        "budgets": budgets,
+    }
+
+
+def _ratio(log: float) -> str:
+    return f"{math.expm1(log):+.2%}"
+
+
+def _tokens(budget) -> np.ndarray:
+    return np.array([r.tokens for r in budget.runs])

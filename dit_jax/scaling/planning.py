@@ -1,0 +1,305 @@
+"""The command `plan`: its arguments, its budgets in FLOPs or chip-hours, its tables and its JSON."""
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+from dit_jax import flops
+from dit_jax.config import ModelConfig, UsageError
+from dit_jax.hardware import Topology, topology
+from dit_jax.scaling.design import Cell, Proposal, next_cells
+from dit_jax.scaling.family import DIT, sized
+from dit_jax.scaling.fit import Fit
+from dit_jax.scaling.plan import ladder_of
+from dit_jax.scaling.recipe import Off, Recipe, count_of, counted_flops, make_recipe
+from dit_jax.scaling.runs import Run
+from dit_jax.scaling.settings import Settings, settings
+from dit_jax.scaling.table import DASH, finite, print_table, span
+
+HOUR = 3600.0
+CELL_HEAD = (
+    "cell",
+    "C (FLOPs)",
+    "N",
+    "over N_opt",
+    "images",
+    "steps",
+    "interval, times",
+    "worth a FLOP, of the best",
+)
+OFF_HEAD = ("size", "N", "loss", "over the best", "interval", "compute to make up", "interval")
+MODEL = ("patch", "channels", "classes", "input_size", "image_size")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `plan` takes besides the fit's own options."""
+    budget = parser.add_argument_group("budget", "training FLOPs (--flops), or hours of chips")
+    budget.add_argument(
+        "--chip_hours", type=float, action="append", default=[], help="chips x hours, with --topology; may be repeated"
+    )
+    budget.add_argument("--topology", help="v3-256, v4-128, v5p-64, h100x8, ...: dit_jax.hardware")
+    budget.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak rate that training reaches (default 0.4, assumed)"
+    )
+    budget.add_argument("--dtype", default="bfloat16", help="whose peak rate counts: bfloat16, tensorfloat32, float32")
+    model = parser.add_argument_group("model", "else that of RUNS' config.json, else DiT-XL/2's")
+    model.add_argument("--config", default="", metavar="FILE[:ARG]", help="the config that the run starts from")
+    model.add_argument(
+        "--model", "--like", default="", metavar="NAME", help="a published model, as DiT-XL/2, in all but its size"
+    )
+    for name in MODEL:
+        model.add_argument(f"--{name}", type=int, default=0)
+    model.add_argument("--conditioning", default="", help="in_context, cross_attention, adaln or adaln_zero")
+    model.add_argument("--batch", type=int, default=0, help="images (default: the config's)")
+    model.add_argument(
+        "--family", choices=("runs", "dit"), help="whose width / depth and heads (default: runs, if they tell)"
+    )
+    cells = parser.add_argument_group("next cells", "runs that would narrow the interval of N_opt at the first budget")
+    cells.add_argument(
+        "--next_flops", type=float, help="what they may cost in all (default: as much as RUNS did; 0: none)"
+    )
+    cells.add_argument("--next_cells", type=int, default=12, help="how many at most")
+
+
+def check(args) -> None:
+    """Raises UsageError on arguments that do not go together, before anything is fitted."""
+    if not args.flops and not args.chip_hours:
+        raise UsageError("plan: found no budget, expected --flops, or --chip_hours with --topology")
+    if args.chip_hours and not args.topology:
+        raise UsageError("--chip_hours: found it without --topology, expected both (v3-256, h100x8, ...)")
+    for name, values in (("chip_hours", args.chip_hours), ("mfu", [args.mfu])):
+        for value in values:
+            if not 0 < value < math.inf:
+                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
+    if args.mfu > 1:
+        raise UsageError(f"--mfu: found {args.mfu:g}, expected a share of the peak, at most 1")
+    if args.next_flops is not None and not 0 <= args.next_flops < math.inf:
+        raise UsageError(f"--next_flops: found {args.next_flops:g}, expected at least 0")
+    for name in (*MODEL, "batch", "next_cells"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if args.topology:
+        _rate(args)
+
+
+def _rate(args) -> tuple[Topology, float]:
+    """The slice, and the FLOP/s of one of its chips at the MFU assumed."""
+    found = topology(args.topology)
+    rate = found.peak(args.dtype) * found.chip.devices * args.mfu
+    if math.isnan(rate):
+        raise UsageError(f"--topology: no peak rate is published for {args.dtype} on {args.topology}")
+    return found, rate
+
+
+def given_settings(args, runs: Sequence[Run]) -> Settings:
+    """The settings that the arguments name."""
+    changes = {name: getattr(args, name) for name in (*MODEL, "conditioning") if getattr(args, name)}
+    given = settings(runs, args.config, args.model, changes, args.batch)
+    return dataclasses.replace(given, family=DIT) if args.family == "dit" else given
+
+
+def run(args, runs: Sequence[Run], fit: Fit) -> dict:
+    """Prints what to train for each budget, and returns it as JSON."""
+    if "N_opt" not in fit.laws:
+        raise UsageError(f"--method: {fit.method} says nothing of N_opt; plan with another")
+    given = given_settings(args, runs)
+    budgets = [(c, False) for c in args.flops]
+    if args.chip_hours:
+        rate = _rate(args)[1]
+        budgets += [(hours * HOUR * rate, True) for hours in args.chip_hours]
+    recipes = [make_recipe(fit, c, given, runs, exact) for c, exact in budgets]
+    models: dict = {}
+    proposal = _proposal(args, fit, runs, recipes[0].flops, given, models)
+    print(f"Settings of {given.source}. Family {given.family}.")
+    for recipe in recipes:
+        _print_recipe(recipe, args, runs, fit)
+    out = {"settings": given.source, "family": str(given.family), "plans": [_json_of(r, args) for r in recipes]}
+    if isinstance(proposal, Proposal):
+        cells = [_built(cell, models[cell.params], given, runs) for cell in proposal.cells]
+        _print_cells(proposal, cells, fit, recipes[0])
+        out["next"] = _json_of_cells(proposal, cells)
+    elif proposal:
+        print(f"Next cells: {proposal}")
+    return finite(out)
+
+
+def _proposal(args, fit: Fit, runs: Sequence[Run], target: float, given: Settings, models: dict) -> Proposal | str:
+    """The next cells, or why there are none; what was asked for and cannot be is an error. Fills `models`, N -> the model of that size."""
+    limit = sum(r.flops for r in runs) if args.next_flops is None else args.next_flops
+    if not limit or not args.next_cells:
+        return ""
+    count = count_of(runs[0].convention)
+
+    @functools.cache
+    def real(params: float) -> float:
+        model = sized(given.family, params, given.model, count)
+        models[float(count(model))] = model
+        return float(count(model))
+
+    try:
+        return next_cells(fit, runs, target, limit, args.next_cells, real)
+    except UsageError as error:
+        if args.next_flops is not None:
+            raise
+        return str(error).removeprefix("--next_flops: ")
+
+
+def _print_recipe(recipe: Recipe, args, runs: Sequence[Run], fit: Fit) -> None:
+    convention, m = runs[0].convention, recipe.model
+    level, data = f"{fit.level:.0%}", recipe.tokens if convention.data == "tokens" else recipe.images
+    far, size = _far(recipe.beyond, "budget"), _far(recipe.n / max(r.params for r in runs), "size")
+    rows = [
+        ("C", f"{recipe.flops:.4g}", f"FLOPs, {convention.counted}: {far}"),
+        ("of the run", f"{recipe.flops_train:.4g}", "FLOPs, exact" + _hours(recipe, args)),
+        ("N_opt", f"{recipe.n_opt:.4g}", f"{convention.params} parameters, {level} {span(recipe.n_interval)}"),
+        ("D_opt", f"{recipe.d_opt:.4g}", f"{convention.data}, {level} {span(recipe.d_interval)}"),
+        ("model", recipe.name, f"width {m.width}, depth {m.depth}, {m.heads} head(s) of {m.width // m.heads}, patch {m.patch}"),
+        ("N", f"{recipe.n:,.0f}", f"{recipe.over:.3f} x N_opt, {size}; {recipe.params_active:,} active of {recipe.params:,} trainable"),
+        ("D", f"{data:.4g}", f"{convention.data}, {data / recipe.n:.3g} a parameter; {recipe.images:,} images of {m.tokens} tokens"),
+        ("steps", f"{recipe.steps:,}", f"of {recipe.batch} images"),
+        ("loss", f"{recipe.loss:.4f}", f"expected of this run, {level} {span(recipe.loss_interval, '.4f')}, its noise included"),
+    ]  # fmt: skip
+    print(f"\nPlan for {recipe.flops:.3g} FLOPs")
+    for name, value, text in rows:
+        print(f"  {name:<11} {value:>14}  {text}")
+    rows = [(f"{o.factor:g} x N_opt", f"{o.params:.4g}", *_off_cells(o)) for o in recipe.off]
+    print()
+    print_table("What a wrong size costs, at the same compute", OFF_HEAD, rows)
+    ladder = ladder_of(runs)
+    if ladder:
+        name, params, _ = min(ladder, key=lambda row: abs(math.log(row[1] / recipe.n_opt)))
+        print(f"Nearest size among RUNS: {name}, {params:.4g} parameters, {params / recipe.n_opt:.2g} x N_opt.")
+    for warning in recipe.warnings:
+        print(f"Note: {warning}.")
+    print(f"\n  {recipe.command}\n")
+
+
+def _far(ratio: float, what: str) -> str:
+    if ratio <= 1:
+        return f"inside the {what}s fitted"
+    return f"{ratio:{'.1f' if ratio < 1000 else '.3g'}}x beyond the largest {what} fitted"
+
+
+def _off_cells(o: Off) -> tuple:
+    if math.isnan(o.rise):
+        return (DASH,) * 5
+    makes_up = (
+        f"{o.compute:.3g}x",
+        "x " + span(o.compute_interval) if o.compute_interval[0] == o.compute_interval[0] else DASH,
+    )
+    return (f"{o.loss:.4f}", f"{o.rise:+.3g}", span(o.rise_interval, "+.3g"), *makes_up)
+
+
+def _hours(recipe: Recipe, args) -> str:
+    if not args.topology:
+        return ""
+    w = _where(recipe, args)
+    uneven = "" if recipe.batch % w["devices"] == 0 else f"; a batch of {recipe.batch} does not divide over them"
+    return (
+        f": {w['chip_hours']:.4g} chip-hours at an assumed MFU of {args.mfu:g} in {args.dtype}, {w['hours']:.4g} hours on {args.topology}: "
+        f"{w['chips']} chips, which JAX counts as {w['devices']} devices{uneven}"
+    )
+
+
+def _where(recipe: Recipe, args) -> dict:
+    """Time on a slice, in hours."""
+    found, rate = _rate(args)
+    hours = recipe.flops_train / rate / HOUR
+    return {
+        "topology": args.topology,
+        "chips": found.chips,
+        "devices": found.devices,
+        "hosts": found.hosts,
+        "mfu": args.mfu,
+        "dtype": args.dtype,
+        "peak_chip": rate / args.mfu,
+        "chip_hours": hours,
+        "device_hours": hours * found.chip.devices,
+        "hours": hours / found.chips,
+        "batch_per_device": recipe.batch / found.devices,
+    }
+
+
+def _json_of(recipe: Recipe, args) -> dict:
+    out = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    out |= {"name": recipe.name, "over": recipe.over, "model": dataclasses.asdict(recipe.model)}
+    out |= {"off": [dataclasses.asdict(o) for o in recipe.off]}
+    return out | ({"hardware": _where(recipe, args)} if args.topology else {})
+
+
+def _built(cell: Cell, model: ModelConfig, given: Settings, runs: Sequence[Run]) -> dict:
+    """A cell as a model that can be built, and its length."""
+    steps = max(round(cell.flops / counted_flops(runs[0].convention, model, given.batch)), 1)
+    images = steps * given.batch
+    size = {name: getattr(model, name) for name in ("width", "depth", "heads")}
+    exact = float(flops.train_flops(model, images))
+    return {
+        "flops": cell.flops,
+        "flops_train": exact,
+        "params": cell.params,
+        **size,
+        "steps": steps,
+        "batch": given.batch,
+        "images": images,
+    }
+
+
+def _print_cells(proposal: Proposal, cells: list[dict], fit: Fit, recipe: Recipe) -> None:
+    options = {}  # cell -> the least that it was judged in: alone, or the new budget that it opens
+    for option in sorted(proposal.ranking, key=lambda o: len(o.cells)):
+        for cell in option.cells if option.gain > 0 else ():
+            options.setdefault(cell, option)
+    rows = []
+    for cell, c in zip(proposal.cells, cells, strict=True):
+        over = c["params"] / float(fit.laws["N_opt"](c["flops"]))
+        name, option = f"w{c['width']}-d{c['depth']}-h{c['heads']}", options.get(cell)
+        worth = (DASH, DASH)
+        if option:
+            together = "" if len(option.cells) == 1 else f" ({len(option.cells)} together)"
+            worth = (
+                f"{option.deviation / proposal.before:.3f}{together}",
+                f"{option.gain / proposal.ranking[0].gain:.1%}",
+            )
+        rows.append(
+            (
+                name,
+                f"{c['flops']:.3g}",
+                f"{c['params']:.4g}",
+                f"{over:.2f}x",
+                f"{c['images']:,}",
+                f"{c['steps']:,}",
+                *worth,
+            )
+        )
+    print_table(f"Runs to train next, to know N_opt at {proposal.target:.3g} FLOPs better", CELL_HEAD, rows)
+    ratio, (low, high), text = proposal.after / proposal.before, recipe.n_interval, ""
+    if low > 0:
+        ends = tuple(recipe.n_opt * (end / recipe.n_opt) ** ratio for end in (low, high))
+        text = f": {span((low, high))} would become about {span(ends)}"
+    print(
+        f"Together {proposal.cost:.3g} of at most {proposal.limit:.3g} FLOPs; the interval of N_opt would be {ratio:.2f} times as wide in "
+        f"log N{text}. This counts the noise of runs; it cannot know of a law that bends.\n"
+    )
+
+
+def _json_of_cells(proposal: Proposal, cells: list[dict]) -> dict:
+    ranking = [
+        {
+            "cells": [dataclasses.asdict(c) for c in o.cells],
+            "cost": o.cost,
+            "deviation": o.deviation,
+            "gain_per_flop": o.gain,
+        }
+        for o in proposal.ranking[:50]
+    ]
+    return {
+        "target": proposal.target,
+        "limit": proposal.limit,
+        "cost": proposal.cost,
+        "log_n_deviation": proposal.before,
+        "log_n_deviation_after": proposal.after,
+        "cells": cells,
+        "ranking": ranking,
+    }

@@ -1,0 +1,220 @@
+"""From a fit and a budget to a run one can start: a model that exists, its steps, the loss to expect and what a wrong size costs.
+
+N and D are those of the fit's convention; FLOPs of the run are exact (`dit_jax.flops`), whatever the fit's C counts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dit_jax import flops
+from dit_jax.config import ModelConfig, UsageError
+from dit_jax.scaling.conventions import Convention
+from dit_jax.scaling.family import sized
+from dit_jax.scaling.fit import Fit, IsoflopFit
+from dit_jax.scaling.predict import NO_INTERVAL, interval, predict
+from dit_jax.scaling.runs import Run
+from dit_jax.scaling.settings import Settings, command
+from dit_jax.scaling.study import SurfaceFit
+
+FACTOR = 2.0  # of a size that is off
+MOST = 1e6  # times the compute: more is never made up for
+UNLIKE = 1.25  # FLOPs per parameter and token, planned over fitted, above which the two are not the same study
+
+
+@dataclass(frozen=True)
+class Off:
+    """A size that is `factor` times the best, at the same compute. `compute`: how many times the compute make up for it."""
+
+    factor: float
+    params: float
+    loss: float
+    rise: float  # of the loss over the best
+    rise_interval: tuple
+    compute: float
+    compute_interval: tuple
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run for a budget. `flops` is C as the fit counts it, `flops_train` the run's own exact FLOPs.
+
+    `loss_interval` holds the noise of a run, `off` what sizes cost that are half and twice the best.
+    """
+
+    flops: float
+    flops_train: float
+    beyond: float  # multiple of the largest budget fitted
+    n_opt: float
+    n_interval: tuple
+    d_opt: float
+    d_interval: tuple
+    model: ModelConfig
+    n: float  # of the model, as the fit counts
+    params: int  # trainable
+    params_active: int
+    steps: int
+    batch: int
+    images: int
+    tokens: int
+    loss: float
+    loss_interval: tuple
+    off: tuple  # of Off
+    command: str
+    warnings: tuple
+
+    @property
+    def over(self) -> float:
+        """The model's size over N_opt."""
+        return self.n / self.n_opt
+
+    @property
+    def name(self) -> str:
+        return f"w{self.model.width}-d{self.model.depth}"
+
+
+def count_of(convention: Convention):
+    """ModelConfig -> N as the convention counts it."""
+    return flops.active_parameters if convention.params == "active" else flops.parameters
+
+
+def counted_flops(convention: Convention, model: ModelConfig, images: float | int) -> float:
+    """C of training `model` on `images`, as the convention counts it."""
+    if convention.counted == "exact":
+        return float(flops.train_flops(model)) * images
+    return 6.0 * count_of(convention)(model) * model.tokens * images
+
+
+def make_recipe(
+    fit: Fit, budget: float | int, given: Settings, runs: Sequence[Run], exact: bool = False, workdir: str = ""
+) -> Recipe:
+    """The run that the fit recommends for `budget`: FLOPs as the fit's C counts them, or `exact` ones, of a machine.
+
+    Raises UsageError where the budget does not buy one step.
+    """
+    convention, model = runs[0].convention, given.model
+    count, c = count_of(convention), float(budget)
+    for _ in range(
+        4 if exact and convention.counted != "exact" else 1
+    ):  # C in 6ND of an exact budget depends on the model
+        model = sized(given.family, predict(fit, c)["N_opt"], given.model, count)
+        per_image = counted_flops(convention, model, 1)
+        if exact:
+            c = float(budget) / flops.train_flops(model) * per_image
+    images = c / per_image
+    steps = round(images / given.batch)
+    if steps < 1:
+        raise UsageError(
+            f"--batch: {budget:.3g} FLOPs buy {images:.3g} images of the recommended model, less than a batch of {given.batch}"
+        )
+    steps = max(steps, 1)
+    images = steps * given.batch
+    said = predict(fit, c, float(count(model)))
+    name = f"w{model.width}-d{model.depth}"
+    recipe = Recipe(
+        flops=c,
+        flops_train=float(flops.train_flops(model, images)),
+        beyond=said["beyond"],
+        n_opt=said["N_opt"],
+        n_interval=said["N_opt_interval"],
+        d_opt=said["D_opt"],
+        d_interval=said["D_opt_interval"],
+        model=model,
+        n=float(count(model)),
+        params=flops.parameters(model),
+        params_active=flops.active_parameters(model),
+        steps=steps,
+        batch=given.batch,
+        images=images,
+        tokens=images * model.tokens,
+        loss=said["L_run"],
+        loss_interval=said["L_run_interval"],
+        off=tuple(off_by(fit, c, factor) for factor in (1 / FACTOR, FACTOR)),
+        command=command(given, model, steps, workdir or f"runs/C{c:.2e}-{name}".replace("+", "")),
+        warnings=given.warnings,
+    )
+    return replace(recipe, warnings=(*recipe.warnings, *_cautions(recipe, runs, convention)))
+
+
+def _cautions(recipe: Recipe, runs: Sequence[Run], convention: Convention) -> list[str]:
+    """Where the planned run is unlike those that were fitted."""
+    found, model = [], recipe.model
+    per_image = (
+        {round(r.tokens / r.images, 6) for r in runs if r.images == r.images} if convention.data == "tokens" else set()
+    )
+    if per_image and per_image != {float(model.tokens)}:
+        seen = f"{min(per_image):g}" if len(per_image) == 1 else f"{min(per_image):g} to {max(per_image):g}"
+        found.append(
+            f"the planned model has {model.tokens} tokens an image, RUNS {seen}: name their model, --config or --model"
+        )
+    d = recipe.tokens if convention.data == "tokens" else recipe.images
+    ratio = (recipe.flops / recipe.n / d) / (recipe.flops / recipe.n_opt / recipe.d_opt)
+    if abs(math.log(ratio)) > math.log(UNLIKE):
+        found.append(
+            f"the planned model spends {ratio:.2f} times the FLOPs per parameter and {convention.data[:-1]} of RUNS: the law may not "
+            "be its own"
+        )
+    if abs(math.log(recipe.over)) > math.log(1.1):
+        found.append(f"no model of the family is nearer to N_opt than {recipe.over:.2f} times it")
+    return found
+
+
+def off_by(fit: Fit, budget: float | int, factor: float) -> Off:
+    """What a model of `factor` x N_opt costs at the compute `budget`.
+
+    On a surface E + A / N^alpha + B / D^beta both terms decay alike along the optimum, so the rise of the loss is a fixed share of the
+    reducible loss k C^-x at any compute. An isoFLOP fit has that share from its parabolas: their curvature over the reducible loss of
+    their budget, the median. A size that stays `factor` x N_opt(C) reaches the best loss with (1 + share)^(1 / x) times the compute.
+    """
+    said, law, laws = predict(fit, budget), fit.laws["L_opt"], fit.draws.get("L_opt")
+    share, shares = _share(fit, float(budget), factor)
+    both = shares is not None and laws is not None
+    rise = share * _reducible(law, budget)
+    return Off(
+        factor=factor,
+        params=factor * said["N_opt"],
+        loss=float(said["L_opt"] + rise),
+        rise=float(rise),
+        rise_interval=interval(shares * _reducible(laws, budget), fit.level) if both else NO_INTERVAL,
+        compute=float(_made_up(law, share)),
+        compute_interval=interval(_made_up(laws, shares), fit.level) if both else NO_INTERVAL,
+    )
+
+
+def _reducible(law, flops: float | int | np.ndarray):
+    return law.coefficient * np.power(flops, law.exponent)
+
+
+def _share(fit: Fit, budget: float, factor: float) -> tuple:
+    """(rise over the reducible loss, its resamples or None); nan where a method knows nothing of other sizes."""
+    if isinstance(fit, SurfaceFit):
+        share = float(_off_surface(fit.surface, fit.laws, fit.k, budget, factor))
+        return share, _off_surface(fit.surfaces, fit.draws, fit.k, budget, factor) if fit.draws else None
+    if not isinstance(fit, IsoflopFit):
+        return math.nan, None
+    away, C = math.log(factor) ** 2, np.array([b.flops for b in fit.used])
+    curvature = np.array([b.curvature for b in fit.used])
+    share = float(np.median(curvature / _reducible(fit.laws["L_opt"], C))) * away
+    if not fit.draws:
+        return share, None
+    error = np.sqrt([b.curve.covariance[2, 2] for b in fit.used])
+    noise = np.random.default_rng(0).standard_normal((len(fit.noise_draws), len(C))) * fit.noise_draws[:, None]
+    reducible = np.stack([_reducible(fit.draws["L_opt"], c) for c in C.tolist()], axis=1)
+    with np.errstate(all="ignore"):
+        return share, np.median((curvature + noise * error) / reducible, axis=1) * away
+
+
+def _off_surface(surface, laws: dict, k: float, c: float, factor: float):
+    with np.errstate(all="ignore"):  # of resamples whose term is nothing
+        n = laws["N_opt"](c) * factor
+        return (surface(n, c / (k * n)) - laws["L_opt"](c)) / _reducible(laws["L_opt"], c)
+
+
+def _made_up(law, share):
+    """Times the compute, at most MOST."""
+    with np.errstate(all="ignore"):
+        power = np.log1p(np.maximum(share, 0.0)) / -np.asarray(law.exponent)
+        found = np.exp(np.clip(np.nan_to_num(power, nan=math.inf), 0.0, math.log(MOST)))
+    return np.where(np.isnan(share), math.nan, found)

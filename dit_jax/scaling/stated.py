@@ -1,0 +1,147 @@
+"""What a table of runs states of its convention: by options of the command, by columns, or by the numbers themselves."""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from dit_jax.config import UsageError
+from dit_jax.scaling.conventions import CHOICES, Convention, word
+
+COLUMNS = {  # of a CSV -> field of a Convention
+    "counted": "counted",
+    "unit": "unit",
+    "pass": "passes",
+    "params_kind": "params",
+    "data_kind": "data",
+    "loss_kind": "loss",
+}
+SAME = 1e-3  # flops this near to 6 x params x tokens, in all rows, are these
+ALIKE = 0.05  # ... are these where they are said to be: those of whole steps, or of a budget
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what a command may say of a CSV whose columns do not, and `--to`."""
+    group = parser.add_argument_group(
+        "convention of a CSV", "columns counted, unit, pass, params_kind, data_kind, loss_kind say it too"
+    )
+    group.add_argument(
+        "--counted", metavar="exact|6nd", help="C (default: 6nd where flops is absent or is 6 params tokens)"
+    )
+    group.add_argument("--unit", metavar="flops|macs", help="of C; MACs are converted to FLOPs")
+    group.add_argument("--pass", dest="passes", metavar="train|forward", help="of C; forward is converted to training")
+    group.add_argument("--params", metavar="active|total", help="N: active per token, or all trainable")
+    group.add_argument("--data", metavar="tokens|images", help="D: what the column tokens counts")
+    group.add_argument(
+        "--loss_kind", metavar="ema|raw|training", help="L: held out with EMA or raw weights, or the training loss"
+    )
+    group.add_argument("--tokens_per_image", type=float, default=math.nan, help="for D in images")
+    parser.add_argument(
+        "--to", metavar="FIELD=VALUE,...", help="convert: counted=6nd, params=total|active, data=images|tokens"
+    )
+
+
+def options_of(args) -> dict:
+    """Field of a Convention -> what the command says of it. Raises UsageError on a word that is unknown."""
+    if args.tokens_per_image <= 0 or math.isinf(args.tokens_per_image):
+        raise UsageError(f"--tokens_per_image: found {args.tokens_per_image:g}, expected a number above 0")
+    flags = {
+        "counted": "counted",
+        "unit": "unit",
+        "passes": "pass",
+        "params": "params",
+        "data": "data",
+        "loss": "loss_kind",
+    }
+    given = {name: getattr(args, "loss_kind" if name == "loss" else name) for name in flags}
+    return {name: word(name, value, f"--{flags[name]}") for name, value in given.items() if value is not None}
+
+
+def target(text: str, have: Convention) -> Convention:
+    """What `--to` asks for, as `params=total,data=images`."""
+    changes = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in ("counted", "params", "data"):
+            raise UsageError(
+                f"--to: found {name!r}, expected counted, params or data; C stays in FLOPs of training (convert_law of "
+                "dit_jax.scaling.conventions converts a law)"
+            )
+        changes[name] = word(name, value, f"--to {name}")
+    return replace(have, **changes)
+
+
+def of_cells(row: Mapping, where: str) -> dict:
+    """Field -> what the columns of a row say of it; a blank cell says nothing."""
+    cells = {name: (row.get(column) or "").strip() for column, name in COLUMNS.items()}
+    return {name: word(name, cell, where) for name, cell in cells.items() if cell}
+
+
+def of_table(
+    runs: Sequence, cells: Sequence[dict], given: Sequence[bool], options: Mapping, per_image: float | int = math.nan
+) -> list:
+    """The runs of one table, with their convention.
+
+    `cells` is what each row says of it, `options` what the command says, `given` whether a row has FLOPs of its own; the other rows
+    get 6 x params x tokens, with `per_image` tokens an image where D counts images. Raises UsageError, naming the field, where rows or
+    options contradict each other or the numbers.
+    """
+    said = _agreed(runs, cells, options)
+    images = said.get("data") == "images"
+    if images and math.isnan(per_image) and not all(given):
+        raise UsageError(f"{runs[0].source}: D is in images and flops is absent; give flops, or --tokens_per_image")
+    simple = [6 * run.params * run.tokens * (per_image if images else 1) for run in runs]
+    counted = _counted(runs, given, simple, said)
+    assumed = [name for name in CHOICES if name not in said and name != "counted"]
+    if counted == "6ND":
+        assumed = [name for name in assumed if name not in ("unit", "passes")]  # by definition
+    convention = Convention(**{"counted": counted, **said}, assumed=tuple(assumed))
+    return [
+        replace(run, flops=run.flops if has else float(c), convention=convention)
+        for run, has, c in zip(runs, given, simple, strict=True)
+    ]
+
+
+def _agreed(runs: Sequence, cells: Sequence[dict], options: Mapping) -> dict:
+    for run, found in zip(runs, cells, strict=True):
+        for name in CHOICES:
+            a, b = cells[0].get(name), found.get(name)
+            if a != b:
+                raise UsageError(
+                    f"{run.source}: {name} is {b or 'not stated'!r} and {a or 'not stated'!r} in {runs[0].source}; one fit takes one "
+                    "convention"
+                )
+            if name in options and b not in (None, options[name]):
+                raise UsageError(f"{run.source}: {name} is {b!r} by its column and {options[name]!r} by the command")
+    return {**cells[0], **options}
+
+
+def _counted(runs: Sequence, given: Sequence[bool], simple: Sequence[float], said: Mapping) -> str:
+    """exact | 6ND, as stated if the numbers allow it."""
+    plain = said.get("unit", "FLOPs") == "FLOPs" and said.get("passes", "training") == "training"
+    off = [
+        abs(run.flops / c - 1) > (ALIKE if "counted" in said else SAME)
+        for run, has, c in zip(runs, given, simple, strict=True)
+        if has and not math.isnan(c)
+    ]
+    known = len(off) == sum(given)  # D in images may leave 6ND unknown
+    counted = said.get("counted") or ("6ND" if known and plain and not any(off) else "exact")
+    if counted == "6ND" and any(off):
+        raise UsageError(f"{runs[0].source}: counted is '6ND', but flops is not 6 x params x tokens in {sum(off)} rows")
+    if counted == "exact" and not all(given):
+        row = runs[list(given).index(False)].source
+        raise UsageError(
+            f"{row}: flops is absent, which makes it 6 x params x tokens, but counted is 'exact' in the other rows or by the "
+            "command; one fit takes one convention"
+        )
+    return counted
+
+
+def require_stated(run, options: Mapping) -> None:
+    """Raises UsageError where the command says of a record what it does not say of itself."""
+    for name, value in options.items():
+        if getattr(run.convention, name) != value:
+            raise UsageError(
+                f"{run.source}: {name} is {getattr(run.convention, name)!r} by the record, {value!r} by the command; records state "
+                "their own convention, --to converts"
+            )

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# TPU slices on Google Kubernetes Engine, through xpk:
+#
+#   launch/gke.sh [--dry-run] create                        a cluster with slices of TPU_TYPE
+#   launch/gke.sh [--dry-run] share                         a Filestore share in it, mounted in every workload as /mnt/share
+#   launch/gke.sh [--dry-run] run train --config=... --workdir=/mnt/share/xl2         this commit, on all hosts of a slice
+#   launch/gke.sh [--dry-run] status | logs                 the workloads of the cluster; follow process 0 of NAME
+#   launch/gke.sh [--dry-run] stop                          the job may save; then the workload is gone, its files stay
+#   launch/gke.sh [--dry-run] delete                        the cluster
+#
+#   PROJECT, ZONE   of Google Cloud
+#   CLUSTER         its name
+#   TPU_TYPE        such as v4-64                                          (create, run)
+#   CAPACITY        on-demand, spot or reservation=ID                      (create)
+#   NAME            of the workload                                        (run, logs, stop)
+# and, where wanted:
+#   SLICES          of the cluster (1)
+#   SIZE            of the share, GB (1024)
+#   IMAGE           with Python 3.11 or later and make (python:3.11)
+#   RESTARTS        how often a workload that was preempted, or exited with 75, is begun again (100)
+# It needs xpk, gcloud and kubectl, logged in. xpk builds the image, so it needs Docker too.
+set -euo pipefail
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+need() {
+  local missing=() name
+  for name in "$@"; do [[ -n ${!name:-} ]] || missing+=("$name"); done
+  ((${#missing[@]} == 0)) || fail "${missing[*]}: not set; the head of launch/gke.sh says what they are"
+}
+
+shown() { # a command as one would type it
+  local word line=()
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
+  done
+  echo "${line[*]}"
+}
+
+run() { if ((dry)); then shown "$@"; else "$@"; fi; }
+
+on_cluster() { run xpk "$1" "$2" "${@:3}" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"; }
+
+share() {
+  on_cluster storage create "$CLUSTER-share" --type=gcpfilestore --vol=share --size="${SIZE:-1024}" --tier=BASIC_HDD \
+    --mount-point=/mnt/share --readonly=false --auto-mount=true
+}
+
+# shellcheck disable=SC2153 # NAME is the user's
+start() {
+  local install command
+  # shellcheck disable=SC2016 # asked in the container
+  install='make setup PYTHON=python3 && .venv/bin/pip install --quiet "jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"'
+  command=$(shown .venv/bin/python -m "dit_jax.$1" "${@:2}")
+  # Of a commit, not of the folder: that may hold a .venv and runs.
+  run rm -rf "$root/build/gke" "$root/build/gke.tar"
+  run mkdir -p "$root/build/gke"
+  run git -C "$root" archive "--output=$root/build/gke.tar" HEAD
+  run tar -xf "$root/build/gke.tar" -C "$root/build/gke"
+  on_cluster workload create --workload="$NAME" --tpu-type="$TPU_TYPE" --num-slices=1 \
+    --base-docker-image="${IMAGE:-python:3.11}" --script-dir="$root/build/gke" \
+    --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \
+    --command="$install && exec $command"
+}
+
+logs() {
+  run gcloud container clusters get-credentials "$CLUSTER" --project="$PROJECT" --region="${ZONE%-*}"
+  run kubectl logs --follow --tail=100 \
+    --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"
+}
+
+dry=0
+if [[ ${1:-} == --dry-run ]]; then
+  dry=1
+  shift
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+verb=${1:-}
+case $verb in
+  create) needed=(TPU_TYPE CAPACITY) ;;
+  run) needed=(TPU_TYPE NAME) ;;
+  logs | stop) needed=(NAME) ;;
+  share | status | delete) needed=() ;;
+  *) fail "found ${verb:-no verb}, expected create, share, run, status, logs, stop or delete" ;;
+esac
+need PROJECT ZONE CLUSTER "${needed[@]}"
+case $verb in
+  create)
+    [[ $CAPACITY =~ ^(on-demand|spot|reservation=.+)$ ]] || fail "CAPACITY: found $CAPACITY, expected on-demand, spot or reservation=ID"
+    on_cluster cluster create --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" "--$CAPACITY"
+    ;;
+  share) share ;;
+  run)
+    [[ ${2:-} =~ ^[a-z]+$ ]] || fail "found ${2:-no job}, expected a job such as train, and its flags"
+    start "${@:2}"
+    ;;
+  status) on_cluster workload list ;;
+  logs) logs ;;
+  stop) on_cluster workload delete --workload="$NAME" --force ;;
+  delete) on_cluster cluster delete --force ;;
+esac

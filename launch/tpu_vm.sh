@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# A Cloud TPU slice, from request to deletion:
+#
+#   launch/tpu_vm.sh [--dry-run] create                     ask for it, as a queued resource, and wait until it is there
+#   launch/tpu_vm.sh [--dry-run] setup                      copy this commit to all workers and install it
+#   launch/tpu_vm.sh [--dry-run] run train --config=... --workdir=/mnt/share/xl2      on all workers, in the background
+#   launch/tpu_vm.sh [--dry-run] logs                       follow worker 0
+#   launch/tpu_vm.sh [--dry-run] stop                       the job saves and exits 75
+#   launch/tpu_vm.sh [--dry-run] resume train --config=... --workdir=/mnt/share/xl2   after preemption: anew, and the same command
+#   launch/tpu_vm.sh [--dry-run] delete
+#
+#   PROJECT, ZONE   of Google Cloud
+#   NAME            of the slice
+#   ACCELERATOR     such as v4-64                                                             (create, resume)
+#   NFS             HOST:/EXPORT of a share that all workers mount as /mnt/share: the place of --workdir  (setup, resume)
+# and, where wanted:
+#   SPOT=1          cheaper, may be preempted
+#   RUNTIME         the image (by the accelerator: tpu-ubuntu2204-base up to v4)
+#   POLL            seconds between looks at a request (30)
+# It needs gcloud, logged in; Python 3.11 comes from the image's own packages.
+set -euo pipefail
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+need() {
+  local missing=() name
+  for name in "$@"; do [[ -n ${!name:-} ]] || missing+=("$name"); done
+  ((${#missing[@]} == 0)) || fail "${missing[*]}: not set; the head of launch/tpu_vm.sh says what they are"
+}
+
+shown() { # a command as one would type it
+  local word line=()
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
+  done
+  echo "${line[*]}"
+}
+
+run() { if ((dry)); then shown "$@"; else "$@"; fi; }
+
+# shellcheck disable=SC2153 # NAME is the user's
+queued() { run gcloud compute tpus queued-resources "$1" "$NAME" --project="$PROJECT" --zone="$ZONE" "${@:2}"; }
+
+on() { run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$1" --command="$2"; }
+
+runtime() {
+  case $ACCELERATOR in
+    v5litepod-* | v5e-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
+create() {
+  local options=("--node-id=$NAME" "--accelerator-type=$ACCELERATOR" "--runtime-version=${RUNTIME:-$(runtime)}")
+  [[ -z ${SPOT:-} ]] || options+=(--spot)
+  queued create "${options[@]}"
+  if ((dry)); then
+    echo "# every ${POLL:-30} s until ACTIVE: $(state)"
+    return
+  fi
+  local found
+  while true; do
+    found=$(state)
+    echo "$NAME: $found" >&2
+    case $found in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING) fail "$NAME: the request is $found; look with gcloud compute tpus queued-resources describe" ;;
+    esac
+    sleep "${POLL:-30}"
+  done
+}
+
+state() { queued describe "--format=value(state.state)"; }
+
+setup() {
+  local archive=dit_jax.tar.gz
+  run git -C "$root" archive --format=tar.gz --prefix=dit_jax/ "--output=$root/$archive" HEAD
+  run gcloud compute tpus tpu-vm scp "$root/$archive" "$NAME:$archive" --project="$PROJECT" --zone="$ZONE" --worker=all
+  run rm "$root/$archive"
+  on all "sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv make nfs-common"
+  on all "sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard '$NFS' /mnt/share) && sudo chmod a+rwx /mnt/share"
+  on all "tar xzf $archive && cd dit_jax && make setup PYTHON=python3.11"
+  # shellcheck disable=SC2016 # asked on the worker
+  on all 'cd dit_jax && .venv/bin/pip install --quiet "jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"'
+}
+
+start() { # one job a slice: a second one beside it would find the chips taken
+  local command running="[ -e run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null"
+  command=$(shown .venv/bin/python -m "dit_jax.$1" "${@:2}")
+  on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; nohup $command >>run.log 2>&1 </dev/null & echo \$! >run.pid"
+}
+
+job_of() { [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"; }
+
+resume() {
+  local found=''
+  if ((dry)); then echo "# all but the last command where this says ACTIVE: $(state)"; else found=$(state 2>/dev/null) || true; fi
+  if [[ $found != ACTIVE ]]; then
+    if ((dry)) || [[ -n $found ]]; then queued delete --force --quiet; fi
+    create
+    setup
+  fi
+  start "$@"
+}
+
+dry=0
+if [[ ${1:-} == --dry-run ]]; then
+  dry=1
+  shift
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+verb=${1:-}
+case $verb in
+  create) needed=(PROJECT ZONE NAME ACCELERATOR) ;;
+  setup) needed=(PROJECT ZONE NAME NFS) ;;
+  resume) needed=(PROJECT ZONE NAME ACCELERATOR NFS) ;;
+  run | logs | stop | delete) needed=(PROJECT ZONE NAME) ;;
+  *) fail "found ${verb:-no verb}, expected create, setup, run, logs, stop, resume or delete" ;;
+esac
+need "${needed[@]}"
+case $verb in
+  run | resume)
+    [[ ${2:-} =~ ^[a-z]+$ ]] || fail "found ${2:-no job}, expected a job such as train, and its flags"
+    if [[ $verb == run ]]; then start "${@:2}"; else resume "${@:2}"; fi
+    ;;
+  create) create ;;
+  setup) setup ;;
+  logs) on 0 "tail -n 100 -F dit_jax/run.log" ;;
+  stop) on all "kill -TERM \$(cat dit_jax/run.pid)" ;;
+  delete) queued delete --force --quiet ;;
+esac

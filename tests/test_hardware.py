@@ -1,0 +1,133 @@
+"""Facts about slices: names count what the maker counts, devices what JAX counts, and rates are those of a device."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dit_jax.config import UsageError
+from dit_jax.hardware import CHIPS, DEVICES, GIB, find, names, topology
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "chips", "hosts", "shape"),
+    [
+        ("v2-8", 8, 4, 1, (2, 2)),
+        ("v2-512", 512, 256, 64, (16, 16)),
+        ("v3-8", 8, 4, 1, (2, 2)),
+        ("v3-256", 256, 128, 32, (8, 16)),
+        ("v3-2048", 2048, 1024, 256, (32, 32)),
+        ("v4-8", 4, 4, 1, (2, 2, 1)),
+        ("v4-256", 128, 128, 32, (4, 4, 8)),
+        ("v4-4096", 2048, 2048, 512, (8, 16, 16)),
+        ("v5e-1", 1, 1, 1, (1, 1)),
+        ("v5litepod-8", 8, 8, 1, (2, 4)),
+        ("v5e-16", 16, 16, 4, (4, 4)),
+        ("v5p-8", 4, 4, 1, (2, 2, 1)),
+        ("v5p-12288", 6144, 6144, 1536, (16, 16, 24)),
+        ("v6e-256", 256, 256, 64, (16, 16)),
+        ("a100x1", 1, 1, 1, (1, 1)),
+        ("h100x8", 8, 8, 1, (1, 8)),
+        ("h200x16", 16, 16, 2, (2, 8)),
+        ("cpu", 1, 1, 1, (1,)),
+        ("cpux8", 8, 8, 1, (8,)),
+    ],
+)
+def test_a_name_gives_devices_chips_and_hosts(name, devices, chips, hosts, shape):
+    t = topology(name)
+    assert (t.name, t.devices, t.chips, t.hosts, t.shape) == (name, devices, chips, hosts, shape)
+
+
+def test_rates_are_those_of_a_device_as_jax_counts_it():
+    v3, v4, h100 = (topology(name) for name in ("v3-256", "v4-256", "h100x8"))
+    assert v3.peak() == 61.5e12 and v3.memory_bytes == 16 * GIB and v3.bandwidth == 450e9 and v3.chip.clock == 940e6
+    assert v4.peak() == 275e12 and v4.memory_bytes == 32 * GIB and v4.bandwidth == 1200e9 and v4.chip.clock == 1050e6
+    assert v3.peak() * v3.devices == pytest.approx(123e12 * 128)  # 123 TFLOP/s a chip
+    assert h100.peak("tensorfloat32") == pytest.approx(h100.peak() / 2, rel=1e-3) and h100.peak("float32") == 67e12
+    assert math.isnan(v4.peak("float32")) and math.isnan(topology("cpux8").peak())
+    assert h100.chip.links * h100.chip.link_bandwidth == 450e9  # NVLink: 900 GB/s, both directions
+    with pytest.raises(UsageError, match="dtype: found 'bf16', expected bfloat16, tensorfloat32, float32"):
+        v3.peak("bf16")
+
+
+def test_the_paper_trained_at_a_known_share_of_its_pod():
+    """DiT-XL/2, 182.2 TFLOP a step, 5.7 steps a second on a v3-256: 6.6 % of the peak."""
+    pod = topology("v3-256")
+    assert 5.7 * 182.2e12 / (pod.peak() * pod.devices) == pytest.approx(0.066, abs=5e-4)
+
+
+def test_every_chip_is_a_known_device():
+    for kind, chip in CHIPS.items():
+        assert (find(chip.device_kind) is None) == (kind == "cpu")
+    assert {d.kind for d in DEVICES.values()} >= {"tpu-v3 core", "tpu-v5e", "h200"}
+
+
+def test_every_listed_name_is_a_slice_of_whole_hosts():
+    for name in names():
+        t = topology(name)
+        assert math.prod(t.shape) == t.chips and t.chips % t.hosts == 0 and t.chips // t.hosts <= 8, name
+
+
+def test_what_the_topology_api_needs():
+    assert topology("v3-256").description()["topology_name"] == "v3:8x16"
+    assert topology("v4-256").description() == {
+        "platform": "tpu",
+        "topology_name": "v4:4x4x8",
+        "chips_per_host_bounds": (2, 2, 1),
+        "num_slices": 1,
+        "wrap": (True, True, True),
+        "chip_config_name": "megacore",
+    }
+    assert topology("v4-8").description()["wrap"] == (False, False, False)
+    assert topology("v5e-8").description()["chips_per_host_bounds"] == (2, 4, 1)
+    with pytest.raises(UsageError, match="found h100x8, but programs are compiled ahead for TPU slices only"):
+        topology("h100x8").description()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("v3-200", "'v3-200', expected a slice such as v3-256, v3-128, v3-512"),
+        ("v3-7", "v3-8"),
+        ("v5e-12", "v5e-16"),
+        ("v4-1", "v4-8"),
+        ("h100x12", "h100x8"),
+        ("v3_256", "v3-256"),
+        ("h100", "h100x"),
+        ("cpux0", "cpux8"),
+        ("", "v3-256"),
+        ("v3-" + "9" * 5000, "expected a slice such as"),
+        ("v3-\u0662\u0665\u0666", "expected a slice such as"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name, near):
+    with pytest.raises(UsageError) as error:
+        topology(name)
+    assert near in str(error.value)
+
+
+@pytest.mark.tpu
+def test_the_compiler_agrees():
+    """libtpu's devices, hosts and chips of every slice."""
+    code = """
+import json
+from jax.experimental import topologies
+from dit_jax import hardware
+found = {}
+for name in hardware.names():
+    t = hardware.topology(name)
+    if t.platform == "tpu":
+        d = topologies.get_topology_desc(**t.description()).devices
+        found[name] = [d[0].device_kind, len(d), len({x.process_index for x in d}), len({tuple(x.coords) for x in d})]
+print(json.dumps(found))
+"""
+    quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | quiet
+    )
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+        t = topology(name)
+        assert found == [t.chip.device_kind, t.devices, t.hosts, t.chips], name

@@ -1,0 +1,133 @@
+"""Processes on loopback, as on several hosts: the same run on 1, 2 and 4, checkpoints for any number of devices, nobody there."""
+
+import dataclasses
+import json
+import socket
+
+import jax
+import numpy as np
+import pytest
+from job import Job, run
+from runs import TIMINGS, saved, scalars, train
+
+from dit_jax import checkpoint
+from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
+from dit_jax.mesh import make_mesh
+from dit_jax.records import read_records
+from dit_jax.state import abstract_state, make_state
+
+STEPS = 30
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def train_on(count, workdir, cache_dir, *more):
+    """A training of `count` processes with one device each, told of each other by flags. Returns what process 0 said."""
+    address, jobs = free_address(), []
+    for index in range(count):
+        where = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"] if count > 1 else []
+        jobs.append(Job("train", *train(workdir, *more, steps=STEPS), *where, cache_dir=cache_dir, devices=1))
+    said = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * count, said
+    assert not any(said[1:])  # process 0 speaks for all
+    return said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_one_two_and_four_processes_train_alike(data_dir, cache_dir, tmp_path):
+    """The same data order and losses to 1e-5, one set of scalars, one record each, and of the same protocol."""
+    found = {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / str(count)
+        train_on(count, workdir, cache_dir)
+        lines = scalars(workdir)
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert len((workdir / "goodput.jsonl").read_text().splitlines()) == 1
+        assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+        code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
+        assert code == 0, err
+        records = {k: v for k, v in read_records(str(workdir)).items() if k[0] == STEPS}
+        ((identity, record),) = records.items()
+        found[count] = (lines, identity, record["metrics"]["loss"])
+    for count in (2, 4):
+        for one, other in zip(found[1][0], found[count][0], strict=True):
+            assert set(one) == set(other) and not set(one) & set(TIMINGS)
+            for name in ("loss", "grad_norm", "param_norm"):
+                assert other[name] == pytest.approx(one[name], rel=1e-5), (count, one["step"], name)
+        assert found[count][1] == found[1][1]
+        assert found[count][2] == pytest.approx(found[1][2], rel=1e-5)
+
+
+def filled(state):
+    """The same state, every array of it filled with random bits that make finite numbers."""
+    draw = np.random.default_rng(0)
+
+    def fill(leaf):
+        values = draw.standard_normal(leaf.shape) if leaf.dtype == np.float32 else draw.integers(0, 9, leaf.shape)
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, state)
+
+
+def keep(state, workdir, model):
+    saver = checkpoint.Saver(str(workdir), 1)
+    saver.save(state, {"next_index": 3}, {"model": to_dict(model)})
+    saver.wait()
+    saver.close()
+
+
+def assert_equal_bits(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+SLOW = [pytest.param(axes, marks=pytest.mark.slow) for axes in ((8, 1, 1), (2, 2, 2))]
+
+
+@pytest.mark.parametrize("axes", [(1, 8, 1), *SLOW])
+def test_a_checkpoint_of_8_devices_restores_on_fewer_and_back_bit_for_bit(axes, tmp_path):
+    model = ModelConfig(depth=1, width=16, heads=2, input_size=8, channels=1, classes=10)
+    cfg, eight = Config(model=model), make_mesh(MeshConfig(*axes))
+    state = dataclasses.replace(filled(make_state(cfg, eight)), step=jax.numpy.int32(3))
+    keep(state, tmp_path / "8", model)
+    for count in (1, 2, 4):
+        few = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:count])
+        there, position = checkpoint.restore(str(tmp_path / "8"), 3, abstract_state(cfg, few), model)
+        assert position == {"next_index": 3}
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(there.params)} == {count}
+        assert_equal_bits(state, there)
+        keep(there, tmp_path / str(count), model)
+        back, _ = checkpoint.restore(str(tmp_path / str(count)), 3, abstract_state(cfg, eight), model)
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(back.params)} == {8}
+        assert_equal_bits(state, back)
+
+
+def test_nobody_at_the_coordinators_address_is_one_line(tmp_path, data_dir, cache_dir):
+    address, jobs = free_address(), []
+    for index, where in ((1, address), (0, free_address())):  # one finds no coordinator, the other nobody else
+        flags = [
+            f"--coordinator={where}",
+            "--num_processes=2",
+            f"--process_id={index}",
+            "--config.mesh.initialization=2",
+        ]
+        jobs.append(Job("train", *train(tmp_path / "run"), *flags, cache_dir=cache_dir, devices=1))
+    said = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [1, 1]
+    hint = "within 2 s; start the same command on every host, or raise mesh.initialization\n"
+    assert said[0] == f"error: no coordinator at {address} that all processes reached {hint}"
+    assert said[1].startswith("error: of 2 processes not all came to the coordinator, ") and said[1].endswith(hint)
+    assert said[1].count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_half_an_address_on_the_command_line_is_a_usage_error(tmp_path, cache_dir):
+    code, _, err = run("train", *train(tmp_path / "run"), "--process_id=1", cache_dir=cache_dir, devices=1)
+    assert (code, err) == (
+        2, "error: --coordinator (or JAX_COORDINATOR_ADDRESS): not given, expected HOST:PORT of process 0\n"
+    )  # fmt: skip
+    assert json.dumps(sorted(tmp_path.iterdir())) == "[]"

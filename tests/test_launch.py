@@ -1,0 +1,261 @@
+"""The launch scripts: the exact commands that they would run, what they refuse, and how cells are handed to them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from job import ROOT, run
+
+from dit_jax import evaluate
+from dit_jax.config import Config, EvalConfig, SampleConfig, UsageError, model_config
+from dit_jax.launcher import find_cell, own_arguments, spans
+
+SCRIPTS = sorted((ROOT / "launch").iterdir())
+JOB = ["train", "--config=configs/imagenet256.py:DiT-XL/2", "--workdir=/mnt/share/xl2"]
+TYPED = " ".join(JOB[1:])
+CLOUD = {"PROJECT": "lab", "ZONE": "us-central2-b", "NAME": "xl2"}
+TPU = CLOUD | {"ACCELERATOR": "v4-64", "NFS": "10.0.0.2:/share"}
+GKE = CLOUD | {"CLUSTER": "pods", "TPU_TYPE": "v4-64", "CAPACITY": "spot"}
+
+
+def call(script, *arguments, **variables):
+    """(exit code, lines on standard output with the checkout as ROOT, standard error); no variable but these is set."""
+    env = {"PATH": os.environ["PATH"], **variables}
+    command = ["bash", f"launch/{script}", *arguments]
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return found.returncode, found.stdout.replace(str(ROOT), "ROOT").splitlines(), found.stderr
+
+
+def dry(script, *arguments, **variables):
+    code, lines, err = call(script, "--dry-run", *arguments, **variables)
+    assert (code, err) == (0, "")
+    return lines
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "tests" / "slurm.sh"], ids=lambda path: path.name)
+def test_scripts_parse_and_pass_shellcheck(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    assert os.access(path, os.X_OK)
+    if shellcheck := shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+        found = subprocess.run([shellcheck, path], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+# ---- SLURM
+
+PYTHON = {"PYTHON": "/venv/bin/python"}
+
+
+def test_slurm_training_on_four_nodes():
+    assert dry("slurm.sbatch", *JOB, **PYTHON, NODES="4", GPUS="8", CPUS="64", TIME="24:00:00", PARTITION="a100") == [
+        "mkdir -p logs",
+        "env PYTHON=/venv/bin/python sbatch --parsable --nodes=4 --ntasks-per-node=1 --cpus-per-task=64 --time=24:00:00 "
+        f"--output=logs/%x-%j.out --gpus-per-node=8 --partition=a100 launch/slurm.sbatch train {TYPED}",
+        f"# in the job: srun --kill-on-bad-exit=0 --cpus-per-task=64 /venv/bin/python -m dit_jax.train {TYPED}",
+    ]
+
+
+def test_slurm_array_after_another_job():
+    job = ["evaluate", "--workdir=w", "--config.eval.guidance=(1.0,2.0)"]
+    found = dry("slurm.sbatch", *job, **PYTHON, ARRAY="0-24", LIMIT="8", AFTER="12", CPUS="8", TIME="60", LOGS="/l")
+    assert found == [
+        "mkdir -p /l",
+        "env PYTHON=/venv/bin/python sbatch --parsable --array=0-24%8 --nodes=1 --ntasks-per-node=1 --cpus-per-task=8 --time=60 "
+        "--output=/l/%x-%A_%a.out --dependency=afterok:12 --kill-on-invalid-dep=yes launch/slurm.sbatch evaluate --workdir=w "
+        "'--config.eval.guidance=(1.0,2.0)'",
+        "# in the job: srun --kill-on-bad-exit=0 --cpus-per-task=8 /venv/bin/python -m dit_jax.evaluate --workdir=w "
+        "'--config.eval.guidance=(1.0,2.0)' --cell=$SLURM_ARRAY_TASK_ID",
+    ]
+
+
+# ---- TPU VMs
+
+ON = "gcloud compute tpus tpu-vm ssh xl2 --project=lab --zone=us-central2-b"
+QUEUE = "gcloud compute tpus queued-resources"
+HERE = "xl2 --project=lab --zone=us-central2-b"
+CREATE = [
+    f"{QUEUE} create {HERE} --node-id=xl2 --accelerator-type=v4-64 --runtime-version=tpu-ubuntu2204-base",
+    f"# every 30 s until ACTIVE: {QUEUE} describe {HERE} '--format=value(state.state)'",
+]
+SETUP = [
+    "git -C ROOT archive --format=tar.gz --prefix=dit_jax/ --output=ROOT/dit_jax.tar.gz HEAD",
+    "gcloud compute tpus tpu-vm scp ROOT/dit_jax.tar.gz xl2:dit_jax.tar.gz --project=lab --zone=us-central2-b --worker=all",
+    "rm ROOT/dit_jax.tar.gz",
+    f"{ON} --worker=all '--command=sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv make nfs-common'",
+    f"{ON} --worker=all '--command=sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard "
+    "'\\''10.0.0.2:/share'\\'' /mnt/share) && sudo chmod a+rwx /mnt/share'",
+    f"{ON} --worker=all '--command=tar xzf dit_jax.tar.gz && cd dit_jax && make setup PYTHON=python3.11'",
+    f"{ON} --worker=all '--command=cd dit_jax && .venv/bin/pip install --quiet "
+    '"jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"\'',
+]
+RUN = [
+    f"{ON} --worker=all '--command=cd dit_jax || exit; if [ -e run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo "
+    "'\\''error: a job is running here; stop it first'\\'' >&2; exit 1; fi; nohup .venv/bin/python -m dit_jax.train "
+    f"{TYPED} >>run.log 2>&1 </dev/null & echo $! >run.pid'"
+]
+DELETE = [f"{QUEUE} delete {HERE} --force --quiet"]
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["create"], CREATE),
+        (["setup"], SETUP),
+        (["run", *JOB], RUN),
+        (["logs"], [f"{ON} --worker=0 '--command=tail -n 100 -F dit_jax/run.log'"]),
+        (["stop"], [f"{ON} --worker=all '--command=kill -TERM $(cat dit_jax/run.pid)'"]),
+        (["delete"], DELETE),
+        (
+            ["resume", *JOB],
+            [
+                CREATE[1].replace("every 30 s until ACTIVE", "all but the last command where this says ACTIVE"),
+                *DELETE, *CREATE, *SETUP, *RUN,
+            ],
+        ),
+    ],
+    ids=lambda value: value[0] if len(value[0]) < 10 else "",
+)  # fmt: skip
+def test_tpu_vm(arguments, expected):
+    assert dry("tpu_vm.sh", *arguments, **TPU) == expected
+
+
+@pytest.mark.parametrize(
+    "accelerator,image",
+    [
+        ("v3-256", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_image_of_a_tpu_and_spot(accelerator, image):
+    line = dry("tpu_vm.sh", "create", **TPU | {"ACCELERATOR": accelerator, "SPOT": "1"})[0]
+    assert line.endswith(f"--accelerator-type={accelerator} --runtime-version={image} --spot")
+
+
+# ---- GKE
+
+PODS = "--cluster=pods --project=lab --zone=us-central2-b"
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["create"], [f"xpk cluster create --tpu-type=v4-64 --num-slices=1 --spot {PODS}"]),
+        (
+            ["share"],
+            [
+                "xpk storage create pods-share --type=gcpfilestore --vol=share --size=1024 --tier=BASIC_HDD "
+                f"--mount-point=/mnt/share --readonly=false --auto-mount=true {PODS}"
+            ],
+        ),
+        (
+            ["run", *JOB],
+            [
+                "rm -rf ROOT/build/gke ROOT/build/gke.tar",
+                "mkdir -p ROOT/build/gke",
+                "git -C ROOT archive --output=ROOT/build/gke.tar HEAD",
+                "tar -xf ROOT/build/gke.tar -C ROOT/build/gke",
+                "xpk workload create --workload=xl2 --tpu-type=v4-64 --num-slices=1 --base-docker-image=python:3.11 "
+                "--script-dir=ROOT/build/gke --max-restarts=100 --restart-on-exit-codes=75 "
+                "--termination-grace-period-seconds=120 '--command=make setup PYTHON=python3 && .venv/bin/pip install --quiet "
+                '"jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")" && exec .venv/bin/python -m '
+                f"dit_jax.train {TYPED}' {PODS}",
+            ],
+        ),
+        (["status"], [f"xpk workload list {PODS}"]),
+        (
+            ["logs"],
+            [
+                "gcloud container clusters get-credentials pods --project=lab --region=us-central2",
+                "kubectl logs --follow --tail=100 "
+                "--selector=jobset.sigs.k8s.io/jobset-name=xl2,batch.kubernetes.io/job-completion-index=0",
+            ],
+        ),
+        (["stop"], [f"xpk workload delete --workload=xl2 --force {PODS}"]),
+        (["delete"], [f"xpk cluster delete --force {PODS}"]),
+    ],
+    ids=lambda value: value[0] if len(value[0]) < 10 else "",
+)
+def test_gke(arguments, expected):
+    assert dry("gke.sh", *arguments, **GKE) == expected
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "script,arguments,variables,message",
+    [
+        ("slurm.sbatch", JOB, {"NODES": "2"}, "TIME CPUS: not set; the head of launch/slurm.sbatch says what they are"),
+        ("slurm.sbatch", [], {}, "found no job, expected a job such as train, and its flags"),
+        ("slurm.sbatch", JOB, {"ARRAY": "0-3", "TASKS": "2"}, "NODES, TASKS: found 1, 2; expected 1: a cell is one process"),
+        ("tpu_vm.sh", ["resume", *JOB], CLOUD, "ACCELERATOR NFS: not set; the head of launch/tpu_vm.sh says what they are"),
+        ("tpu_vm.sh", ["run"], CLOUD, "found no job, expected a job such as train, and its flags"),
+        ("tpu_vm.sh", ["destroy"], CLOUD, "found destroy, expected create, setup, run, logs, stop, resume or delete"),
+        ("gke.sh", ["run", *JOB], CLOUD, "CLUSTER TPU_TYPE: not set; the head of launch/gke.sh says what they are"),
+        ("gke.sh", ["create"], GKE | {"CAPACITY": "free"}, "CAPACITY: found free, expected on-demand, spot or reservation=ID"),
+        ("gke.sh", [], GKE, "found no verb, expected create, share, run, status, logs, stop or delete"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]])
+def test_refusals(script, arguments, variables, message, flag):
+    assert call(script, *flag, *arguments, **variables) == (2, [], f"error: {message}\n")
+
+
+# ---- cells
+
+
+def test_a_cell_is_named_or_numbered():
+    assert [find_cell(("a", "b"), asked) for asked in ("b", "0", "1")] == [1, 0, 1]
+    with pytest.raises(UsageError, match="--cell: found 2, expected 0 to 1, or a name"):
+        find_cell(("a", "b"), "2")
+    with pytest.raises(UsageError, match=r"--cell: found 'guidance-1'.*did you mean 'guidance-1.5'"):
+        find_cell(("guidance-1.5", "loss"), "guidance-1")
+
+
+def test_a_cells_command_is_the_jobs_own():
+    kept = ["--config=x.py", "--workdir", "w"]
+    assert own_arguments([*kept[:1], "--launcher=print", *kept[1:], "--cell", "3", "-launcher", "slurm"]) == kept
+    assert (spans([0, 1, 2, 5, 7, 8]), spans([4])) == ("0-2,5,7-8", "4")
+
+
+def test_parts_of_an_evaluation_are_the_whole():
+    grid = EvalConfig(samples=10, guidance=(1, 1.5), weights=("ema", "params"))
+    cfg = Config(model=model_config("DiT-S/8"), sample=SampleConfig(sampler="ddim", steps=5), eval=grid)
+    parts = evaluate.cells(cfg)
+    names = [f"{weights}-ddim-5-guidance-{scale}" for weights in ("ema", "params") for scale in (1.0, 1.5)]
+    assert list(parts) == ["loss", *names]
+    assert [evaluate.samplings(parts[name])[0] for name in names] == evaluate.samplings(cfg)
+    assert all(len(evaluate.samplings(parts[name])) == 1 and not parts[name].eval.loss for name in names)
+    assert parts["loss"].eval.samples == 0 and parts["loss"].eval.weights == ("ema", "params")
+
+
+@pytest.mark.slow
+def test_a_sweep_prints_its_cells_and_one_of_them_runs_alone(data_dir, cache_dir, tmp_path):
+    config, workdir = tmp_path / "ladder.py", tmp_path / "demo"
+    config.write_text(
+        f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nfrom test_sweep import small\n\nget_config = small\n"
+    )
+    flags = [f"--config={config}", f"--workdir={workdir}", "--config.eval.samples=0"]
+    code, out, err = run("sweep", *flags, "--launcher=print", cache_dir=cache_dir, devices=1)
+    assert code == 0 and err.startswith("after them: ") and " ".join(flags) in err
+    lines = out.splitlines()
+    assert len(lines) == 10 and all(re.search(r"-m dit_jax\.sweep .* --cell=C\S+-w\d+-d\d+$", line) for line in lines)
+    name = lines[-1].split("--cell=")[1]
+    code, _, err = run("sweep", *flags, "--cell=9", cache_dir=cache_dir, devices=1)
+    assert code == 0 and re.search(rf"^{name}  loss \d\.\d+ \+- 0\.\d+$", err, re.MULTILINE)
+    assert os.listdir(workdir / "cells") == [name]
+    left = run("sweep", *flags, "--launcher=print", cache_dir=cache_dir, devices=1)[1].splitlines()
+    assert left == lines[:-1]
+
+
+def test_slurm_needs_its_variables(uninterrupted, cache_dir):
+    grid = [f"--workdir={uninterrupted}", "--config.eval.guidance=(1.0,2.0)", "--launcher=slurm"]
+    code, out, err = run("evaluate", *grid, cache_dir=cache_dir, devices=1, environment={"TIME": "", "CPUS": ""})
+    message = "error: --launcher=slurm: TIME CPUS: not set; the head of launch/slurm.sbatch says what they are\n"
+    assert (code, out, err) == (2, "", message)

@@ -1,0 +1,406 @@
+"""Facts about plans: real models, exact budgets, commands that work, what a wrong size costs, and which runs to train next."""
+
+import json
+import math
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from ml_collections import config_flags
+from planted import LAW, ladder
+from scipy import stats
+from test_scaling_fit import BUDGETS, L_LAW, N_LAW, study
+from test_scaling_runs import record, workdir
+
+from dit_jax import flops
+from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UsageError, model_config, resolve, to_dict
+from dit_jax.hardware import topology
+from dit_jax.scaling import study as parametric
+from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.conventions import Convention
+from dit_jax.scaling.design import Cell, next_cells
+from dit_jax.scaling.family import DIT, Family, family_of, sized
+from dit_jax.scaling.fit import fit_isoflop
+from dit_jax.scaling.recipe import make_recipe, off_by
+from dit_jax.scaling.runs import Run, load_runs
+from dit_jax.scaling.settings import Settings, settings
+from dit_jax.scaling.surface import fit_varpro
+
+ROOT = Path(__file__).parent.parent
+XL = model_config("DiT-XL/2")
+SHAPES = ((8, 2), (12, 3), (16, 4), (20, 5), (24, 6))  # width = 4 x depth
+DIGITS = ModelConfig(4, 16, 1, 2, 8, 1, 10, learn_sigma=False)
+
+
+# Family
+
+
+def test_the_rule_gives_back_the_large_published_models():
+    for name in ("DiT-L/2", "DiT-XL/2"):
+        published = model_config(name)
+        found = sized(DIT, flops.active_parameters(published), published)
+        assert (found.width, found.depth) == (published.width, published.depth)
+        assert found.width // found.heads == 64
+    assert pytest.approx(43.5, abs=0.1) == DIT.aspect
+
+
+@pytest.mark.parametrize("family", [DIT, Family("RUNS", 4.0, 16.0, 0, 4), Family("RUNS", 4.0, 64.0, 1, 4)])
+@pytest.mark.parametrize("count", [flops.active_parameters, flops.parameters])
+def test_every_size_is_a_model_that_can_be_built(family, count):
+    for params in np.geomspace(1e5, 1e12, 15).tolist():
+        model = sized(family, params, XL, count)
+        assert model.width % model.heads == 0 and model.width % (64 if model.width >= 256 else family.step) == 0
+        assert 1 / 3 < model.width / model.heads / family.head_width < 3 or (
+            model.heads == family.heads and model.width / model.heads <= family.head_width
+        )
+        assert abs(math.log(count(model) / params)) < 0.15 and model.patch == 2
+        if params > 1e8:
+            assert abs(math.log(count(model) / params)) < 0.05
+            assert abs(math.log(model.width / model.depth / family.aspect)) < 0.25
+
+
+def test_the_family_of_a_ladder_is_its_own():
+    models = [replace(DIGITS, width=w, depth=d) for w, d in SHAPES]
+    found = family_of(models)
+    assert (found.aspect, found.heads, found.step) == (pytest.approx(4.0), 1, 4)
+    assert str(found) == "RUNS: width = 4 x depth, 1 head(s) up to 64 wide"
+    for model in models:
+        assert sized(found, flops.active_parameters(model), model) == model
+    assert family_of([model_config(f"DiT-{s}/2") for s in ("S", "B", "L")]).head_width == pytest.approx(64)
+    with pytest.raises(UsageError, match="size: found inf parameters"):
+        sized(found, math.inf, DIGITS)
+
+
+# Recipes
+
+
+def sweep(path, c_of=lambda c, n: c, noise=0.002) -> str:
+    """A folder of evaluated workdirs of a ladder of digits models, its loss following a parabola at each budget."""
+    rng = np.random.default_rng(0)
+    for c in (1e10, 3e10, 9e10, 2.7e11):
+        for width, depth in SHAPES:
+            model = replace(DIGITS, width=width, depth=depth)
+            steps = round(c / flops.train_flops(model, 32))
+            n, images = flops.active_parameters(model), steps * 32
+            loss = 0.38 + 40 * c**-0.22 + 0.02 * math.log(n / (0.02 * c**0.52)) ** 2 + noise * rng.standard_normal()
+            rate = 0.006 * (64 / width) ** 0.5
+            cfg = Config(
+                model, train=TrainConfig(steps, 32), optim=OptimConfig(rate, clip=1.0, warmup_steps=50, ema="power")
+            )
+            cfg = replace(cfg, diffusion=replace(cfg.diffusion, process="flow"))
+            folder = path / f"C{c:.0e}-w{width}"
+            values = dict(images_seen=images, tokens_seen=images * 16, params=flops.parameters(model), params_active=n)
+            values |= dict(flops_train=flops.train_flops(model, images), metrics={"loss": loss})
+            workdir(folder, record(run=folder.name, step=steps, **values))
+            (folder / "config.json").write_text(json.dumps({"config": to_dict(cfg)}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    return sweep(tmp_path_factory.mktemp("plan") / "sweep")
+
+
+# ml_collections reads config files with it
+READS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def parsed(command: str, monkeypatch) -> Config:
+    """The config that a command line gives, by the door that every job uses."""
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "dit_jax.train"] and words[-1].startswith("--workdir=")
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    monkeypatch.setattr("sys.argv", ["train", *words[3:-1]])  # ml_collections looks there for overrides
+    values(["train", *words[3:-1]])
+    return resolve(values.config)
+
+
+@READS
+def test_a_plan_from_records_is_ready_to_train(swept, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "plan.json"
+    assert main(["plan", swept, "--flops=1e13", f"--json={out}", "--resamples=200"]) == 0
+    printed, said = capsys.readouterr().out, json.loads(out.read_text())
+    (plan,) = said["plans"]
+    assert plan["command"] in printed and "37.0x beyond the largest budget fitted" in printed
+    cfg = parsed(plan["command"], monkeypatch)
+    assert asdict(cfg.model) == plan["model"] and cfg.model.channels == 1 and cfg.model.tokens == 16
+    assert (cfg.train.steps, cfg.train.batch_size) == (plan["steps"], 32)
+    assert cfg.diffusion.process == "flow" and cfg.optim.warmup_steps == 50 and cfg.optim.ema_width == 0.05
+    assert cfg.optim.learning_rate == pytest.approx(0.006 * (64 / cfg.model.width) ** 0.5, rel=1e-3)
+    assert flops.train_flops(cfg.model, plan["images"]) == plan["flops_train"] == pytest.approx(1e13, rel=1e-3)
+    assert plan["params_active"] == flops.active_parameters(cfg.model) and plan["params"] == flops.parameters(cfg.model)
+    assert plan["n"] == pytest.approx(plan["n_opt"], rel=0.15) and plan["tokens"] == plan["images"] * 16
+    assert plan["n_opt"] == pytest.approx(0.02 * 1e13**0.52, rel=0.2) and not plan["warnings"]
+    assert plan["loss_interval"][0] < 0.38 + 40 * 1e13**-0.22 < plan["loss_interval"][1]
+    assert said["convention"]["counted"] == "exact" and said["family"].startswith("RUNS: width = 4 x depth")
+    assert len({(c["flops"], c["params"]) for c in said["next"]["cells"]}) == len(said["next"]["cells"]) > 3
+    assert said["next"]["cost"] <= said["next"]["limit"] == pytest.approx(2e12, rel=0.01)
+    for cell in said["next"]["cells"]:
+        model = replace(cfg.model, **{k: cell[k] for k in ("width", "depth", "heads")})
+        assert flops.active_parameters(model) == cell["params"]
+        assert flops.train_flops(model, cell["images"]) == cell["flops_train"] == pytest.approx(cell["flops"], rel=0.1)
+
+
+def test_a_plan_for_hours_of_chips(swept, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    arguments = ["--chip_hours=0.001", "--topology=v3-256", "--mfu=0.3", "--next_flops=0", "--resamples=50"]
+    assert main(["plan", swept, f"--json={out}", *arguments]) == 0
+    plan = json.loads(out.read_text())["plans"][0]
+    chip = topology("v3-8").peak() * 2
+    assert plan["flops"] == pytest.approx(0.001 * 3600 * chip * 0.3) and chip == 123e12
+    where = plan["hardware"]
+    assert where["chip_hours"] == pytest.approx(0.001, rel=1e-3) and where["device_hours"] == 2 * where["chip_hours"]
+    assert where["hours"] == pytest.approx(0.001 / 128, rel=1e-3) and where["devices"] == 256
+    printed = capsys.readouterr().out
+    assert "128 chips, which JAX counts as 256 devices; a batch of 32 does not divide over them" in printed
+    assert "assumed MFU of 0.3 in bfloat16" in printed and "Runs to train next" not in printed
+
+
+@READS
+def test_named_models_and_config_files_set_the_rest(swept, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = load_runs(swept)
+    named = settings(runs, name="DiT-B/4", changes={"image_size": 512})
+    assert (named.model.patch, named.model.input_size, named.file) == (4, 64, "configs/imagenet512.py:DiT-B/4")
+    filed = settings(runs, file="configs/digits.py", changes={"classes": 12}, batch=48)
+    assert (filed.model.classes, filed.batch, filed.file) == (12, 48, "configs/digits.py")
+    own = settings(runs)
+    assert own.file == "configs/digits.py" and own.batch == 32 and own.rate[1] == pytest.approx(-0.5)
+    for given in (named, filed, own):
+        recipe = make_recipe(fit_isoflop(runs, resamples=0), 1e14, given, runs)
+        cfg = parsed(recipe.command, monkeypatch)
+        assert cfg.model == recipe.model and cfg.train.steps == recipe.steps and cfg.train.batch_size == given.batch
+
+
+def test_a_plan_of_a_table_assumes_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs.csv"
+    rows = [f"{r.params},{r.tokens},{r.loss},{r.tokens / 64}" for r in ladder(noise=0.003)]
+    path.write_text("\n".join(["params,tokens,loss,images", *rows]))
+    arguments = ["--flops=1e22", "--method=varpro", "--resamples=50", "--next_flops=0"]
+    assert main(["plan", str(path), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "DiT-XL/2 at 256 pixels, since neither RUNS nor --config nor --model say otherwise" in printed
+    assert "the planned model has 256 tokens an image, RUNS 64: name their model" in printed
+    assert "FLOPs, 6ND: 10.0x beyond" in printed and "--config.model.patch=2" in printed
+
+
+def test_exact_budgets_are_met_whatever_the_fit_counts():
+    """A fit of 6ND: C in 6ND differs from a machine's FLOPs by a factor that depends on the model."""
+    runs = [replace(r, convention=Convention(counted="6ND")) for r in ladder()]
+    fit, given = fit_varpro(runs, resamples=0), Settings(XL, 256, DIT, "test")
+    recipe = make_recipe(fit, 1e21, given, runs, exact=True)
+    assert recipe.flops_train == pytest.approx(1e21, rel=1e-3) and recipe.flops < 0.99e21
+    assert recipe.flops == pytest.approx(6 * recipe.n * recipe.tokens, rel=1e-3)
+    assert recipe.n_opt == pytest.approx(float(LAW.optimum(6.0)["N_opt"](recipe.flops)), rel=1e-3)
+    counted = make_recipe(fit, 1e21, given, runs)
+    assert counted.flops == 1e21 == pytest.approx(6 * counted.n * counted.tokens, rel=1e-3)
+    total = [replace(r, convention=Convention(params="total")) for r in runs]
+    assert make_recipe(fit, 1e21, given, total).params == pytest.approx(counted.n_opt, rel=0.05)
+    with pytest.raises(UsageError, match=r"--batch: 1e\+21 FLOPs buy .* images of the recommended model, less than a"):
+        make_recipe(fit, 1e21, replace(given, batch=10**10), runs)
+
+
+# What a wrong size costs
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 4.0])
+def test_the_cost_of_a_wrong_size_is_that_of_the_planted_surface(factor):
+    fit, c = fit_varpro(ladder(), resamples=0), 1e22
+    off, best = off_by(fit, c, factor), LAW.optimum(6.0)
+    n = factor * best["N_opt"](c)
+    assert off.loss == pytest.approx(LAW(n, c / 6 / n), rel=1e-6)
+    assert off.rise == pytest.approx(off.loss - best["L_opt"](c), rel=1e-4)
+    far = off.compute * c
+    n = factor * best["N_opt"](far)
+    assert pytest.approx(best["L_opt"](c), rel=1e-8) == LAW(n, far / 6 / n)
+
+
+def test_isoflop_curves_tell_the_same_cost():
+    """Parabolas through a narrow grid of a surface: the share of the reducible loss that a wrong size costs, at any compute."""
+    runs = [r for r in ladder(budgets=8, sizes=17) if abs(math.log(r.params / LAW.optimum(6.0)["N_opt"](r.flops))) < 1]
+    fit, truth = fit_isoflop(runs, resamples=0), fit_varpro(runs, resamples=0)
+    for c in (1e20, 1e24):
+        ours = [off_by(fit, c, f) for f in (0.5, 2.0)]
+        theirs = [off_by(truth, c, f) for f in (0.5, 2.0)]
+        assert ours[0].rise == pytest.approx(sum(o.rise for o in theirs) / 2, rel=0.1)
+        assert ours[0].compute == pytest.approx(theirs[0].compute, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("studies", "resamples", "least"), [(6, 60, 0.8), pytest.param(200, 400, 0.9, marks=pytest.mark.slow)]
+)
+def test_intervals_of_the_cost_hold_the_truth(studies, resamples, least):
+    hits = []
+    exact = off_by(fit_varpro(ladder(), resamples=0), 1e22, 2.0).compute
+    for seed in range(studies):
+        fit = fit_varpro(ladder(noise=0.005, seed=seed), resamples=resamples, seed=10**6 + seed)
+        low, high = off_by(fit, 1e22, 2.0).compute_interval
+        hits.append(1 < low <= exact <= high)
+    assert np.mean(hits) >= least, np.mean(hits)
+
+
+def test_intervals_of_the_cost_on_isoflop_curves_hold_its_value():
+    fit = fit_isoflop(study(noise=0.003, seed=1), resamples=200)
+    off = off_by(fit, 1e12, 2.0)
+    assert off.rise_interval[0] < off.rise < off.rise_interval[1] and off.compute_interval[0] >= 1
+
+
+# Which runs to train next
+
+
+def truth(c: float, n: float) -> float:
+    return float(L_LAW(c)) + 0.02 * math.log(n / float(N_LAW(c))) ** 2
+
+
+def drawn(runs, seed: int, noise: float) -> list[Run]:
+    """Runs of the same sizes and budgets with another noise."""
+    rng = np.random.default_rng(seed)
+    return [replace(r, loss=truth(r.flops, r.params) + noise * float(rng.standard_normal())) for r in runs]
+
+
+def trained(cells) -> list[Run]:
+    return [Run(f"new{i}", c.params, c.flops / 6 / c.params, c.flops, 1.0) for i, c in enumerate(cells)]
+
+
+def others(proposal, runs, seed: int) -> tuple:
+    """As many FLOPs of cells drawn at random: sizes at the budgets that there are, and whole new budgets."""
+    rng, chosen, left = np.random.default_rng(seed), [], proposal.cost
+    budgets = np.geomspace(BUDGETS[0], proposal.cost / 3, 12)
+    while left > BUDGETS[0] and len(chosen) < 25:
+        new, spread = rng.random() < 0.5, float(rng.uniform(0.5, 1.8))
+        c = float(rng.choice(budgets if new else BUDGETS))
+        sizes = [-spread, 0.0, spread] if new else [float(rng.uniform(-1.8, 1.8))]
+        if c * len(sizes) <= left:
+            chosen += [Cell(c, float(N_LAW(c)) * math.exp(u)) for u in sizes]
+            left -= c * len(sizes)
+    return tuple(chosen)
+
+
+def proposed(noise: float) -> tuple:
+    """(runs of a study, cells for as many FLOPs again that tell N_opt at 10x best, that compute)."""
+    runs, target = study(noise=noise, seed=1), 10 * float(BUDGETS[-1])
+    return runs, next_cells(fit_isoflop(runs, resamples=0), runs, target, sum(r.flops for r in runs)), target
+
+
+def narrowed(studies: int, rivals: int) -> tuple:
+    """(standard deviation of log N_opt at 10x with no cells, with those chosen, with rivals; the one predicted)."""
+    noise, found = 0.003, []
+    runs, proposal, target = proposed(noise)
+    for cells in [(), proposal.cells, *(others(proposal, runs, seed) for seed in range(rivals))]:
+        assert sum(c.flops for c in cells) <= proposal.cost * (1 + 1e-9)
+        fits = [fit_isoflop(drawn([*runs, *trained(cells)], s, noise), resamples=0) for s in range(studies)]
+        found.append(float(np.std([math.log(f.laws["N_opt"](target)) for f in fits])))
+    return found[0], found[1], found[2:], noise * math.sqrt(proposal.variance(proposal.cells))
+
+
+def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
+    runs, proposal, _ = proposed(0.003)
+    chosen = proposal.variance(proposal.cells)
+    assert chosen < 0.7 * proposal.variance(())
+    assert all(chosen < proposal.variance(others(proposal, runs, seed)) for seed in range(10))
+    before, after, _, predicted = narrowed(24, 0)
+    assert after < 0.9 * before and after == pytest.approx(predicted, rel=0.35)
+
+
+@pytest.mark.slow
+def test_the_chosen_cells_narrow_the_interval_more_in_300_studies():
+    before, chosen, rivals, predicted = narrowed(300, 10)
+    assert chosen < 0.65 * before and chosen < min(rivals) and chosen < 0.8 * np.median(rivals)
+    assert chosen == pytest.approx(predicted, rel=0.12)
+
+
+def narrowed_surface(studies: int, rivals: int) -> tuple:
+    """As `narrowed`, of a surface's N_opt at 1e22; rivals are cells at random of the same cost."""
+    noise, base = 0.005, ladder(noise=0.005, seed=1, budgets=4, sizes=5)
+    fit = fit_varpro(base, resamples=0)
+    proposal = next_cells(fit, base, 1e22, 0.5 * sum(r.flops for r in base))
+    sets, rng = [(), proposal.cells], np.random.default_rng(0)
+    for _ in range(rivals):
+        cells, left = [], proposal.cost
+        while left > 1e18 and len(cells) < 20:
+            c = math.exp(rng.uniform(math.log(1e18), math.log(left)))
+            cells.append(Cell(c, float(fit.laws["N_opt"](c)) * math.exp(rng.uniform(-1.4, 1.4))))
+            left -= c
+        sets.append(tuple(cells))
+    found = []
+    for cells in sets:
+        values = []
+        for seed in range(studies):
+            rng = np.random.default_rng(seed)
+            runs = [*base, *trained(cells)]
+            runs = [
+                replace(r, loss=float(LAW(r.params, r.tokens)) * math.exp(noise * rng.standard_normal())) for r in runs
+            ]
+            values.append(math.log(fit_varpro(runs, resamples=0).laws["N_opt"](1e22)))
+        found.append(float(np.std(values)))
+    return found[0], found[1], found[2:], proposal.after / fit.noise * noise * math.exp(fit.design.centre[2])
+
+
+@pytest.mark.slow
+def test_the_cells_chosen_for_a_surface_narrow_the_interval_more():
+    before, chosen, rivals, predicted = narrowed_surface(100, 8)
+    assert chosen < 0.85 * before and chosen < np.median(rivals)
+    assert chosen == pytest.approx(predicted, rel=0.25)
+
+
+@pytest.mark.parametrize("residual", ["log", "linear"])
+def test_the_deviation_of_a_surface_is_that_of_its_delta_method(residual):
+    runs = ladder(noise=0.005, seed=2)
+    fit = fit_varpro(runs, resamples=0, residual=residual)
+    proposal = next_cells(fit, runs, 1e22, sum(r.flops for r in runs), most=5)
+    low, high = parametric.delta_at(fit, 1e22)["N_opt"]
+    half = float(stats.t.ppf(0.975, fit.freedom))
+    assert proposal.before == pytest.approx(math.log(high / low) / 2 / half, rel=0.05)
+    assert proposal.after < 0.95 * proposal.before and proposal.cost <= proposal.limit
+    fewer = next_cells(fit, runs, 1e22, sum(r.flops for r in runs), most=2)
+    assert len(fewer.cells) <= 2 and proposal.after < fewer.after < fewer.before
+    assert [o.gain for o in fewer.ranking] == sorted((o.gain for o in fewer.ranking), reverse=True)
+
+
+def test_the_deviation_of_an_isoflop_fit_is_that_of_its_resamples():
+    """Curves centred on the law and wide for the noise: little is left for the bootstrap to add but Student's t."""
+    runs = [Run(r.name, r.params, r.tokens, r.flops, r.loss) for r in study(noise=0.0005, sizes=7, seed=4)]
+    fit = fit_isoflop(runs, resamples=2000)
+    found = next_cells(fit, runs, 1e12, 1e12).before
+    assert found == pytest.approx(float(np.std(np.log(fit.draws["N_opt"](1e12)))), rel=0.2)
+
+
+# Bad use
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "plan: found no budget, expected --flops, or --chip_hours with --topology"),
+        (["--chip_hours=5"], "--chip_hours: found it without --topology"),
+        (["--chip_hours=5", "--topology=v3-200"], "topology: found 'v3-200', expected a slice such as v3-256"),
+        (["--chip_hours=5", "--topology=cpux8"], "--topology: no peak rate is published for bfloat16 on cpux8"),
+        (["--chip_hours=-5", "--topology=v3-8"], "--chip_hours: found -5, expected a number above 0"),
+        (["--flops=1e13", "--topology=v4-8", "--dtype=int8"], "dtype: found 'int8', expected bfloat16"),
+        (["--flops=1e13", "--mfu=1.5"], "--mfu: found 1.5, expected a share of the peak, at most 1"),
+        (["--flops=1e13", "--config=none.py"], "no config file 'none.py'"),
+        (["--flops=1e13", "--config=bad.py"], "--config: bad.py cannot be read: KeyError: 'get_config'"),
+        (["--flops=1e13", "--model=DiT-XXL/2"], "model name: found 'DiT-XXL/2', expected one of"),
+        (["--flops=1e13", "--model=DiT-XL/2", "--patch=3"], "model.patch: found 3, expected a divisor of input_size = 32"),
+        (["--flops=1e13", "--image_size=256"], "--image_size: found it with the settings of a config"),
+        (["--flops=1e13", "--batch=-4"], "--batch: found -4, expected at least 1"),
+        (["--flops=1e13", "--batch=100000000"], "less than a batch of 100000000"),
+        (["--flops=1e13", "--conditioning=none"], "model.conditioning: found 'none'"),
+        (["--flops=1e13", "--next_flops=3"], "--next_flops: 3 FLOPs buy no cell; the cheapest is 1e+10"),
+        (["--flops=1e13", "--next_flops=1e12", "--method=akima"], "--next_flops: method akima says nothing of single runs"),
+        (["--flops=1e13", "--method=power"], "power says nothing of N_opt"),
+    ],
+)  # fmt: skip
+def test_bad_use_is_one_line_exit_2_and_no_file(swept, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text("x = 1\n")
+    assert main(["plan", swept, "--json=out.json", "--resamples=20", *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1] and said[-1].startswith("error: ") and all(s.startswith("warning: ") for s in said[:-1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.py"]

@@ -136,7 +136,7 @@ def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole.
     """
     layers = 1 if "blocks" in path else 0
-    if len(shape) - layers < 1:
+    if len(shape) - layers < 1 or "table" in path:
         return P()
     axes: list = [None] * len(shape)
     if layers and sizes["tensor"] > 1:

@@ -13,7 +13,7 @@ from dit_jax.models.layers import (
     KEPT,
     Attention,
     CrossAttention,
-    Layout,
+    Placement,
     Mlp,
     Modulation,
     Norm,
@@ -35,7 +35,7 @@ class AdaptiveBlock(nn.Module):
     """One block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only the latter has gates, which start at zero."""
 
     cfg: ModelConfig
-    layout: Layout = Layout()
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, c):
@@ -43,12 +43,12 @@ class AdaptiveBlock(nn.Module):
         attention = _attention(Attention, cfg, "attention")
         mlp = Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")
         if cfg.conditioning == "adaln":
-            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.layout.share, name="modulation")(c)
+            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.placement.share, name="modulation")(c)
             x = x + attention(modulate(layer_norm(x), shift1, scale1))
             return x + mlp(modulate(layer_norm(x), shift2, scale2)), None
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, share=self.layout.share, name="modulation")(
-            c
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(
+            6, dtype, share=self.placement.share, name="modulation"
+        )(c)
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
         return x + gate2[:, None] * mlp(modulate(layer_norm(x), shift2, scale2)), None
 
@@ -60,7 +60,7 @@ class PlainBlock(nn.Module):
     """
 
     cfg: ModelConfig
-    layout: Layout = Layout()
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, c):
@@ -75,24 +75,24 @@ class Output(nn.Module):
     """x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (or, with c as tokens, a plain norm), then a Linear; both start at zero."""
 
     cfg: ModelConfig
-    layout: Layout = Layout()
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if cfg.adaptive:
-            shift, scale = Modulation(2, dtype, share=self.layout.share, name="modulation")(c)
+            shift, scale = Modulation(2, dtype, share=self.placement.share, name="modulation")(c)
             h = modulate(layer_norm(x), shift, scale)
         else:
             h = Norm(dtype, name="norm")(x)
         return nn.Dense(cfg.patch**2 * cfg.out_channels, kernel_init=zeros, dtype=dtype, name="linear")(h)
 
 
-def _scanned_block(cfg: ModelConfig, layout: Layout):
+def _scanned_block(cfg: ModelConfig, placement: Placement):
     """`depth` blocks as one scan: their parameters carry a leading layer axis l, and XLA compiles one body."""
     block = AdaptiveBlock if cfg.adaptive else PlainBlock
-    if layout != Layout():
-        block = nn.map_variables(block, "params", trans_in_fn=layout.gather)
+    if placement != Placement():
+        block = nn.map_variables(block, "params", trans_in_fn=placement.gather)
     if cfg.remat != "none":
         policy = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}[cfg.remat]
         block = nn.remat(block, policy=policy, prevent_cse=False)
@@ -103,14 +103,14 @@ def _scanned_block(cfg: ModelConfig, layout: Layout):
         in_axes=nn.broadcast,
         length=cfg.depth,
         unroll=cfg.unroll,
-    )(cfg, layout, name="blocks")
+    )(cfg, placement, name="blocks")
 
 
 class DiT(nn.Module):
     """x (b, h, w, c), t (b,), labels (b,) -> (b, h, w, c_out): patches, blocks, output."""
 
     cfg: ModelConfig
-    layout: Layout = Layout()
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, t, labels):
@@ -123,8 +123,8 @@ class DiT(nn.Module):
         c = time + label if cfg.adaptive else jnp.stack([time, label], axis=1)
         if cfg.conditioning == "in_context":
             h = jnp.concatenate([h, c], axis=1)
-        h, _ = _scanned_block(cfg, self.layout)(h, c)
-        h = Output(cfg, self.layout, name="output")(h[:, : side**2], c)
+        h, _ = _scanned_block(cfg, self.placement)(h, c)
+        h = Output(cfg, self.placement, name="output")(h[:, : side**2], c)
         return unpatchify(h, cfg.patch, side).astype(jnp.float32)
 
 
@@ -141,15 +141,15 @@ def apply(
     x: jax.Array,
     t: jax.Array,
     labels: jax.Array,
-    layout: Layout = Layout(),
+    placement: Placement = Placement(),
 ) -> jax.Array:
     """x (b, h, w, c), t (b,) in 0 to 1000, labels (b,) in 0 to K (K = no class) -> (b, h, w, c_out) float32.
 
-    With `cfg.learn_sigma` the last half of c_out is the learned-range variance. `layout`: of a program of several devices.
+    With `cfg.learn_sigma` the last half of c_out is the learned-range variance. `placement`: of a program of several devices.
     """
-    ends = layout.gather({name: weights for name, weights in params.items() if name != "blocks"})
+    ends = placement.gather({name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}
-    return DiT(cfg, layout).apply({"params": params}, x, t, labels)
+    return DiT(cfg, placement).apply({"params": params}, x, t, labels)
 
 
 # Modules of a block in the order in which they run.

@@ -19,7 +19,7 @@ def as_it_is(x):
     return x
 
 
-class Layout(NamedTuple):
+class Placement(NamedTuple):
     """What a program of several devices does to lay out weights and conditions.
 
     `gather`: a tree of a layer's weights, split over devices -> the same, whole; `share`: conditions (b, d) -> the same, on each

@@ -11,14 +11,15 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Compiled once, every later process starts in half the time, also where the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev demo test test-slow parity preflight slurm torture lint lock clean
+.PHONY: help setup dev demo test test-slow parity preflight preflight-quick slurm torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
 	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals, frozen peers, the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
-	@echo "make preflight  the real step compiled for TPU slices that are not there, with libtpu (minutes a slice)"
+	@echo "make preflight  real steps compiled for TPU slices that are not there, with libtpu: all shipped ones (about 20 minutes)"
+	@echo "make preflight-quick  of them DiT-XL/2 on four slices, a batch too large, a sampler (about 3 minutes)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
 	@echo "make lint       ruff"
@@ -55,7 +56,7 @@ test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not tpu"
 
 $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@echo "installing the peers ..."
@@ -73,7 +74,10 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@touch $@
 
 preflight: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight.py
+
+preflight-quick: $(TPU)/.done
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight.py
 
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

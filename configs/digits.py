@@ -8,9 +8,11 @@ Expected after 3,000 steps (2 to 4 minutes on 2 cores): held-out loss 0.353 +- 0
 """
 
 from dit_jax.config import template
+from dit_jax.layout import lay_out
 
 
-def get_config():
+def get_config(slice=""):
+    """`slice`: such as cpux8, whose mesh is wanted."""
     c = template()
     c.model.update(depth=4, width=64, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
     c.diffusion.process = "flow"
@@ -18,4 +20,5 @@ def get_config():
     c.train.update(steps=3000, batch_size=64, log_every=100, checkpoint_every=500)
     c.sample.update(sampler="heun", steps=20, guidance=2.0, labels="balanced", batch_size=128)
     c.eval.update(samples=1000)
+    lay_out(c, slice)
     return c

@@ -19,25 +19,30 @@ Expected, from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run 
                                 L     118.87      45.64      23.33
                                 XL    106.41      43.01      19.47
 
-The mesh shards the state over 4 devices (XL/2: 11 GB of weights, moments and EMA); a lone GPU takes `--config.mesh.fsdp=1`.
+`configs/imagenet256.py:DiT-XL/2,v3-256` takes mesh, remat and accumulation of a slice from dit_jax/layout.py, `DiT-XL/2,v4-256,4096`
+with another batch. Without a slice the state (XL/2: 11 GB of weights, moments and EMA) is shared by 4 devices.
 """
 
 from dataclasses import asdict
 
 from dit_jax.config import model_config, template
+from dit_jax.layout import argument, lay_out
 
 
 def get_config(arg="DiT-XL/2"):
+    """`arg`: MODEL[,SLICE[,BATCH]]."""
+    model, slice, batch = argument(arg, "DiT-XL/2")
     c = template()
-    c.model.update(asdict(model_config(arg, image_size=256, dtype="bfloat16", remat="dots")))
+    c.model.update(asdict(model_config(model, image_size=256, dtype="bfloat16", remat="dots")))
     c.diffusion.update(process="ddpm", schedule="linear", timesteps=1000)
     c.data.update(dataset="imagenet2012", held_out_split="validation", image_size=256, flip=True, cache=False)
     c.data.update(workers=16)
     c.optim.update(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, b1=0.9, b2=0.999)
     c.optim.update(ema="constant", ema_decay=0.9999)
-    steps = 7_000_000 if arg == "DiT-XL/2" else 400_000
-    c.train.update(steps=steps, batch_size=256, label_dropout=0.1, checkpoint_every=50_000)
+    steps = 7_000_000 if model == "DiT-XL/2" else 400_000
+    c.train.update(steps=steps, batch_size=batch or 256, label_dropout=0.1, checkpoint_every=50_000)
     c.mesh.fsdp = 4
     c.sample.update(sampler="ddpm", steps=250, guidance=1.5, channels="first3", labels="uniform")
     c.eval.update(max_images=10_000)
+    lay_out(c, slice)
     return c

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import types
 
 from dit_jax.error import UsageError, shown
@@ -28,6 +29,15 @@ def nearest(key: str, known) -> str:
     """A hint at the known key that looks most like `key`."""
     near = difflib.get_close_matches(key[:100], list(known), 1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+
+
+def on_disk(name: str, path: str) -> None:
+    """A bucket is no folder: what is written is renamed, locked and made durable as on a disk."""
+    if re.match(r"[a-z][a-z\d+.-]*:/", path, re.IGNORECASE):
+        raise UsageError(
+            f"{name}: found {shown(path)}, expected a path on a disk: buckets are not supported; hosts share a disk by NFS, such as "
+            "Filestore (docs/launch.md)"
+        )
 
 
 def typed(value, kind: type | types.GenericAlias, name: str):

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dit_jax.checks import nearest
+from dit_jax.checks import nearest, on_disk
 from dit_jax.config import Config, JobError, UsageError, resolve, template, to_dict
 
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
@@ -119,6 +120,7 @@ def _make_room_for_virtual_devices() -> None:
 def _parse(config: str) -> None:
     _make_room_for_virtual_devices()
     absl_logging.set_verbosity(absl_logging.FATAL)
+    _check_paths()
     _check_overrides()
     with _parsing(flags.FLAGS):
         if config == "workdir":
@@ -187,6 +189,14 @@ def _check_file(value: str) -> None:
         raise UsageError("--config: not given, expected a file such as configs/digits.py")
     if value and not os.path.isfile(path):
         raise UsageError(f"--config: no file {path!r}")
+
+
+def _check_paths() -> None:
+    """Every flag's, before a file is looked for; those of `--config.` are only read, `data.data_dir` by TFDS."""
+    for before, argument in itertools.pairwise(["", *sys.argv[1:]]):
+        name, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)
+        if not name.lstrip("-").startswith("config."):
+            on_disk(f"--{name.lstrip('-')}", value)
 
 
 def _check_overrides() -> None:

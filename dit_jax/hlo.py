@@ -21,6 +21,7 @@ BITS = {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
+_LAID_OUT = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
@@ -199,10 +200,13 @@ def _sizes(shape: str) -> list[int]:
     """Bytes of each array of a shape."""
     found = []
     for dtype, sides in _ARRAY.findall(shape):
-        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
         numbers = [int(side.removeprefix("<=")) for side in sides.split(",") if side]
-        found.append(math.prod(numbers) * bits // 8)
+        found.append(math.prod(numbers) * _bits(dtype) // 8)
     return found
+
+
+def _bits(dtype: str) -> int:
+    return BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
 
 
 def size(shape: str) -> int:
@@ -224,3 +228,31 @@ def _group(attributes: str, devices: int) -> int:
         named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part or sides[name]) for name, part in named)
     return devices
+
+
+def donated(text: str) -> tuple[int, ...]:
+    """Numbers of a printed module's arguments whose memory its results take."""
+    head = text.partition("\n")[0]
+    aliases = re.search(r"input_output_alias=\{(.*?) \}", head)
+    return tuple(sorted(int(n) for n in re.findall(r"\}: \((\d+),", aliases[1]))) if aliases else ()
+
+
+def argument_bytes(text: str) -> list[int]:
+    """Bytes of each of a printed module's arguments as they lie in memory, in whole tiles."""
+    head = text.partition("\n")[0]
+    layout = head.partition("entry_computation_layout={(")[2].partition(")->")[0]
+    return [_laid_out(*found) for found in _LAID_OUT.findall(layout)]
+
+
+def _laid_out(dtype: str, sides: str, layout: str) -> int:
+    """Bytes of an array `f32[28,72]{1,0:T(8,128)}`: the sides of a tile are those of the axes that vary fastest."""
+    order, _, tiles = layout.partition(":")
+    lengths = [int(side) for side in sides.split(",") if side]
+    found = re.match(r"T\(([\d,]+)\)", tiles)
+    if found:
+        tile = [int(side) for side in found[1].split(",")]
+        fastest = [lengths[int(axis)] for axis in order.split(",") if axis]  # the fastest axis first
+        fastest += [1] * (len(tile) - len(fastest))
+        whole = [-(-length // side) * side for length, side in zip(fastest, reversed(tile), strict=False)]
+        lengths = [*whole, *fastest[len(tile) :]]
+    return math.prod(lengths) * _bits(dtype) // 8

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,22 @@ def test_windows_and_budgets_that_are_not_numbers_are_named():
     for sizes in ([3], [[8, 2]], [["a", 1, 1]], [[8.5, 1, 1]], [[0, 1, 1]]):
         with pytest.raises(UsageError, match=r"^sweep\.sizes: found "):
             resolve({"sweep": {**sweep, "windows": [[0, 1]], "sizes": sizes}})
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"),
+    [
+        ("train", ["--config=configs/digits.py", "--workdir=gs://bucket/run"]),
+        ("sweep", ["--config=configs/digits_isoflop.py", "--workdir", "gs:/bucket/run"]),
+        ("evaluate", ["--workdir=s3://bucket/run"]),
+        ("sample", ["--workdir=runs/x", "--out=gs://bucket/a.npz"]),
+        ("scaling", ["report", "tests/data/digits_isoflop.csv", "--out=gs://bucket/a.html"]),
+    ],
+)
+def test_a_bucket_is_refused_before_anything_is_written(job, arguments, cache_dir):
+    code, out, err = run(job, *arguments, cache_dir=cache_dir)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert re.match(
+        r"error: --(workdir|out): found '(gs|s3):.*, expected a path on a disk: buckets are not supported", err
+    )
+    assert not [path for path in FOLDER.parent.iterdir() if path.name.endswith(":")]

@@ -1,13 +1,18 @@
-"""Facts about preflight: what it says of a slice that is not there, and (marked `tpu`) what libtpu says of the shipped config."""
+"""Facts about preflight: what it says of a slice that is not there, and (marked `tpu`) what libtpu says of the shipped configs."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from job import run
+from job import ROOT, run
 
-from dit_jax import flops, preflight
-from dit_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, model_config
-from dit_jax.mesh import abstract_mesh
+from dit_jax import flops
+from dit_jax.config import ModelConfig, model_config
+from dit_jax.layout import FSDP
+from dit_jax.preflight import compilation
+from dit_jax.sample import ROWS
 
 XL = "--config=configs/imagenet256.py:DiT-XL/2"
 DIGITS = "--config=configs/digits.py"
@@ -32,7 +37,12 @@ def ask(tmp_path, cache_dir, *arguments):
             [XL, "--topology=v3-8", "--json=nowhere/a.json"],
             "--json: found 'nowhere/a.json', whose folder does not exist",
         ),
-        ([XL], "topology"),
+        ([XL], "--topology: not given, expected a slice such as v3-256"),
+        ([f"{XL},v3-265"], "slice: found 'v3-265', expected one of v3-8, v3-32"),
+        ([f"{XL},v3-256,300"], "train.batch_size: found 300, expected a multiple of the 256 devices of v3-256"),
+        ([XL, "--topology=v3-8", "--search=3"], "--search: found '3', expected values of mesh.fsdp among 1, 2, 4, 8"),
+        ([XL, "--topology=v3-8", "--search=4", "--job=sample"], "--search: found --job=sample"),
+        ([XL, "--topology=h100x8", "--search=8", "--config.mesh.fsdp=8"], "--search: cannot compile for h100x8"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments, message, cache_dir):
@@ -62,23 +72,123 @@ def test_gpus_get_what_needs_no_compiler(tmp_path, cache_dir):
     assert found["flops_step"] == flops.train_flops(cfg, 256)
 
 
+def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir):
+    small = ["--config.model.depth=1", "--config.model.width=16", "--config.sample.steps=5", "--num=1000"]
+    found, _ = ask(tmp_path, cache_dir, DIGITS, "--topology=cpux8", "--job=sample", *small)
+    model = ModelConfig(depth=1, width=16, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
+    evaluations = 2 * 5 - 1  # Heun's method; all of them guided
+    assert (found["images"], found["mesh"]["data"]) == (8 * ROWS, 8)
+    assert found["flops_step"] == 8 * ROWS * flops.sample_flops(model, evaluations, evaluations)
+    assert found["fits"] and not found["collectives"] and found["bytes"]["arguments"] > 4 * flops.parameters(model)
+
+
+@pytest.mark.slow
+def test_a_search_compiles_every_layout(tmp_path, cache_dir):
+    small = ["--config.model.depth=2", "--config.model.width=16", "--config.optim.warmup_steps=1"]
+    found, err = ask(tmp_path, cache_dir, DIGITS, "--topology=cpux8", "--search=2", *small)
+    assert [(one["mesh"]["fsdp"], one["accumulate"]) for one in found] == [(2, 1)] * 3
+    assert {one["remat"] for one in found} == {"none", "dots", "full"} and all(one["fits"] for one in found)
+    assert len({one["bytes"]["temporaries"] for one in found}) > 1 and err.count("remat") == 3
+
+
+def test_the_compiler_s_messages_are_understood():
+    alone = "Ran out of memory on HBM, the total memory required for HLO temporaries (46.50G) exceeds available HBM (15.48G)."
+    whole = "Ran out of memory in memory space hbm. Used 16.50G of 15.48G hbm. Exceeded hbm capacity by 1.02G."
+    assert compilation.temporaries_of(alone, 2**30) == 46.5 * 2**30
+    assert compilation.temporaries_of(whole, 2**30) == 15.5 * 2**30
+    assert compilation.temporaries_of("something else", 2**30) is None
+
+
 def test_hours_and_price_follow_from_the_step():
-    report = {"estimated_step_seconds": 0.05, "collective_seconds": 0.01, "job": "train", "chips": 128}
-    costs = preflight.run_costs(report, 7_000_000, 2.0)
+    report = {"estimated_step_seconds": 0.05, "collective_seconds": 0.01, "images": 256, "chips": 128}
+    costs = compilation.run_costs(report, 256 * 7_000_000, 2.0)
     assert costs["hours"] == pytest.approx([7e6 * 0.05 / 3600, 7e6 * 0.06 / 3600])
     assert costs["chip_hours"] == pytest.approx([128 * h for h in costs["hours"]])
     assert costs["price"] == pytest.approx([2 * h for h in costs["chip_hours"]])
-    assert preflight.run_costs(report, 10, None)["price"] is None
+    assert compilation.run_costs(report, 10, None)["price"] is None
+    assert compilation.run_costs(report, 257, None)["steps"] == 2 and compilation.run_costs(report, 0, None) is None
 
 
-def test_candidates_are_configs_that_train():
-    cfg = Config(model=model_config("DiT-XL/2"), train=TrainConfig(batch_size=512), mesh=MeshConfig(data=-1, fsdp=2))
-    found = preflight.candidates(cfg, 8)
-    assert found[0] == {"model.remat": "dots"} and {"mesh.data": 1, "mesh.fsdp": 8} in found
-    assert max(change.get("optim.accumulate", 1) for change in found) == 64
-    for change in found:
-        other = preflight.changed(cfg, change)
-        mesh = abstract_mesh(other.mesh, 8)
-        assert other.train.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"] * other.optim.accumulate) == 0
-    full = Config(model=model_config("DiT-S/8", remat="full"), train=TrainConfig(batch_size=8), mesh=MeshConfig(1, 8))
-    assert preflight.candidates(full, 8) == []
+# ---- with libtpu
+
+
+def compiled_for(tmp_path, config, *arguments):
+    """The report of a preflight in a plain process, as a user starts it."""
+    out = tmp_path / "report.json"
+    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "dit_jax.preflight", f"--config=configs/{config}", f"--json={out}", *arguments]
+    found = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    print(found.stdout)
+    return json.loads(out.read_text())
+
+
+def check_train_step(found):
+    """What holds of every shipped layout, `found` its report."""
+    sizes, model = found["bytes"], found["parameters"]
+    assert found["fits"], found["message"]
+    assert sizes["arguments"] + sizes["temporaries"] <= 0.9 * sizes["memory"]
+    # All that a step takes over is given back in its place: float32 weights, EMA and two moments, in whole tiles.
+    assert sizes["donated"] == sizes["state"]
+    assert 16 * model / found["mesh"]["fsdp"] <= sizes["state"] <= 1.15 * 16 * model / found["mesh"]["fsdp"]
+    # Weights are gathered, gradients summed. Nothing else moves: no permutation is part of any of these on a torus.
+    assert set(found["collectives"]) <= {"all-gather", "all-reduce", "reduce-scatter"}, found["collectives"]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("slice", ["v3-8", "v3-256", "v4-8", "v4-256"])
+def test_xl_trains_on_its_slices(slice, tmp_path):
+    found = compiled_for(tmp_path, f"imagenet256.py:DiT-XL/2,{slice}")
+    check_train_step(found)
+    assert found["images"] == 256 and found["flops_step"] == flops.train_flops(model_config("DiT-XL/2"), 256)
+    # On a machine that others use too, the time of its cores is the longest that it would take alone.
+    assert min(found["compile_seconds"], found["compile_cpu_seconds"]) <= 60
+
+
+@pytest.mark.tpu
+def test_a_batch_too_large_is_refused_by_the_compiler_and_what_is_suggested_fits(tmp_path):
+    found = compiled_for(tmp_path, "imagenet256.py:DiT-XL/2", "--topology=v3-8", "--config.train.batch_size=2048")
+    assert not found["fits"] and found["message"].startswith("RESOURCE_EXHAUSTED: Ran out of memory")
+    assert found["bytes"]["temporaries"] > found["bytes"]["memory"] and found["suggestion"]
+    again = compiled_for(
+        tmp_path,
+        "imagenet256.py:DiT-XL/2",
+        "--topology=v3-8",
+        "--config.train.batch_size=2048",
+        *found["suggestion"].split(),
+    )
+    check_train_step(again)
+    assert again["images"] == 2048
+
+
+@pytest.mark.tpu
+def test_the_sampler_is_compiled_for_a_slice(tmp_path):
+    found = compiled_for(tmp_path, "imagenet256.py:DiT-XL/2,v3-8", "--job=sample", "--num=50000", "--price=1")
+    assert found["fits"] and not found["collectives"] and found["images"] == 8 * ROWS
+    assert found["flops_step"] == 8 * ROWS * 2 * 250 * flops.forward_flops(model_config("DiT-XL/2"))
+    assert 0.1 < found["estimated_mfu"] < 1  # 250 steps of 28 layers, all of them counted
+    batches = -(-50_000 // (8 * ROWS))
+    assert found["run"]["hours"][0] == pytest.approx(batches * found["estimated_step_seconds"] / 3600)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("slice", [name for name in FSDP if name.startswith("v")])
+@pytest.mark.parametrize("config", ["imagenet256.py:DiT-B/2", "imagenet256.py:DiT-L/2", "imagenet512.py:DiT-XL/2"])
+def test_other_models_train_on_every_slice(config, slice, tmp_path):
+    check_train_step(compiled_for(tmp_path, f"{config},{slice}"))
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("slice", [name for name in FSDP if name.startswith("v")])
+def test_xl_trains_on_every_slice_and_large_batches(slice, tmp_path):
+    check_train_step(compiled_for(tmp_path, f"imagenet256.py:DiT-XL/2,{slice},4096"))
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_a_search_ranks_layouts(tmp_path):
+    found = compiled_for(tmp_path, "imagenet256.py:DiT-B/2", "--topology=v3-32", "--search=1,4")
+    seconds = [compilation.bounds(one)[1] for one in found if one["fits"]]
+    assert len(found) == 6 and seconds == sorted(seconds) and len(set(seconds)) > 1

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 
+from dit_jax.checks import on_disk
 from dit_jax.config import UsageError
 from dit_jax.scaling import jobs, planning, quality, stated, trust
 from dit_jax.scaling.conventions import check_units, convert, training_flops
@@ -104,6 +105,7 @@ def _check(args) -> None:
         planning.check(args)
     for name in ("json", "out"):
         path = getattr(args, name, None)
+        on_disk(f"--{name}", path or "")
         if path and os.path.isdir(path):
             raise UsageError(f"--{name}: {path} is a folder, expected a file")
 

@@ -1,0 +1,107 @@
+"""What a run would be on a slice that is not there: its real step, compiled by the slice's own compiler.
+
+    python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2,v3-256 [--job=sample --num=50000] [--price=2.0] [--json=OUT]
+    python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2 --topology=v3-256 --search=4,8,16,32
+
+TPU programs are compiled by libtpu, on any x86-64 Linux machine; programs for `cpux8` and the like here; of GPUs only what needs no
+compiler is given. Memory and collectives are those of the program that would run. The step time is the compiler's own estimate,
+made to compare layouts: it leaves out collectives, whose bytes over the links' bandwidth therefore stand beside it.
+"""
+
+import dataclasses
+import json
+import os
+
+from absl import flags
+from rich.console import Console
+
+from dit_jax import hardware
+from dit_jax.command import launch, write_file
+from dit_jax.config import Config, UsageError, resolve
+from dit_jax.layout import FSDP
+from dit_jax.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
+from dit_jax.preflight.compilation import analysis, inspect, run_costs
+from dit_jax.preflight.search import changed, search, suggest
+from dit_jax.preflight.text import row, show
+from dit_jax.step import on_device
+
+
+def _check(cfg: Config, job: str, topology: hardware.Topology, values) -> list[int]:
+    """The sizes of fsdp to search. Raises UsageError for a mesh, batch, file or size that cannot be."""
+    mesh = abstract_mesh(cfg.mesh, topology.devices)
+    if job == "train":
+        check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, topology.devices // topology.hosts)
+    path, split = values.json, topology.devices // mesh.shape["tensor"]
+    if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UsageError(f"--json: found {path!r}, whose folder does not exist")
+    if values.search and job != "train":
+        raise UsageError("--search: found --job=sample, expected the train step, whose layout there is a choice of")
+    sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
+    for size in values.search:
+        if not size.isdecimal() or int(size) not in sizes:
+            raise UsageError(
+                f"--search: found {size!r}, expected values of mesh.fsdp among {', '.join(map(str, sizes))}"
+            )
+    return [int(size) for size in values.search]
+
+
+def _topology(values) -> hardware.Topology:
+    """That of --topology, else the slice that the config's argument names."""
+    words = flags.FLAGS["config"].config_filename.partition(":")[2].split(",")
+    name = values.topology or next((word for word in words if word in FSDP), "")
+    if not name:
+        raise UsageError(
+            "--topology: not given, expected a slice such as v3-256, or a config that names it: FILE:MODEL,v3-256"
+        )
+    return hardware.topology(name)
+
+
+def main() -> None:
+    values = flags.FLAGS
+    cfg, topology, job = resolve(values.config), _topology(values), values.job
+    if job == "sample":
+        cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the job does
+    sizes, console = _check(cfg, job, topology, values), Console(width=160, highlight=False)
+    missing = why_not_compiled(topology)
+    if missing and sizes:
+        raise UsageError(f"--search: cannot compile for {topology.name}: {missing}")
+    if missing:
+        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
+        report["message"] = f"not compiled: {missing}"
+    else:
+        devices = devices_ahead(topology)
+        cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
+        if sizes:
+            reports = search(cfg, topology, devices, sizes)
+            for one in reports:
+                console.print(row(one))
+            _write(values.json, reports)
+            return
+        report = inspect(cfg, job, topology, devices)
+        if not report["fits"] and job == "train":
+            report["suggestion"] = suggest(cfg, topology, devices, report)
+        wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else values.num or cfg.eval.samples
+        report["run"] = run_costs(report, wanted, values.price)
+        if job == "sample" and topology.hosts > 1:
+            report["message"] = (
+                f"the sample job drives one host; this is {topology.hosts} of them, each with its part of the images"
+            )
+    _write(values.json, report)
+    show(report, console)
+
+
+def _write(path: str, found: dict | list) -> None:
+    if path:
+        write_file(path, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "topology", None, "v3-8 to v6e-256, h100x8, cpux8, ...; default: the slice that the config names"
+    )
+    flags.DEFINE_enum("job", "train", ("train", "sample"), "the step of a training, or the sampling of one batch")
+    flags.DEFINE_integer("num", 0, "with --job=sample: images to say hours of; default: eval.samples", lower_bound=0)
+    flags.DEFINE_list("search", [], "values of mesh.fsdp: compile the step with each and each remat, and rank them")
+    flags.DEFINE_float("price", None, "of a chip-hour", lower_bound=0.0)
+    flags.DEFINE_string("json", "", "write the report here")
+    launch(main, config="file")

@@ -1,0 +1,177 @@
+"""A job's program for a mesh, compiled; and a report of what the compiler says of its memory, collectives and time."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax import flops, hardware, hlo
+from dit_jax.config import Config
+from dit_jax.diffusion.process import make_process
+from dit_jax.mesh import batch_sharding, bytes_per_device, make_mesh, replicated
+from dit_jax.sample import ROWS, image_flops, make_sampler
+from dit_jax.state import abstract_batch, abstract_state
+from dit_jax.step import make_train_step
+
+FULL = 0.9  # of a device's memory: beyond it a program counts as one that does not fit
+
+
+@dataclass(frozen=True)
+class Program:
+    """A job's program for a mesh. `arguments`: abstract arrays; `flops` and `images`: of one call on all devices."""
+
+    make: Callable  # () -> the jitted function
+    arguments: tuple
+    flops: int
+    images: int
+    state: int  # arrays, the first of the arguments, that a call takes and gives back
+
+
+def program(cfg: Config, job: str, mesh) -> Program:
+    """The train step, or the sampler of one batch with the run's `sample` config."""
+    if job == "train":
+        state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
+        rows, held = cfg.train.batch_size, len(jax.tree.leaves(state))
+        return Program(
+            lambda: make_train_step(cfg, mesh), (state, batch), flops.train_flops(cfg.model, rows), rows, held
+        )
+    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+    whole, rows = replicated(mesh), ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
+    shapes = abstract_state(cfg, mesh).params
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    indices = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
+    count = image_flops(cfg, cfg.sample) * rows
+    return Program(lambda: make_sampler(cfg.model, process, cfg.sample, mesh), (params, seed, indices), count, rows, 0)
+
+
+def compiled(found: Program) -> tuple:
+    """(executable or None, "" or the compiler's message that it does not fit, seconds, seconds of all cores together)."""
+    start, computing = time.perf_counter(), time.process_time()
+    try:
+        executable, message = found.make().lower(*found.arguments).compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        executable, message = None, str(error).strip().splitlines()[0]
+    return executable, message, time.perf_counter() - start, time.process_time() - computing
+
+
+def temporaries_of(message: str, arguments: int) -> int | None:
+    """The temporaries that did not fit, as the TPU compiler's message gives them: alone, or with the arguments."""
+    alone = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
+    whole = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    if not (found := alone or whole):
+        return None
+    size = round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+    return size if alone else max(size - arguments, 0)
+
+
+def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
+    """What needs no compiler."""
+    found = program(cfg, job, mesh)
+    return {
+        "topology": topology.name,
+        "job": job,
+        "devices": topology.devices,
+        "chips": topology.chips,
+        "hosts": topology.hosts,
+        "mesh": dict(mesh.shape),
+        "remat": cfg.model.remat,
+        "accumulate": cfg.optim.accumulate,
+        "images": found.images,
+        "parameters": flops.parameters(cfg.model),
+        "bytes": {
+            "arguments": bytes_per_device(found.arguments),
+            "temporaries": None,
+            "code": None,
+            "memory": None if math.isnan(topology.memory_bytes) else topology.memory_bytes,
+            "donated": None,
+            "state": bytes_per_device(jax.tree.leaves(found.arguments)[: found.state]),
+        },
+        "fits": None,
+        "flops_step": found.flops,
+        "collectives": None,
+        "collective_seconds": None,
+        "compile_seconds": None,
+        "compile_cpu_seconds": None,
+        "estimated_step_seconds": None,
+        "estimated_mfu": None,
+        "run": None,
+        "message": "",
+        "suggestion": "",
+    }
+
+
+def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -> dict:
+    """All of it, by compiling the job for a mesh of `devices`."""
+    mesh = make_mesh(cfg.mesh, devices)
+    found, report = program(cfg, job, mesh), analysis(cfg, job, topology, mesh)
+    executable, report["message"], report["compile_seconds"], report["compile_cpu_seconds"] = compiled(found)
+    report["fits"] = executable is not None
+    if executable is None:
+        report["bytes"]["temporaries"] = temporaries_of(report["message"], report["bytes"]["arguments"])
+        return report
+    memory, sizes = executable.memory_analysis(), report["bytes"]
+    sizes["arguments"], sizes["temporaries"] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    sizes["code"], sizes["donated"] = memory.generated_code_size_in_bytes, memory.alias_size_in_bytes
+    text = executable.as_text()
+    sizes["state"] = sum(hlo.argument_bytes(text)[: found.state])
+    used = sizes["arguments"] + sizes["temporaries"]
+    if sizes["memory"] and used > FULL * sizes["memory"]:
+        report["fits"] = False
+        report["message"] = (
+            f"{gib(used)} of {gib(sizes['memory'])}: it compiles, with less than {1 - FULL:.0%} to spare"
+        )
+    return report | timing(hlo.parse(text), topology, found)
+
+
+def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> dict:
+    """The collectives, the compiler's estimate and what follows from them."""
+    moved, sent = {}, 0.0
+    for one in hlo.collectives(module, topology.devices):
+        entry = moved.setdefault(one.kind, {"count": 0, "bytes": 0, "sent": 0.0})
+        entry["count"] += one.count
+        entry["bytes"] += one.count * one.bytes
+        entry["sent"] += one.sent
+        sent += one.sent
+    chip, cycles = topology.chip, hlo.estimated_cycles(module)
+    links = chip.links * chip.link_bandwidth / chip.devices
+    seconds = cycles / chip.clock if cycles and chip.clock > 0 else None
+    peak = topology.peak() * topology.devices
+    return {
+        "collectives": moved,
+        "collective_seconds": sent / links if links > 0 else None,
+        "estimated_step_seconds": seconds,
+        "estimated_mfu": found.flops / seconds / peak if seconds else None,
+    }
+
+
+def bounds(report: dict) -> list[float]:
+    """Seconds of a step: [collectives hidden behind the compute, nothing hidden]."""
+    seconds, moved = report["estimated_step_seconds"] or 0.0, report["collective_seconds"] or 0.0
+    return [max(seconds, moved), seconds + moved]
+
+
+def run_costs(report: dict, images: int, price: float | None) -> dict | None:
+    """Hours, chip-hours and money of so many images: [collectives hidden behind the compute, nothing hidden]. None of no image."""
+    steps = -(-images // report["images"])
+    if report["estimated_step_seconds"] is None or not steps:
+        return None
+    hours = [steps * seconds / 3600 for seconds in bounds(report)]
+    chip_hours = [report["chips"] * h for h in hours]
+    return {
+        "steps": steps,
+        "images": images,
+        "hours": hours,
+        "chip_hours": chip_hours,
+        "price": [price * h for h in chip_hours] if price is not None else None,
+    }
+
+
+def gib(size: float) -> str:
+    return f"{size / hardware.GIB:.2f} GiB" if size >= 0.1 * hardware.GIB else f"{size / 2**20:.1f} MiB"

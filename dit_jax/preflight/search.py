@@ -1,0 +1,80 @@
+"""Other layouts of a train step, compiled: the first that fits where the given one does not, and all of them ranked."""
+
+import dataclasses
+import itertools
+import math
+
+from dit_jax import hardware
+from dit_jax.config import Config
+from dit_jax.layout import REMATS, Layout, memory, options, state_bytes, temporary_bytes
+from dit_jax.log import say
+from dit_jax.mesh import mesh_shape
+from dit_jax.preflight.compilation import FULL, bounds, inspect
+from dit_jax.preflight.text import row
+
+TRIES = 4  # compilations in search of what fits; the first mostly does
+
+
+def changed(cfg: Config, changes: dict) -> Config:
+    """A config with {"group.key": value} set."""
+    for key, value in changes.items():
+        group, name = key.split(".")
+        cfg = dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **{name: value})})
+    return cfg
+
+
+def layout_of(cfg: Config, devices: int) -> Layout:
+    """The layout that a config makes of so many devices."""
+    return Layout(*mesh_shape(cfg.mesh, devices), cfg.model.remat, cfg.optim.accumulate)
+
+
+def flags_of(layout: Layout, present: Layout) -> str:
+    """The flags that turn one layout into another."""
+    old = present.keys()
+    return " ".join(f"--config.{key}={value}" for key, value in layout.keys().items() if value != old[key])
+
+
+def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dict) -> str:
+    """Flags of the first layout tried with which the train step fits, which it does not in `report`; "" where none tried does.
+
+    Of the layouts that are expected to fit the fastest is tried. What to expect is a rough rule, set right by what the compiler
+    said of the layouts before.
+    """
+    batch, present = cfg.train.batch_size, layout_of(cfg, topology.devices)
+    left = [o for o in options(cfg.model, batch, topology, present) if o != present]
+    tried, off = present, 1.0
+
+    def needed(layout: Layout) -> float:
+        return state_bytes(cfg.model, layout) + off * temporary_bytes(cfg.model, layout, batch)
+
+    for _ in range(TRIES):
+        if report["bytes"]["temporaries"]:
+            off = report["bytes"]["temporaries"] / temporary_bytes(cfg.model, tried, batch)
+        left = [o for o in left if needed(o) < needed(tried)]
+        if not left:
+            break
+        fitting = [o for o in left if needed(o) <= FULL * topology.memory_bytes]
+        tried = fitting[0] if fitting else min(left, key=needed)
+        flags = flags_of(tried, present)
+        say(f"it does not fit; trying {flags} ...")
+        report = inspect(changed(cfg, tried.keys()), "train", topology, devices)
+        if report["fits"]:
+            return flags
+    return ""
+
+
+def search(cfg: Config, topology: hardware.Topology, devices: list, sizes: list[int]) -> list[dict]:
+    """Reports of the train step for each of `sizes` as mesh.fsdp and each remat, with the least accumulation that may fit.
+
+    The fastest first, by the estimate of the step and its collectives, nothing hidden; those that do not fit last.
+    """
+    batch, tensor, reports = cfg.train.batch_size, layout_of(cfg, topology.devices).tensor, []
+    found = options(cfg.model, batch, topology, Layout(topology.devices // tensor, 1, tensor, "none", 1))
+    for fsdp, remat in itertools.product(sizes, REMATS):
+        some = [o for o in found if (o.fsdp, o.remat) == (fsdp, remat)]
+        some = [o for o in some if not memory(cfg.model, o, batch) > 1.2 * topology.memory_bytes]
+        if some:
+            layout = min(some, key=lambda o: o.accumulate)
+            reports.append(inspect(changed(cfg, layout.keys()), "train", topology, devices))
+            say(row(reports[-1]))
+    return sorted(reports, key=lambda r: (not r["fits"], bounds(r)[1] if r["collectives"] else math.inf))

@@ -1,0 +1,76 @@
+"""Reports as text."""
+
+import math
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from dit_jax.preflight.compilation import gib
+
+
+def _number(value: float) -> str:
+    return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def show(report: dict, console: Console) -> None:
+    """The report for people."""
+    for name, text in _lines(report):
+        console.print(f"{name:12} {text}")
+
+
+def _lines(report: dict) -> Iterator[tuple[str, str]]:
+    sizes, mesh = report["bytes"], " x ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    yield report["topology"], f"{report['devices']} devices, {report['chips']} chips, {report['hosts']} hosts"
+    again = f"; remat {report['remat']}, accumulate {report['accumulate']}" if report["job"] == "train" else ""
+    yield "mesh", mesh + again
+    yield "parameters", f"{report['parameters']:,}"
+    yield "FLOPs", f"{report['flops_step']:.4e} for {report['images']:,} images"
+    yield "arguments", f"{gib(sizes['arguments'])} a device"
+    if sizes["temporaries"] is not None:
+        used = sizes["arguments"] + sizes["temporaries"]
+        of = f" of {gib(sizes['memory'])}: {used / sizes['memory']:.0%}" if sizes["memory"] else ""
+        yield "temporaries", f"{gib(sizes['temporaries'])}; with the arguments {gib(used)}{of}"
+    if sizes["donated"] is not None:
+        yield "code", gib(sizes["code"])
+        if sizes["state"]:
+            yield "donated", f"{sizes['donated']:,} bytes of a state of {sizes['state']:,}"
+    if report["fits"] is not None:
+        spent = f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s of a core"
+        yield "fits", f"{'yes' if report['fits'] else 'NO'}; compiled in {spent}"
+    for name, one in (report["collectives"] or {}).items():
+        moved = f"{one['bytes'] / 1e9:9.3f} GB, sent by a device {one['sent'] / 1e9:9.3f} GB"
+        yield f"  {name:18}", f"{one['count']:6,} a step, {moved}"
+    yield from _speed(report)
+    for name in ("message", "suggestion"):
+        if report[name]:
+            yield name, report[name]
+
+
+def _speed(report: dict) -> Iterator[tuple[str, str]]:
+    if report["estimated_step_seconds"]:
+        seconds, moved = report["estimated_step_seconds"], report["collective_seconds"]
+        often = f"{_number(1 / seconds)} a second, {_number(report['images'] / seconds)} images a second"
+        what = "step" if report["job"] == "train" else "batch"
+        yield what, f"{1e3 * seconds:.1f} ms ({often}), MFU {report['estimated_mfu']:.1%}: the compiler's estimate"
+        yield "links", f"{1e3 * moved:.1f} ms beside it, for the collectives at the links' full rate"
+    if run := report["run"]:
+        spans = {
+            name: " to ".join(dict.fromkeys(map(_number, run[name])))
+            for name in ("hours", "chip_hours", "price")
+            if run[name]
+        }
+        what = f"{run['steps']:,} steps" if report["job"] == "train" else f"{run['images']:,} images"
+        price = f", price {spans['price']}" if run["price"] else ""
+        yield "run", f"{what} {spans['hours']} hours, {spans['chip_hours']} chip-hours{price}"
+
+
+def row(report: dict) -> str:
+    """A report of `search` as one line."""
+    sizes = report["bytes"]
+    used = f"{gib(sizes['arguments'] + sizes['temporaries'])}" if sizes["temporaries"] is not None else ""
+    layout = f"fsdp {report['mesh']['fsdp']:3}, remat {report['remat']:4}, accumulate {report['accumulate']:2}"
+    if not report["fits"]:
+        return f"{layout}  does not fit: {used or report['message']}"
+    seconds, moved = report["estimated_step_seconds"] or math.nan, report["collective_seconds"] or 0.0
+    speed = f"{1e3 * seconds:8.1f} ms + links {1e3 * moved:6.1f} ms, MFU {report['estimated_mfu'] or math.nan:5.1%}"
+    return f"{layout}  {speed}, {used}"

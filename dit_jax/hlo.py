@@ -53,6 +53,7 @@ class Collective:
     group: int  # devices that take part
     count: int  # executions in a step
     operation: str  # the operation of the program that it serves
+    edge: bool = False  # a collective-permute that moves the edges of what a reduce-scatter put out
 
     @property
     def sent(self) -> float:
@@ -175,8 +176,24 @@ def collectives(module: Module, devices: int) -> list[Collective]:
         if kind in ("all-reduce", "all-to-all") and not instruction.opcode.endswith("-start"):
             size = sum(_sizes(instruction.shape)) if kind == "all-to-all" or instruction.shape[0] == "(" else size
         operation = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        found.append(Collective(kind, size, group, times, operation[1] if operation else ""))
+        edge = kind == "collective-permute" and _scattered(instruction, module, scatters)
+        found.append(Collective(kind, size, group, times, operation[1] if operation else "", edge))
     return found
+
+
+def _scattered(instruction: Instruction, module: Module, scatters: set[str]) -> bool:
+    """Whether what an instruction takes comes straight from a reduce-scatter: through parts, copies and views only."""
+    lines = next(lines for lines in module.computations.values() if instruction in lines)
+    by_name = {line.name: line for line in lines}
+    while True:
+        operands = re.findall(r"%([\w.\-]+)", instruction.attributes.partition(")")[0])
+        if len(operands) != 1 or operands[0] not in by_name:
+            return False
+        instruction = by_name[operands[0]]
+        if instruction.opcode == "reduce-scatter" or scatters & set(_CALLED.findall(instruction.attributes)):
+            return True
+        if instruction.opcode not in ("slice", "get-tuple-element", "bitcast", "copy", "reshape"):
+            return False
 
 
 def _sizes(shape: str) -> list[int]:

@@ -4,27 +4,23 @@ Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 202
 (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
 """
 
-import contextlib
-import glob
+import functools
 import importlib.metadata
 import importlib.util
 import math
 import os
-import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils, topologies
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax import hardware
-from dit_jax.command import Interrupted, report
-from dit_jax.config import JobError, MeshConfig, UsageError
+from dit_jax.config import MeshConfig, UsageError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -33,6 +29,7 @@ BATCH = P(("data", "fsdp"))
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # any will do: the call names the topology
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -48,6 +45,7 @@ TENSOR_AXES = {
     "fc1": {"kernel": -1, "bias": -1},
     "fc2": {"kernel": -2},
 }
+HEADED = [(name, "kernel") for name in ("qkv", "q", "kv", "proj")]  # kernels whose TENSOR_AXES counts heads
 
 
 def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -126,11 +124,12 @@ def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> No
 def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     """The one rule. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
 
-    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names; `fsdp`
-    the largest other axis that it divides. Vectors stay whole.
+    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names. `fsdp`
+    takes, of the other axes that it divides, the columns of a modulation, the heads of attention's kernels, else the first
+    that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole.
     """
     layers = 1 if "blocks" in path else 0
-    if len(shape) - layers < 1:
+    if len(shape) - layers < 1 or "table" in path:
         return P()
     axes: list = [None] * len(shape)
     if layers and sizes["tensor"] > 1:
@@ -140,8 +139,20 @@ def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     if len(shape) - layers >= 2 and sizes["fsdp"] > 1:
         free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes["fsdp"] == 0]
         if free:
-            axes[max(free, key=lambda i: shape[i])] = "fsdp"
+            axes[_fsdp_axis(path, shape, free, sizes["fsdp"])] = "fsdp"
     return P(*axes)
+
+
+def _fsdp_axis(path: tuple, shape: tuple[int, ...], free: list[int], fsdp: int) -> int:
+    """Which of the axes `free`. A tile is 8 rows of the last axis but one, by 128 columns of the last."""
+    if "modulation" in path:
+        return max(free)
+    heads = len(shape) + TENSOR_AXES[path[-2]]["kernel"] if path[-2:] in HEADED else -1
+    if heads in free:
+        return heads
+    rows = len(shape) - 2
+    whole = [i for i in free if i < rows or (i == rows and shape[i] // fsdp % 8 == 0)]
+    return whole[0] if whole else max(free, key=lambda i: shape[i])
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -165,17 +176,43 @@ def gather_weights(mesh, dtype: str) -> Callable:
     """(weights of a layer or of the model's ends) -> the same, whole along `fsdp` and, but for vectors, in the compute dtype.
 
     So the weights of a layer move and the activations stay where their images are. (Left to itself the compiler splits
-    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.)
+    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.) Their
+    gradients are summed to where the weights are kept: reduced and scattered at once.
     """
-    sizes = {**mesh.shape, "fsdp": 1}
+
+    def place(path, leaf, sizes):
+        return NamedSharding(mesh, P(*spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]))
 
     def whole(path, leaf):
-        axes = spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]
-        return jax.lax.with_sharding_constraint(
-            leaf.astype(dtype) if leaf.ndim > 1 else leaf, NamedSharding(mesh, P(*axes))
-        )
+        if "modulation" in _names(path):
+            return leaf  # see `share_rows`
+        if leaf.ndim < 2:
+            return jax.lax.with_sharding_constraint(leaf, replicated(mesh))
+        return _gather(leaf, dtype, place(path, leaf, {**mesh.shape, "fsdp": 1}), place(path, leaf, dict(mesh.shape)))
 
     return lambda weights: jax.tree_util.tree_map_with_path(whole, weights)
+
+
+def share_rows(mesh) -> Callable[[jax.Array], jax.Array]:
+    """(b, ...) -> the same, with the rows of all devices along `fsdp` on each of them: what meets weights that stay split."""
+    sharding = NamedSharding(mesh, P("data"))
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(leaf, dtype: str, whole: NamedSharding, kept: NamedSharding):
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), whole)
+
+
+def _gather_forward(leaf, dtype, whole, kept):
+    return _gather(leaf, dtype, whole, kept), None
+
+
+def _gather_backward(dtype, whole, kept, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, kept).astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def replicated(mesh) -> NamedSharding:
@@ -187,132 +224,6 @@ def on_one_device(shapes):
     """A tree of shapes -> the same, to be placed whole on this process's first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
-
-
-# What the command line may say about the other processes, and the variables that say the same.
-EXPLICIT = {
-    "coordinator": "JAX_COORDINATOR_ADDRESS",
-    "num_processes": "JAX_NUM_PROCESSES",
-    "process_id": "JAX_PROCESS_ID",
-}
-
-
-def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
-    """Join the other processes of this job, where there are some; alone, do nothing. Before anything wakes the backend.
-
-    They are found by `given` (flags: `coordinator`, `num_processes`, `process_id`), by the variables of the same meaning,
-    under SLURM and on Cloud TPU. Those that have not all come within `mesh.initialization` seconds give up, each in one line
-    and with exit code 1; a process that gives no sign of life for `mesh.heartbeat` seconds ends all of them.
-    """
-    chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
-    where = cluster(os.environ, chips, given or {})
-    if where is not None:
-        with _given_up_after(cfg.initialization, where):
-            jax.distributed.initialize(
-                **where, initialization_timeout=cfg.initialization + 60, heartbeat_timeout_seconds=cfg.heartbeat
-            )
-    if jax.process_count() > 1 and where is None:
-        raise UsageError(
-            f"found {jax.process_count()} processes that are not joined; give each --coordinator, --num_processes and "
-            "--process_id"
-        )
-
-
-@contextlib.contextmanager
-def _given_up_after(seconds: int, where: dict) -> Iterator[None]:
-    """What fails inside is one line; so is what takes longer than `seconds`, where JAX would abort with a stack trace."""
-    address = where.get("coordinator_address", "the address that the scheduler gives")
-    hint = "start the same command on every host, or raise mesh.initialization"
-    if where.get("process_id") == 0:
-        problem = (
-            f"of {where['num_processes']} processes not all came to the coordinator, {address}, within {seconds} s"
-        )
-    else:
-        problem = f"no coordinator at {address} that all processes reached within {seconds} s"
-
-    def give_up() -> None:
-        os._exit(report(JobError(f"{problem}; {hint}")))
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise JobError(f"joining the other processes at {address}: {str(error).splitlines()[0]}") from None
-    finally:
-        timer.cancel()
-
-
-def cluster(env: Mapping[str, str], chips: bool, given: Mapping[str, object]) -> dict | None:
-    """What `jax.distributed.initialize` is told: {} where JAX finds the others itself, None for a process alone.
-
-    `chips`: whether the machine has TPU chips or the like as devices. `given`: see `connect`.
-    """
-    asked = {name: value for name, value in given.items() if value is not None}
-    if asked or EXPLICIT["coordinator"] in env:
-        return _explicit({name: asked.get(name, env.get(variable)) for name, variable in EXPLICIT.items()})
-    on_tpu = chips and importlib.util.find_spec("libtpu") is not None and "cpu" not in env.get("JAX_PLATFORMS", "")
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not on_tpu:
-        return _slurm(env)
-    return {} if on_tpu else None
-
-
-def _explicit(found: dict) -> dict:
-    """The three values that say who the others are. Raises UsageError naming the one that is missing or wrong."""
-    for name, value in found.items():
-        expected = "HOST:PORT of process 0" if name == "coordinator" else "a whole number"
-        fits = re.fullmatch(r".+:\d{1,5}" if name == "coordinator" else r"\d{1,9}", str(value))
-        if value is None or not fits:
-            what = "not given" if value is None else f"found {str(value)!r}"
-            raise UsageError(f"--{name} (or {EXPLICIT[name]}): {what}, expected {expected}")
-    count, index = int(found["num_processes"]), int(found["process_id"])
-    if not index < count:
-        raise UsageError(f"--process_id: found {index}, expected 0 to {count - 1} for --num_processes={count}")
-    return {"coordinator_address": str(found["coordinator"]), "num_processes": count, "process_id": index}
-
-
-def _slurm(env: Mapping[str, str]) -> dict:
-    """One task a node drives all its GPUs; JAX alone would give every task a single one."""
-    alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"]
-    gpus = env.get("SLURM_GPUS_ON_NODE", "0")
-    return {"local_device_ids": list(range(int(gpus)))} if alone and gpus.isdigit() and int(gpus) else {}
-
-
-def leader() -> bool:
-    """Whether this process writes the run's files and talks to people."""
-    return jax.process_index() == 0
-
-
-def everyone_is_here(what: str) -> None:
-    """Wait for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Of several processes: whatever ends this one in what runs inside, but for Interrupted, ends it here and at once.
-
-    The others notice, and end too. JAX and Orbax would make them all wait for each other before they let one go.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if jax.process_count() == 1 or isinstance(error, Interrupted):
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            error = JobError(
-                "computing with the other processes failed, most likely as one is gone "
-                f"({str(error).splitlines()[0][:200]}); the checkpoints are intact, and the same command on all hosts goes on "
-                "from the newest"
-            )
-        os._exit(report(error))
-
-
-def asked_to_stop(step: int) -> bool:
-    """Whether some process got SIGTERM: the same answer on all of them, at the same step."""
-    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def put_batch(mesh, batch: dict) -> dict:

@@ -10,20 +10,21 @@ import optax
 from dit_jax.config import Config, DiffusionConfig, ModelConfig
 from dit_jax.diffusion.process import make_process
 from dit_jax.guard import choose, fingerprint, judge
-from dit_jax.mesh import attention_implementation, batch_sharding, gather_weights, replicated
+from dit_jax.mesh import attention_implementation, batch_sharding, gather_weights, replicated, share_rows
 from dit_jax.models import dit
+from dit_jax.models.layers import Placement
 from dit_jax.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from dit_jax.state import TrainState, abstract_state
 
 
 def image_losses(
-    model: ModelConfig, diffusion: DiffusionConfig, params, images, labels, t, eps, gather: Callable = dit.as_they_are
+    model: ModelConfig, diffusion: DiffusionConfig, params, images, labels, t, eps, placement: Placement = Placement()
 ):
-    """Losses (b,) of images (b, h, w, c) in [-1, 1], noised by eps at times t (b,); and their parts. `gather`: see `dit.apply`."""
+    """Losses (b,) of images (b, h, w, c) in [-1, 1], noised by eps at times t (b,); and their parts. `placement`: see `dit.apply`."""
     process = make_process(diffusion, model.learn_sigma)
 
     def denoise(x, t):
-        return dit.apply(model, params, x, process.model_time(t), labels, gather)
+        return dit.apply(model, params, x, process.model_time(t), labels, placement)
 
     return process.loss(denoise, images, t, eps)
 
@@ -38,15 +39,15 @@ def draw(cfg: Config, key: jax.Array, images: jax.Array, labels: jax.Array):
     return t, eps, jnp.where(dropped, cfg.model.null_class, labels)
 
 
-def batch_loss(cfg: Config, params, images, labels, t, eps, gather: Callable = dit.as_they_are):
+def batch_loss(cfg: Config, params, images, labels, t, eps, placement: Placement = Placement()):
     """Mean loss of a batch, and the means of its parts."""
-    losses, parts = image_losses(cfg.model, cfg.diffusion, params, images, labels, t, eps, gather)
+    losses, parts = image_losses(cfg.model, cfg.diffusion, params, images, labels, t, eps, placement)
     return losses.mean(), {name: part.mean() for name, part in parts.items()}
 
 
-def gradients(cfg: Config, params, *batch, gather: Callable = dit.as_they_are):
+def gradients(cfg: Config, params, *batch, placement: Placement = Placement()):
     """(loss, parts), gradients: over the whole batch, or the mean over `optim.accumulate` microbatches, one after another."""
-    loss_and_gradients = jax.value_and_grad(lambda p, *b: batch_loss(cfg, p, *b, gather), has_aux=True)
+    loss_and_gradients = jax.value_and_grad(lambda p, *b: batch_loss(cfg, p, *b, placement), has_aux=True)
     count = cfg.optim.accumulate
     if count == 1:
         return loss_and_gradients(params, *batch)
@@ -63,14 +64,14 @@ def gradients(cfg: Config, params, *batch, gather: Callable = dit.as_they_are):
 
 
 def train_step(
-    cfg: Config, state: TrainState, batch: dict, gather: Callable = dit.as_they_are
+    cfg: Config, state: TrainState, batch: dict, placement: Placement = Placement()
 ) -> tuple[TrainState, dict]:
     """One update. batch: `image` (b, h, w, c) in [-1, 1], `label` (b,). The randomness depends on (train.seed, step) only.
 
     A step that the guard refuses counts as a step and leaves parameters, EMA and optimizer as they were, bit for bit.
     """
     t, eps, labels = draw(cfg, step_key(cfg, state.step), batch["image"], batch["label"])
-    (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps, gather=gather)
+    (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps, placement=placement)
     updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     done = state.step - state.guard.skipped  # updates so far
@@ -101,11 +102,16 @@ def on_device(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, attention=attention_implementation(model.attention, model.dtype))
 
 
+def placement_on(cfg: Config, mesh) -> Placement:
+    """How the model's weights and conditions move over a mesh."""
+    return Placement(gather_weights(mesh, cfg.model.dtype), share_rows(mesh))
+
+
 def make_train_step(cfg: Config, mesh) -> Callable:
     """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
     return jax.jit(
-        lambda state, batch: train_step(cfg, state, batch, gather_weights(mesh, cfg.model.dtype)),
+        lambda state, batch: train_step(cfg, state, batch, placement_on(cfg, mesh)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -23,20 +23,10 @@ from dit_jax.diagnose import find_layer
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.guard import all_finite, run_twice
+from dit_jax.hosts import EXPLICIT, asked_to_stop, connect, everyone_is_here, leader, together
 from dit_jax.ledger import Ledger, close, lose, note, process_start, write_entry
 from dit_jax.log import open_scalars, progress, say
-from dit_jax.mesh import (
-    EXPLICIT,
-    asked_to_stop,
-    check_batch,
-    connect,
-    everyone_is_here,
-    leader,
-    make_mesh,
-    peak_flops,
-    put_batch,
-    together,
-)
+from dit_jax.mesh import check_batch, make_mesh, peak_flops, put_batch
 from dit_jax.state import abstract_state, make_state
 from dit_jax.step import make_train_step, on_device
 

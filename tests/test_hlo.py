@@ -71,6 +71,20 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
     assert (scatter.sent, total.sent, swap.sent) == (28 * 128 * 1152 * 2 * 3 / 4, 24 * 2 * 3 / 4, 16)
 
 
+def test_the_edges_of_a_reduce_scatter_are_told_from_other_permutes():
+    """Through views and copies; what is computed in between, or comes from elsewhere, is a permute of its own."""
+    lines = """
+  %slice.30 = bf16[16,288]{0,1} slice(%fusion.10), slice={[0:16], [0:288]}
+  %copy.31 = bf16[16,288]{0,1} copy(%slice.30)
+  %edge.32 = bf16[16,288]{0,1} collective-permute(%copy.31), source_target_pairs={{3,1},{7,5}}
+  %negate.33 = bf16[16,288]{0,1} negate(%slice.30)
+  %other.34 = bf16[16,288]{0,1} collective-permute(%negate.33), source_target_pairs={{3,1},{7,5}}
+  %gather.11"""
+    module = hlo.parse(TEXT.replace("\n  %gather.11", lines))
+    found = [(one.count, one.edge) for one in hlo.collectives(module, 8) if one.kind == "collective-permute"]
+    assert found == [(28, True), (28, False), (1, False)]
+
+
 def test_a_known_trip_count_goes_before_the_condition():
     text = TEXT.replace("body=%body.8", 'body=%body.8, backend_config={"known_trip_count":{"n":"3"}}')
     assert hlo.estimated_cycles(hlo.parse(text)) == 305

@@ -14,6 +14,7 @@ GROUND = {"error", "checks", "config", "flops", "hardware", "hlo", "layout", "co
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {
     "mesh",
+    "hosts",
     "foreign",
     "records",
     "samples",

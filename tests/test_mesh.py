@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from dit_jax import hosts
 from dit_jax import mesh as meshes
 from dit_jax.config import (
     Config,
@@ -88,11 +89,30 @@ def test_the_rule():
         ("blocks", "mlp", "fc1", "kernel"): ((4, 64, 256), P(None, "fsdp", "tensor")),
         ("blocks", "mlp", "fc2", "kernel"): ((4, 256, 64), P(None, "tensor", "fsdp")),
         ("blocks", "modulation", "linear", "bias"): ((4, 384), P(None, None)),
-        ("label_embedding", "table", "embedding"): ((11, 64), P(None, "fsdp")),
+        ("label_embedding", "table", "embedding"): ((12, 64), P()),
         ("step",): ((), P()),
     }
     for path, (shape, expected) in shapes.items():
         assert meshes.spec(path, shape, sizes) == expected, path
+
+
+def test_fsdp_takes_what_needs_no_copy_once_gathered():
+    """Heads, columns of modulations, whole tiles of 8 rows; the largest axis where there are none."""
+    shapes = {
+        ("blocks", "attention", "qkv", "kernel"): ((28, 1152, 3, 16, 72), P(None, None, None, "fsdp", None)),
+        ("mu", "blocks", "attention", "proj", "kernel"): ((28, 16, 72, 1152), P(None, "fsdp", None, None)),
+        ("blocks", "mlp", "fc1", "kernel"): ((28, 1152, 4608), P(None, "fsdp", None)),
+        ("blocks", "mlp", "fc2", "kernel"): ((28, 4608, 1152), P(None, "fsdp", None)),
+        ("blocks", "modulation", "linear", "kernel"): ((28, 1152, 6912), P(None, None, "fsdp")),
+        ("time_embedding", "fc1", "kernel"): ((256, 1152), P("fsdp", None)),
+    }
+    for path, (shape, expected) in shapes.items():
+        assert meshes.spec(path, shape, {"data": 1, "fsdp": 16, "tensor": 1}) == expected, path
+    wide = {"data": 1, "fsdp": 128, "tensor": 1}
+    assert meshes.spec(("blocks", "mlp", "fc1", "kernel"), (28, 1152, 4608), wide) == P(
+        None, None, "fsdp"
+    )  # 9 rows each
+    assert meshes.spec(("blocks", "attention", "qkv", "kernel"), (28, 1152, 3, 16, 72), wide)[1] == "fsdp"
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
@@ -160,21 +180,21 @@ NOBODY = dict.fromkeys(GIVEN)
 
 
 def test_where_the_other_processes_are_found():
-    assert meshes.cluster({}, False, NOBODY) is None
-    assert meshes.cluster({}, True, NOBODY) == ({} if importlib.util.find_spec("libtpu") else None)
-    assert meshes.cluster({"JAX_PLATFORMS": "cpu"}, True, NOBODY) is None
-    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False, NOBODY) == {}
-    assert meshes.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False, NOBODY) is None
-    found = meshes.cluster(ADDRESS, True, NOBODY)
+    assert hosts.cluster({}, False, NOBODY) is None
+    assert hosts.cluster({}, True, NOBODY) == ({} if importlib.util.find_spec("libtpu") else None)
+    assert hosts.cluster({"JAX_PLATFORMS": "cpu"}, True, NOBODY) is None
+    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False, NOBODY) == {}
+    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False, NOBODY) is None
+    found = hosts.cluster(ADDRESS, True, NOBODY)
     assert found == {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
-    found = meshes.cluster(ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, True, GIVEN)
+    found = hosts.cluster(ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, True, GIVEN)
     assert found == {"coordinator_address": "b:2", "num_processes": 2, "process_id": 0}
 
 
 def test_one_task_a_node_drives_all_its_gpus_under_slurm():
     node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-    assert meshes.cluster(node, False, NOBODY) == {"local_device_ids": [0, 1, 2, 3]}
-    assert meshes.cluster(node | {"SLURM_STEP_NUM_TASKS": "8"}, False, NOBODY) == {}  # JAX: one GPU each
+    assert hosts.cluster(node, False, NOBODY) == {"local_device_ids": [0, 1, 2, 3]}
+    assert hosts.cluster(node | {"SLURM_STEP_NUM_TASKS": "8"}, False, NOBODY) == {}  # JAX: one GPU each
 
 
 @pytest.mark.parametrize(
@@ -198,7 +218,7 @@ def test_one_task_a_node_drives_all_its_gpus_under_slurm():
 )
 def test_half_an_address_is_refused(env, given, message):
     with pytest.raises(UsageError, match=message):
-        meshes.cluster(env, False, NOBODY | given)
+        hosts.cluster(env, False, NOBODY | given)
 
 
 def test_hosts_that_share_rows_are_refused():

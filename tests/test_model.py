@@ -11,7 +11,7 @@ import pytest
 from dit_jax.config import ModelConfig
 from dit_jax.models import dit
 from dit_jax.models.conditioning import positions, timestep_features
-from dit_jax.models.layers import patchify, unpatchify
+from dit_jax.models.layers import gelu, layer_norm, patchify, softmax_attention, unpatchify
 
 SMALL = ModelConfig(depth=3, width=32, heads=4, patch=2, input_size=8, channels=3, classes=5)
 
@@ -159,3 +159,42 @@ def test_patches_go_row_by_row_and_back():
     patches = patchify(x, 2)
     np.testing.assert_array_equal(patches[0, 1], x[0, :2, 2:].reshape(-1))
     np.testing.assert_array_equal(unpatchify(patches, 2, 2), x)
+
+
+def pulled_back(function, *inputs):
+    """What a function puts out and, for a random direction of that, the gradients of its inputs."""
+    out, pull = jax.vjp(function, *inputs)
+    return out, *pull(jax.random.normal(jax.random.key(9), out.shape).astype(out.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_attention_and_its_gradient_are_those_of_jax(dtype, tolerance):
+    """The yardstick is computed in float32: keys are as many as queries or not, logits as large as 30."""
+    for keys in (9, 2):
+        shapes = [(3, 9, 4, 16), (3, keys, 4, 16), (3, keys, 4, 16)]
+        parts = [2.7 * jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)]
+        found = jax.jit(lambda *p: pulled_back(softmax_attention, *p))(*parts)
+        exact = pulled_back(jax.nn.dot_product_attention, *[p.astype(jnp.float32) for p in parts])
+        for ours, theirs in zip(found, exact, strict=True):
+            assert ours.dtype == dtype
+            scale = float(jnp.abs(theirs).max())
+            np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=0, atol=tolerance * scale)
+
+
+def test_gelu_and_its_kept_slope_are_those_of_jax():
+    x = jnp.linspace(-12, 12, 4001)
+    for ours, theirs in zip(
+        pulled_back(gelu, x), pulled_back(functools.partial(jax.nn.gelu, approximate=True), x), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_layer_norm_in_one_pass_is_exact_also_far_from_zero():
+    """Against float64, rows whose mean is up to 30 deviations; a constant row gives zeros, not NaN."""
+    for mean, tolerance in ((0.0, 1e-6), (30.0, 3e-4)):
+        x = mean + np.random.default_rng(0).standard_normal((64, 1152))
+        x = x.astype(np.float32)
+        wide = x.astype(np.float64)
+        exact = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(layer_norm(jnp.asarray(x)), exact, rtol=0, atol=tolerance * np.abs(exact).max())
+    assert np.abs(layer_norm(jnp.full((2, 64), 7.3))).max() < 1.0

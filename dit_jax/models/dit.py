@@ -1,7 +1,6 @@
 """The Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,11 +10,13 @@ from dit_jax.config import ModelConfig
 from dit_jax.flops import TIME_FREQUENCIES
 from dit_jax.models.conditioning import LabelEmbedding, TimeEmbedding, positions
 from dit_jax.models.layers import (
+    KEPT,
     Attention,
     CrossAttention,
     Mlp,
     Modulation,
     Norm,
+    Placement,
     layer_norm,
     modulate,
     patchify,
@@ -23,11 +24,6 @@ from dit_jax.models.layers import (
     xavier,
     zeros,
 )
-
-
-def as_they_are(weights):
-    """Leaves weights where they lie."""
-    return weights
 
 
 def _attention(cls, cfg: ModelConfig, name: str):
@@ -39,6 +35,7 @@ class AdaptiveBlock(nn.Module):
     """One block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only the latter has gates, which start at zero."""
 
     cfg: ModelConfig
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, c):
@@ -46,10 +43,12 @@ class AdaptiveBlock(nn.Module):
         attention = _attention(Attention, cfg, "attention")
         mlp = Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")
         if cfg.conditioning == "adaln":
-            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, name="modulation")(c)
+            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.placement.share, name="modulation")(c)
             x = x + attention(modulate(layer_norm(x), shift1, scale1))
             return x + mlp(modulate(layer_norm(x), shift2, scale2)), None
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, name="modulation")(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(
+            6, dtype, share=self.placement.share, name="modulation"
+        )(c)
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
         return x + gate2[:, None] * mlp(modulate(layer_norm(x), shift2, scale2)), None
 
@@ -61,6 +60,7 @@ class PlainBlock(nn.Module):
     """
 
     cfg: ModelConfig
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, c):
@@ -75,26 +75,27 @@ class Output(nn.Module):
     """x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (or, with c as tokens, a plain norm), then a Linear; both start at zero."""
 
     cfg: ModelConfig
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if cfg.adaptive:
-            shift, scale = Modulation(2, dtype, name="modulation")(c)
+            shift, scale = Modulation(2, dtype, share=self.placement.share, name="modulation")(c)
             h = modulate(layer_norm(x), shift, scale)
         else:
             h = Norm(dtype, name="norm")(x)
         return nn.Dense(cfg.patch**2 * cfg.out_channels, kernel_init=zeros, dtype=dtype, name="linear")(h)
 
 
-def _scanned_block(cfg: ModelConfig, gather: Callable):
+def _scanned_block(cfg: ModelConfig, placement: Placement):
     """`depth` blocks as one scan: their parameters carry a leading layer axis l, and XLA compiles one body."""
     block = AdaptiveBlock if cfg.adaptive else PlainBlock
-    if gather is not as_they_are:
-        block = nn.map_variables(block, "params", trans_in_fn=gather)
+    if placement != Placement():
+        block = nn.map_variables(block, "params", trans_in_fn=placement.gather)
     if cfg.remat != "none":
-        keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[cfg.remat]
-        block = nn.remat(block, policy=keep, prevent_cse=False)
+        policy = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}[cfg.remat]
+        block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
@@ -102,14 +103,14 @@ def _scanned_block(cfg: ModelConfig, gather: Callable):
         in_axes=nn.broadcast,
         length=cfg.depth,
         unroll=cfg.unroll,
-    )(cfg, name="blocks")
+    )(cfg, placement, name="blocks")
 
 
 class DiT(nn.Module):
     """x (b, h, w, c), t (b,), labels (b,) -> (b, h, w, c_out): patches, blocks, output."""
 
     cfg: ModelConfig
-    gather: Callable = as_they_are
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(self, x, t, labels):
@@ -122,8 +123,8 @@ class DiT(nn.Module):
         c = time + label if cfg.adaptive else jnp.stack([time, label], axis=1)
         if cfg.conditioning == "in_context":
             h = jnp.concatenate([h, c], axis=1)
-        h, _ = _scanned_block(cfg, self.gather)(h, c)
-        h = Output(cfg, name="output")(h[:, : side**2], c)
+        h, _ = _scanned_block(cfg, self.placement)(h, c)
+        h = Output(cfg, self.placement, name="output")(h[:, : side**2], c)
         return unpatchify(h, cfg.patch, side).astype(jnp.float32)
 
 
@@ -140,16 +141,15 @@ def apply(
     x: jax.Array,
     t: jax.Array,
     labels: jax.Array,
-    gather: Callable = as_they_are,
+    placement: Placement = Placement(),
 ) -> jax.Array:
     """x (b, h, w, c), t (b,) in 0 to 1000, labels (b,) in 0 to K (K = no class) -> (b, h, w, c_out) float32.
 
-    With `cfg.learn_sigma` the last half of c_out is the learned-range variance. `gather`, a tree of weights -> the same, brings
-    together what several devices share, of one layer at a time.
+    With `cfg.learn_sigma` the last half of c_out is the learned-range variance. `placement`: of a program of several devices.
     """
-    ends = gather({name: weights for name, weights in params.items() if name != "blocks"})
+    ends = placement.gather({name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}
-    return DiT(cfg, gather).apply({"params": params}, x, t, labels)
+    return DiT(cfg, placement).apply({"params": params}, x, t, labels)
 
 
 # Modules of a block in the order in which they run.
@@ -168,7 +168,8 @@ def activations(
     outputs = {}
     for path, value in jax.tree_util.tree_flatten_with_path(found["intermediates"])[0]:
         keys = [part.key for part in path if hasattr(part, "key")]
-        outputs.setdefault("/".join(key for key in keys if key != "__call__"), value)
+        outputs.setdefault("/".join(key for key in keys if key != "__call__"), []).append(value)
+    outputs = {name: values[0] if len(values) == 1 else jnp.stack(values, -3) for name, values in outputs.items()}
     blocks = [
         (f"blocks[{layer}]/{name}", outputs[f"blocks/{name}"][layer])
         for layer in range(cfg.depth)

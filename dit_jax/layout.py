@@ -28,12 +28,16 @@ FSDP = {
 }
 SPARE = 0.85  # of a device's memory: what `memory` may fill, as it is a rough rule
 REMATS = ("none", "dots", "full")
-# Bytes that a block keeps for its backward pass, per token and channel, as preflight's compilations of S/2 to XL/2 at 256 and 512
-# pixels have it; without remat the attention's weights (tokens x heads per token) come on top.
-KEPT = {"none": 88.0, "dots": 25.0, "full": 6.0}
-KEPT_WEIGHT = 6.2
-STATE, PASSING = 16, 6  # bytes of a parameter: its float32 value, EMA and moments; its gradient and its bfloat16 copy
-AGAIN = {"none": 1.0, "dots": 1.01, "full": 1.32}  # FLOPs of a step over those without remat
+# Bytes that a block keeps for its backward pass, per token and channel, as the TPU compiler has it for S/2 to XL/2 at 256 and 512
+# pixels (preflight, batches that do not fit); without remat the attention's weights (heads per token, each of all tokens) come on top.
+KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
+KEPT_WEIGHT = 2.2
+STATE, PASSING = 16, 12  # bytes of a parameter: its float32 value, EMA and moments; its gradient and what becomes of it
+AGAIN = {
+    "none": 1.1,
+    "dots": 1.0,
+    "full": 1.2,
+}  # time of a step by the same compiler: without remat its copies cost more
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
     if layout.remat == "none":
         kept += KEPT_WEIGHT * model.heads * model.tokens / model.width
     activations = kept * layout.rows(batch) * model.depth * model.tokens * model.width
-    return (activations + PASSING * flops.parameters(model)) / layout.tensor
+    return (activations + PASSING * flops.parameters(model) / layout.fsdp) / layout.tensor
 
 
 def memory(model: ModelConfig, layout: Layout, batch: int) -> float:

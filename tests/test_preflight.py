@@ -9,8 +9,9 @@ import pytest
 from job import ROOT, run
 
 from dit_jax import flops
-from dit_jax.config import ModelConfig, model_config
-from dit_jax.layout import FSDP
+from dit_jax.command import load_config
+from dit_jax.config import ModelConfig, model_config, resolve
+from dit_jax.layout import Layout, memory
 from dit_jax.preflight import compilation
 from dit_jax.sample import ROWS
 
@@ -123,42 +124,50 @@ def compiled_for(tmp_path, config, *arguments):
     return json.loads(out.read_text())
 
 
-def check_train_step(found):
+def check_train_step(found, config):
     """What holds of every shipped layout, `found` its report."""
-    sizes, model = found["bytes"], found["parameters"]
+    sizes, share = found["bytes"], 16 * found["parameters"] / found["mesh"]["fsdp"]
+    used = sizes["arguments"] + sizes["temporaries"]
     assert found["fits"], found["message"]
-    assert sizes["arguments"] + sizes["temporaries"] <= 0.9 * sizes["memory"]
+    assert used <= 0.9 * sizes["memory"]
+    # The rule that chose the layout knew.
+    layout = Layout(*found["mesh"].values(), found["remat"], found["accumulate"])
+    assert used <= 1.15 * memory(resolve(load_config(f"configs/{config}")).model, layout, found["images"])
     # All that a step takes over is given back in its place: float32 weights, EMA and two moments, as they lie in memory. Whole
     # tiles of 8 x 128 numbers, and vectors, which every device holds, make it larger than the share of a device.
     assert sizes["donated"] == sizes["state"]
-    assert 16 * model / found["mesh"]["fsdp"] <= sizes["state"] <= 1.25 * 16 * model / found["mesh"]["fsdp"]
-    # Weights are gathered, gradients summed. Nothing else moves: no permutation is part of any of these on a torus.
-    assert set(found["collectives"]) <= {"all-gather", "all-reduce", "reduce-scatter"}, found["collectives"]
+    assert share <= sizes["state"] <= 1.25 * share
+    # Weights are gathered and gradients summed. Nothing else moves but the edges of what a reduce-scatter put out, where a shard
+    # is no whole number of tiles: no other collective-permute, no all-to-all.
+    moved = found["collectives"]
+    assert set(moved) <= {"all-gather", "all-reduce", "reduce-scatter", "reduce-scatter-edge"}
+    assert moved.get("reduce-scatter-edge", {"bytes": 0})["bytes"] < 0.1 * sum(one["bytes"] for one in moved.values())
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("slice", ["v3-8", "v3-256", "v4-8", "v4-256"])
-def test_xl_trains_on_its_slices(slice, tmp_path):
-    found = compiled_for(tmp_path, f"imagenet256.py:DiT-XL/2,{slice}")
-    check_train_step(found)
-    assert found["images"] == 256 and found["flops_step"] == flops.train_flops(model_config("DiT-XL/2"), 256)
+@pytest.mark.parametrize(("slice", "batch"), [("v3-8", 256), ("v3-256", 256), ("v4-8", 256), ("v4-256", 4096)])
+def test_xl_trains_on_its_slices(slice, batch, tmp_path):
+    config = f"imagenet256.py:DiT-XL/2,{slice},{batch}"
+    found = compiled_for(tmp_path, config)
+    check_train_step(found, config)
+    assert found["images"] == batch and found["flops_step"] == flops.train_flops(model_config("DiT-XL/2"), batch)
     # On a machine that others use too, by the time of its cores: alone, libtpu keeps 1.7 of two busy.
     assert found["compile_seconds"] <= 60 or found["compile_cpu_seconds"] <= 60 * 1.7
+    # Estimates of the compiler, without collectives: what a change of the layout must not lose.
+    if slice == "v3-256":
+        assert 1 / found["estimated_step_seconds"] >= 4 * 5.7  # steps a second of the paper, on this slice
+    if slice == "v4-256":
+        assert found["estimated_mfu"] >= 0.45
 
 
 @pytest.mark.tpu
 def test_a_batch_too_large_is_refused_by_the_compiler_and_what_is_suggested_fits(tmp_path):
-    found = compiled_for(tmp_path, "imagenet256.py:DiT-XL/2", "--topology=v3-8", "--config.train.batch_size=2048")
+    config, large = "imagenet256.py:DiT-XL/2", ["--topology=v3-8", "--config.train.batch_size=2048"]
+    found = compiled_for(tmp_path, config, *large)
     assert not found["fits"] and found["message"].startswith("RESOURCE_EXHAUSTED: Ran out of memory")
     assert found["bytes"]["temporaries"] > found["bytes"]["memory"] and found["suggestion"]
-    again = compiled_for(
-        tmp_path,
-        "imagenet256.py:DiT-XL/2",
-        "--topology=v3-8",
-        "--config.train.batch_size=2048",
-        *found["suggestion"].split(),
-    )
-    check_train_step(again)
+    again = compiled_for(tmp_path, config, *large, *found["suggestion"].split())
+    check_train_step(again, config)
     assert again["images"] == 2048
 
 
@@ -177,14 +186,15 @@ def test_the_sampler_is_compiled_for_a_slice(tmp_path):
 @pytest.mark.parametrize("slice", ["v3-8", "v3-256", "v4-8", "v4-256"])
 @pytest.mark.parametrize("config", ["imagenet256.py:DiT-B/2", "imagenet256.py:DiT-L/2", "imagenet512.py:DiT-XL/2"])
 def test_other_models_train_on_these_slices(config, slice, tmp_path):
-    check_train_step(compiled_for(tmp_path, f"{config},{slice}"))
+    check_train_step(compiled_for(tmp_path, f"{config},{slice}"), config)
 
 
 @pytest.mark.tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("slice", ["v3-32", "v4-64", "v4-512", "v3-256,4096", "v4-256,4096"])
+@pytest.mark.parametrize("slice", ["v3-32", "v4-64", "v4-256", "v4-512", "v3-256,4096"])
 def test_xl_trains_on_the_other_slices_and_at_a_large_batch(slice, tmp_path):
-    check_train_step(compiled_for(tmp_path, f"imagenet256.py:DiT-XL/2,{slice}"))
+    config = f"imagenet256.py:DiT-XL/2,{slice}"
+    check_train_step(compiled_for(tmp_path, config), config)
 
 
 @pytest.mark.tpu

@@ -134,7 +134,7 @@ def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> d
     """The collectives, the compiler's estimate and what follows from them."""
     moved, sent = {}, 0.0
     for one in hlo.collectives(module, topology.devices):
-        entry = moved.setdefault(one.kind, {"count": 0, "bytes": 0, "sent": 0.0})
+        entry = moved.setdefault("reduce-scatter-edge" if one.edge else one.kind, {"count": 0, "bytes": 0, "sent": 0.0})
         entry["count"] += one.count
         entry["bytes"] += one.count * one.bytes
         entry["sent"] += one.sent

@@ -34,7 +34,11 @@ REMATS = ("none", "dots", "full")
 # pixels (preflight, batches that do not fit); without remat the attention's weights (heads per token, each of all tokens) come on top.
 KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
 KEPT_WEIGHT = 2.2
-STATE, PASSING = 16, 12  # bytes of a parameter: its float32 value, EMA and moments; its gradient and what becomes of it
+STATE, PASSING, ADDED = (
+    16,
+    12,
+    8,
+)  # bytes of a parameter: value, EMA and moments; gradient and update; sums of microbatches
 AGAIN = {
     "none": 1.1,
     "dots": 1.0,
@@ -74,7 +78,8 @@ def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
     if layout.remat == "none":
         kept += KEPT_WEIGHT * model.heads * model.tokens / model.width
     activations = kept * layout.rows(batch) * model.depth * model.tokens * model.width
-    return (activations + PASSING * flops.parameters(model) / layout.fsdp) / layout.tensor
+    passing = PASSING + (ADDED if layout.accumulate > 1 else 0)
+    return (activations + passing * flops.parameters(model) / layout.fsdp) / layout.tensor
 
 
 def memory(model: ModelConfig, layout: Layout, batch: int) -> float:

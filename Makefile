@@ -74,10 +74,10 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@touch $@
 
 preflight: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu tests/test_preflight.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu tests/test_preflight.py tests/test_hardware.py
 
 preflight-quick: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" tests/test_preflight.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" tests/test_preflight.py tests/test_hardware.py
 
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

@@ -10,21 +10,23 @@ from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.checks import choice
-from dit_jax.config import SIZES, ModelConfig, UsageError, model_config
+from dit_jax.config import ModelConfig, UsageError
 from dit_jax.hardware import Topology, topology
 
-# slice -> devices that share the state (`mesh.fsdp`), by size of the model; batches are split over all devices.
+# slice -> devices that share the state (`mesh.fsdp`), the batch is split over all. What `preflight --search` ranks first, for S/2 to
+# XL/2 alike: fewer devices have more of the optimizer's work each, more than 16 leave XL/2's kernels no whole tiles. GPUs and CPUs
+# are not compiled for: all of a node's GPUs.
 FSDP = {
-    "v3-8": {"S": 4, "B": 4, "L": 8, "XL": 8},
-    "v3-32": {"S": 16, "B": 16, "L": 16, "XL": 16},
-    "v3-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
-    "v4-8": {"S": 4, "B": 4, "L": 4, "XL": 4},
-    "v4-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
-    "v4-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
-    "v4-512": {"S": 16, "B": 16, "L": 16, "XL": 16},
-    "h100x8": {"S": 1, "B": 1, "L": 8, "XL": 8},
-    "h200x1": {"S": 1, "B": 1, "L": 1, "XL": 1},
-    "cpux8": {"S": 2, "B": 2, "L": 8, "XL": 8},
+    "v3-8": 8,
+    "v3-32": 16,
+    "v3-256": 16,
+    "v4-8": 4,
+    "v4-64": 16,
+    "v4-256": 16,
+    "v4-512": 16,
+    "h100x8": 8,
+    "h200x1": 1,
+    "cpux8": 2,
 }
 SPARE = 0.85  # of a device's memory: what `memory` may fill, as it is a rough rule
 REMATS = ("none", "dots", "full")
@@ -32,7 +34,11 @@ REMATS = ("none", "dots", "full")
 # pixels (preflight, batches that do not fit); without remat the attention's weights (heads per token, each of all tokens) come on top.
 KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
 KEPT_WEIGHT = 2.2
-STATE, PASSING = 16, 12  # bytes of a parameter: its float32 value, EMA and moments; its gradient and what becomes of it
+STATE, PASSING, ADDED = (
+    16,
+    12,
+    8,
+)  # bytes of a parameter: value, EMA and moments; gradient and update; sums of microbatches
 AGAIN = {
     "none": 1.1,
     "dots": 1.0,
@@ -72,7 +78,8 @@ def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
     if layout.remat == "none":
         kept += KEPT_WEIGHT * model.heads * model.tokens / model.width
     activations = kept * layout.rows(batch) * model.depth * model.tokens * model.width
-    return (activations + PASSING * flops.parameters(model) / layout.fsdp) / layout.tensor
+    passing = PASSING + (ADDED if layout.accumulate > 1 else 0)
+    return (activations + passing * flops.parameters(model) / layout.fsdp) / layout.tensor
 
 
 def memory(model: ModelConfig, layout: Layout, batch: int) -> float:
@@ -119,19 +126,13 @@ def _doubled(first: int, most: int) -> Iterator[int]:
         first *= 2
 
 
-def size_of(model: ModelConfig) -> str:
-    """The smallest published size that is no smaller than the model, else the largest."""
-    count = flops.parameters(model)
-    return next((s for s in SIZES if count <= 1.05 * flops.parameters(model_config(f"DiT-{s}/2"))), "XL")
-
-
 def shipped(name: str, model: ModelConfig, batch: int) -> Layout:
     """The layout of a slice of FSDP: its mesh, and the fastest remat and accumulation that `memory` says will fit.
 
     Raises UsageError for a slice that is not in the table, or whose devices do not divide the batch.
     """
     choice("slice", name, FSDP)
-    slice, fsdp = topology(name), FSDP[name][size_of(model)]
+    slice, fsdp = topology(name), FSDP[name]
     found = options(model, batch, slice, Layout(slice.devices // fsdp, fsdp, 1, "none", 1))
     found = [layout for layout in found if layout.fsdp == fsdp]
     if not found:

@@ -104,8 +104,12 @@ def on_device(model: ModelConfig) -> ModelConfig:
 def make_train_step(cfg: Config, mesh) -> Callable:
     """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
+
+    def step(state, batch):
+        return train_step(cfg, state, batch, gather_weights(mesh, cfg.model.dtype))
+
     return jax.jit(
-        lambda state, batch: train_step(cfg, state, batch, gather_weights(mesh, cfg.model.dtype)),
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -9,6 +9,7 @@
 A peer, which takes turns with ours, is a file as `dit_jax/bench/peer.py` says. Only `host` needs data, and what reads it.
 """
 
+import gc
 import os
 
 import jax
@@ -47,6 +48,7 @@ def measure_part(part: str, cfg: Config, values: flags.FlagValues, module) -> ob
 
         return ladder.measure_ladder(cfg, values.repeats)
     say(f"{part} ...")
+    gc.collect()  # what the part before held on the device
     return speed.measure(cfg, part, values.repeats, values.seconds, module)
 
 

@@ -38,7 +38,8 @@ def show_speed(title: str, found: dict, console: Console) -> None:
     about = f"width {model['width']}, depth {model['depth']}, {model['tokens']} tokens, {model['dtype']}"
     drawn = found["sampling"]
     how = f", {drawn['sampler']} {drawn['steps']}, guidance {drawn['guidance']:g}" if drawn else ""
-    console.print(f"{title}: {about}, {found['images']} images a call{how}; {found['calls']} calls a round")
+    calls = "a call" if found["calls"] == 1 else f"{found['calls']} calls"
+    console.print(f"{title}: {about}, {found['images']} images a call{how}; {calls} a round")
     rows = ("a call, ms", "images/s", "model TFLOP/s", "MFU", "peak memory", "compilation, s", "recompilations")
     table = Table("", *sides, title_justify="left")
     for row in zip(rows, *map(_rates, sides.values()), strict=True):

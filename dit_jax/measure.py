@@ -149,6 +149,8 @@ def publish(found: dict, show: Callable[[dict, Console], None], path: str, names
     about, console = found["machine"], Console(width=150, highlight=False)
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
     load = "" if about["load"] is None else f", load {about['load']:.1f}"
-    console.print(f"{about['device']}, {about['cores']} cores{load}; {about['date']}; {versions}")
+    console.print(
+        f"{about['device']}, {about['cores']} core{'s'[: about['cores'] > 1]}{load}; {about['date']}; {versions}"
+    )
     console.print("Medians (lowest to highest of the repeats).\n")
     show(found, console)

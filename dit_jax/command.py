@@ -42,8 +42,8 @@ class Interrupted(Exception):
 def launch(main: Callable[[], None], config: str = "") -> None:
     """Parse the command line, run `main()`, exit with the documented code.
 
-    `config` says where `--config` comes from: "file" (a file of configs/), "workdir" (the run's config.json, with
-    `--config.a.b=v` overrides), or "" (none).
+    `config` says where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
+    config.json, with `--config.a.b=v` overrides), or "" (none).
     """
     sys.unraisablehook = _unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, with a traceback, what a failed save met
@@ -126,8 +126,8 @@ def _parse(config: str) -> None:
         if config == "workdir":
             values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
             config_flags.DEFINE_config_dict("config", values)
-        elif config == "file":
-            _check_file(_early_value("config"))
+        elif config in ("file", "optional"):
+            _check_file(_early_value("config"), optional=config == "optional")
             config_flags.DEFINE_config_file("config", help_string="a file of configs/, with :ARG where it takes one")
         rest = flags.FLAGS(sys.argv)
     if len(rest) > 1:
@@ -183,9 +183,9 @@ def _early_workdir() -> str:
     return workdir
 
 
-def _check_file(value: str) -> None:
+def _check_file(value: str, optional: bool = False) -> None:
     path = value.split(":", 1)[0]
-    if not value and not _asks_for_help():
+    if not value and not optional and not _asks_for_help():
         raise UsageError("--config: not given, expected a file such as configs/digits.py")
     if value and not os.path.isfile(path):
         raise UsageError(f"--config: no file {path!r}")
@@ -331,7 +331,14 @@ def provenance() -> dict:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"versions": {name: importlib.metadata.version(name) for name in names}, "commit": commit}
+    return {"versions": {name: _version(name) for name in names}, "commit": commit}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def sync(path: str) -> None:

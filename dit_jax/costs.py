@@ -10,7 +10,6 @@ latents     latents read, verified and sampled a second on one core (target: at 
 
 import contextlib
 import dataclasses
-import json
 import os
 import tempfile
 import time
@@ -21,8 +20,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from dit_jax import bench, checkpoint, flops, ledger, manifest, train
-from dit_jax.command import launch, write_file
+from dit_jax import checkpoint, flops, ledger, manifest, measure, train
+from dit_jax.command import launch
 from dit_jax.config import Config, DataConfig, TrainConfig, model_config, resolve
 from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import LatentInfo
@@ -69,18 +68,18 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
     """
     cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     mesh = make_mesh(cfg.mesh)
-    stepper = bench.make_stepper(cfg, mesh)
+    stepper = measure.make_stepper(cfg, mesh)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.closing(checkpoint.Saver(folder, 1)) as saver:
             saver.save(make_state(cfg, mesh), {"next_index": 0}, {"model": {}})
         at = checkpoint.path_of(folder, 0)
         size = sum(os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(at) for name in names)
         jobs = {
-            "write": lambda: bench.seconds(lambda: manifest.write_manifest(at)),
-            "verify": lambda: bench.seconds(lambda: manifest.problems(at) and None),
+            "write": lambda: measure.seconds(lambda: manifest.write_manifest(at)),
+            "verify": lambda: measure.seconds(lambda: manifest.problems(at) and None),
             "step": lambda: stepper(steps),
         }
-        found = bench.alternate(jobs, repeats)
+        found = measure.alternate(jobs, repeats)
     share = [(w + v) / (EVERY * s) for w, v, s in zip(found["write"], found["verify"], found["step"], strict=True)]
     return {
         "size": [cfg.model.width, cfg.model.depth, cfg.model.heads],
@@ -88,8 +87,8 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
         "batch_size": cfg.train.batch_size,
         "bytes": size,
         "every": EVERY,
-        **{f"{name}_ms": bench.spread([1e3 * s for s in found[name]]) for name in jobs},
-        "share": bench.spread(share),
+        **{f"{name}_ms": measure.spread([1e3 * s for s in found[name]]) for name in jobs},
+        "share": measure.spread(share),
         "target": CHECKPOINT_TARGET,
     }
 
@@ -98,7 +97,7 @@ def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
     """What computing one step twice and comparing adds, in steps; every N steps, a run takes that / N longer."""
     cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     mesh = make_mesh(cfg.mesh)
-    state, batch, step = make_state(cfg, mesh), bench.fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
+    state, batch, step = make_state(cfg, mesh), measure.fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
 
     def once():
         nonlocal state
@@ -110,10 +109,10 @@ def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
         state, scalars = run_twice(step, state, batch, 0)
         return state, scalars
 
-    jobs = {"once": lambda: bench.seconds(once), "twice": lambda: bench.seconds(twice)}
-    found = bench.alternate(jobs, repeats * rounds)
+    jobs = {"once": lambda: measure.seconds(once), "twice": lambda: measure.seconds(twice)}
+    found = measure.alternate(jobs, repeats * rounds)
     added = [b / a - 1 for a, b in zip(found["once"], found["twice"], strict=True)]
-    return {"added_steps": bench.spread(added), "quartiles": np.quantile(added, (0.25, 0.75)).tolist()}
+    return {"added_steps": measure.spread(added), "quartiles": np.quantile(added, (0.25, 0.75)).tolist()}
 
 
 def measure_wait(cfg: Config, repeats: int) -> dict:
@@ -128,7 +127,7 @@ def measure_wait(cfg: Config, repeats: int) -> dict:
         waits.append(entry["seconds"]["data"] / loop)
         steps.append(1e3 * loop / entry["last"])
     size, batch = [cfg.model.width, cfg.model.depth, cfg.model.heads], cfg.train.batch_size
-    return {"size": size, "batch_size": batch, "step_ms": bench.spread(steps), "share": bench.spread(waits)}
+    return {"size": size, "batch_size": batch, "step_ms": measure.spread(steps), "share": measure.spread(waits)}
 
 
 def measure_latents(folder: str, repeats: int, batches: int = 40, batch_size: int = 256) -> dict:
@@ -143,22 +142,18 @@ def measure_latents(folder: str, repeats: int, batches: int = 40, batch_size: in
             next(iterator)
         rates.append(batches * batch_size / (time.process_time() - before))
         iterator.close()
-    return {"batch_size": batch_size, "latents_per_core_second": bench.spread(rates[1:]), "target": LATENTS_TARGET}
+    return {"batch_size": batch_size, "latents_per_core_second": measure.spread(rates[1:]), "target": LATENTS_TARGET}
 
 
 def show(found: dict, console: Console) -> None:
     """The tables: medians (ranges)."""
-    about = found["machine"]
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "jaxlib", "grain", "orbax-checkpoint"))
-    console.print(f"{about['device']}, {about['cores']} cores, load {about['load']:.1f}; {about['date']}; {versions}")
-    console.print("Medians (lowest to highest of the repeats).\n")
     share = f"share of {EVERY:,} steps (target <= {CHECKPOINT_TARGET:.0%})"
     table = Table("checkpoint: width", "MB", "hash, ms", "verify, ms", "step, ms", share)
     for row in found["checkpoint"]:
-        times = [bench.shown(row[f"{name}_ms"], 1) for name in ("write", "verify", "step")]
-        reached = bench.verdict(row["share"]["median"] <= row["target"])
+        times = [measure.shown(row[f"{name}_ms"], 1) for name in ("write", "verify", "step")]
+        reached = measure.verdict(row["share"]["median"] <= row["target"])
         cells = [str(row["size"][0]), f"{row['bytes'] / 1e6:.1f}", *times]
-        table.add_row(*cells, f"{bench.shown(row['share'], 3, True)}: {reached}")
+        table.add_row(*cells, f"{measure.shown(row['share'], 3, True)}: {reached}")
     console.print(table)
     added, quartiles = found["replay"]["added_steps"]["median"], found["replay"]["quartiles"]
     costs = ", ".join(f"N = {every}: {added / every:.1%} (1/N = {1 / every:.0%})" for every in REPLAYS)
@@ -168,19 +163,20 @@ def show(found: dict, console: Console) -> None:
     )
     table = Table("data", "width", "batch", "step, ms", f"wait (target < {DATA_TARGET:.0%})")
     for name, row in found["data"].items():
-        reached = bench.verdict(row["share"]["median"] < DATA_TARGET)
-        cells = [name, str(row["size"][0]), str(row["batch_size"]), bench.shown(row["step_ms"], 1)]
-        table.add_row(*cells, f"{bench.shown(row['share'], 2, True)}: {reached}")
+        reached = measure.verdict(row["share"]["median"] < DATA_TARGET)
+        cells = [name, str(row["size"][0]), str(row["batch_size"]), measure.shown(row["step_ms"], 1)]
+        table.add_row(*cells, f"{measure.shown(row['share'], 2, True)}: {reached}")
     console.print(table)
     rate = found["latents"]["latents_per_core_second"]
-    reached = bench.verdict(rate["median"] >= LATENTS_TARGET)
-    console.print(f"latents a second and core (target >= {LATENTS_TARGET:,}): {bench.shown(rate)}: {reached}")
+    reached = measure.verdict(rate["median"] >= LATENTS_TARGET)
+    console.print(f"latents a second and core (target >= {LATENTS_TARGET:,}): {measure.shown(rate)}: {reached}")
 
 
 def main() -> None:
-    repeats, cfg, found = flags.FLAGS.repeats, resolve(flags.FLAGS.config), {"machine": bench.machine()}
+    measure.check_json(flags.FLAGS.json)
+    repeats, cfg, found = flags.FLAGS.repeats, resolve(flags.FLAGS.config), {"machine": measure.machine()}
     say("checkpoint ...")
-    wide = bench.step_config(16)
+    wide = measure.step_config(16)
     found["checkpoint"] = [measure_checkpoint(cfg, repeats, 50), measure_checkpoint(wide, repeats, 1)]
     say("replay ...")
     found["replay"] = measure_replay(cfg, repeats)
@@ -192,9 +188,7 @@ def main() -> None:
             "latents": measure_wait(latent_config(folder), repeats),
         }
         found["latents"] = measure_latents(folder, repeats)
-    if flags.FLAGS.json:
-        write_file(flags.FLAGS.json, json.dumps(found, indent=1) + "\n")
-    show(found, Console(width=150, highlight=False))
+    measure.publish(found, show, flags.FLAGS.json, ("jax", "jaxlib", "grain", "orbax-checkpoint"))
 
 
 if __name__ == "__main__":

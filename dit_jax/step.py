@@ -110,8 +110,12 @@ def placement_on(cfg: Config, mesh) -> Placement:
 def make_train_step(cfg: Config, mesh) -> Callable:
     """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
+
+    def step(state, batch):
+        return train_step(cfg, state, batch, placement_on(cfg, mesh))
+
     return jax.jit(
-        lambda state, batch: train_step(cfg, state, batch, placement_on(cfg, mesh)),
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

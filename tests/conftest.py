@@ -60,7 +60,8 @@ def uninterrupted(tmp_path_factory, data_dir, cache_dir):
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            code, _, err = run("train", *train(folder / "run"), cache_dir=cache_dir)
+            noted = {"COMPILATIONS": str(folder / "compilations")}  # for tests/test_train.py
+            code, _, err = run("train", *train(folder / "run"), cache_dir=cache_dir, environment=noted)
             assert code == 0, err
             (folder / "done").touch()
     return folder / "run"

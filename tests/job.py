@@ -99,6 +99,12 @@ def run(job, *arguments, **how):
     return process.returncode, out, err
 
 
+def compilations(path):
+    """(time, name) of every program that a job compiled which ran with `environment={"COMPILATIONS": path}`."""
+    lines = [line.split(" ", 1) for line in Path(path).read_text().splitlines()]
+    return [(float(when), name) for when, name in lines]
+
+
 def steps_logged(workdir):
     """The last step that the run's scalars show; 0 before the first."""
     path = Path(workdir) / "metrics.jsonl"

@@ -1,45 +1,47 @@
-"""The benchmark in a tiny setting: its structure and its arithmetic, never its timings."""
+"""The benchmark in a tiny setting: its structure and its arithmetic, never its timings. Beside its peer: tests/parity/test_torch_dit.py."""
 
 import dataclasses
 import io
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from job import ROOT, environment, run
 from rich.console import Console
 
-from dit_jax import bench, flops, sweep
+from dit_jax import flops, measure, sweep
+from dit_jax.bench import ladder, peer, speed, table
 from dit_jax.command import load_config
 from dit_jax.config import Config, SampleConfig, TrainConfig, UsageError, resolve
 
 SPREAD = {"median", "low", "high"}
-
-
-def ladder():
-    """The config of configs/digits_isoflop.py."""
-    return resolve(load_config(str(Path(__file__).parent.parent / "configs" / "digits_isoflop.py")))
-
-
-CFG = ladder()
-STEP_FLOPS = flops.train_flops(dataclasses.replace(CFG.model, width=8, depth=1, heads=2), 32)
+CFG = resolve(load_config(str(Path(__file__).parent.parent / "configs" / "digits_isoflop.py")))
+TINY = dataclasses.replace(CFG.model, width=8, depth=1, heads=2)
 
 
 @pytest.fixture(scope="module")
-def step():
-    cfg = bench.step_config(8)
+def train():
+    cfg = measure.step_config(8)
     model = dataclasses.replace(cfg.model, width=16, depth=1, heads=2, input_size=8)
-    return bench.measure_step(dataclasses.replace(cfg, model=model), repeats=2, size=64)
+    return speed.measure(dataclasses.replace(cfg, model=model), "train", repeats=3, seconds=0.0, size=64)
 
 
 @pytest.fixture(scope="module")
 def host(data_dir):
-    return bench.measure_host(sweep.make_cell(CFG, "", 40 * STEP_FLOPS, (8, 1, 2)), repeats=1, steps=3)
+    step_flops = flops.train_flops(TINY, 32)
+    return ladder.measure_host(sweep.make_cell(CFG, "", 40 * step_flops, (8, 1, 2)), repeats=1, steps=3)
 
 
 @pytest.fixture(scope="module")
 def sample():
-    settings = SampleConfig(sampler="heun", steps=2, guidance=2.0, labels="balanced", batch_size=8)
-    model = dataclasses.replace(CFG.model, width=8, depth=1, heads=2)
-    return bench.measure_sample(dataclasses.replace(CFG, model=model, sample=settings), repeats=2)
+    settings = SampleConfig(sampler="heun", steps=2, guidance=2.0, labels="balanced")
+    return speed.measure(
+        dataclasses.replace(CFG, model=TINY, sample=settings), "sample", repeats=1, seconds=0.0, size=64
+    )
 
 
 def ordered(spread):
@@ -48,81 +50,144 @@ def ordered(spread):
 
 
 def test_spread_is_median_and_range():
-    assert bench.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert measure.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
 
 
 def test_jobs_alternate_and_the_first_round_is_dropped():
     calls = []
     jobs = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
-    assert bench.alternate(jobs, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert measure.alternate(jobs, 2) == {"a": [3, 5], "b": [4, 6]}
     assert "".join(calls) == "ababab"
 
 
-def test_step_shape_is_width_384():
-    cfg = bench.step_config(16)
+def test_programs_are_counted_when_they_are_compiled_and_only_then():
+    double, x = jax.jit(lambda x: 2 * x), jnp.ones(3)
+    with measure.compilations() as names:
+        double(x)
+        double(x)
+        assert len(names) == 1 and "lambda" in names[0]
+        double(x[None])
+        assert len(names) > 1
+    count = len(names)
+    double(x[None, None])
+    assert len(names) == count
+
+
+def test_the_default_model_is_that_of_the_device():
+    cfg = speed.default_config("cpu")
     assert (cfg.model.width, cfg.model.tokens, cfg.train.batch_size) == (384, 64, 16)
     assert flops.train_flops(cfg.model, 16) == 3 * 2 * 16 * flops.forward_macs(cfg.model)
+    large = speed.default_config("gpu")
+    assert flops.parameters(large.model) == 674834720 and large.model.dtype == "bfloat16"
+    assert (large.train.batch_size, large.sample.steps, large.sample.guidance) == (256, 250, 1.5)
 
 
 def test_ladder_cells_are_runs_of_the_sweep():
-    cells = bench.ladder_cells(CFG, "")
+    cells = ladder.ladder_cells(CFG, "")
     middle = CFG.sweep.budgets[len(CFG.sweep.budgets) // 2]
     assert len(cells) >= 3 and {cell.budget for cell in cells} == {middle}
     for cell in cells:
         model = cell.cfg.model
         assert (model.width, model.depth, model.heads) in CFG.sweep.sizes
     with pytest.raises(UsageError, match="budgets"):
-        bench.ladder_cells(Config(), "")
+        ladder.ladder_cells(Config(), "")
+
+
+def check_figures(found):
+    """The relations between a side's figures."""
+    (side,) = found["sides"].values()
+    assert side["name"] == "jax" and side["recompiles"] == 0 and found["ratio"] is None
+    assert side["first_call_seconds"] > side["compile_seconds"] > 0
+    assert side["memory_source"].startswith("memory_analysis")
+    for name in ("step_ms", "images_per_second", "tflops", "mfu"):
+        assert ordered(side[name]) and side[name]["low"] > 0
+    for low, high in (("low", "high"), ("high", "low")):
+        seconds = side["step_ms"][high] / 1e3
+        assert side["images_per_second"][low] == pytest.approx(found["images"] / seconds)
+        assert side["tflops"][low] == pytest.approx(found["flops"] / seconds / 1e12)
+    assert side["mfu"]["high"] <= side["tflops"]["high"] / found["peak_tflops"]["low"] * (1 + 1e-9)
+    assert "64^3 float32 product" in found["peak_source"]
+
+
+def test_the_training_step_is_measured(train):
+    assert train["model"]["width"] == 16 and train["images"] == 8 and train["sampling"] is None
+    assert train["flops"] % 3 == 0 and train["parameters"] > 0
+    check_figures(train)
+    # at least weights, EMA and two moments, each device holding all of them
+    assert train["sides"]["jax"]["memory_bytes"] >= 4 * 4 * train["parameters"]
+    text = tables({"train": train | {"target": 0.3}})
+    assert "target >= 30%" in text and text.count("met") + text.count("missed") == 1 and "memory_analysis" in text
 
 
 @pytest.mark.slow
-def test_step_measurement(step):
-    assert step["model"]["width"] == 16 and step["batch_size"] == 8 and step["target"] == 0.3
-    assert set(step["matrix_gflops"]) == {"xla", "blas"}
-    for spread in (*step["matrix_gflops"].values(), *(step[k] for k in ("step_ms", "images_per_second", "share"))):
-        assert ordered(spread) and spread["low"] > 0
+def test_sampling_is_measured(sample):
+    assert sample["sampling"] == {"sampler": "heun", "steps": 2, "guidance": 2.0}
+    assert sample["images"] == 16 * jax.device_count()
+    assert sample["flops"] == sample["images"] * 2 * 3 * flops.forward_flops(TINY)  # three evaluations, all guided
+    check_figures(sample)
+    assert "heun 2, guidance 2" in tables({"sample": sample})
 
 
 @pytest.mark.slow
 def test_host_measurement(host):
     assert (host["size"], host["steps"], host["batch_size"], host["target"]) == ([8, 1, 2], 40, 32, 0.2)
     names = {"wall", "device", "call", "data", "log", "checkpoint", "rest", "looped"}
-    assert set(host["step_us"]) == names and all(map(ordered, host["step_us"].values()))
+    assert set(host["step_us"]) == names == set(table.STEP_PARTS) and all(map(ordered, host["step_us"].values()))
     assert host["step_us"]["wall"]["low"] > 0 and host["start_seconds"]["low"] > 0
     assert ordered(host["host_share"]) and host["host_share"]["low"] > 0
     assert ordered(host["not_device_share"]) and host["not_device_share"]["high"] <= 1
+    text = tables({"host": [host]})
+    assert "target <= 20%" in text and text.count("met") + text.count("missed") == 1
 
 
 def test_parts_of_a_step_sum_to_the_wall():
     found = {"step": [5.0], "call": [1.0], "looped": [3.0], "data": [0.5], "log": [0.2]}
     found["run"] = [{"start": 9.0, "loop": 6.0, "end": 10.0}]
-    parts = bench.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
+    parts = ladder.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
     assert parts["device"] == [4.0] and parts["wall"] == [7.0]
-    assert sum(parts[name][0] for name in ("device", *bench.HOST, "rest")) == pytest.approx(7.0)
+    assert sum(parts[name][0] for name in ("device", *ladder.HOST, "rest")) == pytest.approx(7.0)
     assert parts["rest"] == [pytest.approx(7 - 4 - 1 - 0.5 - 0.08 - 1)]
-    assert bench.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
+    assert ladder.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
 
 
-@pytest.mark.slow
-def test_sample_measurement(sample):
-    assert (sample["sampler"], sample["steps"], sample["batch_size"]) == ("heun", 2, 8)
-    assert ordered(sample["image_ms"]) and ordered(sample["model_gflops"])
-
-
-def table(found):
+def tables(found):
     out = io.StringIO()
-    bench.show({"machine": bench.machine(), "host": [], **found}, Console(file=out, width=140))
+    table.show(found, Console(file=out, width=150))
     return out.getvalue()
 
 
-@pytest.mark.slow
-def test_tables_show_targets_and_medians(step, sample):
-    text = table({"step": step, "sample": sample})
-    assert "target >= 30%" in text and "heun 2, guidance 2" in text
-    assert text.count("met") + text.count("missed") == 1
+BAD = {
+    "part": (["--parts=train,speed"], "--parts: found speed, expected some of sample, train, host"),
+    "no ladder": (["--parts=host"], "sweep.budgets: found none, expected training FLOPs; start from configs/digits"),
+    "no peer": (["--peer=nowhere.py"], "--peer: no file 'nowhere.py', expected one such as tests/peers/torch_dit.py"),
+    "no folder": (["--json=/nowhere/b.json"], "--json: found '/nowhere/b.json', whose folder does not exist"),
+    "no config": (["--config=configs/nope.py"], "--config: no file 'configs/nope.py'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_2_before_anything_is_measured(case, cache_dir):
+    arguments, message = BAD[case]
+    code, out, err = run("bench", *arguments, cache_dir=cache_dir)
+    assert code == 2 and out == "" and message in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_peer_without_pytorch_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # wherever it is installed
+    with pytest.raises(UsageError, match=r"torch_dit.py needs torch, which is not installed: `make parity` installs"):
+        peer.load(str(ROOT / "tests" / "peers" / "torch_dit.py"))
 
 
 @pytest.mark.slow
-def test_the_table_of_the_host_shows_its_target(step, host, sample):
-    text = table({"step": step, "host": [host], "sample": sample})
-    assert "target <= 20%" in text and text.count("met") + text.count("missed") == 2
+def test_speed_needs_no_data_libraries(tmp_path, cache_dir):
+    """Machines with an accelerator may lack what reads data: the job runs where those cannot be imported."""
+    lacking = ("tensorflow_datasets", "grain", "clu", "sklearn")
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking}))\n"
+    code += "import runpy; runpy.run_module('dit_jax.bench', run_name='__main__', alter_sys=True)"
+    changes = ["depth=1", "width=16", "heads=2", "classes=10", "input_size=8", "channels=1", "patch=2"]
+    flags = ["--config=configs/digits.py", *(f"--config.model.{change}" for change in changes), "--repeats=1"]
+    flags += ["--seconds=0", f"--json={tmp_path / 'b.json'}", "--parts=train"]
+    env = environment(cache_dir, devices=1)
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "b.json").read_text())["train"]["sides"]["jax"]["recompiles"] == 0

@@ -7,7 +7,7 @@ import os
 import pytest
 from rich.console import Console
 
-from dit_jax import bench, costs
+from dit_jax import costs, measure
 from dit_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def store():
 @pytest.fixture(scope="module")
 def found(cfg, store):
     return {
-        "machine": bench.machine(),
+        "machine": measure.machine(),
         "checkpoint": [costs.measure_checkpoint(cfg, 2, 2)],
         "replay": costs.measure_replay(cfg, 2, rounds=3),
         "data": {"digits": costs.measure_wait(cfg, 2)},

@@ -28,7 +28,7 @@ MEZZANINE = {
     "manifest",
     "networks",
 }
-SECOND = {"autoencoder", "scores", "heldout", "guard", "state", "step", "diagnose", "checkpoint"}
+SECOND = {"measure", "autoencoder", "scores", "heldout", "guard", "state", "step", "diagnose", "checkpoint"}
 FLOOR = {**dict.fromkeys(GROUND, 0), **dict.fromkeys(FIRST, 1), **dict.fromkeys(MEZZANINE, 2)}
 FLOOR |= {**dict.fromkeys(SECOND, 3), **dict.fromkeys(JOBS, 4)}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -36,8 +36,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED_JOBS = {
     "evaluate": {"sample"},
     "sweep": {"train", "evaluate", "sample"},
-    "bench": {"train", "sample", "sweep", "evaluate"},
-    "costs": {"bench", "train"},
+    "bench": {"train", "sample", "sweep", "evaluate", "preflight"},
+    "costs": {"train"},
     "preflight": {"sample"},
 }
 

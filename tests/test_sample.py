@@ -11,7 +11,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from job import Job, run
+from job import Job, compilations, run
 from PIL import Image
 
 from dit_jax import checkpoint, sample, samples
@@ -30,11 +30,18 @@ def workdir(uninterrupted):
 
 @pytest.fixture(scope="module")
 def whole(workdir, tmp_path_factory, cache_dir):
-    out = tmp_path_factory.mktemp("whole") / "samples.npz"
+    folder = tmp_path_factory.mktemp("whole")
+    out, noted = folder / "samples.npz", folder / "compilations"
     flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS, "--batch_size=64"]
-    code, _, err = run("sample", *flags, cache_dir=cache_dir, devices=2)
+    code, _, err = run("sample", *flags, cache_dir=cache_dir, devices=2, environment={"COMPILATIONS": str(noted)})
     assert code == 0, err
+    check_compilations(noted)
     return out.read_bytes()
+
+
+def check_compilations(path):
+    """That a job compiled the sampler once, and nothing else."""
+    assert [name for _, name in compilations(path)] == ["jit(sample)"]
 
 
 def parts(out):
@@ -57,7 +64,9 @@ def flip_a_bit(path, at):
     path.write_bytes(data)
 
 
-def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(workdir, tmp_path, cache_dir, whole):
+def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(
+    workdir, tmp_path, tmp_path_factory, cache_dir, whole
+):
     out, seed = tmp_path / "samples.npz", random.randrange(10**6)
     print("seed", seed)
     flags = [f"--workdir={workdir}", f"--out={out}", f"--num={NUM}", *SETTINGS]
@@ -79,8 +88,11 @@ def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(workdir
     kept = parts(out)
     assert len(kept) >= 2
     flip_a_bit(kept[1], 100)
-    code, said, err = run("sample", *flags, "--batch_size=48", cache_dir=cache_dir, devices=2)
+    noted = tmp_path_factory.mktemp("resumed") / "compilations"
+    how = dict(cache_dir=cache_dir, devices=2, environment={"COMPILATIONS": str(noted)})
+    code, said, err = run("sample", *flags, "--batch_size=48", **how)
     assert code == 0, err
+    check_compilations(noted)  # the parts that were missing, of many lengths
     assert f"{kept[1]}: damaged (its checksum does not match)" in err and "were drawn before" in err
     assert said.split() == [str(out)] and out.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]

@@ -7,8 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from job import TINY, run
-from runs import STEPS, saved, scalars, train
+from job import TINY, compilations, run
+from runs import EVERY, STEPS, saved, scalars, train
 
 from dit_jax import checkpoint
 from dit_jax.config import DataConfig, UsageError
@@ -42,6 +42,35 @@ def test_load_gives_the_config_and_the_weights(uninterrupted):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(raw), saved(uninterrupted, 50)["params"])
     with pytest.raises(UsageError, match=r"no checkpoint of step 55, expected one of \[40, 50, 60\]"):
         checkpoint.load(str(uninterrupted), step=55)
+
+
+def check_compilations(path, workdir, first):
+    """That a run from step `first` on compiled its step once, and nothing after its first save."""
+    lines = {
+        line["step"]: line["time"] for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    }
+    compiled = compilations(path)
+    names = [name for _, name in compiled]
+    assert names.count("jit(step)") == 1 and names.count("jit(all_finite)") == 1, names
+    warm = lines[first + EVERY + 2]  # logged when the first save was under way, the next step too
+    assert min(lines.values()) < warm < lines[STEPS]
+    assert [name for when, name in compiled if when > warm] == []
+
+
+def test_every_program_is_compiled_once(uninterrupted):
+    """60 steps with their scalars, 6 saves."""
+    check_compilations(uninterrupted.parent / "compilations", uninterrupted, 0)
+
+
+def test_a_resumed_run_compiles_every_program_once(uninterrupted, tmp_path, cache_dir):
+    workdir, noted = tmp_path / "run", tmp_path / "compilations"
+    shutil.copytree(uninterrupted, workdir)
+    for step in (50, 60):
+        shutil.rmtree(checkpoint.path_of(str(workdir), step))
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir, environment={"COMPILATIONS": str(noted)})
+    assert code == 0, err
+    assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+    check_compilations(noted, workdir, 40)
 
 
 @pytest.mark.slow
@@ -135,15 +164,20 @@ def test_the_paper_s_process_trains_evaluates_and_samples(tmp_path, data_dir, ca
     flags = ["--config.diffusion.process=ddpm", "--config.model.learn_sigma=True", "--config.optim.accumulate=2"]
     flags += ["--config.optim.schedule=cosine", "--config.sample.sampler=ddpm", "--config.sample.channels=first3"]
     workdir = tmp_path / "ddpm"
-    code, _, err = run("train", *train(workdir, *flags, steps=20), cache_dir=cache_dir)
+    noted = {job: {"COMPILATIONS": str(tmp_path / job)} for job in ("train", "evaluate", "sample")}
+    code, _, err = run("train", *train(workdir, *flags, steps=20), cache_dir=cache_dir, environment=noted["train"])
     assert code == 0, err
     lines = scalars(workdir)
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["mse"] + lines[-1]["vb"], rel=1e-5)
     assert lines[-1]["learning_rate"] < 0.1 * lines[5]["learning_rate"]
-    assert run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir)[0] == 0
+    code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir, environment=noted["evaluate"])
+    assert code == 0, err
     out = tmp_path / "samples.npz"
-    code, _, err = run("sample", f"--workdir={workdir}", "--num=4", "--steps=5", f"--out={out}", cache_dir=cache_dir)
+    flags = [f"--workdir={workdir}", "--num=4", "--steps=5", f"--out={out}"]
+    code, _, err = run("sample", *flags, cache_dir=cache_dir, environment=noted["sample"])
     assert code == 0 and out.exists(), err
+    for job, program in (("train", "jit(step)"), ("evaluate", "jit(losses)"), ("sample", "jit(sample)")):
+        assert [name for _, name in compilations(tmp_path / job)].count(program) == 1, job
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, data_dir, cache_dir):

@@ -11,13 +11,17 @@ import os
 import resource
 import runpy
 import sys
+import time
 import traceback
 import warnings
 
+import jax
+
 import dit_jax.checkpoint
 import dit_jax.data.pipeline
+import dit_jax.measure
 import dit_jax.scores
-import dit_jax.step  # noqa: F401
+import dit_jax.step
 
 
 def job(request: dict) -> int:
@@ -29,6 +33,8 @@ def job(request: dict) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
     if request["plain_user"]:
         obey_permissions()
+    if "COMPILATIONS" in request["environment"]:
+        note_compilations(request["environment"]["COMPILATIONS"])
     sys.argv = [f"dit_jax/{request['job']}.py", *request["arguments"]]
     try:
         runpy.run_module(f"dit_jax.{request['job']}", run_name="__main__", alter_sys=True)
@@ -38,6 +44,17 @@ def job(request: dict) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def note_compilations(path: str) -> None:
+    """Append a line, time and name, to a file for every program that JAX compiles, or reads from its compilation cache."""
+    file = open(path, "a", buffering=1)  # noqa: SIM115
+
+    def listen(event: str, seconds: float, **about) -> None:
+        if event == dit_jax.measure.COMPILED:
+            file.write(f"{time.time()} {about['fun_name']}\n")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def obey_permissions() -> None:

@@ -1,0 +1,87 @@
+"""How fast this machine trains and samples; on a CPU with a small model in a minute or two, elsewhere with DiT-XL/2.
+
+    python -m dit_jax.bench [--config=FILE] [--parts=sample,train] [--peer=tests/peers/torch_dit.py] [--repeats=5] [--json=OUT]
+
+    train   the whole training step: rates, share of the peak, memory, compilation
+    sample  the same of sampling one batch as the job `sample` does
+    host    small models of the config's ladder: what the host takes of a run's wall time (--config=configs/digits_isoflop.py)
+
+A peer, which takes turns with ours, is a file as `dit_jax/bench/peer.py` says. Only `host` needs data, and what reads it.
+"""
+
+import gc
+import os
+
+import jax
+from absl import flags
+
+from dit_jax.bench import peer, speed, table
+from dit_jax.command import launch
+from dit_jax.config import Config, UsageError, resolve
+from dit_jax.log import say
+from dit_jax.measure import check_json, machine, publish
+
+PARTS = ("sample", "train", "host")  # in this order: what a device had in use at most is counted from the start
+
+
+def chosen(parts: list[str]) -> list[str]:
+    """The parts asked for, in the order in which they run."""
+    other = [part for part in parts if part not in PARTS]
+    if other or not parts:
+        raise UsageError(f"--parts: found {', '.join(other) or 'none'}, expected some of {', '.join(PARTS)}")
+    return [part for part in PARTS if part in parts]
+
+
+def check_peer(module, cfg: Config) -> None:
+    """Raises UsageError unless the peer can do what is measured."""
+    if jax.device_count() != 1:
+        raise UsageError(
+            f"--peer: found {jax.device_count()} devices, expected one, as the peer takes one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    module.check(cfg, jax.default_backend())
+
+
+def measure_part(part: str, cfg: Config, values: flags.FlagValues, module) -> object:
+    """The figures of a part."""
+    if part == "host":
+        from dit_jax.bench import ladder  # it reads data and writes checkpoints, with all the libraries of that
+
+        return ladder.measure_ladder(cfg, values.repeats)
+    say(f"{part} ...")
+    gc.collect()  # what the part before held on the device
+    return speed.measure(cfg, part, values.repeats, values.seconds, module)
+
+
+def main() -> None:
+    values = flags.FLAGS
+    parts = chosen(values.parts)
+    check_json(values.json)
+    module = peer.load(values.peer) if values.peer else None
+    if module:
+        os.environ.setdefault(
+            "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+        )  # JAX would take three quarters of a GPU's memory
+    default = values.config is None
+    platform = jax.default_backend()
+    cfg = speed.default_config(platform) if default else resolve(values.config)
+    if "host" in parts and not cfg.sweep.budgets:
+        raise UsageError("sweep.budgets: found none, expected training FLOPs; start from configs/digits_isoflop.py")
+    if module:
+        check_peer(module, cfg)
+    found: dict = {"machine": machine()}
+    for part in parts:
+        found[part] = measure_part(part, cfg, values, module)
+    if default and "train" in found:
+        found["train"]["target"] = speed.TARGETS.get(platform, speed.OTHER_TARGET)
+    publish(found, table.show, values.json, ("jax", "jaxlib", "flax", "numpy"))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("parts", ["sample", "train"], "some of " + ", ".join(PARTS))
+    flags.DEFINE_string(
+        "peer", "", "a file with another implementation to time beside, such as tests/peers/torch_dit.py"
+    )
+    flags.DEFINE_integer("repeats", 5, "repeats; medians and ranges are over them", lower_bound=1)
+    flags.DEFINE_float("seconds", 2.0, "of a repeat of the slowest side, roughly; at least one call", lower_bound=0.0)
+    flags.DEFINE_string("json", "", "write all figures here")
+    launch(main, config="optional")

@@ -1,0 +1,50 @@
+"""Another implementation to time beside ours: a Python file, `--peer=tests/peers/torch_dit.py`, with three functions.
+
+    check(cfg, platform)                                          raises UsageError on what it does not know
+    make_trainer(cfg, params, batch, platform, threads) -> Side   the whole training step on one batch
+    make_sampler(cfg, params, rows, platform, threads) -> Side    a batch of so many images by `cfg.sample`
+
+`params` and `batch` are ours, as NumPy arrays; `platform` is cpu or gpu; `threads` those that JAX has on a CPU.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from dit_jax.config import UsageError
+
+HOW = (
+    "`make parity` installs PyTorch's CPU build (then PYTHONPATH=.venv/peers), `pip install -e .[torch]` the one that pip "
+    "finds, on Linux with CUDA"
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that are compared, its program compiled."""
+
+    run: Callable[[int], None]  # so many calls, until what they compute is there
+    first: float  # seconds of the first call, compilation included
+    memory: Callable[[], tuple[int | None, str]]  # bytes at the peak, and where the figure comes from
+    compiled: Callable[[], int]  # programs compiled so far
+    about: dict  # plain values for the report
+
+
+def load(path: str) -> ModuleType:
+    """The peer of a file. Raises UsageError when there is none, or it needs what is not installed."""
+    if not os.path.isfile(path):
+        raise UsageError(f"--peer: no file {path!r}, expected one such as tests/peers/torch_dit.py")
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise UsageError(f"--peer: found {path!r}, expected a Python file such as tests/peers/torch_dit.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        how = f": {HOW}" if error.name == "torch" else ""
+        raise UsageError(f"--peer: {path} needs {error.name or error}, which is not installed{how}") from None
+    return module

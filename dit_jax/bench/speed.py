@@ -17,7 +17,7 @@ from dit_jax.config import Config, MeshConfig, SampleConfig, TrainConfig, model_
 from dit_jax.measure import alternate, compilations, cores, fixed_batch, make_products, spread, step_config
 from dit_jax.mesh import make_mesh, replicated
 from dit_jax.models import dit
-from dit_jax.preflight import Program, program
+from dit_jax.preflight.compilation import Program, program
 from dit_jax.state import make_state
 from dit_jax.step import on_device
 

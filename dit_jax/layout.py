@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.checks import choice
-from dit_jax.config import ModelConfig, UsageError
+from dit_jax.config import SIZES, ModelConfig, UsageError, model_config
 from dit_jax.hardware import Topology, topology
 
-# slice -> devices that share the state (`mesh.fsdp`), the batch is split over all. What `preflight --search` ranks first, for S/2 to
-# XL/2 alike: fewer devices have more of the optimizer's work each, more than 16 leave XL/2's kernels no whole tiles. GPUs and CPUs
-# are not compiled for: all of a node's GPUs.
+# slice -> devices that share the state (`mesh.fsdp`), by size of the model; the batch is split over all. What `preflight --search`
+# ranks first: fewer devices have more of the optimizer's work each, more than 16 leave XL/2's kernels no whole tiles. For GPUs and
+# CPUs nothing was compiled: small models whole, large ones over all devices.
 FSDP = {
-    "v3-8": 8,
-    "v3-32": 16,
-    "v3-256": 16,
-    "v4-8": 4,
-    "v4-64": 16,
-    "v4-256": 16,
-    "v4-512": 16,
-    "h100x8": 8,
-    "h200x1": 1,
-    "cpux8": 2,
+    "v3-8": {"S": 4, "B": 4, "L": 8, "XL": 8},
+    "v3-32": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v3-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v4-8": {"S": 4, "B": 4, "L": 4, "XL": 4},
+    "v4-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v4-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v4-512": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "h100x8": {"S": 1, "B": 1, "L": 8, "XL": 8},
+    "h200x1": {"S": 1, "B": 1, "L": 1, "XL": 1},
+    "cpux8": {"S": 2, "B": 2, "L": 8, "XL": 8},
 }
 SPARE = 0.85  # of a device's memory: what `memory` may fill, as it is a rough rule
 REMATS = ("none", "dots", "full")
@@ -43,7 +43,7 @@ AGAIN = {
     "none": 1.1,
     "dots": 1.0,
     "full": 1.2,
-}  # time of a step by the same compiler: without remat its copies cost more
+}  # time of a step, by its estimates: without remat the copies of what is kept cost more
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,19 @@ def _doubled(first: int, most: int) -> Iterator[int]:
         first *= 2
 
 
+def size_of(model: ModelConfig) -> str:
+    """The smallest published size that is no smaller than the model, else the largest."""
+    count = flops.parameters(model)
+    return next((s for s in SIZES if count <= 1.05 * flops.parameters(model_config(f"DiT-{s}/2"))), "XL")
+
+
 def shipped(name: str, model: ModelConfig, batch: int) -> Layout:
     """The layout of a slice of FSDP: its mesh, and the fastest remat and accumulation that `memory` says will fit.
 
     Raises UsageError for a slice that is not in the table, or whose devices do not divide the batch.
     """
     choice("slice", name, FSDP)
-    slice, fsdp = topology(name), FSDP[name]
+    slice, fsdp = topology(name), FSDP[name][size_of(model)]
     found = options(model, batch, slice, Layout(slice.devices // fsdp, fsdp, 1, "none", 1))
     found = [layout for layout in found if layout.fsdp == fsdp]
     if not found:

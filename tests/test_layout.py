@@ -3,7 +3,7 @@
 import pytest
 
 from dit_jax.command import load_config
-from dit_jax.config import SIZES, Config, MeshConfig, UsageError, model_config, resolve
+from dit_jax.config import Config, MeshConfig, UsageError, model_config, resolve
 from dit_jax.hardware import topology
 from dit_jax.layout import (
     FSDP,
@@ -15,6 +15,7 @@ from dit_jax.layout import (
     options,
     seconds,
     shipped,
+    size_of,
     state_bytes,
 )
 from dit_jax.mesh import abstract_mesh, check_batch
@@ -26,7 +27,7 @@ XL = model_config("DiT-XL/2")
 @pytest.mark.parametrize("pixels", [256, 512])
 def test_every_size_can_train_on_every_slice(name, pixels):
     slice = topology(name)
-    for size in SIZES:
+    for size in FSDP[name]:
         model = model_config(f"DiT-{size}/2", pixels)
         layout = shipped(name, model, 256)
         assert layout.data * layout.fsdp * layout.tensor == slice.devices
@@ -68,6 +69,13 @@ def test_an_argument_may_leave_out_its_end():
     assert argument("", "DiT-B/2") == ("DiT-B/2", "", 0) == argument(",", "DiT-B/2")
     assert argument("DiT-S/8,v3-8", "") == ("DiT-S/8", "v3-8", 0)
     assert argument("DiT-S/8,,64", "") == ("DiT-S/8", "", 64)
+
+
+def test_sizes_are_told_by_their_parameters():
+    names = [size_of(model_config(f"DiT-{size}/{patch}")) for size in ("S", "B", "L", "XL") for patch in (2, 8)]
+    assert names == ["S", "S", "B", "B", "L", "L", "XL", "XL"]
+    assert size_of(resolve(load_config("configs/digits.py")).model) == "S"
+    assert size_of(model_config("DiT-XL/2", depth=99)) == "XL"
 
 
 def test_memory_falls_and_time_grows_with_each_remedy():

@@ -64,7 +64,9 @@ def _minimum(label: str, runs: Sequence[Run]) -> tuple | str:
 
 def lowest(u: np.ndarray, losses: np.ndarray) -> tuple:
     """(where (m,), how low (m,)) the interpolants through `losses` (m, n) at u (n,) are."""
-    a, b, c, d = Akima1DInterpolator(u, losses.T).c  # of cubics in the distance from a piece's left end, (n - 1, m) each
+    a, b, c, d = Akima1DInterpolator(
+        u, losses.T
+    ).c  # of cubics in the distance from a piece's left end, (n - 1, m) each
     with np.errstate(invalid="ignore", divide="ignore"):  # pieces without a minimum
         t = -c / (b + np.sqrt(b * b - 3 * a * c))
     inside = (t > 0) & (t < np.diff(u)[:, None])

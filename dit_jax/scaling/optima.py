@@ -77,7 +77,7 @@ def laws_of(
         )
     resamples, level = options["resamples"], options["level"]
     C, *values = (np.array([getattr(p, name) for p in points]) for name in ("flops", "n_opt", "d_opt", "loss"))
-    laws = _laws(C, *(v[None] for v in values), np.ones((1, len(C))))
+    laws = laws_through(C, *(v[None] for v in values), np.ones((1, len(C))), len(C))
     laws = {name: law[0] for name, law in laws.items()}
     fitted = np.stack([laws[name](C) for name in NAMES])
     off = np.log(np.stack(values) / fitted)
@@ -92,20 +92,27 @@ def laws_of(
     else:
         cautions = _scattered(np.log(C), off[0], errors)
     kept = errors.found.sum(1) >= min(3, len(points))
-    weight = errors.found[kept].astype(float)
-    draws = _laws(C, *(fitted[:, None] * np.exp(-errors.log[:, kept])), weight)
-    low, high = np.quantile(draws["N_opt"].exponent, [(1 - level) / 2, (1 + level) / 2])
+    draws = laws_through(
+        C, *(fitted[:, None] * np.exp(-errors.log[:, kept])), errors.found[kept].astype(float), len(points)
+    )
+    noise = errors.noise_draws[kept] * values[2][-1]
+    return drawn(replace(fit, warnings=cautions + fit.warnings), draws, float(errors.noise * values[2][-1]), noise)
+
+
+def drawn(fit: PointFit, draws: dict, noise: float, noise_draws: np.ndarray) -> PointFit:
+    """The fit with its resampled laws and the noise of a run's loss."""
+    low, high = np.quantile(draws["N_opt"].exponent, [(1 - fit.level) / 2, (1 + fit.level) / 2])
     reasons = ()
     if low <= 0 or high >= 1:
         reasons = (f"the exponent of N_opt is not identified: its interval {low:.2f} to {high:.2f} leaves (0, 1)",)
     return replace(
         fit,
         draws=draws,
-        noise=float(errors.noise * values[2][-1]),
-        noise_draws=errors.noise_draws[kept] * values[2][-1],
-        degenerate=int((~kept).sum()),
+        noise=noise,
+        noise_draws=noise_draws,
+        degenerate=fit.resamples - len(noise_draws),
         identifiable=not reasons,
-        warnings=reasons + cautions + fit.warnings,
+        warnings=reasons + fit.warnings,
     )
 
 
@@ -137,9 +144,9 @@ def _scattered(log_c: np.ndarray, off: np.ndarray, errors: Errors) -> tuple:
     )
 
 
-def _laws(C, n, d, loss, weight) -> dict:
-    """The laws through points (resamples, points); those of weight 0 are left out."""
+def laws_through(C, n, d, loss, weight, count: int) -> dict:
+    """The laws through points (resamples, points), C (points,) or alike; those of weight 0 are left out. `count` points decide on the form."""
     laws = {name: fit_power(C, v, weight) for name, v in (("N_opt", n), ("D_opt", d), ("L_opt_pure", loss))}
-    if len(C) >= IRREDUCIBLE_FROM:
+    if count >= IRREDUCIBLE_FROM:
         laws["L_opt_irreducible"] = fit_irreducible(C, loss, weight)
     return {**laws, "L_opt": laws.get("L_opt_irreducible", laws["L_opt_pure"])}

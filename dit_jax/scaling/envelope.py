@@ -5,6 +5,16 @@ takes the winning size at 1,500 computes, a staircase. We take the ends of its s
 on a ladder of sizes of one ratio they follow N_opt's power law exactly, whatever the surface's exponents, while the coefficient of
 N_opt carries the asymmetry of the curves. Between checkpoints of one run the learning rate has not decayed, which biases the method; it
 needs runs whose every checkpoint could have been a last one.
+
+Where two sizes cross, both are worse than the best size between them, the more so the farther apart they are. The crossings give E and the
+exponent of the loss law; its coefficient is that with which it touches a curve from below, the median of the curves: on a surface
+E + A / N^alpha + B / D^beta this is L_opt itself, whatever the ratio of the sizes.
+
+Intervals are a bootstrap whose unit is the curve. Its noise is a shift of the whole curve (seed, learning rate): how large, the
+crossings' scatter about N_opt's law tells, since a shift moves a crossing by the shift over the difference of the curves' slopes. Each
+resample shifts all curves, cleared of the shifts that the scatter reveals, and fits everything again. Its shifts are scaled to what the
+same scatter would show of them, which studentises the errors (bootstrap-t: Davison & Hinkley 1997, section 2.4); for N_opt and
+D_opt the errors are taken off the estimate (the basic bootstrap, section 5.2.1). Noise from checkpoint to checkpoint is not redrawn.
 """
 
 import math
@@ -17,41 +27,16 @@ from scipy.optimize import brentq
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.optima import Point, PointFit, drawn, laws_of, laws_through
+from dit_jax.scaling.optima import IRREDUCIBLE_FROM, Point, PointFit, drawn, laws_of, laws_through
 from dit_jax.scaling.runs import Run
 
+LOSSES = ("L_opt_pure", "L_opt_irreducible", "L_opt")
 COMPUTES = 1500
 CHUNK = 100  # resamples at a time
-
-
-def fit_envelope(runs: Sequence[Run], *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> PointFit:
-    """N_opt, D_opt and L_opt as laws of compute through the crossings of the runs' training curves. Rows of one run carry one name;
-    runs of a single row are left out."""
-    curves, single = _curves(runs)
-    if len(curves) < 3:
-        raise UsageError(
-            f"RUNS: {len(curves)} run(s) with at least 3 rows of growing tokens, expected at least 3 runs: the envelope is that of "
-            "training curves, whose rows share a name in the column 'run'"
-        )
-    warnings = (f"{single} run(s) of fewer than 3 rows are left out",) if single else ()
-    options = {"resamples": 0, "seed": seed, "level": level}
-    points, pairs = _crossings(curves)
-    fit = replace(laws_of("envelope", len(curves), points, warnings, options), resamples=resamples)
-    table = _table(curves)
-    levels = {
-        name: _touching(table, fit.laws[name], np.zeros((1, len(curves)))) for name in fit.laws if name in LEVELLED
-    }
-    if any(law is None for law in levels.values()):
-        fit = replace(fit, warnings=(*fit.warnings, APART))
-    else:
-        fit = replace(fit, laws={**fit.laws, **{name: law[0] for name, law in levels.items()}})
-    if len(points) < 3 or not resamples:
-        return fit
-    return _resampled(fit, table, pairs, np.random.default_rng(seed), all(levels.values()))
-
-
-LEVELLED = ("L_opt_pure", "L_opt_irreducible", "L_opt")
-APART = "no curve touches"
+APART = (
+    "fewer than 2 curves touch the loss law inside their computes: L_opt is the loss at the crossings, which is above the best, the more "
+    "so the farther apart the sizes are; its interval does not hold that"
+)
 
 
 @dataclass(frozen=True)
@@ -64,105 +49,32 @@ class Table:
     tokens: np.ndarray  # (curves, g) logarithms
 
 
-def _table(curves) -> Table:
-    grid = np.linspace(min(c[3][0] for c in curves), max(c[3][1] for c in curves), COMPUTES)
-    reach = np.stack([(grid >= e[0]) & (grid <= e[1]) for *_, e in curves])
-    loss, tokens = (np.stack([np.where(at, c[i](grid), math.inf) for c, at in zip(curves, reach)]) for i in (1, 2))
-    return Table(grid, np.array([c[0] for c in curves]), loss, tokens)
-
-
-def _touching(table: Table, law: PowerLaw, shifts: np.ndarray) -> PowerLaw | None:
-    """The law of the same E and exponent that touches the curves, moved by `shifts` (m, curves), from below: the median of their levels."""
-    E, x = (np.atleast_1d(v)[:, None, None] for v in (law.irreducible, law.exponent))
-    above = np.log(np.maximum(np.exp(table.loss + shifts[:, :, None]) - E, 1e-300)) - x * table.log_c
-    best = above.argmin(2)
-    reach = np.isfinite(table.loss)
-    first, last = reach.argmax(1), reach.shape[1] - 1 - reach[:, ::-1].argmax(1)
-    inside = (best > first) & (best < last)
-    if not (inside.sum(1) >= 2).all():
-        return None
-    level = np.nanmedian(np.where(inside, above.min(2), np.nan), axis=1)
-    return PowerLaw(np.exp(level), x[:, 0, 0], E[:, 0, 0])
-
-
-def _resampled(fit: PointFit, table: Table, pairs, rng, touching: bool) -> PointFit:
-    noise, seen, own = _noise(fit, table, pairs)
-    world = replace(table, loss=table.loss - own[:, None])
-    shifts = rng.standard_normal((fit.resamples, len(own)))
-    scale = noise / np.sqrt(np.mean((shifts @ seen.T) ** 2, axis=1))
-    shifts = scale[:, None] * shifts
-    (middle, _) = _laws(world, np.zeros((1, len(own))), len(fit.points), touching)
-    parts = []
-    for i in range(0, fit.resamples, CHUNK):
-        parts.append(_laws(world, shifts[i : i + CHUNK], len(fit.points), touching))
-    kept = np.concatenate([k for _, k in parts])
-    draws = {}
-    for name in fit.laws:
-        draws[name] = PowerLaw(
-            *(
-                np.concatenate([getattr(d[name], f) for d, _ in parts])
-                for f in ("coefficient", "exponent", "irreducible")
-            )
+def fit_envelope(runs: Sequence[Run], *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> PointFit:
+    """N_opt, D_opt and L_opt as laws of compute through the crossings of the runs' training curves. Rows of one run carry one name;
+    runs of a single row are left out. The points' losses are those of the best size there, as L_opt says."""
+    curves, single = _curves(runs)
+    if len(curves) < 3:
+        raise UsageError(
+            f"RUNS: {len(curves)} run(s) with at least 3 rows of growing tokens, expected at least 3 runs: the envelope is that of "
+            "training curves, whose rows share a name in the column 'run'"
         )
-    for name in ("N_opt", "D_opt"):
-        own_law, centre, moved = fit.laws[name], middle[name], draws[name]
-        draws[name] = PowerLaw(own_law.coefficient * centre.coefficient / moved.coefficient, own_law.exponent + centre.exponent - moved.exponent, 0 * moved.exponent)
-    return drawn(fit, draws, noise * fit.points[-1].loss, scale[kept] * fit.points[-1].loss)
-
-
-def _noise(fit: PointFit, table: Table, pairs) -> tuple:
-    """(standard deviation of a curve's shift, its degrees of freedom, estimated shifts (curves,))."""
-    x = np.log([p.flops for p in fit.points])
-    slopes = np.gradient(np.where(np.isfinite(table.loss), table.loss, np.nan), table.log_c, axis=1)
-    move = np.zeros((len(pairs), len(table.params)))
-    for j, (one, two) in enumerate(pairs):
-        g = np.abs(table.log_c - x[j]).argmin()
-        near = slice(max(g - 3, 0), g + 4)
-        a, b = (np.nanmean(slopes[i, near]) for i in (one, two))
-        move[j, two], move[j, one] = 1 / (a - b), -1 / (a - b)
-    basis, _ = np.linalg.qr(np.stack([np.ones_like(x), x - x.mean()], axis=1))
-    off = np.log([p.n_opt for p in fit.points]) - np.log(fit.laws["N_opt"](np.exp(x)))
-    move = -fit.laws["N_opt"].exponent * (move - basis @ (basis.T @ move))
-    freedom = len(x) - 2
-    left, values, right = np.linalg.svd(move, full_matrices=False)
-    z = (left.T @ off)[:freedom] / values[:freedom]
-    return math.sqrt((z**2).sum() / freedom), right[:freedom], right[:freedom].T @ z
-
-
-def _laws(world: Table, shifts, count: int, touching: bool) -> tuple:
-    """(laws of the envelopes of shifted curves, which of them (m,) have points enough)."""
-    loss = world.loss + shifts[:, :, None]
-    winner = loss.argmin(1)
-    r, g = np.nonzero(winner[:, 1:] != winner[:, :-1])
-    one, two = winner[r, g], winner[r, g + 1]
-    with np.errstate(invalid="ignore"):
-        gap = loss[r, one, g] - loss[r, two, g], loss[r, one, g + 1] - loss[r, two, g + 1]
-        ok = np.isfinite(gap[0]) & np.isfinite(gap[1]) & (world.params[one] < world.params[two])
-    r, g, one, two, gap = r[ok], g[ok], one[ok], two[ok], [v[ok] for v in gap]
-    part = gap[0] / (gap[0] - gap[1])
-
-    def at(values, *index):
-        return values[(*index, g)] * (1 - part) + values[(*index, g + 1)] * part
-
-    c = world.log_c[g] * (1 - part) + world.log_c[g + 1] * part
-    n = (np.log(world.params[one]) + np.log(world.params[two])) / 2
-    d = (at(world.tokens, one) + at(world.tokens, two)) / 2
-    low = at(loss, r, one)
-    per = np.bincount(r, minlength=len(shifts))
-    place = np.arange(len(r)) - np.repeat(np.cumsum(per) - per, per)
-    shape = (len(shifts), max(per.max(), 1))
-    full = [np.zeros(shape) for _ in range(5)]
-    full[0][:] = world.log_c.mean()
-    for array, v in zip(full, (c, n, d, low, 1.0)):
-        array[r, place] = v
-    kept = per >= min(count, 4)
-    C, n, d, low, weight = (v[kept] for v in full)
-    laws = laws_through(np.exp(C), np.exp(n), np.exp(d), np.exp(low), weight, count)
+    warnings = (f"{single} run(s) of fewer than 3 rows are left out",) if single else ()
+    table = _table(curves)
+    points, pairs = _crossings(curves, table)
+    fit = laws_of("envelope", len(curves), points, warnings, {"resamples": 0, "seed": seed, "level": level})
+    fit = replace(fit, resamples=resamples)
+    lowered = _lowered(table, fit.laws, np.zeros((1, len(curves))))
+    touching = np.isfinite(lowered["L_opt"].coefficient).all()
     if touching:
-        for name in LEVELLED:
-            if name in laws:
-                laws[name] = _touching(world, laws[name], shifts[kept]) or laws[name]
-    return laws, kept
+        C = np.array([p.flops for p in points])
+        down = lowered["L_opt"](C) / fit.laws["L_opt"](C)
+        points = tuple(replace(p, loss=float(p.loss * s)) for p, s in zip(points, down, strict=True))
+        fit = replace(fit, points=points, laws={k: law[0] if k in LOSSES else law for k, law in lowered.items()})
+    else:
+        fit = replace(fit, warnings=(*fit.warnings, APART))
+    if len(points) < 3 or not resamples:
+        return fit
+    return _resampled(fit, table, _shifts(fit, curves, pairs), np.random.default_rng(seed), touching)
 
 
 def _curves(runs) -> tuple[list, int]:
@@ -180,22 +92,125 @@ def _curves(runs) -> tuple[list, int]:
     return sorted(curves, key=lambda curve: curve[0]), len(rows) - len(curves)
 
 
-def _crossings(curves) -> tuple:
-    """Where the winner of the envelope changes between two curves that both reach there."""
+def _table(curves) -> Table:
     grid = np.linspace(min(c[3][0] for c in curves), max(c[3][1] for c in curves), COMPUTES)
-    table = np.stack([np.where((grid >= e[0]) & (grid <= e[1]), f(grid), math.inf) for _, f, _, e in curves])
-    winner, points, pairs = table.argmin(0), [], []
+    reach = np.stack([(grid >= e[0]) & (grid <= e[1]) for *_, e in curves])
+    loss, tokens = (np.where(reach, [c[i](grid) for c in curves], math.inf) for i in (1, 2))
+    return Table(grid, np.array([c[0] for c in curves]), loss, tokens)
+
+
+def _crossings(curves, table: Table) -> tuple[list, list]:
+    """(points, pairs of curves by index) where the winner of the envelope changes between two curves that both reach there."""
+    grid, loss = table.log_c, table.loss
+    winner, points, pairs = loss.argmin(0), [], []
     for i in np.flatnonzero(winner[1:] != winner[:-1]):
-        one, two = winner[i], winner[i + 1]
-        if not np.isfinite(table[[one, two]][:, i : i + 2]).all() or curves[one][0] >= curves[two][0]:
+        one, two = int(winner[i]), int(winner[i + 1])
+        if not np.isfinite(loss[[one, two]][:, i : i + 2]).all() or curves[one][0] >= curves[two][0]:
             continue
 
         def gap(c, first=curves[one][1], second=curves[two][1]):
             return float(first(c) - second(c))
 
         c = brentq(gap, grid[i], grid[i + 1], xtol=1e-12)
-        pairs.append((one, two))
         n = math.sqrt(curves[one][0] * curves[two][0])
         d = math.exp((curves[one][2](c) + curves[two][2](c)) / 2)
         points.append(Point(f"{math.exp(c):.3g}", math.exp(c), n, d, math.exp(curves[one][1](c))))
+        pairs.append((one, two))
     return points, pairs
+
+
+def _lowered(table: Table, laws: dict, shifts: np.ndarray) -> dict:
+    """`laws` with loss laws of the same E and exponent that touch the curves, moved by `shifts` (m, curves), from below. Their
+    coefficients are nan where fewer than 2 curves are touched inside their computes."""
+    reach, out = np.isfinite(table.loss), {}
+    first, last = reach.argmax(1), reach.shape[1] - 1 - reach[:, ::-1].argmax(1)
+    for name, law in laws.items():
+        if name not in LOSSES or name == "L_opt":
+            out[name] = law
+            continue
+        E, x = (np.atleast_1d(v)[:, None, None] for v in (law.irreducible, law.exponent))
+        above = np.exp(table.loss + shifts[:, :, None]) - E
+        with np.errstate(divide="ignore", invalid="ignore"):
+            level = np.where(above > 0, np.log(above) - x * table.log_c, -math.inf)
+        best, low = level.argmin(2), level.min(2)
+        touched = (best > first) & (best < last) & np.isfinite(low)
+        middle = np.full(len(low), math.nan)
+        enough = touched.sum(1) >= 2
+        middle[enough] = np.nanmedian(np.where(touched, low, math.nan)[enough], axis=1)
+        out[name] = PowerLaw(np.exp(middle), x[:, 0, 0], E[:, 0, 0])
+    return {**out, "L_opt": out.get("L_opt_irreducible", out["L_opt_pure"])}
+
+
+def _shifts(fit: PointFit, curves, pairs) -> tuple:
+    """(standard deviation of a curve's shift; the orthonormal directions (v, curves) of shifts that the scatter about N_opt's law shows;
+    the shifts (curves,) along them)."""
+    log_c, x = np.log([p.flops for p in fit.points]), fit.laws["N_opt"].exponent
+    move = np.zeros((len(pairs), len(curves)))  # of log C of the crossings, for shifts of 1
+    for j, (one, two) in enumerate(pairs):
+        steeper = float(curves[one][1](log_c[j], 1) - curves[two][1](log_c[j], 1))
+        move[j, two] += 1 / max(steeper, 1e-6)
+        move[j, one] -= 1 / max(steeper, 1e-6)
+    basis, _ = np.linalg.qr(np.stack([np.ones_like(log_c), log_c - log_c.mean()], axis=1))
+    off = np.log([p.n_opt for p in fit.points]) - np.log(fit.laws["N_opt"](np.exp(log_c)))
+    left, sizes, right = np.linalg.svd(-x * (move - basis @ (basis.T @ move)), full_matrices=False)
+    shown = (sizes > 1e-8 * sizes[0]) & (np.arange(len(sizes)) < len(pairs) - 2)
+    along = (left.T @ off)[shown] / sizes[shown]
+    return math.sqrt(np.mean(along**2)), right[shown], along @ right[shown]
+
+
+def _resampled(fit: PointFit, table: Table, found: tuple, rng, touching: bool) -> PointFit:
+    """The fit with its resampled laws."""
+    noise, shown, own = found
+    table = replace(table, loss=table.loss - own[:, None])
+    shifts = rng.standard_normal((fit.resamples, len(own)))
+    scale = noise / np.sqrt(np.mean((shifts @ shown.T) ** 2, axis=1))
+    shifts = np.concatenate([np.zeros((1, len(own))), scale[:, None] * shifts])
+    parts = [_redrawn(table, shifts[i : i + CHUNK], len(fit.points), touching) for i in range(0, len(shifts), CHUNK)]
+    names = ("coefficient", "exponent", "irreducible")
+    laws = {k: PowerLaw(*(np.concatenate([getattr(p[k], n) for p, _ in parts]) for n in names)) for k in fit.laws}
+    kept = np.concatenate([k for _, k in parts])
+    kept[1:] &= kept[0]  # without errors there must be a law to tell errors from
+    for name in ("N_opt", "D_opt"):
+        law, mine = laws[name], fit.laws[name]
+        coefficient = mine.coefficient * law.coefficient[0] / law.coefficient
+        laws[name] = PowerLaw(coefficient, mine.exponent + law.exponent[0] - law.exponent, law.irreducible)
+    draws = {name: law[1:][kept[1:]] for name, law in laws.items()}
+    return drawn(fit, draws, noise * fit.points[-1].loss, scale[kept[1:]] * fit.points[-1].loss)
+
+
+def _redrawn(table: Table, shifts: np.ndarray, count: int, touching: bool) -> tuple:
+    """(laws of the envelopes of the curves moved by `shifts` (m, curves), which of them (m,) are such)."""
+    loss = table.loss + shifts[:, :, None]
+    winner = loss.argmin(1)
+    r, g = np.nonzero(winner[:, 1:] != winner[:, :-1])
+    one, two = winner[r, g], winner[r, g + 1]
+    with np.errstate(invalid="ignore"):
+        gaps = [loss[r, one, i] - loss[r, two, i] for i in (g, g + 1)]
+    both = np.isfinite(gaps).all(0) & (table.params[one] < table.params[two])
+    r, g, one, two, before, after = (v[both] for v in (r, g, one, two, *gaps))
+    part = before / (before - after)
+
+    def at(left, right):
+        return left + part * (right - left)
+
+    tokens = [at(table.tokens[i, g], table.tokens[i, g + 1]) for i in (one, two)]
+    values = (
+        at(table.log_c[g], table.log_c[g + 1]),
+        np.log(table.params[one] * table.params[two]) / 2,
+        sum(tokens) / 2,
+        at(loss[r, one, g], loss[r, one, g + 1]),
+    )
+    per = np.bincount(r, minlength=len(shifts))
+    column = np.arange(len(r)) - np.repeat(np.cumsum(per) - per, per)
+    weight = (np.arange(max(per.max(), count)) < per[:, None]).astype(float)
+    padded = [np.full(weight.shape, table.log_c.mean()), *np.zeros((3, *weight.shape))]
+    for array, value in zip(padded, values, strict=True):
+        array[r, column] = value
+    kept = per >= min(count, IRREDUCIBLE_FROM)
+    weight[~kept] = 1.0  # of any value: not used
+    padded[0][~kept] = np.linspace(*table.log_c[[0, -1]], weight.shape[1])
+    laws = laws_through(*(np.exp(v) for v in padded), weight, count)
+    if touching:
+        laws = _lowered(table, laws, shifts)
+        kept &= np.isfinite(laws["L_opt"].coefficient)
+    return laws, kept

@@ -1,8 +1,8 @@
 """Laws of compute through points (C, N, D, L), one for each budget: least squares of the logarithms, and their intervals.
 
-Intervals: in each resample the laws are fitted to their own values less the errors of the points (log N, log D, log L). A method that can
-simulate its runs gives these errors (`smooth` for isoFLOP curves, `envelope` for training curves); they hold the bias of a lowest point too. Of
-points alone nothing but their scatter about the laws is known: errors are then normal with its covariance, and its scale is redrawn as
+Intervals: in each resample the laws are fitted to their own values less the errors of the points (log N, log D, log L). A method that
+can simulate its runs gives these errors (`smooth` for isoFLOP curves); they hold the bias of a lowest point too. Of points alone
+nothing but their scatter about the laws is known: errors are then normal with its covariance, and its scale is redrawn as
 s sqrt(v / chi2_v) for v degrees of freedom, which gives few points the width of Student's t.
 """
 
@@ -101,6 +101,13 @@ def laws_of(
 
 def drawn(fit: PointFit, draws: dict, noise: float, noise_draws: np.ndarray) -> PointFit:
     """The fit with its resampled laws and the noise of a run's loss."""
+    fit = replace(fit, degenerate=fit.resamples - len(noise_draws))
+    if len(noise_draws) < min(20, fit.resamples):
+        text = f"no interval: only {len(noise_draws)} of {fit.resamples} resamples keep points enough for the laws"
+        return replace(fit, identifiable=False, warnings=(text, *fit.warnings))
+    if fit.degenerate > 0.05 * fit.resamples:
+        text = f"{fit.degenerate} of {fit.resamples} resamples are degenerate: they keep too few points for the laws"
+        fit = replace(fit, warnings=(*fit.warnings, text))
     low, high = np.quantile(draws["N_opt"].exponent, [(1 - fit.level) / 2, (1 + fit.level) / 2])
     reasons = ()
     if low <= 0 or high >= 1:
@@ -110,7 +117,6 @@ def drawn(fit: PointFit, draws: dict, noise: float, noise_draws: np.ndarray) -> 
         draws=draws,
         noise=noise,
         noise_draws=noise_draws,
-        degenerate=fit.resamples - len(noise_draws),
         identifiable=not reasons,
         warnings=reasons + fit.warnings,
     )
@@ -145,7 +151,8 @@ def _scattered(log_c: np.ndarray, off: np.ndarray, errors: Errors) -> tuple:
 
 
 def laws_through(C, n, d, loss, weight, count: int) -> dict:
-    """The laws through points (resamples, points), C (points,) or alike; those of weight 0 are left out. `count` points decide on the form."""
+    """The laws through points (resamples, points), C (points,) or alike; those of weight 0 are left out. `count` points decide on
+    the form of the loss law."""
     laws = {name: fit_power(C, v, weight) for name, v in (("N_opt", n), ("D_opt", d), ("L_opt_pure", loss))}
     if count >= IRREDUCIBLE_FROM:
         laws["L_opt_irreducible"] = fit_irreducible(C, loss, weight)

@@ -2,8 +2,8 @@
 every run's loss is drawn anew about them.
 
 The lowest of noisy runs is too low (the winner's curse), the best of a coarse grid of sizes is too high, and neither error is normal.
-So each resample draws the log losses of all runs about the smooth curves, looks for the lowest point as the method does, and notes how far it
-lies from the curve's own minimum. Laws are then fitted to their own values less these errors: the basic bootstrap (Davison & Hinkley
+So each resample draws the log losses of all runs about the smooth curves, looks for the lowest point as the method does, and notes how far
+it lies from the curve's own minimum. Laws are then fitted to their own values less these errors: the basic bootstrap (Davison & Hinkley
 1997, "Bootstrap Methods and their Application", section 5.2.1) at the level of the points, which corrects their bias as well.
 
 The smooth curve of budget b is c_b + l_b v + sum_k (p_k + q_k x) v^k, k = 2 to a degree, with x = log C about its mean and v = log N

@@ -86,7 +86,8 @@ def _errors(points: Sequence[Point], grids: Sequence[tuple], resamples: int, see
         return None
     losses, scale = curves.draw(np.random.default_rng(seed), resamples)
     off, found = [], []
-    for v, drawn, (_, _, tokens) in zip(curves.places, losses, grids, strict=True):
+    for v, drawn, inside, (_, _, tokens) in zip(curves.places, losses, curves.inside, grids, strict=True):
+        tokens = tokens[inside]
         place, low = lowest(v, drawn)
         off.append(np.stack([place, np.interp(place, v, tokens) - np.interp(0.0, v, tokens), low]))
         found.append((place > v[0]) & (place < v[-1]))

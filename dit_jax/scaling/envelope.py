@@ -64,7 +64,7 @@ def fit_envelope(runs: Sequence[Run], *, resamples: int = 1000, seed: int = 0, l
     fit = laws_of("envelope", len(curves), points, warnings, {"resamples": 0, "seed": seed, "level": level})
     fit = replace(fit, resamples=resamples)
     lowered = _lowered(table, fit.laws, np.zeros((1, len(curves))))
-    touching = np.isfinite(lowered["L_opt"].coefficient).all()
+    touching = bool(np.isfinite(lowered["L_opt"].coefficient).all())
     if touching:
         C = np.array([p.flops for p in points])
         down = lowered["L_opt"](C) / fit.laws["L_opt"](C)

@@ -8,18 +8,21 @@ it lies from the curve's own minimum. Laws are then fitted to their own values l
 
 The smooth curve of budget b is c_b + l_b v + sum_k (p_k + q_k x) v^k, k = 2 to a degree, with x = log C about its mean and v = log N
 about a power law through the minima. Level and slope are each budget's own; the shape is common and may change with compute, so that a
-few runs of each budget are enough. What is not known is drawn in each resample: the scale of the noise, s sqrt(v / chi2_v) as in
-`bootstrap`, and the shape, by its covariance. Whether noise is a share of the loss or of one size in all runs a few runs cannot tell; where
-a loss is below the mean, the larger of the two is taken.
+few runs of each budget are enough. Runs far from the minimum that do not fit such a curve (F test) are left out. What is not known is
+drawn in each resample: the scale of the noise, s sqrt(v / chi2_v) as in `bootstrap`, and the shape, by its covariance. Whether noise is
+a share of the loss or of one size in all runs a few runs cannot tell; where a loss is below the mean, the larger of the two is taken.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
 DEGREES = ((12, 6), (10, 5), (7, 4), (6, 3), (4, 2))  # median sizes of a budget, and the degree that they allow
+WINDOWS = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the farthest run's distance from the minimum
+CHANCE = 0.01  # of the F test by which a narrower window is taken
 CHANGING = 3  # budgets from which the shape may change with compute
 ROUNDS = 20  # of moving the centres onto the minima
 
@@ -28,6 +31,7 @@ ROUNDS = 20  # of moving the centres onto the minima
 class Curves:
     """Smooth curves of log loss; tuples hold an array for each budget."""
 
+    inside: tuple  # (all runs,) which of them are near enough to the minimum to be of use: the others are left out of what follows
     places: tuple  # (runs,) log N about the law of the minima
     rises: tuple  # (runs,) log loss above the curve's lowest
     powers: tuple  # (runs, p) of the common terms
@@ -56,8 +60,24 @@ def smooth(
 ) -> Curves | None:
     """The curves through `losses`, log loss (runs,) of each budget at `sizes`, log N (runs,); `start` (budgets,) is about where they are
     lowest. None where the runs leave no degree of freedom or have no minimum."""
-    x, count = log_c - log_c.mean(), np.median([len(np.unique(u)) for u in sizes])
-    for degree in [d for least, d in DEGREES if count >= least]:
+    away = [np.abs(u - m) for u, m in zip(sizes, start, strict=True)]
+    farthest, best = max(a.max() for a in away), None
+    for window in WINDOWS:
+        inside = tuple(a <= window * farthest for a in away)
+        near = [[v[i] for v, i in zip(values, inside, strict=True)] for values in (sizes, losses)]
+        found = _widest(log_c - log_c.mean(), *near, start)
+        if found is None:
+            continue
+        ratio = 0.0 if best is None or not best.noise else (found.noise / best.noise) ** 2
+        if best is None or ratio < stats.f.ppf(CHANCE, found.freedom, best.freedom):
+            best = replace(found, inside=inside)
+    return best
+
+
+def _widest(x, sizes, losses, start) -> Curves | None:
+    """The curves of the highest degree that these runs allow and that have a minimum."""
+    count = [len(np.unique(u)) for u in sizes]
+    for degree in [d for least, d in DEGREES if np.median(count) >= least and min(count) >= DEGREES[-1][0]]:
         found = _centred(x, sizes, losses, start, degree)
         if found is not None:
             return found
@@ -103,6 +123,7 @@ def _fit(x, places, losses, degree: int) -> tuple | None:
     pooled = off[free > 0.01] / np.sqrt(free[free > 0.01])
     pooled = pooled - pooled.mean()
     curves = Curves(
+        inside=(),
         places=tuple(places),
         rises=tuple(np.split(rise, ends)),
         powers=tuple(np.split(common, ends)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from dit_jax.scaling import study
-from dit_jax.scaling.predict import predict
+from dit_jax.scaling.predict import interval, predict
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.surface import Surface
 
@@ -53,5 +53,16 @@ def coverage(fit, make, law, studies: int, resamples: int, far: float = 1e22) ->
     return {name: tuple(np.mean(h, axis=0).tolist()) for name, h in hits.items()}
 
 
-def _holds(interval, value: float) -> bool:
-    return interval[0] - 1e-12 <= value <= interval[1] + 1e-12
+def held(fit, make, truth: dict, far: float, studies: int, resamples: int) -> dict:
+    """quantity of `truth` (a: exponent of N_opt; N_opt and L_opt at `far`) -> share of the studies make(seed) whose interval holds it."""
+    hits: dict = {name: [] for name in truth}
+    for seed in range(studies):
+        draws = fit(make(seed), resamples=resamples, seed=10**6 + seed).draws
+        for name, value in truth.items():
+            drawn = draws["N_opt"].exponent if name == "a" else draws[name](far)
+            hits[name].append(_holds(interval(drawn, 0.95), value))
+    return {name: float(np.mean(h)) for name, h in hits.items()}
+
+
+def _holds(between, value: float) -> bool:
+    return between[0] - 1e-12 <= value <= between[1] + 1e-12

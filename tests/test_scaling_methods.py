@@ -28,9 +28,9 @@ def best_runs(law, noise=0.0, seed=0, count=8):
     return [Run("", float(c) ** 0.5, float(c) ** 0.5 / 6, float(c), float(y)) for c, y in zip(C, loss, strict=True)]
 
 
-def curves(law=LAW, noise=0.0, ratio=2.0, sizes=8, points=40) -> list[Run]:
+def curves(law=LAW, noise=0.0, ratio=2.0, sizes=8, points=40, seed=0) -> list[Run]:
     """Training curves whose every checkpoint follows the surface, as without a schedule."""
-    rng, runs = np.random.default_rng(0), []
+    rng, runs = np.random.default_rng(seed), []
     for i in range(sizes):
         n = 5e7 * ratio**i
         shift = noise * rng.standard_normal()

@@ -1,7 +1,11 @@
 """IsoFLOP minima by interpolation: at each budget, log loss against log N through every run (Akima 1970), and where that is lowest.
 
 This is how Porian et al. 2024 (arXiv 2406.19146), section 2.2, find N_opt. It assumes no shape, so a wide or lopsided grid of sizes does
-not bias it as it does a parabola; in return it takes each run at its word, so noise moves its minima more.
+not bias it as it does a parabola; in return it takes each run at its word, so noise moves its minima more, and always downwards in loss.
+
+Intervals are a bootstrap whose unit is the run: all runs' losses are drawn anew about smooth curves and interpolated again (`smooth`). Of
+the errors of log L the mean is taken off the law too, since it is the bias of a minimum of noise; of log N and log D it is not: inside
+the sizes it is small against their scatter, and its estimate would add more than it removes.
 """
 
 import math
@@ -10,10 +14,15 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
-from dit_jax.scaling.optima import Point, PointFit, laws_of
+from dit_jax.scaling.optima import Errors, Point, PointFit, laws_of
 from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.smooth import smooth
 
 SIZES = 4  # an Akima curve through fewer points is a parabola or less
+ROUGH = (
+    "the runs show no smooth curves about which their noise could be drawn: the intervals hold the scatter of the minima about their laws, "
+    "and not that the lowest of noisy runs is too low"
+)
 
 
 def fit_akima(
@@ -21,31 +30,68 @@ def fit_akima(
 ) -> PointFit:
     """N_opt, D_opt and L_opt as laws of compute through the interpolated minima, each budget counted alike. A budget is used when it has
     at least 4 sizes and its lowest point is not at their edge."""
-    points, warnings = [], []
+    found, warnings = [], []
     for label, members in budgets(runs, tolerance):
-        found = _minimum(label, members)
-        if isinstance(found, str):
-            warnings.append(f"budget {label}: {found}; not used")
+        minimum = _minimum(label, members)
+        if isinstance(minimum, str):
+            warnings.append(f"budget {label}: {minimum}; not used")
         else:
-            points.append(found)
-    points.sort(key=lambda p: p.flops)
+            found.append(minimum)
+    found.sort(key=lambda pair: pair[0].flops)
+    points, grids = [p for p, _ in found], [g for _, g in found]
+    errors = _errors(points, grids, resamples, seed) if resamples and len(points) > 2 else None
+    if errors is None and resamples and len(points) > 2:
+        warnings.append(ROUGH)
     options = {"resamples": resamples, "seed": seed, "level": level}
-    return laws_of("akima", len(runs), points, tuple(warnings), options)
+    return laws_of("akima", len(runs), points, tuple(warnings), options, errors)
 
 
-def _minimum(label: str, runs: Sequence[Run]) -> Point | str:
-    """The lowest point of a budget's curve, or why there is none. Runs of one size count by their mean."""
+def _minimum(label: str, runs: Sequence[Run]) -> tuple | str:
+    """(the lowest point of a budget's curve, its grid), or why there is none. Runs of one size count by their mean."""
     sizes = sorted({r.params for r in runs})
     if len(sizes) < SIZES:
         return f"{len(sizes)} distinct size(s), interpolation needs {SIZES}"
     same = [[r for r in runs if r.params == size] for size in sizes]
     loss, tokens = (np.array([np.mean([math.log(getattr(r, k)) for r in s]) for s in same]) for k in ("loss", "tokens"))
     u = np.log(sizes)
-    curve = Akima1DInterpolator(u, loss)
-    flat = curve.derivative().roots(extrapolate=False)
-    places = np.concatenate([u, flat[np.isfinite(flat)]])
-    best = places[np.argmin(curve(places))]
+    best, low = (float(v[0]) for v in lowest(u, loss[None]))
     if best in (u[0], u[-1]):
         return f"minimum at {math.exp(best):.3g} parameters, the edge of the sizes tried ({sizes[0]:.3g} to {sizes[-1]:.3g})"
     flops = math.exp(np.mean([math.log(r.flops) for r in runs]))
-    return Point(label, flops, math.exp(best), math.exp(np.interp(best, u, tokens)), math.exp(curve(best)))
+    point = Point(label, flops, math.exp(best), math.exp(np.interp(best, u, tokens)), math.exp(low))
+    return point, (u, loss, tokens)
+
+
+def lowest(u: np.ndarray, losses: np.ndarray) -> tuple:
+    """(where (m,), how low (m,)) the interpolants through `losses` (m, n) at u (n,) are."""
+    a, b, c, d = Akima1DInterpolator(
+        u, losses.T
+    ).c  # of cubics in the distance from a piece's left end, (n - 1, m) each
+    with np.errstate(invalid="ignore", divide="ignore"):  # pieces without a minimum
+        t = -c / (b + np.sqrt(b * b - 3 * a * c))
+    inside = (t > 0) & (t < np.diff(u)[:, None])
+    t = np.where(inside, t, 0.0)
+    value = np.concatenate([np.where(inside, ((a * t + b) * t + c) * t + d, math.inf), losses.T])
+    place = np.concatenate([u[:-1, None] + t, np.broadcast_to(u[:, None], losses.T.shape)])
+    best = value.argmin(0)[None]
+    return tuple(np.take_along_axis(v, best, 0)[0] for v in (place, value))
+
+
+def _errors(points: Sequence[Point], grids: Sequence[tuple], resamples: int, seed: int) -> Errors | None:
+    """The errors of the minima by simulation, or None where the curves cannot be smoothed."""
+    log_c, start = (np.log([getattr(p, name) for p in points]) for name in ("flops", "n_opt"))
+    line = np.polyval(np.polyfit(log_c - log_c.mean(), start, 1), log_c - log_c.mean())
+    curves = smooth(log_c, [u for u, _, _ in grids], [loss for _, loss, _ in grids], line)
+    if curves is None:
+        return None
+    losses, scale = curves.draw(np.random.default_rng(seed), resamples)
+    off, found = [], []
+    for v, drawn, inside, (_, _, tokens) in zip(curves.places, losses, curves.inside, grids, strict=True):
+        tokens = tokens[inside]
+        place, low = lowest(v, drawn)
+        off.append(np.stack([place, np.interp(place, v, tokens) - np.interp(0.0, v, tokens), low]))
+        found.append((place > v[0]) & (place < v[-1]))
+    off, found = np.stack(off, axis=-1), np.stack(found, axis=-1)
+    mean = (off * found).sum(1, keepdims=True) / np.maximum(found.sum(0), 1)
+    mean[2] = 0.0
+    return Errors(off - mean, found, curves.noise, scale)

@@ -1,6 +1,13 @@
 """Loss as a power of compute alone: L = k C^x of Liang et al. 2024 (arXiv 2410.08184), section 3.2, and E + k C^x with an irreducible term.
 
-The points are the best run of each budget. The best of noisy runs is a little too good, and the more so the more sizes a budget has.
+The points are the best run of each budget. The best of noisy runs is a little too good, and the more so the more sizes a budget has; the
+best of a few sizes is a little too bad. Estimates are the published method's and leave that as it is; intervals do not.
+
+**Intervals**: the law is fitted anew to its own values less simulated errors of the points. Where every budget has 4 sizes or more, all its
+runs are drawn about smooth curves and the best is taken again (`smooth`); an error is its distance from the curve's minimum. Where
+each budget has one run, or too few for curves, errors are normal about the law, the scale of their noise drawn as s sqrt(v / chi2_v) for
+v = points - parameters (Student's t). Every draw is a fit within the bounds of the law, so the interval's ends are laws too. The
+Huber fit without curves weights its points instead, as `inference` says.
 """
 
 import math
@@ -10,10 +17,13 @@ import numpy as np
 
 from dit_jax.scaling import inference, newton
 from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
-from dit_jax.scaling.optima import IRREDUCIBLE_FROM, Point, PointFit
+from dit_jax.scaling.optima import IRREDUCIBLE_FROM, Errors, Point, PointFit
 from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.smooth import smooth
 from dit_jax.scaling.study import check
 from dit_jax.scaling.surface import DELTA, NOTHING, STEEPEST
+
+SIZES = 4  # of a budget whose noise its own curve tells
 
 
 def fit_compute(
@@ -27,12 +37,13 @@ def fit_compute(
 ) -> PointFit:
     """L_opt_pure, from 4 budgets on L_opt_irreducible, and L_opt, the latter where there is one. Says nothing of N_opt or D_opt."""
     check(runs, "power", 2, residual, loss)
-    best = [min(members, key=lambda r: r.loss) for _, members in budgets(runs)]
-    best.sort(key=lambda r: r.flops)
+    grids = sorted((members for _, members in budgets(runs)), key=lambda m: min(m, key=lambda r: r.loss).flops)
+    best = [min(members, key=lambda r: r.loss) for members in grids]
     points = tuple(Point(f"{r.flops:.3g}", r.flops, r.params, r.tokens, r.loss) for r in best)
     C, y = np.array([r.flops for r in best]), np.array([r.loss for r in best])
     delta = DELTA if loss == "huber" else math.inf
-    draw = {"resamples": resamples, "seed": seed, "level": level}
+    errors = _errors(C, grids, resamples, seed) if resamples else None
+    draw = {"resamples": resamples, "seed": seed, "level": level, "errors": errors}
     laws, draws, sums = {}, {}, {}
     for name in ("L_opt_pure", "L_opt_irreducible")[: 1 + (len(best) >= IRREDUCIBLE_FROM)]:
         laws[name], drawn, sums[name] = _fit(C, y, name == "L_opt_irreducible", delta, residual == "linear", draw)
@@ -44,7 +55,9 @@ def fit_compute(
     reasons = () if name in draws or not resamples else (f"{len(best)} budgets leave nothing to test the law",)
     low = np.quantile(draws["L_opt_irreducible"].irreducible, (1 - level) / 2) if len(draws) > 2 else math.inf
     cautions = ("the irreducible loss is not pinned down: its interval reaches 0",) if low < 1e-3 * y.min() else ()
-    spread = float(np.std(y - laws["L_opt"](C)))
+    if resamples and errors is None and any(len({r.params for r in members}) > 1 for members in grids):
+        cautions += (CHOSEN,)
+    spread = float(errors.noise * y[-1]) if errors else float(np.std(y - laws["L_opt"](C)))
     return PointFit(
         method="power",
         n_runs=len(runs),
@@ -59,6 +72,31 @@ def fit_compute(
         identifiable=not reasons,
         warnings=reasons + cautions,
     )
+
+
+CHOSEN = (
+    "too few sizes for smooth curves about which the runs' noise could be drawn: the intervals hold the scatter of the best runs "
+    "about the law, and not that the best of noisy runs is too good"
+)
+
+
+def _errors(C, grids, resamples: int, seed: int) -> Errors | None:
+    """Errors of the best runs by simulation; None where a budget has too few sizes, or curves without a minimum."""
+    if len(C) < 2 or min(len({r.params for r in members}) for members in grids) < SIZES:
+        return None
+    sizes, losses = ([np.log([getattr(r, k) for r in members]) for members in grids] for k in ("params", "loss"))
+    x = np.log(C) - np.log(C).mean()
+    curves = smooth(
+        np.log(C),
+        sizes,
+        losses,
+        np.polyval(np.polyfit(x, [u[v.argmin()] for u, v in zip(sizes, losses, strict=True)], 1), x),
+    )
+    if curves is None:
+        return None
+    drawn, scale = curves.draw(np.random.default_rng(seed), resamples)
+    off = np.stack([d.min(1) for d in drawn], axis=1)
+    return Errors(np.broadcast_to(off, (3, *off.shape)), np.ones(off.shape, bool), curves.noise, scale)
 
 
 def _fit(C, y, irreducible: bool, delta: float, linear: bool, draw: dict) -> tuple:
@@ -89,8 +127,24 @@ def _fit(C, y, irreducible: bool, delta: float, linear: bool, draw: dict) -> tup
 
     drawn = None
     if len(C) > len(lower) and draw["resamples"]:
-        thetas, _ = inference.resample(
-            problem, found.theta[0], np.arange(len(C)), draw["resamples"], draw["seed"], draw["level"]
-        )
+        thetas = _redrawn(problem, found.theta[0], draw)
         drawn = law_of(thetas) if len(thetas) >= 20 else None
     return law_of(found.theta)[0], drawn, float(found.loss[0])
+
+
+def _redrawn(problem: newton.Problem, theta: np.ndarray, draw: dict) -> np.ndarray:
+    """Estimates (resamples, p) from the law's own values less errors of the points."""
+    count, resamples, errors = len(problem.log_loss), draw["resamples"], draw["errors"]
+    if errors is None and math.isfinite(problem.delta):
+        return inference.resample(problem, theta, np.arange(count), resamples, draw["seed"], draw["level"])[0]
+    off = newton.residuals(problem, theta[None])[0]
+    law = np.log(np.exp(problem.log_loss) + off) if problem.linear else problem.log_loss + off
+    if errors is not None:
+        log_loss = law - errors.log[2]
+    else:
+        rng, freedom = np.random.default_rng(draw["seed"]), count - problem.width
+        scale = np.sqrt((off**2).sum() / rng.chisquare(freedom, (resamples, 1)))
+        noise = scale * rng.standard_normal((resamples, count))
+        log_loss = np.log(np.maximum(np.exp(law) + noise, np.exp(law - 3.0))) if problem.linear else law + noise
+    found = newton.minimize(problem, np.tile(inference.lifted(problem, theta), (resamples, 1)), log_loss=log_loss)
+    return found.theta[np.isfinite(found.theta).all(1)]

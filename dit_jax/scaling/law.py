@@ -31,11 +31,12 @@ class PowerLaw:
 
 
 def fit_power(C: np.ndarray, y: np.ndarray, weight: np.ndarray) -> PowerLaw:
-    """y = k C^x by weighted least squares of log y on log C. C (j,), y and weight (resamples, j); weight 0 leaves a point out."""
+    """y = k C^x by weighted least squares of log y on log C. C (j,) or (resamples, j), y and
+    weight (resamples, j); weight 0 leaves a point out."""
     log_c = np.log(C)
     centre = log_c.mean()
     total = weight.sum(-1)
-    x_mean = weight @ (log_c - centre) / total
+    x_mean = (weight * (log_c - centre)).sum(-1) / total
     y = np.log(np.where(weight > 0, y, 1.0))
     y_mean = (weight * y).sum(-1) / total
     x = log_c - centre - x_mean[:, None]
@@ -67,7 +68,7 @@ def fit_irreducible(C: np.ndarray, y: np.ndarray, weight: np.ndarray) -> PowerLa
 
 def _linear(log_x, log_c, y, weight):
     """Best non-negative (E, k) for each exponent of `log_x` (resamples, g) and its sum of squares."""
-    f = np.exp(-np.exp(log_x)[..., None] * log_c)  # (resamples, g, j)
+    f = np.exp(-np.exp(log_x)[..., None] * np.expand_dims(log_c, -2))  # (resamples, g, j)
     y, w = y[:, None], weight[:, None]
     total = w.sum(-1)
     f_mean, y_mean = (w * f).sum(-1) / total, (w * y).sum(-1) / total

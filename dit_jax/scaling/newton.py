@@ -74,15 +74,20 @@ class _Local:
 
 
 def minimize(
-    problem: Problem, theta: np.ndarray, weight: np.ndarray | None = None, fixed: np.ndarray | None = None
+    problem: Problem,
+    theta: np.ndarray,
+    weight: np.ndarray | None = None,
+    fixed: np.ndarray | None = None,
+    log_loss: np.ndarray | None = None,
 ) -> Minima:
     """The minimum reached from each start `theta` (m, p); `weight` (m, n) counts each run in each problem (None = once);
-    parameters that are `fixed` (p,) stay where they start."""
+    parameters that are `fixed` (p,) stay where they start; `log_loss` (m, n) are losses of each problem's own (None = the problem's)."""
     size = max(ROWS // problem.terms.shape[1], 1)
     parts = []
     for i in range(0, len(theta), size):
-        counts = None if weight is None else weight[i : i + size]
-        parts.append(_search(problem, np.clip(theta[i : i + size], problem.lower, problem.upper), counts, fixed))
+        mine, counts = (None if v is None else v[i : i + size] for v in (log_loss, weight))
+        start = np.clip(theta[i : i + size], problem.lower, problem.upper)
+        parts.append(_search(problem, start, counts, fixed, mine))
     return Minima(*(np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])))
 
 
@@ -98,9 +103,9 @@ def jacobian(problem: Problem, theta: np.ndarray) -> np.ndarray:
     return slope * law[0][:, None] if problem.linear else slope
 
 
-def local(problem: Problem, theta: np.ndarray, weight: np.ndarray | None = None) -> _Local:
+def local(problem: Problem, theta: np.ndarray, weight: np.ndarray | None = None, log_loss=None) -> _Local:
     """Loss (m,), its gradient (m, p), Hessian and majoriser (m, p, p) at each theta (m, p)."""
-    shares, r, law = _shares(problem, theta)
+    shares, r, law = _shares(problem, theta, log_loss)
     psi = np.clip(r, -problem.delta, problem.delta)
     loss = psi * (r - 0.5 * psi)
     inside = (psi == r).astype(float)
@@ -129,11 +134,12 @@ def local(problem: Problem, theta: np.ndarray, weight: np.ndarray | None = None)
     return _Local(loss.sum(1), gradient, hessian.reshape(shape), majoriser.reshape(shape))
 
 
-def _shares(problem: Problem, theta: np.ndarray) -> tuple:
+def _shares(problem: Problem, theta: np.ndarray, log_loss: np.ndarray | None = None) -> tuple:
     """(share of each term [k](m, n), residuals (m, n), law (m, n))."""
     parts = [np.exp(theta @ v.T) for v in problem.terms]
     law = sum(parts[1:], start=parts[0])
-    residual = law - np.exp(problem.log_loss) if problem.linear else np.log(law) - problem.log_loss
+    seen = problem.log_loss if log_loss is None else log_loss
+    residual = law - np.exp(seen) if problem.linear else np.log(law) - seen
     return [p / law for p in parts], residual, law
 
 
@@ -157,11 +163,11 @@ def _pairs(terms: np.ndarray):
             yield k, other, np.stack(columns, axis=1), np.array(place)
 
 
-def _search(problem: Problem, theta: np.ndarray, weight, fixed) -> Minima:
+def _search(problem: Problem, theta: np.ndarray, weight, fixed, log_loss) -> Minima:
     """One chunk. Problems that have ended leave the batch."""
     theta, count = theta.copy(), len(theta)
     steps, converged = np.zeros(count, int), np.zeros(count, bool)
-    here = local(problem, theta, weight)
+    here = local(problem, theta, weight, log_loss)
     damping, left = np.ones(count), np.arange(count)
     total = np.full(count, float(len(problem.log_loss))) if weight is None else weight.sum(1)
     for _ in range(STEPS):
@@ -174,7 +180,8 @@ def _search(problem: Problem, theta: np.ndarray, weight, fixed) -> Minima:
         left, step, gain = left[positive & ~ended], step[positive & ~ended], gain[positive & ~ended]
         if len(left):
             there = np.clip(theta[left] + step, problem.lower, problem.upper)
-            new = local(problem, there, None if weight is None else weight[left])
+            mine, counts = (None if v is None else v[left] for v in (log_loss, weight))
+            new = local(problem, there, counts, mine)
             fell = here.loss[left] - new.loss
             ratio = fell / gain
             taken = fell > 0

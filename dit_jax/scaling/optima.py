@@ -1,18 +1,21 @@
 """Laws of compute through points (C, N, D, L), one for each budget: least squares of the logarithms, and their intervals.
 
-Intervals are a residual bootstrap whose unit is the point, since each point already stands for several runs: residuals of log N, log D
-and log L are drawn together, stretched as `inference.stretch` says.
+Intervals: in each resample the laws are fitted to their own values less the errors of the points (log N, log D, log L). A method that
+can simulate its runs gives these errors (`smooth` for isoFLOP curves); they hold the bias of a lowest point too. Of points alone
+nothing but their scatter about the laws is known: errors are then normal with its covariance, and its scale is redrawn as
+s sqrt(v / chi2_v) for v degrees of freedom, which gives few points the width of Student's t.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.inference import stretch
 from dit_jax.scaling.law import fit_irreducible, fit_power
 
+NAMES = ("N_opt", "D_opt", "L_opt")
+RARE = 0.01  # share of the resamples that scatter as much as the points, below which that is said
 IRREDUCIBLE_FROM = 4  # points from which the loss law carries an irreducible term, as in `fit`
 
 
@@ -53,58 +56,104 @@ class PointFit:
         return max(p.flops for p in self.points)
 
 
-def laws_of(method: str, n_runs: int, points: Sequence[Point], warnings: tuple, options: dict) -> PointFit:
-    """N_opt, D_opt and L_opt through `points`; `options` are resamples, seed and level."""
+@dataclass(frozen=True)
+class Errors:
+    """Simulated errors of the points: `log` (3, resamples, points) of log N, log D and log L; `found` (resamples, points), where there was
+    a point; and the noise of a run's log loss, with its resamples (resamples,)."""
+
+    log: np.ndarray
+    found: np.ndarray
+    noise: float
+    noise_draws: np.ndarray
+
+
+def laws_of(
+    method: str, n_runs: int, points: Sequence[Point], warnings: tuple, options: dict, errors: Errors | None = None
+) -> PointFit:
+    """N_opt, D_opt and L_opt through `points`; `options` are resamples, seed and level. Without `errors` those are the points' scatter."""
     if len(points) < 2:
         raise UsageError(
             f"RUNS: {len(points)} usable point(s) for method {method}, expected at least 2. " + "; ".join(warnings)
         )
     resamples, level = options["resamples"], options["level"]
-    C, n, d, loss = (np.array([getattr(p, name) for p in points]) for name in ("flops", "n_opt", "d_opt", "loss"))
-    laws = _laws(C, n[None], d[None], loss[None])
-    fitted = {name: law(C[None])[0] for name, law in ((k, laws[k]) for k in ("N_opt", "D_opt", "L_opt"))}
-    off = np.stack([np.log(v / fitted[name]) for name, v in (("N_opt", n), ("D_opt", d), ("L_opt", loss))])
-    fit = PointFit(
-        method=method,
-        n_runs=n_runs,
-        points=tuple(points),
-        laws={name: law[0] for name, law in laws.items()},
-        objective=float((off[0] ** 2).sum()),
-        level=level,
-        resamples=resamples,
-        warnings=tuple(warnings),
+    C, *values = (np.array([getattr(p, name) for p in points]) for name in ("flops", "n_opt", "d_opt", "loss"))
+    laws = laws_through(C, *(v[None] for v in values), np.ones((1, len(C))), len(C))
+    laws = {name: law[0] for name, law in laws.items()}
+    fitted = np.stack([laws[name](C) for name in NAMES])
+    off = np.log(np.stack(values) / fitted)
+    objective = float((off[0] ** 2).sum())
+    fit = PointFit(method, n_runs, tuple(points), laws, objective, level, resamples, warnings=tuple(warnings))
+    if len(points) < 3 or not resamples:
+        reasons = ("two points: any two lie on a power law, so nothing tests it",) if len(points) < 3 else ()
+        return replace(fit, identifiable=not reasons, warnings=reasons + fit.warnings)
+    cautions = ()
+    if errors is None:
+        errors = scatter(np.random.default_rng(options["seed"]), off, resamples)
+    else:
+        cautions = _scattered(np.log(C), off[0], errors)
+    kept = errors.found.sum(1) >= min(3, len(points))
+    draws = laws_through(
+        C, *(fitted[:, None] * np.exp(-errors.log[:, kept])), errors.found[kept].astype(float), len(points)
     )
-    freedom = len(points) - 2
-    if freedom < 1 or not resamples:
-        reasons = ("two points: any two lie on a power law, so nothing tests it",) if freedom < 1 else ()
-        return _replaced(fit, identifiable=not reasons, warnings=reasons + fit.warnings)
-    rng = np.random.default_rng(options["seed"])
-    pick = rng.integers(len(points), size=(resamples, len(points)))
-    noise = stretch(len(points), freedom, level) * (off - off.mean(1, keepdims=True))[:, pick]
-    drawn = [fitted[name] * np.exp(noise[i]) for i, name in enumerate(("N_opt", "D_opt", "L_opt"))]
-    draws = _laws(C, *drawn)
-    spread = float(np.std(off[2]) * loss[-1])
-    low, high = np.quantile(draws["N_opt"].exponent, [(1 - level) / 2, (1 + level) / 2])
+    noise = errors.noise_draws[kept] * values[2][-1]
+    return drawn(replace(fit, warnings=cautions + fit.warnings), draws, float(errors.noise * values[2][-1]), noise)
+
+
+def drawn(fit: PointFit, draws: dict, noise: float, noise_draws: np.ndarray) -> PointFit:
+    """The fit with its resampled laws and the noise of a run's loss."""
+    fit = replace(fit, degenerate=fit.resamples - len(noise_draws))
+    if len(noise_draws) < min(20, fit.resamples):
+        text = f"no interval: only {len(noise_draws)} of {fit.resamples} resamples keep points enough for the laws"
+        return replace(fit, identifiable=False, warnings=(text, *fit.warnings))
+    if fit.degenerate > 0.05 * fit.resamples:
+        text = f"{fit.degenerate} of {fit.resamples} resamples are degenerate: they keep too few points for the laws"
+        fit = replace(fit, warnings=(*fit.warnings, text))
+    low, high = np.quantile(draws["N_opt"].exponent, [(1 - fit.level) / 2, (1 + fit.level) / 2])
     reasons = ()
     if low <= 0 or high >= 1:
         reasons = (f"the exponent of N_opt is not identified: its interval {low:.2f} to {high:.2f} leaves (0, 1)",)
-    return _replaced(
+    return replace(
         fit,
         draws=draws,
-        noise=spread,
-        noise_draws=np.full(resamples, spread),
+        noise=noise,
+        noise_draws=noise_draws,
         identifiable=not reasons,
         warnings=reasons + fit.warnings,
     )
 
 
-def _replaced(fit: PointFit, **changes) -> PointFit:
-    return PointFit(**{**vars(fit), **changes})
+def scatter(rng: np.random.Generator, off: np.ndarray, resamples: int) -> Errors:
+    """Errors that are normal, with the covariance of the residuals `off` (3, points) of log N, log D and log L."""
+    count = off.shape[1]
+    freedom = count - np.array([2, 2, 3 if count >= IRREDUCIBLE_FROM else 2])
+    root, size, _ = np.linalg.svd(off, full_matrices=False)
+    drawn = np.einsum("ij,j,jrp->irp", root, size, rng.standard_normal((len(size), resamples, count)))
+    scale = 1 / np.sqrt(rng.chisquare(np.broadcast_to(freedom, (resamples, 3)).T))
+    spread = float(np.sqrt((off[2] ** 2).sum() / freedom[2]))
+    noise = spread * np.sqrt(freedom[2]) * scale[2]
+    return Errors(drawn * scale[:, :, None], np.ones((resamples, count), bool), spread, noise)
 
 
-def _laws(C, n, d, loss) -> dict:
-    one = np.ones_like(n)
-    laws = {"N_opt": fit_power(C, n, one), "D_opt": fit_power(C, d, one), "L_opt_pure": fit_power(C, loss, one)}
-    if len(C) >= IRREDUCIBLE_FROM:
-        laws["L_opt_irreducible"] = fit_irreducible(C, loss, one)
+def _scattered(log_c: np.ndarray, off: np.ndarray, errors: Errors) -> tuple:
+    """Says where the points' log N, `off` their law, scatter more than simulated points do."""
+    drawn = errors.log[0][errors.found.all(1)]
+    if len(drawn) < 1 / RARE:
+        return ()
+    basis, _ = np.linalg.qr(np.stack([np.ones_like(log_c), log_c - log_c.mean()], axis=1))
+    drawn = ((drawn - (drawn @ basis) @ basis.T) ** 2).sum(1)
+    if np.mean(drawn >= (off**2).sum()) >= RARE or (off**2).sum() < 1e-12:
+        return ()
+    ratio = np.sqrt((off**2).sum() / drawn.mean())
+    return (
+        f"the N_opt of the points scatter {ratio:.1f} times more than the noise of the runs allows: no power law, or noise that "
+        "a budget's runs share; the intervals hold neither",
+    )
+
+
+def laws_through(C, n, d, loss, weight, count: int) -> dict:
+    """The laws through points (resamples, points), C (points,) or alike; those of weight 0 are left out. `count` points decide on
+    the form of the loss law."""
+    laws = {name: fit_power(C, v, weight) for name, v in (("N_opt", n), ("D_opt", d), ("L_opt_pure", loss))}
+    if count >= IRREDUCIBLE_FROM:
+        laws["L_opt_irreducible"] = fit_irreducible(C, loss, weight)
     return {**laws, "L_opt": laws.get("L_opt_irreducible", laws["L_opt_pure"])}

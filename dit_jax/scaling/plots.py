@@ -164,7 +164,8 @@ def training(rows, fit, labels: dict) -> Chart | None:
     if fit is not None:
         c, loss = (numbers([getattr(p, name) for p in fit.points]) for name in ("flops", "loss"))
         said = tuple(
-            f"envelope: two sizes cross at C = {p.flops:.4g}, N = {p.n_opt:.4g}, loss {p.loss:.4f}" for p in fit.points
+            f"envelope: two sizes cross at C = {p.flops:.4g}; best between them N = {p.n_opt:.4g}, loss {p.loss:.4f}"
+            for p in fit.points
         )
         marks.append(Mark("points", c, loss, BEST, "crossing of two sizes", "envelope", tips=said))
         grid = np.geomspace(min(c), max(c), GRID)

@@ -64,7 +64,7 @@ def test_the_interval_of_a_lowest_of_noisy_runs_lies_above_it(fit):
     """The winner's curse: the estimates are too low on average, the draws are not."""
     off = []
     for seed in range(40):
-        found = fit(study(noise=0.003, seed=seed, sizes=9), resamples=100)
+        found = fit(study(noise=0.003, seed=seed, sizes=9), resamples=30)
         law, draws = (found.laws["L_opt"](BUDGETS[2]), np.median(found.draws["L_opt"](BUDGETS[2])))
         off.append((law - L_LAW(BUDGETS[2]), draws - L_LAW(BUDGETS[2])))
     estimate, drawn = np.mean(off, axis=0)

@@ -18,7 +18,7 @@ help:
 	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals, frozen peers, the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
-	@echo "make preflight  real steps compiled for TPU slices that are not there, with libtpu: all shipped ones (about 20 minutes)"
+	@echo "make preflight  real steps compiled for TPU slices that are not there, with libtpu: all shipped ones (about 15 minutes)"
 	@echo "make preflight-quick  of them DiT-XL/2 on four slices, a batch too large, a sampler (about 3 minutes)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
@@ -74,10 +74,10 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@touch $@
 
 preflight: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu tests/test_preflight.py tests/test_hardware.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight.py tests/test_hardware.py
 
 preflight-quick: $(TPU)/.done
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" tests/test_preflight.py tests/test_hardware.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight.py tests/test_hardware.py
 
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

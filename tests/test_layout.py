@@ -82,7 +82,7 @@ def test_memory_falls_and_time_grows_with_each_remedy():
     slice, plain = topology("v3-32"), Layout(8, 4, 1, "dots", 1)
 
     def both(layout):
-        return memory(XL, layout, 256), seconds(XL, layout, 256, slice)
+        return memory(XL, layout, 1024), seconds(XL, layout, 1024, slice)
 
     for remedy in (Layout(8, 4, 1, "full", 1), Layout(8, 4, 1, "dots", 2)):
         assert both(remedy)[0] < both(plain)[0] and both(remedy)[1] > both(plain)[1]

@@ -230,13 +230,6 @@ def _group(attributes: str, devices: int) -> int:
     return devices
 
 
-def donated(text: str) -> tuple[int, ...]:
-    """Numbers of a printed module's arguments whose memory its results take."""
-    head = text.partition("\n")[0]
-    aliases = re.search(r"input_output_alias=\{(.*?) \}", head)
-    return tuple(sorted(int(n) for n in re.findall(r"\}: \((\d+),", aliases[1]))) if aliases else ()
-
-
 def argument_bytes(text: str) -> list[int]:
     """Bytes of each of a printed module's arguments as they lie in memory, in whole tiles."""
     head = text.partition("\n")[0]

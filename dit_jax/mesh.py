@@ -45,7 +45,7 @@ TENSOR_AXES = {
     "fc1": {"kernel": -1, "bias": -1},
     "fc2": {"kernel": -2},
 }
-HEADED = [(name, "kernel") for name in ("qkv", "q", "kv", "proj")]  # kernels whose TENSOR_AXES counts heads
+HEADED = tuple((name, "kernel") for name in ("qkv", "q", "kv", "proj"))  # kernels whose TENSOR_AXES counts heads
 
 
 def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -130,7 +130,8 @@ def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
 
     Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names. `fsdp`
     takes, of the other axes that it divides, the columns of a modulation, the heads of attention's kernels, else the first
-    that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole.
+    that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole,
+    and so do tables, whose gradient is scattered by rows.
     """
     layers = 1 if "blocks" in path else 0
     if len(shape) - layers < 1 or "table" in path:

@@ -106,10 +106,12 @@ def write_entry(entry: dict, workdir: str) -> None:
         write_file(path, "".join(json.dumps(line) + "\n" for line in [*others, newest]))
 
 
-def note(ledger: Ledger, workdir: str) -> None:
-    """Write the line as it is now, in case of a kill."""
+def note(ledger: Ledger, workdir: str) -> dict:
+    """Write the line as it is now, in case of a kill; returns it."""
+    entry = ledger.entry()
     with _warned(workdir):
-        write_entry(ledger.entry(), workdir)
+        write_entry(entry, workdir)
+    return entry
 
 
 def totals(workdir: str) -> dict[str, float]:
@@ -122,9 +124,8 @@ def totals(workdir: str) -> dict[str, float]:
     return found
 
 
-def summary(ledger: Ledger) -> str:
-    """One line: the share of the time, lost work included, that went into steps (or scoring), and where the rest went."""
-    entry = ledger.entry()
+def summary(entry: dict) -> str:
+    """An entry in one line: the share of the time, lost work included, that went into steps (or scoring), and where the rest went."""
     total = entry["wall"] + entry["seconds"]["lost"]
     useful = entry["seconds"]["step"] + entry["seconds"]["evaluation"]
     parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in entry["seconds"].items() if seconds >= 0.05)
@@ -132,7 +133,7 @@ def summary(ledger: Ledger) -> str:
 
 
 def close(ledger: Ledger, workdir: str, quiet: bool = False) -> None:
-    """The last entry, and its line for people."""
-    note(ledger, workdir)
+    """The last entry, and the same entry as a line for people."""
+    entry = note(ledger, workdir)
     if not quiet:
-        say(summary(ledger))
+        say(summary(entry))

@@ -41,6 +41,7 @@ def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
     assert (entry["first"], entry["last"]) == (0, 20)
     (line,) = [line for line in err.splitlines() if line.startswith("goodput ")]
     assert f"set-up {seconds['set-up']:.1f}" in line and f"compile {seconds['compile']:.1f}" in line
+    assert line == ledger.summary(entry)  # of what was written, not of a moment later
 
 
 @pytest.mark.slow

@@ -126,6 +126,21 @@ def fitted(tmp_path, capsys, *arguments) -> tuple[dict, str]:
     return json.loads(out.read_text()), capsys.readouterr().out
 
 
+def test_a_table_with_other_names_and_other_studies_gives_the_same_law(tmp_path, capsys):
+    own = [f"{r.params},{r.tokens},{r.loss},{r.flops}" for r in study(noise=0.002)]
+    plain, _ = fitted(tmp_path, capsys, table(tmp_path, "\n".join(["params,tokens,loss,flops", *own])))
+    other = [f"B,{line}" for line in own[:3]]
+    theirs = table(
+        tmp_path, "\n".join(["study,Model Size,D,loss,Training FLOP", *(f"A,{line}" for line in own), *other])
+    )
+    names = ("--column", "params=Model Size", "--column=tokens=D", "--column=flops=Training FLOP")
+    renamed, _ = fitted(tmp_path, capsys, theirs, *names, "--where=study=A")
+    assert renamed["law"] == plain["law"] and renamed["n_runs"] == len(own)
+    assert main(["fit", theirs]) == 2
+    assert "no column 'params'; " in capsys.readouterr().err
+    assert main(["compare", theirs, theirs, *names, "--where=study=A", "--resamples=20"]) == 0
+
+
 def test_a_fit_of_records_states_their_convention(tmp_path, capsys):
     for r in study(noise=0.002):
         values = dict(params_active=r.params, tokens_seen=r.tokens, flops_train=r.flops * 1.3, images_seen=r.images)

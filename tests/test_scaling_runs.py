@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dit_jax.config import UsageError
-from dit_jax.scaling.columns import load_columns
+from dit_jax.scaling.columns import parse_names
 from dit_jax.scaling.runs import load_runs
 
 PROTOCOL = {"data": {"name": "digits", "split": "test"}, "held_out": {"seed": 1234}, "weights": "ema"}
@@ -107,7 +107,8 @@ def test_a_bad_record_is_named_with_its_line(tmp_path, bad, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("params,token,loss\n1,2,3\n", r"runs.csv: no column 'tokens'; nearest found 'token'"),
+        ("params,token,loss\n1,2,3\n", r"runs.csv: no column 'tokens' or 'flops'; nearest found 'token'"),
+        ("params,token,loss,flops\n1,2,3,4\n", r"unknown column 'token'; did you mean 'tokens'"),
         ("x,y\n1,2\n", r"runs.csv: no column 'params'; found x, y"),
         ("", r"no column 'params'; found nothing"),
         ("params,tokens,loss,flop\n1,2,3,4\n", r"unknown column 'flop'; did you mean 'flops'"),
@@ -133,34 +134,79 @@ def test_paths_without_runs_are_named(tmp_path):
 
 
 PUBLISHED = "model,dataset,n,t,loss\nm1,a,1e6,2e7,3.5\nm2,b,1e6,2e7,3.6\nm3,a,2e6,4e7,3.2\n"
-COLUMNS = {"name": "model", "params": "n", "tokens": "t", "loss": "loss"}
+COLUMNS = {"run": "model", "params": "n", "tokens": "t"}
+
+
+def published(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text(PUBLISHED)
+    return path
 
 
 def test_columns_of_other_names_are_runs(tmp_path):
-    path = tmp_path / "published.csv"
-    path.write_text(PUBLISHED)
-    one, two = load_columns(path, COLUMNS, {"dataset": "a"})
+    path = published(tmp_path)
+    one, two = load_runs(path, columns=COLUMNS, where=["dataset=a"])
     assert (one.name, one.params, one.tokens, one.loss, one.flops) == ("m1", 1e6, 2e7, 3.5, 6 * 1e6 * 2e7)
     assert (two.name, two.source) == ("m3", f"{path}:4")
-    assert (
-        next(r.name for r in load_columns(path, {k: v for k, v in COLUMNS.items() if k != "name"}))
-        == "N 1e+06, C 1.2e+14"
-    )
+    assert [run.name for run in load_runs(path, columns={"params": "n", "tokens": "t"})] == ["row1", "row2", "row3"]
+
+
+def test_a_name_that_is_given_away_hides_the_column_that_had_it(tmp_path):
+    (run,) = load_runs(table(tmp_path, "params,tokens,loss,val loss\n1,2,3,4\n"), columns={"loss": "val loss"})
+    assert run.loss == 4
+
+
+def test_tokens_that_are_absent_are_those_of_6nd(tmp_path):
+    path = table(tmp_path, "params,flops,loss\n10,1200,3\n")
+    (run,) = load_runs(path)
+    assert (run.tokens, run.flops, run.convention.counted) == (20, 1200, "6ND") and "counted" in run.convention.assumed
+    assert "counted" not in load_runs(path, stated={"counted": "6ND"})[0].convention.assumed
+    for stated, found in {"counted": "exact", "unit": "MACs", "passes": "forward", "data": "images"}.items():
+        with pytest.raises(
+            UsageError, match=rf"runs.csv:2: tokens is absent, .* but {stated} is '{found}'; give tokens"
+        ):
+            load_runs(path, stated={stated: found})
+    with pytest.raises(UsageError, match=r"runs.csv:2: tokens is '', expected a number"):
+        load_runs(table(tmp_path, "params,tokens,flops,loss\n10,,1200,3\n"))
+
+
+def test_records_are_chosen_by_a_field_of_their_protocol(tmp_path):
+    workdir(tmp_path / "a", record())
+    workdir(tmp_path / "b", record(run="b", protocol={**PROTOCOL, "held_out": {"seed": 7}}))
+    assert [run.name for run in load_runs(tmp_path, where=["held_out.seed=7"])] == ["b"]
+    with pytest.raises(UsageError, match=r"found no run in .* with held_out.seed=8"):
+        load_runs(tmp_path, where=["held_out.seed=8"])
+    with pytest.raises(UsageError, match=r"--where: no field 'heldout.seed'; nearest found 'held_out.seed'"):
+        load_runs(tmp_path, where=["heldout.seed=7"])
 
 
 @pytest.mark.parametrize(
     ("columns", "where", "message"),
     [
-        (COLUMNS | {"params": "N"}, {}, "no column 'N'"),
-        (COLUMNS, {"datset": "a"}, "no column 'datset'; nearest found 'dataset'"),
-        (COLUMNS, {"dataset": "c"}, "found no row with dataset=c"),
-        ({"params": "n", "tokens": "t"}, {}, "columns: 'loss' is missing"),
-        (COLUMNS | {"depth": "n"}, {}, "columns: 'depth' is no field"),
-        (COLUMNS | {"loss": "model"}, {}, "published.csv:2: model is 'm1', expected a number"),
+        (COLUMNS | {"params": "N"}, [], "no column 'N', which --column names; "),
+        (COLUMNS, ["datset=a"], "no field 'datset'; nearest found 'dataset'"),
+        (COLUMNS, ["dataset=c"], "found no run in .*published.csv with dataset=c"),
+        (COLUMNS, ["dataset"], "--where: found 'dataset', expected FIELD=VALUE"),
+        ({"params": "n"}, [], "no column 'tokens' or 'flops'; .*; --column tokens=NAME says that another one is it"),
+        (COLUMNS | {"depth": "n"}, [], "--column: no column 'depth' is known, expected one of params, loss, "),
+        (COLUMNS | {"params": "t"}, [], "--column: found one column under two names"),
+        (COLUMNS | {"loss": "dataset"}, [], "published.csv:2: loss is 'a', expected a number"),
     ],
 )
 def test_columns_that_are_not_there_are_named(tmp_path, columns, where, message):
-    path = tmp_path / "published.csv"
-    path.write_text(PUBLISHED)
     with pytest.raises(UsageError, match=message):
-        load_columns(path, columns, where)
+        load_runs(published(tmp_path), columns=columns, where=where)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["params"], "--column: found 'params', expected OURS=THEIRS"),
+        (["=n"], "--column: found '=n', expected OURS=THEIRS"),
+        (["params=n", "params=m"], "--column: found 'params' twice"),
+    ],
+)
+def test_names_of_columns_that_are_none_are_refused(texts, message):
+    assert parse_names(["params=Model Size", "loss=a=b"]) == {"params": "Model Size", "loss": "a=b"}
+    with pytest.raises(UsageError, match=message):
+        parse_names(texts)

@@ -1,6 +1,7 @@
 """`python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`: fits scaling laws to runs.
 
-RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group).
+RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group);
+`--column params='Model Size'` names the column of a CSV that calls it something else, `--where study=A` takes some of its rows.
 `fit --method=all` puts the methods side by side and says why they disagree; `report`, by default of all of them, shows it.
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
@@ -14,6 +15,7 @@ import sys
 from dit_jax.checks import on_disk
 from dit_jax.config import UsageError
 from dit_jax.scaling import jobs, planning, quality, stated, trust
+from dit_jax.scaling.columns import parse_names
 from dit_jax.scaling.conventions import check_units, convert, training_flops
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.methods import Methods, fit_methods, predictions
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         trust.add_options(one, name)
         stated.add_arguments(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
+        jobs.add_table(one)
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
         one.add_argument("--json", metavar="OUT", help="write the result here too")
@@ -276,6 +279,7 @@ def _print_predictions(fit, flops, runs) -> None:
 def _loaded(args, curves: bool) -> tuple:
     """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
     options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
+    options |= dict(columns=parse_names(args.column), where=args.where)
     runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=curves, **options))
     check_units(runs)
     if args.to:

@@ -1,53 +1,105 @@
-"""Runs out of published tables, whose columns have other names than those of a CSV for `fit`."""
+"""Rows of a CSV, under our names for its columns: those of a published table have others."""
 
 import csv
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import zip_longest
 
 from dit_jax.command import numbered
 from dit_jax.error import UsageError
-from dit_jax.scaling.runs import Run, _check_name, _nearest, _opened, _positive
-
-FIELDS = ("params", "tokens", "loss", "flops", "images", "loss_se")  # numbers of a Run that a column may give
+from dit_jax.scaling.cells import COLUMNS, agrees, condition, nearest, opened
 
 
-def load_columns(file: str | os.PathLike, columns: Mapping, where: Mapping | None = None) -> list[Run]:
-    """Runs of a CSV: `columns` maps fields of Run (params, tokens, loss; optional flops, images, loss_se, name, group) to its columns, and
-    `where` column names to the text that a row must have there.
+@dataclass(frozen=True)
+class Columns:
+    """`names`: our name of a column -> the CSV's; `where`: COLUMN=VALUE texts, in the CSV's names, that a row must agree with."""
 
-    FLOPs are 6 x params x tokens where no column gives them. Raises UsageError, naming the file, on columns that are not there, rows that
-    hold no number above 0, and a selection without rows.
+    names: Mapping = field(default_factory=dict)
+    where: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The columns a reader knows. `required` must be there; of each pair of `either` one must."""
+
+    required: tuple
+    optional: tuple
+    either: tuple = ()
+
+    @property
+    def known(self) -> tuple:
+        return (*self.required, *(name for pair in self.either for name in pair), *self.optional)
+
+
+def parse_names(texts: Sequence[str]) -> dict:
+    """OURS=THEIRS texts, as `--column` takes them."""
+    names = {}
+    for text in texts:
+        ours, equals, theirs = (part.strip() for part in text.partition("="))
+        if not (ours and equals and theirs):
+            raise UsageError(f"--column: found {text!r}, expected OURS=THEIRS, for example params='Model Size'")
+        if ours in names:
+            raise UsageError(f"--column: found {ours!r} twice, expected it once")
+        names[ours] = theirs
+    return names
+
+
+def read_rows(file: str, expected: Expected, columns: Columns) -> Iterator[tuple[dict, str]]:
+    """(column -> cell, file and line) of each row that `columns.where` takes.
+
+    Every row has all columns, None where it is shorter than the header. Raises UsageError, naming the file, on columns that are
+    missing, doubled or seem misspelt, and on rows longer than the header.
     """
-    file, where, runs = os.fspath(file), dict(where or {}), []
-    missing = [name for name in ("params", "tokens", "loss") if name not in columns]
-    unknown = [name for name in columns if name not in (*FIELDS, "name", "group")]
-    if missing or unknown:
-        raise UsageError(
-            f"{file}: columns: {missing[0]!r} is missing" if missing else f"{file}: columns: {unknown[0]!r} is no field"
-        )
-    with _opened(file, "r", newline="", encoding="utf-8-sig") as lines:
-        table = csv.DictReader((line for _, line in numbered(lines, file)), strict=True)
-        for name in (*columns.values(), *where):
-            if name not in (table.fieldnames or ()):
-                raise UsageError(f"{file}: no column {name!r}; {_nearest(name, table.fieldnames or ())}")
-        for row in table:
-            if all(row[name] == text for name, text in where.items()):
-                runs.append(_run(row, columns, f"{file}:{table.line_num}"))
-    if not runs:
-        chosen = ", ".join(f"{name}={text}" for name, text in where.items())
-        raise UsageError(f"{file}: found no row{' with ' + chosen if chosen else ''}")
-    return runs
+    wanted = [condition(text) for text in columns.where]
+    with opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
+        reader = csv.reader((line for _, line in numbered(lines, file)), skipinitialspace=True, strict=True)
+        theirs = [c.strip() for c in next(reader, [])]
+        ours = _ours(file, theirs, expected, columns.names)
+        for cells in reader:
+            if not cells:
+                continue
+            at = f"{file}:{reader.line_num}"
+            _check_length(cells, theirs, at)
+            if agrees(dict(zip_longest(theirs, cells[: len(theirs)])), wanted, at):
+                yield {name: cell for name, cell in zip_longest(ours, cells[: len(ours)]) if name}, at
 
 
-def _run(row: dict, columns: Mapping, source: str) -> Run:
-    numbers = {
-        name: _positive(row[columns[name]], columns[name], source, name == "loss_se")
-        for name in FIELDS
-        if name in columns
-    }
-    words = {name: row[columns[name]] or "" for name in ("name", "group") if name in columns}
-    for name, text in words.items():
-        _check_name(text, name, source)
-    numbers.setdefault("flops", 6.0 * numbers["params"] * numbers["tokens"])
-    words.setdefault("name", f"N {numbers['params']:.4g}, C {numbers['flops']:.4g}")
-    return Run(**words, **numbers, source=source)
+def _check_length(cells: list, columns: list, where: str) -> None:
+    """Cells beyond the header would shift a number into another column's place."""
+    if any(cell.strip() for cell in cells[len(columns) :]):
+        raise UsageError(f"{where}: found {len(cells)} fields, expected {len(columns)} as in the header")
+
+
+def _ours(file: str, theirs: list, expected: Expected, names: Mapping) -> list:
+    """Our name of each column, checked; "" of one whose name another column has been given."""
+    if len(theirs) > COLUMNS:
+        raise UsageError(f"{file}: found {len(theirs):,} columns, expected at most {COLUMNS:,}")
+    for name, column in names.items():
+        if name not in expected.known:
+            raise UsageError(f"--column: no column {name!r} is known, expected one of {', '.join(expected.known)}")
+        if column not in theirs:
+            raise UsageError(f"{file}: no column {column!r}, which --column names; {nearest(column, theirs)}")
+    given = {column: name for name, column in names.items()}
+    if len(given) < len(names):
+        raise UsageError("--column: found one column under two names, expected each once")
+    ours = [given.get(column, "" if column in names else column) for column in theirs]
+    _check_columns(file, ours, expected, misspelt=not names)
+    return ours
+
+
+def _check_columns(file: str, ours: list, expected: Expected, misspelt: bool) -> None:
+    for name in expected.known:
+        if ours.count(name) > 1:
+            raise UsageError(f"{file}: found the column {name!r} twice, expected it once")
+    for names in (*((name,) for name in expected.required), *expected.either):
+        if not set(names) & set(ours):
+            missing, found = " or ".join(map(repr, names)), nearest(names[0], filter(None, ours))
+            raise UsageError(
+                f"{file}: no column {missing}; {found}; --column {names[0]}=NAME says that another one is it"
+            )
+    absent = [name for name in expected.known if name not in ours]
+    for column in ours if misspelt else ():  # a misspelt optional column would silently fall back to its default
+        near = get_close_matches(column[:100].lower(), absent, 1, cutoff=0.85)
+        if column not in expected.known and near:
+            raise UsageError(f"{file}: unknown column {column!r}; did you mean {near[0]!r}?")

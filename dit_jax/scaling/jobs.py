@@ -10,6 +10,7 @@ from dit_jax.error import one_line
 from dit_jax.scaling import compare as ladders
 from dit_jax.scaling import serving
 from dit_jax.scaling.choice import choose, one_guidance
+from dit_jax.scaling.columns import parse_names
 from dit_jax.scaling.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.fit import fit_isoflop
 from dit_jax.scaling.frontier import Frontier, fit_frontier
@@ -63,10 +64,26 @@ def add_commands(commands) -> None:
     three.set_defaults(job=run_frontier)
 
 
-def _add_choice(parser: argparse.ArgumentParser, choose: bool = True) -> None:
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Adds what names the columns of a CSV, and what takes some of its rows or records."""
     parser.add_argument(
-        "--where", metavar="FIELD=VALUE", action="append", default=[], help="of the protocol; repeatable"
+        "--column",
+        metavar="OURS=THEIRS",
+        action="append",
+        default=[],
+        help="another name of a CSV's column; repeatable",
     )
+    parser.add_argument(
+        "--where",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="take what agrees: a column of the CSV, or a field of the protocol; repeatable",
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser, choose: bool = True) -> None:
+    add_table(parser)
     if choose:
         parser.add_argument(
             "--choose", default="guidance", help="best per model over these, comma-separated: steps, ..."
@@ -99,6 +116,11 @@ def run(args) -> dict:
     return finite(result | {"warnings": warnings})
 
 
+def _points(args, paths, where: list | None = None, sampled: bool = False) -> list[Point]:
+    chosen = args.where if where is None else where
+    return load_points(paths, args.metric, chosen, sampled, parse_names(args.column))
+
+
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
     """The choice of each model and what is to be said about it."""
     options = dict(higher=higher_is_better(args.metric), resamples=args.resamples, seed=args.seed)
@@ -127,7 +149,7 @@ def _print_choices(found: list, metric: str) -> None:
 
 def run_metric(args) -> tuple[dict, list]:
     """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
-    found, warnings = _chosen(load_points(args.runs, args.metric, args.where), args)
+    found, warnings = _chosen(_points(args, args.runs), args)
     best = [c.best for c in found]
     used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric))
     fit = fit_metric(used, irreducible=args.irreducible, resamples=args.resamples, seed=args.seed)
@@ -171,7 +193,7 @@ def _correlation(best: list[Point], args) -> dict:
 
 
 def _offset(best: list[Point], args, warnings: list) -> dict:
-    theirs, said = _chosen(load_points(args.against, args.metric, args.against_where), args)
+    theirs, said = _chosen(_points(args, args.against, args.against_where), args)
     warnings += said
     o = fit_offset(best, [c.best for c in theirs], linear=args.difference)
     what = "difference" if o.linear else "log ratio"
@@ -189,12 +211,12 @@ def _far(beyond: float) -> str:
 def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     """One side of a comparison."""
     options = dict(resamples=args.resamples, seed=args.seed)
-    if args.metric == "loss" and not args.where:
-        runs = training_flops(load_runs([path]))
+    if args.metric == "loss":
+        runs = training_flops(load_runs([path], columns=parse_names(args.column), where=args.where))
         check_units(runs)
     else:
-        found, said = _chosen(load_points(path, args.metric, args.where), args)
-        warnings += [f"{name}: {text}" for text in said if args.metric != "loss"]
+        found, said = _chosen(_points(args, path), args)
+        warnings += [f"{name}: {text}" for text in said]
         runs = [c.best.run() for c in found]
     if args.through == "best":
         kept = [Point(r.name, r.loss, r.loss_se, train=r.flops, protocol=r.protocol, source=r.source) for r in runs]
@@ -263,7 +285,7 @@ def reach(ends: tuple, none: str, never: str) -> str:
 
 def run_frontier(args) -> tuple[dict, list]:
     """Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning."""
-    points = load_points(args.runs, args.metric, args.where, sampled=args.cost == "flops")
+    points = _points(args, args.runs, sampled=args.cost == "flops")
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
     served = serving.serve(points, args.images_served) if args.images_served else []
     within = {total: serving.within(served, total, fit.higher) for total in args.total}

@@ -4,18 +4,18 @@ A point is one model, one sampler, one number of steps and one guidance, with th
 differs beyond that (data set, weights, reference, number of samples, convention of FLOPs ...) is refused by name.
 """
 
-import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 from scipy import stats
 
 from dit_jax.command import numbered
 from dit_jax.config import UsageError
-from dit_jax.scaling.runs import Run, _check_name, _files, _nearest, _opened, _parse, _positive, _row, flatten
+from dit_jax.scaling.cells import agrees, check_name, condition, finite, opened, positive
+from dit_jax.scaling.columns import Columns, Expected, read_rows
+from dit_jax.scaling.runs import Run, _files, _parse, flatten
 
 SAMPLING = ("sampler", "steps", "guidance", "spacing")  # fields of protocol.samples that points may differ in
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
@@ -69,25 +69,30 @@ def higher_is_better(metric: str) -> bool:
 
 
 def load_points(
-    paths: str | os.PathLike | Iterable, metric: str = "fid", where: Sequence[str] = (), sampled: bool = False
+    paths: str | os.PathLike | Iterable,
+    metric: str = "fid",
+    where: Sequence[str] = (),
+    sampled: bool = False,
+    columns: Mapping | None = None,
 ) -> list[Point]:
     """The points of `paths`: workdirs, folders of them, records.jsonl files or CSVs; of each run those of its last step.
 
     `where` holds FIELD=VALUE texts over the dotted names of the protocol (or the columns of a CSV): only what agrees is
     taken. `sampled` asks for the cost of an image. A CSV has the columns `name`, the metric, and either `flops_sample`
     (FLOPs of one image) or `flops_step` (of one unguided call of the model) and `steps`: then the cost is flops_step x
-    steps x passes, where `passes`, if it is not a column, is 2 where there is a guidance other than 1. Raises UsageError on
-    what is missing or no number, and where the protocols differ in more than SAMPLING.
+    steps x passes, where `passes`, if it is not a column, is 2 where there is a guidance other than 1. `columns` gives a CSV's
+    columns our names (ours -> theirs). Raises UsageError on what is missing or no number, and where the protocols differ in more than
+    SAMPLING.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    wanted = [_condition(text) for text in where]
+    wanted, table = [condition(text) for text in where], Columns(columns or {}, where)
     points, seen = [], set()
     for path in map(os.fspath, paths):
         for file in _files(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
                 if file.endswith(".csv"):
-                    points += _read_csv(file, metric, wanted)
+                    points += _read_csv(file, metric, table)
                 else:
                     points += _own_names(_read_records(file, metric, wanted), file, {p.name for p in points})
     if not points:
@@ -119,30 +124,6 @@ def _which(where: Sequence[str]) -> str:
     return f" with {', '.join(where)}" if where else ""
 
 
-def _condition(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise UsageError(f"--where: found {text!r}, expected FIELD=VALUE, for example samples.sampler=ddim")
-    return name, value
-
-
-def _agrees(fields: dict, wanted: list, where: str) -> bool:
-    """Whether flat `fields` have the wanted values; numbers are compared as numbers."""
-    for name, value in wanted:
-        if name not in fields:
-            raise UsageError(f"{where}: --where: no field {name!r}; {_nearest(name, fields)}")
-        if str(fields[name]) != value and not _same_number(fields[name], value):
-            return False
-    return True
-
-
-def _same_number(found, value: str) -> bool:
-    try:
-        return float(found) == float(value)
-    except (TypeError, ValueError):
-        return False
-
-
 def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:
     """Two run folders may hold runs of one name: the later one is then called after its folder too."""
     if not taken.intersection(p.name for p in points):
@@ -170,7 +151,7 @@ def _rest(fields: dict) -> dict:
 
 def _read_records(file: str, metric: str, wanted: list) -> list[Point]:
     found, losses, last, other = [], {}, {}, set()
-    with _opened(file, "rb") as lines:
+    with opened(file, "rb") as lines:
         for number, line in numbered(lines, file):
             if not line.strip():
                 continue
@@ -180,7 +161,7 @@ def _read_records(file: str, metric: str, wanted: list) -> list[Point]:
                 losses[record["run"], record["step"], _weights(record)] = record
             if metric not in record["metrics"]:
                 other |= set(record["metrics"])
-            elif _agrees(flatten(record["protocol"]), wanted, where):
+            elif agrees(flatten(record["protocol"]), wanted, where):
                 found.append((record, where))
                 last[record["run"]] = max(record["step"], last.get(record["run"], record["step"]))
     if not found and not wanted:
@@ -200,17 +181,17 @@ def _point(record: dict, metric: str, where: str, with_loss: dict | None) -> Poi
     metrics, samples = record["metrics"], record["protocol"].get("samples")
     samples = samples if isinstance(samples, dict) else {}
     numbers = {"train": "flops_train", "params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}
-    values = {ours: _positive(record[theirs], theirs, where) for ours, theirs in numbers.items()}
+    values = {ours: positive(record[theirs], theirs, where) for ours, theirs in numbers.items()}
     for ours, theirs in (("flops", "flops_sample"), ("seconds", "seconds_sample")):
-        values[ours] = _positive(record[theirs], theirs, where) if theirs in record else math.nan
+        values[ours] = positive(record[theirs], theirs, where) if theirs in record else math.nan
     for name in ("steps", "guidance"):
-        values[name] = _positive(samples[name], f"samples.{name}", where, zero=True) if name in samples else math.nan
+        values[name] = positive(samples[name], f"samples.{name}", where, zero=True) if name in samples else math.nan
     if with_loss and metric != "loss":
-        values["loss"] = _positive(with_loss["metrics"]["loss"], "metrics.loss", where)
+        values["loss"] = positive(with_loss["metrics"]["loss"], "metrics.loss", where)
         values["loss_protocol"] = with_loss["protocol"]
     return Point(
         name=record["run"],
-        score=_positive(metrics[metric], f"metrics.{metric}", where),
+        score=positive(metrics[metric], f"metrics.{metric}", where),
         score_se=_standard_error(metrics, metric, where, record["protocol"].get("bootstrap")),
         sampler=str(samples.get("sampler", "")),
         spacing=str(samples.get("spacing", "")),
@@ -223,62 +204,33 @@ def _point(record: dict, metric: str, where: str, with_loss: dict | None) -> Poi
 def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> float:
     """From METRIC_se, else from the 95 % interval METRIC_low, METRIC_high, which is Student's t over `resamples`; else 0."""
     if f"{metric}_se" in metrics:
-        return _positive(metrics[f"{metric}_se"], f"{metric}_se", where, zero=True)
+        return positive(metrics[f"{metric}_se"], f"{metric}_se", where, zero=True)
     ends = [metrics.get(f"{metric}_{end}") for end in ("low", "high")]
     if None in ends:
         return 0.0
-    low, high = (_finite(end, f"{metric}_{name}", where) for end, name in zip(ends, ("low", "high"), strict=True))
+    low, high = (finite(end, f"{metric}_{name}", where) for end, name in zip(ends, ("low", "high"), strict=True))
     if low > high:
         raise UsageError(f"{where}: {metric}_low is {low:g}, above {metric}_high, {high:g}")
     freedom = resamples - 1 if isinstance(resamples, int) and resamples > 1 else math.inf
     return (high - low) / 2 / float(stats.t.ppf(0.975, freedom))
 
 
-def _finite(value, name: str, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"{where}: {name} is {value!r}, expected a finite number")
-    return number
-
-
-def _read_csv(file: str, metric: str, wanted: list) -> list[Point]:
-    with _opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
-        reader = csv.reader((line for _, line in numbered(lines, file)), skipinitialspace=True, strict=True)
-        columns = [c.strip() for c in next(reader, [])]
-        _check_columns(file, columns, metric)
-        rows = ((_row(columns, cells, at := f"{file}:{reader.line_num}"), at) for cells in reader if cells)
-        points = [_csv_point(row, metric, at) for row, at in rows if _agrees(row, wanted, at)]
-    if not points and not wanted:
+def _read_csv(file: str, metric: str, columns: Columns) -> list[Point]:
+    expected = Expected(("name", metric), (*OPTIONAL, *(f"{metric}_{end}" for end in ("se", "low", "high"))))
+    points = [_csv_point(row, metric, at) for row, at in read_rows(file, expected, columns)]
+    if not points and not columns.where:
         raise UsageError(f"{file}: found a header and no row below it")
     return points
-
-
-def _check_columns(file: str, columns: list, metric: str) -> None:
-    known = (*OPTIONAL, "name", metric, *(f"{metric}_{end}" for end in ("se", "low", "high")))
-    for name in known:
-        if columns.count(name) > 1:
-            raise UsageError(f"{file}: found the column {name!r} twice, expected it once")
-    for name in ("name", metric):
-        if name not in columns:
-            raise UsageError(f"{file}: no column {name!r}; {_nearest(name, columns)}")
-    absent = [name for name in known if name not in columns]
-    for column in columns:  # a misspelt optional column would silently fall back to its default
-        near = get_close_matches(column[:100].lower(), absent, 1, cutoff=0.85)
-        if column not in known and near:
-            raise UsageError(f"{file}: unknown column {column!r}; did you mean {near[0]!r}?")
 
 
 def _csv_point(row: dict, metric: str, where: str) -> Point:
     def number(name: str, zero: bool = False) -> float:
         found = (row.get(name) or "").strip()
-        return _positive(found, name, where, zero) if found else math.nan
+        return positive(found, name, where, zero) if found else math.nan
 
     def text(name: str) -> str:
         found = (row.get(name) or "").strip()
-        _check_name(found, name, where)
+        check_name(found, name, where)
         return found
 
     if not text("name"):
@@ -292,7 +244,7 @@ def _csv_point(row: dict, metric: str, where: str) -> Point:
     metrics = {name: cell for name, cell in row.items() if (cell or "").strip()}
     return Point(
         name=text("name"),
-        score=_positive(row.get(metric), metric, where),
+        score=positive(row.get(metric), metric, where),
         score_se=_standard_error(metrics, metric, where),
         sampler=text("sampler"),
         spacing=text("spacing"),

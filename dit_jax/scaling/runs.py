@@ -1,20 +1,19 @@
 """Where runs come from: the evaluation records of run folders, or a CSV; checked, and never of mixed protocols."""
 
-import contextlib
-import csv
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 from dit_jax.command import DEEPEST, numbered, parse_json
 from dit_jax.config import UsageError
+from dit_jax.scaling.cells import agrees, check_name, condition, nearest, opened, positive
+from dit_jax.scaling.columns import Columns, Expected, read_rows
 from dit_jax.scaling.conventions import Convention, of_record, require_same
+from dit_jax.scaling.stated import COLUMNS as STATED
 from dit_jax.scaling.stated import of_cells, of_table, require_stated
 
-REQUIRED = ("params", "tokens", "loss")
-OPTIONAL = ("flops", "images", "run", "group", "loss_se")
+TABLE = Expected(("params", "loss"), ("images", "run", "group", "loss_se", *STATED), (("tokens", "flops"),))
 RECORD = {  # field of a record -> field of a Run
     "params_active": "params",
     "params": "params_total",
@@ -22,8 +21,6 @@ RECORD = {  # field of a record -> field of a Run
     "tokens_seen": "tokens",
     "flops_train": "flops",
 }
-SMALLEST = 1e-100  # number of a run, and 1 over the largest: squares and products of such numbers are finite
-COLUMNS = 1000  # of a CSV, at most; and names that are searched for a near one
 
 
 @dataclass(frozen=True)
@@ -53,16 +50,20 @@ def load_runs(
     curves: bool = False,
     stated: Mapping | None = None,
     tokens_per_image: float | int = math.nan,
+    columns: Mapping | None = None,
+    where: Sequence[str] = (),
 ) -> list[Run]:
     """Runs of `paths`: workdirs, folders of workdirs, records.jsonl files or CSVs. One run per record name, at its last step; with
     `curves`, one for each step evaluated.
 
     Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a
     model trained to test a law does not enter it. `protocol_id` takes the records of that protocol alone. `stated` says of CSVs what
-    their columns do not: field of a Convention -> one of its CHOICES. Refuses runs whose protocols or conventions differ, naming the
-    field and both values.
+    their columns do not: field of a Convention -> one of its CHOICES. `columns` gives the CSVs' columns our names (ours -> theirs:
+    params, tokens, loss, flops, images, run, group, loss_se, ...); `where` holds FIELD=VALUE texts over a CSV's own columns, or the
+    dotted names of a protocol: only what agrees is taken. Of tokens and flops a CSV may leave out one: C = 6ND then. Refuses runs
+    whose protocols or conventions differ, naming the field and both values.
     """
-    stated = stated or {}
+    stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, seen = [], set()
     for path in map(os.fspath, paths):
@@ -70,12 +71,14 @@ def load_runs(
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
                 if file.endswith(".csv"):
-                    runs += _read_csv(file, stated, tokens_per_image)
+                    runs += _read_csv(file, table, stated, tokens_per_image)
                 else:
-                    runs += _read_records(file, metric, protocol_id, curves)
-                    require_stated(runs[-1], stated)
+                    found = _read_records(file, metric, protocol_id, curves, where)
+                    require_stated(found[-1:], stated)
+                    runs += found
     if not runs:
-        raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}")
+        chosen = f" with {', '.join(where)}" if where else ""
+        raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}{chosen}")
     for run in runs[1:]:
         _same_protocol(runs[0], run)
         require_same(runs[0].convention, run.convention, run.source)
@@ -122,37 +125,31 @@ def _files(path: str) -> list[str]:
     return found
 
 
-@contextlib.contextmanager
-def _opened(file: str, mode: str, **options) -> Iterator:
-    """An open file; what the system or the csv module says against it is a UsageError."""
-    try:
-        with open(file, mode, **options) as lines:
-            yield lines
-    except (OSError, csv.Error) as error:
-        raise UsageError(f"{file}: cannot be read: {error}") from None
-
-
-def _read_records(file: str, metric: str, protocol_id: str | None, curves: bool) -> list[Run]:
+def _read_records(
+    file: str, metric: str, protocol_id: str | None, curves: bool, where: Sequence[str] = ()
+) -> list[Run]:
     """The last step's record of each run that carries `metric`, or the last record of each step."""
-    last, other = {}, set()
-    with _opened(file, "rb") as lines:
+    wanted, last, other = [condition(text) for text in where], {}, set()
+    with opened(file, "rb") as lines:
         for number, line in numbered(lines, file):
             if not line.strip():
                 continue
-            where = f"{file}:{number}"
-            record = _parse(line, where)
+            at = f"{file}:{number}"
+            record = _parse(line, at)
             if protocol_id not in (None, record["protocol_id"]):
                 continue
             if metric not in record["metrics"]:
                 other |= set(record["metrics"])
                 continue
+            if not agrees(flatten(record["protocol"]), wanted, at):
+                continue
             step = record["step"]
             key = (record["run"], step) if curves else record["run"]
             if key not in last or step >= last[key][0]:
-                last[key] = (step, record, where)
-    if not last:
+                last[key] = (step, record, at)
+    if not last and not wanted:
         raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(sorted(other)) or 'no metric'}")
-    return [_run(record, metric, where) for _, record, where in last.values()]
+    return [_run(record, metric, at) for _, record, at in last.values()]
 
 
 def _parse(line: bytes, where: str) -> dict:
@@ -170,24 +167,18 @@ def _parse(line: bytes, where: str) -> dict:
         "protocol": dict,
     }.items():
         if name not in record:
-            raise UsageError(f"{where}: no field {name!r}; {_nearest(name, record)}")
+            raise UsageError(f"{where}: no field {name!r}; {nearest(name, record)}")
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
             raise UsageError(f"{where}: {name} is {record[name]!r}, a {type(record[name]).__name__}")
     if not isinstance(record.setdefault("protocol_id", ""), str):
         raise UsageError(f"{where}: protocol_id is {record['protocol_id']!r}, expected text")
-    _check_name(record["run"], "run", where)
+    check_name(record["run"], "run", where)
     return record
-
-
-def _check_name(name: str, what: str, where: str) -> None:
-    """Names go to terminals and reports."""
-    if not name.isprintable() or len(name) > 200:
-        raise UsageError(f"{where}: {what} is {name!r}, expected at most 200 characters, all of them printable")
 
 
 def _run(record: dict, metric: str, where: str) -> Run:
     metrics = record["metrics"]
-    values = {ours: _positive(record[theirs], theirs, where) for theirs, ours in RECORD.items()}
+    values = {ours: positive(record[theirs], theirs, where) for theirs, ours in RECORD.items()}
     try:
         convention = of_record(record["protocol"])
     except UsageError as error:
@@ -209,91 +200,48 @@ def _metric(record: dict, name: str, where: str, default: float | None = None) -
     value = record["metrics"].get(name, default)
     if not isinstance(value, (int, float)):
         raise UsageError(f"{where}: metrics.{name} is {value!r}, expected a number")
-    return _positive(value, f"metrics.{name}", where, zero=default is not None)
+    return positive(value, f"metrics.{name}", where, zero=default is not None)
 
 
-def _read_csv(file: str, stated: Mapping, tokens_per_image: float | int) -> list[Run]:
-    with _opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
-        reader = csv.reader((line for _, line in numbered(lines, file)), skipinitialspace=True, strict=True)
-        columns = [c.strip() for c in next(reader, [])]
-        _check_columns(file, columns)
-        rows = (_row(columns, cells, f"{file}:{reader.line_num}") for cells in reader if cells)
-        runs, said, given = [], [], []
-        for i, row in enumerate(rows):
-            where = f"{file}:{reader.line_num}"
-            runs.append(_csv_run(row, where, i))
-            said.append(of_cells(row, where))
-            given.append(bool((row.get("flops") or "").strip()))
-    if not runs:
+def _read_csv(file: str, columns: Columns, stated: Mapping, tokens_per_image: float | int) -> list[Run]:
+    runs, said, given = [], [], []
+    for row, where in read_rows(file, TABLE, columns):
+        runs.append(_csv_run(row, where, len(runs)))
+        said.append(of_cells(row, where))
+        given.append(("tokens",) * ("tokens" in row) + ("flops",) * bool((row.get("flops") or "").strip()))
+    if not runs and not columns.where:
         raise UsageError(f"{file}: found a header and no run below it")
-    return of_table(runs, said, given, stated, tokens_per_image)
-
-
-def _row(columns: list, cells: list, where: str) -> dict:
-    """Column -> cell. Cells beyond the header would shift a number into another column's place."""
-    if any(cell.strip() for cell in cells[len(columns) :]):
-        raise UsageError(f"{where}: found {len(cells)} fields, expected {len(columns)} as in the header")
-    return dict(zip(columns, cells, strict=False))
-
-
-def _check_columns(file: str, columns: list) -> None:
-    if len(columns) > COLUMNS:
-        raise UsageError(f"{file}: found {len(columns):,} columns, expected at most {COLUMNS:,}")
-    for name in REQUIRED + OPTIONAL:
-        if columns.count(name) > 1:
-            raise UsageError(f"{file}: found the column {name!r} twice, expected it once")
-    for name in REQUIRED:
-        if name not in columns:
-            raise UsageError(f"{file}: no column {name!r}; {_nearest(name, columns)}")
-    absent = [name for name in OPTIONAL if name not in columns]
-    for column in columns:  # a misspelt optional column would silently fall back to its default
-        near = get_close_matches(column[:100].lower(), absent, 1, cutoff=0.8)
-        if column not in REQUIRED + OPTIONAL and near:
-            raise UsageError(f"{file}: unknown column {column!r}; did you mean {near[0]!r}?")
+    return runs and of_table(runs, said, given, stated, tokens_per_image)
 
 
 def _csv_run(row: dict, where: str, index: int) -> Run:
+    """A row as a run; of tokens and flops the one that is absent is that of C = 6ND."""
+
     def number(name, default=None, zero=False):
         found = row.get(name)
         if default is not None and not (found or "").strip():
             return default
-        return _positive(found, name, where, zero)
+        return positive(found, name, where, zero)
 
     def text(name, default=""):
         found = (row.get(name) or "").strip() or default
-        _check_name(found, name, where)
+        check_name(found, name, where)
         return found
 
-    params, tokens = number("params"), number("tokens")
+    params = number("params")
+    derived = "tokens" not in row
+    tokens = positive(number("flops") / (6.0 * params), "flops / (6 params)", where) if derived else number("tokens")
     return Run(
         name=text("run", f"row{index + 1}"),
         params=params,
         tokens=tokens,
-        flops=_positive(number("flops", 6.0 * params * tokens), "flops", where),
+        flops=positive(number("flops", 6.0 * params * tokens), "flops", where),
         loss=number("loss"),
         loss_se=number("loss_se", 0.0, zero=True),
         images=number("images", math.nan),
         group=text("group"),
         source=where,
     )
-
-
-def _positive(value, name: str, where: str, zero: bool = False) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{where}: {name} is {value!r}, expected a number") from None
-    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
-        raise UsageError(f"{where}: {name} is {value}, expected a finite number {'at least' if zero else 'above'} 0")
-    if number and not SMALLEST <= number <= 1 / SMALLEST:
-        raise UsageError(f"{where}: {name} is {value}, expected a number from {SMALLEST:g} to {1 / SMALLEST:g}")
-    return number
-
-
-def _nearest(name: str, found) -> str:
-    found = list(found)[:COLUMNS]
-    near = get_close_matches(name, [f[:100] for f in found], 1, cutoff=0.3)
-    return f"nearest found {near[0]!r}" if near else f"found {', '.join(map(str, found)) or 'nothing'}"
 
 
 def _same_protocol(first: Run, run: Run) -> None:

@@ -1,6 +1,7 @@
 """What a table of runs states of its convention: by options of the command, by columns, or by the numbers themselves."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -78,21 +79,26 @@ def of_cells(row: Mapping, where: str) -> dict:
 
 
 def of_table(
-    runs: Sequence, cells: Sequence[dict], given: Sequence[bool], options: Mapping, per_image: float | int = math.nan
+    runs: Sequence, cells: Sequence[dict], columns: Sequence[tuple], options: Mapping, per_image: float | int = math.nan
 ) -> list:
     """The runs of one table, with their convention.
 
-    `cells` is what each row says of it, `options` what the command says, `given` whether a row has FLOPs of its own; the other rows
-    get 6 x params x tokens, with `per_image` tokens an image where D counts images. Raises UsageError, naming the field, where rows or
-    options contradict each other or the numbers.
+    `cells` is what each row says of it, `options` what the command says, `columns` which of "tokens" and "flops" a row has. Rows
+    without flops get 6 x params x tokens, with `per_image` tokens an image where D counts images; tokens out of flops are checked to
+    be those of 6ND. Raises UsageError, naming the field, where rows or options contradict each other or the numbers.
     """
-    said = _agreed(runs, cells, options)
+    said, given = _agreed(runs, cells, options), ["flops" in names for names in columns]
+    derived = [run for run, names in zip(runs, columns, strict=True) if "tokens" not in names]
+    if derived:
+        _check_derived(derived[0], said)
     images = said.get("data") == "images"
     if images and math.isnan(per_image) and not all(given):
         raise UsageError(f"{runs[0].source}: D is in images and flops is absent; give flops, or --tokens_per_image")
     simple = [6 * run.params * run.tokens * (per_image if images else 1) for run in runs]
     counted = _counted(runs, given, simple, said)
     assumed = [name for name in CHOICES if name not in said and name != "counted"]
+    if derived and "counted" not in said:
+        assumed = ["counted", *assumed]
     if counted == "6ND":
         assumed = [name for name in assumed if name not in ("unit", "passes")]  # by definition
     convention = Convention(**{"counted": counted, **said}, assumed=tuple(assumed))
@@ -100,6 +106,15 @@ def of_table(
         replace(run, flops=run.flops if has else float(c), convention=convention)
         for run, has, c in zip(runs, given, simple, strict=True)
     ]
+
+
+def _check_derived(run, said: Mapping) -> None:
+    """Tokens that are flops / (6 params) go with training FLOPs of 6ND alone."""
+    for name, value in {"counted": "6ND", "unit": "FLOPs", "passes": "training", "data": "tokens"}.items():
+        if said.get(name, value) != value:
+            raise UsageError(
+                f"{run.source}: tokens is absent, which makes it flops / (6 params), but {name} is {said[name]!r}; give tokens"
+            )
 
 
 def _agreed(runs: Sequence, cells: Sequence[dict], options: Mapping) -> dict:
@@ -137,9 +152,9 @@ def _counted(runs: Sequence, given: Sequence[bool], simple: Sequence[float], sai
     return counted
 
 
-def require_stated(run, options: Mapping) -> None:
+def require_stated(runs: Sequence, options: Mapping) -> None:
     """Raises UsageError where the command says of a record what it does not say of itself."""
-    for name, value in options.items():
+    for run, (name, value) in itertools.product(runs, options.items()):
         if getattr(run.convention, name) != value:
             raise UsageError(
                 f"{run.source}: {name} is {getattr(run.convention, name)!r} by the record, {value!r} by the command; records state "

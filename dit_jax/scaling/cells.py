@@ -1,0 +1,84 @@
+"""Cells of tables and fields of records: numbers and names that a fit can use, or a message that says where they are."""
+
+import contextlib
+import csv
+import math
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+from dit_jax.error import UsageError
+
+SMALLEST = 1e-100  # number of a run, and 1 over the largest: squares and products of such numbers are finite
+COLUMNS = 1000  # of a CSV, at most; and names that are searched for a near one
+
+
+@contextlib.contextmanager
+def opened(file: str, mode: str, **options) -> Iterator:
+    """An open file; what the system or the csv module says against it is a UsageError."""
+    try:
+        with open(file, mode, **options) as lines:
+            yield lines
+    except (OSError, csv.Error) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from None
+
+
+def positive(value, name: str, where: str, zero: bool = False) -> float:
+    """A finite number above 0, or at least 0 with `zero`; raises UsageError with the place."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{where}: {name} is {value!r}, expected a number") from None
+    if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+        raise UsageError(f"{where}: {name} is {value}, expected a finite number {'at least' if zero else 'above'} 0")
+    if number and not SMALLEST <= number <= 1 / SMALLEST:
+        raise UsageError(f"{where}: {name} is {value}, expected a number from {SMALLEST:g} to {1 / SMALLEST:g}")
+    return number
+
+
+def finite(value, name: str, where: str) -> float:
+    """A finite number of any sign; raises UsageError with the place."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{where}: {name} is {value!r}, expected a finite number")
+    return number
+
+
+def check_name(name: str, what: str, where: str) -> None:
+    """Names go to terminals and reports: raises UsageError on those that cannot be printed."""
+    if not name.isprintable() or len(name) > 200:
+        raise UsageError(f"{where}: {what} is {name!r}, expected at most 200 characters, all of them printable")
+
+
+def nearest(name: str, found: Iterable) -> str:
+    """What was found instead of `name`, for messages: the nearest, else everything."""
+    found = list(found)[:COLUMNS]
+    near = get_close_matches(name, [f[:100] for f in found], 1, cutoff=0.3)
+    return f"nearest found {near[0]!r}" if near else f"found {', '.join(map(str, found)) or 'nothing'}"
+
+
+def condition(text: str) -> tuple[str, str]:
+    """FIELD=VALUE of `--where`."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UsageError(f"--where: found {text!r}, expected FIELD=VALUE, for example samples.sampler=ddim")
+    return name, value
+
+
+def agrees(fields: dict, wanted: list, where: str) -> bool:
+    """Whether flat `fields` have the wanted values; numbers are compared as numbers."""
+    for name, value in wanted:
+        if name not in fields:
+            raise UsageError(f"{where}: --where: no field {name!r}; {nearest(name, fields)}")
+        if str(fields[name]) != value and not _same_number(fields[name], value):
+            return False
+    return True
+
+
+def _same_number(found, value: str) -> bool:
+    try:
+        return float(found) == float(value)
+    except (TypeError, ValueError):
+        return False

@@ -16,7 +16,9 @@ from test_scaling_methods import curves
 from dit_jax.error import UsageError
 from dit_jax.scaling import outlier, quality
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.runs import Run
+from dit_jax.scaling.fit import fit_isoflop
+from dit_jax.scaling.methods import fit_methods
+from dit_jax.scaling.runs import Run, budgets, scattered
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 
@@ -55,6 +57,33 @@ def only(runs, kind: str) -> quality.Finding:
 )
 def test_clean_runs_have_no_finding(runs):
     assert not quality.findings(runs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_scattered_so_densely_that_some_share_a_compute_are_no_grid(seed):
+    """As in tables read off a figure: C is anything, and half of the runs have two others within 5 %."""
+    runs = sourced(scatter(count=300, noise=0.003, seed=seed))
+    groups = budgets(runs)
+    full = sum(len(members) for _, members in groups if len(members) > 2)
+    assert full > 0.4 * len(runs) and "runs share no compute budgets" in scattered(groups)
+    bad = [replace(r, loss=1.1 * r.loss) if i in (7, 77, 177) else r for i, r in enumerate(runs)]
+    found = [f for f in quality.findings(bad) if f.kind in ("outliers", "diverged")]
+    assert {row for f in found for row in f.rows} == {7, 77, 177}
+    fit = fit_isoflop(runs, resamples=20)
+    assert not fit.identifiable and "the runs share no compute budgets" in fit.warnings[0]
+    assert len([w for w in fit.warnings if "a parabola needs 3" in w]) == 1  # and not one for each of a hundred
+    main = fit_methods(runs, names=("isoflop", "surface"), options=lambda method: {"resamples": 20}).main
+    assert main.method == "surface"
+
+
+@pytest.mark.parametrize("step", [1.25, 2.0, 10.0])
+@pytest.mark.parametrize("off", [0.0, 0.02])
+def test_budgets_are_found_where_they_are_meant_though_steps_are_rounded(step, off):
+    rng = np.random.default_rng(0)
+    for sizes, count in ((3, 5), (5, 4), (12, 10)):
+        flops = [1e18 * step**i * math.exp(rng.uniform(-off, off)) for i in range(count) for _ in range(sizes)]
+        runs = [Run("", 1e6 * (1 + i % sizes), 1e9, c, 3.0) for i, c in enumerate(flops)]
+        assert not scattered(budgets(runs))
 
 
 def test_few_clean_studies_have_an_outlier():

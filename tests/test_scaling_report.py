@@ -316,7 +316,11 @@ def test_exit_code_reaches_the_shell_and_the_wing_needs_neither_jax_nor_tensorfl
     bad.write_text("params,tokens,los\n1,2,3\n")
     command = [sys.executable, "-m", "dit_jax.scaling", "fit"]
     done = subprocess.run([*command, str(bad)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"error: {bad}: no column 'loss'; nearest found 'los'\n"
+    assert (
+        done.returncode == 2
+        and done.stderr
+        == f"error: {bad}: no column 'loss'; nearest found 'los'; --column loss=NAME says that another one is it\n"
+    )
     script = (
         "import sys; from dit_jax.scaling.__main__ import main; import dit_jax.scaling.figure; "
         f"main(['fit', {sheet!r}]); sys.exit(bool({{'jax', 'flax', 'tensorflow', 'torch'}} & set(sys.modules)))"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
-from dit_jax.scaling.optima import Errors, Point, PointFit, laws_of
+from dit_jax.scaling.optima import Errors, Point, PointFit, laws_of, left_out, shared
 from dit_jax.scaling.runs import Run, budgets
 from dit_jax.scaling.smooth import smooth
 
@@ -30,20 +30,16 @@ def fit_akima(
 ) -> PointFit:
     """N_opt, D_opt and L_opt as laws of compute through the interpolated minima, each budget counted alike. A budget is used when it has
     at least 4 sizes and its lowest point is not at their edge."""
-    found, warnings = [], []
-    for label, members in budgets(runs, tolerance):
-        minimum = _minimum(label, members)
-        if isinstance(minimum, str):
-            warnings.append(f"budget {label}: {minimum}; not used")
-        else:
-            found.append(minimum)
-    found.sort(key=lambda pair: pair[0].flops)
+    groups = budgets(runs, tolerance)
+    minima = [(label, _minimum(label, members)) for label, members in groups]
+    warnings = left_out([(label, minimum) for label, minimum in minima if isinstance(minimum, str)])
+    found = sorted((m for _, m in minima if not isinstance(m, str)), key=lambda pair: pair[0].flops)
     points, grids = [p for p, _ in found], [g for _, g in found]
     errors = _errors(points, grids, resamples, seed) if resamples and len(points) > 2 else None
     if errors is None and resamples and len(points) > 2:
         warnings.append(ROUGH)
     options = {"resamples": resamples, "seed": seed, "level": level}
-    return laws_of("akima", len(runs), points, tuple(warnings), options, errors)
+    return shared(laws_of("akima", len(runs), points, tuple(warnings), options, errors), groups, tolerance)
 
 
 def _minimum(label: str, runs: Sequence[Run]) -> tuple | str:

@@ -18,7 +18,7 @@ from dit_jax.scaling.akima import fit_akima
 from dit_jax.scaling.compute import fit_compute
 from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
-from dit_jax.scaling.optima import PointFit
+from dit_jax.scaling.optima import PointFit, left_out, shared
 from dit_jax.scaling.runs import Run, budgets
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
@@ -122,9 +122,10 @@ def fit_isoflop(
 
     **Intervals** are percentiles of a residual bootstrap whose unit is the run; `bootstrap` says how, and why not otherwise.
     """
-    found = tuple(_fit_budget(b, window) for b in _budgets(runs, tolerance))
+    groups = budgets(runs, tolerance)
+    found = tuple(_fit_budget(b, window) for b in _budgets(groups))
     used = [b for b in found if not b.problem]
-    warnings = [f"budget {b.label}: {b.problem}; not used" for b in found if b.problem]
+    warnings = left_out([(b.label, b.problem) for b in found if b.problem])
     if len(used) < 2:
         raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2. " + "; ".join(warnings))
     if unbias:
@@ -153,7 +154,8 @@ def fit_isoflop(
     )
     fit = _resample(fit, np.random.default_rng(seed))
     reasons = _reasons(fit)
-    return replace(fit, identifiable=not reasons, warnings=fit.warnings + reasons + _cautions(fit))
+    fit = replace(fit, identifiable=not reasons, warnings=fit.warnings + reasons + _cautions(fit))
+    return shared(fit, groups, tolerance)
 
 
 Fit = IsoflopFit | PointFit | SurfaceFit
@@ -168,10 +170,10 @@ METHODS = {
 }
 
 
-def _budgets(runs, tolerance: float) -> list[Budget]:
+def _budgets(groups: Sequence[tuple]) -> list[Budget]:
     found = [
         Budget(label, float(np.exp(np.mean([math.log(r.flops) for r in members]))), members)
-        for label, members in budgets(runs, tolerance)
+        for label, members in groups
     ]
     return sorted(found, key=lambda b: b.flops)
 

@@ -25,8 +25,8 @@ class Methods:
 
     @property
     def main(self):
-        """The fit that a report opens with: isoflop's where there is one."""
-        return self.fits.get("isoflop") or next(iter(self.fits.values()))
+        """The fit that a report opens with: the first that the runs identify, isoflop's before others."""
+        return next((fit for fit in self.fits.values() if fit.identifiable), next(iter(self.fits.values())))
 
 
 def fit_methods(

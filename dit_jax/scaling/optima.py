@@ -6,6 +6,7 @@ nothing but their scatter about the laws is known: errors are then normal with i
 s sqrt(v / chi2_v) for v degrees of freedom, which gives few points the width of Student's t.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +14,11 @@ import numpy as np
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.law import fit_irreducible, fit_power
+from dit_jax.scaling.runs import scattered
 
 NAMES = ("N_opt", "D_opt", "L_opt")
 RARE = 0.01  # share of the resamples that scatter as much as the points, below which that is said
+LISTED = 3  # budgets with one problem that are named
 IRREDUCIBLE_FROM = 4  # points from which the loss law carries an irreducible term, as in `fit`
 
 
@@ -65,6 +68,29 @@ class Errors:
     found: np.ndarray
     noise: float
     noise_draws: np.ndarray
+
+
+def left_out(problems: Sequence[tuple]) -> list[str]:
+    """Of (label, problem) of the budgets that are not used, a line each; of many with one problem, one line for all."""
+    kinds: dict[str, list] = {}
+    for label, problem in problems:
+        kinds.setdefault(re.sub(r"[0-9][0-9.e+-]*", "", problem), []).append((label, problem))
+    lines = []
+    for alike in kinds.values():
+        if len(alike) <= LISTED:
+            lines += [f"budget {label}: {problem}; not used" for label, problem in alike]
+        else:
+            first = ", ".join(label for label, _ in alike[:LISTED])
+            more = f"budgets {first} and {len(alike) - LISTED} more: {alike[0][1]} (at the first, alike at the others)"
+            lines.append(f"{more}; not used")
+    return lines
+
+
+def shared(fit, groups: Sequence[tuple], tolerance: float):
+    """A fit of budgets' optima; not identified, and saying why, where the runs were not planned at budgets."""
+    why = scattered(groups, tolerance)
+    text = f"{why}; fit a surface (--method=surface, varpro), or name the budgets in a column 'group'"
+    return replace(fit, identifiable=False, warnings=(text, *fit.warnings)) if why else fit
 
 
 def laws_of(

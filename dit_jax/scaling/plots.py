@@ -6,7 +6,7 @@ import numpy as np
 
 from dit_jax.scaling.chart import Axis, Chart, Mark, Panel, Style, frame, numbers, series, style_of
 from dit_jax.scaling.optima import PointFit
-from dit_jax.scaling.runs import budgets
+from dit_jax.scaling.runs import budgets, scattered
 from dit_jax.scaling.study import SurfaceFit
 
 GRID = 80  # points of a line
@@ -30,7 +30,12 @@ def labels_of(runs) -> dict:
 
 def curves(fits: dict, runs, tips: dict, labels: dict) -> Chart:
     """Loss against N at each budget with every method's curve; of runs that share no budgets, loss against D at each size."""
-    groups = [(label, members) for label, members in budgets(runs) if len({r.params for r in members}) > 2]
+    groups = budgets(runs)
+    groups = (
+        []
+        if scattered(groups)
+        else [(label, members) for label, members in groups if len({r.params for r in members}) > 2]
+    )
     spoken = {m: f for m, f in fits.items() if m == "isoflop" or isinstance(f, SurfaceFit) or m == "akima"}
     if groups:
         groups.sort(key=lambda g: g[1][0].flops)

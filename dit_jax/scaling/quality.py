@@ -2,8 +2,8 @@
 
 Checks of single runs: duplicates, conflicts (one run, two losses), repeats (one size and data, two losses), diverged runs and outliers.
 Checks of a grid of budgets: too few sizes or budgets, a minimum at the edge or none, and grids that lie off their minimum or drift along
-it. Runs count as a grid when at least half of them are in budgets of 3 sizes or more; scattered runs have the checks of single runs
-only, and training curves (rows of one name) those of duplicates and conflicts.
+it. Runs count as a grid unless they are `scattered`: those have the checks of single runs only, and training curves (rows of one name)
+those of duplicates and conflicts.
 
 Nothing is left out unless asked, and only what is in DROPPED can be.
 """
@@ -17,7 +17,7 @@ from scipy import stats
 
 from dit_jax.error import UsageError
 from dit_jax.scaling import outlier, parabola
-from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.runs import Run, budgets, scattered
 
 DROPPED = ("duplicates", "diverged", "outliers")  # in the order in which they are looked for
 MOST = 0.2  # of the runs that may be left out, duplicates not counted
@@ -133,11 +133,11 @@ def _grids(runs, tolerance: float, rows: Sequence[int] | None = None) -> list[_G
     """The budgets of a grid, by compute; none where the runs are scattered."""
     rows = range(len(runs)) if rows is None else rows
     place = {id(runs[i]): i for i in rows}
-    found = []
-    for label, members in budgets([runs[i] for i in rows], tolerance):
-        found.append(_grid(label, members, tuple(place[id(r)] for r in members)))
-    full = sum(len(g.rows) for g in found if len(g.sizes) >= 3)
-    return sorted(found, key=lambda g: g.flops) if full >= len(place) / 2 else []
+    groups = budgets([runs[i] for i in rows], tolerance)
+    if not groups or scattered(groups, tolerance):
+        return []
+    found = [_grid(label, members, tuple(place[id(r)] for r in members)) for label, members in groups]
+    return sorted(found, key=lambda g: g.flops)
 
 
 def _grid(label: str, members, rows: tuple) -> _Grid:

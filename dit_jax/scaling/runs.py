@@ -21,6 +21,10 @@ RECORD = {  # field of a record -> field of a Run
     "tokens_seen": "tokens",
     "flops_train": "flops",
 }
+MOVED, CROWDED = (
+    4,
+    1.5,
+)  # tolerances by which C is moved, and runs in a group over those of moved runs, from which budgets are meant
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,36 @@ def budgets(runs: Iterable[Run], tolerance: float = 0.05) -> list[tuple[str, tup
                 key += "'"
         groups.setdefault(key, []).append(run)
     return [(label, tuple(members)) for label, members in groups.items()]
+
+
+def scattered(groups: Sequence[tuple], tolerance: float = 0.05) -> str:
+    """Why `groups`, as `budgets` gives them, are no planned budgets, or "".
+
+    Fewer than half of the runs are at budgets of 3 sizes or more; or the groups hold hardly more runs than they would if every C were
+    another, by up to MOVED x `tolerance` either way: then they are chance.
+    """
+    runs = [run for _, members in groups for run in members]
+    full = sum(len(members) for _, members in groups if len({r.params for r in members}) >= 3)
+    if 2 * full < len(runs):
+        return f"the runs share no compute budgets: {full} of {len(runs)} are at a budget of 3 sizes or more"
+    if all(run.group for run in runs):
+        return ""
+    size, chance = len(runs) / len(groups), len(runs) / len(budgets(_moved(runs, MOVED * tolerance), tolerance))
+    if size >= CROWDED * chance:
+        return ""
+    return (
+        f"the runs share no compute budgets: groups within {tolerance:.0%} of C hold {size:.1f} runs, and would hold {chance:.1f} if every "
+        f"C were up to {MOVED * tolerance:.0%} off"
+    )
+
+
+def _moved(runs: Sequence[Run], most: float) -> list[Run]:
+    """The runs with their log C moved evenly between -`most` and `most`, neighbours differently."""
+    steps = (
+        i * (math.sqrt(5) - 1) % 2 - 1 for i in range(len(runs))
+    )  # multiples of the golden ratio fill an interval evenly
+    ordered = sorted(runs, key=lambda run: run.flops)
+    return [replace(run, flops=run.flops * math.exp(most * u)) for run, u in zip(ordered, steps, strict=True)]
 
 
 def _files(path: str) -> list[str]:

@@ -204,6 +204,13 @@ def test_an_output_of_another_job_or_of_nobody_is_never_overwritten(workdir, tmp
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.fixture
+def one_part(monkeypatch):
+    """However slow the machine, what is drawn before a stop is one part."""
+    monkeypatch.setattr(samples, "PART_SECONDS", 3600.0)
+
+
+@pytest.mark.usefixtures("one_part")
 def test_every_flipped_byte_of_an_output_or_a_part_is_noticed(workdir, tmp_path, capsys):
     out, chance = tmp_path / "s.npz", random.Random(0)
     complete(workdir, out, 40)
@@ -227,6 +234,7 @@ def test_every_flipped_byte_of_an_output_or_a_part_is_noticed(workdir, tmp_path,
         out.unlink()
 
 
+@pytest.mark.usefixtures("one_part")
 def test_a_part_of_another_job_or_range_is_not_mixed_in(workdir, tmp_path, capsys):
     """Also when somebody copies it into the folder, or renames it."""
     out, other = tmp_path / "s.npz", tmp_path / "other" / "s.npz"

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from matplotlib.path import Path as MatplotlibPath
 from PIL import Image
-from planted import ladder, scatter
+from planted import LAW, ladder, scatter
 from test_scaling_fit import BUDGETS, L_LAW, N_LAW, study
 from test_scaling_methods import curves
 from test_scaling_runs import record, workdir
 
+from dit_jax.scaling import plane
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.chart import Axis, ticks
 from dit_jax.scaling.clouds import region
@@ -28,6 +29,7 @@ from dit_jax.scaling.page import page
 from dit_jax.scaling.predict import extrapolate, holdout_largest
 from dit_jax.scaling.report import Report, make_charts, report_json, write_report
 from dit_jax.scaling.runs import Run
+from dit_jax.scaling.surface import fit_surface
 
 
 def stands_alone(text: str) -> None:
@@ -262,10 +264,25 @@ def test_any_method_has_a_report_of_its_own(method):
 
 
 def test_runs_of_no_budgets_are_shown_by_their_size():
-    runs = [Run(r.name, float(f"{r.params:.0e}"), r.tokens, r.flops, r.loss) for r in scatter(noise=0.002)]
+    made = [(r, float(10 ** (round(2 * np.log10(r.params)) / 2))) for r in scatter()]  # 7 sizes
+    runs = [Run(r.name, n, r.tokens, 6 * n * r.tokens, float(LAW(n, r.tokens))) for r, n in made]
     text, said = drawn(runs)
     assert said["charts"]["isoflop"]["title"] == "Loss against data at each size" and "isoflop" in said["refused"]
     assert "By surface, the best loss" in text
+
+
+def test_runs_of_no_budgets_and_no_sizes_are_shown_with_lines_of_equal_loss():
+    runs = scatter(count=60)
+    fit = fit_surface(runs, resamples=0)
+    found = plane.panel(fit, runs, {}, {"C": "FLOPs", "N": "parameters"})
+    lines = [m for m in found.marks if m.kind == "line"]
+    edges = np.quantile([r.loss for r in runs], np.arange(1, 6) / 6)
+    assert len(lines) == 6 and sum(len(m.x) for m in found.marks if m.kind == "points") == 60
+    for mark, loss in zip(lines[:-1], edges, strict=True):  # on the planted law, to what the fit has found of it
+        n, c = np.array(mark.y), np.array(mark.x)
+        assert len(n) > 20 and LAW(n, c / (6 * n)) == pytest.approx(loss, rel=1e-6)
+    text, said = drawn(runs, ("surface",))
+    assert said["charts"]["isoflop"]["title"] == "Lines of equal loss" and "loss 2." in text
 
 
 def test_training_curves_and_their_envelope_are_shown():

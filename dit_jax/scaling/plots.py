@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from dit_jax.scaling import plane
 from dit_jax.scaling.chart import Axis, Chart, Mark, Panel, Style, frame, numbers, series, style_of
 from dit_jax.scaling.optima import PointFit
 from dit_jax.scaling.runs import budgets, scattered
@@ -29,7 +30,8 @@ def labels_of(runs) -> dict:
 
 
 def curves(fits: dict, runs, tips: dict, labels: dict) -> Chart:
-    """Loss against N at each budget with every method's curve; of runs that share no budgets, loss against D at each size."""
+    """Loss against N at each budget with every method's curve; of runs that share no budgets, loss against D at each size, or, where
+    they share no sizes either, the runs and surfaces in the plane of compute and size."""
     groups = budgets(runs)
     groups = (
         []
@@ -49,11 +51,15 @@ def curves(fits: dict, runs, tips: dict, labels: dict) -> Chart:
             text += " Budgets drawn hollow are not used by isoflop."
     else:
         surfaces = {m: f for m, f in spoken.items() if isinstance(f, SurfaceFit)}
-        panels = [_sizes(m, f, runs, tips, labels) for m, f in (surfaces or {"": None}).items()]
-        title, text = (
-            "Loss against data at each size",
-            "Each curve is one model size trained on different amounts of data.",
-        )
+        if surfaces and plane.fits_plane(runs):
+            panels = [plane.panel(f, runs, tips, labels) for f in surfaces.values()]
+            title, text = "Lines of equal loss", "Each line is where a surface has the loss between two bands of runs."
+        else:
+            panels = [_sizes(m, f, runs, tips, labels) for m, f in (surfaces or {"": None}).items()]
+            title, text = (
+                "Loss against data at each size",
+                "Each curve is one model size trained on different amounts of data.",
+            )
     rows = tuple(tuple(panels[i : i + WIDE]) for i in range(0, len(panels), WIDE))
     return Chart("isoflop", title, text, rows)
 
@@ -217,20 +223,21 @@ def laws(fits: dict, labels: dict, extrapolation=None) -> Chart:
         "Laws of compute",
         f"Bands: {level:.0%} bootstrap intervals. C is training FLOPs (2 x MACs). Marks are the optima that a law goes through; the "
         "laws of a surface go through none. Right of the dashed line no run was trained."
-        + " Below, every law over the first one's."
+        + " Below, every law over one of them."
         * (len(fits) > 1),
         (tuple(panels), *_ratios(fits, grid, largest, labels)),
     )
 
 
 def _ratios(fits: dict, grid: np.ndarray, largest: float | int, labels: dict) -> list[tuple]:
-    """A row of panels of every method's law over the first one's, where there are several."""
+    """A row of panels of every method's law over that of the first that is identified, where there are several."""
     panels = []
     for name in ("N_opt", "D_opt", "L_opt"):
         having = {m: f for m, f in fits.items() if name in f.laws}
         if len(having) < 2:
             continue
-        first, one = next(iter(having)), next(iter(having.values())).laws[name](grid)
+        first = next((m for m, f in having.items() if f.identifiable), next(iter(having)))
+        one = having[first].laws[name](grid)
         marks: list = [Mark("rule", (largest, largest), (0.0, 1.0), END)]
         for method, fit in having.items():
             law = Mark("line", numbers(grid), numbers(fit.laws[name](grid) / one), style_of(method), "", method)

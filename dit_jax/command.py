@@ -26,6 +26,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from dit_jax import help
 from dit_jax.checks import nearest, on_disk
 from dit_jax.config import Config, JobError, UsageError, resolve, template, to_dict
 
@@ -40,7 +41,7 @@ class Interrupted(Exception):
 
 
 def launch(main: Callable[[], None], config: str = "") -> None:
-    """Parse the command line, run `main()`, exit with the documented code.
+    """Parse the command line, run `main()`, exit with the documented code; or print the help that `--help` asks for.
 
     `config` says where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
     config.json, with `--config.a.b=v` overrides), or "" (none).
@@ -48,6 +49,9 @@ def launch(main: Callable[[], None], config: str = "") -> None:
     sys.unraisablehook = _unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, with a traceback, what a failed save met
     signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
+    if help.asked(sys.argv[1:]):
+        print(help.text(sys.modules["__main__"].__doc__ or "", config))
+        sys.exit(DONE)
     sys.exit(_guarded(lambda: _parse(config), main))
 
 
@@ -142,7 +146,8 @@ def _parsing(values: flags.FlagValues) -> Iterator[None]:
     except UsageError:
         raise
     except flags.UnrecognizedFlagError as error:
-        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, values)}") from None
+        known = dict.fromkeys([*help.own_flags(), *({"config"} & set(values)), "help"])
+        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, known)}") from None
     except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(_line(error)) from None
     except (RecursionError, MemoryError):  # at a value of thousands of signs or brackets
@@ -170,14 +175,8 @@ def _early_value(name: str) -> str:
     return ""
 
 
-def _asks_for_help() -> bool:
-    return any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in sys.argv[1:])
-
-
 def _early_workdir() -> str:
     workdir = _early_value("workdir")
-    if not workdir and _asks_for_help():
-        flags.FLAGS(sys.argv)  # prints the help and exits
     if not workdir:
         raise UsageError("--workdir: not given, expected the folder of a run")
     return workdir
@@ -185,7 +184,7 @@ def _early_workdir() -> str:
 
 def _check_file(value: str, optional: bool = False) -> None:
     path = value.split(":", 1)[0]
-    if not value and not optional and not _asks_for_help():
+    if not value and not optional:
         raise UsageError("--config: not given, expected a file such as configs/digits.py")
     if value and not os.path.isfile(path):
         raise UsageError(f"--config: no file {path!r}")

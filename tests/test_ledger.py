@@ -38,6 +38,8 @@ def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
     times = [json.loads(line)["time"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert began - 0.1 <= entry["since"] < min(times)  # the kernel counts in hundredths of a second
     assert max(times) <= entry["since"] + entry["wall"] <= ended + 0.1
+    written = (workdir / ledger.GOODPUT).stat().st_mtime  # a clock outside of the process
+    assert SHARE * (written - began) - 2.0 <= booked(entry)  # seconds to start and to write on a busy machine
     assert min(seconds["set-up"], seconds["compile"], seconds["step"], seconds["save"], seconds["data"]) > 0
     assert seconds["lost"] == seconds["evaluation"] == seconds["wait"] == 0
     assert (entry["first"], entry["last"]) == (0, 20)

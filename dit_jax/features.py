@@ -1,4 +1,4 @@
-"""Trains the feature network of `fd_digits` on the digits' training split, and writes the files that the package ships.
+"""Train the feature network of `fd_digits` on the digits' training split, and write the files that the package ships.
 
     python -m dit_jax.features --out=dit_jax/models
 

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,8 @@ def test_a_job_says_what_it_does_and_what_it_takes(job, ask, cache_dir):
         for group, values in template().to_dict().items():
             (block,) = re.findall(rf"^  {group}\.( [^\n]*(?:\n {{10,}}[^\n]*)*)", out, re.MULTILINE)
             assert re.findall(r"(\w+)=", block) == list(values)
+
+
+def test_the_package_lists_its_jobs():
+    done = subprocess.run([sys.executable, "-m", "dit_jax"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"^  (\w+) +\w", done.stdout, re.MULTILINE)) == {*JOBS, "scaling"}

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
 JOBS = {"train", "sample", "evaluate", "sweep", "features", "bench", "costs", "convert", "encode", "preflight"}
-GROUND = {"error", "checks", "config", "flops", "hardware", "hlo", "layout", "command", "help", "__init__"}
+GROUND = {"error", "checks", "config", "flops", "hardware", "hlo", "layout", "command", "help", "__init__", "__main__"}
 FIRST = {"models", "diffusion", "metrics", "scaling"}
 MEZZANINE = {
     "mesh",

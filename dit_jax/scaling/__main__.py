@@ -1,4 +1,4 @@
-"""`python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`: fits scaling laws to runs.
+"""Fit scaling laws to runs: `python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`.
 
 RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group);
 `--column params='Model Size'` names the column of a CSV that calls it something else, `--where study=A` takes some of its rows.

@@ -1,0 +1,31 @@
+"""`python -m dit_jax` lists the jobs, a line each; `python -m dit_jax.JOB --help` says what one takes."""
+
+import ast
+from pathlib import Path
+
+JOBS = (
+    "train",
+    "sample",
+    "evaluate",
+    "sweep",
+    "scaling",
+    "preflight",
+    "convert",
+    "encode",
+    "bench",
+    "costs",
+    "features",
+)
+
+
+def first_line(job: str) -> str:
+    """What a job says of itself, read without importing it."""
+    path = Path(__file__).parent / f"{job}.py"
+    text = (path if path.exists() else path.with_suffix("") / "__main__.py").read_text()
+    line = (ast.get_docstring(ast.parse(text)) or job).splitlines()[0]
+    return line.split(": `")[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    print("python -m dit_jax.JOB --help says what a job takes.\n")
+    print("\n".join(f"  {job:<12}{first_line(job)}" for job in JOBS))

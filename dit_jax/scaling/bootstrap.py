@@ -9,8 +9,7 @@ an end of the curve, and none restores the noise that the 3 coefficients have ab
 also redraws the scale of the noise, s sqrt(v / chi2_v): with few degrees of freedom v this widens the intervals as Student's
 t does.
 
-**Noise and loss.** Is the noise of one size in all budgets, or a share of the loss? A few runs cannot tell, so it is taken as
-s (loss / mean loss)^p, and each resample draws p between 0 and 1 by its likelihood, s^2 given p as above.
+Each resample also draws whether the noise is of one size in all budgets or a share of the loss, as far as the residuals allow (`noise`).
 
 **Weights.** A vertex u = -c1 / (2 c2) that errs towards the middle of its sizes has a small delta-method variance, and weighs much
 for that very error: weights from the vertices themselves bias a law whose optima are off the middle. The estimate keeps them; were they
@@ -34,68 +33,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.scaling.law import fit_power
+from dit_jax.scaling.noise import Power, power
 
-SHARES = np.linspace(0.0, 1.0, 21)  # powers of the loss that the noise may follow
 ROUNDS = 3  # of finding the places of the vertices with the weights that follow from them
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise of runs about their parabolas: pooled standard deviation, degrees of freedom, standardised residuals (None where the
-    evaluation's standard error stands in), log of each budget's loss over a mean, and the posterior of SHARES with its variances."""
+    """Noise of runs about their parabolas: pooled standard deviation, degrees of freedom, and how it goes with the budgets' losses and
+    standardised residuals. The last two are None where the evaluation's standard error stands in."""
 
     scale: float
     freedom: int
-    residuals: np.ndarray | None
-    log_loss: np.ndarray
-    chance: np.ndarray
-    squares: np.ndarray  # sums of squared residuals over loss^2p, one for each of SHARES
+    power: Power | None = None
+    residuals: np.ndarray | None = None
 
-    def draw(self, rng, resamples: int) -> np.ndarray:
-        """The noise of a run in each resample and budget (resamples, budgets)."""
-        if not self.freedom:
-            return np.full((resamples, len(self.log_loss)), self.scale)
-        which = rng.choice(len(SHARES), resamples, p=self.chance)
-        scale = np.sqrt(self.squares[which] / rng.chisquare(self.freedom, resamples))
-        return scale[:, None] * np.exp(SHARES[which, None] * self.log_loss)
+    def draw(self, rng, resamples: int, count: int) -> np.ndarray:
+        """The noise of a run in each resample and each of `count` budgets (resamples, budgets)."""
+        return np.full((resamples, count), self.scale) if self.power is None else self.power.draw(rng, resamples)
 
 
 def noise(budgets) -> Noise | None:
     """The noise about the parabolas of these budgets; None where neither residuals nor standard errors tell."""
     residuals = [b.residuals for b in budgets]
     free = np.array([len(r) - 3 for r in residuals])
-    log_loss = np.array([np.mean(np.log(b.losses)) for b in budgets])
-    freedom = int(free.sum())
-    if freedom > 0:
-        log_loss = log_loss - (free @ log_loss) / freedom
+    if free.sum() > 0:
         sums = np.array([np.sum(r**2) for r in residuals])
-        chance, squares = _shares(sums, log_loss, freedom)
-        power = float(chance @ SHARES)
-        pairs = zip(residuals, budgets, log_loss, strict=True)
-        pooled = np.concatenate([_standard(r, 1 - b.curve.leverage, math.exp(power * x)) for r, b, x in pairs])
+        found = power(sums, np.array([np.mean(np.log(b.losses)) for b in budgets]), free)
+        triples = zip(residuals, [1 - b.curve.leverage for b in budgets], found.relative, strict=True)
+        pooled = np.concatenate([r[f > 0.01] / np.sqrt(f[f > 0.01]) / scale for r, f, scale in triples])
         pooled = pooled - pooled.mean()
         spread = math.sqrt(np.mean(pooled**2))
-        pooled = pooled / spread if spread > 0 else pooled
-        return Noise(math.sqrt(sums.sum() / freedom), freedom, pooled, log_loss, chance, squares)
+        scale = math.sqrt(sums.sum() / free.sum())
+        return Noise(scale, int(free.sum()), found, pooled / spread if spread > 0 else pooled)
     errors = [r.loss_se for b in budgets for r in b.runs]
-    if min(errors) > 0:
-        return Noise(math.sqrt(np.mean(np.square(errors))), 0, None, log_loss, np.zeros(0), np.zeros(0))
-    return None
-
-
-def _standard(residuals: np.ndarray, free: np.ndarray, scale: float) -> np.ndarray:
-    """Residuals at one scale, without those that the parabola goes through whatever they are."""
-    kept = free > 0.01
-    return residuals[kept] / np.sqrt(free[kept]) / scale
-
-
-def _shares(sums: np.ndarray, log_loss: np.ndarray, freedom: int) -> tuple:
-    """(posterior of SHARES under flat priors of the power and of log s, sums of squares over loss^2p); residuals of 0 tell nothing."""
-    squares = np.exp(-2 * SHARES[:, None] * log_loss) @ sums
-    if not squares.min() > 0:
-        return np.full(len(SHARES), 1 / len(SHARES)), squares
-    chance = np.exp(-freedom / 2 * np.log(squares / squares.min()))
-    return chance / chance.sum(), squares
+    return Noise(math.sqrt(np.mean(np.square(errors))), 0) if min(errors) > 0 else None
 
 
 def redraw(rng, budget, residuals, scale: np.ndarray) -> np.ndarray:

@@ -243,7 +243,7 @@ def _resample(fit: IsoflopFit, rng) -> IsoflopFit:
         text = "no interval: no budget has a fourth run and no run has a standard error; train one more size per budget"
         return replace(fit, warnings=(*fit.warnings, text))
     fit = replace(fit, noise=noise.scale, freedom=noise.freedom)
-    scales = noise.draw(rng, fit.resamples)
+    scales = noise.draw(rng, fit.resamples, len(used))
     vertices = [
         b.vertex(bootstrap.redraw(rng, b, noise.residuals, scale)) for b, scale in zip(used, scales.T, strict=True)
     ]

@@ -17,10 +17,10 @@ drawn again in each resample, its bias would be there twice. So resamples weigh 
 
     sum_b h_b (1, log C_b) (c1_b + 2 c2_b u_b(law)) = 0,   h_b = c2_b / var(c1_b + 2 c2_b u_b),
 
-with c2 and u of h taken from smooth power laws through all budgets (weights from fitted rather than single values: Carroll & Ruppert
-1988, "Transformation and Weighting in Regression", section 2.3), the same in all resamples. With h fixed the equations have mean zero at the true
-law, and what solves them for redrawn c1 and c2 is Fieller's interval (1954) of a ratio, for all budgets at once: it may reach beyond the
-sizes tried. A vertex weighs as h_b times its own redrawn curvature, so flat ones count little.
+with c2 and u of h taken from smooth power laws through all budgets, the same in all resamples (weights from fitted rather than single
+values: Carroll & Ruppert 1988, "Transformation and Weighting in Regression", section 2.3). With h fixed the equations have mean zero at
+the true law, and what solves them for redrawn c1 and c2 is Fieller's interval (1954) of a ratio, for all budgets at once: it may reach
+beyond the sizes tried. A vertex weighs as h_b times its own redrawn curvature, so flat ones count little.
 
 The evaluation's standard error is not added to the residuals. The part of it that differs between runs is in them already; the
 part that is common, since all runs see the same held-out set, shifts every loss alike and moves no comparison. It stands in

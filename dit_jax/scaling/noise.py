@@ -47,4 +47,4 @@ def power(squares: np.ndarray, log_loss: np.ndarray, free: np.ndarray) -> Power:
     chance = np.ones(len(SHARES))
     if sums.min() > 0:  # residuals of 0 tell nothing
         chance = np.exp(-freedom / 2 * np.log(sums / sums.min()))
-    return Power(log_loss, chance / chance.sum(), sums, int(round(freedom)))
+    return Power(log_loss, chance / chance.sum(), sums, round(freedom))

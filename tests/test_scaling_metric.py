@@ -203,8 +203,8 @@ def test_intervals_of_a_correlation_cover():
 def test_intervals_of_a_correlation_cover_in_500_studies(truth, models):
     found = _correlations_cover(truth, models, 500, 1000)
     print(truth, models, found)  # for docs/scaling.md
-    assert 0.925 <= found["spearman"] <= 0.98, found
-    assert truth > 0.9 or 0.925 <= found["pearson"] <= 0.975, found
+    assert 0.93 <= found["pearson"] <= 0.97, found
+    assert 0.93 <= found["spearman"] <= (0.97 if models > 8 else 0.985), found  # the ranks of few runs have few values
 
 
 def test_ranks_that_agree_altogether_bound_spearmans_correlation_from_below_only():

@@ -259,3 +259,17 @@ def test_noise_that_is_a_share_of_the_loss_is_told_from_noise_of_one_size():
     assert few.chance.max() < 3 * few.chance.min()  # five budgets of five sizes, losses within 1.5, hardly tell
     none = power(np.zeros(5), log_loss, np.full(5, 2))
     assert none.chance == pytest.approx(1 / len(none.chance)) and not none.draw(rng, 3).any()
+
+
+def test_noise_moves_the_shift_as_it_moves_the_surface():
+    """The linear response of a shift to the losses is what a refit of the surface gives."""
+    runs, step = grid(SKEW, 8.0, 7, noise=0.002), 1e-5
+    used = fit_isoflop(runs, resamples=0, unbias=True).used
+    rng, every = np.random.default_rng(0), [r for b in used for r in b.runs]
+    noise = {id(r): step * rng.standard_normal() for r in every}
+    moved = [Run(r.name, r.params, r.tokens, r.flops, r.loss + noise[id(r)]) for r in runs]
+    after = bias.shifts_of(moved, fit_isoflop(moved, resamples=0).used)[1]
+    for one, other in zip(used, after, strict=True):
+        change = one.shift.response @ np.array([noise[id(r)] for r in every])
+        exact = np.array([other.log_n - one.shift.log_n, other.log_d - one.shift.log_d, other.loss - one.shift.loss])
+        assert change == pytest.approx(exact, rel=0.05, abs=1e-7)

@@ -70,11 +70,10 @@ def noise(budgets) -> Noise | None:
     return Noise(math.sqrt(np.mean(np.square(errors))), 0) if min(errors) > 0 else None
 
 
-def redraw(rng, budget, residuals, scale: np.ndarray) -> np.ndarray:
-    """Resampled losses (resamples, runs) of a budget: its parabola plus noise of these scales (resamples,)."""
-    shape = (len(scale), len(budget.runs))
-    draws = rng.standard_normal(shape) if residuals is None else rng.choice(residuals, shape)
-    return budget(np.exp(budget.curve.log_n)) + scale[:, None] * draws
+def draw(rng, count: int, residuals, scale: np.ndarray) -> np.ndarray:
+    """Noise (resamples, count) of a budget's runs, of these scales (resamples,)."""
+    shape = (len(scale), count)
+    return scale[:, None] * (rng.standard_normal(shape) if residuals is None else rng.choice(residuals, shape))
 
 
 def weights(budgets) -> tuple:

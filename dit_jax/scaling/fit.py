@@ -59,9 +59,9 @@ class Budget:
             self.losses - self(np.exp(self.curve.log_n)) - (np.array(self.shift.misfit) if self.shift.misfit else 0.0)
         )
 
-    def vertex(self, losses: np.ndarray) -> parabola.Vertex:
-        """The minima of the parabolas through `losses` (resamples, runs), less the shift."""
-        return bias_.correct(parabola.vertex(self.curve, losses), self.shift)
+    def vertex(self, losses: np.ndarray, noise: np.ndarray | None = None) -> parabola.Vertex:
+        """The minima of the parabolas through `losses` (resamples, runs), less the shift, which `noise` moves (`bias.correct`)."""
+        return bias_.correct(parabola.vertex(self.curve, losses), self.shift, noise)
 
     def __call__(self, params):
         """The parabola's loss at these sizes."""
@@ -244,9 +244,9 @@ def _resample(fit: IsoflopFit, rng) -> IsoflopFit:
         return replace(fit, warnings=(*fit.warnings, text))
     fit = replace(fit, noise=noise.scale, freedom=noise.freedom)
     scales = noise.draw(rng, fit.resamples, len(used))
-    vertices = [
-        b.vertex(bootstrap.redraw(rng, b, noise.residuals, scale)) for b, scale in zip(used, scales.T, strict=True)
-    ]
+    drawn = [bootstrap.draw(rng, len(b.runs), noise.residuals, s) for b, s in zip(used, scales.T, strict=True)]
+    every = np.concatenate(drawn, axis=1)
+    vertices = [b.vertex(b(np.exp(b.curve.log_n)) + own, every) for b, own in zip(used, drawn, strict=True)]
     kept = np.sum([v.curvature > 0 for v in vertices], axis=0) >= min(3, len(used))
     kept &= np.sum([v.inside for v in vertices], axis=0) >= 2
     warnings = [

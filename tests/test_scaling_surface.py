@@ -204,10 +204,15 @@ def test_intervals_cover_in_a_small_simulation(fit, law):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fit", "law"), [(fit_surface, LAW), (fit_varpro, LAW), (gadre_of_logarithms, EQUAL)])
+@pytest.mark.parametrize(
+    ("fit", "law"), [(fit_surface, LAW), (fit_varpro, LAW), (gadre_of_logarithms, EQUAL), (fit_gadre, EQUAL)]
+)
 def test_intervals_cover_in_500_studies(fit, law):
-    for name, shares in coverage(fit, ladder, law, 500, 400).items():
-        assert min(shares) >= 0.92, (name, shares)
+    found = coverage(fit, ladder, law, 500, 400)
+    print(fit.__name__, found)  # for docs/scaling.md
+    for name, shares in found.items():
+        if law is not EQUAL or name != "a":  # which is 1/2 by assumption
+            assert min(shares) >= 0.93 and max(shares) <= 0.97, (name, shares)
 
 
 def _rows(name):

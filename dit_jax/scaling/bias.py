@@ -6,21 +6,22 @@ vertex of the parabola through the *surface's own* losses at the budget's own (N
 al. 2026 (arXiv 2603.22339) describe the effect; `leading` derives its leading orders.
 
 Only this difference is taken from the surface; the vertex itself stays the parabola's. So is the noise of a run: what the parabola leaves
-of the surface's losses is taken out of the residuals. The error of the shift is not in the intervals.
+of the surface's losses is taken out of the residuals. The error of the shift is in the intervals to first order: the noise of a resample
+moves the surface too, by the linear response of its least squares (the delta method), and with it every shift.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import brentq
 
 from dit_jax.error import UsageError
-from dit_jax.scaling import parabola
+from dit_jax.scaling import newton, parabola
 from dit_jax.scaling.law import PowerLaw, fit_power
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.study import SurfaceFit
+from dit_jax.scaling.study import SurfaceFit, plain
 from dit_jax.scaling.surface import Surface, fit_varpro
 
 WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
@@ -31,12 +32,14 @@ BIAS_HEAD = ("budget (FLOPs)", "N_opt, parabola", "over the optimum", "D_opt", "
 @dataclass(frozen=True)
 class Shift:
     """What a budget's parabola adds to the truth: of log N_opt, log D_opt and of the loss there; nan where it has no vertex. `misfit` is
-    what it leaves of the surface's loss at each run, which is no noise."""
+    what it leaves of the surface's loss at each run, which is no noise. `response` (3, runs of all used budgets) is by how much the three
+    change with the losses of the runs, through the surface."""
 
     log_n: float
     log_d: float
     loss: float
     misfit: tuple = ()
+    response: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,16 @@ def fit_sane(runs: Sequence[Run]) -> SurfaceFit:
 
 def surface_of(runs: Sequence[Run]) -> Surface:
     """The surface that shifts are taken from: variable projection of all the runs. Refuses runs that do not identify one."""
+    return _identified(runs).surface
+
+
+def _identified(runs: Sequence[Run]) -> SurfaceFit:
     fit = fit_sane(runs)
     if not fit.identifiable:
         raise UsageError(
             f"RUNS: a parabola's bias is predicted from a surface, which these runs do not identify: {fit.warnings[0]}"
         )
-    return fit.surface
+    return fit
 
 
 def estimate(surface: Surface, used: Sequence, corrected: bool = False) -> Bias:
@@ -172,24 +179,42 @@ def estimate(surface: Surface, used: Sequence, corrected: bool = False) -> Bias:
 
 def shifts_of(runs: Sequence[Run], used: Sequence) -> tuple:
     """(a surface through the runs, a Shift for each used budget); refuses a budget on which the surface has no optimum."""
-    surface = surface_of(runs)
-    found = [shift(surface, b.curve, _tokens(b)) for b in used]
+    fit = _identified(runs)
+    found = [shift(fit.surface, b.curve, _tokens(b)) for b in used]
     lost = [b.label for b, s in zip(used, found, strict=True) if math.isnan(s.log_n)]
     if lost:
         raise UsageError(f"--unbias: the surface through these runs has no optimum at budget {', '.join(lost)}")
-    return surface, tuple(found)
+    moved = _response(fit, runs, used)
+    return fit.surface, tuple(replace(s, response=_slopes(fit, b) @ moved) for s, b in zip(found, used, strict=True))
 
 
-def correct(vertex: parabola.Vertex, by: Shift) -> parabola.Vertex:
-    """The vertices, of one budget's resamples, less the shift."""
-    return parabola.Vertex(
-        **{
-            **vars(vertex),
-            "log_n": vertex.log_n - by.log_n,
-            "log_d": vertex.log_d - by.log_d,
-            "loss": vertex.loss - by.loss,
-        }
-    )
+def _response(fit: SurfaceFit, runs: Sequence[Run], used: Sequence) -> np.ndarray:
+    """By how much the surface's parameters (p, runs of all used budgets) change with the losses of those runs."""
+    place = {id(r): i for i, r in enumerate(runs)}
+    chosen = [place[id(r)] for b in used for r in b.runs]
+    solve = np.linalg.pinv(newton.jacobian(fit.design.problem, fit.theta))  # of residuals log law - log loss
+    return solve[:, chosen] / np.array([runs[i].loss for i in chosen])
+
+
+def _slopes(fit: SurfaceFit, budget) -> np.ndarray:
+    """Derivatives (3, p) of a budget's shift by the surface's parameters, central differences."""
+    step, columns = 1e-5, []
+    for unit in np.eye(len(fit.theta)):
+        ends = [
+            shift(plain(fit.design.law((fit.theta + h * unit)[None])), budget.curve, _tokens(budget))
+            for h in (step, -step)
+        ]
+        high, low = (np.array([s.log_n, s.log_d, s.loss]) for s in ends)
+        columns.append((high - low) / (2 * step))
+    return np.stack(columns, axis=1)
+
+
+def correct(vertex: parabola.Vertex, by: Shift, noise: np.ndarray | None = None) -> parabola.Vertex:
+    """The vertices, of one budget's resamples, less the shift; `noise` (resamples, runs of all used budgets) of the losses moves it."""
+    log_n, log_d, loss = by.log_n, by.log_d, by.loss
+    if noise is not None and by.response is not None:
+        log_n, log_d, loss = (noise @ by.response.T + np.array([log_n, log_d, loss])).T
+    return replace(vertex, log_n=vertex.log_n - log_n, log_d=vertex.log_d - log_d, loss=vertex.loss - loss)
 
 
 def rows(bias: Bias) -> list[tuple]:

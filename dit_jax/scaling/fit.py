@@ -24,6 +24,7 @@ from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
 
 IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
+WIDEST = 700.0  # log N and log D of a resampled minimum, at most: what float64 holds
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Budget:
             self.losses - self(np.exp(self.curve.log_n)) - (np.array(self.shift.misfit) if self.shift.misfit else 0.0)
         )
 
-    def vertex(self, losses: np.ndarray) -> parabola.Vertex:
-        """The minima of the parabolas through `losses` (resamples, runs), less the shift."""
-        return bias_.correct(parabola.vertex(self.curve, losses), self.shift)
+    def vertex(self, losses: np.ndarray, noise: np.ndarray | None = None) -> parabola.Vertex:
+        """The minima of the parabolas through `losses` (resamples, runs), less the shift, which `noise` moves (`bias.correct`)."""
+        return bias_.correct(parabola.vertex(self.curve, losses), self.shift, noise)
 
     def __call__(self, params):
         """The parabola's loss at these sizes."""
@@ -212,15 +213,20 @@ def _vertex(budget: Budget) -> Budget:
     )
 
 
-def _laws(used, vertices) -> dict:
-    """The laws through the vertices of the used budgets, for all resamples at once; a vertex that is no minimum has weight 0."""
+def _laws(used, vertices, weights: tuple | None = None) -> dict:
+    """The laws through the vertices of the used budgets, for all resamples at once; a vertex that is no minimum has weight 0.
+
+    `weights` are those of `bootstrap.weights`; None = the vertices' own delta-method variances.
+    """
     C = np.array([b.flops for b in used])
-    n, d, loss, var_n, var_loss, inside = (
+    n, d, loss, curvature, var_n, var_loss, inside = (
         np.stack([getattr(v, name) for v in vertices], axis=-1)
-        for name in ("log_n", "log_d", "loss", "var_n", "var_loss", "inside")
+        for name in ("log_n", "log_d", "loss", "curvature", "var_n", "var_loss", "inside")
     )
     weight_n, weight_loss = inside / var_n, inside / var_loss
-    n, d = (np.exp(np.where(inside, v, 0.0)) for v in (n, d))
+    if weights is not None:
+        weight_n, weight_loss = weights[0] * np.maximum(curvature, 0.0), weights[1] * inside
+    n, d = (np.exp(np.where(weight_n > 0, np.clip(v, -WIDEST, WIDEST), 0.0)) for v in (n, d))
     laws = {
         "N_opt": fit_power(C, n, weight_n),
         "D_opt": fit_power(C, d, weight_n),
@@ -234,27 +240,30 @@ def _laws(used, vertices) -> dict:
 def _resample(fit: IsoflopFit, rng) -> IsoflopFit:
     """The fit with its noise and its resampled laws."""
     used = fit.used
-    noise, freedom, residuals = bootstrap.noise(used)
+    noise = bootstrap.noise(used)
     if noise is None:
         text = "no interval: no budget has a fourth run and no run has a standard error; train one more size per budget"
         return replace(fit, warnings=(*fit.warnings, text))
-    fit = replace(fit, noise=noise, freedom=freedom)
-    scales = bootstrap.scales(rng, noise, freedom, fit.resamples)
-    vertices = [b.vertex(bootstrap.redraw(rng, b, residuals, scales)) for b in used]
-    kept = np.sum([v.inside for v in vertices], axis=0) >= min(3, len(used))
+    fit = replace(fit, noise=noise.scale, freedom=noise.freedom)
+    scales = noise.draw(rng, fit.resamples, len(used))
+    drawn = [bootstrap.draw(rng, len(b.runs), noise.residuals, s) for b, s in zip(used, scales.T, strict=True)]
+    every = np.concatenate(drawn, axis=1)
+    vertices = [b.vertex(b(np.exp(b.curve.log_n)) + own, every) for b, own in zip(used, drawn, strict=True)]
+    kept = np.sum([v.curvature > 0 for v in vertices], axis=0) >= min(3, len(used))
+    kept &= np.sum([v.inside for v in vertices], axis=0) >= 2
     warnings = [
         f"budget {b.label}: its curve is flat for the noise, {1 - v.inside.mean():.0%} of the resamples have no minimum inside"
         for b, v in zip(used, vertices, strict=True)
         if fit.resamples and v.inside.mean() < 0.9
     ]
-    if freedom == 0:
+    if noise.freedom == 0:
         warnings.append("3 runs per budget leave no residual: intervals hold the evaluation's standard error only")
     degenerate = int((~kept).sum())
     if degenerate > 0.05 * fit.resamples:
         warnings.append(f"{degenerate} of {fit.resamples} resamples are degenerate: too few budgets keep a minimum")
     if kept.sum() >= 20:
-        draws = _laws(used, [v[kept] for v in vertices])
-        fit = replace(fit, draws=draws, noise_draws=scales[kept])
+        draws = _laws(used, [v[kept] for v in vertices], bootstrap.weights(used))
+        fit = replace(fit, draws=draws, noise_draws=np.sqrt(np.mean(scales[kept] ** 2, axis=1)))
     return replace(fit, degenerate=degenerate, warnings=(*fit.warnings, *warnings))
 
 

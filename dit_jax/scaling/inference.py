@@ -7,6 +7,9 @@ Those of a Huber fit of small delta are not: it passes through p runs in each re
 with replacement they would be too wide (97.3 to 98 % of the studies covered for 95), so there the runs' weights are drawn from a Dirichlet
 distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %.
 
+The delta method of squares takes the noise as a power of the loss between none and one (`noise`), whichever of the two the residuals are
+of: a fit of losses whose noise is a share of them, taken for even, covered an exponent in 92.4 %.
+
 For a Huber loss the variance is that of an M-estimator (Huber 1964), E[psi^2] / E[psi']^2 (J'J)^-1. E[psi'], the share of residuals within
 delta, is counted in a window no narrower than the scatter of the residuals allows (Powell 1991), since delta is often narrower.
 """
@@ -18,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from dit_jax.scaling import newton
+from dit_jax.scaling.noise import power
 
 POINTS = 33  # of a profile, in each of its rounds
 LIFT = 18.0  # above the lower bound: where a search may leave a term that is nothing
@@ -113,15 +117,26 @@ def covariance(problem: newton.Problem, theta: np.ndarray, groups: np.ndarray) -
     count, width = int(groups.max()) + 1, problem.width
     free = ~vanished(problem, theta) & (theta < problem.upper)
     bread = np.linalg.pinv(slope[:, free].T @ slope[:, free], hermitian=True) / inside
-    if count == len(groups):
-        middle = (psi**2).mean() * slope[:, free].T @ slope[:, free]
-    else:
+    if count < len(groups):
         scores = np.zeros((count, free.sum()))
         np.add.at(scores, groups, psi[:, None] * slope[:, free])
-        middle = scores.T @ scores
+        middle = scores.T @ scores * count / max(count - width, 1)
+    else:
+        middle = slope[:, free].T @ (_variance(problem, theta, psi)[:, None] * slope[:, free])
     out = np.zeros((width, width))
-    out[np.ix_(free, free)] = bread @ middle @ bread * count / max(count - width, 1)
+    out[np.ix_(free, free)] = bread @ middle @ bread
     return out
+
+
+def _variance(problem: newton.Problem, theta: np.ndarray, psi: np.ndarray) -> np.ndarray:
+    """Variance (n,) of the scores psi of independent runs: of squares by a power of the law's loss, of a Huber loss the same for all."""
+    count = len(psi)
+    if math.isfinite(problem.delta):
+        return np.full(count, (psi**2).sum() / max(count - problem.width, 1))
+    log_law = np.log(np.exp(problem.log_loss) + psi) if problem.linear else problem.log_loss + psi
+    unit = np.ones(count) if problem.linear else np.exp(log_law)
+    free = np.full(count, max(count - problem.width, 1) / count)
+    return power((psi * unit) ** 2, log_law, free).variance / unit**2
 
 
 def delta(quantities, theta: np.ndarray, matrix: np.ndarray, freedom: int, level: float) -> dict:

@@ -19,8 +19,6 @@ from dit_jax.scaling.points import SAMPLING, Point, higher_is_better, load_point
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.table import DASH, finite, law_text, print_table, span
 
-FEW = 12  # models below which resampled ranks that nearly agree say too much
-
 
 def add_commands(commands) -> None:
     """Adds the three to argparse's subparsers; each sets `job`, a function from the arguments to (JSON, warnings)."""
@@ -173,10 +171,6 @@ def run_metric(args) -> tuple[dict, list]:
         print_table("Predictions", ("C (FLOPs)", "beyond the data", args.metric, "interval", "of one model"), rows)
     if args.metric != "loss" and sum(not math.isnan(p.loss) for p in best) >= 4:
         result["correlation"] = _correlation(best, args)
-        if result["correlation"]["models"] < FEW:
-            warnings.append(
-                f"fewer than {FEW} models: the interval of Spearman's is too narrow where the ranks nearly agree"
-            )
     if args.against:
         result["offset"] = _offset(best, args, warnings)
     return result, [*warnings, *fit.warnings]

@@ -15,7 +15,10 @@ from scipy import stats
 from dit_jax.config import UsageError
 from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
 from dit_jax.scaling.points import Point
-from dit_jax.scaling.predict import interval
+from dit_jax.scaling.predict import NO_INTERVAL, interval
+
+FEWEST = 400  # simulated sets of ranks
+LAST, ROUNDS = 6.0, 14  # artanh of the strongest correlation looked at, and halvings of what is left of the range
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Offset:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of the held-out loss with the metric: Pearson's of the logarithms and Spearman's, with bootstrap intervals over runs."""
+    """Of the held-out loss with the metric: Pearson's of the logarithms and Spearman's, with intervals."""
 
     models: int
     pearson: float
@@ -222,9 +225,11 @@ def _pairs(one: Sequence[Point], other: Sequence[Point]) -> list[tuple[Point, Po
 
 
 def correlate(points: Sequence[Point], *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Correlation:
-    """Held-out loss against score, one pair per run. Bootstrap: whole runs are drawn with replacement; percentiles, expanded to
-    the width that n - 1 degrees of freedom ask for (Hesterberg 2015, arXiv 1411.5279). Resamples with fewer than 3 distinct
-    runs are left out. Raises UsageError on fewer than 4 runs that carry both."""
+    """Held-out loss against score, one pair per run. Raises UsageError on fewer than 4 runs that carry both.
+
+    Pearson's interval: bootstrap of whole runs, percentiles expanded to the width that n - 1 degrees of freedom ask for (Hesterberg
+    2015, arXiv 1411.5279); resamples with fewer than 3 distinct runs are left out. Spearman's: `_spearman_interval`.
+    """
     pairs = [(p.loss, p.score) for p in points if not math.isnan(p.loss)]
     if len(pairs) < 4:
         raise UsageError(f"RUNS: {len(pairs)} models have both a held-out loss and the metric, expected at least 4")
@@ -233,20 +238,49 @@ def correlate(points: Sequence[Point], *, resamples: int = 2000, seed: int = 0, 
     index = rng.integers(n, size=(resamples, n))
     ordered = np.sort(index, axis=1)
     index = index[(np.diff(ordered, axis=1) > 0).sum(axis=1) >= 2]
-    drawn = {
-        "pearson": _pearson(x[index], y[index]),
-        "spearman": _pearson(*(stats.rankdata(v[index], axis=1) for v in (x, y))),
-    }
+    drawn = _pearson(x[index], y[index])
     expanded = 1 - 2 * float(stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)))
-    spans = {name: interval(values[np.isfinite(values)], expanded) for name, values in drawn.items()}
+    spearman = float(_spearman(x, y))
     return Correlation(
         models=n,
         pearson=float(_pearson(x, y)),
-        pearson_interval=spans["pearson"],
-        spearman=float(_pearson(stats.rankdata(x), stats.rankdata(y))),
-        spearman_interval=spans["spearman"],
+        pearson_interval=interval(drawn[np.isfinite(drawn)], expanded),
+        spearman=spearman,
+        spearman_interval=_spearman_interval(spearman, rng.standard_normal((2, max(resamples, FEWEST), n)), level),
         level=level,
     )
+
+
+def _spearman_interval(value: float, normal: np.ndarray, level: float) -> tuple:
+    """The Spearman correlations of a population of which n runs show `value` with a chance that the level allows.
+
+    `normal` (2, resamples, n) are the normal numbers to simulate with. Ranks that nearly agree tell resampled runs nothing of how else they
+    might have come out, and of few runs their correlation has few values. So the exact test is turned around: for a bivariate normal
+    population, transformed at will, the distribution of the ranks depends on its correlation r alone and is simulated, with the same
+    numbers for every r. An end is where the chance beyond `value`, half of that of `value` itself added (mid-p: Lancaster 1961), is
+    (1 - level) / 2; Spearman's of the population is 6 / pi arcsin(r / 2) (Pearson 1907).
+    """
+    if not math.isfinite(value):
+        return NO_INTERVAL
+    x, e = normal
+    ranks, tail = stats.rankdata(x, axis=1), (1 - level) / 2
+
+    def end(sign: int) -> float:
+        low, high = -LAST, LAST  # of artanh r
+        for _ in range(ROUNDS):
+            middle = (low + high) / 2
+            r = math.tanh(middle)
+            drawn = _pearson(ranks, stats.rankdata(r * x + math.sqrt(1 - r * r) * e, axis=1))
+            beyond = np.mean(sign * (drawn - value) > 1e-9) + 0.5 * np.mean(abs(drawn - value) <= 1e-9)
+            low, high = (middle, high) if (beyond < tail) == (sign > 0) else (low, middle)
+        r = math.copysign(1.0, high) if abs(high) == LAST or abs(low) == LAST else math.tanh((low + high) / 2)
+        return 6 / math.pi * math.asin(r / 2)
+
+    return end(1), end(-1)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _pearson(stats.rankdata(x), stats.rankdata(y))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:

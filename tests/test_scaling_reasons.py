@@ -31,7 +31,8 @@ def wide(law=LAW, factor=8.0, off=4.0, noise=0.001, sizes=25, seed=0) -> list[Ru
 
 
 def fitted(runs, names=METHODS, rows=None, **options):
-    return fit_methods(runs, rows, names=names, options=lambda method: {"resamples": 100, **options})
+    own = {"isoflop": options}
+    return fit_methods(runs, rows, names=names, options=lambda method: {"resamples": 100, **own.get(method, {})})
 
 
 def failed(found, method) -> set:
@@ -55,13 +56,42 @@ def test_a_wide_grid_off_its_centre_is_named():
     assert "F test against quartics" in said and "sizes span 64x, their middle lies 3" in said and "too high" in said
 
 
+def simulated(found, method) -> Check:
+    (test,) = [t for t in found.tests if t.method == method and t.reason == "it is biased at these runs"]
+    return test
+
+
 def test_the_simulated_bias_is_that_of_the_parabola():
     """What the parabolas of a wide grid are off by, told from the fitted surface, is what they are off by from the planted one."""
     found = fitted(wide(noise=0.0003), ("isoflop", "varpro"))
-    (told,) = [t for t in found.tests if t.method == "isoflop" and t.bias and "L_opt" in t.bias]
+    told = simulated(found, "isoflop").bias
     for name in ("N_opt", "L_opt"):
         truth = float(LAW.optimum(6.0)[name](found.flops))
-        assert told.bias[name] == pytest.approx(float(found.fits["isoflop"].laws[name](found.flops)) - truth, rel=0.1)
+        assert told[name] == pytest.approx(float(found.fits["isoflop"].laws[name](found.flops)) - truth, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["akima", "power"])
+def test_the_lowest_of_noisy_runs_is_no_reason(method):
+    """The estimate is too low by twice the noise. The intervals are not, and agree with the surface's."""
+    found = fitted(wide(noise=0.01, off=1.0), (method, "varpro"))
+    test = simulated(found, method)
+    assert not test.fails and abs(test.bias["L_opt"]) < 0.01
+    assert "its estimates are off, L_opt 0.03" in test.found and "too low, which the intervals make good" in test.found
+    assert not [d for d in found.disagreements if d.quantity == "L_opt"]
+
+
+def test_the_best_of_three_sizes_is_a_reason():
+    """With 3 sizes there are no curves to clear power's intervals by: the best run of each budget is as far off, and its law too high."""
+    found = fitted(wide(sizes=3, off=2.0), ("power", "varpro"))
+    test = simulated(found, "power")
+    assert test.fails and "its intervals lie about L_opt 0.0" in test.found and "too high" in test.found
+    (told,) = [d for d in found.disagreements if d.quantity == "L_opt"]
+    assert told.reasons == (test,) and told.why == "power: it is biased at these runs"
+
+
+def test_a_bias_that_was_subtracted_is_no_reason():
+    assert not simulated(fitted(wide(sizes=13), ("isoflop", "varpro"), unbias=True), "isoflop").fails
+    assert simulated(fitted(wide(sizes=13), ("isoflop", "varpro")), "isoflop").fails
 
 
 def test_unequal_exponents_are_named():

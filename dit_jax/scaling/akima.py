@@ -10,14 +10,16 @@ the sizes it is small against their scatter, and its estimate would add more tha
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
 from dit_jax.scaling.optima import Errors, Point, PointFit, laws_of, left_out, shared
 from dit_jax.scaling.runs import Run, budgets
-from dit_jax.scaling.smooth import smooth
+from dit_jax.scaling.smooth import Curves, smooth
 
+BEYOND = 1.2  # times the distance from the best at which a size is asked for, within which no run is left out
 SIZES = 4  # an Akima curve through fewer points is a parabola or less
 ROUGH = (
     "the runs show no smooth curves about which their noise could be drawn: the intervals hold the scatter of the minima about their laws, "
@@ -35,11 +37,41 @@ def fit_akima(
     warnings = left_out([(label, minimum) for label, minimum in minima if isinstance(minimum, str)])
     found = sorted((m for _, m in minima if not isinstance(m, str)), key=lambda pair: pair[0].flops)
     points, grids = [p for p, _ in found], [g for _, g in found]
-    errors = _errors(points, grids, resamples, seed) if resamples and len(points) > 2 else None
-    if errors is None and resamples and len(points) > 2:
+    several = len(points) > 2
+    errors = _errors(points, grids, resamples, seed) if resamples and several else None
+    if errors is None and resamples and several:
         warnings.append(ROUGH)
     options = {"resamples": resamples, "seed": seed, "level": level}
-    return shared(laws_of("akima", len(runs), points, tuple(warnings), options, errors), groups, tolerance)
+    fit = shared(laws_of("akima", len(runs), points, tuple(warnings), options, errors), groups, tolerance)
+    return replace(fit, others=Others(tuple(grids), seed)) if several else fit
+
+
+@dataclass(frozen=True)
+class Others:
+    """The losses of sizes other than the best, by smooth curves through the runs of the budgets' `grids`."""
+
+    grids: tuple
+    seed: int
+
+    def __call__(self, fit: PointFit, away: float) -> tuple:
+        """(share of its reducible loss that each budget loses at log N = `away` from the best (budgets,), its resamples or None, where
+        that is read)."""
+        C, curves = np.array([p.flops for p in fit.points]), _curves(fit.points, self.grids, BEYOND * abs(away))
+        if curves is None:
+            return np.full(len(C), math.nan), None, ""
+        share = _share(fit.laws["L_opt"], C, curves.rise(away, curves.shape[None])[0])
+        told = f"smooth curves through the runs of the {np.isfinite(share).sum()} of {len(C)} budgets that have sizes so far off"
+        if not fit.draws:
+            return share, None, told
+        shapes = curves.shapes(np.random.default_rng(self.seed), fit.resamples)[0][: len(fit.noise_draws)]
+        return share, _share(fit.draws["L_opt"], C, curves.rise(away, shapes)), told
+
+
+def _share(law, C: np.ndarray, rise: np.ndarray) -> np.ndarray:
+    """A rise (..., c) of log loss over the law's at C (c,), as a share of the law's reducible loss."""
+    loss, reducible = law.at(C)
+    with np.errstate(all="ignore"):  # of resamples without a reducible loss
+        return loss * np.expm1(rise) / reducible
 
 
 def _minimum(label: str, runs: Sequence[Run]) -> tuple | str:
@@ -73,11 +105,16 @@ def lowest(u: np.ndarray, losses: np.ndarray) -> tuple:
     return tuple(np.take_along_axis(v, best, 0)[0] for v in (place, value))
 
 
-def _errors(points: Sequence[Point], grids: Sequence[tuple], resamples: int, seed: int) -> Errors | None:
-    """The errors of the minima by simulation, or None where the curves cannot be smoothed."""
+def _curves(points: Sequence[Point], grids: Sequence[tuple], reach: float = 0.0) -> Curves | None:
+    """The smooth curves of all budgets, or None where there are none."""
     log_c, start = (np.log([getattr(p, name) for p in points]) for name in ("flops", "n_opt"))
     line = np.polyval(np.polyfit(log_c - log_c.mean(), start, 1), log_c - log_c.mean())
-    curves = smooth(log_c, [u for u, _, _ in grids], [loss for _, loss, _ in grids], line)
+    return smooth(log_c, [u for u, _, _ in grids], [loss for _, loss, _ in grids], line, reach)
+
+
+def _errors(points: Sequence[Point], grids: Sequence[tuple], resamples: int, seed: int) -> Errors | None:
+    """The errors of the minima by simulation, or None where the curves cannot be smoothed."""
+    curves = _curves(points, grids)
     if curves is None:
         return None
     losses, scale = curves.draw(np.random.default_rng(seed), resamples)

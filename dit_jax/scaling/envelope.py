@@ -19,7 +19,7 @@ D_opt the errors are taken off the estimate (the basic bootstrap, section 5.2.1)
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -49,6 +49,35 @@ class Table:
     tokens: np.ndarray  # (curves, g) logarithms
 
 
+@dataclass(frozen=True)
+class Others:
+    """The losses of sizes other than the best. Where a curve touches the loss law its size is the best; where N_opt(C) is 1 / f of that,
+    its size is f times the best, so the curve itself shows what f costs. A shift of a curve moves both alike."""
+
+    table: Table
+    cleared: Table  # of the shifts that the crossings show: what is resampled
+    shifts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # (resamples, curves) of those in `draws`
+
+    def __call__(self, fit: PointFit, away: float) -> tuple:
+        """(share of its reducible loss that each curve loses where its log N is `away` from the best (curves,), its resamples or None,
+        where that is from)."""
+        shares = _away(
+            self.table, *(fit.laws[k] for k in ("L_opt", "N_opt")), np.zeros((1, len(self.table.params))), away
+        )[0]
+        told = (
+            f"{np.isfinite(shares).sum()} of {len(shares)} training curves, where they touch the loss law and where their size is so far "
+            "from the best; noise between the checkpoints of a run is not in the interval"
+        )
+        if not fit.draws:
+            return shares, None, told
+        laws, parts = (
+            (fit.draws["L_opt"], fit.draws["N_opt"]),
+            [slice(i, i + CHUNK) for i in range(0, len(self.shifts), CHUNK)],
+        )
+        drawn = [_away(self.cleared, *(law[p] for law in laws), self.shifts[p], away) for p in parts]
+        return shares, np.concatenate(drawn), told
+
+
 def fit_envelope(runs: Sequence[Run], *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> PointFit:
     """N_opt, D_opt and L_opt as laws of compute through the crossings of the runs' training curves. Rows of one run carry one name;
     runs of a single row are left out. The points' losses are those of the best size there, as L_opt says."""
@@ -70,6 +99,7 @@ def fit_envelope(runs: Sequence[Run], *, resamples: int = 1000, seed: int = 0, l
         down = lowered["L_opt"](C) / fit.laws["L_opt"](C)
         points = tuple(replace(p, loss=float(p.loss * s)) for p, s in zip(points, down, strict=True))
         fit = replace(fit, points=points, laws={k: law[0] if k in LOSSES else law for k, law in lowered.items()})
+        fit = replace(fit, others=Others(table, table))
     else:
         fit = replace(fit, warnings=(*fit.warnings, APART))
     if len(points) < 3 or not resamples:
@@ -123,7 +153,7 @@ def _lowered(table: Table, laws: dict, shifts: np.ndarray) -> dict:
     """`laws` with loss laws of the same E and exponent that touch the curves, moved by `shifts` (m, curves), from below. Their
     coefficients are nan where fewer than 2 curves are touched inside their computes."""
     reach, out = np.isfinite(table.loss), {}
-    first, last = reach.argmax(1), reach.shape[1] - 1 - reach[:, ::-1].argmax(1)
+    first, last = _ends(reach)
     for name, law in laws.items():
         if name not in LOSSES or name == "L_opt":
             out[name] = law
@@ -139,6 +169,33 @@ def _lowered(table: Table, laws: dict, shifts: np.ndarray) -> dict:
         middle[enough] = np.nanmedian(np.where(touched, low, math.nan)[enough], axis=1)
         out[name] = PowerLaw(np.exp(middle), x[:, 0, 0], E[:, 0, 0])
     return {**out, "L_opt": out.get("L_opt_irreducible", out["L_opt_pure"])}
+
+
+def _away(table: Table, law: PowerLaw, size: PowerLaw, shifts: np.ndarray, away: float) -> np.ndarray:
+    """Share of the reducible loss (m, curves) that a curve, moved by `shifts` (m, curves), loses where its log N is `away` from the
+    best, by its own least loss over the law's reducible part; nan of curves that do not reach there, or touch no law inside."""
+    grid, m = table.log_c, len(shifts)
+    E, x, a = (np.broadcast_to(v, (m,))[:, None] for v in (law.irreducible, law.exponent, size.exponent))
+    with np.errstate(all="ignore"):
+        level = np.log(np.exp(table.loss + shifts[:, :, None]) - E[:, :, None]) - x[:, :, None] * grid
+        level = np.where(np.isnan(level), math.inf, level)
+        touch, (first, last) = level.argmin(2), _ends(np.isfinite(table.loss))
+        three = np.stack(
+            [np.take_along_axis(level, np.clip(touch + i, 0, len(grid) - 1)[..., None], 2)[..., 0] for i in (-1, 0, 1)]
+        )
+        bend = three[0] - 2 * three[1] + three[2]
+        part = (three[0] - three[2]) / (2 * bend)  # of a step: the vertex of the parabola through the lowest three
+        at = touch + part - away / a / (grid[1] - grid[0])
+        inside = (touch > first) & (touch < last) & (at >= first) & (at <= last)
+        left = np.clip(np.where(inside, at, 0.0).astype(int), 0, len(grid) - 2)
+        ends = [np.take_along_axis(level, (left + i)[..., None], 2)[..., 0] for i in (0, 1)]
+        there = ends[0] + (at - left) * (ends[1] - ends[0])
+        return np.where(inside, np.expm1(there - three[1] + bend * part**2 / 2), math.nan)
+
+
+def _ends(reach: np.ndarray) -> tuple:
+    """(first, last) compute of the table (curves,) that a curve reaches."""
+    return reach.argmax(1), reach.shape[1] - 1 - reach[:, ::-1].argmax(1)
 
 
 def _shifts(fit: PointFit, curves, pairs) -> tuple:
@@ -175,6 +232,8 @@ def _resampled(fit: PointFit, table: Table, found: tuple, rng, touching: bool) -
         coefficient = mine.coefficient * law.coefficient[0] / law.coefficient
         laws[name] = PowerLaw(coefficient, mine.exponent + law.exponent[0] - law.exponent, law.irreducible)
     draws = {name: law[1:][kept[1:]] for name, law in laws.items()}
+    if fit.others:
+        fit = replace(fit, others=replace(fit.others, cleared=table, shifts=shifts[1:][kept[1:]]))
     return drawn(fit, draws, noise * fit.points[-1].loss, scale[kept[1:]] * fit.points[-1].loss)
 
 

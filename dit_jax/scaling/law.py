@@ -24,6 +24,12 @@ class PowerLaw:
     def __call__(self, C):
         return self.irreducible + self.coefficient * np.power(C, self.exponent)
 
+    def at(self, C: np.ndarray) -> tuple:
+        """(law, its reducible part), (..., c) each, of every resample at every C (c,)."""
+        coefficient, exponent, irreducible = (np.asarray(v)[..., None] for v in vars(self).values())
+        reducible = coefficient * np.power(C, exponent)
+        return irreducible + reducible, reducible
+
     def __getitem__(self, index) -> "PowerLaw":
         """One resample, as plain floats; or a selection of resamples."""
         parts = (np.asarray(v)[index] for v in (self.coefficient, self.exponent, self.irreducible))

@@ -49,6 +49,7 @@ class PointFit:
     noise: float = float("nan")
     noise_draws: np.ndarray = field(default_factory=lambda: np.zeros(0))
     curvature: float = 0.0
+    others: object = None  # what the method knows of other sizes: a function of (fit, away), as `overhead` says
     degenerate: int = 0
     identifiable: bool = False
     warnings: tuple = ()

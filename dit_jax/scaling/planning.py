@@ -12,8 +12,9 @@ from dit_jax.hardware import Topology, topology
 from dit_jax.scaling.design import Cell, Proposal, next_cells
 from dit_jax.scaling.family import DIT, sized
 from dit_jax.scaling.fit import Fit
+from dit_jax.scaling.overhead import Off
 from dit_jax.scaling.plan import ladder_of
-from dit_jax.scaling.recipe import Off, Recipe, count_of, counted_flops, make_recipe
+from dit_jax.scaling.recipe import Recipe, count_of, counted_flops, make_recipe
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.settings import Settings, settings
 from dit_jax.scaling.table import DASH, finite, print_table, span
@@ -103,7 +104,9 @@ def given_settings(args, runs: Sequence[Run]) -> Settings:
 def run(args, runs: Sequence[Run], fit: Fit) -> dict:
     """Prints what to train for each budget, and returns it as JSON."""
     if "N_opt" not in fit.laws:
-        raise UsageError(f"--method: {fit.method} says nothing of N_opt; plan with another")
+        raise UsageError(
+            f"--method: {fit.method} says nothing of N_opt: it takes the best run of each budget, whatever its size; plan with another"
+        )
     given = given_settings(args, runs)
     budgets = [(c, False) for c in args.flops]
     if args.chip_hours:
@@ -167,6 +170,10 @@ def _print_recipe(recipe: Recipe, args, runs: Sequence[Run], fit: Fit) -> None:
     rows = [(f"{o.factor:g} x N_opt", f"{o.params:.4g}", *_off_cells(o)) for o in recipe.off]
     print()
     print_table("What a wrong size costs, at the same compute", OFF_HEAD, rows)
+    for source in dict.fromkeys(o.source for o in recipe.off):
+        alike = [o for o in recipe.off if o.source == source]
+        known = "not known" if math.isnan(alike[0].rise) else "read from"
+        print(f"The cost at {' and '.join(f'{o.factor:g}' for o in alike)} x N_opt is {known}: {source}.")
     ladder = ladder_of(runs)
     if ladder:
         name, params, _ = min(ladder, key=lambda row: abs(math.log(row[1] / recipe.n_opt)))

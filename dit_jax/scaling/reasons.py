@@ -19,7 +19,8 @@ QUANTITIES = ("a", "N_opt", "irreducible", "L_opt")
 
 @dataclass(frozen=True)
 class Check:
-    """A premise of a method, put to the runs. `bias`: quantity -> how far the method would be off, where a simulation says so."""
+    """A premise of a method, put to the runs. `bias`: quantity -> how far the middle of the method's interval
+    would be off, where a simulation says so."""
 
     method: str
     premise: str
@@ -61,18 +62,29 @@ class Disagreement:
 
 def values(fit, flops: float | int) -> dict:
     """name -> (value, interval) of what methods have in common: a, b, irreducible, and N_opt and L_opt at `flops`."""
+    return {name: (value, interval(drawn, fit.level)) for name, (value, drawn) in _quantities(fit, flops).items()}
+
+
+def middles(fit, flops: float | int) -> dict:
+    """name -> the median of the resamples: what the interval lies about, which is not the estimate where the resamples are cleared of
+    its bias. Empty of a fit without resamples."""
+    return {name: float(np.median(drawn)) for name, (_, drawn) in _quantities(fit, flops).items() if drawn is not None}
+
+
+def _quantities(fit, flops: float | int) -> dict:
+    """name -> (value, its resamples or None)."""
     law, draws = fit.laws["L_opt"], fit.draws.get("L_opt")
     out = {}
     for name, ours in (("a", "N_opt"), ("b", "D_opt")):
         if ours in fit.laws:
             drawn = fit.draws.get(ours)
-            out[name] = (float(fit.laws[ours].exponent), interval(drawn.exponent if drawn else None, fit.level))
+            out[name] = (float(fit.laws[ours].exponent), drawn.exponent if drawn else None)
     if "N_opt" in fit.laws:
         drawn = fit.draws.get("N_opt")
-        out["N_opt"] = (float(fit.laws["N_opt"](flops)), interval(drawn(flops) if drawn else None, fit.level))
+        out["N_opt"] = (float(fit.laws["N_opt"](flops)), drawn(flops) if drawn else None)
     if law.irreducible or (draws and np.any(draws.irreducible)):
-        out["irreducible"] = (float(law.irreducible), interval(draws.irreducible if draws else None, fit.level))
-    out["L_opt"] = (float(law(flops)), interval(draws(flops) if draws else None, fit.level))
+        out["irreducible"] = (float(law.irreducible), draws.irreducible if draws else None)
+    out["L_opt"] = (float(law(flops)), draws(flops) if draws else None)
     return out
 
 
@@ -88,13 +100,15 @@ def disagreements(fits: dict, flops: float | int, tests: Sequence[Check] = ()) -
                 (x, (low, high)), (y, (lower, higher)) = table[one][name], table[two][name]
                 assumed = low == high or lower == higher  # a method's premise, not its finding
                 if not assumed and (high < lower or higher < low):
-                    reasons = tuple(t for t in tests if _explains(t, name, {one: x - y, two: y - x}))
+                    gap = (low + high - lower - higher) / 2
+                    reasons = tuple(t for t in tests if _explains(t, name, {one: gap, two: -gap}))
                     found.append(Disagreement(name, (one, two), (x, y), ((low, high), (lower, higher)), reasons))
     return sorted(found, key=lambda d: QUANTITIES.index(d.quantity))
 
 
 def _explains(test: Check, quantity: str, gaps: dict) -> bool:
-    """Whether a failed test touches this quantity, and a simulated bias goes the way of the gap and fills a part of it."""
+    """Whether a failed test touches this quantity, and a simulated bias of the interval goes the way of the gap between the middles of
+    the two intervals and fills a part of it."""
     if not test.fails or test.method not in gaps or quantity not in test.affects:
         return False
     if test.bias is None:

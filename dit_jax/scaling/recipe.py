@@ -7,34 +7,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from dit_jax import flops
 from dit_jax.config import ModelConfig, UsageError
 from dit_jax.scaling.conventions import Convention
 from dit_jax.scaling.family import sized
-from dit_jax.scaling.fit import Fit, IsoflopFit
-from dit_jax.scaling.predict import NO_INTERVAL, interval, predict
+from dit_jax.scaling.fit import Fit
+from dit_jax.scaling.overhead import FACTOR, off_by
+from dit_jax.scaling.predict import predict
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.settings import Settings, command
-from dit_jax.scaling.study import SurfaceFit
 
-FACTOR = 2.0  # of a size that is off
-MOST = 1e6  # times the compute: more is never made up for
 UNLIKE = 1.25  # FLOPs per parameter and token, planned over fitted, above which the two are not the same study
-
-
-@dataclass(frozen=True)
-class Off:
-    """A size that is `factor` times the best, at the same compute. `compute`: how many times the compute make up for it."""
-
-    factor: float
-    params: float
-    loss: float
-    rise: float  # of the loss over the best
-    rise_interval: tuple
-    compute: float
-    compute_interval: tuple
 
 
 @dataclass(frozen=True)
@@ -159,62 +142,3 @@ def _cautions(recipe: Recipe, runs: Sequence[Run], convention: Convention) -> li
     if abs(math.log(recipe.over)) > math.log(1.1):
         found.append(f"no model of the family is nearer to N_opt than {recipe.over:.2f} times it")
     return found
-
-
-def off_by(fit: Fit, budget: float | int, factor: float) -> Off:
-    """What a model of `factor` x N_opt costs at the compute `budget`.
-
-    On a surface E + A / N^alpha + B / D^beta both terms decay alike along the optimum, so the rise of the loss is a fixed share of the
-    reducible loss k C^-x at any compute. An isoFLOP fit has that share from its parabolas: their curvature over the reducible loss of
-    their budget, the median. A size that stays `factor` x N_opt(C) reaches the best loss with (1 + share)^(1 / x) times the compute.
-    """
-    said, law, laws = predict(fit, budget), fit.laws["L_opt"], fit.draws.get("L_opt")
-    share, shares = _share(fit, float(budget), factor)
-    both = shares is not None and laws is not None
-    rise = share * _reducible(law, budget)
-    return Off(
-        factor=factor,
-        params=factor * said["N_opt"],
-        loss=float(said["L_opt"] + rise),
-        rise=float(rise),
-        rise_interval=interval(shares * _reducible(laws, budget), fit.level) if both else NO_INTERVAL,
-        compute=float(_made_up(law, share)),
-        compute_interval=interval(_made_up(laws, shares), fit.level) if both else NO_INTERVAL,
-    )
-
-
-def _reducible(law, flops: float | int | np.ndarray):
-    return law.coefficient * np.power(flops, law.exponent)
-
-
-def _share(fit: Fit, budget: float, factor: float) -> tuple:
-    """(rise over the reducible loss, its resamples or None); nan where a method knows nothing of other sizes."""
-    if isinstance(fit, SurfaceFit):
-        share = float(_off_surface(fit.surface, fit.laws, fit.k, budget, factor))
-        return share, _off_surface(fit.surfaces, fit.draws, fit.k, budget, factor) if fit.draws else None
-    if not isinstance(fit, IsoflopFit):
-        return math.nan, None
-    away, C = math.log(factor) ** 2, np.array([b.flops for b in fit.used])
-    curvature = np.array([b.curvature for b in fit.used])
-    share = float(np.median(curvature / _reducible(fit.laws["L_opt"], C))) * away
-    if not fit.draws:
-        return share, None
-    error = np.sqrt([b.curve.covariance[2, 2] for b in fit.used])
-    noise = np.random.default_rng(0).standard_normal((len(fit.noise_draws), len(C))) * fit.noise_draws[:, None]
-    reducible = np.stack([_reducible(fit.draws["L_opt"], c) for c in C.tolist()], axis=1)
-    with np.errstate(all="ignore"):
-        return share, np.median((curvature + noise * error) / reducible, axis=1) * away
-
-
-def _off_surface(surface, laws: dict, k: float, c: float, factor: float):
-    with np.errstate(all="ignore"):  # of resamples whose term is nothing
-        n = laws["N_opt"](c) * factor
-        return (surface(n, c / (k * n)) - laws["L_opt"](c)) / _reducible(laws["L_opt"], c)
-
-
-def _made_up(law, share):
-    """Times the compute, at most MOST."""
-    with np.errstate(all="ignore"):
-        power = np.log1p(np.maximum(share, 0.0)) / -np.asarray(law.exponent)
-        found = np.exp(np.clip(np.nan_to_num(power, nan=math.inf), 0.0, math.log(MOST)))
-    return np.where(np.isnan(share), math.nan, found)

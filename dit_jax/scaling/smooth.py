@@ -31,9 +31,9 @@ ROUNDS = 20  # of moving the centres onto the minima
 class Curves:
     """Smooth curves of log loss; tuples hold an array for each budget."""
 
+    x: np.ndarray  # (budgets,) log C about its mean
     inside: tuple  # (all runs,) which of them are near enough to the minimum to be of use: the others are left out of what follows
     places: tuple  # (runs,) log N about the law of the minima
-    rises: tuple  # (runs,) log loss above the curve's lowest
     powers: tuple  # (runs, p) of the common terms
     weights: tuple  # (runs,) noise of a run over `noise`
     shape: np.ndarray  # (p,) coefficients of the common terms
@@ -42,27 +42,40 @@ class Curves:
     freedom: int
     residuals: np.ndarray  # pooled, of mean 0 and variance 1
 
-    def draw(self, rng: np.random.Generator, resamples: int) -> tuple:
-        """(log losses of each budget's runs above the lowest of its curve [b](resamples, runs), scale of their noise (resamples,))."""
+    def shapes(self, rng: np.random.Generator, resamples: int) -> tuple:
+        """(shapes (resamples, p), scale of the noise (resamples, 1)); a shape with another minimum is the estimate instead."""
         scale = self.noise * np.sqrt(self.freedom / rng.chisquare(self.freedom, (resamples, 1)))
         shapes = self.shape + scale * (rng.standard_normal((resamples, self.root.shape[1])) @ self.root.T)
-        rises = [shapes @ p.T for p in self.powers]
-        odd = np.any([(r < 0).any(1) for r in rises], axis=0)[:, None]  # shapes with another minimum
-        losses = []
-        for rise, usual, weight in zip(rises, self.rises, self.weights, strict=True):
-            noise = scale * weight * rng.choice(self.residuals, rise.shape)
-            losses.append(np.where(odd, usual, rise) + noise)
+        odd = np.any([(shapes @ p.T < 0).any(1) for p in self.powers], axis=0)
+        return np.where(odd[:, None], self.shape, shapes), scale
+
+    def draw(self, rng: np.random.Generator, resamples: int) -> tuple:
+        """(log losses of each budget's runs above the lowest of its curve [b](resamples, runs), scale of their noise (resamples,))."""
+        shapes, scale = self.shapes(rng, resamples)
+        pairs = zip(self.powers, self.weights, strict=True)
+        losses = [shapes @ p.T + scale * w * rng.choice(self.residuals, (resamples, len(p))) for p, w in pairs]
         return losses, scale[:, 0]
+
+    def rise(self, away: float, shapes: np.ndarray) -> np.ndarray:
+        """Log loss (m, budgets) at log N = `away` from the minimum, above the minimum, of the curves of `shapes` (m, p); nan where a
+        budget has no runs so far from it."""
+        common = _common(np.full(len(self.x), away), self.x, len(self.shape), len(self.x) >= CHANGING)
+        reached = np.array([v.min() <= away <= v.max() for v in self.places])
+        return np.where(reached, shapes @ common.T, math.nan)
 
 
 def smooth(
-    log_c: np.ndarray, sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], start: np.ndarray
+    log_c: np.ndarray,
+    sizes: Sequence[np.ndarray],
+    losses: Sequence[np.ndarray],
+    start: np.ndarray,
+    reach: float = 0.0,
 ) -> Curves | None:
     """The curves through `losses`, log loss (runs,) of each budget at `sizes`, log N (runs,); `start` (budgets,) is about where they are
-    lowest. None where the runs leave no degree of freedom or have no minimum."""
+    lowest. Runs as far as `reach` from there are not left out. None where the runs leave no degree of freedom or have no minimum."""
     away = [np.abs(u - m) for u, m in zip(sizes, start, strict=True)]
     farthest, best = max(a.max() for a in away), None
-    for window in WINDOWS:
+    for window in [w for w in WINDOWS if w * farthest >= reach]:
         inside = tuple(a <= window * farthest for a in away)
         near = [[v[i] for v, i in zip(values, inside, strict=True)] for values in (sizes, losses)]
         found = _widest(log_c - log_c.mean(), *near, start)
@@ -98,14 +111,19 @@ def _centred(x, sizes, losses, centre, degree: int) -> Curves | None:
     return curves if all(v.min() < 0 < v.max() for v in curves.places) else None
 
 
+def _common(v: np.ndarray, x: np.ndarray, count: int, changing: bool) -> np.ndarray:
+    """The `count` terms (n, p) that budgets share, of runs at v (n,) of budgets at x (n,)."""
+    powers = v[:, None] ** np.arange(2, 2 + count // (1 + changing))
+    return np.hstack([powers, powers * x[:, None]]) if changing else powers
+
+
 def _fit(x, places, losses, degree: int) -> tuple | None:
     """(curves about these places, the minima's distance from there (budgets,), curvature (budgets,)) by least squares."""
     owner, ends = np.repeat(np.arange(len(x)), [len(v) for v in places]), np.cumsum([len(v) for v in places])[:-1]
     v, y = np.concatenate(places), np.concatenate(losses)
     own = (owner[:, None] == np.arange(len(x))).astype(float)
-    powers = v[:, None] ** np.arange(2, degree + 1)
     changing = len(x) >= CHANGING
-    common = np.hstack([powers, powers * x[owner, None]]) if changing else powers
+    common = _common(v, x[owner], (degree - 1) * (1 + changing), changing)
     design = np.hstack([own, own * v[:, None], common])
     lengths, freedom = np.sqrt((design**2).sum(0)), len(y) - design.shape[1]
     if freedom < 1 or not (lengths > 0).all():
@@ -123,9 +141,9 @@ def _fit(x, places, losses, degree: int) -> tuple | None:
     pooled = off[free > 0.01] / np.sqrt(free[free > 0.01])
     pooled = pooled - pooled.mean()
     curves = Curves(
+        x=x,
         inside=(),
         places=tuple(places),
-        rises=tuple(np.split(rise, ends)),
         powers=tuple(np.split(common, ends)),
         weights=tuple(np.split(np.exp(np.maximum(y.mean() - (y - off), 0.0)), ends)),
         shape=shape,

@@ -9,12 +9,12 @@ from test_scaling_fit import BUDGETS, L_LAW, N_LAW, study
 from test_scaling_methods import best_runs, curves
 
 from dit_jax.scaling import newton
-from dit_jax.scaling.akima import fit_akima
+from dit_jax.scaling.akima import _curves, fit_akima
 from dit_jax.scaling.compute import fit_compute
 from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import PowerLaw
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.smooth import smooth
+from dit_jax.scaling.smooth import at_minima, smooth
 
 POWER = PowerLaw(2394.3, -0.1273, 1.7)
 
@@ -115,6 +115,45 @@ def test_smoothing_finds_the_planted_noise_and_minima():
     losses, scale = found.draw(rng, 50)
     assert losses[0].shape == (50, 40) and scale.shape == (50,)
     assert smooth(log_c, u, [-v for v in y], 0.5 * log_c) is None
+
+
+def bent(noise=0.001, seed=0) -> list[Run]:
+    """Wide grids whose curves no polynomial follows: sizes far above the best hardly train. N_opt grows as C^0.55."""
+    rng, runs = np.random.default_rng(seed), []
+    for i, c in enumerate(np.geomspace(1e16, 2.6e19, 11)):
+        for u in np.arange(-1.3 + rng.uniform(-0.3, 0.3), 3.2 - 0.18 * i, 0.4):
+            n, late = 0.05 * float(c) ** 0.55 * math.exp(u), 1 / (1 + math.exp(-(u - 1.5) / 0.15))
+            log_loss = 1.3 - 0.05 * math.log(c / 5e17) + 0.035 * u * u + 0.4 * late + noise * rng.standard_normal()
+            runs.append(Run(f"{i}", n, float(c / 6 / n), float(c), math.exp(log_loss)))
+    return runs
+
+
+def test_misfit_far_from_the_minima_is_no_noise():
+    """A cubic through the neighbours of the lowest runs tells the noise that is there; far off, the residuals are many times as large."""
+    found, misfit = [], []
+    for seed in range(8):
+        fit = fit_akima(bent(seed=seed), resamples=50)
+        curves = _curves(fit.points, fit.others.grids)
+        variance, freedom = at_minima(*zip(*[grid[:2] for grid in fit.others.grids], strict=True))
+        found.append(variance)
+        if curves.noise > 0.002:  # twice what was planted
+            misfit.append(fit.noise / fit.points[-1].loss)
+        assert freedom >= 8 and curves.least(1.0, freedom) is curves and curves.least(math.nan, 0) is curves
+        assert curves.least(1e-9, freedom).noise == pytest.approx(math.sqrt(1e-9))
+    assert math.sqrt(np.mean(found)) == pytest.approx(0.001, rel=0.25)
+    assert len(misfit) > 1 and np.mean(misfit) == pytest.approx(0.001, rel=0.3)
+
+
+@pytest.mark.slow
+def test_intervals_of_bent_curves_cover():
+    held_in, widths = [], []
+    for seed in range(300):
+        draws = fit_akima(bent(seed=seed), resamples=300, seed=10**6 + seed).draws["N_opt"].exponent
+        low, high = np.quantile(draws, [0.025, 0.975])
+        held_in.append(low <= 0.55 <= high)
+        widths.append(high - low)
+    print(f"bent curves: coverage {np.mean(held_in):.3f}, half-width {np.median(widths) / 2:.4f}")
+    assert np.mean(held_in) >= 0.93
 
 
 def test_problems_with_losses_of_their_own_are_solved_as_if_alone():

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 from planted import EQUAL, LAW, coverage, ladder, scatter
+from scipy import stats
 from scipy.optimize import approx_fprime, minimize
 from scipy.special import huber, logsumexp
 
@@ -227,9 +228,19 @@ CONFIGURATION = ("file", "dataset", "hparams", "warmup", "decay", "param_count",
 def test_the_15_porian_exponents_are_rederived(row):
     points = [p for p in _rows("porian_isoflop_points.csv") if all(p[k] == row[k] for k in CONFIGURATION)]
     runs = [Run("", *(float(p[k]) for k in ("n", "t", "flops", "loss"))) for p in points]
-    a = METHODS["akima"](runs, resamples=100).laws["N_opt"].exponent
+    fit = METHODS["akima"](runs, resamples=200)
+    a = fit.laws["N_opt"].exponent
     assert float(row["a_lo95"]) < a < float(row["a_hi95"])
     assert a == pytest.approx(float(row["a_basic"]), abs=0.01)
+    low, high = np.quantile(fit.draws["N_opt"].exponent, [0.025, 0.975])
+    assert low < float(row["a_basic"]) < high and (high - low) / 2 == pytest.approx(by_scatter(fit), rel=1.0)
+
+
+def by_scatter(fit) -> float:
+    """Half-width of the 95 % interval of the exponent of N_opt that the scatter of the points gives (Student's t)."""
+    x, y = (np.log([getattr(p, name) for p in fit.points]) for name in ("flops", "n_opt"))
+    line = stats.linregress(x, y)
+    return float(line.stderr * stats.t.ppf(0.975, len(x) - 2))
 
 
 def test_gadre_predicts_its_7b_run_from_five_small_ones():

@@ -5,7 +5,9 @@ not bias it as it does a parabola; in return it takes each run at its word, so n
 
 Intervals are a bootstrap whose unit is the run: all runs' losses are drawn anew about smooth curves and interpolated again (`smooth`). Of
 the errors of log L the mean is taken off the law too, since it is the bias of a minimum of noise; of log N and log D it is not: inside
-the sizes it is small against their scatter, and its estimate would add more than it removes.
+the sizes it is small against their scatter, and its estimate would add more than it removes. Where wide grids do not follow the smooth
+curves, the noise is read at the minima alone: from the lowest runs and their neighbours (`at_minima`), pooled with the scatter of
+the minima about the law of N_opt.
 """
 
 import math
@@ -17,9 +19,10 @@ from scipy.interpolate import Akima1DInterpolator
 
 from dit_jax.scaling.optima import Errors, Point, PointFit, laws_of, left_out, shared
 from dit_jax.scaling.runs import Run, budgets
-from dit_jax.scaling.smooth import Curves, smooth
+from dit_jax.scaling.smooth import Curves, at_minima, smooth
 
 BEYOND = 1.2  # times the distance from the best at which a size is asked for, within which no run is left out
+FEWEST = 20  # resamples that tell how much the minima scatter
 SIZES = 4  # an Akima curve through fewer points is a parabola or less
 ROUGH = (
     "the runs show no smooth curves about which their noise could be drawn: the intervals hold the scatter of the minima about their laws, "
@@ -117,6 +120,31 @@ def _errors(points: Sequence[Point], grids: Sequence[tuple], resamples: int, see
     curves = _curves(points, grids)
     if curves is None:
         return None
+    variance, freedom = at_minima([u for u, _, _ in grids], [loss for _, loss, _ in grids])
+    if 0 < variance < curves.noise**2:
+        less = _simulated(curves.with_noise(variance, freedom), grids, resamples, seed)
+        curves = curves.least(*_pooled(points, less, variance, freedom))
+    return _simulated(curves, grids, resamples, seed)
+
+
+def _pooled(points: Sequence[Point], errors: Errors, variance: float, freedom: int) -> tuple:
+    """`variance` of the noise pooled with that by which the points' N_opt scatter about their law, and its degrees of freedom. `errors` are
+    what the points do under `variance`."""
+    drawn, log_c = errors.log[0][errors.found.all(1)], np.log([p.flops for p in points])
+    if len(drawn) < FEWEST:
+        return variance, freedom
+    basis, _ = np.linalg.qr(np.stack([np.ones_like(log_c), log_c - log_c.mean()], axis=1))
+
+    def scatter(v: np.ndarray):
+        return ((v - (v @ basis) @ basis.T) ** 2).sum(-1)
+
+    ratio = float(scatter(np.log([p.n_opt for p in points])) / max(scatter(drawn).mean(), 1e-300))
+    more = len(points) - 2
+    return variance * (freedom + more * ratio) / (freedom + more), freedom + more
+
+
+def _simulated(curves: Curves, grids: Sequence[tuple], resamples: int, seed: int) -> Errors:
+    """The errors of the minima of runs drawn about the curves."""
     losses, scale = curves.draw(np.random.default_rng(seed), resamples)
     off, found = [], []
     for v, drawn, inside, (_, _, tokens) in zip(curves.places, losses, curves.inside, grids, strict=True):

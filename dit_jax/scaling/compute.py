@@ -19,7 +19,7 @@ from dit_jax.scaling import inference, newton
 from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
 from dit_jax.scaling.optima import IRREDUCIBLE_FROM, Errors, Point, PointFit
 from dit_jax.scaling.runs import Run, budgets
-from dit_jax.scaling.smooth import smooth
+from dit_jax.scaling.smooth import at_minima, smooth
 from dit_jax.scaling.study import check
 from dit_jax.scaling.surface import DELTA, NOTHING, STEEPEST
 
@@ -94,6 +94,7 @@ def _errors(C, grids, resamples: int, seed: int) -> Errors | None:
     )
     if curves is None:
         return None
+    curves = curves.least(*at_minima(sizes, losses))
     drawn, scale = curves.draw(np.random.default_rng(seed), resamples)
     off = np.stack([d.min(1) for d in drawn], axis=1)
     return Errors(np.broadcast_to(off, (3, *off.shape)), np.ones(off.shape, bool), curves.noise, scale)

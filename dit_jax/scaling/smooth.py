@@ -11,6 +11,10 @@ about a power law through the minima. Level and slope are each budget's own; the
 few runs of each budget are enough. Runs far from the minimum that do not fit such a curve (F test) are left out. What is not known is
 drawn in each resample: the scale of the noise, s sqrt(v / chi2_v) as in `bootstrap`, and the shape, by its covariance. Whether noise is
 a share of the loss or of one size in all runs a few runs cannot tell; where a loss is below the mean, the larger of the two is taken.
+
+Where wide grids are no such curves, what these leave is misfit as well as noise. So the noise is also read where the minima are, from
+differences (Gasser, Sroka & Jennen-Steinmetz 1986, Biometrika 73): how far each budget's lowest run lies from the cubic through two
+neighbours on either side. Where the residuals are larger than that by more than chance (F test), that is the noise (`Curves.least`).
 """
 
 import math
@@ -22,7 +26,8 @@ from scipy import stats
 
 DEGREES = ((12, 6), (10, 5), (7, 4), (6, 3), (4, 2))  # median sizes of a budget, and the degree that they allow
 WINDOWS = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the farthest run's distance from the minimum
-CHANCE = 0.01  # of the F test by which a narrower window is taken
+CHANCE = 0.01  # of the F tests by which a narrower window, or a noise less than the residuals', is taken
+ASIDE = 2  # neighbours of the lowest run on either side that tell its noise
 CHANGING = 3  # budgets from which the shape may change with compute
 ROUNDS = 20  # of moving the centres onto the minima
 
@@ -41,6 +46,16 @@ class Curves:
     noise: float  # standard deviation of a run's log loss
     freedom: int
     residuals: np.ndarray  # pooled, of mean 0 and variance 1
+
+    def least(self, variance: float, freedom: int) -> "Curves":
+        """The curves with another estimate of the noise, its variance of a log loss, where their residuals are larger by more than
+        chance; else as they are."""
+        if not freedom or variance >= self.noise**2 * stats.f.ppf(CHANCE, freedom, self.freedom):
+            return self
+        return self.with_noise(variance, freedom)
+
+    def with_noise(self, variance: float, freedom: int) -> "Curves":
+        return replace(self, noise=math.sqrt(variance), freedom=freedom)
 
     def shapes(self, rng: np.random.Generator, resamples: int) -> tuple:
         """(shapes (resamples, p), scale of the noise (resamples, 1)); a shape with another minimum is the estimate instead."""
@@ -62,6 +77,22 @@ class Curves:
         common = _common(np.full(len(self.x), away), self.x, len(self.shape), len(self.x) >= CHANGING)
         reached = np.array([v.min() <= away <= v.max() for v in self.places])
         return np.where(reached, shapes @ common.T, math.nan)
+
+
+def at_minima(sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray]) -> tuple:
+    """(variance of a log loss, degrees of freedom) from each budget's lowest run and its neighbours; (nan, 0) where there are too few.
+    The lowest being chosen, its noise is more often below than above, which makes this a little too large, not too small."""
+    found = []
+    for u, y in zip(sizes, losses, strict=True):
+        places, which, count = np.unique(u, return_inverse=True, return_counts=True)
+        y = np.bincount(which, y) / count
+        low = int(y.argmin())
+        if ASIDE <= low < len(places) - ASIDE:
+            near = slice(low - ASIDE, low + ASIDE + 1)
+            v = places[near] - places[low]
+            weight = np.linalg.inv(v[:, None] ** np.arange(len(v)))[-1]  # of the power that a cubic does not have
+            found.append((weight @ y[near]) ** 2 / (weight**2 / count[near]).sum())
+    return (float(np.mean(found)), len(found)) if found else (math.nan, 0)
 
 
 def smooth(

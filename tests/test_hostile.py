@@ -344,7 +344,7 @@ CSV = {
     "an escape code in a group": ("params,tokens,loss,group\n1,2,3,\x1b[2Jx\n", r"group is '\\x1b\[2Jx'"),
     "a line break in a name": (HEAD + '1,2,3,"x\ny"\n', r"runs.csv:3: run is 'x\\ny'"),
     "an escape code in the header": ("params,tokens,loss,\x1b[2Jrum\n1,2,3,x\n", None),
-    "UTF-16": ((HEAD + "1,2,3,x\n").encode("utf-16"), "no column 'params'"),
+    "UTF-16": ((HEAD + "1,2,3,x\n").encode("utf-16"), "found UTF-16, expected UTF-8"),
     "a pickle": (pickle.dumps(Bomb()), "no column 'params'"),
     "an archive": (b"PK\3\4" + bytes(range(256)) * 8, None),
 }

@@ -86,6 +86,12 @@ def test_budgets_are_found_where_they_are_meant_though_steps_are_rounded(step, o
         assert not scattered(budgets(runs))
 
 
+def test_checkpoints_that_count_as_runs_are_named():
+    rows = curves(points=5, sizes=6)
+    assert "30 rows are checkpoints of 6 runs" in only(rows, "checkpoints").text
+    assert "checkpoints" not in kinds(rows, curves=True) and "checkpoints" not in kinds(ladder())
+
+
 def test_few_clean_studies_have_an_outlier():
     """At most 5 %, by the threshold; the two conditions together make it fewer."""
     groups = [range(8 * i, 8 * i + 8) for i in range(6)]

@@ -210,3 +210,29 @@ def test_names_of_columns_that_are_none_are_refused(texts, message):
     assert parse_names(["params=Model Size", "loss=a=b"]) == {"params": "Model Size", "loss": "a=b"}
     with pytest.raises(UsageError, match=message):
         parse_names(texts)
+
+
+PLAIN = "params,tokens,loss\n10,20,3.5\n20,40,2.5\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN.replace(",", ";"),
+        PLAIN.replace(",", "\t"),
+        PLAIN.replace("\n", "\n,,\n"),
+        PLAIN.replace("params", "Params"),
+    ],
+    ids=["semicolons", "tabs", "blank rows", "capitals"],
+)
+def test_what_spreadsheets_make_of_a_table_is_read_alike(tmp_path, text):
+    assert [(r.params, r.tokens, r.loss) for r in load_runs(table(tmp_path, text))] == [(10, 20, 3.5), (20, 40, 2.5)]
+
+
+def test_numbers_and_encodings_of_spreadsheets_are_named(tmp_path):
+    with pytest.raises(UsageError, match=r"runs.csv:2: params is '1,000', expected a number such as"):
+        load_runs(table(tmp_path, 'params,tokens,loss\n"1,000",20,3\n'))
+    path = tmp_path / "wide.csv"
+    path.write_bytes(PLAIN.encode("utf-16"))
+    with pytest.raises(UsageError, match=r"wide.csv: found UTF-16, expected UTF-8"):
+        load_runs(path)

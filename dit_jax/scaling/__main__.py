@@ -39,6 +39,7 @@ from dit_jax.scaling.table import (
     PREDICT_HEAD,
     budget_rows,
     check_rows,
+    far,
     finite,
     law_rows,
     print_table,
@@ -111,6 +112,11 @@ def _check(args) -> None:
         on_disk(f"--{name}", path or "")
         if path and os.path.isdir(path):
             raise UsageError(f"--{name}: {path} is a folder, expected a file")
+        above = os.path.abspath(path or ".")
+        while not os.path.exists(above):
+            above = os.path.dirname(above)
+        if path and not os.path.isdir(above) and above != os.path.abspath(path):
+            raise UsageError(f"--{name}: {above} is a file, expected a folder to write {os.path.basename(path)} in")
 
 
 def _options(args, method: str, strict: bool = True) -> dict:
@@ -184,7 +190,7 @@ def _every(args, runs, curves) -> Methods:
 def _curves(args) -> tuple | None:
     """Every evaluated step of the runs; None where these cannot be taken together."""
     try:
-        return tuple(_loaded(args, curves=True)[0])
+        return tuple(_loaded(args, curves=True, quiet=True)[0])
     except UsageError as error:
         print(f"warning: training curves are left out: {error}", file=sys.stderr)
         return None
@@ -268,15 +274,14 @@ def _counting(head: tuple, runs) -> tuple:
 def _print_predictions(fit, flops, runs) -> None:
     rows = []
     for said in (predict(fit, c) for c in flops):
-        beyond = f"{said['beyond']:.1f}x" + (" beyond" if said["beyond"] > 1 else ", inside")
-        row = [f"{said['flops']:.3g}", beyond]
+        row = [f"{said['flops']:.3g}", far(said["beyond"])]
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
             row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
         rows.append((*row, span(said["L_run_interval"], ".4f")))
     print_table(f"Predictions, {fit.level:.0%} intervals", _counting(PREDICT_HEAD, runs), rows)
 
 
-def _loaded(args, curves: bool) -> tuple:
+def _loaded(args, curves: bool, quiet: bool = False) -> tuple:
     """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
     options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
     options |= dict(columns=parse_names(args.column), where=args.where)
@@ -285,7 +290,7 @@ def _loaded(args, curves: bool) -> tuple:
     if args.to:
         have = runs[0].convention
         runs = convert(runs, have, stated.target(args.to, have), args.tokens_per_image)
-    return trust.without(runs, args.drop, curves)
+    return trust.without(runs, args.drop, curves, quiet)
 
 
 def _fitted(args) -> dict:

@@ -27,7 +27,8 @@ def positive(value, name: str, where: str, zero: bool = False) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{where}: {name} is {value!r}, expected a number") from None
+        hint = " such as 24255731 or 2.4e7" if isinstance(value, str) and any(c.isdigit() for c in value) else ""
+        raise UsageError(f"{where}: {name} is {value!r}, expected a number{hint}") from None
     if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
         raise UsageError(f"{where}: {name} is {value}, expected a finite number {'at least' if zero else 'above'} 0")
     if number and not SMALLEST <= number <= 1 / SMALLEST:

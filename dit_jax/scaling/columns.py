@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 from dit_jax.command import numbered
 from dit_jax.error import UsageError
@@ -52,17 +52,31 @@ def read_rows(file: str, expected: Expected, columns: Columns) -> Iterator[tuple
     missing, doubled or seem misspelt, and on rows longer than the header.
     """
     wanted = [condition(text) for text in columns.where]
+    _check_encoding(file)
     with opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
-        reader = csv.reader((line for _, line in numbered(lines, file)), skipinitialspace=True, strict=True)
+        text = (line for _, line in numbered(lines, file))
+        head = next(text, "")
+        reader = csv.reader(chain([head], text), delimiter=_separator(head), skipinitialspace=True, strict=True)
         theirs = [c.strip() for c in next(reader, [])]
         ours = _ours(file, theirs, expected, columns.names)
         for cells in reader:
-            if not cells:
+            if not any(cell.strip() for cell in cells):
                 continue
             at = f"{file}:{reader.line_num}"
             _check_length(cells, theirs, at)
             if agrees(dict(zip_longest(theirs, cells[: len(theirs)])), wanted, at):
                 yield {name: cell for name, cell in zip_longest(ours, cells[: len(ours)]) if name}, at
+
+
+def _check_encoding(file: str) -> None:
+    with opened(file, "rb") as data:
+        if data.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise UsageError(f"{file}: found UTF-16, expected UTF-8: save the table as CSV in UTF-8")
+
+
+def _separator(head: str) -> str:
+    """Commas, but where the header has none: spreadsheets also separate by semicolons or tabs."""
+    return next((s for s in (";", "\t") if s in head), ",") if "," not in head else ","
 
 
 def _check_length(cells: list, columns: list, where: str) -> None:
@@ -83,9 +97,16 @@ def _ours(file: str, theirs: list, expected: Expected, names: Mapping) -> list:
     given = {column: name for name, column in names.items()}
     if len(given) < len(names):
         raise UsageError("--column: found one column under two names, expected each once")
-    ours = [given.get(column, "" if column in names else column) for column in theirs]
+    alike = _other_case(theirs, expected)
+    ours = [given.get(column, "" if column in names else alike.get(column, column)) for column in theirs]
     _check_columns(file, ours, expected, misspelt=not names)
     return ours
+
+
+def _other_case(theirs: list, expected: Expected) -> dict:
+    """Columns that are ours but for capitals, where no other column is."""
+    lower = [column.lower() for column in theirs]
+    return {c: c.lower() for c in theirs if c.lower() in expected.known and lower.count(c.lower()) == 1}
 
 
 def _check_columns(file: str, ours: list, expected: Expected, misspelt: bool) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 
 from dit_jax.config import UsageError
@@ -223,6 +224,14 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     return ladder
 
 
+def _side(path: str, name: str, args, warnings: list) -> ladders.Ladder:
+    """The same; a message about runs says which side's they are."""
+    try:
+        return _ladder(path, name, args, warnings)
+    except UsageError as error:
+        raise UsageError(re.sub(r"^RUNS: ", f"{path}: ", str(error))) from None
+
+
 def run_compare(args) -> tuple[dict, list]:
     """Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower."""
     if higher_is_better(args.metric):
@@ -230,7 +239,7 @@ def run_compare(args) -> tuple[dict, list]:
     names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []
-    a, b = (_ladder(path, name, args, warnings) for path, name in zip((args.runs_a, args.runs_b), names, strict=True))
+    a, b = (_side(path, name, args, warnings) for path, name in zip((args.runs_a, args.runs_b), names, strict=True))
     c = ladders.compare(a, b, form=args.law)
     rows = [(d.law, f"{d.a:.4f}", span(d.a_interval, ".4f"), f"{d.b:.4f}", span(d.b_interval, ".4f"), f"{d.difference:+.4f}",
              span(d.interval, "+.4f")) for d in c.exponents]  # fmt: skip

@@ -24,6 +24,7 @@ from dit_jax.scaling.table import (
     answer,
     budget_rows,
     check_rows,
+    far,
     law_rows,
     law_text,
     span,
@@ -33,6 +34,7 @@ LONG = 40  # letters of a cell, from which its column is wrapped
 MULTIPLES = (1.0, 10.0, 100.0)  # of the largest run, predicted where no compute is asked for
 DISAGREEMENT_HEAD = ("of", "one finds", "the other", "why")
 PREDICTION_HEAD = ("method", *PREDICT_HEAD)
+MANY = 30  # budgets, from which their table is folded
 
 
 def page(report, charts: list) -> str:
@@ -163,7 +165,12 @@ def _swatch(method: str) -> str:
 
 
 def _budget_table(fit) -> str:
-    return "" if fit is None else _table(BUDGET_HEAD, budget_rows(fit), text=(7,))
+    if fit is None:
+        return ""
+    table = _table(BUDGET_HEAD, budget_rows(fit), text=(7,))
+    if len(fit.budgets) <= MANY:
+        return table
+    return f"<details><summary>{len(fit.used)} of {len(fit.budgets)} budgets used by isoflop</summary>{table}</details>"
 
 
 def _law_tables(fits: dict) -> str:
@@ -204,7 +211,7 @@ def _prediction_table(report) -> str:
     rows, methods = [], []
     for method, fit in report.methods.fits.items():
         for said in predictions(fit, computes(report)):
-            beyond = f"{said['beyond']:.1f}x" + (" beyond" if said["beyond"] > 1.0001 else ", inside")
+            beyond = far(said["beyond"])
             cells = [method, f"{said['flops']:.3g}", beyond]
             for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
                 cells += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]

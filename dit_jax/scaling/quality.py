@@ -76,7 +76,7 @@ def findings(runs: Sequence[Run], tolerance: float = 0.05, curves: bool = False)
     if curves:
         return tuple(found)
     grids = _grids(runs, tolerance)
-    found += _repeats(runs)
+    found += [*_repeats(runs), *_checkpoints(runs)]
     for check in (_few, _edges, _off_centre, _drifting):
         found += check(runs, grids)
     single = _distinct(runs)
@@ -203,6 +203,19 @@ def _conflicts(runs) -> list[Finding]:
             _finding("conflicts", what, "keep the row that is right, or give repeats names of their own", same)
         )
     return found
+
+
+def _checkpoints(runs) -> list[Finding]:
+    """Rows of one name and size on several amounts of data are one training: what is fitted to each row takes them for many."""
+    data: dict = {}
+    for r in runs:
+        data.setdefault((r.name, r.params), set()).add(r.tokens)
+    trainings = [key for key, tokens in data.items() if len(tokens) > 2]
+    if not trainings:
+        return []
+    what = f"{len(runs)} rows are checkpoints of {len(data)} runs: isoflop, akima and power take each for a run: too narrow intervals"
+    advice = "use --method=envelope or a surface (whose bootstrap draws whole runs), or keep the last row of each run"
+    return [_finding("checkpoints", what, advice)]
 
 
 def _repeats(runs) -> list[Finding]:

@@ -17,6 +17,7 @@ from dit_jax.scaling.predict import predict
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.settings import Settings, command
 
+ROUNDED = 1e-3  # of the tokens an image, as far as rounded numbers of images may be off
 UNLIKE = 1.25  # FLOPs per parameter and token, planned over fitted, above which the two are not the same study
 
 
@@ -124,11 +125,10 @@ def make_recipe(
 def _cautions(recipe: Recipe, runs: Sequence[Run], convention: Convention) -> list[str]:
     """Where the planned run is unlike those that were fitted."""
     found, model = [], recipe.model
-    per_image = (
-        {round(r.tokens / r.images, 6) for r in runs if r.images == r.images} if convention.data == "tokens" else set()
-    )
-    if per_image and per_image != {float(model.tokens)}:
-        seen = f"{min(per_image):g}" if len(per_image) == 1 else f"{min(per_image):g} to {max(per_image):g}"
+    known = [r for r in runs if r.images == r.images] if convention.data == "tokens" else []
+    per_image = sorted({float(f"{r.tokens / r.images:.3g}") for r in known})
+    if any(abs(r.tokens / r.images / model.tokens - 1) > ROUNDED for r in known):
+        seen = f"{per_image[0]:g}" if len(per_image) == 1 else f"{per_image[0]:g} to {per_image[-1]:g}"
         found.append(
             f"the planned model has {model.tokens} tokens an image, RUNS {seen}: name their model, --config or --model"
         )

@@ -172,6 +172,13 @@ def check_rows(fit, holdout, extrapolation) -> list[tuple]:
     return rows
 
 
+def far(beyond: float) -> str:
+    """How far from the data a prediction reaches, in words."""
+    if beyond <= 1.0001:
+        return f"{beyond:.1f}x, inside"
+    return f"{beyond:.1f}x beyond" if beyond < 1e6 else f"{beyond:.3g}x beyond"
+
+
 def print_table(title: str, head, rows) -> None:
     """Print rows of text to standard output: a rich table on a terminal, aligned plain text elsewhere."""
     if sys.stdout.isatty():

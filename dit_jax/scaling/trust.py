@@ -30,8 +30,8 @@ def add_options(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--holdout", choices=crossval.SPLITS, help=what)
 
 
-def without(runs: list, drop: str | None, curves: bool) -> tuple:
-    """(the runs, {"dropped": those that --drop has left out}), which are printed too."""
+def without(runs: list, drop: str | None, curves: bool, quiet: bool = False) -> tuple:
+    """(the runs, {"dropped": those that --drop has left out}), which are printed too, but for `quiet`."""
     if drop is None:
         return runs, {}
     kinds = quality.DROPPED if drop == "all" else tuple(drop.split(","))
@@ -39,6 +39,8 @@ def without(runs: list, drop: str | None, curves: bool) -> tuple:
         if kind not in quality.DROPPED:
             raise UsageError(f"--drop: found {kind!r}, expected {', '.join(quality.DROPPED)} or all")
     kept = quality.drop(runs, kinds, curves=curves)
+    if quiet:
+        return kept.runs, {}
     dropped = [{"kind": f.kind, "run": r.name, "source": r.source, "text": f.what} for f, r in kept.dropped]
     for f, _ in kept.dropped:
         print(one_line(f"dropped ({f.kind}): {f.what}"), file=sys.stderr)

@@ -3,11 +3,13 @@
 import csv
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dit_jax.config import UsageError
+from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fit import METHODS, fit_isoflop
 from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
 from dit_jax.scaling.plan import plan
@@ -192,6 +194,47 @@ def test_two_budgets_are_fitted_but_not_identified():
 def test_pure_noise_is_not_identified():
     fit = fit_isoflop(study(noise=0.02, curvature=0.004, sizes=7, seed=11))
     assert not fit.identifiable or any("flat for the noise" in w for w in fit.warnings)
+
+
+@pytest.mark.parametrize(
+    "command", ["fit", "fit --method=all", "report", "predict --flops=1e12", "fit --method=envelope"]
+)
+def test_losses_that_do_not_vary_are_refused_naming_the_file(tmp_path, capsys, command):
+    path, out = tmp_path / "runs.csv", tmp_path / "report.html"
+    rows = [f"{r.params!r},{r.tokens!r},{r.flops!r},0.551" for r in study()]
+    path.write_text("\n".join(["params,tokens,flops,loss", *rows]))
+    name, *options = command.split()
+    options += [f"--out={out}"] if name == "report" else []
+    assert main([name, str(path), *options, "--resamples=20"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}:2 to {path}:26: loss is 0.551 in all 25 runs") and not out.exists()
+
+
+def test_a_curvature_below_rounding_is_no_minimum():
+    rng = np.random.default_rng(0)
+    runs = [Run(r.name, r.params, r.tokens, r.flops, 0.551 + 1e-16 * rng.integers(-2, 3)) for r in study()]
+    with pytest.raises(UsageError, match="0 usable"):
+        fit_isoflop(runs)
+    small = [Run(r.name, r.params, r.tokens, r.flops, r.loss * 1e-12) for r in study()]
+    assert fit_isoflop(small).laws["N_opt"].exponent == pytest.approx(0.52, rel=1e-6)
+
+
+def test_laws_that_most_resamples_do_not_have_are_not_identified():
+    said = []
+    for seed in range(6):
+        try:
+            fit = fit_isoflop(study(noise=0.02, curvature=1e-3, seed=seed), resamples=200)
+        except UsageError:
+            continue
+        if fit.degenerate > 100:
+            said.append(fit)
+    assert said and not any(fit.identifiable for fit in said)
+
+
+def test_an_optimum_of_size_0_is_predicted_without_a_crash():
+    fit = fit_isoflop(study(noise=0.001), resamples=50)
+    said = predict(replace(fit, laws={**fit.laws, "N_opt": PowerLaw(0.0, 0.5)}), 1e12)
+    assert said["N_opt"] == 0 and math.isnan(said["D_over_N"]) and math.isnan(said["L_run"])
 
 
 def test_scatter_beyond_the_noise_is_said():

@@ -13,7 +13,7 @@ from scipy.optimize import approx_fprime, minimize
 from scipy.special import huber, logsumexp
 
 from dit_jax.error import UsageError
-from dit_jax.scaling import newton
+from dit_jax.scaling import inference, newton
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.predict import predict
 from dit_jax.scaling.runs import Run
@@ -172,6 +172,36 @@ def test_an_irreducible_loss_that_is_not_there_is_said():
     assert any("E is not pinned down" in w for w in fit.warnings) and fit.profile.interval[0] == pytest.approx(
         0, abs=1e-3
     )
+
+
+@pytest.mark.parametrize("fit", [fit_gadre, fit_varpro])
+def test_no_draw_runs_away_where_the_irreducible_loss_is_at_or_near_its_bound(fit):
+    law = type(LAW)(0.0, 5.0, 10.0, 0.08, 0.08)
+    for seed in range(3):
+        runs = scatter(law=law, noise=0.003, seed=seed, count=20)
+        found = fit(runs, resamples=200, seed=seed)
+        lowest, highest = min(r.loss for r in runs), max(r.loss for r in runs)
+        assert found.surfaces.E.max() < lowest and found.draws["L_opt"](found.largest).max() < highest
+        assert found.intervals["E"][1] == pytest.approx(found.profile.interval[1], rel=0.5)
+
+
+def test_so_few_runs_that_the_stretch_is_large_make_no_law_far_from_all_runs(recwarn):
+    for seed in range(3):
+        runs = scatter(noise=0.003, seed=seed, count=6)
+        found = fit_gadre(runs, resamples=200, seed=seed)
+        lowest = min(r.loss for r in runs)
+        assert found.surfaces.E.max() <= 1.001 * max(lowest, found.surface.E)
+        assert found.draws["L_opt"](found.largest).max() < 2 * max(r.loss for r in runs)
+    assert not recwarn.list
+
+
+def test_draws_are_stretched_by_the_factor_where_the_law_is_linear():
+    fit = fit_varpro(ladder(noise=1e-5), resamples=0)
+    theta, problem = fit.theta, fit.design.problem
+    draws = theta + 1e-4 * np.random.default_rng(0).standard_normal((20, 5))
+    moved = inference.stretched(problem, theta, draws, 2.0)
+    np.testing.assert_allclose(moved - theta, 2 * (draws - theta), rtol=0.02, atol=3e-7)
+    assert inference.stretched(problem, theta, draws, 1.0) is draws
 
 
 def test_flops_that_are_not_a_multiple_of_n_and_d_are_said():

@@ -22,7 +22,7 @@ from dit_jax.scaling.methods import Methods, fit_methods, predictions
 from dit_jax.scaling.page import opening
 from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
 from dit_jax.scaling.report import Report, report_json, save, write
-from dit_jax.scaling.runs import load_runs
+from dit_jax.scaling.runs import load_runs, require_varied
 from dit_jax.scaling.study import LOSSES, RESIDUALS, SurfaceFit
 from dit_jax.scaling.summary import (
     METHOD_HEAD,
@@ -290,7 +290,9 @@ def _loaded(args, curves: bool, quiet: bool = False) -> tuple:
     if args.to:
         have = runs[0].convention
         runs = convert(runs, have, stated.target(args.to, have), args.tokens_per_image)
-    return trust.without(runs, args.drop, curves, quiet)
+    kept, said = trust.without(runs, args.drop, curves, quiet)
+    require_varied(kept)
+    return kept, said
 
 
 def _fitted(args) -> dict:

@@ -19,11 +19,12 @@ from dit_jax.scaling.compute import fit_compute
 from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
 from dit_jax.scaling.optima import PointFit, left_out, shared
-from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.runs import ROUNDING, Run, budgets
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
 
 IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
+MOST_DEGENERATE = 0.5  # of the resamples of laws that the data identify
 WIDEST = 700.0  # log N and log D of a resampled minimum, at most: what float64 holds
 
 
@@ -190,7 +191,8 @@ def _fit_budget(budget: Budget, window: float) -> Budget:
     problem = parabola.curve(np.array([r.params for r in runs]), np.array([r.tokens for r in runs]))
     vertex = parabola.vertex(problem, budget.losses[None])
     budget = replace(budget, curve=problem, coefficients=tuple((problem.solve @ budget.losses).tolist()))
-    if budget.curvature <= 0:
+    rise = budget.curvature * np.abs(problem.log_n - problem.centre).max() ** 2
+    if rise <= ROUNDING * budget.losses.max():
         return replace(budget, problem=f"the parabola has no minimum (curvature {budget.curvature:.2g})")
     if not vertex.inside[0]:
         n, span = math.exp(min(float(vertex.log_n[0]), 700.0)), f"{sizes[0]:.3g} to {sizes[-1]:.3g}"
@@ -273,6 +275,8 @@ def _reasons(fit: IsoflopFit) -> tuple:
         return ("two budgets: any two vertices lie on a power law, so nothing tests it",)
     if not fit.draws:
         return ("the laws have no interval",) if fit.resamples else ()
+    if fit.degenerate > MOST_DEGENERATE * fit.resamples:
+        return (f"the curves are flat for the noise: {fit.degenerate} of {fit.resamples} resamples are degenerate",)
     tail = (1 - fit.level) / 2
     low, high = np.quantile(fit.draws["N_opt"].exponent, [tail, 1 - tail])
     if low <= 0 or high >= 1:

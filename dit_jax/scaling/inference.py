@@ -3,6 +3,7 @@
 The unit is the run: rows of one run (checkpoints of one training) are drawn together and share their errors. Bootstrap draws of a least-
 squares fit are stretched about the estimate by sqrt(n / (n - p)) t / z for n runs and p parameters, which undoes the shrinking of residuals
 that p fitted parameters cause and widens few runs' percentiles to Student's t; without it, percentiles of a small study cover too rarely.
+What is stretched are the draws' losses at the runs, not their parameters: see `stretched`.
 Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself. Drawn
 with replacement they would be too wide (97.3 to 98 % of the studies covered for 95), so there the runs' weights are drawn from a Dirichlet
 distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %.
@@ -15,7 +16,7 @@ delta, is counted in a window no narrower than the scatter of the residuals allo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -24,6 +25,7 @@ from dit_jax.scaling import newton
 from dit_jax.scaling.noise import power
 
 POINTS = 33  # of a profile, in each of its rounds
+FARTHEST = 1.0  # of the logarithm of a law's loss at a run from the estimate's, once stretched
 LIFT = 18.0  # above the lower bound: where a search may leave a term that is nothing
 
 
@@ -73,8 +75,23 @@ def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, 
     found = newton.minimize(problem, np.tile(start, (len(weight), 1)), weight)
     kept = found.theta[np.isfinite(found.theta).all(1)]
     factor = 1.0 if robust else stretch(count, count - width, level)
-    moved = theta + factor * (kept - theta)
-    return np.clip(moved, problem.lower, problem.upper), resamples - len(kept)
+    return stretched(problem, theta, kept, factor), resamples - len(kept)
+
+
+def stretched(problem: newton.Problem, theta: np.ndarray, draws: np.ndarray, factor: float) -> np.ndarray:
+    """Draws (m, p) moved away from theta by `factor`: the losses of their laws at the runs are, and laws are fitted to these anew.
+
+    Near the estimate that moves the parameters by the same factor. Far from it, and at bounds, every draw remains a law of terms of at
+    least 0, with E no higher than the lowest of the losses; parameters moved by themselves would be a law far from all runs.
+    """
+    if factor == 1 or not len(draws):
+        return draws
+    law, drawn = (newton.residuals(replace(problem, linear=False), t) for t in (theta[None], draws))
+    away = np.clip(factor * (drawn - law), -FARTHEST, FARTHEST)
+    upper = problem.upper.copy()
+    upper[0] = max(theta[0], problem.log_loss.min())
+    squares = replace(problem, delta=math.inf, upper=upper)
+    return newton.minimize(squares, draws, log_loss=problem.log_loss + law + away).theta
 
 
 def lifted(problem: newton.Problem, theta: np.ndarray) -> np.ndarray:
@@ -95,7 +112,8 @@ def vanished(problem: newton.Problem, theta: np.ndarray) -> np.ndarray:
 def percentiles(values: dict, level: float) -> dict:
     """Name -> the central interval of its draws."""
     tail = (1 - level) / 2
-    return {name: tuple(np.quantile(v, [tail, 1 - tail]).tolist()) for name, v in values.items()}
+    with np.errstate(invalid="ignore"):  # of a law that is not determined some draws are infinite
+        return {name: tuple(np.quantile(v, [tail, 1 - tail]).tolist()) for name, v in values.items()}
 
 
 def curvature(problem: newton.Problem, theta: np.ndarray) -> tuple:

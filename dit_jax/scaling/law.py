@@ -22,7 +22,10 @@ class PowerLaw:
     irreducible: float | np.ndarray = 0.0
 
     def __call__(self, C):
-        return self.irreducible + self.coefficient * np.power(C, self.exponent)
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # laws that are not determined reach beyond what float64 holds
+            return self.irreducible + self.coefficient * np.power(C, self.exponent)
 
     def at(self, C: np.ndarray) -> tuple:
         """(law, its reducible part), (..., c) each, of every resample at every C (c,)."""

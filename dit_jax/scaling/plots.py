@@ -254,7 +254,8 @@ def _band(fit, name: str, grid: np.ndarray, over: np.ndarray | float | int, labe
     if name not in fit.draws:
         return []
     tail = (1 - fit.level) / 2
-    low, high = np.quantile(fit.draws[name](grid[:, None]), [tail, 1 - tail], axis=1) / over
+    with np.errstate(invalid="ignore"):  # of a law that is not determined some draws are infinite
+        low, high = np.quantile(fit.draws[name](grid[:, None]), [tail, 1 - tail], axis=1) / over
     return [Mark("band", numbers(grid), numbers(low), style_of(fit.method), label, fit.method, high=numbers(high))]
 
 

@@ -60,7 +60,8 @@ def interval(values, level: float) -> tuple:
     if values is None or len(values) == 0:
         return NO_INTERVAL
     tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    with np.errstate(invalid="ignore"):  # of a law that is not determined some values are infinite
+        low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -78,11 +79,14 @@ def predict(fit: Fit, flops: float | int, params: float | int | None = None) -> 
     for name in ("N_opt", "D_opt", "L_opt"):
         out[name] = float(fit.laws[name](flops))
         out[f"{name}_interval"] = interval(draws.get(name), fit.level)
-    out["D_over_N"] = out["D_opt"] / out["N_opt"]
-    out["D_over_N_interval"] = interval(draws["D_opt"] / draws["N_opt"] if draws else None, fit.level)
+    out["D_over_N"] = out["D_opt"] / out["N_opt"] if out["N_opt"] > 0 else math.nan
+    with np.errstate(all="ignore"):
+        ratio = draws["D_opt"] / draws["N_opt"] if draws else None
+    out["D_over_N_interval"] = interval(ratio, fit.level)
     params = out["N_opt"] if params is None else float(params)
     out["params"] = params
-    out["L_run"], runs = _one_run(fit, out, draws, params)
+    sized = params > 0 and 0 < out["N_opt"] < math.inf  # a law that is not determined may say 0 or infinity
+    out["L_run"], runs = _one_run(fit, out, draws, params) if sized else (math.nan, None)
     out["L_run_interval"] = interval(runs, fit.level)
     return out
 

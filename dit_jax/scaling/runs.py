@@ -21,6 +21,7 @@ RECORD = {  # field of a record -> field of a Run
     "tokens_seen": "tokens",
     "flops_train": "flops",
 }
+ROUNDING = 1e-12  # of a loss: what differs by less differs by how float64 rounds
 MOVED, CROWDED = (
     4,
     1.5,
@@ -88,6 +89,17 @@ def load_runs(
         require_same(runs[0].convention, run.convention, run.source)
     assumed = tuple({name: None for run in runs for name in run.convention.assumed})
     return [replace(run, convention=replace(run.convention, assumed=assumed)) for run in runs]
+
+
+def require_varied(runs: Sequence[Run]) -> None:
+    """Raises UsageError where the losses of 2 runs or more are all the same, rounding apart."""
+    losses = [run.loss for run in runs]
+    if len(runs) > 1 and max(losses) - min(losses) <= ROUNDING * max(losses):
+        sources = runs[0].source if runs[0].source == runs[-1].source else f"{runs[0].source} to {runs[-1].source}"
+        raise UsageError(
+            f"{sources or 'RUNS'}: loss is {losses[0]:g} in all {len(runs)} runs, expected losses that differ: no law can be read from "
+            "these; check the column, or name another with --column=loss=THEIRS"
+        )
 
 
 def budgets(runs: Iterable[Run], tolerance: float = 0.05) -> list[tuple[str, tuple]]:

@@ -36,7 +36,8 @@ class Surface:
     beta: float | np.ndarray
 
     def __call__(self, N, D):
-        return self.E + self.A * np.power(N, -self.alpha) + self.B * np.power(D, -self.beta)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in PowerLaw
+            return self.E + self.A * np.power(N, -self.alpha) + self.B * np.power(D, -self.beta)
 
     @property
     def a(self):

@@ -16,7 +16,7 @@ from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.crossval import cross_validate
 from dit_jax.scaling.fit import METHODS, fit_isoflop
 from dit_jax.scaling.predict import holdout_largest
-from dit_jax.scaling.runs import Run
+from dit_jax.scaling.runs import Run, budgets, scattered
 
 
 def values(found, quantity: str):
@@ -108,10 +108,39 @@ def test_training_curves_are_held_out_by_size():
 def test_scattered_runs_have_models_and_no_budgets():
     runs = scatter(noise=0.002, count=10)
     assert cross_validate(runs, "varpro", "models", resamples=0).summary()["loss"]["count"] == 10
-    (last,) = cross_validate(runs, "varpro", "largest", resamples=0).items
-    assert last.run == max(runs, key=lambda r: r.flops).name and last.beyond > 1
+    found = cross_validate(runs, "varpro", "largest", resamples=0)
+    assert {i.run for i in found.items} == {r.name for r in sorted(runs, key=lambda r: r.flops)[-2:]}
+    assert found.unscored == 0 and min(i.beyond for i in found.items) > 1
     with pytest.raises(UsageError, match="form no budgets"):
         cross_validate(runs, "varpro", "budgets")
+
+
+def test_methods_are_tested_on_the_same_part_of_scattered_runs():
+    """Chance groups among them, some with a parabola: all runs from one compute on are left out and, where a method can, predicted."""
+    runs = scatter(noise=0.002, count=150)
+    assert any(len({r.params for r in members}) > 3 for _, members in budgets(runs)) and scattered(budgets(runs))
+    found = {m: cross_validate(runs, m, "largest", resamples=0) for m in ("varpro", "isoflop", "power")}
+    (label,) = {i.left for one in found.values() for i in one.items}
+    left = sorted(runs, key=lambda r: r.flops)[-found["varpro"].summary()["loss"]["count"] :]
+    assert 30 <= len(left) < 40 and label == f"from {left[0].flops:.3g}"
+    for method in ("varpro", "isoflop"):
+        assert {i.quantity for i in found[method].items} == {"loss"} and found[method].unscored == 0
+        assert {i.run for i in found[method].items} == {r.name for r in left}
+    assert found["power"].items and all(i.flops >= left[0].flops for i in found["power"].items)
+
+
+def test_runs_that_are_set_aside_unscored_are_counted(tmp_path, capsys):
+    """The largest budget has its sizes on one side of the optimum, so no minimum to compare with: only the one below is scored."""
+    runs = ladder(noise=0.001, budgets=5, sizes=8)
+    runs = [r for r in runs if r.flops < 9e20 or r.params < 0.7 * LAW.optimum(6.0)["N_opt"](1e21)]
+    gone = sum(r.flops > 9e20 for r in runs)
+    assert gone >= 3
+    found = cross_validate(runs, "isoflop", "largest", resamples=0)
+    assert found.unscored == gone and all(i.flops < 9e20 for i in found.items)
+    out, path = tmp_path / "fit.json", sheet(tmp_path / "runs.csv", runs)
+    assert main(["fit", path, "--holdout=largest", "--resamples=0", f"--json={out}"]) == 0
+    assert f"isoflop: {gone} run(s) set aside and not scored" in capsys.readouterr().out
+    assert json.loads(out.read_text())["holdout"]["unscored"] == gone
 
 
 def test_what_cannot_be_refitted_is_named():

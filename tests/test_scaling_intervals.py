@@ -1,6 +1,8 @@
 """Facts about the intervals of akima, power and envelope: they hold the truth as often as they say, and never end in the absurd."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from test_scaling_methods import best_runs, curves
 from dit_jax.scaling import newton
 from dit_jax.scaling.akima import _curves, fit_akima
 from dit_jax.scaling.compute import fit_compute
-from dit_jax.scaling.envelope import fit_envelope
+from dit_jax.scaling.envelope import _curves as _curves_of_training
+from dit_jax.scaling.envelope import _table, fit_envelope
 from dit_jax.scaling.law import PowerLaw
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.smooth import at_minima, smooth
@@ -102,6 +105,22 @@ def test_curves_that_touch_no_law_are_said():
         runs += [Run(f"n{i}", n, float(d), float(6 * n * d), float(LAW(n, d))) for d in np.geomspace(low, high, 30) * n]
     fit = fit_envelope(runs, resamples=50)
     assert len(fit.points) == 2 and any("fewer than 2 curves touch" in w for w in fit.warnings)
+
+
+def test_sizes_that_cross_twice_by_noise_cross_once():
+    """Noise of the checkpoints lets neighbours take the lead several times where they are equally good: still one point, and intervals."""
+    exact = curves(points=200)
+    rng = np.random.default_rng(0)
+    runs = [replace(r, loss=r.loss * math.exp(0.001 * rng.standard_normal())) for r in exact]
+    table = _table(_curves_of_training(runs)[0])
+    winner = table.loss.argmin(0)
+    ups = [(a, b) for a, b in itertools.pairwise(winner.tolist()) if b > a]
+    assert len(ups) > len(set(ups))  # the premise
+    fit, truth = fit_envelope(runs, resamples=200), fit_envelope(exact, resamples=0)
+    assert [p.n_opt for p in fit.points] == pytest.approx([p.n_opt for p in truth.points])
+    assert fit.laws["N_opt"].exponent == pytest.approx(truth.laws["N_opt"].exponent, abs=0.02)
+    low, high = np.quantile(fit.draws["N_opt"].exponent, [0.025, 0.975])
+    assert fit.degenerate == 0 and low < truth.laws["N_opt"].exponent < high and high - low < 0.1
 
 
 def test_smoothing_finds_the_planted_noise_and_minima():

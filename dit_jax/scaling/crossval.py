@@ -1,11 +1,15 @@
 """Cross-validation: what a method says of runs that it has not seen, for every method that predicts.
 
 What is left out: the **largest** budget, each of the **budgets** in turn, or each of the **models** (all runs of one size N) in turn; for
-the envelope, whose runs are training curves, the largest or each of the sizes. The method is fitted to the rest and predicts
+the envelope, whose runs are training curves, the largest or each of the sizes. Of runs scattered over compute, which form no budgets, the
+largest are those above one compute, a FIFTH of all or a little more, for every method. The method is fitted to the rest and predicts
 
 * the optimum, N_opt and L_opt, of a budget left out. It is measured as the method itself would: parabolas for isoflop and, less
   the shift that the surface predicts (`bias`), for the surfaces; the method's own point for akima, power and envelope;
-* the loss of each run left out, where the method has one for a run off its optimum: isoflop and the surfaces.
+* the loss of each run left out, where the method has one for a run off its optimum: isoflop and the surfaces. Of scattered runs they
+  predict these alone: nobody has measured an optimum there.
+
+What is neither fitted nor compared, such as a budget without an optimum, is counted as unscored.
 
 **Intervals** are for what was measured: the resamples of the refit, and the noise of the run or of the vertex on top. Each refit takes
 RESAMPLES of them at most, enough for an interval and few enough to refit for each item.
@@ -22,12 +26,13 @@ from dit_jax.scaling import bias
 from dit_jax.scaling.fit import METHODS, IsoflopFit, fit_isoflop
 from dit_jax.scaling.optima import PointFit
 from dit_jax.scaling.predict import NO_INTERVAL, interval, predict
-from dit_jax.scaling.runs import Run, budgets
+from dit_jax.scaling.runs import Run, budgets, scattered
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.table import DASH, span
 
 SPLITS = ("largest", "budgets", "models")
 RESAMPLES = 200
+FIFTH = 0.2  # of scattered runs, the share with the largest compute that is left out
 HOLDOUT_HEAD = ("left out", "beyond the rest", "of", "predicted", "interval", "measured", "error", "inside")
 
 
@@ -65,6 +70,7 @@ class CrossValidation:
     items: tuple
     refused: tuple
     resamples: int
+    unscored: int = 0  # runs that were in no refit and are in no item either, over all parts
 
     def summary(self) -> dict:
         """quantity -> {count, rms, worst, worst_left, inside, judged}; errors are relative, `judged` counts items with an interval."""
@@ -93,18 +99,40 @@ def cross_validate(runs: Sequence[Run], method: str, split: str, **options) -> C
     if split != "largest":
         options["resamples"] = min(options["resamples"], RESAMPLES)
     measured = _measure(runs, method, options)
-    items, refused = [], []
+    items, refused, unscored = [], [], 0
     for label, left, rest in _folds(runs, method, split, measured):
         try:
             fit = METHODS[method](rest, **options)
-            items += _optima(label, left, fit, measured) if split != "models" or method == "envelope" else []
-            items += [_run_loss(label, r, fit) for r in left] if not isinstance(fit, PointFit) else []
+            optima = _has_optima(runs, fit, split)
+            found = _optima(label, left, fit, measured) if optima else []
+            found += [_run_loss(label, r, fit) for r in left] if not isinstance(fit, PointFit) else []
         except UsageError as error:
             refused.append((label, str(error).removeprefix("RUNS: ")))
+            continue
+        items += found
+        unscored += len(runs) - len(rest) - _scored(left, found, fit)
     if not items:
         why = "; ".join(f"{label}: {text}" for label, text in refused) or "nothing is left out"
         raise UsageError(f"--holdout: method {method} predicts nothing that {split} leaves out ({why})")
-    return CrossValidation(method, split, tuple(items), tuple(refused), options["resamples"])
+    return CrossValidation(method, split, tuple(items), tuple(refused), options["resamples"], unscored)
+
+
+def _has_optima(runs, fit, split: str) -> bool:
+    """Whether optima are compared: those of budgets, and the own points of a method that has no more."""
+    if isinstance(fit, PointFit):
+        return split != "models" or fit.method == "envelope"
+    return split == "budgets" or (split == "largest" and not scattered(budgets(runs)))
+
+
+def _scored(left, items: Sequence[Item], fit) -> int:
+    """How many of the runs left out these items are of; all runs of a budget are, if its point is."""
+    if not isinstance(fit, PointFit):
+        return len(left)
+    if fit.method == "envelope":
+        return len(left) if items else 0
+    ends = [[f(r.flops for r in members) for f in (min, max)] for _, members in budgets(left)]
+    told = [any(low * 0.999 <= i.flops <= high * 1.001 for i in items) for low, high in ends]
+    return sum(len(members) for (_, members), said in zip(budgets(left), told, strict=True) if said)
 
 
 @dataclass(frozen=True)
@@ -153,7 +181,9 @@ def _folds(runs, method: str, split: str, measured: _Measured) -> list[tuple]:
         parts = parts[-1:] if split == "largest" else parts
     else:
         parts = sorted(budgets(runs), key=lambda part: part[1][0].flops)
-        if split == "largest":
+        if split == "largest" and scattered(parts):
+            parts = [_top(runs, parts)]
+        elif split == "largest":
             parts = [p for p in parts if p[1][0].flops <= measured.largest() * 1.05][-1:]
         elif sum(len({r.params for r in p[1]}) >= 3 for p in parts) < 2:
             raise UsageError(
@@ -167,6 +197,16 @@ def _folds(runs, method: str, split: str, measured: _Measured) -> list[tuple]:
             rest = [r for r in rest if r.flops < most]
         folds.append((label, list(left), rest))
     return folds
+
+
+def _top(runs, parts) -> tuple:
+    """(label, all runs from one compute on, a FIFTH or a little more). It parts no two of a chance group, so that groups stay the same."""
+    cut, count = math.inf, 0
+    for _, members in reversed(parts[1:]):
+        cut, count = min(cut, *(r.flops for r in members)), count + len(members)
+        if count >= FIFTH * len(runs):
+            break
+    return f"from {cut:.3g}", [r for r in runs if r.flops >= cut]
 
 
 def _optima(label: str, left, fit, measured: _Measured) -> list[Item]:
@@ -251,7 +291,10 @@ def rows(found: CrossValidation) -> list[tuple]:
             worst = max((i.error for i in losses), key=abs)
             rms = math.sqrt(np.mean([i.error**2 for i in losses]))
             what, error = f"loss of {len(losses)} runs", f"RMS {rms:.2%}, worst {worst:+.2%}"
-            out.append((label, f"{losses[0].beyond:.2g}x", what, DASH, DASH, DASH, error, _inside(losses)))
+            low, high = (f"{f(i.beyond for i in losses):.2g}x" for f in (min, max))
+            out.append(
+                (label, low if low == high else f"{low} to {high}", what, DASH, DASH, DASH, error, _inside(losses))
+            )
     return out
 
 
@@ -273,4 +316,5 @@ def to_json(found: CrossValidation) -> dict:
         "items": items,
         "summary": found.summary(),
         "refused": refused,
+        "unscored": found.unscored,
     }

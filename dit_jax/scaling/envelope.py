@@ -14,7 +14,8 @@ Intervals are a bootstrap whose unit is the curve. Its noise is a shift of the w
 crossings' scatter about N_opt's law tells, since a shift moves a crossing by the shift over the difference of the curves' slopes. Each
 resample shifts all curves, cleared of the shifts that the scatter reveals, and fits everything again. Its shifts are scaled to what the
 same scatter would show of them, which studentises the errors (bootstrap-t: Davison & Hinkley 1997, section 2.4); for N_opt and
-D_opt the errors are taken off the estimate (the basic bootstrap, section 5.2.1). Noise from checkpoint to checkpoint is not redrawn.
+D_opt the errors are taken off the estimate (the basic bootstrap, section 5.2.1). Noise from checkpoint to checkpoint is not redrawn; two
+sizes that it makes cross several times cross once, at the mean of these places.
 """
 
 import math
@@ -33,6 +34,7 @@ from dit_jax.scaling.runs import Run
 LOSSES = ("L_opt_pure", "L_opt_irreducible", "L_opt")
 COMPUTES = 1500
 CHUNK = 100  # resamples at a time
+AROUND = 1.0  # of log C about a crossing, by which the curves' slopes are read
 APART = (
     "fewer than 2 curves touch the loss law inside their computes: L_opt is the loss at the crossings, which is above the best, the more "
     "so the farther apart the sizes are; its interval does not hold that"
@@ -130,9 +132,10 @@ def _table(curves) -> Table:
 
 
 def _crossings(curves, table: Table) -> tuple[list, list]:
-    """(points, pairs of curves by index) where the winner of the envelope changes between two curves that both reach there."""
+    """(points, pairs of curves by index) where the winner of the envelope changes between two curves that both reach there. Curves that
+    cross several times, by the noise of their checkpoints, do so once, in the middle."""
     grid, loss = table.log_c, table.loss
-    winner, points, pairs = loss.argmin(0), [], []
+    winner, found = loss.argmin(0), {}
     for i in np.flatnonzero(winner[1:] != winner[:-1]):
         one, two = int(winner[i]), int(winner[i + 1])
         if not np.isfinite(loss[[one, two]][:, i : i + 2]).all() or curves[one][0] >= curves[two][0]:
@@ -142,11 +145,14 @@ def _crossings(curves, table: Table) -> tuple[list, list]:
             return float(first(c) - second(c))
 
         c = brentq(gap, grid[i], grid[i + 1], xtol=1e-12)
-        n = math.sqrt(curves[one][0] * curves[two][0])
-        d = math.exp((curves[one][2](c) + curves[two][2](c)) / 2)
-        points.append(Point(f"{math.exp(c):.3g}", math.exp(c), n, d, math.exp(curves[one][1](c))))
-        pairs.append((one, two))
-    return points, pairs
+        d = float(curves[one][2](c) + curves[two][2](c)) / 2
+        found.setdefault((one, two), []).append((c, d, float(curves[one][1](c))))
+    points = {}
+    for (one, two), several in found.items():
+        c, d, low = (math.exp(sum(v) / len(v)) for v in zip(*several, strict=True))
+        points[one, two] = Point(f"{c:.3g}", c, math.sqrt(curves[one][0] * curves[two][0]), d, low)
+    pairs = sorted(points, key=lambda pair: points[pair].flops)
+    return [points[pair] for pair in pairs], pairs
 
 
 def _lowered(table: Table, laws: dict, shifts: np.ndarray) -> dict:
@@ -204,15 +210,22 @@ def _shifts(fit: PointFit, curves, pairs) -> tuple:
     log_c, x = np.log([p.flops for p in fit.points]), fit.laws["N_opt"].exponent
     move = np.zeros((len(pairs), len(curves)))  # of log C of the crossings, for shifts of 1
     for j, (one, two) in enumerate(pairs):
-        steeper = float(curves[one][1](log_c[j], 1) - curves[two][1](log_c[j], 1))
-        move[j, two] += 1 / max(steeper, 1e-6)
-        move[j, one] -= 1 / max(steeper, 1e-6)
+        steeper = max(_steeper(curves[one], curves[two], log_c[j]), 1e-6)
+        move[j, [one, two]] = -1 / steeper, 1 / steeper
     basis, _ = np.linalg.qr(np.stack([np.ones_like(log_c), log_c - log_c.mean()], axis=1))
     off = np.log([p.n_opt for p in fit.points]) - np.log(fit.laws["N_opt"](np.exp(log_c)))
     left, sizes, right = np.linalg.svd(-x * (move - basis @ (basis.T @ move)), full_matrices=False)
     shown = (sizes > 1e-8 * sizes[0]) & (np.arange(len(sizes)) < len(pairs) - 2)
     along = (left.T @ off)[shown] / sizes[shown]
     return math.sqrt(np.mean(along**2)), right[shown], along @ right[shown]
+
+
+def _steeper(one, two, log_c: float) -> float:
+    """The difference of two curves' slopes where they cross, by a cubic through their difference at computes up to e times off: one of
+    two checkpoints would be their noise."""
+    ends = [f(c[3][i] for c in (one, two)) for i, f in enumerate((max, min))]
+    u = np.linspace(max(-AROUND, ends[0] - log_c), min(AROUND, ends[1] - log_c), 50)
+    return float(np.polyfit(u, one[1](log_c + u) - two[1](log_c + u), 3)[2])
 
 
 def _resampled(fit: PointFit, table: Table, found: tuple, rng, touching: bool) -> PointFit:
@@ -259,6 +272,13 @@ def _redrawn(table: Table, shifts: np.ndarray, count: int, touching: bool) -> tu
         sum(tokens) / 2,
         at(loss[r, one, g], loss[r, one, g + 1]),
     )
+    pair, which, times = np.unique(
+        (r * len(table.params) + one) * len(table.params) + two, return_inverse=True, return_counts=True
+    )
+    r, values = (
+        pair // len(table.params) ** 2,
+        [np.bincount(which, v) / times for v in values],
+    )  # one crossing of a pair, as `_crossings`
     per = np.bincount(r, minlength=len(shifts))
     column = np.arange(len(r)) - np.repeat(np.cumsum(per) - per, per)
     weight = (np.arange(max(per.max(), count)) < per[:, None]).astype(float)

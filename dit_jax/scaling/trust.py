@@ -7,6 +7,7 @@ from dit_jax.error import UsageError, one_line
 from dit_jax.scaling import bias, crossval, quality
 from dit_jax.scaling.table import DASH, finite, print_table
 
+UNSCORED = "no optimum at their compute is known to compare with, so they are neither fitted nor predicted"
 SAID = ("sizes", "budgets", "edge", "curvature")  # kinds of findings of which isoflop and akima warn themselves
 GRID = (
     *SAID,
@@ -99,6 +100,9 @@ def tell_holdouts(split: str | None, methods: dict) -> dict:
         print_table(f"Errors on what is held out ({split})", SUMMARY_HEAD, _summary_rows(found))
     for method, why in refused.items():
         print(f"{method}: {why}")
+    for method, one in found.items():
+        if one.unscored:
+            print(f"{method}: {one.unscored} run(s) set aside and not scored: {UNSCORED}")
     said = {method: finite(crossval.to_json(one)) for method, one in found.items()}
     return {"holdout": said if len(methods) > 1 else next(iter(said.values()))}
 

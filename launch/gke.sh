@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # TPU slices on Google Kubernetes Engine, through xpk:
 #
-#   launch/gke.sh [--dry-run] create                        a cluster with slices of TPU_TYPE
-#   launch/gke.sh [--dry-run] share                         a Filestore share in it, mounted in every workload as /mnt/share
-#   launch/gke.sh [--dry-run] run train --config=... --workdir=/mnt/share/xl2         this commit, on all hosts of a slice
-#   launch/gke.sh [--dry-run] status | logs                 the workloads of the cluster; follow process 0 of NAME
-#   launch/gke.sh [--dry-run] stop                          the job may save; then the workload is gone, its files stay
-#   launch/gke.sh [--dry-run] delete                        the cluster
+#   launch/gke.sh create                        a cluster with slices of TPU_TYPE
+#   launch/gke.sh share                         a Filestore share in it, mounted in every workload as /mnt/share
+#   launch/gke.sh run train --config=... --workdir=/mnt/share/xl2      this commit, on all hosts of a slice
+#   launch/gke.sh status | logs                 the workloads of the cluster; follow process 0 of NAME
+#   launch/gke.sh stop                          the job may save; then the workload is gone, its files stay
+#   launch/gke.sh delete                        the cluster
+#
+# With --dry-run, in any place, the commands are printed and none is run.
 #
 #   PROJECT, ZONE   of Google Cloud
 #   CLUSTER         its name
@@ -72,11 +74,11 @@ logs() {
     --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"
 }
 
-dry=0
-if [[ ${1:-} == --dry-run ]]; then
-  dry=1
-  shift
-fi
+dry=0 words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
+done
+set -- "${words[@]}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 verb=${1:-}
 case $verb in
@@ -86,6 +88,7 @@ case $verb in
   share | status | delete) needed=() ;;
   *) fail "found ${verb:-no verb}, expected create, share, run, status, logs, stop or delete" ;;
 esac
+[[ $verb == run ]] || (($# == 1)) || fail "$verb: found ${*:2} after it, expected nothing"
 need PROJECT ZONE CLUSTER "${needed[@]}"
 case $verb in
   create)

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice, from request to deletion:
 #
-#   launch/tpu_vm.sh [--dry-run] create                     ask for it, as a queued resource, and wait until it is there
-#   launch/tpu_vm.sh [--dry-run] setup                      copy this commit to all workers and install it
-#   launch/tpu_vm.sh [--dry-run] run train --config=... --workdir=/mnt/share/xl2      on all workers, in the background
-#   launch/tpu_vm.sh [--dry-run] logs                       follow worker 0
-#   launch/tpu_vm.sh [--dry-run] stop                       the job saves and exits 75
-#   launch/tpu_vm.sh [--dry-run] resume train --config=... --workdir=/mnt/share/xl2   after preemption: anew, and the same command
-#   launch/tpu_vm.sh [--dry-run] delete
+#   launch/tpu_vm.sh create                     ask for it, as a queued resource, and wait until it is there
+#   launch/tpu_vm.sh setup                      copy this commit to all workers and install it
+#   launch/tpu_vm.sh run train --config=... --workdir=/mnt/share/xl2      on all workers, in the background
+#   launch/tpu_vm.sh logs                       follow worker 0
+#   launch/tpu_vm.sh stop                       the job saves and exits 75
+#   launch/tpu_vm.sh resume train --config=... --workdir=/mnt/share/xl2   after preemption: anew, and the same command
+#   launch/tpu_vm.sh delete
+#
+# With --dry-run, in any place, the commands are printed and none is run.
 #
 #   PROJECT, ZONE   of Google Cloud
 #   NAME            of the slice
@@ -108,11 +110,11 @@ resume() {
   start "$@"
 }
 
-dry=0
-if [[ ${1:-} == --dry-run ]]; then
-  dry=1
-  shift
-fi
+dry=0 words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
+done
+set -- "${words[@]}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 verb=${1:-}
 case $verb in
@@ -122,6 +124,7 @@ case $verb in
   run | logs | stop | delete) needed=(PROJECT ZONE NAME) ;;
   *) fail "found ${verb:-no verb}, expected create, setup, run, logs, stop, resume or delete" ;;
 esac
+[[ $verb =~ ^(run|resume)$ ]] || (($# == 1)) || fail "$verb: found ${*:2} after it, expected nothing"
 need "${needed[@]}"
 case $verb in
   run | resume)

@@ -29,6 +29,27 @@ def call(script, *arguments, **variables):
     return found.returncode, found.stdout.replace(str(ROOT), "ROOT").splitlines(), found.stderr
 
 
+@pytest.fixture
+def fakes(tmp_path):
+    """(PATH whose first folder holds what the scripts call, a function that returns the calls so far)."""
+    folder, log = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    for name in ("gcloud", "xpk", "kubectl", "sbatch", "git", "rm", "mkdir", "tar"):
+        (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{log}\n{STATES if name == "gcloud" else ""}')
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}", lambda: log.read_text().splitlines() if log.exists() else []
+
+
+# The fake gcloud tells the next of the states that a file lists; after the last one there is no such request.
+STATES = """
+if [[ $* == *describe* ]]; then
+  read -r state <"$(dirname "$0")/states" || exit 1
+  echo "$state"
+  sed -i 1d "$(dirname "$0")/states"
+fi
+"""
+
+
 def dry(script, *arguments, **variables):
     code, lines, err = call(script, "--dry-run", *arguments, **variables)
     assert (code, err) == (0, "")
@@ -201,8 +222,41 @@ def test_gke(arguments, expected):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("flag", [[], ["--dry-run"]])
-def test_refusals(script, arguments, variables, message, flag):
-    assert call(script, *flag, *arguments, **variables) == (2, [], f"error: {message}\n")
+def test_refusals(fakes, script, arguments, variables, message, flag):
+    path, calls = fakes
+    assert call(script, *flag, *arguments, PATH=path, **variables) == (2, [], f"error: {message}\n")
+    assert calls() == []
+
+
+@pytest.mark.parametrize(
+    "script,arguments,variables",
+    [("tpu_vm.sh", [verb], TPU) for verb in ("create", "setup", "logs", "stop", "delete")]
+    + [("tpu_vm.sh", [verb, *JOB], TPU) for verb in ("run", "resume")]
+    + [("gke.sh", [verb], GKE) for verb in ("create", "share", "status", "logs", "stop", "delete")]
+    + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "CPUS": "1", "TIME": "1"})],
+)  # fmt: skip
+def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(fakes, script, arguments, variables):
+    path, calls = fakes
+    expected = dry(script, *arguments, **variables)
+    for place in range(1, len(arguments) + 1):
+        asked = [*arguments[:place], "--dry-run", *arguments[place:]]
+        assert call(script, *asked, PATH=path, **variables) == (0, expected, "")
+    assert calls() == []
+    if arguments in (["stop"], ["delete"]):  # the fakes do stand where the real ones would
+        assert call(script, *arguments, PATH=path, **variables)[0] == 0 and len(calls()) == 1
+
+
+@pytest.mark.parametrize(
+    "script,verb",
+    [("tpu_vm.sh", verb) for verb in ("create", "setup", "logs", "stop", "delete")]
+    + [("gke.sh", verb) for verb in ("create", "share", "status", "logs", "stop", "delete")],
+)
+def test_words_after_a_verb_that_takes_none_are_refused(fakes, script, verb):
+    path, calls = fakes
+    for words in (["everything", "extra"], ["--dryrun"]):
+        found = call(script, verb, *words, PATH=path, **TPU | GKE)
+        assert found == (2, [], f"error: {verb}: found {' '.join(words)} after it, expected nothing\n")
+    assert calls() == []
 
 
 # ---- cells

@@ -13,7 +13,7 @@
 #
 #   PROJECT, ZONE   of Google Cloud
 #   NAME            of the slice
-#   ACCELERATOR     such as v4-64                                                             (create, resume)
+#   ACCELERATOR     such as v4-64                                              (create, resume; run of all but train)
 #   NFS             HOST:/EXPORT of a share that all workers mount as /mnt/share: the place of --workdir  (setup, resume)
 # and, where wanted:
 #   SPOT=1          cheaper, may be preempted
@@ -97,7 +97,19 @@ start() { # one job a slice: a second one beside it would find the chips taken
   on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; nohup $command >>run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
-job_of() { [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"; }
+known_job() { # a name that is a program of this checkout
+  local known
+  [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"
+  known=$(cd "$root/dit_jax" && grep -l '__name__ == "__main__"' [a-z]*.py [a-z]*/__main__.py | sed 's|/__main__||; s|\.py$||' | sort)
+  [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
+}
+
+fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
+  [[ $1 != train ]] || return 0
+  need ACCELERATOR
+  # One host has 8 cores (v2 to v5p: the name counts cores), or up to 8 chips (v5e, v6e: it counts chips).
+  [[ $ACCELERATOR =~ ^v[2-6][a-z]*-[1-8]$ ]] || fail "ACCELERATOR: found $ACCELERATOR, expected one host, such as v4-8: $1 runs on one"
+}
 
 resume() {
   local found=''
@@ -128,7 +140,8 @@ esac
 need "${needed[@]}"
 case $verb in
   run | resume)
-    [[ ${2:-} =~ ^[a-z]+$ ]] || fail "found ${2:-no job}, expected a job such as train, and its flags"
+    known_job "${2:-}"
+    fits_slice "$2"
     if [[ $verb == run ]]; then start "${@:2}"; else resume "${@:2}"; fi
     ;;
   create) create ;;

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # TPU slices on Google Kubernetes Engine, through xpk:
 #
-#   launch/gke.sh [--dry-run] create                        a cluster with slices of TPU_TYPE
-#   launch/gke.sh [--dry-run] share                         a Filestore share in it, mounted in every workload as /mnt/share
-#   launch/gke.sh [--dry-run] run train --config=... --workdir=/mnt/share/xl2         this commit, on all hosts of a slice
-#   launch/gke.sh [--dry-run] status | logs                 the workloads of the cluster; follow process 0 of NAME
-#   launch/gke.sh [--dry-run] stop                          the job may save; then the workload is gone, its files stay
-#   launch/gke.sh [--dry-run] delete                        the cluster
+#   launch/gke.sh create                        a cluster with slices of TPU_TYPE
+#   launch/gke.sh share                         a Filestore share in it, mounted in every workload as /mnt/share
+#   launch/gke.sh run train --config=... --workdir=/mnt/share/xl2      this commit, on all hosts of a slice
+#   launch/gke.sh status | logs                 the workloads of the cluster; follow process 0 of NAME
+#   launch/gke.sh stop                          the job may save; then the workload is gone, its files stay
+#   launch/gke.sh delete                        the cluster
+#
+# With --dry-run, in any place, the commands are printed and none is run.
 #
 #   PROJECT, ZONE   of Google Cloud
 #   CLUSTER         its name
@@ -66,17 +68,30 @@ start() {
     --command="$install && exec $command"
 }
 
+known_job() { # a name that is a program of this checkout
+  local known
+  [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"
+  known=$(cd "$root/dit_jax" && grep -l '__name__ == "__main__"' [a-z]*.py [a-z]*/__main__.py | sed 's|/__main__||; s|\.py$||' | sort)
+  [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
+}
+
+fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
+  # xpk gives a host 4 chips, which are 8 cores; v4 and v5p are named by cores, v5e and v6e by chips.
+  [[ $1 == train || $TPU_TYPE =~ ^v(4|5p)-[1-8]$ || $TPU_TYPE =~ ^v(5litepod|5e|6e)-[1-4]$ ]] ||
+    fail "TPU_TYPE: found $TPU_TYPE, expected one host, such as v4-8 or v6e-4: $1 runs on one"
+}
+
 logs() {
   run gcloud container clusters get-credentials "$CLUSTER" --project="$PROJECT" --region="${ZONE%-*}"
   run kubectl logs --follow --tail=100 \
     --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"
 }
 
-dry=0
-if [[ ${1:-} == --dry-run ]]; then
-  dry=1
-  shift
-fi
+dry=0 words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
+done
+set -- "${words[@]}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 verb=${1:-}
 case $verb in
@@ -86,6 +101,7 @@ case $verb in
   share | status | delete) needed=() ;;
   *) fail "found ${verb:-no verb}, expected create, share, run, status, logs, stop or delete" ;;
 esac
+[[ $verb == run ]] || (($# == 1)) || fail "$verb: found ${*:2} after it, expected nothing"
 need PROJECT ZONE CLUSTER "${needed[@]}"
 case $verb in
   create)
@@ -94,7 +110,8 @@ case $verb in
     ;;
   share) share ;;
   run)
-    [[ ${2:-} =~ ^[a-z]+$ ]] || fail "found ${2:-no job}, expected a job such as train, and its flags"
+    known_job "${2:-}"
+    fits_slice "$2"
     start "${@:2}"
     ;;
   status) on_cluster workload list ;;

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice, from request to deletion:
 #
-#   launch/tpu_vm.sh [--dry-run] create                     ask for it, as a queued resource, and wait until it is there
-#   launch/tpu_vm.sh [--dry-run] setup                      copy this commit to all workers and install it
-#   launch/tpu_vm.sh [--dry-run] run train --config=... --workdir=/mnt/share/xl2      on all workers, in the background
-#   launch/tpu_vm.sh [--dry-run] logs                       follow worker 0
-#   launch/tpu_vm.sh [--dry-run] stop                       the job saves and exits 75
-#   launch/tpu_vm.sh [--dry-run] resume train --config=... --workdir=/mnt/share/xl2   after preemption: anew, and the same command
-#   launch/tpu_vm.sh [--dry-run] delete
+#   launch/tpu_vm.sh create                     ask for it, as a queued resource, and wait until it is there
+#   launch/tpu_vm.sh setup                      copy this commit to all workers and install it
+#   launch/tpu_vm.sh run train --config=... --workdir=/mnt/share/xl2      on all workers, in the background
+#   launch/tpu_vm.sh logs                       follow worker 0
+#   launch/tpu_vm.sh stop                       the job saves and exits 75
+#   launch/tpu_vm.sh resume train --config=... --workdir=/mnt/share/xl2   after preemption: anew, and the same command
+#   launch/tpu_vm.sh delete
+#
+# With --dry-run, in any place, the commands are printed and none is run.
 #
 #   PROJECT, ZONE   of Google Cloud
 #   NAME            of the slice
-#   ACCELERATOR     such as v4-64                                                             (create, resume)
+#   ACCELERATOR     such as v4-64                                              (create, resume; run of all but train)
 #   NFS             HOST:/EXPORT of a share that all workers mount as /mnt/share: the place of --workdir  (setup, resume)
 # and, where wanted:
 #   SPOT=1          cheaper, may be preempted
@@ -95,7 +97,19 @@ start() { # one job a slice: a second one beside it would find the chips taken
   on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; nohup $command >>run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
-job_of() { [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"; }
+known_job() { # a name that is a program of this checkout
+  local known
+  [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"
+  known=$(cd "$root/dit_jax" && grep -l '__name__ == "__main__"' [a-z]*.py [a-z]*/__main__.py | sed 's|/__main__||; s|\.py$||' | sort)
+  [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
+}
+
+fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
+  [[ $1 != train ]] || return 0
+  need ACCELERATOR
+  # One host has 8 cores (v2 to v5p: the name counts cores), or up to 8 chips (v5e, v6e: it counts chips).
+  [[ $ACCELERATOR =~ ^v[2-6][a-z]*-[1-8]$ ]] || fail "ACCELERATOR: found $ACCELERATOR, expected one host, such as v4-8: $1 runs on one"
+}
 
 resume() {
   local found=''
@@ -108,11 +122,11 @@ resume() {
   start "$@"
 }
 
-dry=0
-if [[ ${1:-} == --dry-run ]]; then
-  dry=1
-  shift
-fi
+dry=0 words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
+done
+set -- "${words[@]}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 verb=${1:-}
 case $verb in
@@ -122,10 +136,12 @@ case $verb in
   run | logs | stop | delete) needed=(PROJECT ZONE NAME) ;;
   *) fail "found ${verb:-no verb}, expected create, setup, run, logs, stop, resume or delete" ;;
 esac
+[[ $verb =~ ^(run|resume)$ ]] || (($# == 1)) || fail "$verb: found ${*:2} after it, expected nothing"
 need "${needed[@]}"
 case $verb in
   run | resume)
-    [[ ${2:-} =~ ^[a-z]+$ ]] || fail "found ${2:-no job}, expected a job such as train, and its flags"
+    known_job "${2:-}"
+    fits_slice "$2"
     if [[ $verb == run ]]; then start "${@:2}"; else resume "${@:2}"; fi
     ;;
   create) create ;;

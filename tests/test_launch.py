@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from job import ROOT, run
 
-from dit_jax import evaluate
+from dit_jax import evaluate, hardware
+from dit_jax.__main__ import JOBS
 from dit_jax.config import Config, EvalConfig, SampleConfig, UsageError, model_config
 from dit_jax.launcher import find_cell, own_arguments, spans
 
@@ -27,6 +28,27 @@ def call(script, *arguments, **variables):
     command = ["bash", f"launch/{script}", *arguments]
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     return found.returncode, found.stdout.replace(str(ROOT), "ROOT").splitlines(), found.stderr
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """(PATH whose first folder holds what the scripts call, a function that returns the calls so far)."""
+    folder, log = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    for name in ("gcloud", "xpk", "kubectl", "sbatch", "git", "rm", "mkdir", "tar"):
+        (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{log}\n{STATES if name == "gcloud" else ""}')
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}", lambda: log.read_text().splitlines() if log.exists() else []
+
+
+# The fake gcloud tells the next of the states that a file lists; after the last one there is no such request.
+STATES = """
+if [[ $* == *describe* ]]; then
+  read -r state <"$(dirname "$0")/states" || exit 1
+  echo "$state"
+  sed -i 1d "$(dirname "$0")/states"
+fi
+"""
 
 
 def dry(script, *arguments, **variables):
@@ -201,8 +223,101 @@ def test_gke(arguments, expected):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("flag", [[], ["--dry-run"]])
-def test_refusals(script, arguments, variables, message, flag):
-    assert call(script, *flag, *arguments, **variables) == (2, [], f"error: {message}\n")
+def test_refusals(fakes, script, arguments, variables, message, flag):
+    path, calls = fakes
+    assert call(script, *flag, *arguments, PATH=path, **variables) == (2, [], f"error: {message}\n")
+    assert calls() == []
+
+
+@pytest.mark.parametrize(
+    "script,arguments,variables",
+    [("tpu_vm.sh", [verb], TPU) for verb in ("create", "setup", "logs", "stop", "delete")]
+    + [("tpu_vm.sh", [verb, *JOB], TPU) for verb in ("run", "resume")]
+    + [("gke.sh", [verb], GKE) for verb in ("create", "share", "status", "logs", "stop", "delete")]
+    + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "CPUS": "1", "TIME": "1"})],
+)  # fmt: skip
+def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(fakes, script, arguments, variables):
+    path, calls = fakes
+    expected = dry(script, *arguments, **variables)
+    for place in range(1, len(arguments) + 1):
+        asked = [*arguments[:place], "--dry-run", *arguments[place:]]
+        assert call(script, *asked, PATH=path, **variables) == (0, expected, "")
+    assert calls() == []
+    if arguments in (["stop"], ["delete"]):  # the fakes do stand where the real ones would
+        assert call(script, *arguments, PATH=path, **variables)[0] == 0 and len(calls()) == 1
+
+
+@pytest.mark.parametrize(
+    "script,verb",
+    [("tpu_vm.sh", verb) for verb in ("create", "setup", "logs", "stop", "delete")]
+    + [("gke.sh", verb) for verb in ("create", "share", "status", "logs", "stop", "delete")],
+)
+def test_words_after_a_verb_that_takes_none_are_refused(fakes, script, verb):
+    path, calls = fakes
+    for words in (["everything", "extra"], ["--dryrun"]):
+        found = call(script, verb, *words, PATH=path, **TPU | GKE)
+        assert found == (2, [], f"error: {verb}: found {' '.join(words)} after it, expected nothing\n")
+    assert calls() == []
+
+
+ONE_NODE = {"CPUS": "8", "TIME": "60", "NODES": "1"}
+CALLS = [
+    ("slurm.sbatch", [], ONE_NODE),
+    ("tpu_vm.sh", ["run"], TPU),
+    ("tpu_vm.sh", ["resume"], TPU),
+    ("gke.sh", ["run"], GKE),
+]
+
+
+@pytest.mark.parametrize("script,verb,variables", CALLS)
+def test_a_job_that_is_not_there_is_refused(fakes, script, verb, variables):
+    path, calls = fakes
+    found = call(script, *verb, "evalute", "--workdir=w", PATH=path, **variables)
+    assert found == (2, [], f"error: found job evalute, expected {', '.join(sorted(JOBS))}\n")
+    assert call(script, *verb, "mesh", PATH=path, **variables)[0] == 2  # a module, not a job
+    assert calls() == []
+
+
+@pytest.mark.parametrize("job", ["sample", "evaluate", "sweep", "scaling"])
+def test_only_train_runs_on_many_hosts(fakes, job):
+    path, calls = fakes
+    for nodes, tasks in (("4", "1"), ("1", "8")):
+        many = ONE_NODE | {"NODES": nodes, "TASKS": tasks, "PATH": path}
+        message = f"error: NODES, TASKS: found {nodes}, {tasks}; expected 1: {job} is one process\n"
+        assert call("slurm.sbatch", job, "--workdir=w", **many) == (2, [], message)
+    for verb in ("run", "resume"):
+        message = f"error: ACCELERATOR: found v4-64, expected one host, such as v4-8: {job} runs on one\n"
+        assert call("tpu_vm.sh", verb, job, PATH=path, **TPU) == (2, [], message)
+    message = f"error: TPU_TYPE: found v4-64, expected one host, such as v4-8 or v6e-4: {job} runs on one\n"
+    assert call("gke.sh", "run", job, PATH=path, **GKE) == (2, [], message)
+    assert calls() == []
+    assert f"dit_jax.{job} --workdir=w" in dry("slurm.sbatch", job, "--workdir=w", **ONE_NODE)[-1]
+    assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, "--workdir=w", **CLOUD, ACCELERATOR="v4-8")[-1]
+    assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, "--workdir=w", **GKE | {"TPU_TYPE": "v4-8"})[-1]
+
+
+def test_the_host_of_a_job_other_than_train_must_be_known(fakes):
+    message = "error: ACCELERATOR: not set; the head of launch/tpu_vm.sh says what they are\n"
+    assert call("tpu_vm.sh", "run", "sample", PATH=fakes[0], **CLOUD) == (2, [], message)
+
+
+def one_host(script, names):
+    """Those of the names that the script takes a job of one host to, by its own function."""
+    function = re.search(r"^fits_slice\(\).*?^}$", (ROOT / "launch" / script).read_text(), re.MULTILINE | re.DOTALL)[0]
+    tried = 'for TPU_TYPE; do ACCELERATOR=$TPU_TYPE; if (fits_slice sample); then echo "$TPU_TYPE"; fi; done'
+    command = f"fail() {{ exit 2; }}; need() {{ :; }}; {function}; {tried}"
+    found = subprocess.run(["bash", "-c", command, "bash", *names], capture_output=True, text=True, check=True)
+    return found.stdout.split()
+
+
+def test_slices_of_one_host_are_those_of_the_table():
+    """Of a host of up to 8 chips on Cloud TPU; of hosts of 4 chips on GKE, where xpk makes two of v6e-8."""
+    slices = [hardware.topology(name) for name in hardware.names() if name.startswith("v")]
+    one = {script: one_host(script, [found.name for found in slices]) for script in ("tpu_vm.sh", "gke.sh")}
+    assert one["tpu_vm.sh"] == [found.name for found in slices if found.hosts == 1]
+    assert one["gke.sh"] == [
+        found.name for found in slices if found.chips <= 4 and found.generation not in ("v2", "v3")
+    ]
 
 
 # ---- cells

@@ -4,6 +4,7 @@ Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 202
 (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
 """
 
+import collections
 import functools
 import importlib.metadata
 import importlib.util
@@ -71,6 +72,12 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     shape = mesh_shape(cfg, len(devices))
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def devices_of_processes() -> list[int]:
+    """How many devices each process of this job has, from process 0."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    return [counts[index] for index in range(jax.process_count())]
 
 
 def why_not_compiled(topology: hardware.Topology) -> str:

@@ -23,7 +23,16 @@ from dit_jax.diagnose import find_layer
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.guard import all_finite, run_twice
-from dit_jax.hosts import EXPLICIT, asked_to_stop, connect, everyone_is_here, leader, together
+from dit_jax.hosts import (
+    EXPLICIT,
+    asked_to_stop,
+    check_config,
+    check_folder,
+    connect,
+    everyone_is_here,
+    leader,
+    together,
+)
 from dit_jax.ledger import Ledger, close, lose, note, process_start, write_entry
 from dit_jax.log import open_scalars, progress, say
 from dit_jax.mesh import check_batch, make_mesh, peak_flops, put_batch
@@ -138,6 +147,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
             process_count=jax.process_count(),
             source=source,
         )
+        check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
         everyone_is_here("workdir")
@@ -288,6 +298,8 @@ def _stop_flag():
 def main() -> None:
     cfg = resolve(flags.FLAGS.config)
     connect(cfg.mesh, {name: getattr(flags.FLAGS, name) for name in EXPLICIT})
+    with together():
+        check_config(flatten(to_dict(cfg)))
     run(cfg, flags.FLAGS.workdir, since=process_start())
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import signal
 import socket
+import time
 
 import jax
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 from job import Job, run
 from runs import TIMINGS, saved, scalars, train
 
-from dit_jax import checkpoint
-from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
+from dit_jax import checkpoint, hosts
+from dit_jax.config import Config, MeshConfig, ModelConfig, UsageError, to_dict
 from dit_jax.mesh import make_mesh
 from dit_jax.records import read_records
 from dit_jax.state import abstract_state, make_state
+from dit_jax.train import flatten
 
 STEPS = 30
 
@@ -23,6 +26,16 @@ def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def two(cache_dir, *arguments, devices=(1, 1)):
+    """Two processes of one training; `arguments`: those of process 0 and of process 1. Exit codes and what they said."""
+    address, jobs = free_address(), []
+    for index, (own, count) in enumerate(zip(arguments, devices, strict=True)):
+        where = [f"--coordinator={address}", "--num_processes=2", f"--process_id={index}"]
+        jobs.append(Job("train", *own, *where, cache_dir=cache_dir, devices=count))
+    said = [job.communicate(60)[1] for job in jobs]
+    return [job.returncode for job in jobs], said
 
 
 def train_on(count, workdir, cache_dir, *more):
@@ -131,3 +144,73 @@ def test_half_an_address_on_the_command_line_is_a_usage_error(tmp_path, cache_di
         2, "error: --coordinator (or JAX_COORDINATOR_ADDRESS): not given, expected HOST:PORT of process 0\n"
     )  # fmt: skip
     assert json.dumps(sorted(tmp_path.iterdir())) == "[]"
+
+
+def test_hosts_with_another_config_or_folder_are_refused_by_all(tmp_path, data_dir, cache_dir):
+    """Usage errors, on each of them, with nothing written; what may differ by host does."""
+    here, there = tmp_path / "d0", tmp_path / "d1"
+    codes, said = two(cache_dir, train(here), train(here, "--config.optim.learning_rate=0.5"))
+    assert codes == [2, 2], said
+    assert (
+        said
+        == [
+            "error: optim.learning_rate: found 0.5 on process 1, expected 0.003 as on process 0; start the same command on every host\n"
+        ]
+        * 2
+    )
+    codes, said = two(cache_dir, train(here), train(there, "--config.data.workers=1"))
+    assert codes == [2, 2], said
+    assert (
+        said
+        == [
+            f"error: --workdir: '{there}' on process 1 is not the folder that process 0 sees, '{here}'; it must be on a disk that "
+            "all hosts share\n"
+        ]
+        * 2
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_hosts_with_more_devices_than_others_are_refused_by_all(tmp_path, data_dir, cache_dir):
+    codes, said = two(cache_dir, *[train(tmp_path / "run")] * 2, devices=(1, 2))
+    assert codes == [2, 2], said
+    assert said[0] == said[1] and said[0].startswith(
+        "error: found 1 devices on process 0 and 2 on process 1, expected as"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_key_that_differs_is_named():
+    hosts.compare([{"a": 1, "b": [1.0, 2.0]}] * 3)
+    with pytest.raises(UsageError, match="b: found 3 on process 2, expected 2 as on process 0"):
+        hosts.compare([{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 3}])
+    with pytest.raises(UsageError, match="c: found 5 on process 1, expected no such key as on process 0"):
+        hosts.compare([{"a": None}, {"a": None, "c": 5}])
+    flat = flatten(to_dict(Config()))
+    assert set(hosts.OWN) <= set(flat)
+    hosts.check_devices([4, 4, 4])
+    with pytest.raises(UsageError, match="found 4 devices on process 0 and 2 on process 2"):
+        hosts.check_devices([4, 4, 2])
+
+
+def test_sigterm_while_processes_gather_ends_at_once(tmp_path, data_dir, cache_dir):
+    address = free_address()
+    where = [f"--coordinator={address}", "--num_processes=2", "--process_id=0", "--config.mesh.initialization=60"]
+    job = Job("train", *train(tmp_path / "run"), *where, cache_dir=cache_dir, devices=1)
+    wait_for_listener(address, job)
+    job.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, said = job.communicate(20)
+    assert (job.returncode, said.count("\n")) == (75, 1) and said.startswith("interrupted: "), said
+    assert time.monotonic() - began < 10 and not (tmp_path / "run").exists()
+
+
+def wait_for_listener(address, job):
+    """Returns when somebody answers at the address."""
+    host, port = address.split(":")
+    while job.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.05)

@@ -214,6 +214,22 @@ def test_one_task_a_node_drives_all_its_gpus_under_slurm():
             r"--num_processes \(or JAX_NUM_PROCESSES\): not given, expected a whole number",
         ),
         ({}, GIVEN | {"num_processes": -2}, "found '-2', expected a whole number"),
+        ({}, GIVEN | {"num_processes": 0}, "--num_processes .*: found '0', expected a whole number from 1"),
+        (
+            {},
+            GIVEN | {"coordinator": "b:99999"},
+            "found 'b:99999', expected HOST:PORT of process 0 with a port from 1 to 65535",
+        ),
+        (
+            {},
+            GIVEN | {"coordinator": "b:0"},
+            "found 'b:0', expected HOST:PORT of process 0 with a port from 1 to 65535",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            {},
+            r"--coordinator \(or JAX_COORDINATOR_ADDRESS\): not given",
+        ),
     ],
 )
 def test_half_an_address_is_refused(env, given, message):

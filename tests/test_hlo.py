@@ -93,7 +93,7 @@ HloModule jit_step, is_scheduled=true
 %fused_computation.1 (p: bf16[16,384]) -> (bf16[16,384], bf16[256,384], u32[]) {
   %p = bf16[16,384]{1,0} parameter(0)
   %all-gather.2 = bf16[256,384]{1,0} all-gather(%p), channel_id=33, replica_groups=[1,16]<=[16], dimensions={0}
-  ROOT %start.3 = (bf16[16,384]{1,0}, bf16[256,384]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.2), custom_call_target="AsyncCollectiveStart"
+  ROOT %start.3 = (bf16[16,384]{1,0}, bf16[256,384]{1,0}, u32[]) custom-call(%all-gather.2), custom_call_target="AsyncCollectiveStart"
 }
 
 %async_collective_fusion.4 (p: bf16[16,384], w: bf16[8,16]) -> (bf16[8,384], bf16[256,384]) {

@@ -48,12 +48,6 @@ def ask(tmp_path, cache_dir, *arguments):
         ([XL, "--topology=h100x8", "--search=8", "--config.mesh.fsdp=8"], "--search: cannot compile for h100x8"),
         ([XL, "--topology=cpux8", "--search=8"], "--search: found cpux8, expected a TPU slice"),
         ([XL, "--topology=v3-8", "--price=nan"], "--price: found nan, expected a finite number"),
-        (
-            [XL, "--topology=v3-8", "--json=tests"],
-            "--json: found the folder 'tests', expected a file, such as 'tests/report.json'",
-        ),
-        ([XL, "--topology=v3-8", "--json=README.md/a.json"], "README.md' is no folder"),
-        ([f"{XL},v3-8,0"], "the config's argument: found 'DiT-XL/2,v3-8,0', expected a batch of at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments, message, cache_dir):
@@ -133,6 +127,21 @@ def test_a_slice_of_an_unknown_clock_is_ranked_and_shown_by_its_links():
     assert text.row(known).endswith("    50.0 ms + links   12.5 ms, MFU 25.0%, 2.00 GiB")
     assert dict(text._speed(report)) == {"links": "12.5 ms, for the collectives at the links' full rate"}
     assert compilation.bounds(report) == [0.0125, 0.0125]
+
+
+def test_the_notes_say_what_is_left_out_and_why():
+    report = {"job": "sample", "suggestion": "", "collectives": {}, "estimated_step_seconds": 0.05}
+    (asked,) = compilation.notes(report, topology("v3-8"), 0, None)
+    assert asked == "no hours and no price: eval.samples is 0; say for how many images, such as --num=50000"
+    assert compilation.notes(report, topology("v3-8"), 10, None) == []
+    (hosts,) = compilation.notes(report, topology("v3-32"), 10, None)
+    assert hosts.startswith("the sample job drives one host; this is 4 of them")
+    refused = report | {"job": "train", "collectives": None, "estimated_step_seconds": None}
+    assert compilation.notes(refused, topology("v3-8"), 10, 4) == ["none of the 4 layouts tried fits"]
+    assert compilation.notes(refused, topology("v3-8"), 10, 0)[0].startswith("none was tried")
+    assert compilation.notes(refused | {"suggestion": "--config.mesh.fsdp=8"}, topology("v3-8"), 10, 1) == []
+    (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v5e-4"), 0, None)
+    assert clock == "no estimate of the step: the clock of v5e is not published, so no hours and no price"
 
 
 def test_hours_and_price_follow_from_the_step():

@@ -21,7 +21,7 @@ from dit_jax.config import Config, JobError, UsageError, resolve
 from dit_jax.layout import FSDP
 from dit_jax.measure import check_json
 from dit_jax.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
-from dit_jax.preflight.compilation import analysis, inspect, no_estimate, run_costs
+from dit_jax.preflight.compilation import analysis, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.search import changed, search, suggest
 from dit_jax.preflight.text import row, show
 from dit_jax.step import on_device
@@ -70,23 +70,12 @@ def _one(cfg: Config, job: str, topology: hardware.Topology, values) -> dict:
         report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
         return report | {"message": f"not compiled: {missing}"}
     devices, cfg = devices_ahead(topology), dataclasses.replace(cfg, model=on_device(cfg.model))
-    report = inspect(cfg, job, topology, devices)
-    notes = report["notes"]
+    report, tried = inspect(cfg, job, topology, devices), None
     if not report["fits"] and job == "train":
         report["suggestion"], tried = suggest(cfg, topology, devices, report)
-        if not report["suggestion"]:
-            some = f"none of the {tried} layouts tried fits"
-            notes.append(some if tried else "no other layout of this batch should take less memory: none was tried")
     wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else values.num or cfg.eval.samples
     report["run"] = run_costs(report, wanted, values.price)
-    if report["collectives"] is not None and not report["estimated_step_seconds"]:
-        notes.append(f"no estimate of the step: {no_estimate(topology)}, so no hours and no price")
-    elif report["collectives"] is not None and not wanted:
-        notes.append("no hours and no price: eval.samples is 0; say of how many images, such as --num=50000")
-    if job == "sample" and topology.hosts > 1:
-        hosts = f"this is {topology.hosts} of them, each with its part of the images"
-        notes.append(f"the sample job drives one host; {hosts}")
-    return report
+    return report | {"notes": notes(report, topology, wanted, tried)}
 
 
 def _search(cfg: Config, topology: hardware.Topology, sizes: list[int], console: Console) -> list[dict]:

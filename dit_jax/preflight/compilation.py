@@ -164,6 +164,22 @@ def no_estimate(topology: hardware.Topology) -> str:
     return f"the compiler of {topology.platform.upper()} programs gives none"
 
 
+def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | None) -> list[str]:
+    """What the report leaves out, and why. `wanted`: images of the run; `tried`: layouts compiled in search of one that fits."""
+    found = []
+    if tried is not None and not report["suggestion"]:
+        none = "none was tried: no other layout of this batch should take less memory"
+        found.append(f"none of the {tried} layouts tried fits" if tried else none)
+    if report["collectives"] is not None and not report["estimated_step_seconds"]:
+        found.append(f"no estimate of the step: {no_estimate(topology)}, so no hours and no price")
+    elif report["collectives"] is not None and not wanted:
+        found.append("no hours and no price: eval.samples is 0; say for how many images, such as --num=50000")
+    if report["job"] == "sample" and topology.hosts > 1:
+        hosts = f"this is {topology.hosts} of them, each with its part of the images"
+        found.append(f"the sample job drives one host; {hosts}")
+    return found
+
+
 def bounds(report: dict) -> list[float]:
     """Seconds of a step: [collectives hidden behind the compute, nothing hidden]."""
     seconds, moved = report["estimated_step_seconds"] or 0.0, report["collective_seconds"] or 0.0

@@ -155,17 +155,22 @@ def cycles(instruction: Instruction) -> int:
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective of a step. The TPU compiler's fusion of an all-reduce and the slice of it is a reduce-scatter."""
-    found = []
+    """Every collective of a step. The TPU compiler's fusion of an all-reduce and the slice of it is a reduce-scatter.
+
+    A collective that v5e's and v6e's compiler spreads over several fusions, so that they compute while it runs, counts where it begins.
+    """
+    found, started = [], _started(module)
     scatters = {
         name
         for name in module.computations
         if name.startswith(("all-reduce-scatter", "reduce-scatter", "_reduce_scatter"))
     }
     inside = {i.name for name in scatters for i in module.computations[name]}
-    for instruction, times, _ in executed(module):
+    for instruction, times, fused in executed(module):
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS or instruction.opcode.endswith("-done"):
+        if kind not in KINDS:
+            continue
+        if fused and instruction.name not in started.get(_channel(instruction), (instruction.name,)):
             continue
         group = _group(instruction.attributes, devices)
         size = max(_sizes(instruction.shape), default=0)
@@ -181,12 +186,34 @@ def collectives(module: Module, devices: int) -> list[Collective]:
     return found
 
 
+def _started(module: Module) -> dict[str, set[str]]:
+    """channel -> the collectives that begin on it, of those spread over fusions: each of them repeats the instruction."""
+    lines = [line for lines in module.computations.values() for line in lines]
+    starts = (line for line in lines if 'custom_call_target="AsyncCollectiveStart"' in line.attributes)
+    names = {name for line in starts for name in _operands(line)}
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        if line.name in names and (channel := _channel(line)):
+            found.setdefault(channel, set()).add(line.name)
+    return found
+
+
+def _channel(instruction: Instruction) -> str:
+    """The collective's channel, "" where it has none."""
+    found = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+    return found[1] if found else ""
+
+
+def _operands(instruction: Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", instruction.attributes.partition(")")[0])
+
+
 def _scattered(instruction: Instruction, module: Module, scatters: set[str]) -> bool:
     """Whether what an instruction takes comes straight from a reduce-scatter: through parts, copies and views only."""
     lines = next(lines for lines in module.computations.values() if instruction in lines)
     by_name = {line.name: line for line in lines}
     while True:
-        operands = re.findall(r"%([\w.\-]+)", instruction.attributes.partition(")")[0])
+        operands = _operands(instruction)
         if len(operands) != 1 or operands[0] not in by_name:
             return False
         instruction = by_name[operands[0]]

@@ -6,6 +6,7 @@ launch/slurm.sbatch, whose head names the variables it takes (TIME, CPUS and oth
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,14 @@ def hand_over(launcher: str, job: str, names: Sequence[str], todo: Sequence[int]
         last = _submit(job, arguments, {"ARRAY": "", "NODES": "1", "TASKS": "1"} | ({"AFTER": array} if todo else {}))
         print(last)
         say(f"what follows from them is job {last}")
+
+
+def check_launcher(launcher: str, job: str) -> None:
+    """Raises UsageError where cells could not be handed over, before anything is written: launch/slurm.sbatch, dry, says what it lacks."""
+    if launcher == "slurm":
+        _submit("--dry-run", [job], {"ARRAY": "0"})
+        if not shutil.which("sbatch"):
+            raise UsageError("--launcher=slurm: sbatch: not found; run this where SLURM is, or --launcher=print")
 
 
 def _submit(job: str, arguments: list[str], changes: dict[str, str]) -> str:

@@ -158,6 +158,8 @@ def argument(text: str, model: str) -> tuple[str, str, int]:
         raise UsageError(
             f"the config's argument: found {text!r}, expected MODEL[,SLICE[,BATCH]], such as {model},v3-256"
         )
+    if len(parts) == 3 and not int(parts[2]):
+        raise UsageError(f"the config's argument: found {text!r}, expected a batch of at least 1")
     name, slice, batch = [*parts, "", ""][:3]
     return name or model, slice, int(batch or 0)
 

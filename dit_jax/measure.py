@@ -138,14 +138,18 @@ def verdict(met: bool) -> str:
 
 def check_json(path: str) -> None:
     """Raises UsageError when a report could not be written there, before it is measured."""
-    if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise UsageError(f"--json: found {path!r}, whose folder does not exist")
+    folder = os.path.dirname(os.path.abspath(path))
+    if path and (os.path.isdir(path) or path.endswith(os.sep)):
+        raise UsageError(
+            f"--json: found the folder {path!r}, expected a file, such as {os.path.join(path, 'report.json')!r}"
+        )
+    if path and not os.path.isdir(folder):
+        what = f"where {folder!r} is no folder" if os.path.exists(folder) else "whose folder does not exist"
+        raise UsageError(f"--json: found {path!r}, {what}")
 
 
 def publish(found: dict, show: Callable[[dict, Console], None], path: str, names: tuple[str, ...]) -> None:
-    """All figures to the file `path` (if any), and the tables on the screen under what was measured and the versions of `names`."""
-    if path:
-        write_file(path, json.dumps(found, indent=1) + "\n")
+    """The tables on the screen under what was measured and the versions of `names`, and all figures to the file `path` (if any)."""
     about, console = found["machine"], Console(width=150, highlight=False)
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
     load = "" if about["load"] is None else f", load {about['load']:.1f}"
@@ -154,3 +158,5 @@ def publish(found: dict, show: Callable[[dict, Console], None], path: str, names
     )
     console.print("Medians (lowest to highest of the repeats).\n")
     show(found, console)
+    if path:
+        write_file(path, json.dumps(found, indent=1) + "\n")

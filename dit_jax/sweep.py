@@ -24,7 +24,7 @@ from dit_jax.command import ERROR, Interrupted, launch, read_config
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, UsageError, resolve, to_dict
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.heldout import loss_protocol
-from dit_jax.launcher import define_flags, find_cell, hand_over
+from dit_jax.launcher import check_launcher, define_flags, find_cell, hand_over
 from dit_jax.log import METRICS, clock, read_lines, say
 from dit_jax.mesh import make_mesh
 from dit_jax.records import protocol_id as identify
@@ -298,6 +298,8 @@ def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> No
     cells = make_cells(cfg, workdir)
     names = [cell.name for cell in cells]
     chosen = None if asked is None else cells[find_cell(names, asked)]
+    if chosen is None:
+        check_launcher(launcher, "sweep")
     prepare(cfg, workdir)
     if chosen is None:
         protocol_id = loss_protocol_id(cfg)

@@ -16,7 +16,7 @@ from runs import train
 
 from dit_jax import flops, measure, sweep
 from dit_jax.bench import ladder, peer, speed, table
-from dit_jax.command import load_config, read_config
+from dit_jax.command import load_config, read_config, write_file
 from dit_jax.config import Config, SampleConfig, TrainConfig, UsageError, resolve
 
 SPREAD = {"median", "low", "high"}
@@ -165,6 +165,7 @@ BAD = {
     "no ladder": (["--parts=host"], "sweep.budgets: found none, expected training FLOPs; start from configs/digits"),
     "no peer": (["--peer=nowhere.py"], "--peer: no file 'nowhere.py', expected one such as tests/peers/torch_dit.py"),
     "no folder": (["--json=/nowhere/b.json"], "--json: found '/nowhere/b.json', whose folder does not exist"),
+    "seconds": (["--seconds=nan"], "--seconds: found nan, expected a finite number"),
     "no config": (["--config=configs/nope.py"], "--config: no file 'configs/nope.py'"),
 }
 
@@ -174,6 +175,39 @@ def test_bad_input_is_one_line_and_exit_2_before_anything_is_measured(case, cach
     arguments, message = BAD[case]
     code, out, err = run("bench", *arguments, cache_dir=cache_dir)
     assert code == 2 and out == "" and message in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_report_goes_to_a_file_whole_or_not_at_all(tmp_path):
+    inside = tmp_path / "report.json"
+    measure.check_json("")
+    measure.check_json(str(inside))
+    for path in (tmp_path, f"{tmp_path / 'new'}/"):
+        with pytest.raises(UsageError, match=r"--json: found the folder .* expected a file, such as .*report\.json'"):
+            measure.check_json(str(path))
+    write_file(str(inside), "{}")
+    with pytest.raises(UsageError, match=r"--json: found .*, where '.*/report.json' is no folder"):
+        measure.check_json(str(inside / "a.json"))
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_file(str(tmp_path / "taken"), "{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "taken"]
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(cache_dir):
+    code, out, err = run("bench", "--parts=train", cache_dir=cache_dir, devices=3)
+    assert (code, out) == (2, "") and err.startswith("error: train.batch_size: found 16, expected a multiple of 3"), err
+
+
+def test_a_file_that_is_no_peer_is_refused(tmp_path):
+    path = tmp_path / "other_dit.py"
+    for text, message in [
+        ("def check(:", "cannot be read: SyntaxError: invalid syntax"),
+        ("1 / 0", "cannot be read: ZeroDivisionError"),
+        ("def check(cfg, platform): ...", "has no make_trainer, make_sampler, expected the functions check, make_tr"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            peer.load(str(path))
 
 
 def test_a_peer_without_pytorch_says_how_to_get_it(monkeypatch):

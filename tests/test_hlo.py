@@ -85,6 +85,61 @@ def test_the_edges_of_a_reduce_scatter_are_told_from_other_permutes():
     assert found == [(28, True), (28, False), (1, False)]
 
 
+# A gather of v5e's compiler in a loop of 28, cut down: begun in one fusion, gone on with in a product, awaited in a third; beside it
+# a gather in a fusion of its own, and one on the same channel as a plain instruction.
+ASYNC = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_computation.1 (p: bf16[16,384]) -> (bf16[16,384], bf16[256,384], u32[]) {
+  %p = bf16[16,384]{1,0} parameter(0)
+  %all-gather.2 = bf16[256,384]{1,0} all-gather(%p), channel_id=33, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %start.3 = (bf16[16,384]{1,0}, bf16[256,384]{1,0}, u32[]) custom-call(%all-gather.2), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.4 (p: bf16[16,384], w: bf16[8,16]) -> (bf16[8,384], bf16[256,384]) {
+  %p.1 = bf16[16,384]{1,0} parameter(0)
+  %w = bf16[8,16]{1,0} parameter(1)
+  %all-gather.5 = bf16[256,384]{1,0:S(1)} all-gather(%p.1), channel_id=33, replica_groups=[1,16]<=[16], dimensions={0}
+  %dot.6 = bf16[8,384]{1,0} convolution(%w, %p.1), dim_labels=bf_io->bf
+  ROOT %tuple.7 = (bf16[8,384]{1,0}, bf16[256,384]{1,0}) tuple(%dot.6, %all-gather.5)
+}
+
+%fused_computation.8 (p: bf16[16,384], s: u32[]) -> bf16[256,384] {
+  %p.2 = bf16[16,384]{1,0} parameter(0)
+  %s = u32[]{:S(2)} parameter(1)
+  %all-gather.9 = bf16[256,384]{1,0} all-gather(%p.2), channel_id=33, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %done.10 = bf16[256,384]{1,0} custom-call(%all-gather.9, %s), custom_call_target="AsyncCollectiveDone"
+}
+
+%fused_computation.11 (p: bf16[2,384]) -> bf16[32,384] {
+  %p.3 = bf16[2,384]{1,0} parameter(0)
+  ROOT %all-gather.12 = bf16[32,384]{1,0} all-gather(%p.3), channel_id=34, replica_groups=[1,16]<=[16], dimensions={0}
+}
+
+%body.13 (carry: (s32[], bf16[16,384])) -> (s32[], bf16[16,384]) {
+  %carry = (s32[], bf16[16,384]{1,0}) parameter(0)
+  %start.14 = (bf16[16,384]{1,0}, bf16[256,384]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %fusion.15 = (bf16[8,384]{1,0}, bf16[256,384]{1,0}) fusion(%x, %y), kind=kOutput, calls=%async_collective_fusion.4
+  %done.16 = bf16[256,384]{1,0} fusion(%x, %z), kind=kCustom, calls=%fused_computation.8
+  %fusion.17 = bf16[32,384]{1,0} fusion(%v), kind=kCustom, calls=%fused_computation.11
+  ROOT %tuple.18 = (s32[], bf16[16,384]{1,0}) tuple(%i, %x)
+}
+
+ENTRY %main.19 (a: bf16[16,384]) -> bf16[16,384] {
+  %a = bf16[16,384]{1,0} parameter(0)
+  %while.20 = (s32[], bf16[16,384]{1,0}) while(%t), condition=%c, body=%body.13, backend_config={"known_trip_count":{"n":"28"}}
+  %all-gather.21 = bf16[4,384]{1,0} all-gather(%b), channel_id=33, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %copy.22 = bf16[16,384]{1,0} copy(%a)
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once_a_trip_where_it_begins():
+    found = [(one.kind, one.count, one.bytes) for one in hlo.collectives(hlo.parse(ASYNC), 16)]
+    size = 384 * 2
+    assert found == [("all-gather", 28, 256 * size), ("all-gather", 28, 32 * size), ("all-gather", 1, 4 * size)]
+
+
 def test_a_known_trip_count_goes_before_the_condition():
     text = TEXT.replace("body=%body.8", 'body=%body.8, backend_config={"known_trip_count":{"n":"3"}}')
     assert hlo.estimated_cycles(hlo.parse(text)) == 305

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from job import ROOT, run
 
-from dit_jax import evaluate, hardware
+from dit_jax import evaluate, hardware, sweep
 from dit_jax.__main__ import JOBS
-from dit_jax.config import Config, EvalConfig, SampleConfig, UsageError, model_config
+from dit_jax.command import load_config
+from dit_jax.config import Config, EvalConfig, SampleConfig, UsageError, model_config, resolve
 from dit_jax.launcher import find_cell, own_arguments, spans
 
 SCRIPTS = sorted((ROOT / "launch").iterdir())
@@ -365,6 +367,22 @@ def test_a_sweep_prints_its_cells_and_one_of_them_runs_alone(data_dir, cache_dir
     assert os.listdir(workdir / "cells") == [name]
     left = run("sweep", *flags, "--launcher=print", cache_dir=cache_dir, devices=1)[1].splitlines()
     assert left == lines[:-1]
+
+
+def test_a_sweep_that_slurm_would_not_take_writes_nothing(monkeypatch, tmp_path):
+    """Neither without the script's variables, nor where there is no SLURM."""
+    for name in ("TIME", "CPUS"):
+        monkeypatch.delenv(name, raising=False)
+    cfg = load_config(str(ROOT / "configs" / "digits_isoflop.py"))
+    workdir = tmp_path / "demo"
+    with pytest.raises(UsageError, match="--launcher=slurm: TIME CPUS: not set"):
+        sweep.run_apart(resolve(cfg), str(workdir), "slurm", None)
+    for name, value in {"TIME": "60", "CPUS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match="sbatch: not found"):
+        sweep.run_apart(resolve(cfg), str(workdir), "slurm", None)
+    assert not workdir.exists()
 
 
 def test_slurm_needs_its_variables(uninterrupted, cache_dir):

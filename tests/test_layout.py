@@ -56,6 +56,7 @@ def test_a_config_takes_slice_and_batch():
         ("DiT-XL/2,v3-265", "slice: found 'v3-265', expected one of v3-8.*did you mean 'v3-256'"),
         ("DiT-XL/2,v3-256,300", "train.batch_size: found 300, expected a multiple of the 256 devices of v3-256"),
         ("DiT-XL/2,v3-8,many", r"found 'DiT-XL/2,v3-8,many', expected MODEL\[,SLICE\[,BATCH\]\]"),
+        ("DiT-XL/2,v3-8,0", "found 'DiT-XL/2,v3-8,0', expected a batch of at least 1"),
         ("DiT-XL/2,v3-8,256,1", "expected MODEL"),
         ("v3-8", "model name: found 'v3-8'"),
     ],

@@ -5,15 +5,16 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from job import ROOT, run
 
 from dit_jax import flops
 from dit_jax.command import load_config
 from dit_jax.config import ModelConfig, model_config, resolve
-from dit_jax.hardware import GIB
+from dit_jax.hardware import GIB, topology
 from dit_jax.layout import Layout, memory
-from dit_jax.preflight import compilation
+from dit_jax.preflight import compilation, search, text
 from dit_jax.sample import ROWS
 
 XL = "--config=configs/imagenet256.py:DiT-XL/2"
@@ -45,6 +46,8 @@ def ask(tmp_path, cache_dir, *arguments):
         ([XL, "--topology=v3-8", "--search=3"], "--search: found '3', expected values of mesh.fsdp among 1, 2, 4, 8"),
         ([XL, "--topology=v3-8", "--search=4", "--job=sample"], "--search: found --job=sample"),
         ([XL, "--topology=h100x8", "--search=8", "--config.mesh.fsdp=8"], "--search: cannot compile for h100x8"),
+        ([XL, "--topology=cpux8", "--search=8"], "--search: found cpux8, expected a TPU slice"),
+        ([XL, "--topology=v3-8", "--price=nan"], "--price: found nan, expected a finite number"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(arguments, message, cache_dir):
@@ -61,7 +64,10 @@ def test_the_real_step_is_compiled_for_virtual_devices(tmp_path, cache_dir):
     assert found["collectives"]["all-gather"]["count"] > 3 and "all-to-all" not in found["collectives"]
     model = ModelConfig(depth=3, width=64, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
     assert found["flops_step"] == flops.train_flops(model, 64) and found["parameters"] == flops.parameters(model)
-    assert found["estimated_step_seconds"] is None  # the CPU's compiler gives none
+    assert found["estimated_step_seconds"] is None and found["run"] is None
+    assert found["notes"] == [
+        "no estimate of the step: the compiler of CPU programs gives none, so no hours and no price"
+    ]
 
 
 def test_gpus_get_what_needs_no_compiler(tmp_path, cache_dir):
@@ -85,12 +91,13 @@ def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir
 
 
 @pytest.mark.slow
-def test_a_search_compiles_every_layout(tmp_path, cache_dir):
-    small = ["--config.model.depth=2", "--config.model.width=16", "--config.optim.warmup_steps=1"]
-    found, err = ask(tmp_path, cache_dir, DIGITS, "--topology=cpux8", "--search=2", *small)
+def test_a_search_compiles_every_layout(capsys):
+    cfg = resolve(load_config("configs/digits.py"))
+    cfg = search.changed(cfg, {"model.depth": 2, "model.width": 16, "model.attention": "xla"})
+    found = search.search(cfg, topology("cpux8"), jax.devices(), [2])
     assert [(one["mesh"]["fsdp"], one["accumulate"]) for one in found] == [(2, 1)] * 3
     assert {one["remat"] for one in found} == {"none", "dots", "full"} and all(one["fits"] for one in found)
-    assert len({one["bytes"]["temporaries"] for one in found}) > 1 and err.count("remat") == 3
+    assert len({one["bytes"]["temporaries"] for one in found}) > 1 and capsys.readouterr().err.count("remat") == 3
 
 
 def test_the_compiler_s_messages_are_understood():
@@ -99,6 +106,42 @@ def test_the_compiler_s_messages_are_understood():
     assert compilation.temporaries_of(alone, 2**30) == 46.5 * 2**30
     assert compilation.temporaries_of(whole, 2**30) == 15.5 * 2**30
     assert compilation.temporaries_of("something else", 2**30) is None
+
+
+def test_what_is_over_the_memory_is_told_from_what_fills_it():
+    sizes = {"over": 16.35, "full": 15.0, "fits": 14.4}
+    said = {name: compilation.too_large(int(size * GIB), 16 * GIB) for name, size in sizes.items()}
+    assert said["over"] == "16.35 GiB of 16.00 GiB: it compiles, and needs more than there is"
+    assert said["full"] == "15.00 GiB of 16.00 GiB: it compiles, with less than 10% to spare"
+    assert said["fits"] == "" == compilation.too_large(16 * GIB, None)
+
+
+def test_a_slice_of_an_unknown_clock_is_ranked_and_shown_by_its_links():
+    assert compilation.no_estimate(topology("v5e-16")) == "the clock of v5e is not published"
+    assert compilation.no_estimate(topology("v4-8")) == "the compiler of TPU programs gives none"
+    report = {"mesh": {"fsdp": 16}, "remat": "dots", "accumulate": 1, "fits": True, "job": "train", "run": None}
+    report |= {"bytes": {"arguments": GIB, "temporaries": GIB}, "collective_seconds": 0.0125}
+    known = report | {"estimated_step_seconds": 0.05, "estimated_mfu": 0.25}
+    report |= {"estimated_step_seconds": None, "estimated_mfu": None}
+    assert text.row(report) == "fsdp  16, remat dots, accumulate  1  links   12.5 ms, 2.00 GiB"
+    assert text.row(known).endswith("    50.0 ms + links   12.5 ms, MFU 25.0%, 2.00 GiB")
+    assert dict(text._speed(report)) == {"links": "12.5 ms, for the collectives at the links' full rate"}
+    assert compilation.bounds(report) == [0.0125, 0.0125]
+
+
+def test_the_notes_say_what_is_left_out_and_why():
+    report = {"job": "sample", "suggestion": "", "collectives": {}, "estimated_step_seconds": 0.05}
+    (asked,) = compilation.notes(report, topology("v3-8"), 0, None)
+    assert asked == "no hours and no price: eval.samples is 0; say for how many images, such as --num=50000"
+    assert compilation.notes(report, topology("v3-8"), 10, None) == []
+    (hosts,) = compilation.notes(report, topology("v3-32"), 10, None)
+    assert hosts.startswith("the sample job drives one host; this is 4 of them")
+    refused = report | {"job": "train", "collectives": None, "estimated_step_seconds": None}
+    assert compilation.notes(refused, topology("v3-8"), 10, 4) == ["none of the 4 layouts tried fits"]
+    assert compilation.notes(refused, topology("v3-8"), 10, 0)[0].startswith("none was tried")
+    assert compilation.notes(refused | {"suggestion": "--config.mesh.fsdp=8"}, topology("v3-8"), 10, 1) == []
+    (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v5e-4"), 0, None)
+    assert clock == "no estimate of the step: the clock of v5e is not published, so no hours and no price"
 
 
 def test_hours_and_price_follow_from_the_step():
@@ -114,13 +157,13 @@ def test_hours_and_price_follow_from_the_step():
 # ---- with libtpu
 
 
-def compiled_for(tmp_path, config, *arguments):
-    """The report of a preflight in a plain process, as a user starts it."""
+def compiled_for(tmp_path, config, *arguments, code=0):
+    """The report of a preflight in a plain process, as a user starts it, that exits with `code`."""
     out = tmp_path / "report.json"
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
     command = [sys.executable, "-m", "dit_jax.preflight", f"--config=configs/{config}", f"--json={out}", *arguments]
     found = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    assert found.returncode == code, found.stderr
     print(found.stdout)
     return json.loads(out.read_text())
 
@@ -164,7 +207,7 @@ def test_xl_trains_on_its_slices(slice, batch, tmp_path):
 @pytest.mark.tpu
 def test_a_batch_too_large_is_refused_by_the_compiler_and_what_is_suggested_fits(tmp_path):
     config, large = "imagenet256.py:DiT-XL/2", ["--topology=v3-8", "--config.train.batch_size=2048"]
-    found = compiled_for(tmp_path, config, *large)
+    found = compiled_for(tmp_path, config, *large, code=1)
     assert not found["fits"] and found["message"].startswith("RESOURCE_EXHAUSTED: Ran out of memory")
     assert found["bytes"]["temporaries"] > found["bytes"]["memory"] and found["suggestion"]
     again = compiled_for(tmp_path, config, *large, *found["suggestion"].split())

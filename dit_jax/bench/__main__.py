@@ -16,10 +16,12 @@ import jax
 from absl import flags
 
 from dit_jax.bench import peer, speed, table
+from dit_jax.checks import typed
 from dit_jax.command import launch
 from dit_jax.config import Config, UsageError, resolve
 from dit_jax.log import say
 from dit_jax.measure import check_json, machine, publish
+from dit_jax.mesh import check_batch, make_mesh
 
 PARTS = ("sample", "train", "host")  # in this order: what a device had in use at most is counted from the start
 
@@ -56,6 +58,7 @@ def main() -> None:
     values = flags.FLAGS
     parts = chosen(values.parts)
     check_json(values.json)
+    typed(values.seconds, float, "--seconds")
     module = peer.load(values.peer) if values.peer else None
     if module:
         os.environ.setdefault(
@@ -66,6 +69,8 @@ def main() -> None:
     cfg = speed.default_config(platform) if default else resolve(values.config)
     if "host" in parts and not cfg.sweep.budgets:
         raise UsageError("sweep.budgets: found none, expected training FLOPs; start from configs/digits_isoflop.py")
+    if set(parts) - {"sample"}:
+        check_batch(make_mesh(cfg.mesh), cfg.train.batch_size, cfg.optim.accumulate)
     if module:
         check_peer(module, cfg)
     found: dict = {"machine": machine()}

@@ -22,6 +22,9 @@ HOW = (
 )
 
 
+FUNCTIONS = ("check", "make_trainer", "make_sampler")
+
+
 @dataclass(frozen=True)
 class Side:
     """One of those that are compared, its program compiled."""
@@ -34,7 +37,7 @@ class Side:
 
 
 def load(path: str) -> ModuleType:
-    """The peer of a file. Raises UsageError when there is none, or it needs what is not installed."""
+    """The peer of a file. Raises UsageError when there is none, it needs what is not installed, or it is no peer."""
     if not os.path.isfile(path):
         raise UsageError(f"--peer: no file {path!r}, expected one such as tests/peers/torch_dit.py")
     name = os.path.splitext(os.path.basename(path))[0]
@@ -47,4 +50,8 @@ def load(path: str) -> ModuleType:
     except ImportError as error:
         how = f": {HOW}" if error.name == "torch" else ""
         raise UsageError(f"--peer: {path} needs {error.name or error}, which is not installed{how}") from None
+    except Exception as error:
+        raise UsageError(f"--peer: {path} cannot be read: {type(error).__name__}: {error}") from None
+    if lacking := [name for name in FUNCTIONS if not callable(getattr(module, name, None))]:
+        raise UsageError(f"--peer: {path} has no {', '.join(lacking)}, expected the functions {', '.join(FUNCTIONS)}")
     return module

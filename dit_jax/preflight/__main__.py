@@ -10,17 +10,18 @@ made to compare layouts: it leaves out collectives, whose bytes over the links' 
 
 import dataclasses
 import json
-import os
 
 from absl import flags
 from rich.console import Console
 
 from dit_jax import hardware
+from dit_jax.checks import typed
 from dit_jax.command import launch, write_file
-from dit_jax.config import Config, UsageError, resolve
+from dit_jax.config import Config, JobError, UsageError, resolve
 from dit_jax.layout import FSDP
+from dit_jax.measure import check_json
 from dit_jax.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
-from dit_jax.preflight.compilation import analysis, inspect, run_costs
+from dit_jax.preflight.compilation import analysis, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.search import changed, search, suggest
 from dit_jax.preflight.text import row, show
 from dit_jax.step import on_device
@@ -31,17 +32,24 @@ def _check(cfg: Config, job: str, topology: hardware.Topology, values) -> list[i
     mesh = abstract_mesh(cfg.mesh, topology.devices)
     if job == "train":
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, topology.devices // topology.hosts)
-    path, split = values.json, topology.devices // mesh.shape["tensor"]
-    if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise UsageError(f"--json: found {path!r}, whose folder does not exist")
+    check_json(values.json)
+    if values.price is not None:
+        typed(values.price, float, "--price")
     if values.search and job != "train":
         raise UsageError("--search: found --job=sample, expected the train step, whose layout there is a choice of")
+    split = topology.devices // mesh.shape["tensor"]
     sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
     for size in values.search:
         if not size.isdecimal() or int(size) not in sizes:
             raise UsageError(
                 f"--search: found {size!r}, expected values of mesh.fsdp among {', '.join(map(str, sizes))}"
             )
+    if values.search and (missing := why_not_compiled(topology)):
+        raise UsageError(f"--search: cannot compile for {topology.name}: {missing}")
+    if values.search and topology.platform == "cpu":
+        raise UsageError(
+            f"--search: found {topology.name}, expected a TPU slice: no figure of a CPU's program is known to rank layouts by"
+        )
     return [int(size) for size in values.search]
 
 
@@ -56,43 +64,52 @@ def _topology(values) -> hardware.Topology:
     return hardware.topology(name)
 
 
+def _one(cfg: Config, job: str, topology: hardware.Topology, values) -> dict:
+    """The report of the job's program."""
+    if missing := why_not_compiled(topology):
+        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
+        return report | {"message": f"not compiled: {missing}"}
+    devices, cfg = devices_ahead(topology), dataclasses.replace(cfg, model=on_device(cfg.model))
+    report, tried = inspect(cfg, job, topology, devices), None
+    if not report["fits"] and job == "train":
+        report["suggestion"], tried = suggest(cfg, topology, devices, report)
+    wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else values.num or cfg.eval.samples
+    report["run"] = run_costs(report, wanted, values.price)
+    return report | {"notes": notes(report, topology, wanted, tried)}
+
+
+def _search(cfg: Config, topology: hardware.Topology, sizes: list[int], console: Console) -> list[dict]:
+    """The reports of all layouts, shown as a table."""
+    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
+    reports = search(cfg, topology, devices_ahead(topology), sizes)
+    for one in reports:
+        console.print(row(one))
+    if any(one["fits"] and not one["estimated_step_seconds"] for one in reports):
+        console.print(f"ranked by collectives alone: {no_estimate(topology)}")
+    return reports
+
+
 def main() -> None:
     values = flags.FLAGS
     cfg, topology, job = resolve(values.config), _topology(values), values.job
     if job == "sample":
         cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the job does
     sizes, console = _check(cfg, job, topology, values), Console(width=160, highlight=False)
-    missing = why_not_compiled(topology)
-    if missing and sizes:
-        raise UsageError(f"--search: cannot compile for {topology.name}: {missing}")
-    if missing:
-        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
-        report["message"] = f"not compiled: {missing}"
+    if sizes:
+        found = reports = _search(cfg, topology, sizes, console)
     else:
-        devices = devices_ahead(topology)
-        cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
-        if sizes:
-            reports = search(cfg, topology, devices, sizes)
-            for one in reports:
-                console.print(row(one))
-            _write(values.json, reports)
-            return
-        report = inspect(cfg, job, topology, devices)
-        if not report["fits"] and job == "train":
-            report["suggestion"] = suggest(cfg, topology, devices, report)
-        wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else values.num or cfg.eval.samples
-        report["run"] = run_costs(report, wanted, values.price)
-        if job == "sample" and topology.hosts > 1:
-            report["message"] = (
-                f"the sample job drives one host; this is {topology.hosts} of them, each with its part of the images"
-            )
-    _write(values.json, report)
-    show(report, console)
-
-
-def _write(path: str, found: dict | list) -> None:
-    if path:
-        write_file(path, json.dumps(found, indent=1) + "\n")
+        found = _one(cfg, job, topology, values)
+        show(found, console)
+        reports = [found]
+    if values.json:
+        write_file(values.json, json.dumps(found, indent=1) + "\n")
+    if all(one["fits"] is False for one in reports):
+        few = f"none of the {len(reports)} layouts that were compiled fits" if sizes else "the program does not fit"
+        raise JobError(
+            f"{few} a device of {topology.name}"
+            if reports
+            else "by the rule of memory no layout fits: none was compiled"
+        )
 
 
 if __name__ == "__main__":

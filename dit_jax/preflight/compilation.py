@@ -104,6 +104,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
         "run": None,
         "message": "",
         "suggestion": "",
+        "notes": [],
     }
 
 
@@ -121,13 +122,18 @@ def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -
     sizes["code"], sizes["donated"] = memory.generated_code_size_in_bytes, memory.alias_size_in_bytes
     text = executable.as_text()
     sizes["state"] = sum(hlo.argument_bytes(text)[: found.state])
-    used = sizes["arguments"] + sizes["temporaries"]
-    if sizes["memory"] and used > FULL * sizes["memory"]:
-        report["fits"] = False
-        report["message"] = (
-            f"{gib(used)} of {gib(sizes['memory'])}: it compiles, with less than {1 - FULL:.0%} to spare"
-        )
+    report["message"] = too_large(sizes["arguments"] + sizes["temporaries"], sizes["memory"])
+    report["fits"] = not report["message"]
     return report | timing(hlo.parse(text), topology, found)
+
+
+def too_large(used: int, memory: int | None) -> str:
+    """Why a program that was compiled counts as one that does not fit, "" for one that does."""
+    if not memory or used <= FULL * memory:
+        return ""
+    if used > memory:
+        return f"{gib(used)} of {gib(memory)}: it compiles, and needs more than there is"
+    return f"{gib(used)} of {gib(memory)}: it compiles, with less than {1 - FULL:.0%} to spare"
 
 
 def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> dict:
@@ -149,6 +155,29 @@ def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> d
         "estimated_step_seconds": seconds,
         "estimated_mfu": found.flops / seconds / peak if seconds else None,
     }
+
+
+def no_estimate(topology: hardware.Topology) -> str:
+    """Why a compiled program of a slice has no estimate of its time."""
+    if topology.platform == "tpu" and math.isnan(topology.chip.clock):
+        return f"the clock of {topology.generation} is not published"
+    return f"the compiler of {topology.platform.upper()} programs gives none"
+
+
+def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | None) -> list[str]:
+    """What the report leaves out, and why. `wanted`: images of the run; `tried`: layouts compiled in search of one that fits."""
+    found = []
+    if tried is not None and not report["suggestion"]:
+        none = "none was tried: no other layout of this batch should take less memory"
+        found.append(f"none of the {tried} layouts tried fits" if tried else none)
+    if report["collectives"] is not None and not report["estimated_step_seconds"]:
+        found.append(f"no estimate of the step: {no_estimate(topology)}, so no hours and no price")
+    elif report["collectives"] is not None and not wanted:
+        found.append("no hours and no price: eval.samples is 0; say for how many images, such as --num=50000")
+    if report["job"] == "sample" and topology.hosts > 1:
+        hosts = f"this is {topology.hosts} of them, each with its part of the images"
+        found.append(f"the sample job drives one host; {hosts}")
+    return found
 
 
 def bounds(report: dict) -> list[float]:

@@ -34,20 +34,20 @@ def flags_of(layout: Layout, present: Layout) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in layout.keys().items() if value != old[key])
 
 
-def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dict) -> str:
-    """Flags of the first layout tried with which the train step fits, which it does not in `report`; "" where none tried does.
+def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dict) -> tuple[str, int]:
+    """(flags of the first layout tried with which the train step fits, which it does not in `report`, or ""; how many were tried).
 
     Of the layouts that are expected to fit the fastest is tried. What to expect is a rough rule, set right by what the compiler
     said of the layouts before.
     """
     batch, present = cfg.train.batch_size, layout_of(cfg, topology.devices)
     left = [o for o in options(cfg.model, batch, topology, present) if o != present]
-    tried, off = present, 1.0
+    tried, off, count = present, 1.0, 0
 
     def needed(layout: Layout) -> float:
         return state_bytes(cfg.model, layout) + off * temporary_bytes(cfg.model, layout, batch)
 
-    for _ in range(TRIES):
+    while count < TRIES:
         if report["bytes"]["temporaries"]:
             off = report["bytes"]["temporaries"] / temporary_bytes(cfg.model, tried, batch)
         left = [o for o in left if needed(o) < needed(tried)]
@@ -55,18 +55,18 @@ def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dic
             break
         fitting = [o for o in left if needed(o) <= FULL * topology.memory_bytes]
         tried = fitting[0] if fitting else min(left, key=needed)
-        flags = flags_of(tried, present)
+        flags, count = flags_of(tried, present), count + 1
         say(f"it does not fit; trying {flags} ...")
         report = inspect(changed(cfg, tried.keys()), "train", topology, devices)
         if report["fits"]:
-            return flags
-    return ""
+            return flags, count
+    return "", count
 
 
 def search(cfg: Config, topology: hardware.Topology, devices: list, sizes: list[int]) -> list[dict]:
     """Reports of the train step for each of `sizes` as mesh.fsdp and each remat, with the least accumulation that may fit.
 
-    The fastest first, by the estimate of the step and its collectives, nothing hidden; those that do not fit last.
+    The fastest first, by the estimate of the step (where there is one) and its collectives, nothing hidden; those that do not fit last.
     """
     batch, tensor, reports = cfg.train.batch_size, layout_of(cfg, topology.devices).tensor, []
     found = options(cfg.model, batch, topology, Layout(topology.devices // tensor, 1, tensor, "none", 1))
@@ -77,4 +77,4 @@ def search(cfg: Config, topology: hardware.Topology, devices: list, sizes: list[
             layout = min(some, key=lambda o: o.accumulate)
             reports.append(inspect(changed(cfg, layout.keys()), "train", topology, devices))
             say(row(reports[-1]))
-    return sorted(reports, key=lambda r: (not r["fits"], bounds(r)[1] if r["collectives"] else math.inf))
+    return sorted(reports, key=lambda r: (not r["fits"], bounds(r)[1] if r["fits"] else math.inf))

@@ -1,6 +1,5 @@
 """Reports as text."""
 
-import math
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -44,15 +43,21 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
     for name in ("message", "suggestion"):
         if report[name]:
             yield name, report[name]
+    for note in report["notes"]:
+        yield "note", note
 
 
 def _speed(report: dict) -> Iterator[tuple[str, str]]:
-    if report["estimated_step_seconds"]:
-        seconds, moved = report["estimated_step_seconds"], report["collective_seconds"]
+    if seconds := report["estimated_step_seconds"]:
         often = f"{_number(1 / seconds)} a second, {_number(report['images'] / seconds)} images a second"
         what = "step" if report["job"] == "train" else "batch"
         yield what, f"{1e3 * seconds:.1f} ms ({often}), MFU {report['estimated_mfu']:.1%}: the compiler's estimate"
-        yield "links", f"{1e3 * moved:.1f} ms beside it, for the collectives at the links' full rate"
+    if report["collective_seconds"] is not None:
+        beside = " beside it" if seconds else ""
+        yield (
+            "links",
+            f"{1e3 * report['collective_seconds']:.1f} ms{beside}, for the collectives at the links' full rate",
+        )
     if run := report["run"]:
         spans = {
             name: " to ".join(dict.fromkeys(map(_number, run[name])))
@@ -71,6 +76,8 @@ def row(report: dict) -> str:
     layout = f"fsdp {report['mesh']['fsdp']:3}, remat {report['remat']:4}, accumulate {report['accumulate']:2}"
     if not report["fits"]:
         return f"{layout}  does not fit: {used or report['message']}"
-    seconds, moved = report["estimated_step_seconds"] or math.nan, report["collective_seconds"] or 0.0
-    speed = f"{1e3 * seconds:8.1f} ms + links {1e3 * moved:6.1f} ms, MFU {report['estimated_mfu'] or math.nan:5.1%}"
-    return f"{layout}  {speed}, {used}"
+    links = f"links {1e3 * (report['collective_seconds'] or 0.0):6.1f} ms"
+    if not report["estimated_step_seconds"]:
+        return f"{layout}  {links}, {used}"
+    step = f"{1e3 * report['estimated_step_seconds']:8.1f} ms + {links}, MFU {report['estimated_mfu']:5.1%}"
+    return f"{layout}  {step}, {used}"

@@ -61,6 +61,10 @@ create() {
   local options=("--node-id=$NAME" "--accelerator-type=$ACCELERATOR" "--runtime-version=${RUNTIME:-$(runtime)}")
   [[ -z ${SPOT:-} ]] || options+=(--spot)
   queued create "${options[@]}"
+  await
+}
+
+await() { # a request's turn
   if ((dry)); then
     echo "# every ${POLL:-30} s until ACTIVE: $(state)"
     return
@@ -71,7 +75,7 @@ create() {
     echo "$NAME: $found" >&2
     case $found in
       ACTIVE) return ;;
-      FAILED | SUSPENDED | SUSPENDING) fail "$NAME: the request is $found; look with gcloud compute tpus queued-resources describe" ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING) fail "$NAME: the request is $found; look with gcloud compute tpus queued-resources describe" ;;
     esac
     sleep "${POLL:-30}"
   done
@@ -111,12 +115,19 @@ fits_slice() { # only train is a program of many hosts, and no slice can be had 
   [[ $ACCELERATOR =~ ^v[2-6][a-z]*-[1-8]$ ]] || fail "ACCELERATOR: found $ACCELERATOR, expected one host, such as v4-8: $1 runs on one"
 }
 
-resume() {
+resume() { # what only waits is left in the queue: a new request would begin at its end
   local found=''
-  if ((dry)); then echo "# all but the last command where this says ACTIVE: $(state)"; else found=$(state 2>/dev/null) || true; fi
+  if ((dry)); then
+    echo "# ACTIVE: only the last; SUSPENDED, SUSPENDING, FAILED: all; no request: no delete; else: no delete, no create: $(state)"
+  else
+    found=$(state 2>/dev/null) || true
+  fi
   if [[ $found != ACTIVE ]]; then
-    if ((dry)) || [[ -n $found ]]; then queued delete --force --quiet; fi
-    create
+    if ((dry)) || [[ $found =~ ^(SUSPENDED|SUSPENDING|FAILED)$ ]]; then
+      queued delete --force --quiet
+      found=''
+    fi
+    if [[ -z $found ]]; then create; else await; fi
     setup
   fi
   start "$@"

@@ -43,12 +43,13 @@ def fakes(tmp_path):
     return f"{folder}:{os.environ['PATH']}", lambda: log.read_text().splitlines() if log.exists() else []
 
 
-# The fake gcloud tells the next of the states that a file lists; after the last one there is no such request.
+# The fake gcloud tells the next of the states that a file lists, and fails at "none" as it does where there is no such request.
 STATES = """
 if [[ $* == *describe* ]]; then
   read -r state <"$(dirname "$0")/states" || exit 1
-  echo "$state"
   sed -i 1d "$(dirname "$0")/states"
+  [[ $state != none ]] || exit 1
+  echo "$state"
 fi
 """
 
@@ -134,7 +135,10 @@ DELETE = [f"{QUEUE} delete {HERE} --force --quiet"]
         (
             ["resume", *JOB],
             [
-                CREATE[1].replace("every 30 s until ACTIVE", "all but the last command where this says ACTIVE"),
+                CREATE[1].replace(
+                    "every 30 s until ACTIVE",
+                    "ACTIVE: only the last; SUSPENDED, SUSPENDING, FAILED: all; no request: no delete; else: no delete, no create",
+                ),
                 *DELETE, *CREATE, *SETUP, *RUN,
             ],
         ),
@@ -320,6 +324,50 @@ def test_slices_of_one_host_are_those_of_the_table():
     assert one["gke.sh"] == [
         found.name for found in slices if found.chips <= 4 and found.generation not in ("v2", "v3")
     ]
+
+
+# ---- after a preemption
+
+
+def resumed(fakes, *states):
+    """(exit code, the verbs of the queued resource, whether the slice was set up, whether the job began) of a resume."""
+    path, calls = fakes
+    (Path(path.split(":")[0]) / "states").write_text("".join(f"{state}\n" for state in states))
+    code, _, _ = call("tpu_vm.sh", "resume", *JOB, PATH=path, POLL="0", **TPU)
+    verbs = [line.split()[4] for line in calls() if line.startswith(QUEUE)]
+    return code, verbs, any("make setup" in line for line in calls()), any("dit_jax.train" in line for line in calls())
+
+
+def test_resume_keeps_the_place_of_a_request_that_waits(fakes):
+    states = ("WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    assert resumed(fakes, *states) == (0, ["describe"] * 4, True, True)
+
+
+@pytest.mark.parametrize("state", ["ACCEPTED", "CREATING", "PROVISIONING"])
+def test_resume_waits_for_a_request_on_its_way(fakes, state):
+    assert resumed(fakes, state, "ACTIVE") == (0, ["describe", "describe"], True, True)
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "SUSPENDING", "FAILED"])
+def test_resume_asks_anew_where_a_request_is_over(fakes, state):
+    verbs = ["describe", "delete", "create", "describe"]
+    assert resumed(fakes, state, "ACTIVE") == (0, verbs, True, True)
+
+
+def test_resume_of_a_slice_that_is_there_only_runs(fakes):
+    assert resumed(fakes, "ACTIVE") == (0, ["describe"], False, True)
+
+
+def test_resume_asks_for_a_slice_that_was_never_asked_for(fakes):
+    assert resumed(fakes, "none", "ACTIVE") == (0, ["describe", "create", "describe"], True, True)
+
+
+def test_resume_leaves_a_request_that_is_being_deleted(fakes):
+    assert resumed(fakes, "DELETING", "DELETING") == (2, ["describe", "describe"], False, False)
+
+
+def test_resume_ends_where_a_request_fails_while_it_waits(fakes):
+    assert resumed(fakes, "WAITING_FOR_RESOURCES", "FAILED") == (2, ["describe", "describe"], False, False)
 
 
 # ---- cells

@@ -237,7 +237,7 @@ def test_corrected_parabolas_cover_in_1500_studies(design):
 def test_a_vertex_near_the_edge_of_the_sizes_is_not_pulled_to_their_middle():
     """Weights from the vertices themselves pull the law's draws towards the middle of the sizes, on top of what they do to the estimate."""
     off = []
-    for seed in range(30):
+    for seed in range(10):
         fit = fit_isoflop(grid(SKEW, 4.0, 7, drift=1.0, noise=0.003, seed=seed), resamples=100, seed=seed, unbias=True)
         off.append((fit.laws["N_opt"].exponent - SKEW.a, np.median(fit.draws["N_opt"].exponent) - SKEW.a))
     estimate, drawn = np.mean(off, axis=0)

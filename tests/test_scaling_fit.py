@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from planted import LAW, scatter
 
 from dit_jax.config import UsageError
 from dit_jax.scaling.__main__ import main
@@ -33,6 +34,22 @@ def study(noise=0.0, seed=0, budgets=BUDGETS, sizes=5, width=6.0, curvature=0.02
             d = c / (6 * n)
             runs.append(Run(f"{c:.2g}_{i}", float(n), float(d), float(c), float(value), se, images=float(d / 16)))
     return runs
+
+
+def test_no_chance_group_decides_the_laws_of_scattered_runs():
+    """Three runs of one compute by chance, one of them a failure, make the sharpest parabola of all. It once had nearly all the weight."""
+    runs = scatter(noise=0.003, count=240)
+    n = LAW.optimum(6.0)["N_opt"](4e20) * np.array([0.3, 3.0, 9.0])
+    rows = zip(n.tolist(), (4e20, 4.04e20, 4.08e20), (0.0, -0.3, 1.0), strict=True)
+    chance = [Run(f"odd{i}", v, c / 6 / v, c, float(LAW(v, c / 6 / v)) + off) for i, (v, c, off) in enumerate(rows)]
+    runs = [r for r in runs if not 3.5e20 < r.flops < 4.5e20] + chance
+    fit = fit_isoflop(runs, resamples=100)
+    odd = next(b for b in fit.used if b.runs[0].name == "odd0")
+    assert odd.curvature > 5 * fit.curvature and not fit.identifiable
+    laws = [f.laws for f in (fit, fit_isoflop([r for r in runs if not r.name.startswith("odd")], resamples=0))]
+    assert laws[0]["N_opt"].exponent == pytest.approx(laws[1]["N_opt"].exponent, abs=0.05)
+    assert laws[0]["N_opt"].exponent + laws[0]["D_opt"].exponent == pytest.approx(1.0, abs=1e-9)
+    assert holdout_largest(runs, resamples=0) is None
 
 
 def test_fit_recovers_a_planted_law():

@@ -74,6 +74,20 @@ def test_the_interval_of_a_lowest_of_noisy_runs_lies_above_it(fit):
     assert estimate < -0.001 and abs(drawn) < 0.4 * abs(estimate)
 
 
+def test_seeds_of_a_size_count_as_one_and_their_mean_is_inside():
+    """The lowest of all seeds would be lower than the lowest mean, and than what intervals about curves hold."""
+    rng, exact = np.random.default_rng(0), study(sizes=7)
+    runs = [replace(r, loss=r.loss + 0.005 * float(rng.standard_normal())) for _ in range(3) for r in exact]
+    fit = fit_compute(runs, resamples=200)
+    losses = [math.exp(np.mean([math.log(r.loss) for r in runs[i :: len(exact)]])) for i in range(len(exact))]
+    mean = [replace(r, loss=loss) for r, loss in zip(exact, losses, strict=True)]
+    assert fit.points == fit_compute(mean, resamples=0).points
+    for at in (BUDGETS[0], BUDGETS[-1]):
+        low, high = np.quantile(fit.draws["L_opt"](at), [0.025, 0.975])
+        assert low < fit.laws["L_opt"](at) < high
+    assert fit_compute(runs[::-1], resamples=50).laws["L_opt"].exponent == pytest.approx(fit.laws["L_opt"].exponent)
+
+
 def test_the_best_of_few_sizes_is_too_high_and_its_interval_is_not():
     fit, truth = fit_compute(study(noise=1e-5, sizes=4, seed=1), resamples=200), L_LAW(BUDGETS[2])
     high, drawn = fit.laws["L_opt"](BUDGETS[2]) / truth - 1, np.median(fit.draws["L_opt"](BUDGETS[2])) / truth - 1

@@ -1,7 +1,8 @@
 """Loss as a power of compute alone: L = k C^x of Liang et al. 2024 (arXiv 2410.08184), section 3.2, and E + k C^x with an irreducible term.
 
-The points are the best run of each budget. The best of noisy runs is a little too good, and the more so the more sizes a budget has; the
-best of a few sizes is a little too bad. Estimates are the published method's and leave that as it is; intervals do not.
+The points are the best run of each budget; runs alike in params and tokens (seeds) count as one, by their mean. The best of noisy runs is a
+little too good, and the more so the more sizes a budget has; the best of a few sizes is a little too bad. Estimates are the published
+method's and leave that as it is; intervals do not.
 
 **Intervals**: the law is fitted anew to its own values less simulated errors of the points. Where every budget has 4 sizes or more, all its
 runs are drawn about smooth curves and the best is taken again (`smooth`); an error is its distance from the curve's minimum. Where
@@ -12,6 +13,7 @@ Huber fit without curves weights its points instead, as `inference` says.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,12 +39,12 @@ def fit_compute(
 ) -> PointFit:
     """L_opt_pure, from 4 budgets on L_opt_irreducible, and L_opt, the latter where there is one. Says nothing of N_opt or D_opt."""
     check(runs, "power", 2, residual, loss)
-    grids = sorted((members for _, members in budgets(runs)), key=lambda m: min(m, key=lambda r: r.loss).flops)
-    best = [min(members, key=lambda r: r.loss) for members in grids]
+    pairs = [(min(_seeds_averaged(members), key=lambda r: r.loss), members) for _, members in budgets(runs)]
+    best, grids = zip(*sorted(pairs, key=lambda pair: pair[0].flops), strict=True)
     points = tuple(Point(f"{r.flops:.3g}", r.flops, r.params, r.tokens, r.loss) for r in best)
     C, y = np.array([r.flops for r in best]), np.array([r.loss for r in best])
     delta = DELTA if loss == "huber" else math.inf
-    errors = _errors(C, grids, resamples, seed) if resamples else None
+    errors = _errors(best, grids, resamples, seed) if resamples else None
     draw = {"resamples": resamples, "seed": seed, "level": level, "errors": errors}
     laws, draws, sums = {}, {}, {}
     for name in ("L_opt_pure", "L_opt_irreducible")[: 1 + (len(best) >= IRREDUCIBLE_FROM)]:
@@ -80,23 +82,38 @@ CHOSEN = (
 )
 
 
-def _errors(C, grids, resamples: int, seed: int) -> Errors | None:
+def _cells(members: Sequence[Run]) -> np.ndarray:
+    """Which of the different (params, tokens) each run (runs,) has."""
+    return np.unique([(r.params, r.tokens) for r in members], axis=0, return_inverse=True)[1].ravel()
+
+
+def _seeds_averaged(members: Sequence[Run]) -> list[Run]:
+    """A run for each (params, tokens): its loss the geometric mean over seeds, else as they come."""
+    same: dict = {}
+    for run, cell in zip(members, _cells(members).tolist(), strict=True):
+        same.setdefault(cell, []).append(run)
+    return [
+        s[0] if len(s) == 1 else replace(s[0], loss=math.exp(np.mean([math.log(r.loss) for r in s])))
+        for s in same.values()
+    ]
+
+
+def _errors(best, grids, resamples: int, seed: int) -> Errors | None:
     """Errors of the best runs by simulation; None where a budget has too few sizes, or curves without a minimum."""
-    if len(C) < 2 or min(len({r.params for r in members}) for members in grids) < SIZES:
+    if len(best) < 2 or min(len({r.params for r in members}) for members in grids) < SIZES:
         return None
     sizes, losses = ([np.log([getattr(r, k) for r in members]) for members in grids] for k in ("params", "loss"))
-    x = np.log(C) - np.log(C).mean()
-    curves = smooth(
-        np.log(C),
-        sizes,
-        losses,
-        np.polyval(np.polyfit(x, [u[v.argmin()] for u, v in zip(sizes, losses, strict=True)], 1), x),
-    )
+    log_c = np.log([r.flops for r in best])
+    x = log_c - log_c.mean()
+    start = np.polyval(np.polyfit(x, np.log([r.params for r in best]), 1), x)
+    curves = smooth(log_c, sizes, losses, start)
     if curves is None:
         return None
     curves = curves.least(*at_minima(sizes, losses))
     drawn, scale = curves.draw(np.random.default_rng(seed), resamples)
-    off = np.stack([d.min(1) for d in drawn], axis=1)
+    cells = [_cells(members)[inside] for members, inside in zip(grids, curves.inside, strict=True)]
+    means = [own / np.maximum(own.sum(0), 1) for own in (np.equal.outer(c, np.unique(c)) for c in cells)]
+    off = np.stack([(d @ mean).min(1) for d, mean in zip(drawn, means, strict=True)], axis=1)
     return Errors(np.broadcast_to(off, (3, *off.shape)), np.ones(off.shape, bool), curves.noise, scale)
 
 

@@ -19,12 +19,13 @@ from dit_jax.scaling.compute import fit_compute
 from dit_jax.scaling.envelope import fit_envelope
 from dit_jax.scaling.law import EXPONENTS, fit_irreducible, fit_power
 from dit_jax.scaling.optima import PointFit, left_out, shared
-from dit_jax.scaling.runs import ROUNDING, Run, budgets
+from dit_jax.scaling.runs import ROUNDING, Run, budgets, scattered
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.surface import fit_gadre, fit_surface, fit_varpro
 
 IRREDUCIBLE_FROM = 4  # used budgets from which the loss law carries an irreducible term
 MOST_DEGENERATE = 0.5  # of the resamples of laws that the data identify
+NORMAL = float(stats.norm.ppf(0.75))  # median distance from its mean of what is normal with variance 1
 WIDEST = 700.0  # log N and log D of a resampled minimum, at most: what float64 holds
 
 
@@ -91,6 +92,12 @@ class IsoflopFit:
     identifiable: bool
     warnings: tuple
     bias: bias_.Bias | None = None  # where the vertices are corrected for it
+    weights: tuple = (math.inf, math.inf)  # the most of a vertex in the laws of (N_opt, loss), 1 / loss variance
+
+    @property
+    def curvature_scatter(self) -> float:
+        """Standard deviation of the used budgets' own curvatures about `curvature`."""
+        return math.sqrt(sum((b.curvature - self.curvature) ** 2 for b in self.used) / (len(self.used) - 1))
 
     @property
     def used(self) -> tuple:
@@ -116,7 +123,8 @@ def fit_isoflop(
 
     Budgets are the runs' groups, else clusters of training FLOPs within `tolerance`. A budget is used when it has at least
     3 distinct sizes and its parabola has a minimum strictly inside them; `window` keeps only sizes within that factor of the
-    budget's best run. Laws are least squares, each vertex weighted by the inverse of its variance.
+    budget's best run. Laws are least squares, each vertex weighted by the inverse of its variance. Where the runs are scattered over
+    compute and a budget is a group by chance, that variance is at least the scatter of the vertices about the laws.
 
     `unbias` subtracts from each vertex, and from those of its resamples, the shift that a surface through the same runs predicts (`bias`).
 
@@ -136,11 +144,12 @@ def fit_isoflop(
         same = {b.label: b for b in used}
         found = tuple(same.get(b.label, b) for b in found)
     predicted = bias_.estimate(surface, used, corrected=True) if unbias else None
+    most = _most(used) if scattered(groups, tolerance) else (math.inf, math.inf)
     fit = IsoflopFit(
         method="isoflop",
         n_runs=len(runs),
         budgets=found,
-        laws={name: law[0] for name, law in _laws(used, [b.vertex(b.losses[None]) for b in used]).items()},
+        laws={name: law[0] for name, law in _laws(used, [b.vertex(b.losses[None]) for b in used], most).items()},
         draws={},
         noise=math.nan,
         freedom=0,
@@ -153,6 +162,7 @@ def fit_isoflop(
         identifiable=False,
         warnings=tuple(warnings) + ((bias_.text(predicted),) if unbias else ()),
         bias=predicted,
+        weights=most,
     )
     fit = _resample(fit, np.random.default_rng(seed))
     reasons = _reasons(fit)
@@ -188,7 +198,8 @@ def _fit_budget(budget: Budget, window: float) -> Budget:
     sizes = sorted({r.params for r in runs})
     if len(sizes) < 3:
         return replace(budget, problem=f"{len(sizes)} distinct size(s), a parabola needs 3")
-    problem = parabola.curve(np.array([r.params for r in runs]), np.array([r.tokens for r in runs]))
+    tokens = [r.tokens * budget.flops / r.flops for r in runs]  # at the budget's compute, not a little off it
+    problem = parabola.curve(np.array([r.params for r in runs]), np.array(tokens))
     vertex = parabola.vertex(problem, budget.losses[None])
     budget = replace(budget, curve=problem, coefficients=tuple((problem.solve @ budget.losses).tolist()))
     rise = budget.curvature * np.abs(problem.log_n - problem.centre).max() ** 2
@@ -215,10 +226,23 @@ def _vertex(budget: Budget) -> Budget:
     )
 
 
-def _laws(used, vertices, weights: tuple | None = None) -> dict:
+def _most(used) -> tuple:
+    """The most that a vertex of chance groups may weigh in (N_opt, loss): the inverse of their scatter, by its median about laws that
+    count all alike, per unit of loss variance."""
+    C, noise = np.array([b.flops for b in used]), bootstrap.noise(used)
+    if noise is None or not noise.scale:
+        return tuple(1 / max(getattr(b, name) for b in used) for name in ("var_n", "var_loss"))
+    n, loss = (np.array([getattr(b, name) for b in used]) for name in ("n_opt", "loss"))
+    one = np.ones((1, len(C)))
+    form = fit_irreducible if len(used) >= IRREDUCIBLE_FROM else fit_power
+    off = np.log(n / fit_power(C, n[None], one)[0](C)), loss - form(C, loss[None], one)[0](C)
+    return tuple(noise.scale**2 / max(float((np.median(np.abs(o)) / NORMAL) ** 2), 1e-300) for o in off)
+
+
+def _laws(used, vertices, most: tuple, weights: tuple | None = None) -> dict:
     """The laws through the vertices of the used budgets, for all resamples at once; a vertex that is no minimum has weight 0.
 
-    `weights` are those of `bootstrap.weights`; None = the vertices' own delta-method variances.
+    `weights` are those of `bootstrap.weights`; None = the vertices' own delta-method variances. None weighs more than `most`.
     """
     C = np.array([b.flops for b in used])
     n, d, loss, curvature, var_n, var_loss, inside = (
@@ -227,7 +251,8 @@ def _laws(used, vertices, weights: tuple | None = None) -> dict:
     )
     weight_n, weight_loss = inside / var_n, inside / var_loss
     if weights is not None:
-        weight_n, weight_loss = weights[0] * np.maximum(curvature, 0.0), weights[1] * inside
+        weight_n, weight_loss = 4 * weights[0] * np.maximum(curvature, 0.0), weights[1] * inside
+    weight_n, weight_loss = (np.minimum(w, m) for w, m in zip((weight_n, weight_loss), most, strict=True))
     n, d = (np.exp(np.where(weight_n > 0, np.clip(v, -WIDEST, WIDEST), 0.0)) for v in (n, d))
     laws = {
         "N_opt": fit_power(C, n, weight_n),
@@ -264,7 +289,7 @@ def _resample(fit: IsoflopFit, rng) -> IsoflopFit:
     if degenerate > 0.05 * fit.resamples:
         warnings.append(f"{degenerate} of {fit.resamples} resamples are degenerate: too few budgets keep a minimum")
     if kept.sum() >= 20:
-        draws = _laws(used, [v[kept] for v in vertices], bootstrap.weights(used))
+        draws = _laws(used, [v[kept] for v in vertices], fit.weights, bootstrap.weights(used))
         fit = replace(fit, draws=draws, noise_draws=np.sqrt(np.mean(scales[kept] ** 2, axis=1)))
     return replace(fit, degenerate=degenerate, warnings=(*fit.warnings, *warnings))
 

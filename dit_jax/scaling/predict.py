@@ -8,7 +8,7 @@ import numpy as np
 
 from dit_jax.config import UsageError
 from dit_jax.scaling.fit import Fit, fit_isoflop
-from dit_jax.scaling.runs import Run
+from dit_jax.scaling.runs import Run, budgets, scattered
 
 NO_INTERVAL = (math.nan, math.nan)
 
@@ -69,7 +69,8 @@ def predict(fit: Fit, flops: float | int, params: float | int | None = None) -> 
     """N_opt, D_opt and L_opt at `flops` with intervals, and the expected loss of one run there.
 
     `L_run` is the loss of a run of `params` (None = N_opt): that of a surface, else L_opt plus what the median curvature of the
-    parabolas charges for the distance to N_opt; its interval also holds the noise of a run. `beyond` is the multiple of the largest
+    parabolas charges for the distance to N_opt; its interval also holds the noise of a run, and how the parabolas' own curvatures
+    scatter about the median one. `beyond` is the multiple of the largest
     budget fitted.
     """
     if not (math.isfinite(flops) and flops > 0):
@@ -101,7 +102,11 @@ def _one_run(fit: Fit, said: dict, draws: dict, params: float) -> tuple:
     if not draws:
         return said["L_opt"] + fit.curvature * away**2, None
     far = np.log(params / draws["N_opt"]) if params != said["N_opt"] else 0.0
-    return said["L_opt"] + fit.curvature * away**2, draws["L_opt"] + fit.curvature * far**2 + noise
+    curvature = fit.curvature
+    if fit.curvature:  # of a budget of its own, as those of the fit are
+        scatter = np.random.default_rng(2).standard_t(len(fit.used) - 1, len(fit.noise_draws))
+        curvature = np.maximum(curvature + fit.curvature_scatter * scatter, 0.0)
+    return said["L_opt"] + fit.curvature * away**2, draws["L_opt"] + curvature * far**2 + noise
 
 
 def extrapolate(fit: Fit, run: Run) -> Extrapolation:
@@ -121,9 +126,9 @@ def extrapolate(fit: Fit, run: Run) -> Extrapolation:
 
 
 def holdout_largest(runs: Sequence[Run], **options) -> Prediction | None:
-    """Fits without the largest usable budget and predicts its vertex; None with fewer than 3 usable budgets."""
+    """Fits without the largest usable budget and predicts its vertex; None with fewer than 3 usable budgets, or of scattered runs."""
     whole = fit_isoflop(runs, **{**options, "resamples": 0})
-    if len(whole.used) < 3:
+    if len(whole.used) < 3 or scattered(budgets(runs)):
         return None
     last = whole.used[-1]
     left = {id(r) for b in whole.budgets if b.label != last.label and b.flops < last.flops for r in b.runs}

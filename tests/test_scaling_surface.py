@@ -195,6 +195,20 @@ def test_so_few_runs_that_the_stretch_is_large_make_no_law_far_from_all_runs(rec
     assert not recwarn.list
 
 
+def test_a_huber_fit_of_few_training_curves_is_stretched_and_says_so():
+    runs, rng = [], np.random.default_rng(4)
+    for i, n in enumerate(np.geomspace(1e7, 2e9, 9).tolist()):
+        shift = rng.normal(0, 0.001)
+        for d in np.geomspace(5e8, 4e10 * (n / 1e8) ** 0.3, 12).tolist():
+            runs.append(Run(f"m{i}", n, d, 6 * n * d, float(LAW(n, d)) * math.exp(shift + rng.normal(0, 0.0007))))
+    fit = fit_surface(runs, resamples=200)
+    width, delta = (i["E"][1] - i["E"][0] for i in (fit.intervals, fit.delta_intervals))
+    assert 0.6 < width / delta < 1.7 and any("9 independent runs are few" in w for w in fit.warnings)
+    assert inference.stretch_robust(9, 4, 0.95) == pytest.approx(1.918, abs=2e-3)
+    assert inference.stretch_robust(40, 35, 0.95) == inference.stretch_robust(48, 43, 0.95) == 1
+    assert not any("are few" in w for w in fit_surface(ladder(noise=0.004), resamples=50).warnings)
+
+
 def test_draws_are_stretched_by_the_factor_where_the_law_is_linear():
     fit = fit_varpro(ladder(noise=1e-5), resamples=0)
     theta, problem = fit.theta, fit.design.problem

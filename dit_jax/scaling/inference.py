@@ -6,7 +6,8 @@ that p fitted parameters cause and widens few runs' percentiles to Student's t; 
 What is stretched are the draws' losses at the runs, not their parameters: see `stretched`.
 Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself. Drawn
 with replacement they would be too wide (97.3 to 98 % of the studies covered for 95), so there the runs' weights are drawn from a Dirichlet
-distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %.
+distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %. That is so from about 40 runs on; draws of
+fewer are stretched by what they need beyond 40 (`stretch_robust`).
 
 The delta method of squares takes the noise as a power of the loss between none and one (`noise`), whichever of the two the residuals are
 of: a fit of losses whose noise is a share of them, taken for even, covered an exponent in 92.4 %.
@@ -25,6 +26,7 @@ from dit_jax.scaling import newton
 from dit_jax.scaling.noise import power
 
 POINTS = 33  # of a profile, in each of its rounds
+ENOUGH = 40  # runs from which on the draws of a Huber fit cover as they are
 FARTHEST = 1.0  # of the logarithm of a law's loss at a run from the estimate's, once stretched
 LIFT = 18.0  # above the lower bound: where a search may leave a term that is nothing
 
@@ -61,6 +63,12 @@ def stretch(count: int, freedom: int, level: float) -> float:
     return math.sqrt(count / freedom) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
 
 
+def stretch_robust(count: int, freedom: int, level: float) -> float:
+    """The same of a Huber fit: as much more than ENOUGH runs need, where there are fewer."""
+    enough = stretch(ENOUGH, ENOUGH - count + freedom, level)
+    return max(stretch(count, freedom, level) / enough, 1.0)
+
+
 def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, level: float) -> tuple:
     """(stretched estimates of as many resamples of the clusters as determine the law, how many did not)."""
     count, width = int(groups.max()) + 1, problem.width
@@ -74,7 +82,7 @@ def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, 
     start = lifted(problem, theta)
     found = newton.minimize(problem, np.tile(start, (len(weight), 1)), weight)
     kept = found.theta[np.isfinite(found.theta).all(1)]
-    factor = 1.0 if robust else stretch(count, count - width, level)
+    factor = (stretch_robust if robust else stretch)(count, count - width, level)
     return stretched(problem, theta, kept, factor), resamples - len(kept)
 
 

@@ -12,6 +12,7 @@ from dit_jax.scaling import inference, newton
 from dit_jax.scaling.runs import Run
 
 RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
+FEW = 15  # independent runs below which a bootstrap of a Huber fit, or of whole training curves, is rough
 FEWEST = 20  # resamples that make an interval
 WORST = 1e13  # condition number of a normal matrix above which float64 holds three digits at most
 ONE_BUDGET = 0.05  # runs whose compute differs by less are one budget
@@ -265,6 +266,11 @@ def _cautions(fit: SurfaceFit) -> tuple:
         found.append("the irreducible loss E is at its bound, 0")
     if fit.starts.reached < 0.01 * min(1.0, 100 / fit.starts.distinct):
         found.append(f"only {fit.starts.reached:.2%} of the starts reached the best: a better one may exist")
+    if fit.intervals and fit.clusters < FEW and (fit.loss == "huber" or fit.clusters < fit.n_runs):
+        found.append(
+            f"{fit.clusters} independent runs are few for the bootstrap: its intervals are stretched for that, and rough; the delta method "
+            "and the profile of E are given beside them"
+        )
     if fit.spread > 1.05:
         found.append(
             f"flops / (params x tokens) varies {fit.spread:.2f}-fold over the runs; the optimum of compute takes their mean, {fit.k:.3g}"

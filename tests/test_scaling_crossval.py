@@ -15,7 +15,7 @@ from dit_jax.scaling import crossval, trust
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.crossval import cross_validate
 from dit_jax.scaling.fit import METHODS, fit_isoflop
-from dit_jax.scaling.predict import holdout_largest
+from dit_jax.scaling.predict import holdout_largest, predict
 from dit_jax.scaling.runs import Run, budgets, scattered
 
 
@@ -81,6 +81,19 @@ def test_intervals_hold_the_runs_that_are_held_out():
     assert 0.001 < summary["rms"] < 0.006 and summary["rms"] < abs(summary["worst"])
     assert found.resamples == 100
     assert cross_validate(ladder(noise=0.003, sizes=4, budgets=3), "gadre", "budgets").resamples == crossval.RESAMPLES
+
+
+def test_intervals_hold_runs_far_off_the_optimum():
+    """Budgets have curvatures of their own: what the median one says 4x off the optimum is less sure than at it."""
+    found = cross_validate(ladder(noise=0.001, sizes=6), "isoflop", "budgets", resamples=100)
+    summary = found.summary()["loss"]
+    assert summary["judged"] == 36 and summary["inside"] >= 30
+    fit = fit_isoflop(ladder(noise=0.001, sizes=6), resamples=400)
+    assert fit.curvature_scatter > 0.1 * fit.curvature
+    widths = [
+        np.diff(predict(fit, 1e20, params)["L_run_interval"])[0] for params in (None, 4 * fit.laws["N_opt"](1e20))
+    ]
+    assert widths[1] > 2 * widths[0]
 
 
 def test_points_are_held_out_of_methods_that_have_only_points():

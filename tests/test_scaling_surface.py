@@ -204,8 +204,9 @@ def test_a_huber_fit_of_few_training_curves_is_stretched_and_says_so():
     fit = fit_surface(runs, resamples=200)
     width, delta = (i["E"][1] - i["E"][0] for i in (fit.intervals, fit.delta_intervals))
     assert 0.6 < width / delta < 1.7 and any("9 independent runs are few" in w for w in fit.warnings)
-    assert inference.stretch_robust(9, 4, 0.95) == pytest.approx(1.918, abs=2e-3)
-    assert inference.stretch_robust(40, 35, 0.95) == inference.stretch_robust(48, 43, 0.95) == 1
+    assert inference.stretch_robust(9, 108, 4, 0.95) == pytest.approx(1.918, abs=2e-3)
+    assert inference.stretch_robust(40, 80, 35, 0.95) == inference.stretch_robust(48, 96, 43, 0.95) == 1
+    assert inference.stretch_robust(9, 9, 4, 0.95) == 1  # runs of a single row
     assert not any("are few" in w for w in fit_surface(ladder(noise=0.004), resamples=50).warnings)
 
 

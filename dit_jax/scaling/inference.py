@@ -6,8 +6,8 @@ that p fitted parameters cause and widens few runs' percentiles to Student's t; 
 What is stretched are the draws' losses at the runs, not their parameters: see `stretched`.
 Those of a Huber fit of small delta are not: it passes through p runs in each resample, which widens its draws enough by itself. Drawn
 with replacement they would be too wide (97.3 to 98 % of the studies covered for 95), so there the runs' weights are drawn from a Dirichlet
-distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %. That is so from about 40 runs on; draws of
-fewer are stretched by what they need beyond 40 (`stretch_robust`).
+distribution (the Bayesian bootstrap of Rubin 1981), which leaves none out: 95.7 to 96.7 %. Draws of few training curves, of several rows
+each, are stretched by what they need beyond 40 curves (`stretch_robust`).
 
 The delta method of squares takes the noise as a power of the loss between none and one (`noise`), whichever of the two the residuals are
 of: a fit of losses whose noise is a share of them, taken for even, covered an exponent in 92.4 %.
@@ -63,8 +63,10 @@ def stretch(count: int, freedom: int, level: float) -> float:
     return math.sqrt(count / freedom) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
 
 
-def stretch_robust(count: int, freedom: int, level: float) -> float:
-    """The same of a Huber fit: as much more than ENOUGH runs need, where there are fewer."""
+def stretch_robust(count: int, rows: int, freedom: int, level: float) -> float:
+    """The same of a Huber fit: of runs of several rows, as much more than ENOUGH runs need, where there are fewer; of single rows none."""
+    if count == rows:
+        return 1.0
     enough = stretch(ENOUGH, ENOUGH - count + freedom, level)
     return max(stretch(count, freedom, level) / enough, 1.0)
 
@@ -82,7 +84,8 @@ def resample(problem: newton.Problem, theta, groups, resamples: int, seed: int, 
     start = lifted(problem, theta)
     found = newton.minimize(problem, np.tile(start, (len(weight), 1)), weight)
     kept = found.theta[np.isfinite(found.theta).all(1)]
-    factor = (stretch_robust if robust else stretch)(count, count - width, level)
+    freedom = count - width
+    factor = stretch_robust(count, len(groups), freedom, level) if robust else stretch(count, freedom, level)
     return stretched(problem, theta, kept, factor), resamples - len(kept)
 
 

@@ -27,8 +27,7 @@ def test_these_are_all_jobs():
     assert {p.parent.name if p.stem == "__main__" else p.stem for p in found} == set(JOBS)
 
 
-@pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("ask", ["--help", "-h"])
+@pytest.mark.parametrize(("job", "ask"), [*((job, "--help") for job in JOBS), ("train", "-h")])
 def test_a_job_says_what_it_does_and_what_it_takes(job, ask, cache_dir):
     code, out, err = run(job, ask, "--workdir=/nowhere", cache_dir=cache_dir)
     assert code == 0, err

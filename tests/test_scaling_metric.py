@@ -193,7 +193,7 @@ def _correlations_cover(truth: float, models: int, studies: int, resamples: int)
 
 
 def test_intervals_of_a_correlation_cover():
-    for name, share in _correlations_cover(0.9, 10, 150, 500).items():
+    for name, share in _correlations_cover(0.9, 10, 60, 500).items():
         assert 0.89 <= share <= 0.99, name
 
 

@@ -68,13 +68,6 @@ start() {
     --command="$install && exec $command"
 }
 
-known_job() { # a name that is a program of this checkout
-  local known
-  [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"
-  known=$(cd "$root/dit_jax" && grep -l '__name__ == "__main__"' [a-z]*.py [a-z]*/__main__.py | sed 's|/__main__||; s|\.py$||' | sort)
-  [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
-}
-
 fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
   # xpk gives a host 4 chips, which are 8 cores; v4 and v5p are named by cores, v5e and v6e by chips.
   [[ $1 == train || $TPU_TYPE =~ ^v(4|5p)-[1-8]$ || $TPU_TYPE =~ ^v(5litepod|5e|6e)-[1-4]$ ]] ||
@@ -93,6 +86,8 @@ for word in "$@"; do
 done
 set -- "${words[@]}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=/dev/null  # known_job
+. "$root/launch/known_job.bash"
 verb=${1:-}
 case $verb in
   create) needed=(TPU_TYPE CAPACITY) ;;

@@ -101,13 +101,6 @@ start() { # one job a slice: a second one beside it would find the chips taken
   on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; nohup $command >>run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
-known_job() { # a name that is a program of this checkout
-  local known
-  [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"
-  known=$(cd "$root/dit_jax" && grep -l '__name__ == "__main__"' [a-z]*.py [a-z]*/__main__.py | sed 's|/__main__||; s|\.py$||' | sort)
-  [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
-}
-
 fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
   [[ $1 != train ]] || return 0
   need ACCELERATOR
@@ -139,6 +132,8 @@ for word in "$@"; do
 done
 set -- "${words[@]}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=/dev/null  # known_job
+. "$root/launch/known_job.bash"
 verb=${1:-}
 case $verb in
   create) needed=(PROJECT ZONE NAME ACCELERATOR) ;;

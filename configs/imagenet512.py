@@ -22,7 +22,7 @@ state (XL/2: 11 GB of weights, moments and EMA) is shared by 4 devices.
 from dataclasses import asdict
 
 from dit_jax.config import model_config, template
-from dit_jax.layout import argument, lay_out
+from dit_jax.devices.layout import argument, lay_out
 
 
 def get_config(arg="DiT-XL/2"):

@@ -13,8 +13,6 @@ JOBS = (
     "convert",
     "encode",
     "bench",
-    "costs",
-    "features",
 )
 
 

@@ -24,13 +24,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dit_jax import manifest
-from dit_jax.command import read_config, sync
-from dit_jax.config import JobError, ModelConfig, UsageError, to_dict
+from dit_jax.config import ModelConfig, to_dict
+from dit_jax.devices.mesh import on_one_device
+from dit_jax.error import JobError, UsageError
+from dit_jax.files import sync
 from dit_jax.log import say
-from dit_jax.mesh import on_one_device
 from dit_jax.models import dit
-from dit_jax.state import TrainState, restored_state
+from dit_jax.workdir import manifest
+from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
@@ -71,11 +72,13 @@ class Saver:
             self._lock = _claim(workdir)
             _remove_unfinished(workdir)
 
-    def save(self, state: TrainState, position: dict, meta: dict, after: Callable = lambda: None) -> None:
-        """Copy everything that a resumed run needs from the devices, and start writing it; `after()` runs once it counts."""
+    def save(self, step: int, items: dict, position: dict, meta: dict, after: Callable = lambda: None) -> None:
+        """Copy `items` (name -> tree of arrays) from the devices and start writing them; `after()` runs once they count.
+
+        `position`: of the data iterator; `meta`: what the run is. Both are JSON values.
+        """
         self.wait()
-        step = int(state.step)
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in state.items().items()}
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
         target = path_of(self.workdir, step) + SAVING
         try:
@@ -179,19 +182,19 @@ def newest_verified(workdir: str) -> int:
     return step
 
 
-def restore(workdir: str, step: int, like: TrainState, model: ModelConfig) -> tuple[TrainState, dict]:
-    """The state of a checkpoint, laid out as the abstract state `like` says, and the position of the data iterator.
+def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[dict, dict]:
+    """The items of a checkpoint, laid out as the abstract arrays in `like`, and the position of the data iterator.
 
     Raises UsageError naming keys or leaves when the checkpoint is another model's.
     """
-    at, arrays = path_of(workdir, step), like.items()
+    at = path_of(workdir, step)
     check_model(at, model)
-    for name, tree in arrays.items():
+    for name, tree in like.items():
         check_tree(at, name, tree)
-    arguments = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
+    arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS)) as reader:
         found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
-    return restored_state(step, {name: found[name] for name in arrays}, like), found["data"]
+    return {name: found[name] for name in like}, found["data"]
 
 
 def load(

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 
 import ml_collections
 
-from dit_jax.checks import choice, in_range, nearest, number, typed
-from dit_jax.error import JobError as JobError
-from dit_jax.error import UsageError, shown
+from dit_jax.error import UsageError, choice, in_range, nearest, number, shown, typed
 
 # name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

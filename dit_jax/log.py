@@ -1,107 +1,13 @@
-"""Scalars to JSONL and, where TensorFlow is installed, to TensorBoard through clu; and the progress line."""
+"""What people read on standard error while a job works."""
 
-import json
-import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-
-from dit_jax.command import LARGEST, numbered, parse_json
-from dit_jax.config import UsageError
-
-METRICS = "metrics.jsonl"
-STEP = {"step": int}  # what a line of scalars holds at least
-RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # and a record
+from collections.abc import Callable
 
 
 def say(message: str) -> None:
     """One line on standard error: standard output is for results."""
     print(message, file=sys.stderr, flush=True)
-
-
-def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
-    """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none.
-
-    Raises UsageError naming the line of a damaged file: one that is no object, or lacks one of `fields`.
-    """
-    return list(stream_lines(path, fields, LARGEST))
-
-
-def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
-    """The same, one by one, of a file of any size."""
-    if not os.path.exists(path):
-        return
-    with open(path, "rb") as f:
-        for number, line in numbered(f, path, most):
-            if line.endswith(b"\n"):
-                yield _object(line[:-1], f"{path}:{number}", fields)
-
-
-def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
-    try:
-        found = parse_json(line)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        text = line[:40].decode(errors="replace")
-        raise UsageError(f"{where}: found {text!r}, expected a JSON object; repair or remove the line")
-    for name, kind in fields.items():
-        if type(found.get(name)) is not kind:
-            what = f"{name!r} is {found[name]!r}" if name in found else f"no {name!r}"
-            raise UsageError(f"{where}: {what}, expected {kind.__name__}; repair or remove the line")
-    return found
-
-
-def drop_after(path: str, step: int) -> None:
-    """Forget the lines of a JSONL file beyond `step`: a resumed run writes them again."""
-    if not os.path.exists(path):
-        return
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "w") as f:
-            kept = (line for line in stream_lines(path) if line["step"] <= step)
-            f.writelines(json.dumps(line) + "\n" for line in kept)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    os.replace(temporary, path)
-
-
-def open_scalars(
-    workdir: str, step: int, tensorboard: bool = True
-) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
-    """(write(step, scalars), close()) for a run that stands at `step`."""
-    path = os.path.join(workdir, METRICS)
-    drop_after(path, step)
-    file = open(path, "a")  # noqa: SIM115
-    writer = _tensorboard(workdir) if tensorboard else None
-
-    def write(step: int, scalars: dict) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        file.write(json.dumps({"step": step, **finite}) + "\n")
-        file.flush()
-        if writer:
-            writer.write_scalars(step, scalars)
-
-    def close() -> None:
-        file.close()
-        if writer:
-            writer.close()
-
-    return write, close
-
-
-def _tensorboard(workdir: str):
-    """clu's summary writer, or None with one notice: importing it needs TensorFlow."""
-    try:
-        from clu import metric_writers
-    except ImportError:
-        say("notice: TensorFlow is not installed, so there are no TensorBoard events; scalars go to metrics.jsonl")
-        return None
-    return metric_writers.SummaryWriter(workdir)
 
 
 def clock(seconds: float) -> str:
@@ -137,5 +43,23 @@ def progress(
             f"{line}{rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}  ETA {clock((last - step) / rate)}"
         )
         return rates
+
+    return report
+
+
+def drawing_progress(first: int, num: int) -> Callable[[int], None]:
+    """A function of the images drawn so far that says so, with rate and ETA, at most once in two seconds."""
+    if first:
+        say(f"  {first}/{num} were drawn before")
+    then: list = []  # the end of the first batch, which compiles: (time, images); and when it last said something
+
+    def report(done: int) -> None:
+        now = time.monotonic()
+        if not then:
+            then.extend([(now, done), now])
+        elif now - then[1] > 2:
+            then[1] = now
+            rate = (done - then[0][1]) / (now - then[0][0])
+            say(f"  {done}/{num}  {rate:,.1f} images/s  ETA {clock((num - done) / rate)}")
 
     return report

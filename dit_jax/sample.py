@@ -7,187 +7,23 @@ exits 75.
 """
 
 import dataclasses
-import functools
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from PIL import Image
 
-from dit_jax import checkpoint, flops, samples
-from dit_jax.autoencoder import Autoencoder, image_shape, make_decoder, open_autoencoder
-from dit_jax.command import launch, stop_flag
-from dit_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, UsageError, resolve, to_dict
-from dit_jax.diffusion import guidance
-from dit_jax.diffusion.process import Process, make_process
-from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times, sampling_times
-from dit_jax.error import NotFiniteError
+from dit_jax import checkpoint
+from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.diffusion.process import make_process
+from dit_jax.diffusion.samplers import SAMPLERS, sampling_times
+from dit_jax.error import UsageError
+from dit_jax.job.launch import launch, stop_flag
 from dit_jax.log import say
-from dit_jax.mesh import batch_sharding, make_mesh, replicated
-from dit_jax.models import dit
-from dit_jax.step import on_device
-
-ROWS = 16  # images that a device computes at a time: another number would round otherwise
-GRID = 400  # images of a grid at most
-UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
-LABEL_DRAW = 2**31 - 1  # the draw that gives image i its label; the sampler's draws count from 0
-
-
-def make_denoiser(model: ModelConfig, process: Process, cfg: SampleConfig, params, labels: jax.Array) -> Callable:
-    """The denoiser that a sampler walks with: plain at guidance 1, else guided in `cfg.interval`, both halves in one batch."""
-
-    def apply(x, t, y):
-        return dit.apply(model, params, x, process.model_time(t), y)
-
-    def plain(x, t):
-        return apply(x, t, labels)
-
-    if cfg.guidance == 1.0:
-        return plain
-    channels = model.channels if cfg.channels == "all" else min(3, model.channels)
-    guided = guidance.classifier_free(guidance.paired(apply, labels, model.null_class), cfg.guidance, channels)
-    low, high = cfg.interval
-    return guided if (low, high) == (0.0, 1.0) else guidance.within(guided, plain, low, high)
-
-
-def image_keys(seed, indices: jax.Array) -> jax.Array:
-    """One key per image, from (seed, index) only."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
-
-
-def draw_labels(
-    rule: str, classes: int, keys: jax.Array, indices: jax.Array, wanted: tuple[int, ...] = ()
-) -> jax.Array:
-    """Labels (b,): `wanted` in turn if given; else class i modulo K (balanced), or uniformly random by image i's key."""
-    if wanted:
-        return jnp.asarray(wanted, jnp.int32)[indices % len(wanted)]
-    if rule == "balanced":
-        return (indices % classes).astype(jnp.int32)
-    return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, LABEL_DRAW), (), 0, classes))(keys)
-
-
-@functools.lru_cache(maxsize=8)
-def make_sampler(
-    model: ModelConfig, process: Process, cfg: SampleConfig, mesh, wanted: tuple[int, ...] = ()
-) -> Callable:
-    """One compiled program: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,)."""
-    times = sampling_times(process, cfg.sampler, cfg.steps, cfg.spacing)
-    sampler = SAMPLERS[cfg.sampler]
-    shape = (model.input_size, model.input_size, model.channels)
-    model = on_device(model)
-
-    def sample(params, seed, indices):
-        keys = image_keys(seed, indices)
-        labels = draw_labels(cfg.labels, model.classes, keys, indices, wanted)
-        denoise = make_denoiser(model, process, cfg, params, labels)
-        return sampler(process, denoise, draw_noise(keys, 0, shape), times, keys), labels
-
-    whole, rows = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(sample, in_shardings=(whole, whole, rows), out_shardings=(rows, rows))
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0 to 255 as the published DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
-    return np.clip(127.5 * images + 128.0, 0, 255).astype(np.uint8)
-
-
-def sample_images(
-    cfg: Config,
-    params,
-    sample: SampleConfig,
-    num: int,
-    seed: int,
-    mesh,
-    wanted: tuple[int, ...] = (),
-    first: int = 0,
-    decode: Callable[[np.ndarray], np.ndarray] = lambda images: images,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32). `decode` makes images of latents.
-
-    A device always computes ROWS images at a time, and what is too many is dropped, so that on one kind of device images are
-    the same, bit for bit, for every batch size and number of devices. (With the batch as the shape of the program, float32
-    images differed by up to 7e-7 and 1 of 15,360 pixels by one level; in bfloat16 a quarter of all pixels, by up to 5.)
-    """
-    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
-    draw = make_sampler(cfg.model, process, sample, mesh, wanted)
-    rows = ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(sample.batch_size, num - first) // rows) * rows
-    for start in range(first, num, size):
-        end = min(start + size, num)
-        chunks = [_draw_rows(draw, decode, params, seed, at, at + rows) for at in range(start, end, rows)]
-        images, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-        yield images[: end - start], labels[: end - start]
-
-
-def _draw_rows(
-    draw: Callable, decode: Callable, params, seed: int, start: int, end: int
-) -> tuple[np.ndarray, np.ndarray]:
-    drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
-    images = decode(drawn)
-    if not np.isfinite(images).all():
-        raise NotFiniteError(f"samples {start} to {end - 1}: found values that are not finite; is the model trained?")
-    return to_uint8(images), labels
-
-
-def image_flops(cfg: Config, sample: SampleConfig) -> int:
-    """FLOPs of one sampled image, guided steps counted twice."""
-    times = sampling_times(
-        make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing
-    )
-    calls = evaluation_times(sample.sampler, times).astype(np.float32)  # as the program compares them
-    low, high = np.float32(sample.interval)
-    guided = 0 if sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
-    return flops.sample_flops(cfg.model, len(calls), guided)
-
-
-def grid(images: np.ndarray, columns: int, scale: int = 0) -> Image.Image:
-    """uint8 (n, h, w, c) as one picture, row by row, enlarged by whole pixels when small."""
-    n, h, w, c = images.shape
-    rows = -(-n // columns)
-    scale = scale or max(1, 48 // h)
-    canvas = np.full((rows * columns, h + 2, w + 2, 3), 255, np.uint8)
-    canvas[:n, 1:-1, 1:-1] = images[..., :3] if c >= 3 else images[..., :1]
-    canvas = canvas.reshape(rows, columns, h + 2, w + 2, 3).transpose(0, 2, 1, 3, 4).reshape(rows * (h + 2), -1, 3)
-    return Image.fromarray(canvas).resize((canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST)
-
-
-def weights_hash(params) -> str:
-    """SHA-256 over the path, shape, dtype and bytes of every leaf."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {np.shape(leaf)}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
-
-
-def describe_job(
-    cfg: Config,
-    params,
-    sample: SampleConfig,
-    step: int,
-    seed: int,
-    wanted: tuple[int, ...] = (),
-    autoencoder: Autoencoder | None = None,
-) -> dict:
-    """Everything that image i depends on besides the kind of device, flat and as JSON gives it back.
-
-    Neither batch size nor number of devices is among it: they change nothing.
-    """
-    model, settings = to_dict(cfg.model), dataclasses.asdict(sample)
-    del model["remat"], model["unroll"], settings["batch_size"]
-    classes = wanted if len(wanted) <= 100 else hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    job = {"step": step, "weights_sha256": weights_hash(params), "seed": seed, "labels": classes}
-    for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(cfg.diffusion))):
-        job |= {f"{name}.{key}": value for key, value in group.items()}
-    if autoencoder:
-        job |= {f"autoencoder.{key}": value for key, value in autoencoder.describe().items()}
-    return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS}))
+from dit_jax.networks.autoencoder import image_shape, make_decoder, open_autoencoder
+from dit_jax.sampling import parts
+from dit_jax.sampling.draw import ROWS, describe_job, sample_images
+from dit_jax.sampling.picture import GRID, save_grid
 
 
 def _sample_config(cfg: Config, values) -> SampleConfig:
@@ -221,21 +57,8 @@ def _check_paths(out: str, grid: str) -> None:
 
 def _find_step(workdir: str, step: int | None, out: str, weights: str) -> int:
     """The checkpoint asked for; else that of the images that `out` has begun with, which training may have left behind."""
-    begun = samples.begun(out).get("step") if out and step is None else None
+    begun = parts.begun(out).get("step") if out and step is None else None
     return checkpoint.find_step(workdir, begun if begun in checkpoint.steps(workdir) else step, weights)
-
-
-def save_grid(path: str, batches: Iterator[samples.Batch]) -> None:
-    """A PNG of the first GRID images, sorted by class; no more of them are held in memory."""
-    images, labels, count = [], [], 0
-    for some, classes in batches:
-        images.append(some[: GRID - count])
-        labels.append(classes[: GRID - count])
-        count += len(images[-1])
-        if count == GRID:
-            break
-    order = np.argsort(np.concatenate(labels), kind="stable")
-    grid(np.concatenate(images)[order], columns=int(np.ceil(np.sqrt(count)))).save(path)
 
 
 def main() -> None:
@@ -258,15 +81,15 @@ def _main(values, stop: list) -> None:
     settings = f"{sample.sampler} {sample.steps}, guidance {sample.guidance:g}"
     say(f"{values.num} images from step {step} ({sample.weights}), {settings}")
 
-    def draw(first: int, end: int) -> Iterator[samples.Batch]:
+    def draw(first: int, end: int) -> Iterator[parts.Batch]:
         return sample_images(cfg, params, sample, end, values.seed, mesh, wanted, first, decode)
 
     if values.out:
         job = describe_job(cfg, params, sample, step, values.seed, wanted, autoencoder)
-        samples.complete(values.out, job, image_shape(cfg, autoencoder), values.num, draw, stop)
+        parts.complete(values.out, job, image_shape(cfg, autoencoder), values.num, draw, stop)
         print(values.out)
     if values.grid:
-        save_grid(values.grid, samples.read_npz(values.out) if values.out else draw(0, min(values.num, GRID)))
+        save_grid(values.grid, parts.read_npz(values.out) if values.out else draw(0, min(values.num, GRID)))
         print(values.grid)
 
 

@@ -13,7 +13,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("config", "flops", "models", "diffusion", "metrics", "data", "mesh", "optim", "state", "step", "scaling")
+CHECKED = (
+    "config",
+    "flops",
+    "models",
+    "diffusion",
+    "metrics",
+    "data",
+    "devices",
+    "training",
+    "sampling",
+    "evaluation",
+    "scaling",
+)
 install_import_hook([f"dit_jax.{room}" for room in CHECKED], "beartype.beartype")
 
 import jax  # noqa: E402

@@ -14,10 +14,15 @@ from job import ROOT, environment, run
 from rich.console import Console
 from runs import train
 
-from dit_jax import flops, measure, sweep
-from dit_jax.bench import ladder, peer, speed, table
-from dit_jax.command import load_config, read_config, write_file
-from dit_jax.config import Config, SampleConfig, TrainConfig, UsageError, resolve
+from dit_jax import files, flops
+from dit_jax.bench import host as host_part
+from dit_jax.bench import measure, peer, speed, table
+from dit_jax.config import Config, SampleConfig, TrainConfig, resolve
+from dit_jax.error import UsageError
+from dit_jax.files import write_file
+from dit_jax.job.launch import load_config
+from dit_jax.sweep import ladder
+from dit_jax.workdir.folder import read_config
 
 SPREAD = {"median", "low", "high"}
 CFG = resolve(load_config(str(Path(__file__).parent.parent / "configs" / "digits_isoflop.py")))
@@ -27,7 +32,7 @@ TINY = dataclasses.replace(CFG.model, width=8, depth=1, heads=2)
 @pytest.fixture(scope="module")
 def host(data_dir):
     step_flops = flops.train_flops(TINY, 32)
-    return ladder.measure_host(sweep.make_cell(CFG, "", 40 * step_flops, (8, 1, 2)), repeats=1, steps=3)
+    return host_part.measure_host(ladder.make_cell(CFG, "", 40 * step_flops, (8, 1, 2)), repeats=1, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +82,14 @@ def test_the_default_model_is_that_of_the_device():
 
 
 def test_ladder_cells_are_runs_of_the_sweep():
-    cells = ladder.ladder_cells(CFG, "")
+    cells = host_part.ladder_cells(CFG, "")
     middle = CFG.sweep.budgets[len(CFG.sweep.budgets) // 2]
     assert len(cells) >= 3 and {cell.budget for cell in cells} == {middle}
     for cell in cells:
         model = cell.cfg.model
         assert (model.width, model.depth, model.heads) in CFG.sweep.sizes
     with pytest.raises(UsageError, match="budgets"):
-        ladder.ladder_cells(Config(), "")
+        host_part.ladder_cells(Config(), "")
 
 
 def check_figures(found, size):
@@ -147,11 +152,11 @@ def test_host_measurement(host):
 def test_parts_of_a_step_sum_to_the_wall():
     found = {"step": [5.0], "call": [1.0], "looped": [3.0], "data": [0.5], "log": [0.2]}
     found["run"] = [{"start": 9.0, "loop": 6.0, "end": 10.0}]
-    parts = ladder.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
+    parts = host_part.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
     assert parts["device"] == [4.0] and parts["wall"] == [7.0]
-    assert sum(parts[name][0] for name in ("device", *ladder.HOST, "rest")) == pytest.approx(7.0)
+    assert sum(parts[name][0] for name in ("device", *host_part.HOST, "rest")) == pytest.approx(7.0)
     assert parts["rest"] == [pytest.approx(7 - 4 - 1 - 0.5 - 0.08 - 1)]
-    assert ladder.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
+    assert host_part.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
 
 
 def tables(found):
@@ -179,14 +184,14 @@ def test_bad_input_is_one_line_and_exit_2_before_anything_is_measured(case, cach
 
 def test_a_report_goes_to_a_file_whole_or_not_at_all(tmp_path):
     inside = tmp_path / "report.json"
-    measure.check_json("")
-    measure.check_json(str(inside))
+    files.check_json("")
+    files.check_json(str(inside))
     for path in (tmp_path, f"{tmp_path / 'new'}/"):
         with pytest.raises(UsageError, match=r"--json: found the folder .* expected a file, such as .*report\.json'"):
-            measure.check_json(str(path))
+            files.check_json(str(path))
     write_file(str(inside), "{}")
     with pytest.raises(UsageError, match=r"--json: found .*, where '.*/report.json' is no folder"):
-        measure.check_json(str(inside / "a.json"))
+        files.check_json(str(inside / "a.json"))
     (tmp_path / "taken").mkdir()
     with pytest.raises(IsADirectoryError):
         write_file(str(tmp_path / "taken"), "{}")

@@ -17,11 +17,13 @@ import pytest
 from job import Job, run, wait_for_step
 from runs import STEPS, assert_same_run, train
 
-from dit_jax import checkpoint, manifest
-from dit_jax.command import read_config
-from dit_jax.config import JobError, MeshConfig, UsageError, to_dict
-from dit_jax.mesh import make_mesh
-from dit_jax.state import abstract_state, make_state
+from dit_jax import checkpoint
+from dit_jax.config import MeshConfig, to_dict
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import JobError, UsageError
+from dit_jax.training.state import abstract_state, make_state
+from dit_jax.workdir import manifest
+from dit_jax.workdir.folder import read_config
 
 
 @pytest.fixture
@@ -211,7 +213,7 @@ def test_other_leaves_are_named_with_what_was_found_and_expected(change, uninter
     )
     saver = checkpoint.Saver(str(tmp_path), 3)
     meta = {"model": json.loads((uninterrupted / "config.json").read_text())["config"]["model"]}
-    saver.save(wrong, {"next_index": 7}, meta)
+    saver.save(7, wrong.items(), {"next_index": 7}, meta)
     saver.close()
     shutil.copy(uninterrupted / "config.json", tmp_path)
     for item in ("params", "ema"):
@@ -219,7 +221,7 @@ def test_other_leaves_are_named_with_what_was_found_and_expected(change, uninter
             checkpoint.load(str(tmp_path), item=item)
         assert STRICT[change] in str(error.value) and str(at(tmp_path, 7) / item) in str(error.value)
     with pytest.raises(UsageError) as error:
-        checkpoint.restore(str(tmp_path), 7, abstract_state(cfg, mesh), cfg.model)
+        checkpoint.restore(str(tmp_path), 7, abstract_state(cfg, mesh).items(), cfg.model)
     assert STRICT[change] in str(error.value)
 
 
@@ -234,12 +236,12 @@ def test_another_leaf_of_the_optimizer_or_the_guard_is_named(where, uninterrupte
         moments = [leaf for leaf in jax.tree.leaves(state.opt) if leaf.ndim]
         wrong = dataclasses.replace(state, opt=jax.tree.map(lambda x: x[:1] if x is moments[0] else x, state.opt))
     saver = checkpoint.Saver(str(tmp_path), 3)
-    saver.save(wrong, {"next_index": 7}, {"model": to_dict(cfg.model)})
+    saver.save(7, wrong.items(), {"next_index": 7}, {"model": to_dict(cfg.model)})
     saver.close()
     with pytest.raises(
         UsageError, match=rf"7/opt: other leaves than .*: {where}/.*found float32 \(.*expected float32 \("
     ):
-        checkpoint.restore(str(tmp_path), 7, abstract_state(cfg, mesh), cfg.model)
+        checkpoint.restore(str(tmp_path), 7, abstract_state(cfg, mesh).items(), cfg.model)
 
 
 def test_without_an_ema_or_of_another_model_is_an_error(workdir):
@@ -326,10 +328,10 @@ def test_a_slow_disk_delays_the_next_save_only_and_errors_come_at_a_check(uninte
 
     monkeypatch.setattr(manifest, "write_manifest", slow)
     saver = checkpoint.Saver(str(tmp_path), 3)
-    saver.save(dataclasses.replace(state, step=jnp.int32(1)), {}, {})
+    saver.save(1, state.items(), {}, {})
     saver.check()
     assert checkpoint.steps(str(tmp_path)) == []
-    saver.save(dataclasses.replace(state, step=jnp.int32(2)), {}, {})
+    saver.save(2, state.items(), {}, {})
     assert checkpoint.steps(str(tmp_path)) == [1]
     saver.wait()
     assert checkpoint.steps(str(tmp_path)) == [1, 2]
@@ -338,7 +340,7 @@ def test_a_slow_disk_delays_the_next_save_only_and_errors_come_at_a_check(uninte
         raise OSError(5, "Input/output error", folder)
 
     monkeypatch.setattr(manifest, "write_manifest", broken)
-    saver.save(dataclasses.replace(state, step=jnp.int32(3)), {}, {})
+    saver.save(3, state.items(), {}, {})
     with pytest.raises(JobError, match=r"3: .*Input/output error.*steps \[1, 2\] are intact"):
         for _ in range(1000):
             saver.check()
@@ -351,8 +353,8 @@ def test_a_save_never_replaces_a_checkpoint(uninterrupted, tmp_path):
     cfg = dataclasses.replace(read_config(str(uninterrupted)), mesh=MeshConfig())
     state = dataclasses.replace(make_state(cfg, make_mesh(cfg.mesh)), step=jnp.int32(1))
     saver = checkpoint.Saver(str(tmp_path), 3)
-    saver.save(state, {}, {})
-    saver.save(state, {}, {})
+    saver.save(int(state.step), state.items(), {}, {})
+    saver.save(int(state.step), state.items(), {}, {})
     with pytest.raises(JobError, match="exists already"):
         saver.close()
     assert checkpoint.steps(str(tmp_path)) == [1]

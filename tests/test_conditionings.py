@@ -10,11 +10,11 @@ from test_model import SMALL, apply, initial_params, inputs, random_params
 
 from dit_jax import flops
 from dit_jax.config import Config, MeshConfig, TrainConfig
-from dit_jax.diagnose import find_layer
-from dit_jax.mesh import make_mesh, spec
+from dit_jax.devices.mesh import make_mesh, spec
 from dit_jax.models import dit
-from dit_jax.state import make_state
-from dit_jax.step import make_train_step
+from dit_jax.training.diagnose import find_layer
+from dit_jax.training.state import make_state
+from dit_jax.training.step import make_train_step
 
 NAMES = ("in_context", "cross_attention", "adaln", "adaln_zero")
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from job import run
 
 from dit_jax import flops
-from dit_jax.config import SIZES, Config, UsageError, resolve, template, to_dict
+from dit_jax.config import SIZES, Config, resolve, template, to_dict
+from dit_jax.error import UsageError
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))

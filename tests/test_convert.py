@@ -12,14 +12,16 @@ import pytest
 from job import ROOT, run
 from safetensors.numpy import load_file, save_file
 
-from dit_jax import checkpoint, manifest
-from dit_jax.config import SIZES, JobError, ModelConfig, UsageError, model_config
-from dit_jax.convert import run_config
-from dit_jax.foreign import diffusers_dit
-from dit_jax.foreign import dit as published
-from dit_jax.foreign.tensors import Tensors
+from dit_jax import checkpoint
+from dit_jax.config import SIZES, ModelConfig, model_config
+from dit_jax.error import JobError, UsageError
 from dit_jax.models import dit, vae
-from dit_jax.networks import load_network, save_network
+from dit_jax.networks import diffusers_dit
+from dit_jax.networks import dit as published
+from dit_jax.networks.folder import load_network, save_network
+from dit_jax.networks.tensors import Tensors
+from dit_jax.networks.transfer import run_config
+from dit_jax.workdir import manifest
 
 TINY = ModelConfig(depth=2, width=16, heads=2, patch=2, input_size=8, channels=3, classes=5)
 

@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dit_jax.config import DataConfig, UsageError
-from dit_jax.data import datasets, pipeline, source
+from dit_jax.config import DataConfig
+from dit_jax.data import pipeline, source, tfds_records
+from dit_jax.error import UsageError
 
 TRAIN, TEST = 1442, 355
 
@@ -25,7 +26,7 @@ TRAIN, TEST = 1442, 355
 def data(tmp_path_factory):
     """A config whose digits are built, with flips."""
     config = DataConfig(data_dir=str(tmp_path_factory.mktemp("tfds")), flip=True)
-    datasets.load_source("digits", "train", config.data_dir)
+    tfds_records.load_source("digits", "train", config.data_dir)
     return config
 
 
@@ -82,7 +83,7 @@ def test_digits_are_those_of_scikit_learn(data):
     for k in range(10):
         held_out[np.flatnonzero(labels == k)[4::5]] = True
     for split, rows in (("train", ~held_out), ("test", held_out)):
-        records = list(datasets.load_source("digits", split, data.data_dir))
+        records = list(tfds_records.load_source("digits", split, data.data_dir))
         stored = np.stack([record["image"] for record in records]).astype(np.int64)
         assert [record["label"] for record in records] == labels[rows].tolist()
         np.testing.assert_array_equal((16 * stored + 127) // 255, levels[rows].reshape(-1, 8, 8, 1))
@@ -103,7 +104,7 @@ def test_pixels_become_minus_one_to_one():
 
 
 def test_describe_names_records_and_checksum(data, broken):
-    found = datasets.describe("digits", "test", data.data_dir)
+    found = tfds_records.describe("digits", "test", data.data_dir)
     assert {**found, "sha256": ""} == {
         "dataset": "digits",
         "split": "test",
@@ -113,9 +114,11 @@ def test_describe_names_records_and_checksum(data, broken):
         "sha256": "",
     }
     config, _ = broken
-    assert datasets.describe("digits", "test", config.data_dir) == found  # the folder does not matter, the split does
-    assert datasets.describe("digits", "train", data.data_dir)["sha256"] != found["sha256"]
-    assert datasets.describe("digits", "test[:50%]", data.data_dir)["sha256"] != found["sha256"]
+    assert (
+        tfds_records.describe("digits", "test", config.data_dir) == found
+    )  # the folder does not matter, the split does
+    assert tfds_records.describe("digits", "train", data.data_dir)["sha256"] != found["sha256"]
+    assert tfds_records.describe("digits", "test[:50%]", data.data_dir)["sha256"] != found["sha256"]
 
 
 @pytest.mark.slow
@@ -127,7 +130,7 @@ def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
         "data = DataConfig(data_dir=sys.argv[1])\n"
         "next(p.make_batches(data, batch_size=8, seed=0)); p.load_arrays(data, 'test')\n"
         "assert 'tensorflow' not in sys.modules\n"
-        "print(json.dumps(datasets.describe('digits', 'train', sys.argv[1])))"
+        "print(json.dumps(tfds_records.describe('digits', 'train', sys.argv[1])))"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -138,7 +141,7 @@ def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
         child.stdin.flush()
     outputs = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
-    here = datasets.describe("digits", "train", data.data_dir)
+    here = tfds_records.describe("digits", "train", data.data_dir)
     assert [json.loads(out) for out, _ in outputs] == [here, here]
     assert os.listdir(tmp_path / "digits") == ["1.0.0"]
 
@@ -264,16 +267,16 @@ def error_of(function, *args, **kwargs):
 
 
 def test_unknown_split_lists_the_splits(data):
-    message = error_of(datasets.load_source, "digits", "validation", data.data_dir)
+    message = error_of(tfds_records.load_source, "digits", "validation", data.data_dir)
     assert message == "dataset 'digits': found split 'validation', expected one of train, test"
 
 
 def test_missing_dataset_says_how_to_prepare_it(tmp_path):
     where = f"{tmp_path}/fashion_mnist/3.0.1"
     call = f"tfds.builder('fashion_mnist', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
-    message = error_of(datasets.load_source, "fashion_mnist", "train", str(tmp_path))
+    message = error_of(tfds_records.load_source, "fashion_mnist", "train", str(tmp_path))
     assert message == f"dataset 'fashion_mnist': found nothing in {where}; prepare it with {call}"
-    message = error_of(datasets.load_source, "no_such_images", "train", str(tmp_path))
+    message = error_of(tfds_records.load_source, "no_such_images", "train", str(tmp_path))
     expected = f"which is neither known to TFDS nor prepared in {tmp_path}"
     assert message == f"data.dataset: found 'no_such_images', {expected}"
     assert not os.listdir(tmp_path)
@@ -285,13 +288,13 @@ def test_other_file_format_is_refused(broken):
     info = path.parents[2] / "photos/1.0.0/dataset_info.json"
     text = info.read_text().replace('"array_record"', '"tfrecord"').replace('"digits"', '"photos"')
     info.write_text(text)
-    message = error_of(datasets.load_source, "photos", "train", config.data_dir)
+    message = error_of(tfds_records.load_source, "photos", "train", config.data_dir)
     assert message.startswith(f"dataset 'photos' in {info.parent}: found format tfrecord, expected array_record; ")
 
 
 def test_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    message = error_of(datasets.load_source, "digits", "train", f"{tmp_path}/file")
+    message = error_of(tfds_records.load_source, "digits", "train", f"{tmp_path}/file")
     assert message.startswith(f"dataset 'digits': cannot build it in {tmp_path}/file: [Errno 20] Not a directory")
 
 
@@ -317,13 +320,13 @@ def test_damaged_file_is_named(broken, damage, cache):
 def test_damaged_notes_are_refused(broken):
     config, path = broken
     (path.parent / "dataset_info.json").write_text("{")
-    message = error_of(datasets.load_source, "digits", "train", config.data_dir)
+    message = error_of(tfds_records.load_source, "digits", "train", config.data_dir)
     assert message.startswith(f"dataset 'digits': cannot open it in {config.data_dir}: Failed to load JSON")
 
 
 def test_wrong_records_are_named(data):
     path = f"{data.data_dir}/digits/1.0.0/digits-train.array_record-00000-of-00001"
-    source = datasets.load_source("digits", "train", data.data_dir)
+    source = tfds_records.load_source("digits", "train", data.data_dir)
     narrow = dataclasses.replace(source, classes=3)
     labels = [record["label"] for record in source]
     first = next(i for i, label in enumerate(labels) if label >= 3)
@@ -453,7 +456,7 @@ def test_files_of_other_sizes_are_refused(broken):
     config, path = broken
     other = path.parent / "digits-test.array_record-00000-of-00001"
     shutil.copy(path, other)
-    message = error_of(datasets.load_source, "digits", "test", config.data_dir)
+    message = error_of(tfds_records.load_source, "digits", "test", config.data_dir)
     assert message.startswith(
         f"dataset 'digits', split 'test': {other}: found {TRAIN} records, expected {TEST}; delete"
     )
@@ -465,13 +468,13 @@ def test_what_is_no_file_is_refused(broken, make):
     config, path = broken
     path.unlink()
     make(path)
-    message = error_of(datasets.load_source, "digits", "train", config.data_dir)
+    message = error_of(tfds_records.load_source, "digits", "train", config.data_dir)
     assert message.startswith(f"dataset 'digits', split 'train': cannot read {path}: found no regular file; delete")
 
 
 @pytest.mark.parametrize("split", ["train[:0]", "test[355:]"])
 def test_empty_splits_are_refused(data, split):
-    message = error_of(datasets.load_source, "digits", split, data.data_dir)
+    message = error_of(tfds_records.load_source, "digits", split, data.data_dir)
     assert message == f"dataset 'digits', split {split!r}: found no records, expected at least one"
 
 
@@ -480,7 +483,7 @@ def test_flipped_bits_are_found_or_harmless(data, broken):
     """Riegeli hashes blocks and chunks: what a flipped bit leaves readable is what was written."""
     config, path = broken
     good, rng = path.read_bytes(), np.random.default_rng(0)
-    expected = list(datasets.load_source("digits", "train", data.data_dir))
+    expected = list(tfds_records.load_source("digits", "train", data.data_dir))
     detected = 0
     for trial in range(60):
         content = bytearray(good)
@@ -490,7 +493,7 @@ def test_flipped_bits_are_found_or_harmless(data, broken):
         content[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         try:
-            opened = datasets.load_source("digits", "train", config.data_dir)
+            opened = tfds_records.load_source("digits", "train", config.data_dir)
             found = [r for i in range(0, TRAIN, 103) for r in opened.__getitems__(range(i, min(i + 103, TRAIN)))]
         except UsageError as error:
             assert str(path) in str(error)
@@ -505,7 +508,7 @@ def test_flipped_bits_are_found_or_harmless(data, broken):
 def test_no_damage_of_tfds_notes_passes(broken, content):
     config, path = broken
     (path.parent / "dataset_info.json").write_bytes(content)
-    assert config.data_dir in error_of(datasets.load_source, "digits", "train", config.data_dir)
+    assert config.data_dir in error_of(tfds_records.load_source, "digits", "train", config.data_dir)
 
 
 def test_batch_that_processes_do_not_divide_is_refused(data):

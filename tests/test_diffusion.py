@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_jax.config import DiffusionConfig, UsageError
+from dit_jax.config import DiffusionConfig
 from dit_jax.diffusion import guidance, schedule
 from dit_jax.diffusion.process import DDPM, Flow, discretised_log_likelihood, make_process
 from dit_jax.diffusion.samplers import FLOWS_ONLY, SAMPLERS, draw_noise, evaluation_times, sampling_times
+from dit_jax.error import UsageError
 
 MEAN, STD = 0.4, 0.5
 FLOW, CHAIN = Flow(), DDPM(learn_sigma=False)

@@ -16,17 +16,18 @@ import pytest
 from job import Job, run
 from runs import train
 
-from dit_jax import encode
-from dit_jax.autoencoder import follow_latents, images_at_once, make_encoder, open_autoencoder
-from dit_jax.command import read_config
-from dit_jax.config import AutoencoderConfig, Config, DataConfig, MeshConfig, ModelConfig, UsageError
-from dit_jax.data import datasets
+from dit_jax.config import AutoencoderConfig, Config, DataConfig, MeshConfig, ModelConfig
+from dit_jax.data import tfds_records
 from dit_jax.data.latents import open_latents, read_info
 from dit_jax.data.pipeline import load_arrays, make_batches
 from dit_jax.data.posterior import deviations, posterior_mean
-from dit_jax.mesh import make_mesh
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import UsageError
 from dit_jax.models import vae
-from dit_jax.networks import save_network
+from dit_jax.networks import encoding
+from dit_jax.networks.autoencoder import follow_latents, images_at_once, make_encoder, open_autoencoder
+from dit_jax.networks.folder import save_network
+from dit_jax.workdir.folder import read_config
 
 TINY = vae.VAEConfig(channels=1, widths=(8, 8), groups=4, blocks=1)
 TRAIN, TEST = "train[:205]", "test[:50]"  # 205: no number of devices divides it
@@ -103,7 +104,7 @@ def test_the_notes_say_what_the_latents_are(plain, network, data_dir):
     assert (info.shape, info.dtype, info.moments, info.mirrored) == ((4, 4, 4), "float32", True, True)
     assert (info.scale, info.shift, info.classes, info.image_size) == (0.18215, 0.0, 10, 8)
     assert (info.dataset, info.split, info.autoencoder) == ("digits", TRAIN, "tiny")
-    assert info.source_sha256 == datasets.describe("digits", TRAIN, data_dir)["sha256"]
+    assert info.source_sha256 == tfds_records.describe("digits", TRAIN, data_dir)["sha256"]
     assert info.autoencoder_sha256 == json.loads((network[0] / "meta.json").read_text())["sha256"]
 
 
@@ -125,8 +126,8 @@ def test_a_latent_does_not_depend_on_the_images_beside_it(network, data_dir):
 
 
 def test_float16_is_the_same_rounded(plain, network, tmp_path, data_dir):
-    job = encode.open_job(config(network), "float16", whiten=False)
-    encode.encode_splits(job, str(tmp_path), [TEST], 1 << 30, [])
+    job = encoding.open_job(config(network), "float16", whiten=False)
+    encoding.encode_splits(job, str(tmp_path), [TEST], 1 << 30, [])
     half, single = (open_latents(f"{out}/{TEST}") for out in (tmp_path, plain))
     assert half.info.dtype == "float16" and half.info.source_sha256 == single.info.source_sha256
     expected = single.read(np.arange(50))[0].astype(np.float16)
@@ -231,7 +232,9 @@ def test_the_same_command_finds_it_done(plain, whitened, network, cache_dir):
 def error(network, out, splits=(TRAIN, TEST), dtype="float32", whiten=False, **changes):
     """The message of a command that is refused."""
     with pytest.raises(UsageError) as found:
-        encode.encode_splits(encode.open_job(config(network, **changes), dtype, whiten), str(out), list(splits), 99, [])
+        encoding.encode_splits(
+            encoding.open_job(config(network, **changes), dtype, whiten), str(out), list(splits), 99, []
+        )
     return str(found.value)
 
 

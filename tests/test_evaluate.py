@@ -12,13 +12,19 @@ import pytest
 from job import TINY, Job, run, wait_for_step
 from PIL import Image
 
-from dit_jax import checkpoint, evaluate, flops, heldout, sample, samples, step
-from dit_jax.command import read_config
-from dit_jax.config import JobError, MeshConfig, SampleConfig, UsageError
+from dit_jax import checkpoint, flops
+from dit_jax.config import MeshConfig, SampleConfig
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.process import make_process
-from dit_jax.mesh import make_mesh
-from dit_jax.records import drop_partials, protocol_id
+from dit_jax.error import JobError, UsageError
+from dit_jax.evaluation import loss, protocol
+from dit_jax.evaluation.partial import drop_partials
+from dit_jax.evaluation.run import run as evaluate_run
+from dit_jax.sampling import draw, parts
+from dit_jax.training import step
+from dit_jax.workdir.folder import read_config
+from dit_jax.workdir.records import protocol_id
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +76,13 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
     images, labels = load_arrays(cfg.data, "test")
-    found = heldout.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
+    found = loss.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
-        u = heldout.stratified(cfg.eval.seed, np.array([i]), 16)
+        u = loss.stratified(cfg.eval.seed, np.array([i]), 16)
         assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
-        eps = heldout.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
+        eps = loss.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
         x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(labels[i : i + 1], 16)
         losses, _ = step.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
         table.append(np.asarray(losses))
@@ -92,7 +98,7 @@ def test_a_diverged_model_is_not_recorded(workdir):
     _, params = checkpoint.load(str(workdir), 40)
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     with pytest.raises(UsageError, match="not finite; the run diverged, and nothing is recorded"):
-        heldout.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
+        loss.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
 
 
 def test_protocols_differ_by_ema_and_buckets(workdir):
@@ -102,51 +108,51 @@ def test_protocols_differ_by_ema_and_buckets(workdir):
         dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
     ]
-    ids = {protocol_id(heldout.loss_protocol(c, 355)) for c in [cfg, *others]}
+    ids = {protocol_id(protocol.loss_protocol(c, 355)) for c in [cfg, *others]}
     assert len(ids) == 4
 
 
-def draw(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
+def drawn(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
     settings = SampleConfig(sampler=sampler, steps=4, guidance=2.0, batch_size=batch_size, **changes)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    batches = list(sample.sample_images(cfg, params, settings, num, 7, mesh))
+    batches = list(draw.sample_images(cfg, params, settings, num, 7, mesh))
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
 def test_image_i_does_not_depend_on_batches_or_devices(workdir):
-    images, labels = draw(workdir)
+    images, labels = drawn(workdir)
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
     for batch_size, devices, num in ((8, 8, 20), (24, 2, 20), (5, 1, 20), (16, 2, 11)):
-        other, other_labels = draw(workdir, batch_size=batch_size, devices=devices, num=num)
+        other, other_labels = drawn(workdir, batch_size=batch_size, devices=devices, num=num)
         np.testing.assert_array_equal(labels[:num], other_labels)
         np.testing.assert_array_equal(images[:num], other)
 
 
 def test_label_policies(workdir):
-    _, balanced = draw(workdir, labels="balanced", num=24)
+    _, balanced = drawn(workdir, labels="balanced", num=24)
     np.testing.assert_array_equal(balanced, np.arange(24) % 10)
-    _, uniform = draw(workdir, num=24)
+    _, uniform = drawn(workdir, num=24)
     assert len(set(uniform.tolist())) > 4 and not np.array_equal(uniform, balanced)
 
 
 def test_uint8_rule():
     values = np.array([-1.5, -1.0, -0.999, 0.0, 0.9999, 1.0, 2.0])
-    np.testing.assert_array_equal(sample.to_uint8(values), [0, 0, 0, 128, 255, 255, 255])
-    assert sample.to_uint8(np.array([127.9 / 127.5 - 128 / 127.5 + 0.001]))[0] == 128 - 1 + 1
+    np.testing.assert_array_equal(draw.to_uint8(values), [0, 0, 0, 128, 255, 255, 255])
+    assert draw.to_uint8(np.array([127.9 / 127.5 - 128 / 127.5 + 0.001]))[0] == 128 - 1 + 1
 
 
 def test_cost_of_an_image_counts_guided_steps_twice(workdir):
     cfg = read_config(str(workdir))
     forward = flops.forward_flops(cfg.model)
-    assert sample.image_flops(cfg, SampleConfig(sampler="euler", steps=10)) == 10 * forward
-    assert sample.image_flops(cfg, SampleConfig(sampler="euler", steps=10, guidance=2.0)) == 20 * forward
+    assert draw.image_flops(cfg, SampleConfig(sampler="euler", steps=10)) == 10 * forward
+    assert draw.image_flops(cfg, SampleConfig(sampler="euler", steps=10, guidance=2.0)) == 20 * forward
     edges = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.1, 0.2))
-    assert sample.image_flops(cfg, edges) == 12 * forward
+    assert draw.image_flops(cfg, edges) == 12 * forward
     interval = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65))
-    assert sample.image_flops(cfg, interval) == 13 * forward
-    assert sample.image_flops(cfg, SampleConfig(sampler="heun", steps=10)) == 19 * forward
+    assert draw.image_flops(cfg, interval) == 13 * forward
+    assert draw.image_flops(cfg, SampleConfig(sampler="heun", steps=10)) == 19 * forward
 
 
 def test_sample_job_writes_npz_and_grid(workdir, tmp_path, cache_dir):
@@ -270,7 +276,7 @@ def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     for batch_size, devices in ((128, 1), (1, 1), (20, 8)):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        found.append(heldout.held_out_loss(other, params, images[:41], labels[:41], mesh))
+        found.append(loss.held_out_loss(other, params, images[:41], labels[:41], mesh))
     assert all(other == found[0] for other in found)
 
 
@@ -329,7 +335,7 @@ def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(work
         eval=dataclasses.replace(cfg.eval, samples=300, loss=False),
         sample=dataclasses.replace(cfg.sample, sampler="ddpm", steps=40, batch_size=512),
     )
-    (record,) = evaluate.run(cfg, str(whole), quiet=True)
+    (record,) = evaluate_run(cfg, str(whole), quiet=True)
     for key in ("protocol", "metrics"):
         assert json.loads(json.dumps(record[key])) == records(workdir)[1][key]
 
@@ -366,7 +372,7 @@ def test_partials_of_what_is_recorded_or_gone_are_dropped(tmp_path):
         folder.mkdir(parents=True)
         (folder / "job.json").write_text("{}")
     in_use = tmp_path / "eval" / "partial" / "0123456789abcdef-20"
-    with samples.locked(str(in_use)):
+    with parts.locked(str(in_use)):
         drop_partials(str(tmp_path), {(40, "0123456789abcdef")}, [30, 40])
         assert in_use.exists()
     for name, stays in names.items():
@@ -414,7 +420,7 @@ def test_a_diverged_checkpoint_is_named_and_the_others_are_scored(workdir, tmp_p
     cfg = read_config(str(tmp_path / "run"))
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=70, loss=False, bootstrap=0))
     with pytest.raises(JobError, match="step 30: damaged or diverged and not evaluated"):
-        evaluate.run(cfg, str(tmp_path / "run"), quiet=True)
+        evaluate_run(cfg, str(tmp_path / "run"), quiet=True)
     assert [r["step"] for r in records(tmp_path / "run")] == [20, 40]
     said = capsys.readouterr().err
     assert "checkpoints/30: samples 0 to" in said and "nothing is recorded for step 30" in said

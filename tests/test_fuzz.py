@@ -23,10 +23,12 @@ from ml_collections import config_flags
 from safetensors.numpy import save
 from test_scaling_runs import record
 
-from dit_jax import command, log
-from dit_jax.config import Config, UsageError, resolve, template, to_dict
+from dit_jax.config import Config, resolve, template, to_dict
+from dit_jax.error import UsageError
+from dit_jax.job import launch
+from dit_jax.networks.weights import read_arrays
 from dit_jax.scaling.runs import load_runs
-from dit_jax.weights import read_arrays
+from dit_jax.workdir import scalars
 
 CASES = int(os.environ.get("DIT_JAX_FUZZ", "100"))
 FUZZ = settings(
@@ -181,8 +183,8 @@ def overridden(arguments):
     values = flags.FlagValues()
     before, sys.argv = sys.argv, ["job", *itertools.chain(*arguments)]
     try:
-        command._check_overrides()
-        with command._parsing(values):
+        launch._check_overrides()
+        with launch._parsing(values):
             config_flags.DEFINE_config_dict("config", template(), flag_values=values)
             values(sys.argv)
         return resolve(values.config)
@@ -205,7 +207,7 @@ CONFIG_FILES |= CHANGES.map(lambda changes: json_of({"config": replaced(CONFIG, 
 def config_of(folder, content):
     file_of(folder / "run" / "config.json", content)
     before = tree(folder)
-    cfg = outcome(command.read_config, str(folder / "run"))
+    cfg = outcome(launch.read_config, str(folder / "run"))
     assert tree(folder) == before and (cfg is None or isinstance(cfg, Config))
     return cfg
 
@@ -247,9 +249,9 @@ def records_of(folder, content):
     before = tree(folder)
     runs = outcome(load_runs, str(folder / "run"))
     sound(runs or [])
-    lines = outcome(log.read_lines, path, log.RECORD)
+    lines = outcome(scalars.read_lines, path, scalars.RECORD)
     assert lines is None or all(type(line["step"]) is int for line in lines)
-    outcome(log.drop_after, path, 5)
+    outcome(scalars.drop_after, path, 5)
     assert tree(folder) == before
     return runs
 

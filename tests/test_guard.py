@@ -11,13 +11,15 @@ import pytest
 from job import run
 from runs import scalars, train
 
-from dit_jax import checkpoint, guard, step
-from dit_jax import train as train_job
-from dit_jax.command import read_config
-from dit_jax.config import JobError, MeshConfig, TrainConfig
-from dit_jax.diagnose import find_layer
-from dit_jax.mesh import make_mesh
-from dit_jax.state import make_state
+from dit_jax import checkpoint
+from dit_jax.config import MeshConfig, TrainConfig
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import JobError
+from dit_jax.training import guard, step
+from dit_jax.training import loop as train_job
+from dit_jax.training.diagnose import find_layer
+from dit_jax.training.state import make_state
+from dit_jax.workdir.folder import read_config
 
 WINDOW = 5
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.hardware import CHIPS, DEVICES, GIB, find, names, topology
 
 

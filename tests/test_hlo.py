@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_jax import hlo
+from dit_jax.preflight import hlo
 
 # As libtpu prints a module, cut down: a loop of 28, a fused reduce-scatter, an asynchronous gather, groups in all three forms.
 TEXT = """\

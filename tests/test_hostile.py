@@ -12,10 +12,12 @@ import pytest
 from job import ROOT, run
 from test_scaling_runs import record, workdir
 
-from dit_jax import log
-from dit_jax.command import LARGEST, LONGEST, read_config
-from dit_jax.config import Config, DataConfig, UsageError, resolve, to_dict
+from dit_jax.config import Config, DataConfig, resolve, to_dict
+from dit_jax.error import UsageError
+from dit_jax.files import LARGEST, LONGEST
 from dit_jax.scaling.runs import load_runs
+from dit_jax.workdir import scalars
+from dit_jax.workdir.folder import read_config
 
 MARK = "PWNED"
 
@@ -238,7 +240,7 @@ def lines(name):
 def test_a_hostile_line_of_records_or_scalars_is_named(name, tmp_path):
     path = put(tmp_path / "w" / "eval" / "records.jsonl", lines(name))
     refused(load_runs, str(tmp_path / "w"), match=r"records\.jsonl:2: ", peak=2**26)
-    for read in (log.read_lines, lambda p: log.drop_after(p, 3)):
+    for read in (scalars.read_lines, lambda p: scalars.drop_after(p, 3)):
         refused(read, path, match=r"records\.jsonl:2: ", peak=2**26)
     assert os.listdir(os.path.dirname(path)) == ["records.jsonl"]
 
@@ -249,9 +251,9 @@ def test_lines_without_their_fields_are_named(tmp_path):
         ("{}", "no 'step', expected int"),
         ('{"step": "3"}', "'step' is '3'"),
     ):
-        refused(log.read_lines, put(tmp_path / "m.jsonl", line + "\n"), match=match)
+        refused(scalars.read_lines, put(tmp_path / "m.jsonl", line + "\n"), match=match)
     path = put(tmp_path / "r.jsonl", '{"step": 3, "protocol_id": []}\n')
-    refused(lambda: log.read_lines(path, log.RECORD), match=r"'protocol_id' is \[\], expected str")
+    refused(lambda: scalars.read_lines(path, scalars.RECORD), match=r"'protocol_id' is \[\], expected str")
 
 
 def test_a_file_of_too_many_bytes_is_refused_without_being_kept(tmp_path):
@@ -268,7 +270,7 @@ def test_one_line_without_an_end_is_not_read_whole(tmp_path):
         path = put(tmp_path / name, start)
         os.truncate(path, 10**9)
         refused(load_runs, path, match="found more than 1,048,576 bytes in a line", peak=2**24)
-        refused(log.read_lines, path, match="found more than|expected a JSON object", peak=2**24)
+        refused(scalars.read_lines, path, match="found more than|expected a JSON object", peak=2**24)
 
 
 @pytest.mark.parametrize(

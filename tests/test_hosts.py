@@ -12,12 +12,14 @@ import pytest
 from job import Job, run
 from runs import TIMINGS, saved, scalars, train
 
-from dit_jax import checkpoint, hosts
-from dit_jax.config import Config, MeshConfig, ModelConfig, UsageError, to_dict
-from dit_jax.mesh import make_mesh
-from dit_jax.records import read_records
-from dit_jax.state import abstract_state, make_state
-from dit_jax.train import flatten
+from dit_jax import checkpoint
+from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
+from dit_jax.devices import processes
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import UsageError
+from dit_jax.training.state import abstract_state, make_state
+from dit_jax.workdir.folder import flatten
+from dit_jax.workdir.records import read_records
 
 STEPS = 30
 
@@ -87,9 +89,9 @@ def filled(state):
     return jax.tree.map(fill, state)
 
 
-def keep(state, workdir, model):
+def keep(items, workdir, model):
     saver = checkpoint.Saver(str(workdir), 1)
-    saver.save(state, {"next_index": 3}, {"model": to_dict(model)})
+    saver.save(3, items, {"next_index": 3}, {"model": to_dict(model)})
     saver.wait()
     saver.close()
 
@@ -107,17 +109,17 @@ def test_a_checkpoint_of_8_devices_restores_on_fewer_and_back_bit_for_bit(axes, 
     model = ModelConfig(depth=1, width=16, heads=2, input_size=8, channels=1, classes=10)
     cfg, eight = Config(model=model), make_mesh(MeshConfig(*axes))
     state = dataclasses.replace(filled(make_state(cfg, eight)), step=jax.numpy.int32(3))
-    keep(state, tmp_path / "8", model)
+    keep(state.items(), tmp_path / "8", model)
     for count in (1, 2, 4):
         few = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:count])
-        there, position = checkpoint.restore(str(tmp_path / "8"), 3, abstract_state(cfg, few), model)
+        there, position = checkpoint.restore(str(tmp_path / "8"), 3, abstract_state(cfg, few).items(), model)
         assert position == {"next_index": 3}
-        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(there.params)} == {count}
-        assert_equal_bits(state, there)
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(there["params"])} == {count}
+        assert_equal_bits(state.items(), there)
         keep(there, tmp_path / str(count), model)
-        back, _ = checkpoint.restore(str(tmp_path / str(count)), 3, abstract_state(cfg, eight), model)
-        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(back.params)} == {8}
-        assert_equal_bits(state, back)
+        back, _ = checkpoint.restore(str(tmp_path / str(count)), 3, abstract_state(cfg, eight).items(), model)
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(back["params"])} == {8}
+        assert_equal_bits(state.items(), back)
 
 
 def test_nobody_at_the_coordinators_address_is_one_line(tmp_path, data_dir, cache_dir):
@@ -182,16 +184,16 @@ def test_hosts_with_more_devices_than_others_are_refused_by_all(tmp_path, data_d
 
 
 def test_the_first_key_that_differs_is_named():
-    hosts.compare([{"a": 1, "b": [1.0, 2.0]}] * 3)
+    processes.compare([{"a": 1, "b": [1.0, 2.0]}] * 3)
     with pytest.raises(UsageError, match="b: found 3 on process 2, expected 2 as on process 0"):
-        hosts.compare([{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 3}])
+        processes.compare([{"a": 1, "b": 2}, {"a": 1, "b": 2}, {"a": 1, "b": 3}])
     with pytest.raises(UsageError, match="c: found 5 on process 1, expected no such key as on process 0"):
-        hosts.compare([{"a": None}, {"a": None, "c": 5}])
+        processes.compare([{"a": None}, {"a": None, "c": 5}])
     flat = flatten(to_dict(Config()))
-    assert set(hosts.OWN) <= set(flat)
-    hosts.check_devices([4, 4, 4])
+    assert set(processes.OWN) <= set(flat)
+    processes.check_devices([4, 4, 4])
     with pytest.raises(UsageError, match="found 4 devices on process 0 and 2 on process 2"):
-        hosts.check_devices([4, 4, 2])
+        processes.check_devices([4, 4, 2])
 
 
 def test_sigterm_while_processes_gather_ends_at_once(tmp_path, data_dir, cache_dir):

@@ -10,7 +10,8 @@ import pytest
 from job import Job, run, steps_logged
 from runs import EVERY, STEPS, assert_same_run, train
 
-from dit_jax import checkpoint, manifest
+from dit_jax import checkpoint
+from dit_jax.workdir import manifest
 
 
 def saving(workdir):

@@ -13,7 +13,7 @@ from job import run
 from runs import saved, train
 
 from dit_jax.config import DataConfig
-from dit_jax.data import datasets
+from dit_jax.data import tfds_records
 from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import LatentInfo, open_latents
 from dit_jax.data.pipeline import load_arrays
@@ -35,7 +35,7 @@ def encode(root, data_dir, split, **changes):
         classes=10,
         dataset="digits",
         split=split,
-        source_sha256=datasets.describe("digits", split, data_dir)["sha256"],
+        source_sha256=tfds_records.describe("digits", split, data_dir)["sha256"],
         image_size=8,
     )
     examples = zip(labels.tolist(), blocks, strict=True)

@@ -17,10 +17,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from scipy import stats
 
-from dit_jax.config import DataConfig, UsageError
+from dit_jax.config import DataConfig
 from dit_jax.data import counter, latents, pipeline, posterior, source
 from dit_jax.data.latent_writer import continue_latents, write_latents
 from dit_jax.data.latents import LatentInfo, open_latents
+from dit_jax.error import UsageError
 
 pytestmark = pytest.mark.timeout(60)  # nothing hangs, whatever is broken
 

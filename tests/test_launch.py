@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from job import ROOT, run
 
-from dit_jax import evaluate, hardware, sweep
+from dit_jax import hardware
 from dit_jax.__main__ import JOBS
-from dit_jax.command import load_config
-from dit_jax.config import Config, EvalConfig, SampleConfig, UsageError, model_config, resolve
-from dit_jax.launcher import find_cell, own_arguments, spans
+from dit_jax.config import Config, EvalConfig, SampleConfig, model_config, resolve
+from dit_jax.error import UsageError
+from dit_jax.job.launch import load_config
+from dit_jax.job.launcher import find_cell, own_arguments, spans
+from dit_jax.sweep import ladder
 
 SCRIPTS = sorted((ROOT / "launch").iterdir())
 JOB = ["train", "--config=configs/imagenet256.py:DiT-XL/2", "--workdir=/mnt/share/xl2"]
@@ -390,11 +392,11 @@ def test_a_cells_command_is_the_jobs_own():
 def test_parts_of_an_evaluation_are_the_whole():
     grid = EvalConfig(samples=10, guidance=(1, 1.5), weights=("ema", "params"))
     cfg = Config(model=model_config("DiT-S/8"), sample=SampleConfig(sampler="ddim", steps=5), eval=grid)
-    parts = evaluate.cells(cfg)
+    parts = protocol.cells(cfg)
     names = [f"{weights}-ddim-5-guidance-{scale}" for weights in ("ema", "params") for scale in (1.0, 1.5)]
     assert list(parts) == ["loss", *names]
-    assert [evaluate.samplings(parts[name])[0] for name in names] == evaluate.samplings(cfg)
-    assert all(len(evaluate.samplings(parts[name])) == 1 and not parts[name].eval.loss for name in names)
+    assert [protocol.samplings(parts[name])[0] for name in names] == protocol.samplings(cfg)
+    assert all(len(protocol.samplings(parts[name])) == 1 and not parts[name].eval.loss for name in names)
     assert parts["loss"].eval.samples == 0 and parts["loss"].eval.weights == ("ema", "params")
 
 
@@ -424,12 +426,12 @@ def test_a_sweep_that_slurm_would_not_take_writes_nothing(monkeypatch, tmp_path)
     cfg = load_config(str(ROOT / "configs" / "digits_isoflop.py"))
     workdir = tmp_path / "demo"
     with pytest.raises(UsageError, match="--launcher=slurm: TIME CPUS: not set"):
-        sweep.run_apart(resolve(cfg), str(workdir), "slurm", None)
+        ladder.run_apart(resolve(cfg), str(workdir), "slurm", None)
     for name, value in {"TIME": "60", "CPUS": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match="sbatch: not found"):
-        sweep.run_apart(resolve(cfg), str(workdir), "slurm", None)
+        ladder.run_apart(resolve(cfg), str(workdir), "slurm", None)
     assert not workdir.exists()
 
 

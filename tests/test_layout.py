@@ -2,10 +2,8 @@
 
 import pytest
 
-from dit_jax.command import load_config
-from dit_jax.config import Config, MeshConfig, UsageError, model_config, resolve
-from dit_jax.hardware import topology
-from dit_jax.layout import (
+from dit_jax.config import Config, MeshConfig, model_config, resolve
+from dit_jax.devices.layout import (
     FSDP,
     REMATS,
     SPARE,
@@ -18,7 +16,10 @@ from dit_jax.layout import (
     size_of,
     state_bytes,
 )
-from dit_jax.mesh import abstract_mesh, check_batch
+from dit_jax.devices.mesh import abstract_mesh, check_batch
+from dit_jax.error import UsageError
+from dit_jax.hardware import topology
+from dit_jax.job.launch import load_config
 
 XL = model_config("DiT-XL/2")
 

@@ -10,19 +10,19 @@ import pytest
 from job import Job, run, start, wait_for_step
 from runs import train
 
-from dit_jax import ledger
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
+from dit_jax.workdir import goodput
 
 SHARE = 0.99  # of the wall time that must be accounted for
 
 
 def entries(workdir):
-    return [json.loads(line) for line in (workdir / ledger.GOODPUT).read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / goodput.GOODPUT).read_text().splitlines()]
 
 
 def booked(entry):
     """Seconds of a start, without those it took over from the one before."""
-    assert set(entry["seconds"]) == set(ledger.KINDS) and min(entry["seconds"].values()) >= 0
+    assert set(entry["seconds"]) == set(goodput.KINDS) and min(entry["seconds"].values()) >= 0
     return sum(entry["seconds"].values()) - entry["seconds"]["lost"]
 
 
@@ -38,14 +38,14 @@ def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
     times = [json.loads(line)["time"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert began - 0.1 <= entry["since"] < min(times)  # the kernel counts in hundredths of a second
     assert max(times) <= entry["since"] + entry["wall"] <= ended + 0.1
-    written = (workdir / ledger.GOODPUT).stat().st_mtime  # a clock outside of the process
+    written = (workdir / goodput.GOODPUT).stat().st_mtime  # a clock outside of the process
     assert SHARE * (written - began) - 2.0 <= booked(entry)  # seconds to start and to write on a busy machine
     assert min(seconds["set-up"], seconds["compile"], seconds["step"], seconds["save"], seconds["data"]) > 0
     assert seconds["lost"] == seconds["evaluation"] == seconds["wait"] == 0
     assert (entry["first"], entry["last"]) == (0, 20)
     (line,) = [line for line in err.splitlines() if line.startswith("goodput ")]
     assert f"set-up {seconds['set-up']:.1f}" in line and f"compile {seconds['compile']:.1f}" in line
-    assert line == ledger.summary(entry)  # of what was written, not of a moment later
+    assert line == goodput.summary(entry)  # of what was written, not of a moment later
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_the_work_that_a_kill_undid_is_booked_as_lost(tmp_path, data_dir, cache_
     job, saved = Job("train", *arguments, cache_dir=cache_dir), []
     while not saved:  # the line that is written when the checkpoint counts
         assert job.poll() is None, job.communicate()[1]
-        path = workdir / ledger.GOODPUT
+        path = workdir / goodput.GOODPUT
         saved = [entry for entry in (entries(workdir) if path.exists() else []) if entry["last"] == 200]
         time.sleep(0.01)
     wait_for_step(job, workdir, 210)
@@ -94,7 +94,7 @@ def test_an_evaluation_has_a_line_of_its_own(uninterrupted, tmp_path, cache_dir)
 
 
 def test_a_stopwatch_is_always_in_one_kind():
-    watch = ledger.Ledger("train", time.time() - 2.0)
+    watch = goodput.Ledger("train", time.time() - 2.0)
     with watch.spend("step"):
         time.sleep(0.05)
         with watch.spend("save"):
@@ -108,6 +108,6 @@ def test_a_stopwatch_is_always_in_one_kind():
 
 
 def test_a_damaged_ledger_is_named(tmp_path):
-    (tmp_path / ledger.GOODPUT).write_text('{"job": "train"}\n')
+    (tmp_path / goodput.GOODPUT).write_text('{"job": "train"}\n')
     with pytest.raises(UsageError, match=r"goodput.jsonl:1: no 'since', expected float"):
-        ledger.write_entry(ledger.Ledger("train", time.time()).entry(), str(tmp_path))
+        goodput.write_entry(goodput.Ledger("train", time.time()).entry(), str(tmp_path))

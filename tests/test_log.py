@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dit_jax import hardware, log
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
+from dit_jax.workdir import scalars
 
 
 def test_progress_reports_rates_and_eta(capsys, monkeypatch):
@@ -30,8 +31,8 @@ def test_clock():
 def test_lines_beyond_a_step_are_forgotten_and_a_cut_one_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
-    assert [line["step"] for line in log.read_lines(str(path))] == [1, 2, 3]
-    log.drop_after(str(path), 2)
+    assert [line["step"] for line in scalars.read_lines(str(path))] == [1, 2, 3]
+    scalars.drop_after(str(path), 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
@@ -39,7 +40,7 @@ def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
     with pytest.raises(UsageError, match=r"records.jsonl:2: found 'rubbish', expected a JSON object"):
-        log.read_lines(str(path))
+        scalars.read_lines(str(path))
 
 
 def test_devices_are_found_by_their_longest_name():

@@ -10,20 +10,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from dit_jax import hosts
-from dit_jax import mesh as meshes
-from dit_jax.config import (
-    Config,
-    DiffusionConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    UsageError,
-    model_config,
-)
-from dit_jax.state import abstract_state, make_state
-from dit_jax.step import make_train_step
+from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, model_config
+from dit_jax.devices import mesh as meshes
+from dit_jax.devices import processes
+from dit_jax.error import UsageError
+from dit_jax.training.state import abstract_state, make_state
+from dit_jax.training.step import make_train_step
 
 SMALL = Config(
     model=ModelConfig(depth=2, width=32, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False),
@@ -180,21 +172,21 @@ NOBODY = dict.fromkeys(GIVEN)
 
 
 def test_where_the_other_processes_are_found():
-    assert hosts.cluster({}, False, NOBODY) is None
-    assert hosts.cluster({}, True, NOBODY) == ({} if importlib.util.find_spec("libtpu") else None)
-    assert hosts.cluster({"JAX_PLATFORMS": "cpu"}, True, NOBODY) is None
-    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False, NOBODY) == {}
-    assert hosts.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False, NOBODY) is None
-    found = hosts.cluster(ADDRESS, True, NOBODY)
+    assert processes.cluster({}, False, NOBODY) is None
+    assert processes.cluster({}, True, NOBODY) == ({} if importlib.util.find_spec("libtpu") else None)
+    assert processes.cluster({"JAX_PLATFORMS": "cpu"}, True, NOBODY) is None
+    assert processes.cluster({"SLURM_STEP_NUM_TASKS": "2"}, False, NOBODY) == {}
+    assert processes.cluster({"SLURM_STEP_NUM_TASKS": "1"}, False, NOBODY) is None
+    found = processes.cluster(ADDRESS, True, NOBODY)
     assert found == {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
-    found = hosts.cluster(ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, True, GIVEN)
+    found = processes.cluster(ADDRESS | {"SLURM_STEP_NUM_TASKS": "2"}, True, GIVEN)
     assert found == {"coordinator_address": "b:2", "num_processes": 2, "process_id": 0}
 
 
 def test_one_task_a_node_drives_all_its_gpus_under_slurm():
     node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-    assert hosts.cluster(node, False, NOBODY) == {"local_device_ids": [0, 1, 2, 3]}
-    assert hosts.cluster(node | {"SLURM_STEP_NUM_TASKS": "8"}, False, NOBODY) == {}  # JAX: one GPU each
+    assert processes.cluster(node, False, NOBODY) == {"local_device_ids": [0, 1, 2, 3]}
+    assert processes.cluster(node | {"SLURM_STEP_NUM_TASKS": "8"}, False, NOBODY) == {}  # JAX: one GPU each
 
 
 @pytest.mark.parametrize(
@@ -234,7 +226,7 @@ def test_one_task_a_node_drives_all_its_gpus_under_slurm():
 )
 def test_half_an_address_is_refused(env, given, message):
     with pytest.raises(UsageError, match=message):
-        hosts.cluster(env, False, NOBODY | given)
+        processes.cluster(env, False, NOBODY | given)
 
 
 def test_hosts_that_share_rows_are_refused():

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 import scipy.linalg
+import train_digit_features as features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_jax import features
-from dit_jax.config import DataConfig, UsageError
-from dit_jax.data import datasets, pipeline
+from dit_jax.config import DataConfig
+from dit_jax.data import pipeline, tfds_records
+from dit_jax.error import UsageError
 from dit_jax.metrics import frechet
 from dit_jax.models import digit_features
 
@@ -153,7 +154,7 @@ def test_recorded_accuracy_is_reproduced(data, network):
     found, logits = apply(params, images)
     assert found.shape == (len(images), digit_features.WIDTH) and found.dtype == np.float32
     assert np.mean(np.argmax(np.asarray(logits), 1) == labels) == meta["accuracy"] >= 0.98
-    assert datasets.describe("digits", "test", data.data_dir) == meta["held_out"]
+    assert tfds_records.describe("digits", "test", data.data_dir) == meta["held_out"]
 
 
 def test_shipped_weights_match_their_notes(network):

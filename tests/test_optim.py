@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
-from dit_jax.optim import ema_decay, learning_rate, make_optimizer, power_exponent, update_ema
-from dit_jax.state import init_state
-from dit_jax.step import draw
+from dit_jax.training.optim import ema_decay, learning_rate, make_optimizer, power_exponent, update_ema
+from dit_jax.training.state import init_state
+from dit_jax.training.step import draw
 
 
 def rates(cfg, steps):

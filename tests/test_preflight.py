@@ -10,12 +10,12 @@ import pytest
 from job import ROOT, run
 
 from dit_jax import flops
-from dit_jax.command import load_config
 from dit_jax.config import ModelConfig, model_config, resolve
+from dit_jax.devices.layout import Layout, memory
 from dit_jax.hardware import GIB, topology
-from dit_jax.layout import Layout, memory
+from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation, search, text
-from dit_jax.sample import ROWS
+from dit_jax.sampling.draw import ROWS
 
 XL = "--config=configs/imagenet256.py:DiT-XL/2"
 DIGITS = "--config=configs/digits.py"

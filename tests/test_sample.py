@@ -14,10 +14,12 @@ import pytest
 from job import Job, compilations, run
 from PIL import Image
 
-from dit_jax import checkpoint, sample, samples
-from dit_jax.command import Interrupted, read_config
-from dit_jax.config import JobError, MeshConfig, SampleConfig, UsageError
-from dit_jax.mesh import make_mesh
+from dit_jax import checkpoint
+from dit_jax.config import MeshConfig, SampleConfig
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import Interrupted, JobError, UsageError
+from dit_jax.sampling import draw, parts, picture
+from dit_jax.workdir.folder import read_config
 
 NUM = 640
 SETTINGS = ["--seed=3", "--sampler=ddpm", "--steps=50", "--guidance=2"]  # seconds of work on two cores
@@ -44,15 +46,15 @@ def check_compilations(path):
     assert [name for _, name in compilations(path)] == ["jit(sample)"]
 
 
-def parts(out):
+def part_files(out):
     folder = out.parent / (out.name + ".parts")
     return sorted(folder.glob("*.part")) if folder.exists() else []
 
 
 def wait_for_part(process, out, timeout=120):
     """Returns when there is one part more than before."""
-    before, end = len(parts(out)), time.monotonic() + timeout
-    while len(parts(out)) <= before:
+    before, end = len(part_files(out)), time.monotonic() + timeout
+    while len(part_files(out)) <= before:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"no part within {timeout} s"
         time.sleep(0.01)
@@ -85,7 +87,7 @@ def test_killed_at_any_time_and_resumed_elsewhere_the_bytes_are_the_same(
         assert process.returncode == -signal.SIGKILL and not out.exists()
     code, _, err = run("sample", *flags, "--seed=4", cache_dir=cache_dir)
     assert code == 2 and "holds images of another job: seed: found 3, this command has 4" in err
-    kept = parts(out)
+    kept = part_files(out)
     assert len(kept) >= 2
     flip_a_bit(kept[1], 100)
     noted = tmp_path_factory.mktemp("resumed") / "compilations"
@@ -106,7 +108,7 @@ def test_sigterm_keeps_the_parts_exits_75_and_the_same_command_goes_on(workdir, 
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    kept = sum(int(p.name[11:21]) - int(p.name[:10]) for p in parts(out))
+    kept = sum(int(p.name[11:21]) - int(p.name[:10]) for p in part_files(out))
     assert 0 < kept < NUM and f"interrupted: {kept} of {NUM} images are kept in {out}.parts; the same command" in err
     code, _, err = run("sample", *flags, cache_dir=cache_dir, devices=2)
     assert code == 0 and f"{kept}/{NUM} were drawn before" in err
@@ -130,13 +132,13 @@ def images_of(workdir, num=70, devices=1, batch_size=16, first=0, seed=3, dtype=
     _, params = checkpoint.load(str(workdir))
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    return sample.sample_images(cfg, params, settings, num, seed, mesh, first=first)
+    return draw.sample_images(cfg, params, settings, num, seed, mesh, first=first)
 
 
 def job_of(workdir, **changes):
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir))
-    return sample.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4), 10, 3) | changes
+    return draw.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4), 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):
@@ -149,7 +151,7 @@ def complete(workdir, out, num, stop=(), job=None, **drawing):
 
     flag, drawn = [], []
     try:
-        samples.complete(str(out), job or job_of(workdir), (8, 8, 1), num, draw, flag)
+        parts.complete(str(out), job or job_of(workdir), (8, 8, 1), num, draw, flag)
     finally:
         drawn_in_all = sum(drawn)
     return drawn_in_all
@@ -223,7 +225,7 @@ def test_every_flipped_byte_of_an_output_or_a_part_is_noticed(workdir, tmp_path,
     for at in (0, 31, 32, 700, -1):
         with pytest.raises(Interrupted):
             complete(workdir, out, 40, stop=(1,))
-        (part,) = parts(out)
+        (part,) = part_files(out)
         assert part.name == "0000000000-0000000032.part"
         flip_a_bit(part, at)
         (part.parent / "0000000032-0000000040.part.tmp").write_bytes(b"cut short")
@@ -242,18 +244,18 @@ def test_a_part_of_another_job_or_range_is_not_mixed_in(workdir, tmp_path, capsy
     for path, seed in ((out, 3), (other, 4)):
         with pytest.raises(Interrupted):
             complete(workdir, path, 64, stop=(1,), job=job_of(workdir, seed=seed), seed=seed)
-    parts(other)[0].rename(parts(out)[0])
-    parts(out)[0].with_name("0000000032-0000000064.part").write_bytes(parts(out)[0].read_bytes())
+    part_files(other)[0].rename(part_files(out)[0])
+    part_files(out)[0].with_name("0000000032-0000000064.part").write_bytes(part_files(out)[0].read_bytes())
     assert complete(workdir, out, 64) == 64
     assert capsys.readouterr().err.count("its checksum does not match") == 2
     np.testing.assert_array_equal(stored(out)[0], expected(workdir, 64)[0])
 
 
 def test_ranges_that_are_missing():
-    assert samples.missing([], 10) == [(0, 10)]
-    assert samples.missing([(0, 4), (4, 6), (8, 12)], 20) == [(6, 8), (12, 20)]
-    assert samples.missing([(2, 4), (8, 30)], 20) == [(0, 2), (4, 8)]
-    assert samples.missing([(0, 30)], 20) == []
+    assert parts.missing([], 10) == [(0, 10)]
+    assert parts.missing([(0, 4), (4, 6), (8, 12)], 20) == [(6, 8), (12, 20)]
+    assert parts.missing([(2, 4), (8, 30)], 20) == [(0, 2), (4, 8)]
+    assert parts.missing([(0, 30)], 20) == []
 
 
 def test_the_npz_is_written_and_read_part_by_part(tmp_path):
@@ -262,8 +264,8 @@ def test_the_npz_is_written_and_read_part_by_part(tmp_path):
     block = (np.arange(1024 * 1024) % 251).astype(np.uint8).reshape(1024, *shape)
     made = ((block, np.full(1024, i, np.int32)) for i in range(64))
     tracemalloc.start()
-    samples.write_npz(str(out), str(out) + ".tmp", 65536, shape, made, {"seed": 0})
-    for i, (images, labels) in enumerate(samples.read_npz(str(out), 1 << 20)):
+    parts.write_npz(str(out), str(out) + ".tmp", 65536, shape, made, {"seed": 0})
+    for i, (images, labels) in enumerate(parts.read_npz(str(out), 1 << 20)):
         assert images.shape == (1024, *shape) and set(labels.tolist()) == {i}
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -278,7 +280,7 @@ def test_the_npz_is_written_and_read_part_by_part(tmp_path):
 def test_too_few_images_are_never_an_output(workdir, tmp_path):
     out = tmp_path / "s.npz"
     with pytest.raises(JobError, match="found 16 images in the parts, expected 17; nothing is written"):
-        samples.write_npz(str(out), str(out) + ".tmp", 17, (8, 8, 1), images_of(workdir, 16), {})
+        parts.write_npz(str(out), str(out) + ".tmp", 17, (8, 8, 1), images_of(workdir, 16), {})
     assert not out.exists()
 
 
@@ -287,18 +289,18 @@ def test_tiny_batches_make_few_parts(workdir, tmp_path):
     out, began = tmp_path / "s.npz", time.monotonic()
     with pytest.raises(Interrupted):
         complete(workdir, out, 2000, stop=(80,))
-    assert len(parts(out)) <= 2 + (time.monotonic() - began) / samples.PART_SECONDS
+    assert len(part_files(out)) <= 2 + (time.monotonic() - began) / parts.PART_SECONDS
 
 
 def test_the_job_says_what_images_depend_on_and_nothing_else(workdir):
     job = job_of(workdir)
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir))
-    other = sample.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4, batch_size=7), 10, 3)
+    other = draw.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4, batch_size=7), 10, 3)
     assert job == other
     changed = jax.tree.map(lambda leaf: leaf, params)
     changed["patch_embedding"]["bias"] = changed["patch_embedding"]["bias"].at[0].add(1e-6)
-    assert sample.weights_hash(changed) != sample.weights_hash(params) == job["weights_sha256"]
+    assert draw.weights_hash(changed) != draw.weights_hash(params) == job["weights_sha256"]
     for name in ("step", "seed", "labels", "sample.sampler", "sample.interval", "model.dtype", "model.width", "uint8"):
         assert name in job
 
@@ -319,6 +321,6 @@ def test_the_grid_is_of_the_first_images_only(tmp_path):
             assert i <= 40, "read on beyond the grid"
             yield np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32)
 
-    sample.save_grid(str(tmp_path / "g.png"), many())
-    with Image.open(tmp_path / "g.png") as picture:
-        assert picture.size == (20 * 60, 20 * 60)
+    picture.save_grid(str(tmp_path / "g.png"), many())
+    with Image.open(tmp_path / "g.png") as drawn:
+        assert drawn.size == (20 * 60, 20 * 60)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_jax.error import UsageError
-from dit_jax.foreign.reference import read_reference
 from dit_jax.metrics import extrapolate, features, frechet, inception_score, kernel, precision_recall, statistics
+from dit_jax.networks.reference import read_reference
 
 
 def normal(seed, *shape):

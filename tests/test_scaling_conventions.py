@@ -11,7 +11,7 @@ import pytest
 from test_scaling_fit import DATA, study
 from test_scaling_runs import PROTOCOL, record, table, workdir
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.conventions import (
     Convention,

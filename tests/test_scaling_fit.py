@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from planted import LAW, scatter
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fit import METHODS, fit_isoflop
 from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power

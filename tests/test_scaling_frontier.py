@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_scaling_runs import record, workdir
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.frontier import fit_frontier
 from dit_jax.scaling.points import Point, load_points

@@ -11,7 +11,7 @@ from test_scaling_fit import BUDGETS, study
 from test_scaling_frontier import PROTOCOL, SAMPLING
 from test_scaling_runs import record, workdir
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.choice import choose
 from dit_jax.scaling.compare import compare, ladder_of_fit, ladder_of_metric

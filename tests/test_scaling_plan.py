@@ -16,7 +16,8 @@ from test_scaling_fit import BUDGETS, L_LAW, N_LAW, study
 from test_scaling_runs import record, workdir
 
 from dit_jax import flops
-from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, UsageError, model_config, resolve, to_dict
+from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, model_config, resolve, to_dict
+from dit_jax.error import UsageError
 from dit_jax.hardware import topology
 from dit_jax.scaling import study as parametric
 from dit_jax.scaling.__main__ import main

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.columns import parse_names
 from dit_jax.scaling.runs import load_runs
 

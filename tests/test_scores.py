@@ -6,10 +6,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from dit_jax import scores
-from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, UsageError
+from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.mesh import make_mesh
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import UsageError
+from dit_jax.evaluation import scores
 from dit_jax.metrics import frechet, kernel, precision_recall
 
 EVAL = EvalConfig(samples=355, bootstrap=5)

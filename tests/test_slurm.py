@@ -14,10 +14,12 @@ import pytest
 from job import ROOT, environment, steps_logged
 from runs import STEPS, assert_same_run, train
 
-from dit_jax import evaluate, sweep
-from dit_jax.command import load_config, read_config
 from dit_jax.config import resolve
-from dit_jax.records import read_records
+from dit_jax.evaluation import protocol
+from dit_jax.job.launch import load_config
+from dit_jax.sweep import ladder
+from dit_jax.workdir.folder import read_config
+from dit_jax.workdir.records import read_records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
@@ -92,7 +94,7 @@ def test_a_sweep_runs_as_an_array_and_ends_in_a_report(slurm, tmp_path):
     assert not (workdir / "report.html").exists()
     wait(slurm, array)
     cfg = resolve(load_config(str(config)))
-    cells = sweep.make_cells(cfg, str(workdir))
+    cells = ladder.make_cells(cfg, str(workdir))
     assert len(cells) == 9
     for cell in cells:
         ((step, _),) = read_records(cell.workdir)
@@ -114,4 +116,4 @@ def test_an_evaluation_grid_runs_as_an_array(slurm, uninterrupted, tmp_path):
     scales = [record["protocol"]["samples"]["guidance"] for record in found if "samples" in record["protocol"]]
     assert sorted(scales) == [1.0] * len(steps) + [2.0] * len(steps)
     assert len(found) == 3 * len(steps) and steps
-    assert set(evaluate.cells(read_config(str(workdir)))) == {"loss"}  # the grid was the command's, not the run's
+    assert set(protocol.cells(read_config(str(workdir)))) == {"loss"}  # the grid was the command's, not the run's

@@ -8,13 +8,15 @@ import time
 import pytest
 from job import start
 
-from dit_jax import flops, sweep
-from dit_jax.config import SweepConfig, UsageError, resolve
+from dit_jax import flops
+from dit_jax.config import SweepConfig, resolve
 from dit_jax.config import template as config_template
+from dit_jax.error import UsageError
 from dit_jax.scaling.runs import load_runs
+from dit_jax.sweep import ladder
 
 
-def ladder(**changes):
+def ladder_config(**changes):
     c = small()
     c.eval.update(samples=0)
     c.sweep.update(changes)
@@ -43,7 +45,7 @@ def small():
 
 
 def test_cells_spend_their_budget_with_one_aspect_ratio(tmp_path):
-    cells = sweep.make_cells(ladder(budgets=(1.5e9, 3e9, 6e9)), str(tmp_path))
+    cells = ladder.make_cells(ladder_config(budgets=(1.5e9, 3e9, 6e9)), str(tmp_path))
     assert len(cells) == 10
     for cell in cells:
         model, train = cell.cfg.model, cell.cfg.train
@@ -59,8 +61,8 @@ def swept(tmp_path_factory, data_dir, cache_dir):
     """The ladder, run as a user does it on one device, with one cell whose folder belongs to somebody else."""
     workdir = tmp_path_factory.mktemp("sweep") / "demo"
     cfg = resolve(small())
-    sweep.prepare(cfg, str(workdir))
-    foreign = next(c for c in sweep.make_cells(cfg, str(workdir)) if c.cfg.model.width == 16)
+    ladder.prepare(cfg, str(workdir))
+    foreign = next(c for c in ladder.make_cells(cfg, str(workdir)) if c.cfg.model.width == 16)
     os.makedirs(foreign.workdir)
     with open(os.path.join(foreign.workdir, "thesis.txt"), "w") as f:
         f.write("mine")
@@ -76,7 +78,7 @@ def swept(tmp_path_factory, data_dir, cache_dir):
 
 def test_a_failed_cell_costs_the_others_nothing(swept):
     cfg, workdir, said = swept
-    (failed,) = [cell for cell in sweep.make_cells(cfg, str(workdir)) if cell.cfg.model.width == 16]
+    (failed,) = [cell for cell in ladder.make_cells(cfg, str(workdir)) if cell.cfg.model.width == 16]
     assert f"error: 1 cell(s) failed: {failed.name}; the same command tries them again" in said
     assert os.listdir(failed.workdir) == ["thesis.txt"]
     runs = load_runs([str(workdir)])
@@ -105,7 +107,7 @@ def test_a_second_run_finds_everything_done(swept, capsys):
     before = {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
     metrics = {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
     start = time.monotonic()
-    failed = sweep.run(cfg, str(workdir))
+    failed = ladder.run(cfg, str(workdir))
     assert len(failed) == 1 and time.monotonic() - start < 60
     assert before == {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
     assert metrics == {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
@@ -118,7 +120,7 @@ def test_another_sweep_for_a_folder_is_refused(swept):
     cfg, workdir, _ = swept
     other = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=64))
     with pytest.raises(UsageError, match=r"holds another sweep: train.batch_size is 32 there, 64 in the command"):
-        sweep.run(other, str(workdir))
+        ladder.run(other, str(workdir))
 
 
 def die(cell):
@@ -129,8 +131,8 @@ def die(cell):
 
 
 def test_a_dying_worker_loses_its_own_cell_only(tmp_path):
-    cells = sweep.make_cells(ladder(windows=((0, 2), (0, 1), (2, 3))), str(tmp_path))
-    outcomes = {cell.name: outcome for cell, outcome in sweep.run_cells(cells, 2, str(tmp_path), die) if cell}
+    cells = ladder.make_cells(ladder_config(windows=((0, 2), (0, 1), (2, 3))), str(tmp_path))
+    outcomes = {cell.name: outcome for cell, outcome in ladder.run_cells(cells, 2, str(tmp_path), die) if cell}
     assert len(outcomes) == 4
     for cell in cells:
         if cell.cfg.model.width == 8:
@@ -152,13 +154,13 @@ def test_a_dying_worker_loses_its_own_cell_only(tmp_path):
 )
 def test_bad_ladders(changes, message):
     with pytest.raises(UsageError, match=message):
-        ladder(**changes)
+        ladder_config(**changes)
 
 
 def test_no_budgets_and_too_small_budgets(tmp_path):
     with pytest.raises(UsageError, match=r"sweep.budgets: found none"):
-        sweep.make_cells(dataclasses.replace(ladder(), sweep=SweepConfig()), str(tmp_path))
+        ladder.make_cells(dataclasses.replace(ladder_config(), sweep=SweepConfig()), str(tmp_path))
     with pytest.raises(UsageError, match=r"C3.00e08-w8-d2 twice"):
-        sweep.make_cells(ladder(sizes=((4, 1, 1), (8, 2, 1), (8, 2, 2), (16, 4, 1))), str(tmp_path))
+        ladder.make_cells(ladder_config(sizes=((4, 1, 1), (8, 2, 1), (8, 2, 2), (16, 4, 1))), str(tmp_path))
     with pytest.raises(UsageError, match="less than one step of the model of width 4"):
-        sweep.make_cells(ladder(budgets=(1e3, 3e9, 6e9)), str(tmp_path))
+        ladder.make_cells(ladder_config(budgets=(1e3, 3e9, 6e9)), str(tmp_path))

@@ -11,8 +11,9 @@ from job import TINY, compilations, run
 from runs import EVERY, STEPS, saved, scalars, train
 
 from dit_jax import checkpoint
-from dit_jax.config import DataConfig, UsageError
+from dit_jax.config import DataConfig
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.error import UsageError
 from dit_jax.flops import parameters
 
 

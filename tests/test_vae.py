@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dit_jax.error import UsageError
-from dit_jax.foreign import vae as foreign
-from dit_jax.foreign.tensors import Tensors
 from dit_jax.models import vae
 from dit_jax.models.vae import Normalisation, VAEConfig
+from dit_jax.networks import vae as foreign
+from dit_jax.networks.tensors import Tensors
 
 SMALL = VAEConfig(widths=(8, 16, 16), blocks=1, groups=4)
 TINY = VAEConfig(widths=(4, 8), blocks=1, groups=2)

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save
 from test_hostile import MARK, Bomb, refused, unharmed  # noqa: F401, a fixture
 
-from dit_jax.weights import read_arrays
+from dit_jax.networks.weights import read_arrays
 
 
 def npy(array, version=None):

@@ -17,11 +17,11 @@ import warnings
 
 import jax
 
+import dit_jax.bench.measure
 import dit_jax.checkpoint
 import dit_jax.data.pipeline
-import dit_jax.measure
-import dit_jax.scores
-import dit_jax.step
+import dit_jax.evaluation.scores
+import dit_jax.training.step
 
 
 def job(request: dict) -> int:
@@ -51,7 +51,7 @@ def note_compilations(path: str) -> None:
     file = open(path, "a", buffering=1)  # noqa: SIM115
 
     def listen(event: str, seconds: float, **about) -> None:
-        if event == dit_jax.measure.COMPILED:
+        if event == dit_jax.bench.measure.COMPILED:
             file.write(f"{time.time()} {about['fun_name']}\n")
 
     jax.monitoring.register_event_duration_secs_listener(listen)

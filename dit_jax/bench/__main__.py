@@ -16,12 +16,13 @@ import jax
 from absl import flags
 
 from dit_jax.bench import peer, speed, table
-from dit_jax.checks import typed
-from dit_jax.command import launch
-from dit_jax.config import Config, UsageError, resolve
+from dit_jax.bench.measure import machine, publish
+from dit_jax.config import Config, resolve
+from dit_jax.devices.mesh import check_batch, make_mesh
+from dit_jax.error import UsageError, typed
+from dit_jax.files import check_json
+from dit_jax.job.launch import launch
 from dit_jax.log import say
-from dit_jax.measure import check_json, machine, publish
-from dit_jax.mesh import check_batch, make_mesh
 
 PARTS = ("sample", "train", "host")  # in this order: what a device had in use at most is counted from the start
 
@@ -46,9 +47,7 @@ def check_peer(module, cfg: Config) -> None:
 def measure_part(part: str, cfg: Config, values: flags.FlagValues, module) -> object:
     """The figures of a part."""
     if part == "host":
-        from dit_jax.bench import ladder  # it reads data and writes checkpoints, with all the libraries of that
-
-        return ladder.measure_ladder(cfg, values.repeats)
+        return host.measure_ladder(cfg, values.repeats)
     say(f"{part} ...")
     gc.collect()  # what the part before held on the device
     return speed.measure(cfg, part, values.repeats, values.seconds, module)

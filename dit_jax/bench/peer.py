@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 
 HOW = (
     "`make parity` installs PyTorch's CPU build (then PYTHONPATH=.venv/peers), `pip install -e .[torch]` the one that pip "

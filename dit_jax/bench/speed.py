@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from dit_jax import flops, hardware
+from dit_jax.bench.measure import alternate, compilations, cores, fixed_batch, make_products, spread, step_config
 from dit_jax.bench.peer import Side
 from dit_jax.config import Config, MeshConfig, SampleConfig, TrainConfig, model_config
-from dit_jax.measure import alternate, compilations, cores, fixed_batch, make_products, spread, step_config
-from dit_jax.mesh import make_mesh, replicated
+from dit_jax.devices.mesh import make_mesh, replicated
 from dit_jax.models import dit
 from dit_jax.preflight.compilation import Program, program
-from dit_jax.state import make_state
-from dit_jax.step import on_device
+from dit_jax.training.state import make_state
+from dit_jax.training.step import on_device
 
 TARGETS = {"cpu": 0.30}  # of the peak that training should reach with the default model; elsewhere OTHER_TARGET
 OTHER_TARGET = 0.45

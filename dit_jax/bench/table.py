@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from dit_jax.measure import shown, verdict
+from dit_jax.bench.measure import shown, verdict
 
 STEP_PARTS = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
 

@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.command import LONGEST, parse_json, sync
-from dit_jax.config import JobError, UsageError
 from dit_jax.data.latents import (
     DTYPES,
     MAX_SHARDS,
@@ -39,6 +37,8 @@ from dit_jax.data.latents import (
     shard_name,
 )
 from dit_jax.data.shard import open_shard
+from dit_jax.error import JobError, UsageError
+from dit_jax.files import LONGEST, parse_json, sync
 
 SHARD_BYTES = 1 << 30
 JOB = "latents.job"

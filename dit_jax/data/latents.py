@@ -24,10 +24,9 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dit_jax.config import UsageError
 from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
-from dit_jax.error import shown
+from dit_jax.error import UsageError, shown
 
 NOTES = "latents.json"
 VERSION = 1

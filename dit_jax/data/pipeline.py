@@ -13,13 +13,14 @@ import grain
 import numpy as np
 from PIL import Image
 
-from dit_jax.config import DataConfig, UsageError
+from dit_jax.config import DataConfig
 from dit_jax.data.counter import FLIP, ORDER, hash_counters
-from dit_jax.data.datasets import CHUNK, Records
 from dit_jax.data.latents import LatentRecords
 from dit_jax.data.posterior import posterior_mean, sample_posterior
 from dit_jax.data.skip import read_good
 from dit_jax.data.source import open_source
+from dit_jax.data.tfds_records import CHUNK, Records
+from dit_jax.error import UsageError
 
 _FOREVER = 1 << 48  # batches
 SMALL = 1 << 17  # pixels: a cached batch of fewer is made in less time than a thread takes to hand it over

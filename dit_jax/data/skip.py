@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 
 _SHOWN = 3  # errors quoted when there are too many
 

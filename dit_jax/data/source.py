@@ -1,12 +1,14 @@
 """One split of the data, pixels or latents, as a config names it; and what is to be known of it."""
 
+import dataclasses
 import os
 
-from dit_jax.config import DataConfig, UsageError
-from dit_jax.data import datasets
-from dit_jax.data.datasets import Records, load_source
+from dit_jax.config import DataConfig
+from dit_jax.data import tfds_records
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.skip import Skips
+from dit_jax.data.tfds_records import Records, load_source
+from dit_jax.error import UsageError
 
 
 def open_source(data: DataConfig, split: str) -> Records | LatentRecords:
@@ -36,7 +38,7 @@ def open_source(data: DataConfig, split: str) -> Records | LatentRecords:
 def overlap(a: Records | LatentRecords, b: Records | LatentRecords) -> bool:
     """Whether two splits share a record."""
     if isinstance(a, Records) and isinstance(b, Records):
-        return datasets.overlap(a, b)
+        return tfds_records.overlap(a, b)
     if not (isinstance(a, LatentRecords) and isinstance(b, LatentRecords)):
         raise UsageError(f"data: found {type(a).__name__} and {type(b).__name__}, expected two splits of one kind")
     shards = [{shard["sha256"] for shard in source.files} for source in (a, b)]
@@ -58,9 +60,9 @@ def match(a: LatentRecords, b: LatentRecords) -> None:
 
 
 def describe(data: DataConfig, split: str) -> dict:
-    """What an evaluation protocol states of a split: `datasets.describe` of images, the same keys and more of latents."""
+    """What an evaluation protocol states of a split: `tfds_records.describe` of images, the same keys and more of latents."""
     if not data.latents:
-        return datasets.describe(data.dataset, split, data.data_dir)
+        return tfds_records.describe(data.dataset, split, data.data_dir)
     source = open_source(data, split)
     info = source.info
     return {
@@ -82,3 +84,8 @@ def bad_records(source: Records | LatentRecords) -> dict[int, str]:
     """The malformed records met so far that were left out: number in the split -> what is wrong with it."""
     with source.skips.lock:
         return dict(sorted(source.skips.found.items()))
+
+
+def all_of(data: DataConfig) -> DataConfig:
+    """The same data, none of which may be left out: a score is of the records that its protocol names."""
+    return dataclasses.replace(data, skip_bad=0)

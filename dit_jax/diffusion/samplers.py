@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.checks import nearest
 from dit_jax.diffusion.process import Denoiser, Flow, Process
 from dit_jax.diffusion.schedule import SPACINGS
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, nearest
 
 
 def draw_noise(keys: jax.Array, index, shape: tuple) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The feature network of `fd_digits`: a small convolutional classifier of 8 x 8 digits, trained by `dit_jax.features`.
+"""The feature network of `fd_digits`: a small convolutional classifier of 8 x 8 digits, trained by benchmarks/train_digit_features.py.
 
 Its weights ship with the package, with the accuracy they reach on the held-out split and their checksum, so that a
 score names exactly the network that it was measured with.
@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 
 NAME = "digit_features"
 WIDTH = 64  # numbers in a feature

@@ -15,16 +15,16 @@ from absl import flags
 from rich.console import Console
 
 from dit_jax import hardware
-from dit_jax.checks import typed
-from dit_jax.command import launch, write_file
-from dit_jax.config import Config, JobError, UsageError, resolve
-from dit_jax.layout import FSDP
-from dit_jax.measure import check_json
-from dit_jax.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
+from dit_jax.config import Config, resolve
+from dit_jax.devices.layout import FSDP
+from dit_jax.devices.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
+from dit_jax.error import JobError, UsageError, typed
+from dit_jax.files import check_json, write_file
+from dit_jax.job.launch import launch
 from dit_jax.preflight.compilation import analysis, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.search import changed, search, suggest
 from dit_jax.preflight.text import row, show
-from dit_jax.step import on_device
+from dit_jax.training.step import on_device
 
 
 def _check(cfg: Config, job: str, topology: hardware.Topology, values) -> list[int]:

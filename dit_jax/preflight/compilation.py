@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from dit_jax import flops, hardware, hlo
+from dit_jax import flops, hardware
 from dit_jax.config import Config
+from dit_jax.devices.mesh import batch_sharding, bytes_per_device, make_mesh, replicated
 from dit_jax.diffusion.process import make_process
-from dit_jax.mesh import batch_sharding, bytes_per_device, make_mesh, replicated
-from dit_jax.sample import ROWS, image_flops, make_sampler
-from dit_jax.state import abstract_batch, abstract_state
-from dit_jax.step import make_train_step
+from dit_jax.preflight import hlo
+from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
+from dit_jax.training.state import abstract_batch, abstract_state
+from dit_jax.training.step import make_train_step
 
 FULL = 0.9  # of a device's memory: beyond it a program counts as one that does not fit
 

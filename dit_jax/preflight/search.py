@@ -6,9 +6,9 @@ import math
 
 from dit_jax import hardware
 from dit_jax.config import Config
-from dit_jax.layout import REMATS, Layout, memory, options, state_bytes, temporary_bytes
+from dit_jax.devices.layout import REMATS, Layout, memory, options, state_bytes, temporary_bytes
+from dit_jax.devices.mesh import mesh_shape
 from dit_jax.log import say
-from dit_jax.mesh import mesh_shape
 from dit_jax.preflight.compilation import FULL, bounds, inspect
 from dit_jax.preflight.text import row
 

@@ -12,8 +12,7 @@ import json
 import os
 import sys
 
-from dit_jax.checks import on_disk
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError, on_disk
 from dit_jax.scaling import jobs, planning, quality, stated, trust
 from dit_jax.scaling.columns import parse_names
 from dit_jax.scaling.conventions import check_units, convert, training_flops
@@ -24,14 +23,7 @@ from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
 from dit_jax.scaling.report import Report, report_json, save, write
 from dit_jax.scaling.runs import load_runs, require_varied
 from dit_jax.scaling.study import LOSSES, RESIDUALS, SurfaceFit
-from dit_jax.scaling.summary import (
-    METHOD_HEAD,
-    SURFACE_HEAD,
-    method_rows,
-    search_text,
-    surface_rows,
-    to_json,
-)
+from dit_jax.scaling.summary import METHOD_HEAD, SURFACE_HEAD, method_rows, search_text, surface_rows, to_json
 from dit_jax.scaling.table import (
     BUDGET_HEAD,
     CHECK_HEAD,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain, zip_longest
 
-from dit_jax.command import numbered
 from dit_jax.error import UsageError
+from dit_jax.files import numbered
 from dit_jax.scaling.cells import COLUMNS, agrees, condition, nearest, opened
 
 

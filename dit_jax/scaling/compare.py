@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.law import PowerLaw
 from dit_jax.scaling.predict import interval
 from dit_jax.scaling.runs import flatten

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from dit_jax.config import UsageError
-from dit_jax.error import shown
+from dit_jax.error import UsageError, shown
 from dit_jax.scaling.law import PowerLaw
 
 FLOPS_OVER_MACS = 2

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.fit import Fit, IsoflopFit
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.study import SurfaceFit, quantities

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dit_jax import flops
-from dit_jax.config import SIZES, ModelConfig, UsageError
+from dit_jax.config import SIZES, ModelConfig
+from dit_jax.error import UsageError
 
 COARSE, FINE, WIDE = (
     64,

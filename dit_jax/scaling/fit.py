@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling import bias as bias_
 from dit_jax.scaling import bootstrap, parabola
 from dit_jax.scaling.akima import fit_akima

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.choice import Choice, choices, log_scores, one_guidance, sampling_key
 from dit_jax.scaling.points import Point, higher_is_better
 

@@ -6,8 +6,7 @@ import os
 import re
 import sys
 
-from dit_jax.config import UsageError
-from dit_jax.error import one_line
+from dit_jax.error import UsageError, one_line
 from dit_jax.scaling import compare as ladders
 from dit_jax.scaling import serving
 from dit_jax.scaling.choice import choose, one_guidance
@@ -303,7 +302,7 @@ def run_frontier(args) -> tuple[dict, list]:
         result["totals"] = [_served_json(s) for s in best]
         result["within"] = [{"total": t, "models": [_served_json(s) for s in rows]} for t, rows in within.items()]
     if args.out:
-        from dit_jax.scaling import frontier_figure  # matplotlib is slow to import
+        from dit_jax.scaling import frontier_figure
         from dit_jax.scaling.report import write
 
         write(args.out, frontier_figure.frontier(fit, points, served))

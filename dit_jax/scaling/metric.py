@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
 from dit_jax.scaling.points import Point
 from dit_jax.scaling.predict import NO_INTERVAL, interval

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 
 from dit_jax import flops
-from dit_jax.config import ModelConfig, UsageError
+from dit_jax.config import ModelConfig
+from dit_jax.error import UsageError
 from dit_jax.hardware import Topology, topology
 from dit_jax.scaling.design import Cell, Proposal, next_cells
 from dit_jax.scaling.family import DIT, sized

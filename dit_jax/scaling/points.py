@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from scipy import stats
 
-from dit_jax.command import numbered
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
+from dit_jax.files import numbered
 from dit_jax.scaling.cells import agrees, check_name, condition, finite, opened, positive
 from dit_jax.scaling.columns import Columns, Expected, read_rows
 from dit_jax.scaling.runs import Run, _files, _parse, flatten

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.fit import Fit, fit_isoflop
 from dit_jax.scaling.runs import Run, budgets, scattered
 

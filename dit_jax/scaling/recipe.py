@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dit_jax import flops
-from dit_jax.config import ModelConfig, UsageError
+from dit_jax.config import ModelConfig
+from dit_jax.error import UsageError
 from dit_jax.scaling.conventions import Convention
 from dit_jax.scaling.family import sized
 from dit_jax.scaling.fit import Fit

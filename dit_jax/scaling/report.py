@@ -52,7 +52,7 @@ def write_report(
 
 def save(path: str, report: Report) -> str:
     """Writes the page to `path`, and beside it each figure as NAME.png, the main method's fit.json, and report.json with everything."""
-    from dit_jax.scaling import figure  # matplotlib is slow to import, and only a report needs it
+    from dit_jax.scaling import figure
 
     charts = make_charts(report)
     pictures = {c.name: figure.png(c) for c in charts}

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dit_jax.command import DEEPEST, numbered, parse_json
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
+from dit_jax.files import DEEPEST, numbered, parse_json
 from dit_jax.scaling.cells import agrees, check_name, condition, nearest, opened, positive
 from dit_jax.scaling.columns import Columns, Expected, read_rows
 from dit_jax.scaling.conventions import Convention, of_record, require_same

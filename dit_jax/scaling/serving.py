@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.frontier import cost_of
 from dit_jax.scaling.metric import training
 from dit_jax.scaling.points import Point

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dit_jax.command import load_config, read_config
-from dit_jax.config import Config, ModelConfig, UsageError, model_config, resolve, to_dict
+from dit_jax.config import Config, ModelConfig, model_config, resolve, to_dict
+from dit_jax.error import UsageError
+from dit_jax.job.launch import load_config
 from dit_jax.scaling.family import DIT, Family, family_of
 from dit_jax.scaling.runs import Run, flatten
+from dit_jax.workdir.folder import read_config
 
 ASSUMED = "DiT-XL/2"
 FILES = {("digits", 8): "configs/digits.py", ("imagenet2012", 256): "configs/imagenet256.py"}  # (dataset, pixels)

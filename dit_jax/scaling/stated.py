@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dit_jax.config import UsageError
+from dit_jax.error import UsageError
 from dit_jax.scaling.conventions import CHOICES, Convention, word
 
 COLUMNS = {  # of a CSV -> field of a Convention

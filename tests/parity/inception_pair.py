@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_images
 
-from dit_jax.foreign import inception as foreign
-from dit_jax.foreign.tensors import Tensors
 from dit_jax.models import inception
-from dit_jax.weights import read_arrays
+from dit_jax.networks import inception as foreign
+from dit_jax.networks.tensors import Tensors
+from dit_jax.networks.weights import read_arrays
 
 
 def random_weights(seed=0):

@@ -15,10 +15,10 @@ from job import run, start
 from safetensors.numpy import load_file, save_file
 
 from dit_jax.config import SIZES, ModelConfig, model_config
-from dit_jax.foreign import diffusers_dit
-from dit_jax.foreign import dit as published
-from dit_jax.foreign.tensors import Tensors
 from dit_jax.models import conditioning, dit
+from dit_jax.networks import diffusers_dit
+from dit_jax.networks import dit as published
+from dit_jax.networks.tensors import Tensors
 
 TOLERANCE = 1e-4
 NAMES = [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]

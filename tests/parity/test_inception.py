@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dit_jax.error import UsageError
-from dit_jax.foreign import inception as foreign
-from dit_jax.foreign.tensors import Tensors
 from dit_jax.models import inception
-from dit_jax.weights import read_arrays
+from dit_jax.networks import inception as foreign
+from dit_jax.networks.tensors import Tensors
+from dit_jax.networks.weights import read_arrays
 from parity.inception_pair import crops, digits, ours, photographs, save, theirs
 
 SIZES = [(8, 8), (32, 32), (64, 96), (256, 256), (299, 299), (400, 400)]

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import convert, scores
-from dit_jax.config import Config, EvalConfig, MeshConfig, UsageError
-from dit_jax.mesh import make_mesh
+from dit_jax.config import Config, EvalConfig, MeshConfig
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import UsageError
+from dit_jax.evaluation import scores
 from dit_jax.metrics import frechet, inception_score, kernel, precision_recall
 from dit_jax.models import inception
+from dit_jax.networks import transfer
 from parity.inception_pair import crops, ours, photographs, save, theirs
 
 COUNT, CHUNK = 80, 20
@@ -114,7 +116,7 @@ def test_precision_and_recall_agree(torch, torch_fidelity, sets, dtype, k):
 def test_a_converted_network_gives_the_evaluation_job_these_features(torch, weights, images, sets, tmp_path):
     """From the published file's names through `convert` to the rows that `evaluate` streams; gray images as three alike."""
     folder = str(tmp_path / "inception")
-    convert.import_network("inception", str(weights), folder)
+    transfer.import_network("inception", str(weights), folder)
     cfg = Config(eval=EvalConfig(features="inception", inception=folder, samples=3000))
     network = scores.open_network(cfg, make_mesh(MeshConfig(), jax.devices()[:1]))
     parts = network.split(network.rows(images[0][:18]))

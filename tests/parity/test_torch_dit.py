@@ -13,13 +13,14 @@ import pytest
 from job import ROOT, environment
 
 from dit_jax.bench import peer as peers
-from dit_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig, UsageError
+from dit_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, sampling_times
+from dit_jax.error import UsageError
 from dit_jax.models import dit
-from dit_jax.sample import image_keys, make_denoiser
-from dit_jax.state import init_state
-from dit_jax.step import batch_loss, draw, image_losses, step_key, train_step
+from dit_jax.sampling.draw import image_keys, make_denoiser
+from dit_jax.training.state import init_state
+from dit_jax.training.step import batch_loss, draw, image_losses, step_key, train_step
 
 TOLERANCE = 1e-4
 FILE = str(ROOT / "tests" / "peers" / "torch_dit.py")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_vae import latent_diffusion_names
 
-from dit_jax.foreign import vae as foreign
-from dit_jax.foreign.tensors import Tensors
 from dit_jax.models import vae
 from dit_jax.models.vae import VAEConfig
+from dit_jax.networks import vae as foreign
+from dit_jax.networks.tensors import Tensors
 
 SMALL = VAEConfig(latent_channels=5, widths=(16, 24, 32), blocks=1, groups=8)
 TOLERANCE = 1e-4  # of the largest number

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_jax.bench.peer import Side
-from dit_jax.config import Config, JobError, ModelConfig, UsageError
+from dit_jax.config import Config, ModelConfig
+from dit_jax.error import JobError, UsageError
 
 EXPECTED = {  # what is written here, of the project's many choices
     "model.conditioning": "adaln_zero", "model.qk_norm": False, "model.learn_sigma": True, "diffusion.process": "ddpm",

@@ -1,0 +1,174 @@
+"""How a run lies on a slice: mesh, rematerialisation, accumulation; those of the shipped slices, and what else may fit.
+
+A layout changes where and how fast a run computes, not what: batch, learning rate and data are the config's. What is chosen
+here by arithmetic, dit_jax.preflight compiles.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dit_jax import flops
+from dit_jax.config import SIZES, ModelConfig, model_config
+from dit_jax.error import UsageError, choice
+from dit_jax.hardware import Topology, topology
+
+# slice -> devices that share the state (`mesh.fsdp`), by size of the model; the batch is split over all. What `preflight --search`
+# ranks first: fewer devices have more of the optimizer's work each, more than 16 leave XL/2's kernels no whole tiles. For GPUs and
+# CPUs nothing was compiled: small models whole, large ones over all devices.
+FSDP = {
+    "v3-8": {"S": 4, "B": 4, "L": 8, "XL": 8},
+    "v3-32": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v3-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v4-8": {"S": 4, "B": 4, "L": 4, "XL": 4},
+    "v4-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v4-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v4-512": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "h100x8": {"S": 1, "B": 1, "L": 8, "XL": 8},
+    "h200x1": {"S": 1, "B": 1, "L": 1, "XL": 1},
+    "cpux8": {"S": 2, "B": 2, "L": 8, "XL": 8},
+}
+SPARE = 0.85  # of a device's memory: what `memory` may fill, as it is a rough rule
+REMATS = ("none", "dots", "full")
+# Bytes that a block keeps for its backward pass, per token and channel, as the TPU compiler has it for S/2 to XL/2 at 256 and 512
+# pixels (preflight, batches that do not fit); without remat the attention's weights (heads per token, each of all tokens) come on top.
+KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
+KEPT_WEIGHT = 2.2
+STATE, PASSING, ADDED = (
+    16,
+    12,
+    8,
+)  # bytes of a parameter: value, EMA and moments; gradient and update; sums of microbatches
+AGAIN = {
+    "none": 1.1,
+    "dots": 1.0,
+    "full": 1.2,
+}  # time of a step, by its estimates: without remat the copies of what is kept cost more
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Devices along the mesh axes, what a block keeps for its backward pass, and microbatches a step."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    accumulate: int
+
+    def keys(self) -> dict:
+        """{"mesh.data": 2, ...}: the config that makes it."""
+        mesh = {f"mesh.{name}": getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        return {**mesh, "model.remat": self.remat, "optim.accumulate": self.accumulate}
+
+    def rows(self, batch: int) -> int:
+        """Images of a microbatch that a device computes; 0 for a batch that does not divide."""
+        split = self.data * self.fsdp * self.accumulate
+        return 0 if batch % split else batch // split
+
+
+def state_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Of a device, roughly: vectors, which are not split, are few."""
+    return STATE * flops.parameters(model) / (layout.fsdp * layout.tensor)
+
+
+def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
+    """Of a device, roughly: what a training step holds besides the state."""
+    kept = KEPT[layout.remat]
+    if layout.remat == "none":
+        kept += KEPT_WEIGHT * model.heads * model.tokens / model.width
+    activations = kept * layout.rows(batch) * model.depth * model.tokens * model.width
+    passing = PASSING + (ADDED if layout.accumulate > 1 else 0)
+    return (activations + passing * flops.parameters(model) / layout.fsdp) / layout.tensor
+
+
+def memory(model: ModelConfig, layout: Layout, batch: int) -> float:
+    """Bytes that a training step takes on a device, roughly."""
+    return state_bytes(model, layout) + temporary_bytes(model, layout, batch)
+
+
+def seconds(model: ModelConfig, layout: Layout, batch: int, slice: Topology) -> float:
+    """Of a step, to compare layouts of one slice: its FLOPs at half the peak, weights at the memory's rate, collectives at the links'.
+
+    Each microbatch gathers bfloat16 weights forward and backward, reads them three times, scatters their gradients and adds
+    them up in float32; copies of the shards then sum theirs once. 0 where rates are not known.
+    """
+    links = slice.chip.links * slice.chip.link_bandwidth / slice.chip.devices
+    if not (slice.peak() > 0 and links > 0):
+        return 0.0
+    size = flops.parameters(model) / layout.tensor
+    computed = AGAIN[layout.remat] * flops.train_flops(model, batch) / slice.devices / (0.5 * slice.peak())
+    touched = layout.accumulate * size * (3 * 2 + 2 * 4 / layout.fsdp) / slice.bandwidth
+    gathered = layout.accumulate * size * 3 * 2 * (1 - 1 / layout.fsdp) / links
+    summed = size * 2 * 4 / layout.fsdp * (1 - 1 / layout.data) / links
+    return computed + touched + gathered + summed
+
+
+def options(model: ModelConfig, batch: int, slice: Topology, least: Layout) -> list[Layout]:
+    """Layouts with as much fsdp, remat and accumulation as `least` or more, the fastest first by `seconds`."""
+
+    def every() -> Iterator[Layout]:
+        split = slice.devices // least.tensor
+        for fsdp in _doubled(least.fsdp, split):
+            for accumulate in _doubled(least.accumulate, batch // split):
+                for remat in REMATS[REMATS.index(least.remat) :]:
+                    yield Layout(split // fsdp, fsdp, least.tensor, remat, accumulate)
+
+    found = [layout for layout in every() if layout.rows(batch)]
+    return sorted(found, key=lambda layout: seconds(model, layout, batch, slice))
+
+
+def _doubled(first: int, most: int) -> Iterator[int]:
+    """first, 2 first, ... up to `most`, as far as they divide it."""
+    while first <= most:
+        if most % first == 0:
+            yield first
+        first *= 2
+
+
+def size_of(model: ModelConfig) -> str:
+    """The smallest published size that is no smaller than the model, else the largest."""
+    count = flops.parameters(model)
+    return next((s for s in SIZES if count <= 1.05 * flops.parameters(model_config(f"DiT-{s}/2"))), "XL")
+
+
+def shipped(name: str, model: ModelConfig, batch: int) -> Layout:
+    """The layout of a slice of FSDP: its mesh, and the fastest remat and accumulation that `memory` says will fit.
+
+    Raises UsageError for a slice that is not in the table, or whose devices do not divide the batch.
+    """
+    choice("slice", name, FSDP)
+    slice, fsdp = topology(name), FSDP[name][size_of(model)]
+    found = options(model, batch, slice, Layout(slice.devices // fsdp, fsdp, 1, "none", 1))
+    found = [layout for layout in found if layout.fsdp == fsdp]
+    if not found:
+        raise UsageError(
+            f"train.batch_size: found {batch}, expected a multiple of the {slice.devices} devices of {name}"
+        )
+    if math.isnan(slice.memory_bytes):
+        return found[0]
+    fitting = [layout for layout in found if memory(model, layout, batch) <= SPARE * slice.memory_bytes]
+    return fitting[0] if fitting else min(found, key=lambda layout: memory(model, layout, batch))
+
+
+def argument(text: str, model: str) -> tuple[str, str, int]:
+    """The argument of a config file, MODEL[,SLICE[,BATCH]], as (model, slice or "", batch or 0). `model`: where it names none."""
+    parts = text.split(",")
+    if len(parts) > 3 or (len(parts) == 3 and not (parts[2].isascii() and parts[2].isdecimal())):
+        raise UsageError(
+            f"the config's argument: found {text!r}, expected MODEL[,SLICE[,BATCH]], such as {model},v3-256"
+        )
+    if len(parts) == 3 and not int(parts[2]):
+        raise UsageError(f"the config's argument: found {text!r}, expected a batch of at least 1")
+    name, slice, batch = [*parts, "", ""][:3]
+    return name or model, slice, int(batch or 0)
+
+
+def lay_out(c, name: str) -> None:
+    """Set mesh, remat and accumulation of a config file's ConfigDict as its model and batch should lie on a slice; "" = leave it."""
+    if not name:
+        return
+    found = shipped(name, ModelConfig(**c.model.to_dict()), c.train.batch_size)
+    for key, value in found.keys().items():
+        group, key = key.split(".")
+        c[group][key] = value

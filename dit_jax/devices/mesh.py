@@ -1,0 +1,290 @@
+"""The only room that knows devices: the mesh, and one rule that places parameters, moments and EMA on it.
+
+Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits heads and MLP
+(Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
+"""
+
+import collections
+import functools
+import importlib.metadata
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dit_jax import hardware
+from dit_jax.config import MeshConfig
+from dit_jax.error import UsageError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# libtpu as a mere compiler: it asks no metadata server, takes no lock, and says what matters only.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # any will do: the call names the topology
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+# Where `tensor` splits a block's weights: the axis, counted from the end, of a kernel and of a bias.
+TENSOR_AXES = {
+    "qkv": {"kernel": -2, "bias": -2},  # (l, d, 3, k, h) and (l, 3, k, h): by heads
+    "q": {"kernel": -2, "bias": -2},  # of cross-attention: (l, d, k, h) and (l, k, h)
+    "kv": {"kernel": -2, "bias": -2},  # (l, d, 2, k, h) and (l, 2, k, h)
+    "proj": {"kernel": -3},  # (l, k, h, d): by heads
+    "fc1": {"kernel": -1, "bias": -1},
+    "fc2": {"kernel": -2},
+}
+HEADED = tuple((name, "kernel") for name in ("qkv", "q", "kv", "proj"))  # kernels whose TENSOR_AXES counts heads
+
+
+def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) with -1 filled in. Raises UsageError if the axes do not multiply to the devices."""
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise UsageError(
+            f"mesh: found data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}, expected axes that multiply to "
+            f"{devices} device{'s' if devices > 1 else ''}"
+        )
+    return tuple(sizes)
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all of them), its axes left to the compiler (Auto).
+
+    An axis of the interconnect is split where it must be: fsdp 16 on a torus of 4 x 8 x 8 is 4 x 4.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(cfg, len(devices))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def devices_of_processes() -> list[int]:
+    """How many devices each process of this job has, from process 0."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    return [counts[index] for index in range(jax.process_count())]
+
+
+def why_not_compiled(topology: hardware.Topology) -> str:
+    """Why programs for a topology cannot be compiled on this machine, "" where they can."""
+    if topology.platform == "gpu":
+        return "programs for GPUs are compiled where the GPUs are"
+    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        wanted = next((r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "libtpu")
+        return (
+            f"no libtpu, the compiler of TPU programs, which needs no TPU: pip install '{wanted.split(';')[0].strip()}'"
+        )
+    return ""
+
+
+def devices_ahead(topology: hardware.Topology) -> list:
+    """The devices of a slice that is not there, to compile for. Call it before anything wakes JAX's backend."""
+    jax.config.update("jax_platforms", "cpu")
+    if topology.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.devices)
+        return jax.devices()[: topology.devices]
+    os.environ.update(TPU_ENVIRONMENT)
+    return list(topologies.get_topology_desc(**topology.description()).devices)
+
+
+def abstract_mesh(cfg: MeshConfig, devices: int):
+    """A mesh of so many devices that are not there: its shardings have shapes."""
+    return jax.sharding.AbstractMesh(mesh_shape(cfg, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def bytes_per_device(tree) -> int:
+    """Of a tree of abstract arrays with shardings, what one device holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> None:
+    """Raises UsageError unless a (micro)batch divides over the devices that split it, each host having rows of its own.
+
+    `here`: devices of a host, where they are not those of this one.
+    """
+    here = here or len(mesh.local_devices)
+    if here % mesh.shape["tensor"]:
+        raise UsageError(
+            f"mesh.tensor: found {mesh.shape['tensor']}, expected a divisor of the {here} devices of one host: hosts read "
+            "different rows of a batch"
+        )
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (split * accumulate):
+        raise UsageError(
+            f"train.batch_size: found {batch_size}, expected a multiple of {split * accumulate} "
+            f"(mesh.data x mesh.fsdp = {split}, optim.accumulate = {accumulate})"
+        )
+
+
+def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
+    """The one rule. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
+
+    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names. `fsdp`
+    takes, of the other axes that it divides, the columns of a modulation, the heads of attention's kernels, else the first
+    that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole,
+    and so do tables, whose gradient is scattered by rows.
+    """
+    layers = 1 if "blocks" in path else 0
+    if len(shape) - layers < 1 or "table" in path:
+        return P()
+    axes: list = [None] * len(shape)
+    if layers and sizes["tensor"] > 1:
+        axis = TENSOR_AXES.get(path[-2], {}).get(path[-1])
+        if axis is not None and shape[axis] % sizes["tensor"] == 0:
+            axes[axis] = "tensor"
+    if len(shape) - layers >= 2 and sizes["fsdp"] > 1:
+        free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes["fsdp"] == 0]
+        if free:
+            axes[_fsdp_axis(path, shape, free, sizes["fsdp"])] = "fsdp"
+    return P(*axes)
+
+
+def _fsdp_axis(path: tuple, shape: tuple[int, ...], free: list[int], fsdp: int) -> int:
+    """Which of the axes `free`. A tile is 8 rows of the last axis but one, by 128 columns of the last."""
+    if "modulation" in path:
+        return max(free)
+    heads = len(shape) + TENSOR_AXES[path[-2]]["kernel"] if path[-2:] in HEADED else -1
+    if heads in free:
+        return heads
+    rows = len(shape) - 2
+    whole = [i for i in free if i < rows or (i == rows and shape[i] // fsdp % 8 == 0)]
+    return whole[0] if whole else max(free, key=lambda i: shape[i])
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def state_sharding(mesh, tree):
+    """A tree of shapes (parameters, EMA, optimizer state) -> a tree of NamedSharding by `spec`."""
+    sizes = dict(mesh.shape)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(_names(path), leaf.shape, sizes)), tree
+    )
+
+
+def batch_sharding(mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)
+
+
+def gather_weights(mesh, dtype: str) -> Callable:
+    """(weights of a layer or of the model's ends) -> the same, whole along `fsdp` and, but for vectors, in the compute dtype.
+
+    So the weights of a layer move and the activations stay where their images are. (Left to itself the compiler splits
+    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.) Their
+    gradients are summed to where the weights are kept: reduced and scattered at once.
+    """
+
+    def place(path, leaf, sizes):
+        return NamedSharding(mesh, P(*spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]))
+
+    def whole(path, leaf):
+        if "modulation" in _names(path):
+            return leaf  # see `share_rows`
+        if leaf.ndim < 2:
+            return jax.lax.with_sharding_constraint(leaf, replicated(mesh))
+        return _gather(leaf, dtype, place(path, leaf, {**mesh.shape, "fsdp": 1}), place(path, leaf, dict(mesh.shape)))
+
+    return lambda weights: jax.tree_util.tree_map_with_path(whole, weights)
+
+
+def share_rows(mesh) -> Callable[[jax.Array], jax.Array]:
+    """(b, ...) -> the same, with the rows of all devices along `fsdp` on each of them: what meets weights that stay split."""
+    sharding = NamedSharding(mesh, P("data"))
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(leaf, dtype: str, whole: NamedSharding, kept: NamedSharding):
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), whole)
+
+
+def _gather_forward(leaf, dtype, whole, kept):
+    return _gather(leaf, dtype, whole, kept), None
+
+
+def _gather_backward(dtype, whole, kept, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, kept).astype(jnp.float32),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def replicated(mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def on_one_device(shapes):
+    """A tree of shapes -> the same, to be placed whole on this process's first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def put_batch(mesh, batch: dict) -> dict:
+    """This process's rows of a global batch -> global arrays. With one process `jit` places NumPy arrays itself, faster."""
+    if jax.process_count() == 1:
+        return batch
+    sharding = batch_sharding(mesh)
+    count = jax.process_count()
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def attention_implementation(requested: str, dtype: str) -> str:
+    """`auto` -> cudnn on an NVIDIA GPU in bfloat16, else xla: on TPU plain XLA is the faster one at 256 tokens."""
+    if requested == "cudnn" and jax.default_backend() != "gpu":
+        raise UsageError(
+            f"model.attention: found 'cudnn' on {jax.default_backend()}, expected 'auto' or 'xla' without an NVIDIA GPU"
+        )
+    if requested != "auto":
+        return requested
+    return "cudnn" if jax.default_backend() == "gpu" and dtype == "bfloat16" else "xla"
+
+
+def peak_flops() -> tuple[float, str]:
+    """(FLOP/s of all devices, where the figure comes from): the datasheet's, or a matrix product measured here."""
+    devices = jax.devices()
+    known = hardware.find(devices[0].device_kind)
+    if known:
+        return known.peak_flops * len(devices), f"{known.kind} datasheet, bf16"
+    return measured_matmul_flops(), "measured here on a 1024^3 float32 product"
+
+
+def describe_device() -> dict:
+    """Kind of device, and the precision of float32 matrix products there: a backend's default is coarser on GPU and TPU."""
+    precision = jax.config.jax_default_matmul_precision or "default"
+    return {"kind": jax.devices()[0].device_kind, "matmul_precision": precision}
+
+
+def measured_matmul_flops(size: int = 1024, repeats: int = 3) -> float:
+    """FLOP/s of this machine on a square float32 matrix product: the best of a few."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.min(seconds))

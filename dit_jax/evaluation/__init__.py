@@ -1,0 +1,1 @@
+"""Evaluation: protocols, held-out loss and sample metrics of checkpoints."""

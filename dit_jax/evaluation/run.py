@@ -1,0 +1,243 @@
+"""Evaluation of checkpoints: each protocol measured once and recorded, also after a kill or beside another evaluation."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_jax import checkpoint
+from dit_jax.config import Config, MeshConfig
+from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import all_of
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import Interrupted, JobError, NotFiniteError
+from dit_jax.evaluation import scores
+from dit_jax.evaluation.loss import held_out_loss
+from dit_jax.evaluation.partial import drop_partials, partial_folder
+from dit_jax.evaluation.protocol import (
+    Tools,
+    check_config,
+    loss_protocol,
+    make_record,
+    open_tools,
+    sample_protocol,
+    samplings,
+)
+from dit_jax.log import say
+from dit_jax.sampling import parts
+from dit_jax.sampling.draw import describe_job, sample_images, weights_hash
+from dit_jax.workdir.goodput import Ledger, close
+from dit_jax.workdir.records import append_record, protocol_id, read_records
+
+
+@dataclass(frozen=True)
+class Task:
+    """A protocol, the config with its sampling (also which weights: ema | params), and a function from (step, weights) to metrics.
+
+    The function returns (metrics, what else the record shall say), or None when another evaluation recorded it meanwhile.
+    """
+
+    cfg: Config
+    protocol: dict
+    measure: Callable
+
+    @property
+    def weights(self) -> str:
+        return self.cfg.sample.weights
+
+    @property
+    def id(self) -> str:
+        return protocol_id(self.protocol)
+
+
+def _check_stop(stop: list, what: str) -> None:
+    if stop:
+        raise Interrupted(f"{what}; the same command goes on from there")
+
+
+def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
+    """The held-out loss of each kind of weights."""
+    images, labels = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
+    if cfg.eval.max_images:
+        images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
+
+    def look() -> None:
+        _check_stop(stop, f"{workdir}: what is recorded stays")
+
+    def loss(step: int, params) -> tuple[dict, dict]:
+        return held_out_loss(cfg, params, images, labels, mesh, look), {}
+
+    found = []
+    for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
+        chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
+        found.append(Task(chosen, loss_protocol(chosen, len(images)), loss))
+    return found
+
+
+def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: bool) -> Task:
+    """The sample metrics of one sampling, that of `cfg.sample`."""
+    protocol, network = sample_protocol(cfg, tools), tools.network
+
+    def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
+        drawn = sample_images(cfg, params, cfg.sample, end, cfg.eval.seed, tools.mesh, (), first, tools.decode)
+        for images, labels in _timed(drawn, times):
+            yield network.rows(images).view(np.uint8), labels
+
+    def measure(step: int, params) -> tuple[dict, dict] | None:
+        job = describe_job(cfg, params, cfg.sample, step, cfg.eval.seed, (), tools.autoencoder)
+        folder = partial_folder(workdir, step, protocol_id(protocol))
+        store = parts.Store(folder, job | {"features": network.sha256}, (4 * network.width,))
+        with _alone_in(folder, stop):
+            if (step, protocol_id(protocol)) in read_records(workdir):
+                return None
+            times: list[float] = []
+            found = parts.gather(store, cfg.eval.samples, functools.partial(draw, params, times), stop, quiet)
+            rows = (part.view("<f4") for part, _ in found)
+            metrics = scores.measure(rows, network, tools.reference, cfg.eval)
+            return metrics, {"seconds_sample": float(np.median(times))} if times else {}
+
+    return Task(cfg, protocol, measure)
+
+
+def _timed(batches: Iterator[parts.Batch], times: list[float]) -> Iterator[parts.Batch]:
+    """The same batches; `times` gets the seconds an image of each took, but for the first, which compiles."""
+    began = None
+    for batch in batches:
+        if began is not None:
+            times.append((time.perf_counter() - began) / len(batch[1]))
+        yield batch
+        began = time.perf_counter()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: str, stop: list) -> Iterator[None]:
+    """Holds the folder of a partial; waits while another evaluation does the same."""
+    told = False
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(parts.locked(folder))
+                break
+            except JobError:
+                if not told:
+                    told = say(f"{folder}: another evaluation draws these images; waiting for it") is None
+                _check_stop(stop, f"{folder}: another evaluation draws these images")
+                time.sleep(0.1)
+        yield
+
+
+def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task]:
+    """What a config asks of every checkpoint. Raises UsageError for a protocol that cannot be."""
+    check_config(cfg)
+    found = _loss_tasks(cfg, mesh, workdir, stop) if cfg.eval.loss else []
+    if cfg.eval.samples:
+        tools = open_tools(cfg, mesh)
+        for sample in samplings(cfg):
+            found.append(_sample_task(dataclasses.replace(cfg, sample=sample), tools, workdir, stop, quiet))
+    return found
+
+
+def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
+    """Evaluate checkpoints (default: all on disk), each under each protocol, unless recorded already. Returns the records.
+
+    Raises JobError at the end if checkpoints are damaged or their numbers not finite; nothing is recorded for them.
+    """
+    failed: dict[int, str] = {}
+    with _ledger(workdir, quiet, time.time()) as ledger:
+        wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, [], quiet)
+        records = _run(wanted, workdir, steps, quiet, [], failed, ledger)
+    _report_failed(failed)
+    return records
+
+
+@contextlib.contextmanager
+def _ledger(workdir: str, quiet: bool, since: float) -> Iterator[Ledger]:
+    """A ledger whose line is written at the end, if anything was measured."""
+    ledger = Ledger("evaluate", since)
+    try:
+        yield ledger
+    finally:
+        if ledger.seconds["evaluation"]:
+            close(ledger, workdir, quiet)
+
+
+def _run(
+    wanted: list[Task],
+    workdir: str,
+    steps: list[int] | None,
+    quiet: bool,
+    stop: list,
+    failed: dict[int, str],
+    ledger: Ledger,
+) -> list[dict]:
+    """`run`, until `stop` fills; checkpoints that cannot be scored are put into `failed`, and the others are evaluated."""
+    done = read_records(workdir)
+    drop_partials(workdir, set(done), checkpoint.steps(workdir))
+    records = []
+    for step in checkpoint.steps(workdir) if steps is None else steps:
+        for weights in dict.fromkeys(task.weights for task in wanted):
+            missing = [task for task in wanted if task.weights == weights and (step, task.id) not in done]
+            params = _weights(missing[0].cfg, workdir, step, failed) if missing else None
+            for task in missing if params is not None else []:
+                _check_stop(stop, f"{workdir}: what is recorded stays")
+                try:
+                    done = _record(workdir, step, task, params, ledger, quiet)
+                except NotFiniteError as error:
+                    _fail(failed, step, f"{checkpoint.path_of(workdir, step)}: {error}")
+        records += [done[step, task.id] for task in wanted if (step, task.id) in done]
+    return records
+
+
+def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: bool) -> dict:
+    """Measure and record one protocol of one checkpoint; returns all records, by step and protocol."""
+    with ledger.spend("evaluation"):
+        found = task.measure(step, params)
+    if found is not None:
+        record = make_record(task.cfg, workdir, step, weights_hash(params), found[0], task.protocol) | found[1]
+        with ledger.spend("save"):
+            append_record(workdir, record)
+        if not quiet:
+            say(f"step {step}  {describe(task, record['metrics'])}")
+    done = read_records(workdir)
+    drop_partials(workdir, set(done), checkpoint.steps(workdir))
+    return done
+
+
+def describe(task: Task, metrics: dict) -> str:
+    """A record in a line: which sampling, if one, and its scores."""
+    of = task.protocol.get("samples")
+    sampling = (
+        f"{task.weights}, {of['sampler']} {of['steps']}, guidance {of['guidance']:g}: " if of else f"{task.weights}: "
+    )
+    return sampling + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t"))
+
+
+def _fail(failed: dict[int, str], step: int, error: str) -> None:
+    if failed.get(step) != error:
+        say(f"error: {error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
+    failed[step] = error
+
+
+def _weights(cfg: Config, workdir: str, step: int, failed: dict[int, str]):
+    """The weights of a checkpoint; None if the training that goes on has pruned it meanwhile, or if it is damaged."""
+    try:
+        params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model)[1]
+    except Exception as error:
+        if step not in checkpoint.steps(workdir):
+            return None
+        if not isinstance(error, JobError):
+            raise
+        _fail(failed, step, str(error))
+        return None
+    failed.pop(step, None)  # another evaluation of a live run may find it written anew
+    return params
+
+
+def _report_failed(failed: dict[int, str]) -> None:
+    if failed:
+        steps = ", ".join(map(str, sorted(failed)))
+        raise JobError(f"step {steps}: damaged or diverged and not evaluated, as said above; the others are")

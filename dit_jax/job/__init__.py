@@ -1,0 +1,1 @@
+"""What jobs share: the command line and its exit codes, `--help`, cells for a scheduler or for worker processes."""

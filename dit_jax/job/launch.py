@@ -1,0 +1,194 @@
+"""The command line that all jobs share: absl flags, one line per error, and the exit codes.
+
+0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on).
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import re
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import ml_collections
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from dit_jax.config import template, to_dict
+from dit_jax.error import DONE, IDLE, Interrupted, JobError, UsageError, nearest, on_disk, report
+from dit_jax.job import help
+from dit_jax.workdir.folder import read_config
+
+_asked: list[int] = []  # SIGTERM while no job had a handler of its own
+
+
+def launch(main: Callable[[], None], config: str = "") -> None:
+    """Parse the command line, run `main()`, exit with the documented code; or print the help that `--help` asks for.
+
+    `config` says where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
+    config.json, with `--config.a.b=v` overrides), or "" (none).
+    """
+    sys.unraisablehook = _unraisable
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, with a traceback, what a failed save met
+    signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
+    if help.asked(sys.argv[1:]):
+        print(help.text(sys.modules["__main__"].__doc__ or "", config))
+        sys.exit(DONE)
+    sys.exit(_guarded(lambda: _parse(config), main))
+
+
+def _unraisable(found) -> None:
+    """Leaves out what callbacks of TensorStore say, dozens of times, after a save failed: its error is told by `report`."""
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
+
+
+def _stopped(number: int, frame) -> None:
+    _asked.append(number)
+    raise Interrupted(IDLE)
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[list]:
+    """A list that SIGTERM fills, for loops to look at. The old handler comes back at the end."""
+    stop = list(_asked)
+    old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
+    try:
+        parse()
+        main()
+    except (UsageError, JobError, OSError, Interrupted, KeyboardInterrupt) as error:
+        return report(error)
+    except Exception:
+        if _asked:  # a library that `_stopped` interrupted made something else of it
+            return report(Interrupted(IDLE))
+        raise
+    return DONE
+
+
+def _make_room_for_virtual_devices() -> None:
+    """XLA's CPU threads must outnumber virtual devices: threads that wait for each other's sum would leave none to work."""
+    found = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if found and int(found[1]) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(found[1])))
+
+
+def _parse(config: str) -> None:
+    _make_room_for_virtual_devices()
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    _check_paths()
+    _check_overrides()
+    with _parsing(flags.FLAGS):
+        if config == "workdir":
+            values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
+            config_flags.DEFINE_config_dict("config", values)
+        elif config in ("file", "optional"):
+            _check_file(_early_value("config"), optional=config == "optional")
+            config_flags.DEFINE_config_file("config", help_string="a file of configs/, with :ARG where it takes one")
+        rest = flags.FLAGS(sys.argv)
+    if len(rest) > 1:
+        raise UsageError(f"found the argument {rest[1]!r}, expected flags only (--name=value)")
+
+
+@contextlib.contextmanager
+def _parsing(values: flags.FlagValues) -> Iterator[None]:
+    """What absl, ml_collections, a config file or Python's own parser say against the command line is a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        known = dict.fromkeys([*help.own_flags(), *({"config"} & set(values)), "help"])
+        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, known)}") from None
+    except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(_line(error)) from None
+    except (RecursionError, MemoryError):  # at a value of thousands of signs or brackets
+        raise UsageError("--config: found a value nested too deeply, expected a number, a text or a list") from None
+
+
+def _line(error: BaseException) -> str:
+    """The one line of a parse error; what a config file raised lies under a traceback that ml_collections made a message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "Error whilst parsing config file" not in lines[0]:
+        return lines[0]
+    while error.__context__ is not None:
+        error = error.__context__
+    inner = str(error).strip("\"' \n").splitlines()
+    return f"{lines[0].split(': ')[0]}: {inner[0] if inner else type(error).__name__}"
+
+
+def _early_value(name: str) -> str:
+    """The value of a flag before absl parses: the config flag's definition may depend on it."""
+    for i, argument in enumerate(sys.argv[1:], 1):
+        if argument in (f"--{name}", f"-{name}"):
+            return sys.argv[i + 1] if i + 1 < len(sys.argv) else ""
+        if argument.startswith((f"--{name}=", f"-{name}=")):
+            return argument.split("=", 1)[1]
+    return ""
+
+
+def _early_workdir() -> str:
+    workdir = _early_value("workdir")
+    if not workdir:
+        raise UsageError("--workdir: not given, expected the folder of a run")
+    return workdir
+
+
+def _check_file(value: str, optional: bool = False) -> None:
+    path = value.split(":", 1)[0]
+    if not value and not optional:
+        raise UsageError("--config: not given, expected a file such as configs/digits.py")
+    if value and not os.path.isfile(path):
+        raise UsageError(f"--config: no file {path!r}")
+
+
+def _check_paths() -> None:
+    """Every flag's, before a file is looked for; those of `--config.` are only read, `data.data_dir` by TFDS."""
+    for before, argument in itertools.pairwise(["", *sys.argv[1:]]):
+        name, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)
+        if not name.lstrip("-").startswith("config."):
+            on_disk(f"--{name.lstrip('-')}", value)
+
+
+def _check_overrides() -> None:
+    """Name an unknown `--config.a.b` and the known key nearest to it: absl's own message does not."""
+    for argument in sys.argv[1:]:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        found, level = argument.lstrip("-").split("=", 1)[0], template()
+        for key in found.split(".")[1:]:
+            if not isinstance(level, ml_collections.ConfigDict) or key not in level:
+                known = level if isinstance(level, ml_collections.ConfigDict) else ()
+                raise UsageError(f"--{found}: unknown config key {key!r}{nearest(key, known)}")
+            level = level[key]
+        _check_number(found, argument, level)
+
+
+def _check_number(name: str, argument: str, default) -> None:
+    """A number where the default is one; absl's own message names no type."""
+    if type(default) not in (int, float) or "=" not in argument:
+        return
+    value = argument.split("=", 1)[1]
+    try:
+        type(default)(value)
+    except ValueError:
+        raise UsageError(f"--{name}: found {value!r}, expected {type(default).__name__}") from None
+
+
+def load_config(value: str) -> ml_collections.ConfigDict:
+    """The ConfigDict of a config file, `configs/x.py` or `configs/x.py:ARG`, for notebooks and scripts."""
+    path, _, argument = value.partition(":")
+    if not os.path.isfile(path):
+        raise UsageError(f"no config file {path!r}")
+    get_config = runpy.run_path(path)["get_config"]
+    return get_config(argument) if argument else get_config()

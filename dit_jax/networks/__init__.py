@@ -1,0 +1,1 @@
+"""Other projects' weights in and out, and folders of converted networks."""

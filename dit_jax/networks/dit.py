@@ -1,0 +1,216 @@
+"""The published DiT's tensors (Peebles & Xie 2023, the PyTorch names of its checkpoints) and our parameters, both ways.
+
+A Linear's weight is (out, in) there and (in, out) here; blocks are separate tensors there and one leading layer axis here.
+The patch embedding is a convolution (d, c, p, p) there, and here a Linear of rows (p p c).
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from math import isqrt, prod
+
+import numpy as np
+
+from dit_jax.config import SIZES, ModelConfig
+from dit_jax.error import UsageError
+from dit_jax.flops import TIME_FREQUENCIES
+from dit_jax.models.conditioning import positions
+from dit_jax.networks.tensors import Tensors
+
+TABLE = 1e-5  # how far a file's table of positions may lie from ours: it is fixed, not learned
+Take = Callable[[str, tuple[int, ...]], np.ndarray]  # the values of the tensor of that name and shape
+Linear = tuple[str, str, tuple[int, ...], tuple[int, ...]]  # our name, the published one, axes in, axes out
+
+
+def read(tensors: Tensors, heads: int = 0) -> tuple[ModelConfig, dict]:
+    """(model config, parameters as NumPy arrays) of a published checkpoint; every tensor is used.
+
+    All sizes are read off the shapes but the number of heads, which no shape shows: it is that of the published size of
+    this depth and width unless `heads` says otherwise. Raises UsageError naming the tensor that is missing, too many, of
+    another shape, not finite, or (`pos_embed`) another table than the model's.
+    """
+    cfg = _infer(tensors, heads)
+    for name, shape in shapes(cfg).items():
+        if tensors.shape(name) != shape:
+            tensors.take(name, shape)  # says what is wrong, before the arrays are made
+    params = assemble(cfg, tensors.take)
+    check_positions(tensors, "pos_embed", cfg)
+    tensors.done()
+    return cfg, params
+
+
+def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
+    """Our parameters under their published names, in C order, with the table of positions.
+
+    Raises UsageError for a model without such names.
+    """
+    _check_published(cfg)
+    found = {
+        "pos_embed": _table(cfg),
+        "y_embedder.embedding_table.weight": _get(params, "label_embedding/table/embedding"),
+    }
+    kernel = _get(params, "patch_embedding/kernel").reshape(cfg.patch, cfg.patch, cfg.channels, cfg.width)
+    found["x_embedder.proj.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+    found["x_embedder.proj.bias"] = _get(params, "patch_embedding/bias")
+    for ours, theirs, into, out in _linears(cfg):
+        kernel, bias = _get(params, f"{ours}/kernel"), _get(params, f"{ours}/bias")
+        layers = [(theirs, kernel, bias)]
+        if ours.startswith("blocks/"):
+            layers = [(theirs.format(i), kernel[i], bias[i]) for i in range(cfg.depth)]
+        for name, k, b in layers:
+            found[f"{name}.weight"] = np.ascontiguousarray(k.reshape(prod(into), prod(out)).T)
+            found[f"{name}.bias"] = b.reshape(-1)
+    return found
+
+
+def assemble(cfg: ModelConfig, take: Take) -> dict:
+    """Our parameters from the published tensors that `take(name, shape)` gives."""
+    params, d = {}, cfg.width
+    weight = take("x_embedder.proj.weight", (d, cfg.channels, cfg.patch, cfg.patch))
+    _put(params, "patch_embedding/kernel", np.ascontiguousarray(weight.transpose(2, 3, 1, 0)).reshape(-1, d))
+    _put(params, "patch_embedding/bias", take("x_embedder.proj.bias", (d,)))
+    table = take("y_embedder.embedding_table.weight", (cfg.classes + 1, d))
+    _put(params, "label_embedding/table/embedding", table)
+    for ours, theirs, into, out in _linears(cfg):
+        layers = cfg.depth if ours.startswith("blocks/") else 1
+        kernels, biases = np.empty((layers, *into, *out), np.float32), np.empty((layers, *out), np.float32)
+        for i in range(layers):
+            name = theirs.format(i)
+            kernels[i] = take(f"{name}.weight", (prod(out), prod(into))).T.reshape(*into, *out)
+            biases[i] = take(f"{name}.bias", (prod(out),)).reshape(out)
+        one = not ours.startswith("blocks/")
+        _put(params, f"{ours}/kernel", kernels[0] if one else kernels)
+        _put(params, f"{ours}/bias", biases[0] if one else biases)
+    return params
+
+
+def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a published checkpoint."""
+    found = {
+        "pos_embed": (1, cfg.tokens, cfg.width),
+        "x_embedder.proj.weight": (cfg.width, cfg.channels, cfg.patch, cfg.patch),
+        "x_embedder.proj.bias": (cfg.width,),
+        "y_embedder.embedding_table.weight": (cfg.classes + 1, cfg.width),
+    }
+    for ours, theirs, into, out in _linears(cfg):
+        for name in [theirs.format(i) for i in range(cfg.depth)] if ours.startswith("blocks/") else [theirs]:
+            found |= {f"{name}.weight": (prod(out), prod(into)), f"{name}.bias": (prod(out),)}
+    return found
+
+
+def check_positions(tensors: Tensors, name: str, cfg: ModelConfig) -> None:
+    """Raises UsageError unless the file's table of positions is the model's."""
+    difference = np.abs(tensors.take(name, (1, cfg.tokens, cfg.width)) - _table(cfg)).max()
+    if difference > TABLE:
+        raise UsageError(
+            f"{tensors.where}: {name}: differs by up to {difference:.3g} from the sin-cos table of a grid of "
+            f"{cfg.input_size // cfg.patch} x {cfg.input_size // cfg.patch} patches, expected at most {TABLE:g}; other "
+            "positions than the published model's cannot be taken over"
+        )
+
+
+def known_heads(where: str, depth: int, width: int, heads: int) -> int:
+    """`heads`, or if 0 those of the published size of this depth and width. Raises UsageError when there is none."""
+    known = {(d, w): h for d, w, h in SIZES.values()}
+    if not heads and (depth, width) not in known:
+        raise UsageError(
+            f"{where}: found {depth} blocks of width {width}, which is no published size "
+            f"({', '.join(f'{name} {d} x {w}' for name, (d, w, _) in SIZES.items())}); "
+            "shapes do not show the number of attention heads: say it with --heads"
+        )
+    return heads or known[depth, width]
+
+
+def _infer(tensors: Tensors, heads: int) -> ModelConfig:
+    width, channels, patch, _ = _sizes(tensors, "x_embedder.proj.weight", 4)
+    rows, _ = _sizes(tensors, "y_embedder.embedding_table.weight", 2)
+    _, tokens, _ = _sizes(tensors, "pos_embed", 3)
+    hidden, _ = _sizes(tensors, "blocks.0.mlp.fc1.weight", 2)
+    out, _ = _sizes(tensors, "final_layer.linear.weight", 2)
+    depth = count_blocks(tensors, r"blocks\.(\d+)\.")
+    for name, found, expected, right in (
+        ("pos_embed", tokens, "a square number of positions", isqrt(tokens) ** 2 == tokens),
+        ("blocks.0.mlp.fc1.weight", hidden, f"rows in multiples of the width {width}", hidden % width == 0),
+        (
+            "final_layer.linear.weight",
+            out,
+            f"{patch * patch * channels} rows, or with a learned variance {2 * patch * patch * channels}",
+            out in (patch**2 * channels, 2 * patch**2 * channels),
+        ),
+    ):
+        if not right:
+            raise UsageError(f"{tensors.where}: {name}: found {found}, expected {expected}")
+    return make_config(
+        tensors.where,
+        depth=depth,
+        width=width,
+        heads=known_heads(tensors.where, depth, width, heads),
+        patch=patch,
+        input_size=isqrt(tokens) * patch,
+        channels=channels,
+        classes=rows - 1,
+        mlp_ratio=hidden // width,
+        learn_sigma=out == 2 * patch**2 * channels,
+    )
+
+
+def make_config(where: str, **values) -> ModelConfig:
+    """The config of a file's model; what is wrong with it is an error about the file."""
+    try:
+        return ModelConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def count_blocks(tensors: Tensors, pattern: str) -> int:
+    """One more than the largest number of a block. Raises UsageError when there are fewer tensors than that."""
+    numbers = [(int(m[1][:9]), name) for name in tensors.arrays if (m := re.match(pattern, name, re.ASCII))]
+    number, name = max(numbers, default=(0, ""))
+    if number > len(tensors.arrays):
+        raise UsageError(f"{tensors.where}: {name}: found block {number} among {len(tensors.arrays)} tensors")
+    return number + 1
+
+
+def _sizes(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
+    shape = tensors.shape(name)
+    if len(shape) != axes or 0 in shape:
+        raise UsageError(f"{tensors.where}: {name}: found shape {shape}, expected {axes} axes, none of them empty")
+    return shape
+
+
+def _linears(cfg: ModelConfig) -> Iterator[Linear]:
+    """Every Linear but the patch embedding; {} stands for the number of the block."""
+    d, hidden, heads = (cfg.width,), (cfg.mlp_ratio * cfg.width,), (cfg.heads, cfg.width // cfg.heads)
+    yield "time_embedding/fc1", "t_embedder.mlp.0", (TIME_FREQUENCIES,), d
+    yield "time_embedding/fc2", "t_embedder.mlp.2", d, d
+    yield "blocks/modulation/linear", "blocks.{}.adaLN_modulation.1", d, (6 * cfg.width,)
+    yield "blocks/attention/qkv", "blocks.{}.attn.qkv", d, (3, *heads)
+    yield "blocks/attention/proj", "blocks.{}.attn.proj", heads, d
+    yield "blocks/mlp/fc1", "blocks.{}.mlp.fc1", d, hidden
+    yield "blocks/mlp/fc2", "blocks.{}.mlp.fc2", hidden, d
+    yield "output/modulation/linear", "final_layer.adaLN_modulation.1", d, (2 * cfg.width,)
+    yield "output/linear", "final_layer.linear", d, (cfg.patch**2 * cfg.out_channels,)
+
+
+def _check_published(cfg: ModelConfig) -> None:
+    if cfg.conditioning != "adaln_zero" or cfg.qk_norm:
+        raise UsageError(
+            f"model: found conditioning {cfg.conditioning!r} and qk_norm {cfg.qk_norm}; only 'adaln_zero' without qk_norm "
+            "has published names"
+        )
+
+
+def _table(cfg: ModelConfig) -> np.ndarray:
+    return positions(cfg.input_size // cfg.patch, cfg.width)[None]
+
+
+def _put(params: dict, path: str, value: np.ndarray) -> None:
+    *folders, leaf = path.split("/")
+    for name in folders:
+        params = params.setdefault(name, {})
+    params[leaf] = value
+
+
+def _get(params: dict, path: str) -> np.ndarray:
+    for name in path.split("/"):
+        params = params[name]
+    return np.ascontiguousarray(params)

@@ -1,0 +1,228 @@
+"""Images to latents on disk: each split encoded once, whole or not at all."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from dit_jax.config import Config, MeshConfig
+from dit_jax.data.latent_writer import continue_latents
+from dit_jax.data.latents import NOTES, LatentInfo, LatentRecords, open_latents, read_info
+from dit_jax.data.pipeline import images_in_order
+from dit_jax.data.posterior import deviations
+from dit_jax.data.source import bad_records, open_source
+from dit_jax.data.tfds_records import CHUNK, Records, describe
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.error import Interrupted, UsageError
+from dit_jax.log import drawing_progress, say
+from dit_jax.models import vae
+from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encoder, open_autoencoder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the latents of all splits are made of and how. `cfg` names images, not latents."""
+
+    cfg: Config
+    autoencoder: Autoencoder
+    dtype: str
+    whiten: bool
+
+    def describe(self, by: vae.Normalisation) -> dict:
+        """The fields of LatentInfo that the splits share."""
+        side = self.cfg.data.image_size // self.autoencoder.cfg.factor
+        return {
+            "shape": (side, side, self.autoencoder.cfg.latent_channels),
+            "dtype": self.dtype,
+            "moments": True,
+            "mirrored": self.cfg.data.flip,
+            "autoencoder_sha256": self.autoencoder.sha256,
+            "scale": _floats(by.scale),
+            "shift": _floats(by.shift),
+            "dataset": self.cfg.data.dataset,
+            "image_size": self.cfg.data.image_size,
+        }
+
+
+def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
+    """Raises UsageError where there is no autoencoder, or it does not fit image size and model."""
+    if not cfg.autoencoder.folder:
+        raise UsageError(
+            "--autoencoder: not given, expected a folder that `python -m dit_jax.convert --source=sd-vae` wrote"
+        )
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents=""))
+    return Job(cfg, open_autoencoder(cfg), dtype, whiten)
+
+
+def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:
+    """Make OUT/SPLIT of each split, or find it done.
+
+    Raises UsageError, among others where OUT holds other latents, before anything is written; JobError where the disk
+    fails; Interrupted when `stop` fills.
+    """
+    first = job.cfg.data.split
+    sources = {split: _open_images(job, split) for split in sorted(dict.fromkeys(splits), key=lambda s: s != first)}
+    held = _held(out, [first, job.cfg.data.held_out_split, *splits])
+    by = _normalisation(job, out, held, list(sources))
+    for split, info in held.items():
+        _refuse_other(os.path.join(out, split), info, job.describe(by))
+    for split, source in sources.items():
+        folder = os.path.join(out, split)
+        if split in held:
+            _check_count(folder, len(open_latents(folder)), len(source))
+            say(f"{folder}: done before")
+        else:
+            settle = whitened if job.whiten and split == first else None
+            info = encode_split(job, folder, source, by, settle, shard_bytes, stop).info
+            by = vae.Normalisation(info.shift, info.scale)
+        print(folder)
+
+
+def encode_split(
+    job: Job,
+    folder: str,
+    source: Records,
+    by: vae.Normalisation,
+    settle: Callable[[LatentRecords], LatentInfo] | None,
+    shard_bytes: int,
+    stop: list,
+) -> LatentRecords:
+    """Encode the images of `source` into `folder`. `settle`: as in `continue_latents`."""
+    data, size = job.cfg.data, len(source)
+    say(f"{folder}: the checksum of {size:,} images ...")
+    info = LatentInfo(
+        **job.describe(by),
+        autoencoder=os.path.basename(os.path.abspath(job.cfg.autoencoder.folder)),
+        classes=source.classes,
+        split=source.split,
+        source_sha256=describe(data.dataset, source.split, data.data_dir)["sha256"],
+    )
+    mesh = make_mesh(MeshConfig())
+    encode, rows = make_encoder(job.autoencoder, mesh), images_at_once(mesh)
+
+    def examples_from(first: int) -> Iterator[tuple[int, np.ndarray]]:
+        say(f"{folder}: {size - first:,} images to encode" + (f", {first:,} were before" if first else ""))
+        return encoded(
+            encode, _watched(images_in_order(source, data, rows, first), folder, first, size, stop), data.flip
+        )
+
+    found = continue_latents(folder, info, examples_from, settle=settle, shard_bytes=shard_bytes)
+    for index, problem in bad_records(source).items():
+        say(f"warning: the next good image stands for record {index}: {problem}")
+    say(f"{folder}: {len(found):,} latents of {info.shape}, scale {found.info.scale}, shift {found.info.shift}")
+    return found
+
+
+def encoded(encode: Callable, batches: Iterable, mirrored: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """(label, float32 (copies, 2, h, w, c)) of each image in `batches`, pairs (images, labels).
+
+    The devices work on the next batch while one is fetched.
+    """
+    waiting = None
+    for images, labels in batches:
+        copies = [images, images[:, :, ::-1]] if mirrored else [images]
+        under_way = labels, [encode(copy) for copy in copies]
+        if waiting:
+            yield from _fetched(*waiting)
+        waiting = under_way
+    if waiting:
+        yield from _fetched(*waiting)
+
+
+def _fetched(labels: np.ndarray, copies: list[jax.Array]) -> Iterator[tuple[int, np.ndarray]]:
+    values = np.stack(jax.device_get(copies), axis=1)
+    yield from zip(labels.tolist(), values[: len(labels)], strict=True)
+
+
+def whitened(records: LatentRecords) -> LatentInfo:
+    """The notes with the shift and scale for which draws from the posteriors have mean 0 and variance 1 in each channel.
+
+    Nothing is drawn: the two points mean - deviation and mean + deviation have the mean and variance of a posterior.
+    """
+
+    def points() -> Iterator[np.ndarray]:
+        for start in range(0, len(records), CHUNK):
+            values, _ = records.read(np.arange(start, min(start + CHUNK, len(records))))
+            mean, deviation = values[:, :, 0].astype(np.float32), deviations(values[:, :, 1])
+            yield np.stack([mean - deviation, mean + deviation])
+
+    by = vae.whitening(points())
+    return dataclasses.replace(records.info, shift=by.shift, scale=by.scale)
+
+
+def _watched(batches: Iterable, folder: str, first: int, size: int, stop: list) -> Iterator:
+    """The same batches, with progress and ETA on standard error. Raises Interrupted when `stop` fills."""
+    report, done = drawing_progress(0, size), first
+    for images, labels in batches:
+        if stop:
+            raise Interrupted(f"{folder}: not complete; the same command goes on from the shards that are")
+        yield images, labels
+        done += len(labels)
+        report(done)
+
+
+def _open_images(job: Job, split: str) -> Records:
+    """Raises UsageError where the images cannot be opened, or the autoencoder is of images with other channels."""
+    source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
+    if source.image_shape[-1] != channels:
+        found = f"found {job.cfg.data.dataset!r} with images of {source.image_shape[-1]} channels"
+        raise UsageError(
+            f"data.dataset: {found}, expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
+        )
+    return source
+
+
+def _held(out: str, splits: list[str]) -> dict[str, LatentInfo]:
+    """What the complete latents in `out` are."""
+    folders = {split: os.path.join(out, split) for split in splits}
+    return {
+        split: read_info(folder) for split, folder in folders.items() if os.path.lexists(os.path.join(folder, NOTES))
+    }
+
+
+def _normalisation(job: Job, out: str, held: dict[str, LatentInfo], splits: list[str]) -> vae.Normalisation:
+    """The config's; with --whiten that of the whitened latents of `data.split`, once they are there.
+
+    Raises UsageError where they are neither there nor to be made, or too late for other splits.
+    """
+    first, others = job.cfg.data.split, [split for split in held if split != job.cfg.data.split]
+    if not job.whiten:
+        return job.autoencoder.normalisation
+    if first in held:
+        by = held[first]
+        if not isinstance(by.scale, tuple):
+            where = os.path.join(out, first)
+            raise UsageError(
+                f"--whiten: {where!r} holds latents of scale {by.scale}, expected whitened ones; use another --out"
+            )
+        return vae.Normalisation(by.shift, by.scale)
+    if first not in splits or others:
+        found = f"{os.path.join(out, others[0])!r} is there" if others else f"--split={splits[0]}"
+        raise UsageError(
+            f"--whiten: found {found} and no latents of {first!r}, expected those first: they are the measure"
+        )
+    return job.autoencoder.normalisation
+
+
+def _refuse_other(folder: str, info: LatentInfo, wanted: dict) -> None:
+    """Raises UsageError unless complete latents are what this command makes."""
+    for key, value in wanted.items():
+        if getattr(info, key) != value:
+            raise UsageError(
+                f"--out: {folder!r} holds other latents: {key}: found {getattr(info, key)!r}, this command has {value!r}; "
+                "use another --out"
+            )
+
+
+def _check_count(folder: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise UsageError(
+            f"--out: {folder!r} holds {found:,} latents, expected {expected:,}, one an image; use another --out"
+        )
+
+
+def _floats(value: float | tuple) -> float | tuple:
+    return tuple(map(float, value)) if isinstance(value, tuple) else float(value)

@@ -1,0 +1,112 @@
+"""Folders of other people's networks, converted: `weights.safetensors`, our parameters, and `meta.json`, what they are.
+
+meta: `kind`, `config`, `parameters` (their number), `sha256` of the weights, `source` (`file`, `sha256`, `format`).
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from dit_jax.error import JobError, UsageError
+from dit_jax.files import file_sha256, new_folder, parse_json, sync, write_file
+from dit_jax.networks.weights import read_arrays
+
+WEIGHTS, META = "weights.safetensors", "meta.json"
+KEYS = {"kind": str, "config": dict, "parameters": int, "sha256": str, "source": dict}
+
+
+def save_network(folder: str, kind: str, config: dict, params: Mapping, source: dict) -> dict:
+    """Write a network's folder, whole or not at all; returns its meta. `folder` must be new, or empty.
+
+    `params`: nested dicts of arrays, any depth, keys without "/". `config`, `source`: plain values, as JSON gives them back.
+    Raises JobError when the disk does not take it.
+    """
+    try:
+        # in C order: safetensors writes the memory of an array as it lies there
+        flat = {name: np.asarray(value, order="C") for name, value in _flatten(params)}
+        with new_folder(folder) as unfinished:
+            weights = os.path.join(unfinished, WEIGHTS)
+            save_file(flat, weights)
+            sync(weights)
+            count = sum(value.size for value in flat.values())
+            meta = {
+                "kind": kind,
+                "config": config,
+                "parameters": count,
+                "sha256": file_sha256(weights),
+                "source": source,
+            }
+            write_file(os.path.join(unfinished, META), json.dumps(meta, indent=1) + "\n")
+    except Exception as error:  # safetensors raises its own
+        raise JobError(f"{folder}: the network could not be written: {error}") from error
+    return meta
+
+
+def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
+    """(config, parameters as nested dicts of NumPy arrays, meta) of a folder of `save_network`.
+
+    Raises UsageError when there is none, it is of another kind, or its weights are not those that its meta describes.
+    """
+    meta = read_meta(folder)
+    if meta["kind"] != kind:
+        raise UsageError(f"{folder}: found a network of kind {meta['kind']!r}, expected {kind!r}")
+    weights = os.path.join(folder, WEIGHTS)
+    if not os.path.isfile(weights):
+        raise UsageError(f"{weights}: missing; convert the network again")
+    if (found := file_sha256(weights)) != meta["sha256"]:
+        raise UsageError(
+            f"{weights}: found sha256 {found}, expected {meta['sha256']} of {META}; damaged: convert the network again"
+        )
+    flat = read_arrays(weights)
+    count = sum(value.size for value in flat.values())
+    if count != meta["parameters"]:
+        raise UsageError(f"{weights}: found {count:,} parameters, expected {meta['parameters']:,} of {META}")
+    return meta["config"], _nest(flat, weights), meta
+
+
+def read_meta(folder: str) -> dict:
+    """The meta of a network's folder. Raises UsageError when it is none."""
+    path = os.path.join(folder, META)
+    try:
+        with open(path, "rb") as file:
+            meta = parse_json(file.read(2**20 + 1))
+    except OSError as error:
+        expected = "expected a folder made by dit_jax.convert"
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(meta, dict) or set(meta) != set(KEYS):
+        raise UsageError(f"{path}: found other keys than expected: {', '.join(KEYS)}")
+    for key, kind in KEYS.items():
+        if type(meta[key]) is not kind:
+            raise UsageError(f"{path}: {key}: found a {type(meta[key]).__name__}, expected {kind.__name__}")
+    return meta
+
+
+def _flatten(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for key in sorted(params):
+        if not isinstance(key, str) or not key or "/" in key:
+            raise ValueError(f"{prefix}{key!r}: expected names without '/'")
+        value = params[key]
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _nest(flat: Mapping, where: str) -> dict:
+    tree: dict = {}
+    for name, value in flat.items():
+        *folders, leaf = name.split("/")
+        inside = tree
+        for part in folders:
+            inside = inside.setdefault(part, {})
+            if not isinstance(inside, dict):
+                raise UsageError(f"{where}: {name}: found a tensor and a group of the same name")
+        if leaf in inside:
+            raise UsageError(f"{where}: {name}: found a tensor and a group of the same name")
+        inside[leaf] = value
+    return tree

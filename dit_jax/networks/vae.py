@@ -1,0 +1,151 @@
+"""The autoencoder's tensors as other people's files name and lay them out: diffusers' AutoencoderKL, and latent diffusion's own.
+
+Ours are the paths of `dit_jax.models.vae`, kernels (h, w, in, out) and (in, out); theirs are (out, in, h, w) and (out, in).
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dit_jax.error import UsageError
+from dit_jax.models import vae
+from dit_jax.models.vae import VAEConfig
+from dit_jax.networks.tensors import Tensors
+
+PREFIX = "first_stage_model."  # of the autoencoder in a checkpoint of latent diffusion that holds other networks too
+# Each table: a part of our path -> of theirs, {} being its number. A part that is not here is the same in both.
+_LEAVES = {"kernel": "weight", "scale": "weight"}
+_DIFFUSERS = _LEAVES | {
+    "down_": "down_blocks.{}",
+    "up_": "up_blocks.{}",
+    "block_": "resnets.{}",
+    "shortcut": "conv_shortcut",
+    "downsample": "downsamplers.0.conv",
+    "upsample": "upsamplers.0.conv",
+    "middle": "mid_block",
+    "first": "resnets.0",
+    "attention": "attentions.0",
+    "second": "resnets.1",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "out": "to_out.0",
+    "norm_out": "conv_norm_out",
+}
+_DIFFUSERS_OLD = _DIFFUSERS | {"q": "query", "k": "key", "v": "value", "out": "proj_attn"}
+_LATENT_DIFFUSION = _LEAVES | {
+    "down_": "down.{}",
+    "up_": "up.{}",  # numbered from the finest, ours from the coarsest
+    "block_": "block.{}",
+    "shortcut": "nin_shortcut",
+    "downsample": "downsample.conv",
+    "upsample": "upsample.conv",
+    "middle": "mid",
+    "first": "block_1",
+    "attention": "attn_1",
+    "second": "block_2",
+    "out": "proj_out",
+}
+
+
+def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
+    """The config that the tensors' shapes say, and parameters as `vae.init` gives them, in NumPy.
+
+    Either family's names are known by themselves, attention of either age, as linear or 1 x 1 weights. Shapes do not say
+    the number of `groups`. Only beside names with PREFIX are others ignored. Raises UsageError naming what is missing,
+    left over or misshapen.
+    """
+    latent_diffusion = any(name.startswith((PREFIX, "encoder.down.")) for name in tensors.arrays)
+    if latent_diffusion:
+        words = _LATENT_DIFFUSION
+    else:
+        old = "encoder.mid_block.attentions.0.query.weight" in tensors
+        words = _DIFFUSERS_OLD if old else _DIFFUSERS
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors.arrays) else ""
+    tensors.skip(*(name for name in tensors.arrays if not name.startswith(prefix)))
+    cfg = _config(tensors, prefix, words, groups)
+    name_of = _namer(cfg, prefix, words)
+    paths, tree = jax.tree_util.tree_flatten_with_path(vae.shapes(cfg))
+    values = [_ours(tensors, name_of(path), path[-1].key, leaf.shape) for path, leaf in paths]
+    tensors.done()
+    return cfg, jax.tree_util.tree_unflatten(tree, values)
+
+
+def write(cfg: VAEConfig, params: dict) -> dict[str, np.ndarray]:
+    """Parameters under diffusers' names and in its layout, float32. Raises UsageError where they are not those of `cfg`."""
+    name_of = _namer(cfg, "", _DIFFUSERS)
+    expected = dict(jax.tree_util.tree_flatten_with_path(vae.shapes(cfg))[0])
+    found = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    for path in {**expected, **found}:
+        sizes = [tree[path].shape if path in tree else "nothing" for tree in (found, expected)]
+        if sizes[0] != sizes[1]:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UsageError(f"autoencoder: {where}: found {sizes[0]}, expected {sizes[1]} by its config")
+    return {name_of(path): _theirs(np.asarray(found[path], np.float32)) for path in expected}
+
+
+def _config(tensors: Tensors, prefix: str, words: dict, groups: int) -> VAEConfig:
+    """Sizes, read off the shapes of a few convolutions."""
+    block = f"{prefix}encoder.{words['down_']}.{words['block_']}.conv1.weight".format  # of (stage, block)
+    widths, blocks = [_size(tensors, block(0, 0), 0)], 1
+    while block(len(widths), 0) in tensors:
+        widths.append(_size(tensors, block(len(widths), 0), 0))
+    while block(0, blocks) in tensors:
+        blocks += 1
+    channels = _size(tensors, f"{prefix}encoder.conv_in.weight", 1)
+    latent_channels = _size(tensors, f"{prefix}post_quant_conv.weight", 0)
+    try:
+        return VAEConfig(channels, latent_channels, tuple(widths), blocks, groups)
+    except UsageError as error:
+        raise UsageError(f"{tensors.where}: by its shapes an autoencoder that cannot be: {error}") from error
+
+
+def _size(tensors: Tensors, name: str, axis: int) -> int:
+    """Of one axis of a convolution's weight."""
+    shape = tensors.shape(name)
+    if len(shape) != 4:
+        raise UsageError(f"{tensors.where}: {name}: found shape {shape}, expected (out, in, h, w)")
+    return int(shape[axis])
+
+
+def _namer(cfg: VAEConfig, prefix: str, words: dict) -> Callable[[tuple], str]:
+    """From a path in our parameters to their name."""
+
+    def word(part: str) -> str:
+        numbered = re.fullmatch(r"([a-z]+_)(\d+)", part)
+        if not numbered:
+            return words.get(part, part)
+        head, number = numbered[1], int(numbered[2])
+        if head == "up_" and words is _LATENT_DIFFUSION:
+            number = len(cfg.widths) - 1 - number
+        return words[head].format(number)
+
+    def name_of(path: tuple) -> str:
+        parts = [part.key for part in path]
+        if parts[1] in ("quant_conv", "post_quant_conv"):  # theirs are neither the encoder's nor the decoder's
+            parts = parts[1:]
+        return prefix + ".".join(map(word, parts))
+
+    return name_of
+
+
+def _ours(tensors: Tensors, name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Their tensor of that name in the layout and shape of our leaf."""
+    if leaf == "kernel" and len(shape) == 4:
+        found = tensors.take(name, (shape[3], shape[2], shape[0], shape[1])).transpose(2, 3, 1, 0)
+    elif leaf == "kernel":
+        as_conv = len(tensors.shape(name)) == 4
+        found = tensors.take(name, (*shape[::-1], 1, 1) if as_conv else shape[::-1]).reshape(shape[::-1]).T
+    else:
+        found = tensors.take(name, shape)
+    return np.ascontiguousarray(found)
+
+
+def _theirs(value: np.ndarray) -> np.ndarray:
+    """Our array in their layout: a kernel's last two axes are first, exchanged."""
+    if value.ndim == 4:
+        return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
+    return np.ascontiguousarray(value.T)

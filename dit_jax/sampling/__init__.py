@@ -1,0 +1,1 @@
+"""Sampling: images from a model, kept on disk as they are drawn."""

@@ -1,0 +1,1 @@
+"""An isoFLOP ladder: trained, evaluated, fitted, and tested on a larger model."""

@@ -1,0 +1,1 @@
+"""Training: one step, its state, optimizer and guard, and the loop."""

@@ -1,0 +1,63 @@
+"""Which layer a bad step comes from: asked once, when a run stops for its numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.config import Config
+from dit_jax.diffusion.process import make_process
+from dit_jax.models import dit
+from dit_jax.training.state import TrainState
+from dit_jax.training.step import draw, gradients, step_key
+
+
+def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
+    """A clause naming the layer for the batch of the last, skipped step: `state` is the one after it.
+
+    The first layer whose output is not finite; else, for gradients, the last one (the backward pass meets it first); else the
+    layer with the largest gradient.
+    """
+    names: list[str] = []
+
+    def examine(params, batch):
+        images, labels = batch["image"], batch["label"]
+        t, eps, labels = draw(cfg, step_key(cfg, state.step - 1), images, labels)
+        process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+        outputs = dit.activations(cfg.model, params, process.noise(images, t, eps), process.model_time(t), labels)
+        names.extend(name for name, _ in outputs)
+        _, grads = gradients(cfg, params, images, labels, t, eps)
+        return [jnp.isfinite(x).all() for _, x in outputs], jax.tree_util.tree_map_with_path(_norms, grads)
+
+    try:
+        finite, norms = jax.device_get(jax.jit(examine)(state.params, batch))
+    except jax.errors.JaxRuntimeError as error:  # keeping every layer's output takes much memory
+        return f"which layer it is could not be found ({str(error).splitlines()[0][:100]})"
+    for name, good in zip(names, finite, strict=True):
+        if not good:
+            return f"the first output that is not finite is that of {name}"
+    return _gradient_clause(norms)
+
+
+def _norms(path: tuple, grad: jax.Array) -> jax.Array:
+    """A leaf's norm; of the blocks' leaves one per layer."""
+    axes = tuple(range(1 if _blocks(path) else 0, grad.ndim))
+    return jnp.sqrt(jnp.square(grad).sum(axes))
+
+
+def _blocks(path: tuple) -> bool:
+    return getattr(path[0], "key", "") == "blocks"
+
+
+def _gradient_clause(norms) -> str:
+    rows = []
+    for path, values in jax.tree_util.tree_flatten_with_path(norms)[0]:
+        keys = [part.key for part in path]
+        for layer, value in enumerate(np.atleast_1d(values)):
+            name = f"{keys[0]}[{layer}]" if _blocks(path) else keys[0]
+            depth = {"output": 10**6}.get(keys[0], layer if _blocks(path) else -1)
+            rows.append((depth, "/".join([name, *keys[1:]]), float(value)))
+    bad = [row for row in rows if not np.isfinite(row[2])]
+    if bad:
+        return f"the outputs are finite, the gradients are not, from {max(bad)[1]} backwards"
+    largest = max(rows, key=lambda row: row[2])
+    return f"all numbers are finite now; the largest gradient is that of {largest[1]} (norm {largest[2]:.3g})"

@@ -1,0 +1,249 @@
+"""The training loop: open the data, restore or begin, step, log, save."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+
+import jax
+
+from dit_jax import checkpoint, flops
+from dit_jax.config import Config, to_dict
+from dit_jax.data import source as sources
+from dit_jax.data.pipeline import make_batches
+from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
+from dit_jax.devices.processes import (
+    asked_to_stop,
+    check_folder,
+    everyone_is_here,
+    leader,
+    together,
+)
+from dit_jax.diffusion.process import make_process
+from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.error import Interrupted, JobError, UsageError
+from dit_jax.job.launch import stop_flag
+from dit_jax.log import progress, say
+from dit_jax.networks.autoencoder import follow_latents
+from dit_jax.training.diagnose import find_layer
+from dit_jax.training.guard import all_finite, run_twice
+from dit_jax.training.state import abstract_state, make_state, restored_state
+from dit_jax.training.step import make_train_step, on_device
+from dit_jax.workdir.folder import check_same_run, make_folder, provenance, read_config
+from dit_jax.workdir.goodput import Ledger, close, lose, note, write_entry
+from dit_jax.workdir.scalars import open_scalars
+
+
+def prepare_workdir(cfg: Config, workdir: str) -> None:
+    """Make the run's folder and write config.json, or check that the folder is this run's; more steps are written down."""
+    path = os.path.join(workdir, "config.json")
+    if os.path.isfile(path):
+        checkpoint.check_trained(workdir)
+        check_same_run(cfg, workdir)
+        if read_config(workdir).train.steps >= cfg.train.steps:
+            return
+    make_folder(workdir, "config.json", cfg)
+
+
+def open_data(cfg: Config):
+    """The training split, as `make_batches` takes it.
+
+    Raises UsageError unless it fits the model, the held-out split is another one of the same kind, and the run can be sampled.
+    """
+    data, model = cfg.data, cfg.model
+    if not data.latents and data.image_size == 8 * model.input_size:
+        raise UsageError(
+            f"data.latents: found none for a model of {model.input_size} x {model.input_size} latents and images of "
+            f"{data.image_size} pixels, expected a folder of latents, or data.image_size = model.input_size to train on pixels"
+        )
+    source, held_out = sources.open_source(data, data.split), sources.open_source(data, data.held_out_split)
+    if data.split == data.held_out_split or sources.overlap(source, held_out):
+        raise UsageError(
+            f"data.held_out_split: found {data.held_out_split!r}, which shares images with data.split = {data.split!r}"
+        )
+    if data.latents:
+        sources.match(source, held_out)
+    for key, found, expected in (
+        ("model.classes", model.classes, source.classes),
+        ("model.channels", model.channels, source.image_shape[-1]),
+        ("model.input_size", model.input_size, source.image_shape[0] if data.latents else data.image_size),
+    ):
+        if found != expected:
+            raise UsageError(
+                f"{key}: found {found}, expected {expected}, as the data ({data.latents or data.dataset}) has"
+            )
+    sampling_times(
+        make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps, cfg.sample.spacing
+    )
+    return source
+
+
+def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = None) -> int:
+    """Train to `train.steps`, resuming what the folder holds. Returns the steps done now (0: nothing was left to do).
+
+    `since` is when the job began (seconds since the epoch; None: now). Raises UsageError, JobError, and Interrupted when
+    SIGTERM made it save and stop.
+    """
+    ledger = Ledger("train", since or time.time())
+    with _stop_flag() as stop, together():
+        source, cfg = open_data(cfg), follow_latents(cfg)
+        mesh = make_mesh(cfg.mesh)
+        check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
+        on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))
+        batches = make_batches(
+            cfg.data,
+            batch_size=cfg.train.batch_size,
+            seed=cfg.train.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            source=source,
+        )
+        check_folder(workdir)
+        if leader():
+            prepare_workdir(cfg, workdir)
+        everyone_is_here("workdir")
+        try:
+            with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, together():
+                return _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
+        finally:
+            for index, problem in sources.bad_records(source).items():
+                say(f"warning: record {index} was left out: {problem}")
+
+
+def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
+    """Restore or begin, then the loop."""
+    first = checkpoint.newest_verified(workdir)
+    if first >= cfg.train.steps:
+        say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
+        return 0
+    if first:
+        like = abstract_state(cfg, mesh)
+        items, position = checkpoint.restore(workdir, first, like.items(), cfg.model)
+        state = restored_state(first, items, like)
+        batches.set_state(position)
+    else:
+        state = make_state(cfg, mesh)
+    if leader():
+        lose(ledger, workdir, first)
+        note(ledger, workdir)
+        write, close_scalars = open_scalars(workdir, first, tensorboard=not quiet)
+    else:
+        write, close_scalars = (lambda step, values: None), (lambda: None)
+    try:
+        with ledger.spend("step"):
+            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, first, quiet)))
+    finally:
+        close_scalars()
+        if leader():
+            close(ledger, workdir, quiet)
+    if last < cfg.train.steps:
+        raise Interrupted(f"saved step {last} of {cfg.train.steps} in {workdir}; the same command goes on from there")
+    return last - first
+
+
+def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
+    """The steps; returns the last one, saved. Scalars of a step are read after the next one is under way, so that the
+    device never waits for the host."""
+    step, meta, cap = (
+        make_train_step(cfg, mesh),
+        {"model": to_dict(cfg.model), **provenance()},
+        cfg.train.skips_in_a_row,
+    )
+    first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
+    for i in range(first + 1, cfg.train.steps + 1):
+        saver.check()
+        with ledger.spend("data"):
+            batch = put_batch(mesh, next(batches))
+        with ledger.spend(kind):
+            twice = every and i % every == 0
+            state, scalars = run_twice(step, state, batch, i) if twice else step(state, batch)
+        ledger.last = i
+        if kind == "compile" and leader():
+            note(ledger, workdir)
+        kind = "step"
+        if pending:
+            _log(outputs, *pending)
+            pending = None
+        if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
+            pending = (i, scalars)
+        recent.append((i, scalars))
+        stopping = asked_to_stop(i) if jax.process_count() > 1 else bool(stop)
+        if i % cap == 0:
+            _check_streaks(cfg, recent[:-1], state, batch)
+            recent = recent[-1:]
+        if i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping:
+            if pending:
+                _log(outputs, *pending)
+                pending = None
+            _check_streaks(cfg, recent, state, batch)
+            recent = []
+            with ledger.spend("save"):
+                _save(saver, state, batches.get_state(), meta, ledger, workdir)
+        if stopping:
+            break
+    with ledger.spend("save"):
+        saver.wait()
+        everyone_is_here("saved")
+    return i
+
+
+def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str) -> None:
+    """Start the save of a state that is finite; the ledger's line follows when it counts."""
+    if not all_finite(state):
+        raise JobError(
+            f"step {int(state.step)}: the state holds numbers that are not finite, though no step was accepted that made "
+            "them: a device or its memory is at fault. Nothing was saved; run the same command on other devices"
+        )
+    entry = ledger.entry()
+    saver.save(int(state.step), state.items(), position, meta, after=lambda: write_entry(entry, workdir))
+
+
+def _reporter(cfg: Config, first: int, quiet: bool):
+    """What to do with the scalars of a logged step besides writing them."""
+    if quiet:
+        return lambda step, scalars: {}
+    peak, source = peak_flops()
+    say(
+        f"{flops.parameters(cfg.model):,} parameters; MFU is against {peak / 1e12:.3g} TFLOP/s ({source}); compiling ..."
+    )
+    step_flops = flops.train_flops(cfg.model, cfg.train.batch_size)
+    return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
+
+
+def _log(outputs: tuple, step: int, scalars: dict) -> None:
+    """Write a step's scalars."""
+    (write, report), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
+    del values["streak"]
+    write(step, {**values, **report(step, values), "time": time.time()})
+
+
+def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:
+    """Stop a run whose steps are all skipped. `recent`: (step, scalars); `state` and `batch` are of the newest step."""
+    streaks = jax.device_get([scalars["streak"] for _, scalars in recent])
+    for (step, scalars), streak in zip(recent, streaks, strict=True):
+        if streak >= cfg.train.skips_in_a_row:
+            values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            raise JobError(
+                f"step {step}: {streak} steps in a row were skipped, as {_reason(values)}; {find_layer(cfg, state, batch)}. "
+                "The state is that of the last good step, and its checkpoints are kept. Look at the data; or train in "
+                "another --workdir with a lower optim.learning_rate, with optim.clip or model.qk_norm; a larger "
+                "train.skips_in_a_row lets this run go on"
+            )
+
+
+def _reason(values: dict) -> str:
+    """Why the guard refused a step."""
+    for name, what in (
+        ("loss", "the loss is not finite"),
+        ("grad_norm", "the gradients are not finite"),
+        ("param_norm", "the update would make parameters that are not finite"),
+    ):
+        if not math.isfinite(values[name]):
+            return what
+    return f"loss ({values['loss']:.4g}) or gradient norm ({values['grad_norm']:.4g}) spike"
+
+
+def _stop_flag():
+    """`stop_flag`; of several processes, all must stop at one step: `asked_to_stop` has a handler of its own, which stays."""
+    return stop_flag() if jax.process_count() == 1 else contextlib.nullcontext([])

@@ -1,0 +1,1 @@
+"""What a run folder holds besides checkpoints: config, scalars, goodput, manifests, records."""

@@ -1,0 +1,92 @@
+"""A run folder: its config.json, what may change when a run goes on, and the versions that wrote it."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+
+from dit_jax.config import Config, resolve, to_dict
+from dit_jax.error import UsageError
+from dit_jax.files import LONGEST, parse_json, write_file
+
+
+def read_config(workdir: str, name: str = "config.json") -> Config:
+    """The config of a run folder. Raises UsageError when the folder is missing or is not a run's."""
+    path = os.path.join(workdir, name)
+    if not os.path.isdir(workdir):
+        raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
+    if not os.path.isfile(path):
+        raise UsageError(f"--workdir: {workdir!r} holds no {name}, expected a run made by dit_jax.train")
+    with open(path, "rb") as f:
+        data = f.read(LONGEST + 1)
+    try:
+        values = parse_json(data)
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, Mapping) or "config" not in values:
+        raise UsageError(f"{path}: found no key 'config', expected a file written by dit_jax.train")
+    return resolve(values["config"])
+
+
+def provenance() -> dict:
+    """Versions and commit of what computes."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"versions": {name: _version(name) for name in names}, "commit": commit}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# What a resumed run may change: where and how it runs and is looked at, never what it computes.
+FREE = (
+    "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.latents", "data.cache", "data.workers", "data.prefetch", "data.skip_bad",
+    "train.log_every", "train.checkpoint_every", "train.keep", "train.skips_in_a_row", "train.replay_every",
+    "model.remat", "model.unroll", "model.attention",
+)  # fmt: skip
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested config values -> {"a.b": value}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check_same_run(cfg: Config, workdir: str) -> None:
+    """Raises UsageError if the folder holds another run: a config that differs in what is computed."""
+    old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(cfg))
+    free = [*FREE, "train.steps"] if cfg.optim.schedule == "constant" else list(FREE)
+    changed = [key for key in new if new[key] != old[key] and not key.startswith(tuple(free))]
+    if changed:
+        shown = "; ".join(f"{key}: the folder has {old[key]!r}, the command {new[key]!r}" for key in changed[:4])
+        more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
+        raise UsageError(f"{workdir} holds a run of another config: {shown}{more}; use another --workdir")
+
+
+def make_folder(workdir: str, name: str, cfg: Config) -> None:
+    """Write the config as `workdir`/`name`; the folder must be new, empty or already hold `name`. Raises UsageError."""
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise UsageError(f"--workdir: {workdir!r} is a file, expected a folder")
+    held = [file for file in os.listdir(workdir) if ".tmp" not in file] if os.path.isdir(workdir) else []
+    if held and name not in held:
+        raise UsageError(
+            f"--workdir: {workdir!r} is not empty and holds no {name}; expected a new folder or one made before"
+        )
+    text = json.dumps({"config": to_dict(cfg), **provenance()}, indent=1) + "\n"
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        write_file(os.path.join(workdir, name), text)
+    except OSError as error:
+        raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None

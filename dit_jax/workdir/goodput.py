@@ -1,0 +1,140 @@
+"""Where the wall time of a run goes: `W/goodput.jsonl`, one line for every start of a job.
+
+set-up  imports, data, restoring    compile  tracing and compiling     data  waiting for a batch    step  the training steps
+save    checkpoints, records        evaluation  scoring, sampling      lost  steps of the start before, which a kill undid
+wait    for the next checkpoint (`evaluate --watch`)
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+
+from dit_jax.error import UsageError
+from dit_jax.files import write_file
+from dit_jax.log import say
+from dit_jax.workdir.scalars import METRICS, read_lines, stream_lines
+
+GOODPUT = "goodput.jsonl"
+LINE = {"job": str, "since": float, "wall": float, "seconds": dict}  # what a line holds at least
+KINDS = ("set-up", "compile", "data", "step", "save", "evaluation", "wait", "lost")
+
+
+def process_start() -> float:
+    """When this process began (seconds since the epoch), as the kernel says; now, where it does not."""
+    try:
+        with open("/proc/self/stat") as f:
+            ticks = int(f.read().rsplit(")", 1)[1].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        age = 0.0
+    return time.time() - age
+
+
+class Ledger:
+    """A stopwatch that is always in one of KINDS, beginning with "set-up" at `since` (seconds since the epoch)."""
+
+    def __init__(self, job: str, since: float):
+        self.job, self.since = job, since
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.first = self.last = self.lost_steps = 0
+        self._kind, self._then = "set-up", time.perf_counter() - (time.time() - since)
+
+    @contextlib.contextmanager
+    def spend(self, kind: str) -> Iterator[None]:
+        """What runs inside is booked as `kind`, and not as what it interrupts."""
+        before = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, kind: str) -> str:
+        now = time.perf_counter()
+        self.seconds[self._kind] += now - self._then
+        self._then, before, self._kind = now, self._kind, kind
+        return before
+
+    def entry(self) -> dict:
+        """This start's line: `wall` is measured from `since`, apart from the kinds; `lost` belongs to the start before."""
+        self._switch(self._kind)
+        return {
+            "job": self.job,
+            "since": self.since,
+            "wall": time.time() - self.since,
+            "first": self.first,
+            "last": self.last,
+            "lost_steps": self.lost_steps,
+            "seconds": dict(self.seconds),
+        }
+
+
+def lose(ledger: Ledger, workdir: str, restored: int) -> None:
+    """Book the steps that the scalars show beyond the restored checkpoint; call it before they are forgotten.
+
+    What an error, and not a kill, undid stays booked with the start that did it; `lost_steps` counts it all the same.
+    """
+    ledger.first = ledger.last = restored
+    with _warned(workdir):
+        beyond = [line for line in stream_lines(os.path.join(workdir, METRICS)) if line["step"] > restored]
+        trainings = [line for line in read_lines(os.path.join(workdir, GOODPUT), LINE) if line["job"] == "train"]
+        if beyond and trainings:
+            booked = trainings[-1]["since"] + trainings[-1]["wall"]  # what that start spent up to its last line
+            ledger.lost_steps = beyond[-1]["step"] - restored
+            ledger.seconds["lost"] += max(beyond[-1]["time"] - booked, 0.0)
+
+
+@contextlib.contextmanager
+def _warned(workdir: str) -> Iterator[None]:
+    """No run ends because of its ledger: what is wrong with it is said."""
+    try:
+        yield
+    except (UsageError, OSError) as error:
+        say(f"warning: the goodput of {workdir} is not written: {error}")
+
+
+def write_entry(entry: dict, workdir: str) -> None:
+    """Write or renew a start's line, whole or not at all, also beside another job on the same run; never by an older one."""
+    path, this = os.path.join(workdir, GOODPUT), (entry["job"], entry["since"])
+    with open(path + ".lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = read_lines(path, LINE)
+        others = [line for line in lines if (line["job"], line["since"]) != this]
+        newest = max([entry, *(line for line in lines if line not in others)], key=lambda line: line["wall"])
+        write_file(path, "".join(json.dumps(line) + "\n" for line in [*others, newest]))
+
+
+def note(ledger: Ledger, workdir: str) -> dict:
+    """Write the line as it is now, in case of a kill; returns it."""
+    entry = ledger.entry()
+    with _warned(workdir):
+        write_entry(entry, workdir)
+    return entry
+
+
+def totals(workdir: str) -> dict[str, float]:
+    """Seconds of all starts of a run's training, by kind: what a record says of it. {} where there is no ledger."""
+    found: dict[str, float] = {}
+    with _warned(workdir):
+        for line in read_lines(os.path.join(workdir, GOODPUT), LINE):
+            if line["job"] == "train":
+                found = {kind: found.get(kind, 0.0) + line["seconds"].get(kind, 0.0) for kind in KINDS}
+    return found
+
+
+def summary(entry: dict) -> str:
+    """An entry in one line: the share of the time, lost work included, that went into steps (or scoring), and where the rest went."""
+    total = entry["wall"] + entry["seconds"]["lost"]
+    useful = entry["seconds"]["step"] + entry["seconds"]["evaluation"]
+    parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in entry["seconds"].items() if seconds >= 0.05)
+    return f"goodput {useful / max(total, 1e-9):.0%} of {total:.1f} s: {parts}"
+
+
+def close(ledger: Ledger, workdir: str, quiet: bool = False) -> None:
+    """The last entry, and the same entry as a line for people."""
+    entry = note(ledger, workdir)
+    if not quiet:
+        say(summary(entry))

@@ -1,0 +1,89 @@
+"""`manifest.json`: the size and SHA-256 of every file of a folder, so that a changed, missing or added file is noticed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+
+from dit_jax.files import sync, write_file
+
+NAME = "manifest.json"
+LARGEST = 64 << 20  # bytes of a manifest that is read
+ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+def write_manifest(folder: str) -> None:
+    """Bring the files of `folder` to the disk, hash them and write its manifest, whole or not at all."""
+    files = {name: _entry(os.path.join(folder, name)) for name in _files(folder)}
+    for path in (*(os.path.join(folder, name) for name in files), *(root for root, _, _ in os.walk(folder))):
+        sync(path)
+    write_file(os.path.join(folder, NAME), _text({"version": 1, "files": files}))
+
+
+def problems(folder: str, parts: tuple[str, ...] = ("",)) -> list[str]:
+    """What is wrong with a folder, a line each; nothing when it is as its manifest says.
+
+    Names and sizes are compared everywhere, contents of the files whose names begin like one of `parts`. Raises OSError where
+    a file is there but cannot be read now: that does not make it damaged.
+    """
+    try:
+        wanted = _read(os.path.join(folder, NAME))
+    except ABSENT as error:
+        return [f"{NAME}: {error.strerror}"]
+    except ValueError as error:
+        return [f"{NAME}: {error}"]
+    there = set(_files(folder))
+    found = [f"{name}: missing" for name in sorted(wanted.keys() - there)]
+    found += [f"{name}: not in {NAME}" for name in sorted(there - wanted.keys())]
+    for name in sorted(there & wanted.keys()):
+        found += _compare(folder, name, wanted[name], name.startswith(parts))
+    return found
+
+
+def _compare(folder: str, name: str, wanted: dict, hashes: bool) -> Iterator[str]:
+    path = os.path.join(folder, name)
+    try:
+        size = os.path.getsize(path)
+        if size != wanted["bytes"]:
+            yield f"{name}: found {size:,} bytes, expected {wanted['bytes']:,}"
+        elif hashes and _entry(path)["sha256"] != wanted["sha256"]:
+            yield f"{name}: its bytes changed (SHA-256)"
+    except ABSENT as error:
+        yield f"{name}: {error.strerror}"
+
+
+def _files(folder: str) -> list[str]:
+    """Paths of all files below, relative and with forward slashes, but for the manifest itself. Links are not followed."""
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
+    return sorted(name for name in found if name != NAME)
+
+
+def _entry(path: str) -> dict:
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return {"bytes": f.tell(), "sha256": digest}
+
+
+def _text(manifest: dict) -> str:
+    return json.dumps(manifest, indent=0, sort_keys=True) + "\n"
+
+
+def _read(path: str) -> dict:
+    """{file: {bytes, sha256}}. Raises ValueError unless the text is, byte for byte, one that `write_manifest` writes."""
+    if os.path.getsize(path) > LARGEST:
+        raise ValueError(f"larger than {LARGEST:,} bytes")
+    with open(path, "rb") as f:
+        text = f.read()
+    try:
+        manifest = json.loads(text)
+        files = manifest["files"]
+        sound = manifest["version"] == 1 and all(
+            type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in files.values()
+        )
+        if not sound or _text(manifest).encode() != text:
+            raise ValueError("damaged")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError("damaged") from None
+    return files

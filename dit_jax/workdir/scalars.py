@@ -1,0 +1,102 @@
+"""Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events through clu where TensorFlow is installed."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+from dit_jax.error import UsageError
+from dit_jax.files import LARGEST, numbered, parse_json
+from dit_jax.log import say
+
+METRICS = "metrics.jsonl"
+
+
+STEP = {"step": int}  # what a line of scalars holds at least
+
+
+RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # and a record
+
+
+def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
+    """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none.
+
+    Raises UsageError naming the line of a damaged file: one that is no object, or lacks one of `fields`.
+    """
+    return list(stream_lines(path, fields, LARGEST))
+
+
+def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
+    """The same, one by one, of a file of any size."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as f:
+        for number, line in numbered(f, path, most):
+            if line.endswith(b"\n"):
+                yield _object(line[:-1], f"{path}:{number}", fields)
+
+
+def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
+    try:
+        found = parse_json(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        text = line[:40].decode(errors="replace")
+        raise UsageError(f"{where}: found {text!r}, expected a JSON object; repair or remove the line")
+    for name, kind in fields.items():
+        if type(found.get(name)) is not kind:
+            what = f"{name!r} is {found[name]!r}" if name in found else f"no {name!r}"
+            raise UsageError(f"{where}: {what}, expected {kind.__name__}; repair or remove the line")
+    return found
+
+
+def drop_after(path: str, step: int) -> None:
+    """Forget the lines of a JSONL file beyond `step`: a resumed run writes them again."""
+    if not os.path.exists(path):
+        return
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "w") as f:
+            kept = (line for line in stream_lines(path) if line["step"] <= step)
+            f.writelines(json.dumps(line) + "\n" for line in kept)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    os.replace(temporary, path)
+
+
+def open_scalars(
+    workdir: str, step: int, tensorboard: bool = True
+) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
+    """(write(step, scalars), close()) for a run that stands at `step`."""
+    path = os.path.join(workdir, METRICS)
+    drop_after(path, step)
+    file = open(path, "a")  # noqa: SIM115
+    writer = _tensorboard(workdir) if tensorboard else None
+
+    def write(step: int, scalars: dict) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        file.write(json.dumps({"step": step, **finite}) + "\n")
+        file.flush()
+        if writer:
+            writer.write_scalars(step, scalars)
+
+    def close() -> None:
+        file.close()
+        if writer:
+            writer.close()
+
+    return write, close
+
+
+def _tensorboard(workdir: str):
+    """clu's summary writer, or None with one notice: importing it needs TensorFlow."""
+    try:
+        from clu import metric_writers
+    except ImportError:
+        say("notice: TensorFlow is not installed, so there are no TensorBoard events; scalars go to metrics.jsonl")
+        return None
+    return metric_writers.SummaryWriter(workdir)

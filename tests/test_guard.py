@@ -44,7 +44,7 @@ def compiled(cfg, mesh):
 def batch(number=0, scale=1.0):
     rng = np.random.default_rng(number)
     images = (scale * rng.uniform(-1, 1, (16, 8, 8, 1))).astype(np.float32)
-    return {"image": images, "label": rng.integers(10, size=16, dtype=np.int32)}
+    return {"image": images, "cond": {"label": rng.integers(10, size=16, dtype=np.int32)}}
 
 
 def kept(state):

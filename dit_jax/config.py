@@ -231,10 +231,10 @@ class SampleConfig:
             raise UsageError(
                 f"sample.times: found {shown(times)}, expected at least 2 falling numbers from at most 1 to 0"
             )
-        for name in ("steps", "spacing"):
-            if getattr(self, name) != SampleConfig.__dataclass_fields__[name].default:
+        for name, fitting in (("steps", len(times) - 1), ("spacing", "linspace")):
+            if getattr(self, name) not in (fitting, SampleConfig.__dataclass_fields__[name].default):
                 raise UsageError(
-                    f"sample.{name}: found {getattr(self, name)!r} beside sample.times, which says all times"
+                    f"sample.{name}: found {getattr(self, name)!r}, expected {fitting!r} (or no value) beside sample.times"
                 )
 
 

@@ -278,8 +278,9 @@ def test_times_that_cannot_be(times, message):
 
 def test_stated_times_exclude_steps_and_spacing():
     for name, value in (("steps", 10), ("spacing", "leading")):
-        with pytest.raises(UsageError, match=f"sample.{name}: found {value!r} beside sample.times"):
+        with pytest.raises(UsageError, match=f"sample.{name}: found {value!r}, expected .* beside sample.times"):
             SampleConfig(times=(1.0, 0.0), **{name: value})
+    assert SampleConfig(times=(1.0, 0.0), steps=1).times == (1.0, 0.0)
     with pytest.raises(UsageError, match="two of them are one step of the chain"):
         task(sampler="ddim", times=(1.0, 0.5001, 0.5, 0.0))
 

@@ -139,15 +139,11 @@ class OptimConfig:
     def __post_init__(self):
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         choice("optim.ema", self.ema, ("constant", "power"))
-        in_range("optim.learning_rate", self.learning_rate, 0.0)
-        in_range("optim.warmup_steps", self.warmup_steps, 0)
-        in_range("optim.weight_decay", self.weight_decay, 0.0)
-        in_range("optim.clip", self.clip, 0.0)
-        in_range("optim.b1", self.b1, 0.0, 1.0)
-        in_range("optim.b2", self.b2, 0.0, 1.0)
-        in_range("optim.eps", self.eps, 0.0)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
+            in_range(f"optim.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2", "ema_decay"):
+            in_range(f"optim.{name}", getattr(self, name), 0.0, 1.0)
         in_range("optim.accumulate", self.accumulate, 1)
-        in_range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
         in_range("optim.ema_width", self.ema_width, 1e-3, 0.28)
 
 

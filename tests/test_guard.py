@@ -12,6 +12,7 @@ from job import run
 from runs import scalars, train
 
 from dit_jax import checkpoint
+from dit_jax.bind import bind
 from dit_jax.config import MeshConfig, TrainConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import JobError
@@ -192,7 +193,7 @@ def faulty(cfg, mesh):
             patch.setattr(
                 step, "gradients", lambda cfg, params, *rest, **how: flipped(cfg, params, *rest, fault, **how)
             )
-            return step.train_step(cfg, state, data)
+            return step.train_step(cfg, bind(cfg.model), state, data)
 
     return jax.jit(faulty_step)
 

@@ -33,7 +33,7 @@ from dit_jax.log import say
 from dit_jax.training import loop
 from dit_jax.training.guard import run_twice
 from dit_jax.training.state import make_state
-from dit_jax.training.step import make_train_step, on_device
+from dit_jax.training.step import make_train_step
 from dit_jax.workdir import goodput, manifest
 from dit_jax.workdir.scalars import read_lines
 
@@ -71,7 +71,6 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
 
     An upper bound: both happen in the background, while the device computes.
     """
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     mesh = make_mesh(cfg.mesh)
     stepper = measure.make_stepper(cfg, mesh)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +99,6 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
 
 def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
     """What computing one step twice and comparing adds, in steps; every N steps, a run takes that / N longer."""
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     mesh = make_mesh(cfg.mesh)
     state, batch, step = make_state(cfg, mesh), measure.fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
 

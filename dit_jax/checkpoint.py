@@ -1,4 +1,4 @@
-"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, data, meta, and a manifest of checksums.
+"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, extras, data, meta, and a manifest of checksums.
 
 params, ema   nested dicts of float32 arrays           data   JSON, the position of the data iterator
 opt           the optimizer's state and the guard's    meta   JSON, what the run was: step, versions, model config
@@ -33,7 +33,7 @@ from dit_jax.models import dit
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import read_config
 
-ITEMS = ("params", "ema", "opt", "data", "meta")
+ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
 FREE = ("remat", "unroll", "attention")  # of the model config: how it is computed, not what
 

@@ -5,6 +5,7 @@ A config file in `configs/` starts from `template()`, a `ConfigDict` of all defa
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class ModelConfig:
     patch: int = 2
     input_size: int = 32
     channels: int = 4
-    classes: int = 1000
+    classes: int = 1000  # 0 = images without labels
     mlp_ratio: int = 4
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # or in_context, cross_attention, adaln
@@ -39,8 +40,9 @@ class ModelConfig:
     unroll: int = 1  # blocks per iteration of the layer scan; `depth` unrolls it whole
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "classes", "mlp_ratio", "unroll"):
+        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll"):
             in_range(f"model.{name}", getattr(self, name), 1)
+        in_range("model.classes", self.classes, 0)
         choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
@@ -69,11 +71,6 @@ class ModelConfig:
     @property
     def out_channels(self) -> int:
         return self.channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def null_class(self) -> int:
-        """The label of "no class": the row after the last class."""
-        return self.classes
 
 
 @dataclass(frozen=True)
@@ -142,15 +139,11 @@ class OptimConfig:
     def __post_init__(self):
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         choice("optim.ema", self.ema, ("constant", "power"))
-        in_range("optim.learning_rate", self.learning_rate, 0.0)
-        in_range("optim.warmup_steps", self.warmup_steps, 0)
-        in_range("optim.weight_decay", self.weight_decay, 0.0)
-        in_range("optim.clip", self.clip, 0.0)
-        in_range("optim.b1", self.b1, 0.0, 1.0)
-        in_range("optim.b2", self.b2, 0.0, 1.0)
-        in_range("optim.eps", self.eps, 0.0)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
+            in_range(f"optim.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2", "ema_decay"):
+            in_range(f"optim.{name}", getattr(self, name), 0.0, 1.0)
         in_range("optim.accumulate", self.accumulate, 1)
-        in_range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
         in_range("optim.ema_width", self.ema_width, 1e-3, 0.28)
 
 
@@ -205,6 +198,7 @@ class SampleConfig:
     sampler: str = "ddpm"
     steps: int = 250
     spacing: str = "linspace"  # which steps of a chain are kept: linspace (as the published DiT) | leading | trailing
+    times: tuple = ()  # the grid itself, falling from at most 1 (noise) to 0; instead of steps and spacing
     guidance: float = 1.0  # 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # all | first3: the published DiT guides the first 3 channels only
@@ -216,12 +210,28 @@ class SampleConfig:
         in_range("sample.steps", self.steps, 1)
         in_range("sample.guidance", self.guidance, 0.0, 1000.0)
         in_range("sample.batch_size", self.batch_size, 1)
+        self._check_times()
         choice("sample.channels", self.channels, ("all", "first3"))
         choice("sample.labels", self.labels, ("uniform", "balanced"))
         choice("sample.weights", self.weights, ("ema", "params"))
         ends = self.interval
         if len(ends) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
             raise UsageError(f"sample.interval: found {shown(ends)}, expected (low, high) with 0 <= low <= high <= 1")
+
+    def _check_times(self) -> None:
+        times = self.times
+        if not times:
+            return
+        falling = all(map(number, times)) and all(a > b for a, b in itertools.pairwise(times))
+        if not falling or len(times) < 2 or times[0] > 1 or times[-1] != 0:
+            raise UsageError(
+                f"sample.times: found {shown(times)}, expected at least 2 falling numbers from at most 1 to 0"
+            )
+        for name, fitting in (("steps", len(times) - 1), ("spacing", "linspace")):
+            if getattr(self, name) not in (fitting, SampleConfig.__dataclass_fields__[name].default):
+                raise UsageError(
+                    f"sample.{name}: found {getattr(self, name)!r}, expected {fitting!r} (or no value) beside sample.times"
+                )
 
 
 @dataclass(frozen=True)

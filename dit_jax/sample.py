@@ -15,14 +15,13 @@ from absl import flags
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
 from dit_jax.devices.mesh import make_mesh
-from dit_jax.diffusion.process import make_process
-from dit_jax.diffusion.samplers import SAMPLERS, sampling_times
+from dit_jax.diffusion.samplers import SAMPLERS
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.job.launch import launch, stop_flag
 from dit_jax.log import say
-from dit_jax.networks.autoencoder import image_shape, make_decoder, open_autoencoder
 from dit_jax.sampling import parts
-from dit_jax.sampling.draw import ROWS, describe_job, sample_images
+from dit_jax.sampling.draw import ROWS, open_sampling
 from dit_jax.sampling.picture import GRID, save_grid
 
 
@@ -39,6 +38,8 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
 
 
 def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
+    if values and not classes:
+        raise UsageError(f"--labels: found {','.join(values)}, expected none: this model has no classes")
     for value in values:
         if not (value.isascii() and value.isdecimal()) or not int(value) < classes:
             raise UsageError(f"--labels: found {value!r}, expected class numbers from 0 to {classes - 1}, with commas")
@@ -70,23 +71,22 @@ def _main(values, stop: list) -> None:
     cfg = resolve(values.config)
     if values.autoencoder is not None:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
-    sample = _sample_config(cfg, values)
-    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing)
+    cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
+    make_task(cfg)
     wanted = _wanted(values.labels, cfg.model.classes)
     _check_paths(values.out, values.grid)
-    step = _find_step(values.workdir, values.step, values.out, sample.weights)
-    autoencoder, mesh = open_autoencoder(cfg), make_mesh(MeshConfig())
-    decode = make_decoder(autoencoder, mesh)
-    _, params = checkpoint.load(values.workdir, step, sample.weights, cfg.model)
-    settings = f"{sample.sampler} {sample.steps}, guidance {sample.guidance:g}"
-    say(f"{values.num} images from step {step} ({sample.weights}), {settings}")
+    step = _find_step(values.workdir, values.step, values.out, cfg.sample.weights)
+    sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None)
+    _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
+    settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
+    say(f"{values.num} images from step {step} ({cfg.sample.weights}), {settings}")
 
     def draw(first: int, end: int) -> Iterator[parts.Batch]:
-        return sample_images(cfg, params, sample, end, values.seed, mesh, wanted, first, decode)
+        return sampling.images(params, values.seed, end, first)
 
     if values.out:
-        job = describe_job(cfg, params, sample, step, values.seed, wanted, autoencoder)
-        parts.complete(values.out, job, image_shape(cfg, autoencoder), values.num, draw, stop)
+        job = sampling.describe(params, step, values.seed)
+        parts.complete(values.out, job, sampling.shape, values.num, draw, stop)
         print(values.out)
     if values.grid:
         save_grid(values.grid, parts.read_npz(values.out) if values.out else draw(0, min(values.num, GRID)))

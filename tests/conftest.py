@@ -13,19 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-CHECKED = (
-    "config",
-    "flops",
-    "models",
-    "diffusion",
-    "metrics",
-    "data",
-    "devices",
-    "training",
-    "sampling",
-    "evaluation",
-    "scaling",
-)
+CHECKED = ("config", "flops", "bind", "models", "diffusion", "metrics", "data", "devices.mesh", "scaling")
+CHECKED += ("training.optim", "training.state", "training.step")
 install_import_hook([f"dit_jax.{room}" for room in CHECKED], "beartype.beartype")
 
 import jax  # noqa: E402

@@ -13,16 +13,17 @@ from job import TINY, Job, run, wait_for_step
 from PIL import Image
 
 from dit_jax import checkpoint, flops
+from dit_jax.bind import bind
 from dit_jax.config import MeshConfig, SampleConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.devices.mesh import make_mesh
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
 from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation import loss, protocol
 from dit_jax.evaluation.partial import drop_partials
 from dit_jax.evaluation.run import run as evaluate_run
 from dit_jax.sampling import draw, parts
-from dit_jax.training import step
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.records import protocol_id
 
@@ -75,16 +76,17 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     """Recomputed here one image at a time, without batches, meshes or padding."""
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
-    images, labels = load_arrays(cfg.data, "test")
-    found = loss.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
+    images, cond = load_arrays(cfg.data, "test")
+    found = loss.held_out_loss(cfg, params, images[:21], {"label": cond["label"][:21]}, make_mesh(MeshConfig()))
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
         u = loss.stratified(cfg.eval.seed, np.array([i]), 16)
         assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
         eps = loss.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
-        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(labels[i : i + 1], 16)
-        losses, _ = step.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
+        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(cond["label"][i : i + 1], 16)
+        points = {"x": x, "cond": {"label": y}, "t": process.time(u[0]), "eps": eps}
+        losses, _ = make_objective(cfg).losses(bind(cfg.model), params, {}, points)
         table.append(np.asarray(losses))
     per_image = np.mean(table, axis=1)
     assert found["loss"] == pytest.approx(per_image.mean(), rel=1e-5)
@@ -117,7 +119,7 @@ def drawn(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
     _, params = checkpoint.load(str(workdir), 40)
     settings = SampleConfig(sampler=sampler, steps=4, guidance=2.0, batch_size=batch_size, **changes)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    batches = list(draw.sample_images(cfg, params, settings, num, 7, mesh))
+    batches = list(draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh).images(params, 7, num))
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -146,13 +148,15 @@ def test_uint8_rule():
 def test_cost_of_an_image_counts_guided_steps_twice(workdir):
     cfg = read_config(str(workdir))
     forward = flops.forward_flops(cfg.model)
-    assert draw.image_flops(cfg, SampleConfig(sampler="euler", steps=10)) == 10 * forward
-    assert draw.image_flops(cfg, SampleConfig(sampler="euler", steps=10, guidance=2.0)) == 20 * forward
-    edges = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.1, 0.2))
-    assert draw.image_flops(cfg, edges) == 12 * forward
-    interval = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65))
-    assert draw.image_flops(cfg, interval) == 13 * forward
-    assert draw.image_flops(cfg, SampleConfig(sampler="heun", steps=10)) == 19 * forward
+
+    def cost(**settings):
+        return draw.image_flops(dataclasses.replace(cfg, sample=SampleConfig(**settings))) / forward
+
+    assert cost(sampler="euler", steps=10) == 10
+    assert cost(sampler="euler", steps=10, guidance=2.0) == 20
+    assert cost(sampler="euler", steps=10, guidance=2.0, interval=(0.1, 0.2)) == 12
+    assert cost(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65)) == 13
+    assert cost(sampler="heun", steps=10) == 19
 
 
 def test_sample_job_writes_npz_and_grid(workdir, tmp_path, cache_dir):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dit_jax import flops
 from dit_jax.bench.measure import alternate, fixed_batch, make_stepper, seconds, spread
+from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import make_mesh
@@ -20,7 +21,7 @@ from dit_jax.log import say
 from dit_jax.sweep import ladder
 from dit_jax.training import loop
 from dit_jax.training.state import make_state
-from dit_jax.training.step import on_device, train_step
+from dit_jax.training.step import train_step
 from dit_jax.workdir.scalars import METRICS, open_scalars, read_lines
 
 HOST_TARGET = 0.20
@@ -30,13 +31,13 @@ MOST_STEPS = 1500  # of a run that is measured
 
 def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
     """As `make_stepper`, with n steps as one compiled program: what is left when there is no call a step."""
-    state, batch = make_state(cfg, mesh), fixed_batch(cfg, mesh)
-    shapes = jax.eval_shape(lambda: train_step(cfg, state, batch)[1])
+    state, batch, model = make_state(cfg, mesh), fixed_batch(cfg, mesh), bind(cfg.model, mesh)
+    shapes = jax.eval_shape(lambda: train_step(cfg, model, state, batch)[1])
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def program(state, n):
-        return jax.lax.fori_loop(0, n, lambda _, carry: train_step(cfg, carry[0], batch), (state, zeros))
+        return jax.lax.fori_loop(0, n, lambda _, carry: train_step(cfg, model, carry[0], batch), (state, zeros))
 
     def many(n: int):
         nonlocal state
@@ -86,7 +87,7 @@ def measure_host(cell: ladder.Cell, repeats: int, steps: int = 300, most: int = 
     device    the compiled step, called again and again with one batch, less `call`, what a call of an empty step takes
     looped    for comparison, many steps as one program
     """
-    cfg, mesh = dataclasses.replace(cell.cfg, model=on_device(cell.cfg.model)), make_mesh(cell.cfg.mesh)
+    cfg, mesh = cell.cfg, make_mesh(cell.cfg.mesh)
     short = dataclasses.replace(cfg.train, steps=min(cfg.train.steps, most))
     steppers = {"step": make_stepper(cfg, mesh), "call": make_stepper(cfg, mesh, empty=True)}
     steppers |= {"looped": make_looped(cfg, mesh)}

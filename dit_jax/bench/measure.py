@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, model_config
 from dit_jax.devices.mesh import batch_sharding, make_mesh
 from dit_jax.files import write_file
@@ -63,10 +64,10 @@ def compilations() -> Iterator[list[str]]:
 
 def fixed_batch(cfg: Config, mesh) -> dict:
     """A batch of noise that lies on the devices."""
-    side, rng = cfg.model.input_size, np.random.default_rng(0)
-    images = rng.standard_normal((cfg.train.batch_size, side, side, cfg.model.channels), np.float32)
-    labels = rng.integers(cfg.model.classes, size=cfg.train.batch_size, dtype=np.int32)
-    return jax.device_put({"image": images, "label": labels}, batch_sharding(mesh))
+    side, rows, key = cfg.model.input_size, cfg.train.batch_size, jax.random.key(0)
+    images = np.random.default_rng(0).standard_normal((rows, side, side, cfg.model.channels), np.float32)
+    cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), np.arange(rows), {})
+    return jax.device_put({"image": images, "cond": cond}, batch_sharding(mesh))
 
 
 def empty_step(state, batch: dict):

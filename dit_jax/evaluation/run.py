@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from dit_jax import checkpoint
@@ -29,7 +30,7 @@ from dit_jax.evaluation.protocol import (
 )
 from dit_jax.log import say
 from dit_jax.sampling import parts
-from dit_jax.sampling.draw import describe_job, sample_images, weights_hash
+from dit_jax.sampling.draw import weights_hash
 from dit_jax.workdir.goodput import Ledger, close
 from dit_jax.workdir.records import append_record, protocol_id, read_records
 
@@ -61,15 +62,15 @@ def _check_stop(stop: list, what: str) -> None:
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
     """The held-out loss of each kind of weights."""
-    images, labels = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
+    images, cond = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
     if cfg.eval.max_images:
-        images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
+        images, cond = jax.tree.map(lambda rows: rows[: cfg.eval.max_images], (images, cond))
 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
     def loss(step: int, params) -> tuple[dict, dict]:
-        return held_out_loss(cfg, params, images, labels, mesh, look), {}
+        return held_out_loss(cfg, params, images, cond, mesh, look), {}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
@@ -80,15 +81,18 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
 
 def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: bool) -> Task:
     """The sample metrics of one sampling, that of `cfg.sample`."""
-    protocol, network = sample_protocol(cfg, tools), tools.network
+    protocol, network, sampling = (
+        sample_protocol(cfg, tools),
+        tools.network,
+        dataclasses.replace(tools.sampling, cfg=cfg),
+    )
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
-        drawn = sample_images(cfg, params, cfg.sample, end, cfg.eval.seed, tools.mesh, (), first, tools.decode)
-        for images, labels in _timed(drawn, times):
+        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
             yield network.rows(images).view(np.uint8), labels
 
     def measure(step: int, params) -> tuple[dict, dict] | None:
-        job = describe_job(cfg, params, cfg.sample, step, cfg.eval.seed, (), tools.autoencoder)
+        job = sampling.describe(params, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
         store = parts.Store(folder, job | {"features": network.sha256}, (4 * network.width,))
         with _alone_in(folder, stop):

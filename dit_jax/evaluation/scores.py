@@ -15,7 +15,7 @@ from dit_jax.config import Config, EvalConfig
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import all_of
-from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
 from dit_jax.log import say
 from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall, statistics
@@ -64,7 +64,7 @@ def _on_mesh(apply: Callable, params, mesh) -> Callable[[np.ndarray], np.ndarray
     whole, batch = replicated(mesh), batch_sharding(mesh)
     program = jax.jit(apply, in_shardings=(whole, batch), out_shardings=batch)
     params = jax.device_put(params, whole)
-    count = ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
+    count = ROWS * batch_split(mesh)
 
     def rows(images: np.ndarray) -> np.ndarray:
         filled = np.concatenate([images, np.repeat(images[-1:], -len(images) % count, axis=0)])

@@ -8,7 +8,6 @@ compiler is given. Memory and collectives are those of the program that would ru
 made to compare layouts: it leaves out collectives, whose bytes over the links' bandwidth therefore stand beside it.
 """
 
-import dataclasses
 import json
 
 from absl import flags
@@ -17,14 +16,13 @@ from rich.console import Console
 from dit_jax import hardware
 from dit_jax.config import Config, resolve
 from dit_jax.devices.layout import FSDP
-from dit_jax.devices.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
+from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch, devices_ahead, why_not_compiled
 from dit_jax.error import JobError, UsageError, typed
 from dit_jax.files import check_json, write_file
 from dit_jax.job.launch import launch
 from dit_jax.preflight.compilation import analysis, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.search import changed, search, suggest
 from dit_jax.preflight.text import row, show
-from dit_jax.training.step import on_device
 
 
 def _check(cfg: Config, job: str, topology: hardware.Topology, values) -> list[int]:
@@ -37,7 +35,7 @@ def _check(cfg: Config, job: str, topology: hardware.Topology, values) -> list[i
         typed(values.price, float, "--price")
     if values.search and job != "train":
         raise UsageError("--search: found --job=sample, expected the train step, whose layout there is a choice of")
-    split = topology.devices // mesh.shape["tensor"]
+    split = batch_split(mesh)
     sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
     for size in values.search:
         if not size.isdecimal() or int(size) not in sizes:
@@ -69,7 +67,7 @@ def _one(cfg: Config, job: str, topology: hardware.Topology, values) -> dict:
     if missing := why_not_compiled(topology):
         report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
         return report | {"message": f"not compiled: {missing}"}
-    devices, cfg = devices_ahead(topology), dataclasses.replace(cfg, model=on_device(cfg.model))
+    devices = devices_ahead(topology)
     report, tried = inspect(cfg, job, topology, devices), None
     if not report["fits"] and job == "train":
         report["suggestion"], tried = suggest(cfg, topology, devices, report)
@@ -80,7 +78,6 @@ def _one(cfg: Config, job: str, topology: hardware.Topology, values) -> dict:
 
 def _search(cfg: Config, topology: hardware.Topology, sizes: list[int], console: Console) -> list[dict]:
     """The reports of all layouts, shown as a table."""
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     reports = search(cfg, topology, devices_ahead(topology), sizes)
     for one in reports:
         console.print(row(one))

@@ -13,6 +13,7 @@ from dit_jax import checkpoint, flops
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, to_dict
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.devices.mesh import make_mesh
+from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.protocol import check_config, loss_protocol
@@ -21,7 +22,7 @@ from dit_jax.job.launcher import check_launcher, find_cell, hand_over
 from dit_jax.job.workers import run_cells, use_cache
 from dit_jax.log import clock, say
 from dit_jax.networks.autoencoder import follow_latents
-from dit_jax.sampling.draw import sample_images
+from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.picture import grid
 from dit_jax.scaling import fit, plan, predict, report, runs, table
 from dit_jax.training import loop
@@ -161,6 +162,8 @@ def prepare(cfg: Config, workdir: str) -> None:
     """Make W with the sweep's config as sweep.json, or check that W holds this sweep."""
     loop.open_data(cfg)
     check_config(cfg)
+    if cfg.sweep.extrapolate:
+        check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
     path = os.path.join(workdir, "sweep.json")
     if not os.path.isfile(path):
         make_folder(workdir, "sweep.json", cfg)
@@ -209,13 +212,13 @@ def grid_settings(cfg: Config) -> SampleConfig:
 
 def draw_grid(cfg: Config, cell: Cell) -> str:
     """Guided samples of a run, one row a class: the PNG's path. Drawn once."""
-    settings, classes = grid_settings(cfg), cfg.model.classes
+    settings, classes = grid_settings(cfg), max(cfg.model.classes, 1)
     name = f"grid-{settings.sampler}{settings.steps}-guidance{settings.guidance:g}-{cfg.sweep.grid}.png"
     path = os.path.join(cell.workdir, "samples", name)
     if not os.path.isfile(path):
         _, params = checkpoint.load(cell.workdir, item=settings.weights)
-        mesh = make_mesh(cell.cfg.mesh)
-        parts = list(sample_images(cell.cfg, params, settings, classes * cfg.sweep.grid, cfg.eval.seed, mesh))
+        sampling = open_sampling(dataclasses.replace(cell.cfg, sample=settings), make_mesh(cell.cfg.mesh))
+        parts = list(sampling.images(params, cfg.eval.seed, classes * cfg.sweep.grid))
         images = np.concatenate([part[0] for part in parts])
         by_class = images.reshape(cfg.sweep.grid, classes, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,7 +1,6 @@
 """The training loop: open the data, restore or begin, step, log, save."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import time
@@ -20,8 +19,8 @@ from dit_jax.devices.processes import (
     leader,
     together,
 )
-from dit_jax.diffusion.process import make_process
-from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.diffusion.objective import make_objective
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say
@@ -29,7 +28,7 @@ from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.guard import all_finite, run_twice
 from dit_jax.training.state import abstract_state, make_state, restored_state
-from dit_jax.training.step import make_train_step, on_device
+from dit_jax.training.step import make_train_step
 from dit_jax.workdir.folder import check_same_run, make_folder, provenance, read_config
 from dit_jax.workdir.goodput import Ledger, close, lose, note, write_entry
 from dit_jax.workdir.scalars import open_scalars
@@ -73,9 +72,7 @@ def open_data(cfg: Config):
             raise UsageError(
                 f"{key}: found {found}, expected {expected}, as the data ({data.latents or data.dataset}) has"
             )
-    sampling_times(
-        make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps, cfg.sample.spacing
-    )
+    make_task(cfg)
     return source
 
 
@@ -90,7 +87,6 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         source, cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
-        on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))
         batches = make_batches(
             cfg.data,
             batch_size=cfg.train.batch_size,
@@ -105,7 +101,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         everyone_is_here("workdir")
         try:
             with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, together():
-                return _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
+                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
                 say(f"warning: record {index} was left out: {problem}")
@@ -207,7 +203,7 @@ def _reporter(cfg: Config, first: int, quiet: bool):
     say(
         f"{flops.parameters(cfg.model):,} parameters; MFU is against {peak / 1e12:.3g} TFLOP/s ({source}); compiling ..."
     )
-    step_flops = flops.train_flops(cfg.model, cfg.train.batch_size)
+    step_flops = make_objective(cfg).flops * cfg.train.batch_size
     return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
 
 

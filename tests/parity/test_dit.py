@@ -46,7 +46,7 @@ def inputs(cfg, seed=1):
     """Two images, the second without a class, at two timesteps."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, cfg.input_size, cfg.input_size, cfg.channels), np.float32)
-    return x, np.array([3, 871]), np.array([7, cfg.null_class])
+    return x, np.array([3, 871]), np.array([7, cfg.classes])
 
 
 def peer(torch, diffusers, cfg, params, published_frequencies=True):

@@ -51,7 +51,7 @@ def make_batches(
     def load(k: int) -> dict:
         positions = np.arange(rows) + (k * batch_size + process_index * rows)
         arrays, labels = read(_records_at(positions, len(source), seed))
-        return {"image": finish(arrays, positions), "cond": {"label": labels}}
+        return {"image": finish(arrays, positions), "label": labels}
 
     side = data.image_size if isinstance(source, Records) else max(source.image_shape[:2])
     threads = 0 if data.cache and rows * side**2 < SMALL else data.workers
@@ -106,9 +106,8 @@ def load_arrays(
     source = open_source(data, split) if source is None else source
     if isinstance(source, Records):
         images, labels = _read_all(source, data)
-        return to_float(images), {"label": labels}
-    latents, labels = _read_all(source, data, functools.partial(posterior_mean, source.info))
-    return latents, {"label": labels}
+        return to_float(images), labels
+    return _read_all(source, data, functools.partial(posterior_mean, source.info))
 
 
 def images_in_order(

@@ -15,6 +15,7 @@ from PIL import Image
 from dit_jax import checkpoint, flops
 from dit_jax.config import MeshConfig, SampleConfig
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.process import make_process
 from dit_jax.error import JobError, UsageError
@@ -75,15 +76,15 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     """Recomputed here one image at a time, without batches, meshes or padding."""
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
-    images, labels = load_arrays(cfg.data, "test")
-    found = loss.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
+    images, cond = jax.tree.map(lambda x: x[:21], load_arrays(cfg.data, "test"))
+    found = loss.held_out_loss(cfg, params, images, cond, make_mesh(MeshConfig()))
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
         u = loss.stratified(cfg.eval.seed, np.array([i]), 16)
         assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
         eps = loss.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
-        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(labels[i : i + 1], 16)
+        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(cond["label"][i : i + 1], 16)
         losses, _ = step.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
         table.append(np.asarray(losses))
     per_image = np.mean(table, axis=1)
@@ -108,7 +109,8 @@ def test_protocols_differ_by_ema_and_buckets(workdir):
         dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
     ]
-    ids = {protocol_id(protocol.loss_protocol(c, 355)) for c in [cfg, *others]}
+    held_out = open_source(cfg.data, "test")
+    ids = {protocol_id(protocol.loss_protocol(c, held_out)) for c in [cfg, *others]}
     assert len(ids) == 4
 
 
@@ -271,12 +273,12 @@ def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
     _, params = checkpoint.load(str(workdir), 40)
-    images, labels = load_arrays(cfg.data, "test")
+    images, cond = jax.tree.map(lambda x: x[:41], load_arrays(cfg.data, "test"))
     found = []
     for batch_size, devices in ((128, 1), (1, 1), (20, 8)):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        found.append(loss.held_out_loss(other, params, images[:41], labels[:41], mesh))
+        found.append(loss.held_out_loss(other, params, images, cond, mesh))
     assert all(other == found[0] for other in found)
 
 

@@ -63,7 +63,7 @@ def test_one_two_and_four_processes_train_alike(data_dir, cache_dir, tmp_path):
         lines = scalars(workdir)
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         assert len((workdir / "goodput.jsonl").read_text().splitlines()) == 1
-        assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+        assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
         code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
         assert code == 0, err
         records = {k: v for k, v in read_records(str(workdir)).items() if k[0] == STEPS}

@@ -70,7 +70,7 @@ def test_a_resumed_run_compiles_every_program_once(uninterrupted, tmp_path, cach
         shutil.rmtree(checkpoint.path_of(str(workdir), step))
     code, _, err = run("train", *train(workdir), cache_dir=cache_dir, environment={"COMPILATIONS": str(noted)})
     assert code == 0, err
-    assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+    assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
     check_compilations(noted, workdir, 40)
 
 

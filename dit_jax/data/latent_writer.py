@@ -276,7 +276,8 @@ def _encode(folder: str, info: LatentInfo, index: int, label, values) -> bytes:
         number = operator.index(label)
     except TypeError:
         number = -1
-    if not 0 <= number <= (last := max(info.classes - 1, 0)):
+    last = max(info.classes - 1, 0)
+    if not 0 <= number <= last:
         raise UsageError(f"{where}: found label {label!r}, expected a whole number from 0 to {last}")
     array = np.asarray(values)
     if array.shape != info.record_shape or not (array.dtype.kind == "f" or array.dtype == DTYPES["bfloat16"]):

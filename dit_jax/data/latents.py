@@ -184,30 +184,13 @@ def open_split(data: DataConfig, split: str) -> LatentRecords:
     return dataclasses.replace(found, flip=data.flip, skips=Skips(data.skip_bad))
 
 
-def open_latents(
-    folder: str,
-    *,
-    dtype: str = "",
-    autoencoder_sha256: str = "",
-    shape: tuple = (),
-    classes: int = 0,
-    verify: bool = False,
-) -> LatentRecords:
-    """The latents in `folder`. `dtype` to `classes` state what the caller expects; an empty value expects nothing.
+def open_latents(folder: str, verify: bool = False) -> LatentRecords:
+    """The latents in `folder`.
 
     `verify` reads every shard and compares its SHA-256; without it, shards are compared in size and number of records
     here, and each record when it is read. Raises UsageError naming the file, what was found and what was expected.
     """
-    path = os.path.join(folder, NOTES)
-    info, notes = read_notes(path)
-    wanted = {"dtype": dtype, "autoencoder_sha256": autoencoder_sha256, "shape": tuple(shape), "classes": classes}
-    for name, value in wanted.items():
-        found = getattr(info, name)
-        if value and found != value:
-            of = f" (autoencoder {info.autoencoder!r})" if name == "autoencoder_sha256" else ""
-            raise UsageError(
-                f"latents {path}: {name}: found {found}{of}, expected {value}; encode again, or change that"
-            )
+    info, notes = read_notes(os.path.join(folder, NOTES))
     readers = tuple(_open_shard(folder, file, verify) for file in notes["shards"])
     return LatentRecords(folder, info, notes["content"], tuple(notes["shards"]), readers)
 

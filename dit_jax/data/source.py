@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from dit_jax.data import latents, tfds
 from dit_jax.data.skip import Skips
 
 
+@runtime_checkable  # for the checks of types under pytest
 class Source(Protocol):
     """The records of one split, read at random by several threads. Raises UsageError naming a record that cannot be read.
 

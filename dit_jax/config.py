@@ -39,9 +39,8 @@ class ModelConfig:
     unroll: int = 1  # blocks per iteration of the layer scan; `depth` unrolls it whole
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll"):
+        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "classes", "mlp_ratio", "unroll"):
             in_range(f"model.{name}", getattr(self, name), 1)
-        in_range("model.classes", self.classes, 0)
         choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))

@@ -66,7 +66,7 @@ def fixed_batch(cfg: Config, mesh) -> dict:
     side, rng = cfg.model.input_size, np.random.default_rng(0)
     images = rng.standard_normal((cfg.train.batch_size, side, side, cfg.model.channels), np.float32)
     labels = rng.integers(cfg.model.classes, size=cfg.train.batch_size, dtype=np.int32)
-    return jax.device_put({"image": images, "cond": {"label": labels}}, batch_sharding(mesh))
+    return jax.device_put({"image": images, "label": labels}, batch_sharding(mesh))
 
 
 def empty_step(state, batch: dict):

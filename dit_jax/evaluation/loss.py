@@ -55,7 +55,7 @@ def make_losses(model, diffusion, evaluation: EvalConfig, mesh):
 
 
 def held_out_loss(
-    cfg: Config, params, images: np.ndarray, labels: dict, mesh, look: Callable[[], None] = lambda: None
+    cfg: Config, params, images: np.ndarray, labels: np.ndarray, mesh, look: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Mean loss over the fixed set, its standard error over images, and the mean per bucket of t (0 = least noise).
 
@@ -63,7 +63,6 @@ def held_out_loss(
     computes about PAIRS pairs at a time, so that batch size and number of devices change nothing: with the batch as the
     shape of the program the loss moved by up to 3e-9 of itself in float32, 6e-5 in bfloat16. `look()` is called per batch.
     """
-    labels = labels["label"]
     losses = make_losses(on_device(cfg.model), cfg.diffusion, dataclasses.replace(cfg.eval, samples=0), mesh)
     rows = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, PAIRS // cfg.eval.times_per_image)
     batch = -(-cfg.eval.batch_size // rows) * rows

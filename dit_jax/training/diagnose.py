@@ -20,7 +20,7 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
     names: list[str] = []
 
     def examine(params, batch):
-        images, labels = batch["image"], batch["cond"]["label"]
+        images, labels = batch["image"], batch["label"]
         t, eps, labels = draw(cfg, step_key(cfg, state.step - 1), images, labels)
         process = make_process(cfg.diffusion, cfg.model.learn_sigma)
         outputs = dit.activations(cfg.model, params, process.noise(images, t, eps), process.model_time(t), labels)

@@ -55,7 +55,7 @@ def abstract_batch(cfg: Config, mesh) -> dict:
     shape = (rows, model.input_size, model.input_size, model.channels)
     return {
         "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-        "cond": {"label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding)},
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding),
     }
 
 

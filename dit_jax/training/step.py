@@ -70,7 +70,7 @@ def train_step(
 
     A step that the guard refuses counts as a step and leaves parameters, EMA and optimizer as they were, bit for bit.
     """
-    t, eps, labels = draw(cfg, step_key(cfg, state.step), batch["image"], batch["cond"]["label"])
+    t, eps, labels = draw(cfg, step_key(cfg, state.step), batch["image"], batch["label"])
     (loss, parts), grads = gradients(cfg, state.params, batch["image"], labels, t, eps, placement=placement)
     updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -23,8 +23,8 @@ from rich.table import Table
 from dit_jax import checkpoint, flops
 from dit_jax.bench import measure
 from dit_jax.config import Config, DataConfig, TrainConfig, model_config, resolve
+from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.latent_writer import write_latents
-from dit_jax.data.latents import LatentInfo
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.files import check_json

@@ -17,7 +17,7 @@ import optax
 from absl import flags
 
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline, tfds_records
+from dit_jax.data import pipeline, source
 from dit_jax.job.launch import launch
 from dit_jax.models import digit_features
 
@@ -57,7 +57,7 @@ def train(data: DataConfig, steps: int, seed: int) -> dict:
     batches = pipeline.make_batches(data, batch_size=BATCH, seed=seed)
     for k in range(steps):
         batch = next(batches)
-        params, state = step(params, state, k, batch["image"], batch["label"])
+        params, state = step(params, state, k, batch["image"], batch["cond"]["label"])
     return params
 
 
@@ -84,10 +84,11 @@ def run(out: str, steps: int, seed: int, data_dir: str) -> dict:
     """Trains, measures, writes; returns the notes."""
     data = DataConfig(data_dir=data_dir)
     params = train(data, steps, seed)
-    held_out = tfds_records.describe(data.dataset, data.held_out_split, data_dir)
+    held_out = source.open_source(data, data.held_out_split)
+    images, cond = pipeline.load_arrays(data, data.held_out_split, held_out)
     meta = {
-        "accuracy": accuracy(params, *pipeline.load_arrays(data, data.held_out_split)),
-        "held_out": held_out,
+        "accuracy": accuracy(params, images, cond["label"]),
+        "held_out": held_out.describe(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "command": f"python benchmarks/train_digit_features.py --out=DIR --steps={steps} --seed={seed}",
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},

@@ -94,7 +94,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = "digits"  # a TFDS name; `digits` is built by dit_jax.data.datasets
+    dataset: str = "digits"  # a TFDS name; `digits` is built on first use
     split: str = "train"
     held_out_split: str = "test"  # never trained on
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets

@@ -18,8 +18,8 @@ import dataclasses
 from absl import flags
 
 from dit_jax.config import resolve
+from dit_jax.data.latent_notes import DTYPES
 from dit_jax.data.latent_writer import SHARD_BYTES
-from dit_jax.data.latents import DTYPES
 from dit_jax.job.launch import launch, stop_flag
 from dit_jax.networks.encoding import encode_splits, open_job
 

@@ -16,6 +16,7 @@ from dit_jax import checkpoint, flops
 from dit_jax.bind import bind
 from dit_jax.config import MeshConfig, SampleConfig
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
@@ -76,8 +77,8 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     """Recomputed here one image at a time, without batches, meshes or padding."""
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
-    images, cond = load_arrays(cfg.data, "test")
-    found = loss.held_out_loss(cfg, params, images[:21], {"label": cond["label"][:21]}, make_mesh(MeshConfig()))
+    images, cond = jax.tree.map(lambda x: x[:21], load_arrays(cfg.data, "test"))
+    found = loss.held_out_loss(cfg, params, images, cond, make_mesh(MeshConfig()))
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
@@ -110,7 +111,8 @@ def test_protocols_differ_by_ema_and_buckets(workdir):
         dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
     ]
-    ids = {protocol_id(protocol.loss_protocol(c, 355)) for c in [cfg, *others]}
+    held_out = open_source(cfg.data, "test")
+    ids = {protocol_id(protocol.loss_protocol(c, held_out)) for c in [cfg, *others]}
     assert len(ids) == 4
 
 
@@ -275,12 +277,12 @@ def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
     _, params = checkpoint.load(str(workdir), 40)
-    images, labels = load_arrays(cfg.data, "test")
+    images, cond = jax.tree.map(lambda x: x[:41], load_arrays(cfg.data, "test"))
     found = []
     for batch_size, devices in ((128, 1), (1, 1), (20, 8)):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        found.append(loss.held_out_loss(other, params, images[:41], labels[:41], mesh))
+        found.append(loss.held_out_loss(other, params, images, cond, mesh))
     assert all(other == found[0] for other in found)
 
 

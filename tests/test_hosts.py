@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from job import Job, run
-from runs import TIMINGS, saved, scalars, train
+from runs import TIMINGS, other_digits, saved, scalars, train
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
@@ -63,7 +63,7 @@ def test_one_two_and_four_processes_train_alike(data_dir, cache_dir, tmp_path):
         lines = scalars(workdir)
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         assert len((workdir / "goodput.jsonl").read_text().splitlines()) == 1
-        assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+        assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
         code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
         assert code == 0, err
         records = {k: v for k, v in read_records(str(workdir)).items() if k[0] == STEPS}
@@ -171,6 +171,17 @@ def test_hosts_with_another_config_or_folder_are_refused_by_all(tmp_path, data_d
         * 2
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_hosts_with_other_records_are_refused_by_all(tmp_path, data_dir, cache_dir):
+    """Also where they have the same name, in folders that each host has for itself."""
+    other = f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"
+    run_folder = tmp_path / "run"
+    codes, said = two(cache_dir, train(run_folder), train(run_folder, other))
+    assert codes == [2, 2], said
+    expected = "found 721 on process 1, expected 1442 as on process 0; give every host the same data"
+    assert said == [f"error: data.dataset: records: {expected}\n"] * 2
+    assert not run_folder.exists()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline, tfds_records
+from dit_jax.data import pipeline, source
 from dit_jax.error import UsageError
 from dit_jax.metrics import frechet
 from dit_jax.models import digit_features
@@ -150,11 +150,11 @@ def test_fd_digits_tells_digits_from_noise(data, network):
 
 def test_recorded_accuracy_is_reproduced(data, network):
     apply, params, meta = network
-    images, labels = pipeline.load_arrays(data, "test")
+    images, cond = pipeline.load_arrays(data, "test")
     found, logits = apply(params, images)
     assert found.shape == (len(images), digit_features.WIDTH) and found.dtype == np.float32
-    assert np.mean(np.argmax(np.asarray(logits), 1) == labels) == meta["accuracy"] >= 0.98
-    assert tfds_records.describe("digits", "test", data.data_dir) == meta["held_out"]
+    assert np.mean(np.argmax(np.asarray(logits), 1) == cond["label"]) == meta["accuracy"] >= 0.98
+    assert source.open_source(data, "test").describe() == meta["held_out"]
 
 
 def test_shipped_weights_match_their_notes(network):
@@ -191,8 +191,8 @@ def test_training_writes_what_load_reads(data, tmp_path):
     params, found = digit_features.load(tmp_path / "new")
     assert found["accuracy"] == meta["accuracy"] and found["command"].endswith("--steps=3 --seed=1")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["digit_features.json", "digit_features.safetensors"]
-    images, labels = pipeline.load_arrays(data, "test")
-    assert features.accuracy(params, images, labels) == meta["accuracy"]
+    images, cond = pipeline.load_arrays(data, "test")
+    assert features.accuracy(params, images, cond["label"]) == meta["accuracy"]
 
 
 def test_augmentation_only_shifts_and_adds_bounded_noise():

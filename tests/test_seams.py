@@ -63,7 +63,7 @@ def test_a_sampler_is_one_function_and_one_row(cfg, monkeypatch):
     assert sampling.flops == 12 * flops.forward_flops(chosen.model)  # 3 steps, 2 evaluations, guided
     assert sampling.describe(params, 0, 0)["sample.sampler"] == "midpoint"
     chain = dataclasses.replace(chosen, diffusion=DiffusionConfig())
-    with pytest.raises(UsageError, match="sample.sampler: found 'midpoint' for DDPM, expected a flow"):
+    with pytest.raises(UsageError, match=r"sample.sampler: found .midpoint. for DDPM, expected a flow"):
         open_sampling(chain, make_mesh(chain.mesh))
 
 

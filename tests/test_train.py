@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from job import TINY, compilations, run
-from runs import EVERY, STEPS, saved, scalars, train
+from runs import EVERY, STEPS, other_digits, saved, scalars, train
 
 from dit_jax import checkpoint
 from dit_jax.config import DataConfig
@@ -70,7 +70,7 @@ def test_a_resumed_run_compiles_every_program_once(uninterrupted, tmp_path, cach
         shutil.rmtree(checkpoint.path_of(str(workdir), step))
     code, _, err = run("train", *train(workdir), cache_dir=cache_dir, environment={"COMPILATIONS": str(noted)})
     assert code == 0, err
-    assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+    assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
     check_compilations(noted, workdir, 40)
 
 
@@ -152,6 +152,16 @@ def test_unreadable_data_is_named_and_nothing_is_written(tmp_path, data_dir, cac
     code, _, err = run("train", *train(workdir, f"--config.data.data_dir={damaged}"), cache_dir=cache_dir)
     assert code == 2 and len(err.strip().splitlines()) == 1, err
     assert file.name in err and not workdir.exists()
+
+
+def test_a_run_does_not_go_on_with_other_records_of_the_same_name(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    other = f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"
+    code, _, err = run("train", *train(workdir, other, steps=STEPS + 1), cache_dir=cache_dir)
+    expected = "data.dataset: records: found 721, expected 1442, as in the data that this run has been trained on; "
+    assert code == 2 and expected in err and "start a new run in another --workdir" in err, err
+    assert saved(workdir)["data"]["next_index"] == STEPS
 
 
 def test_what_a_kill_at_the_start_left_is_no_foreign_folder(tmp_path, cache_dir):

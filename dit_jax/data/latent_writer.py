@@ -24,18 +24,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.data.latents import (
-    DTYPES,
-    MAX_SHARDS,
-    NOTES,
-    VERSION,
-    LatentInfo,
-    LatentRecords,
-    checksum,
-    file_sha256,
-    open_latents,
-    shard_name,
-)
+from dit_jax.data.latent_notes import DTYPES, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
+from dit_jax.data.latents import LatentRecords, file_sha256, open_latents
 from dit_jax.data.shard import open_shard
 from dit_jax.error import JobError, UsageError
 from dit_jax.files import LONGEST, parse_json, sync
@@ -63,7 +53,7 @@ class _Shards:
 def write_latents(
     folder: str, info: LatentInfo, examples: Iterable, *, shard_bytes: int = SHARD_BYTES
 ) -> LatentRecords:
-    """Writes `examples`, pairs (label, array of `info.record_shape`), in their order, and opens the result.
+    """Writes `examples`, pairs (label, array of `info.record_shape`), in their order, and opens the result. No labels: 0.
 
     Memory holds one record at a time. Leftovers of a writer that was killed are removed first; where this one fails, it
     removes its own. Raises UsageError naming the record that cannot be stored, or where the folder holds other files,
@@ -286,8 +276,9 @@ def _encode(folder: str, info: LatentInfo, index: int, label, values) -> bytes:
         number = operator.index(label)
     except TypeError:
         number = -1
-    if not 0 <= number < info.classes:
-        raise UsageError(f"{where}: found label {label!r}, expected a whole number from 0 to {info.classes - 1}")
+    last = max(info.classes - 1, 0)
+    if not 0 <= number <= last:
+        raise UsageError(f"{where}: found label {label!r}, expected a whole number from 0 to {last}")
     array = np.asarray(values)
     if array.shape != info.record_shape or not (array.dtype.kind == "f" or array.dtype == DTYPES["bfloat16"]):
         expected = f"floating point {info.record_shape} (copies, parts, h, w, c)"

@@ -167,17 +167,14 @@ def check_config(config: Mapping[str, object]) -> None:
         compare(gather({key: value for key, value in config.items() if key not in OWN}))
 
 
-def compare(configs: list[dict]) -> None:
-    """Raises UsageError naming the first key that differs among the configs of process 0, 1, ..."""
+def compare(configs: list[dict], advice: str = "start the same command on every host") -> None:
+    """Raises UsageError naming the first key that differs among the configs of process 0, 1, ..., and the advice."""
     first = configs[0]
     for index, other in enumerate(configs[1:], 1):
         for key in {**first, **other}:
             if (key in first, first.get(key)) != (key in other, other.get(key)):
                 has, found = (shown(c[key]) if key in c else "no such key" for c in (first, other))
-                raise CommonError(
-                    f"{key}: found {found} on process {index}, expected {has} as on process 0; start the same command on every "
-                    "host"
-                )
+                raise CommonError(f"{key}: found {found} on process {index}, expected {has} as on process 0; {advice}")
 
 
 def check_folder(workdir: str) -> None:

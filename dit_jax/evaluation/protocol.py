@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
-from dit_jax.data.source import describe
+from dit_jax.data.source import Source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
@@ -28,22 +28,22 @@ def weights_protocol(cfg: Config) -> dict:
     return {"weights": {"ema": cfg.optim.ema, **width}}
 
 
-def loss_protocol(cfg: Config, images: int) -> dict:
+def loss_protocol(cfg: Config, held_out: Source) -> dict:
     """Everything that the held-out loss depends on besides the checkpoint."""
-    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+    process, data = make_process(cfg.diffusion, cfg.model.learn_sigma), held_out.describe()
     return {
-        "data": describe(cfg.data, cfg.data.held_out_split) | {"image_size": cfg.data.image_size},
+        "data": data | {"image_size": cfg.data.image_size},
         **weights_protocol(cfg),
         "held_out": {
-            "images": images,
+            "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
             "times_per_image": cfg.eval.times_per_image,
             "buckets": cfg.eval.buckets,
             "seed": cfg.eval.seed,
-            "labels": "true",
-            **({"latents": "mean of the posterior"} if cfg.data.latents else {}),
+            "labels": "true" if held_out.classes else "none",
+            **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
         "process": processes.describe(process),
-        **({} if cfg.data.latents else {"autoencoder": "none"}),  # that of latents is stated with the data
+        **({} if "autoencoder" in data else {"autoencoder": "none"}),  # that of latents is stated with the data
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }

@@ -13,7 +13,7 @@ import numpy as np
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import all_of
+from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError
 from dit_jax.evaluation import scores
@@ -62,9 +62,9 @@ def _check_stop(stop: list, what: str) -> None:
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
     """The held-out loss of each kind of weights."""
-    images, cond = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
-    if cfg.eval.max_images:
-        images, cond = jax.tree.map(lambda rows: rows[: cfg.eval.max_images], (images, cond))
+    held_out = open_source(all_of(cfg.data), cfg.data.held_out_split)
+    arrays = load_arrays(cfg.data, cfg.data.held_out_split, held_out)
+    images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
@@ -75,7 +75,7 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
         chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
-        found.append(Task(chosen, loss_protocol(chosen, len(images)), loss))
+        found.append(Task(chosen, loss_protocol(chosen, held_out), loss))
     return found
 
 

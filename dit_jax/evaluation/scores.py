@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import Config, EvalConfig
-from dit_jax.data import source as sources
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import all_of
+from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
 from dit_jax.log import say
@@ -176,9 +175,9 @@ class Reference:
 def open_reference(cfg: Config, network: Network) -> Reference:
     """The npz of `eval.reference`, else the images of `data.split`. Raises UsageError when it is another network's."""
     if not cfg.eval.reference:
-        images, _ = load_arrays(all_of(cfg.data), cfg.data.split)
-        rows = network.rows(as_uint8(images))
-        source = sources.describe(cfg.data, cfg.data.split) | {"images": len(images)}
+        split = open_source(all_of(cfg.data), cfg.data.split)
+        rows = network.rows(as_uint8(load_arrays(cfg.data, cfg.data.split, split)[0]))
+        source = split.describe() | {"images": len(split)}
         return _of_rows([rows], network, source, f"{cfg.data.dataset} {cfg.data.split}")
     found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
     source = {"sha256": found.sha256}

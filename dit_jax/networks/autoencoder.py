@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import AutoencoderConfig, Config
-from dit_jax.data.latents import NOTES, LatentInfo, read_info
+from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
 from dit_jax.models import vae

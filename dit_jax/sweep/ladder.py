@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, to_dict
-from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import Source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import UsageError
@@ -99,12 +99,6 @@ def run_cell(cell: Cell, quiet: bool = True) -> dict:
     return evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet)[0]
 
 
-def loss_protocol_id(cfg: Config) -> str:
-    """The protocol that all cells are compared under; a cell may carry records of others."""
-    images = len(load_arrays(cfg.data, cfg.data.held_out_split)[0])
-    return identify(loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
-
-
 def finished(cell: Cell, protocol_id: str) -> bool:
     """Whether the cell's last step has its record."""
     return (cell.cfg.train.steps, protocol_id) in read_records(cell.workdir)
@@ -158,22 +152,23 @@ def _eta(done: float, total: float, start: float) -> str:
     return clock((total - done) * (time.monotonic() - start) / done) if done else "?"
 
 
-def prepare(cfg: Config, workdir: str) -> None:
-    """Make W with the sweep's config as sweep.json, or check that W holds this sweep."""
-    loop.open_data(cfg)
+def prepare(cfg: Config, workdir: str) -> Source:
+    """Make W with the sweep's config as sweep.json, or check that W holds this sweep; returns the held-out split."""
+    _, held_out = loop.open_data(cfg)
     check_config(cfg)
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
     path = os.path.join(workdir, "sweep.json")
     if not os.path.isfile(path):
         make_folder(workdir, "sweep.json", cfg)
-        return
+        return held_out
     old, new = (flatten(to_dict(c)) for c in (read_config(workdir, "sweep.json"), cfg))
     free = ("sweep.processes", "sweep.grid", "data.data_dir")
     changed = [k for k in new if new[k] != old[k] and not k.startswith(free)]
     if changed:
         key = changed[0]
         raise UsageError(f"{workdir} holds another sweep: {key} is {old[key]!r} there, {new[key]!r} in the command")
+    return held_out
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:
@@ -277,8 +272,7 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
     """The ladder, its law and the report; returns the cells that failed."""
     cfg = follow_latents(cfg)
     cells = make_cells(cfg, workdir)
-    prepare(cfg, workdir)
-    cache, protocol_id = os.path.join(workdir, "compiled"), loss_protocol_id(cfg)
+    cache, protocol_id = os.path.join(workdir, "compiled"), identify(loss_protocol(cfg, prepare(cfg, workdir)))
     failed = run_ladder(cells, cfg.sweep.processes, cache, protocol_id)
     use_cache(cache)
     try:
@@ -300,9 +294,9 @@ def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> No
     chosen = None if asked is None else cells[find_cell(names, asked)]
     if chosen is None:
         check_launcher(launcher, "sweep")
-    prepare(cfg, workdir)
+    held_out = prepare(cfg, workdir)
     if chosen is None:
-        protocol_id = loss_protocol_id(cfg)
+        protocol_id = identify(loss_protocol(cfg, held_out))
         todo = [i for i, cell in enumerate(cells) if not finished(cell, protocol_id)]
         hand_over(launcher, "sweep", names, todo, conclude=True)
         return

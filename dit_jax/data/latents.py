@@ -27,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError, shown
+from dit_jax.files import file_sha256
 
 NOTES = "latents.json"
 VERSION = 1
@@ -334,11 +335,6 @@ def _open_shard(folder: str, shard: dict, verify: bool) -> ArrayRecordReader:
     if records != shard["records"]:
         raise UsageError(f"latents {path}: found {records} records, expected {shard['records']}; {ADVICE}")
     return reader
-
-
-def file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _keys(name: str, found, kinds: dict) -> None:

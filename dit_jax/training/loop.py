@@ -24,7 +24,7 @@ from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.job.launch import stop_flag
-from dit_jax.log import progress, say
+from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.guard import all_finite, run_twice
@@ -108,7 +108,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
                 return _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
-                say(f"warning: record {index} was left out: {problem}")
+                warn(f"record {index} was left out: {problem}")
 
 
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:

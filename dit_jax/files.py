@@ -78,7 +78,7 @@ def numbered(lines: IO, path: str, most: float = LARGEST) -> Iterator[tuple]:
 
 @contextlib.contextmanager
 def whole(path: str, unfinished: str = "") -> Iterator[str]:
-    """The name of a file to write, which becomes `path` when all went well and is deleted when not.
+    """The name of a file or folder to write, which becomes `path` when all went well and is deleted when not.
 
     `unfinished`: the name until then; by default one beside `path` that no other process takes.
     """
@@ -89,7 +89,7 @@ def whole(path: str, unfinished: str = "") -> Iterator[str]:
         rename(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(unfinished)
+            delete(unfinished)
         raise
 
 
@@ -99,17 +99,11 @@ def new_folder(path: str) -> Iterator[str]:
 
     `path` must not exist, or be an empty folder. What a killed job left behind is removed by the next one.
     """
-    path = os.path.abspath(path)
-    unfinished = path + ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = os.path.abspath(path) + ".unfinished"
+    delete(unfinished)
     os.makedirs(unfinished)
-    try:
+    with whole(os.path.abspath(path), unfinished):
         yield unfinished
-        sync(unfinished)
-        rename(unfinished, path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def write_file(path: str, content: str | bytes) -> None:
@@ -203,8 +197,8 @@ def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterato
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            text = f"notice: {path}: no locks on this file system; run one job at a time on its folder"
-            logging.getLogger("dit_jax").warning(text)
+            why = "no locks on this file system; run one job at a time on its folder"
+            logging.getLogger("dit_jax").warning(f"notice: {path}: {why}")
             break
     try:
         yield

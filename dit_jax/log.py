@@ -40,17 +40,17 @@ def say(message: str) -> None:
 
 
 def notice(message: str) -> None:
-    """Something is left out or tidied up; the result is the same."""
+    """A line on what is left out or tidied up, with the same result."""
     LOGGER.warning(f"notice: {message}")
 
 
 def warn(message: str) -> None:
-    """Something is wrong, and the job goes on."""
+    """A line on what is wrong, while the job goes on."""
     LOGGER.warning(f"warning: {message}")
 
 
 def complain(message: str) -> None:
-    """Something failed."""
+    """A line on what failed."""
     LOGGER.error(f"error: {message}")
 
 

@@ -6,6 +6,7 @@ Without `latents.json` a folder is no latents: what a killed writer leaves is ne
     latents-00000.part     the shard that is being written
     latents-00000.whole    one that is finished and synced
     latents.job            what the shards are of: a folder holds those of one job only
+    latents.lock           held by the process that writes
 """
 
 import contextlib

@@ -90,10 +90,8 @@ def _nest(flat: Mapping, where: str) -> dict:
         *folders, leaf = name.split("/")
         inside = tree
         for part in folders:
-            inside = inside.setdefault(part, {})
-            if not isinstance(inside, dict):
-                raise UsageError(f"{where}: {name}: found a tensor and a group of the same name")
-        if leaf in inside:
+            inside = inside.setdefault(part, {}) if isinstance(inside, dict) else inside
+        if not isinstance(inside, dict) or leaf in inside:
             raise UsageError(f"{where}: {name}: found a tensor and a group of the same name")
         inside[leaf] = value
     return tree

@@ -7,6 +7,7 @@ CORE = [
     "array_record",
     "clu",
     "etils[epath]",
+    "filelock",
     "flax>=0.12,<0.13",
     "grain",
     "importlib_resources",

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dit_jax import checkpoint, flops
 from dit_jax.bench import measure
@@ -29,7 +27,7 @@ from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.files import check_json
 from dit_jax.job.launch import launch
-from dit_jax.log import say
+from dit_jax.log import say, table
 from dit_jax.training import loop
 from dit_jax.training.guard import run_twice
 from dit_jax.training.state import make_state
@@ -148,31 +146,31 @@ def measure_latents(folder: str, repeats: int, batches: int = 40, batch_size: in
     return {"batch_size": batch_size, "latents_per_core_second": measure.spread(rates[1:]), "target": LATENTS_TARGET}
 
 
-def show(found: dict, console: Console) -> None:
+def show(found: dict) -> None:
     """The tables: medians (ranges)."""
     share = f"share of {EVERY:,} steps (target <= {CHECKPOINT_TARGET:.0%})"
-    table = Table("checkpoint: width", "MB", "hash, ms", "verify, ms", "step, ms", share)
+    rows = []
     for row in found["checkpoint"]:
         times = [measure.shown(row[f"{name}_ms"], 1) for name in ("write", "verify", "step")]
         reached = measure.verdict(row["share"]["median"] <= row["target"])
         cells = [str(row["size"][0]), f"{row['bytes'] / 1e6:.1f}", *times]
-        table.add_row(*cells, f"{measure.shown(row['share'], 3, True)}: {reached}")
-    console.print(table)
+        rows.append((*cells, f"{measure.shown(row['share'], 3, True)}: {reached}"))
+    table(("checkpoint: width", "MB", "hash, ms", "verify, ms", "step, ms", share), rows)
     added, quartiles = found["replay"]["added_steps"]["median"], found["replay"]["quartiles"]
     costs = ", ".join(f"N = {every}: {added / every:.1%} (1/N = {1 / every:.0%})" for every in REPLAYS)
     low, high = quartiles
-    console.print(
+    print(
         f"replay: a step that is computed twice takes {added:.2f} steps more (quartiles {low:.2f} to {high:.2f}); {costs}"
     )
-    table = Table("data", "width", "batch", "step, ms", f"wait (target < {DATA_TARGET:.0%})")
+    rows = []
     for name, row in found["data"].items():
         reached = measure.verdict(row["share"]["median"] < DATA_TARGET)
         cells = [name, str(row["size"][0]), str(row["batch_size"]), measure.shown(row["step_ms"], 1)]
-        table.add_row(*cells, f"{measure.shown(row['share'], 2, True)}: {reached}")
-    console.print(table)
+        rows.append((*cells, f"{measure.shown(row['share'], 2, True)}: {reached}"))
+    table(("data", "width", "batch", "step, ms", f"wait (target < {DATA_TARGET:.0%})"), rows)
     rate = found["latents"]["latents_per_core_second"]
     reached = measure.verdict(rate["median"] >= LATENTS_TARGET)
-    console.print(f"latents a second and core (target >= {LATENTS_TARGET:,}): {measure.shown(rate)}: {reached}")
+    print(f"latents a second and core (target >= {LATENTS_TARGET:,}): {measure.shown(rate)}: {reached}")
 
 
 def main() -> None:

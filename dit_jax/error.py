@@ -1,9 +1,9 @@
 """What the user is told when something is wrong: two errors of one line each, safe to print whatever file they quote."""
 
 import difflib
+import logging
 import math
 import re
-import sys
 import traceback
 import types
 
@@ -45,8 +45,7 @@ def shown(value) -> str:
 
 def choice(name: str, found, allowed) -> None:
     if found not in allowed:
-        near = difflib.get_close_matches(str(found)[:100], [str(a) for a in allowed], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = "".join(f"; did you mean {near!r}?" for near in alike(str(found), map(str, allowed)))
         raise UsageError(f"{name}: found {shown(found)}, expected one of {', '.join(map(str, allowed))}{hint}")
 
 
@@ -60,9 +59,14 @@ def in_range(name: str, found, low=-math.inf, high=math.inf) -> None:
         raise UsageError(f"{name}: found {shown(found)}, expected {expected}")
 
 
+def alike(name: str, known, most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The known names that look most like `name`, the nearest first."""
+    return difflib.get_close_matches(name[:100], list(known), most, cutoff)
+
+
 def nearest(key: str, known) -> str:
     """A hint at the known key that looks most like `key`."""
-    near = difflib.get_close_matches(key[:100], list(known), 1, cutoff=0.4)
+    near = alike(key, known, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
 
 
@@ -115,5 +119,5 @@ def report(error: BaseException) -> int:
 
 
 def _complain(message, code: int, kind: str = "error") -> int:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    logging.getLogger("dit_jax").error(f"{kind}: {message}")
     return code

@@ -1,5 +1,6 @@
 """The benchmark in a tiny setting: its structure and its arithmetic, never its timings. Beside its peer: tests/parity/test_torch_dit.py."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from job import ROOT, environment, run
-from rich.console import Console
 from runs import train
 
 from dit_jax import files, flops
@@ -160,8 +160,8 @@ def test_parts_of_a_step_sum_to_the_wall():
 
 
 def tables(found):
-    out = io.StringIO()
-    table.show(found, Console(file=out, width=150))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        table.show(found)
     return out.getvalue()
 
 

@@ -463,7 +463,7 @@ def test_a_networks_folder_is_read_strictly(tmp_path):
         (meta.replace('"parameters": 20', '"parameters": 21'), "found 20 parameters, expected 21"),
         (meta.replace('"parameters": 20', '"parameters": "20"'), "parameters: found a str, expected int"),
         (meta.replace('"config"', '"configs"'), "found other keys than expected"),
-        ("[]", "found other keys than expected"),
+        ("[]", "found a list, expected an object"),
     ):
         (folder / "meta.json").write_text(changed)
         with pytest.raises(UsageError, match=expected):

@@ -210,7 +210,7 @@ def test_an_output_of_another_job_or_of_nobody_is_never_overwritten(workdir, tmp
 @pytest.fixture
 def one_part(monkeypatch):
     """However slow the machine, what is drawn before a stop is one part."""
-    monkeypatch.setattr(samples, "PART_SECONDS", 3600.0)
+    monkeypatch.setattr(parts, "PART_SECONDS", 3600.0)
 
 
 @pytest.mark.usefixtures("one_part")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, model_config
@@ -138,15 +137,13 @@ def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def publish(found: dict, show: Callable[[dict, Console], None], path: str, names: tuple[str, ...]) -> None:
+def publish(found: dict, show: Callable[[dict], None], path: str, names: tuple[str, ...]) -> None:
     """The tables on the screen under what was measured and the versions of `names`, and all figures to the file `path` (if any)."""
-    about, console = found["machine"], Console(width=150, highlight=False)
+    about = found["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
     load = "" if about["load"] is None else f", load {about['load']:.1f}"
-    console.print(
-        f"{about['device']}, {about['cores']} core{'s'[: about['cores'] > 1]}{load}; {about['date']}; {versions}"
-    )
-    console.print("Medians (lowest to highest of the repeats).\n")
-    show(found, console)
+    print(f"{about['device']}, {about['cores']} core{'s'[: about['cores'] > 1]}{load}; {about['date']}; {versions}")
+    print("Medians (lowest to highest of the repeats).\n")
+    show(found)
     if path:
         write_file(path, json.dumps(found, indent=1) + "\n")

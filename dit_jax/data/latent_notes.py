@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.error import UsageError, shown
+from dit_jax.files import parse_json, read
 
 NOTES = "latents.json"
 VERSION = 1
@@ -119,17 +120,16 @@ def _load_notes(path: str) -> dict:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_NOTES:
             raise UsageError(f"latents {path}: found no regular file of up to {_MAX_NOTES} bytes; {ADVICE}")
-        with open(path, "rb") as file:
-            notes = json.loads(file.read(_MAX_NOTES))
+        notes = parse_json(read(path, _MAX_NOTES), _MAX_NOTES)
     except FileNotFoundError:
         raise UsageError(
             f"latents {path}: found no such file, so the latents are not complete; run encode (again)"
         ) from None
     except OSError as error:
         raise UsageError(f"latents {path}: cannot read it: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except ValueError as error:
         raise UsageError(f"latents {path}: found what is no JSON ({error}); {ADVICE}") from error
     try:
         if isinstance(notes, dict) and notes.get("version", VERSION) != VERSION:

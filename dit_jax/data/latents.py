@@ -6,7 +6,6 @@ and its mirror image where `mirrored`. Parts: the mean of the posterior, and its
 """
 
 import dataclasses
-import hashlib
 import os
 import zlib
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from dit_jax.data.posterior import posterior_mean, sample_posterior
 from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
+from dit_jax.files import file_sha256
 
 _EXPONENT = {
     "float16": ("u2", 0x7C00),
@@ -221,8 +221,3 @@ def _open_shard(folder: str, shard: dict, verify: bool) -> ArrayRecordReader:
     if records != shard["records"]:
         raise UsageError(f"latents {path}: found {records} records, expected {shard['records']}; {ADVICE}")
     return reader
-
-
-def file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

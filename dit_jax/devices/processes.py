@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from dit_jax.config import MeshConfig
 from dit_jax.devices.mesh import devices_of_processes
 from dit_jax.error import IDLE, Interrupted, JobError, UsageError, report, shown
+from dit_jax.log import name_process
 
 # What the command line may say about the other processes, and the variables that say the same.
 EXPLICIT = {
@@ -56,6 +57,7 @@ def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
             "--process_id"
         )
     if jax.process_count() > 1:
+        name_process(jax.process_index())
         check_devices(devices_of_processes())
 
 

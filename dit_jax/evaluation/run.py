@@ -28,7 +28,7 @@ from dit_jax.evaluation.protocol import (
     sample_protocol,
     samplings,
 )
-from dit_jax.log import say
+from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import weights_hash
 from dit_jax.workdir.goodput import Ledger, close
@@ -222,7 +222,7 @@ def describe(task: Task, metrics: dict) -> str:
 
 def _fail(failed: dict[int, str], step: int, error: str) -> None:
     if failed.get(step) != error:
-        say(f"error: {error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
+        complain(f"{error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
     failed[step] = error
 
 

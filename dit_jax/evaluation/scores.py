@@ -16,7 +16,7 @@ from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
-from dit_jax.log import say
+from dit_jax.log import warn
 from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall, statistics
 from dit_jax.metrics.features import check_room
 from dit_jax.models import digit_features, inception
@@ -150,8 +150,8 @@ def warn_of_few(cfg: Config, network: Network) -> None:
     num, width = cfg.eval.samples, network.parts["pool"]
     if num < FEW * width:
         name = NAMES[network.name]["distance"]
-        say(
-            f"warning: eval.samples: {num} are few for {width} features: {name} is biased upwards, by how much depends on the "
+        warn(
+            f"eval.samples: {num} are few for {width} features: {name} is biased upwards, by how much depends on the "
             f"model; compare {NAMES[network.name]['kernel']}"
         )
 

@@ -17,7 +17,7 @@ from dit_jax.data.posterior import deviations
 from dit_jax.data.source import Source, bad_records, open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, UsageError
-from dit_jax.log import drawing_progress, say
+from dit_jax.log import drawing_progress, say, warn
 from dit_jax.models import vae
 from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encoder, open_autoencoder
 
@@ -110,7 +110,7 @@ def encode_split(
 
     found = continue_latents(folder, info, examples_from, settle=settle, shard_bytes=shard_bytes)
     for index, problem in bad_records(source).items():
-        say(f"warning: the next good image stands for record {index}: {problem}")
+        warn(f"the next good image stands for record {index}: {problem}")
     say(f"{folder}: {len(found):,} latents of {info.shape}, scale {found.info.scale}, shift {found.info.shift}")
     return found
 

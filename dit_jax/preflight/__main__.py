@@ -11,7 +11,6 @@ made to compare layouts: it leaves out collectives, whose bytes over the links' 
 import json
 
 from absl import flags
-from rich.console import Console
 
 from dit_jax import hardware
 from dit_jax.config import Config, resolve
@@ -76,13 +75,13 @@ def _one(cfg: Config, job: str, topology: hardware.Topology, values) -> dict:
     return report | {"notes": notes(report, topology, wanted, tried)}
 
 
-def _search(cfg: Config, topology: hardware.Topology, sizes: list[int], console: Console) -> list[dict]:
+def _search(cfg: Config, topology: hardware.Topology, sizes: list[int]) -> list[dict]:
     """The reports of all layouts, shown as a table."""
     reports = search(cfg, topology, devices_ahead(topology), sizes)
     for one in reports:
-        console.print(row(one))
+        print(row(one))
     if any(one["fits"] and not one["estimated_step_seconds"] for one in reports):
-        console.print(f"ranked by collectives alone: {no_estimate(topology)}")
+        print(f"ranked by collectives alone: {no_estimate(topology)}")
     return reports
 
 
@@ -91,12 +90,12 @@ def main() -> None:
     cfg, topology, job = resolve(values.config), _topology(values), values.job
     if job == "sample":
         cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the job does
-    sizes, console = _check(cfg, job, topology, values), Console(width=160, highlight=False)
+    sizes = _check(cfg, job, topology, values)
     if sizes:
-        found = reports = _search(cfg, topology, sizes, console)
+        found = reports = _search(cfg, topology, sizes)
     else:
         found = _one(cfg, job, topology, values)
-        show(found, console)
+        show(found)
         reports = [found]
     if values.json:
         write_file(values.json, json.dumps(found, indent=1) + "\n")

@@ -15,7 +15,7 @@ from dit_jax.config import resolve
 from dit_jax.error import ERROR, Interrupted
 from dit_jax.job.launch import launch
 from dit_jax.job.launcher import define_flags
-from dit_jax.log import say
+from dit_jax.log import complain
 from dit_jax.sweep.ladder import run, run_apart
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     failed = run(resolve(cfg), workdir)
     if failed:
         names = ", ".join(cell.name for cell in failed)
-        say(f"error: {len(failed)} cell(s) failed: {names}; the same command tries them again")
+        complain(f"{len(failed)} cell(s) failed: {names}; the same command tries them again")
         raise SystemExit(ERROR)
 
 

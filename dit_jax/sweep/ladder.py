@@ -2,12 +2,9 @@
 
 import dataclasses
 import os
-import time
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, to_dict
@@ -20,7 +17,7 @@ from dit_jax.evaluation.protocol import check_config, loss_protocol
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
 from dit_jax.job.workers import run_cells, use_cache
-from dit_jax.log import clock, say
+from dit_jax.log import bar, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.picture import grid
@@ -118,16 +115,12 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
     if not todo:
         return []
     say(f"{len(todo)} cells to train, {sum(c.budget for c in todo):.2g} FLOPs, in {processes} process(es)")
-    failed, done, start = [], 0.0, time.monotonic()
+    failed, done = [], 0.0
     total, count = sum(cell.weight for cell in todo), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[eta]}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("ladder", total=total, eta="")
+    with bar("ladder", total) as move:
         for cell, outcome in run_cells(todo, processes, cache, run_cell):
             if cell is None:
-                current = done + sum(c.weight * share_done(c) for c in outcome)
-                bar.update(task, completed=current, eta=f"ETA {_eta(current, total, start)}")
+                move(done + sum(c.weight * share_done(c) for c in outcome))
                 continue
             count, done = count + 1, done + cell.weight
             if isinstance(outcome, BaseException):
@@ -135,21 +128,13 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
                 line = f"FAILED: {type(outcome).__name__}: {outcome}"
             else:
                 line = score(outcome)
-            bar.console.print(
-                f"[{count}/{len(todo)}] {cell.name}  {line}  ETA {_eta(done, total, start)}",
-                highlight=False,
-                markup=False,
-            )
+            say(f"[{count}/{len(todo)}] {cell.name}  {line}  {move(done)}")
     return failed
 
 
 def score(record: dict) -> str:
     """A cell's held-out loss, for people."""
     return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
-
-
-def _eta(done: float, total: float, start: float) -> str:
-    return clock((total - done) * (time.monotonic() - start) / done) if done else "?"
 
 
 def prepare(cfg: Config, workdir: str) -> Source:
@@ -257,7 +242,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)
     for warning in law.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     table.print_table("Budgets", table.BUDGET_HEAD, table.budget_rows(law))
     table.print_table(f"Laws of compute, {law.level:.0%} intervals", table.LAW_HEAD, table.law_rows(law))
     table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))

@@ -25,7 +25,7 @@ from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.job.launch import stop_flag
-from dit_jax.log import progress, say
+from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.guard import all_finite, run_twice
@@ -114,7 +114,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
                 return _train(cfg, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
-                say(f"warning: record {index} was left out: {problem}")
+                warn(f"record {index} was left out: {problem}")
 
 
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:

@@ -21,9 +21,6 @@ from dit_jax.networks.weights import read_arrays
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import provenance, read_config
 
-DITS, NETWORKS, WORKDIR = ("dit", "diffusers"), ("sd-vae", "inception"), "workdir"
-
-
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 

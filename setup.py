@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see README, "Meshes")."""
+"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see docs/meshes.md)."""
 
 from setuptools import find_packages, setup
 

@@ -1,6 +1,7 @@
 """The floors of the house: imports go down only, and what belongs to one room stays there."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("findings/*.md"))]
 # A room imports rooms of lower floors only.
 FLOORS = (
     {"error", "log", "metrics", "__init__", "__main__"},
@@ -164,3 +166,29 @@ def test_the_locks_are_hashed_and_name_no_index():
         pins = [line for line in text.splitlines() if "==" in line and not line.startswith((" ", "#"))]
         assert pins and text.count("--hash=sha256:") >= len(pins)
         assert all(line.rstrip().endswith("\\") for line in pins), f"{lock}: a pin without a hash"
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    return {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in page.read_text().splitlines()
+        if line[:1] == "#"
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+def test_the_front_page_is_short_and_the_index_is_whole():
+    assert len(PAGES[0].read_text().splitlines()) <= 150
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [
+        p.name for p in PAGES[1:] if p.parent.name == "docs" and p.name != "README.md" and f"({p.name})" not in index
+    ] == []

@@ -14,6 +14,7 @@ from dit_jax import hardware
 from dit_jax.__main__ import JOBS
 from dit_jax.config import Config, EvalConfig, SampleConfig, model_config, resolve
 from dit_jax.error import UsageError
+from dit_jax.evaluation import protocol
 from dit_jax.job.launch import load_config
 from dit_jax.job.launcher import find_cell, own_arguments, spans
 from dit_jax.sweep import ladder

@@ -208,13 +208,15 @@ def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterato
         held.release()
 
 
-def check_json(path: str) -> None:
-    """Raises UsageError when a report could not be written there, before it is measured."""
+def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> None:
+    """Raises UsageError when a report could not be written there, before it is measured. `makes_folders`: its writer does."""
     folder = os.path.dirname(os.path.abspath(path))
     if path and (os.path.isdir(path) or path.endswith(os.sep)):
         raise UsageError(
-            f"--json: found the folder {path!r}, expected a file, such as {os.path.join(path, 'report.json')!r}"
+            f"{name}: found the folder {path!r}, expected a file, such as {os.path.join(path, 'report.json')!r}"
         )
+    while makes_folders and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
     if path and not os.path.isdir(folder):
         what = f"where {folder!r} is no folder" if os.path.exists(folder) else "whose folder does not exist"
-        raise UsageError(f"--json: found {path!r}, {what}")
+        raise UsageError(f"{name}: found {path!r}, {what}")

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "dit_jax"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("findings/*.md"))]
 # A room imports rooms of lower floors only.
 FLOORS = (
-    {"error", "log", "metrics", "__main__"},
-    {"__init__", "files", "hardware", "config"},
+    {"error", "log", "metrics"},
+    {"__init__", "files", "hardware", "config", "__main__"},
     {"workdir", "diffusion", "flops", "data"},
     {"job", "devices", "models"},
     {"scaling", "checkpoint"},

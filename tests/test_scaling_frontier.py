@@ -290,7 +290,7 @@ def test_a_bad_csv_is_one_line_and_exit_2(tmp_path, text, message, capsys):
         (["--where=samples.sampler=heun"], "found no fid in"),
         (["--where=ddim"], "--where: found 'ddim', expected FIELD=VALUE"),
         (["--resamples=-1"], "--resamples, --seed"),
-        (["--out=."], "is a folder, expected a file"),
+        (["--out=."], "--out: found the folder '.', expected a file"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_2(tmp_path, more, message, capsys, monkeypatch):

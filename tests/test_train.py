@@ -133,6 +133,16 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(case, tmp_path, data_d
     assert not workdir.exists()
 
 
+def test_a_second_start_finds_its_compiled_programs(tmp_path, cache_dir):
+    kept, found = tmp_path / "kept", []
+    for start in ("a", "b"):
+        flags = train(tmp_path / start, f"--compilation_cache={kept}", steps=1)
+        code, _, err = run("train", *flags, cache_dir=cache_dir)
+        assert code == 0, err
+        found.append({path.name for path in kept.iterdir() if not path.name.endswith("-atime")})
+    assert found[0] == found[1] and any(name.startswith("jit_step-") for name in found[0])
+
+
 def test_another_config_for_a_folder_is_refused_and_nothing_is_lost(uninterrupted, cache_dir):
     before = (uninterrupted / "config.json").read_bytes()
     code, _, err = run("train", *train(uninterrupted, "--config.optim.learning_rate=0.5"), cache_dir=cache_dir)

@@ -12,13 +12,9 @@ A peer, which takes turns with ours, is a file as `dit_jax/bench/peer.py` says. 
 import gc
 import os
 
-import jax
 from absl import flags
 
-from dit_jax.bench import peer, speed, table
-from dit_jax.bench.measure import machine, publish
 from dit_jax.config import Config, resolve
-from dit_jax.devices.mesh import check_batch, make_mesh
 from dit_jax.error import UsageError, typed
 from dit_jax.files import check_json
 from dit_jax.job.launch import launch
@@ -37,6 +33,8 @@ def chosen(parts: list[str]) -> list[str]:
 
 def check_peer(module, cfg: Config) -> None:
     """Raises UsageError unless the peer can do what is measured."""
+    import jax
+
     if jax.device_count() != 1:
         raise UsageError(
             f"--peer: found {jax.device_count()} devices, expected one, as the peer takes one (CUDA_VISIBLE_DEVICES=0)"
@@ -46,6 +44,8 @@ def check_peer(module, cfg: Config) -> None:
 
 def measure_part(part: str, cfg: Config, values: flags.FlagValues, module) -> object:
     """The figures of a part."""
+    from dit_jax.bench import host, speed
+
     if part == "host":
         return host.measure_ladder(cfg, values.repeats)
     say(f"{part} ...")
@@ -54,6 +54,12 @@ def measure_part(part: str, cfg: Config, values: flags.FlagValues, module) -> ob
 
 
 def main() -> None:
+    import jax
+
+    from dit_jax.bench import peer, speed, table
+    from dit_jax.bench.measure import machine, publish
+    from dit_jax.devices.mesh import check_batch, make_mesh
+
     values = flags.FLAGS
     parts = chosen(values.parts)
     check_json(values.json)

@@ -20,7 +20,6 @@ from dit_jax.networks.weights import read_arrays
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import flatten, provenance, read_config
 
-DITS, NETWORKS, WORKDIR = ("dit", "diffusers"), ("sd-vae", "inception"), "workdir"
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 IN_FOLDERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers names them
 

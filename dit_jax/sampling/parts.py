@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dit_jax import checkpoint
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.files import delete, lock, names, parse_json, read, read_json, whole, write_file
 from dit_jax.log import drawing_progress, notice, say, warn
@@ -123,6 +124,12 @@ def begun(out: str) -> dict:
         return read_json(os.path.join(f"{out}.parts", JOB))
     except (OSError, UsageError):
         return {}
+
+
+def find_step(workdir: str, step: int | None, out: str, weights: str) -> int:
+    """The checkpoint asked for; else the one of the images that `out` has begun with, which training may have left behind."""
+    asked = begun(out).get("step") if out and step is None else None
+    return checkpoint.find_step(workdir, asked if asked in checkpoint.steps(workdir) else step, weights)
 
 
 def _prepare(store: Store) -> None:

@@ -15,9 +15,9 @@ from dit_jax.error import UsageError
 from dit_jax.files import numbered
 from dit_jax.scaling.cells import agrees, check_name, condition, finite, opened, positive
 from dit_jax.scaling.columns import Columns, Expected, read_rows
+from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, _files, _parse, flatten
 
-SAMPLING = ("sampler", "steps", "guidance", "spacing")  # fields of protocol.samples that points may differ in
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better

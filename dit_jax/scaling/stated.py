@@ -1,6 +1,5 @@
 """What a table of runs states of its convention: by options of the command, by columns, or by the numbers themselves."""
 
-import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -19,27 +18,6 @@ COLUMNS = {  # of a CSV -> field of a Convention
 }
 SAME = 1e-3  # flops this near to 6 x params x tokens, in all rows, are these
 ALIKE = 0.05  # ... are these where they are said to be: those of whole steps, or of a budget
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a command may say of a CSV whose columns do not, and `--to`."""
-    group = parser.add_argument_group(
-        "convention of a CSV", "columns counted, unit, pass, params_kind, data_kind, loss_kind say it too"
-    )
-    group.add_argument(
-        "--counted", metavar="exact|6nd", help="C (default: 6nd where flops is absent or is 6 params tokens)"
-    )
-    group.add_argument("--unit", metavar="flops|macs", help="of C; MACs are converted to FLOPs")
-    group.add_argument("--pass", dest="passes", metavar="train|forward", help="of C; forward is converted to training")
-    group.add_argument("--params", metavar="active|total", help="N: active per token, or all trainable")
-    group.add_argument("--data", metavar="tokens|images", help="D: what the column tokens counts")
-    group.add_argument(
-        "--loss_kind", metavar="ema|raw|training", help="L: held out with EMA or raw weights, or the training loss"
-    )
-    group.add_argument("--tokens_per_image", type=float, default=math.nan, help="for D in images")
-    parser.add_argument(
-        "--to", metavar="FIELD=VALUE,...", help="convert: counted=6nd, params=total|active, data=images|tokens"
-    )
 
 
 def options_of(args) -> dict:

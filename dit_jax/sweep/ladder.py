@@ -15,8 +15,9 @@ from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.protocol import check_config, loss_protocol
 from dit_jax.evaluation.run import run as evaluate
+from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
-from dit_jax.job.workers import run_cells, use_cache
+from dit_jax.job.workers import run_cells
 from dit_jax.log import bar, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.sampling.draw import open_sampling

@@ -15,7 +15,7 @@ from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import sampling_times
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
-from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
+from dit_jax.networks.autoencoder import Autoencoder, image_shape, make_decoder, open_autoencoder
 from dit_jax.sampling.draw import UINT8, image_flops
 from dit_jax.workdir.goodput import totals
 from dit_jax.workdir.records import protocol_id
@@ -89,7 +89,8 @@ def open_tools(cfg: Config, mesh) -> Tools:
     network = scores.open_network(cfg, mesh)
     scores.check_number(cfg, network)
     reference = scores.open_reference(cfg, network)
-    scores.warn_of_few(cfg, network)
+    scores.warn_of_few(cfg, network, reference)
+    network = scores.keeping(network, image_shape(cfg, autoencoder))
     return Tools(mesh, autoencoder, make_decoder(autoencoder, mesh), network, reference)
 
 

@@ -160,8 +160,8 @@ def test_shipped_weights_match_their_notes(network):
     folder = Path(digit_features.__file__).parent
     packed = (folder / "digit_features.safetensors").read_bytes()
     assert hashlib.sha256(packed).hexdigest() == meta["sha256"] and len(packed) < 100_000
-    assert digit_features.pack(params) == packed
-    fresh = jax.eval_shape(digit_features.init, jax.random.key(0))
+    assert features.pack(params) == packed
+    fresh = jax.eval_shape(features.init, jax.random.key(0))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
     assert sum(leaf.size for leaf in jax.tree.leaves(fresh)) == meta["parameters"]
 

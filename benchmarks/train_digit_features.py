@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from flax import traverse_util
+from safetensors.numpy import save as save_tensors
 
 from dit_jax.config import DataConfig
 from dit_jax.data import pipeline, source
@@ -24,6 +26,17 @@ from dit_jax.models import digit_features
 BATCH = 128
 LEARNING_RATE = 3e-3
 NOISE = 0.15  # largest standard deviation of the noise added in training, in units of the pixel range [-1, 1]
+
+
+def init(key: jax.Array) -> dict:
+    """Parameters, float32."""
+    return jax.jit(digit_features.Network().init)(key, jnp.zeros((1, 8, 8, 1)))["params"]
+
+
+def pack(params: dict) -> bytes:
+    """Parameters as the bytes of a safetensors file, the same for the same values."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return save_tensors({name: jax.device_get(flat[name]) for name in sorted(flat)})
 
 
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -39,7 +52,7 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 def train(data: DataConfig, steps: int, seed: int) -> dict:
     """Parameters after `steps` of AdamW with a cosine to zero, on cross-entropy with labels smoothed by 0.1."""
     init_key, draw_key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(digit_features.init)(init_key)
+    params = init(init_key)
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=0.05)
 
     def loss(params, key, images, labels):
@@ -70,7 +83,7 @@ def accuracy(params: dict, images: np.ndarray, labels: np.ndarray) -> float:
 def save(out: Path, params: dict, meta: dict) -> None:
     """Writes weights and notes, each whole or not at all; the notes last, so that they never describe absent weights."""
     out.mkdir(parents=True, exist_ok=True)
-    packed = digit_features.pack(params)
+    packed = pack(params)
     meta = {"sha256": hashlib.sha256(packed).hexdigest(), **meta}
     files = {"safetensors": packed, "json": (json.dumps(meta, indent=2) + "\n").encode()}
     for suffix, content in files.items():

@@ -59,14 +59,25 @@ def test_a_record_says_everything(workdir):
     record = next(r for r in records(workdir) if "loss" in r["metrics"])
     assert set(record) == {
         "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics",
-        "goodput", "protocol",
+        "metric_signs", "goodput", "protocol",
         "protocol_id", "weights_sha256", "device",
     }  # fmt: skip
     assert record["images_seen"] == record["step"] * 16 and record["tokens_seen"] == record["images_seen"] * 16
     assert record["flops_train"] == flops.train_flops(cfg.model, record["images_seen"])
     assert record["params"] == flops.parameters(cfg.model)
     assert len([m for m in record["metrics"] if m.startswith("loss_t")]) == cfg.eval.buckets
+    assert set(record["metric_signs"]) == set(record["metrics"]) - {"loss_se"}
+    assert set(record["metric_signs"].values()) == {-1}
     drawn = next(r for r in records(workdir) if "fd_digits" in r["metrics"])
+    signs = {
+        "fd_digits": -1,
+        "fd_digits_low": -1,
+        "is_digits": 1,
+        "kd_digits": -1,
+        "precision_digits": 1,
+        "recall_digits": 1,
+    }
+    assert signs.items() <= drawn["metric_signs"].items() and "is_digits_std" not in drawn["metric_signs"]
     for key in ("sampler", "steps", "guidance", "interval", "channels", "labels", "num", "seed"):
         assert key in drawn["protocol"]["samples"]
     for key in ("weights", "uint8", "features", "reference", "autoencoder", "dtype", "data", "process"):

@@ -90,8 +90,8 @@ def open_tools(cfg: Config, mesh) -> Tools:
     network = scores.open_network(cfg, mesh)
     scores.check_number(cfg, network)
     reference = scores.open_reference(cfg, network)
-    scores.warn_of_few(cfg, network)
-    return Tools(sampling, network, reference)
+    scores.warn_of_few(cfg, network, reference)
+    return Tools(sampling, scores.keeping(network, sampling.shape), reference)
 
 
 def sample_protocol(cfg: Config, tools: Tools) -> dict:

@@ -70,7 +70,8 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
     def loss(step: int, params) -> tuple[dict, dict]:
-        return held_out_loss(cfg, params, images, cond, mesh, look), {}
+        found = held_out_loss(cfg, params, images, cond, mesh, look)
+        return found, {"metric_signs": {name: -1 for name in found if name != "loss_se"}}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
@@ -89,20 +90,19 @@ def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: boo
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
         for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
-            yield network.rows(images).view(np.uint8), labels
+            yield network.encode(images), labels
 
     def measure(step: int, params) -> tuple[dict, dict] | None:
         job = sampling.describe(params, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
-        store = parts.Store(folder, job | {"features": network.sha256}, (4 * network.width,))
+        store = parts.Store(folder, job | {"features": network.sha256}, (network.size,))
         with _alone_in(folder, stop):
             if (step, protocol_id(protocol)) in read_records(workdir):
                 return None
             times: list[float] = []
             found = parts.gather(store, cfg.eval.samples, functools.partial(draw, params, times), stop, quiet)
-            rows = (part.view("<f4") for part, _ in found)
-            metrics = scores.measure(rows, network, tools.reference, cfg.eval)
-            return metrics, {"seconds_sample": float(np.median(times))} if times else {}
+            metrics, signs = scores.measure((part for part, _ in found), network, tools.reference, cfg.eval)
+            return metrics, {"metric_signs": signs} | ({"seconds_sample": float(np.median(times))} if times else {})
 
     return Task(cfg, protocol, measure)
 

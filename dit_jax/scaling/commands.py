@@ -7,7 +7,7 @@ import sys
 from dit_jax.error import UsageError
 from dit_jax.scaling import planning, quality, stated, trust
 from dit_jax.scaling.columns import parse_names
-from dit_jax.scaling.conventions import check_units, convert, training_flops
+from dit_jax.scaling.conventions import check_units, training_flops
 from dit_jax.scaling.fit import METHODS
 from dit_jax.scaling.methods import Methods, fit_methods, predictions
 from dit_jax.scaling.page import opening
@@ -199,9 +199,6 @@ def _loaded(args, curves: bool, quiet: bool = False) -> tuple:
     options |= dict(columns=parse_names(args.column), where=args.where)
     runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=curves, **options))
     check_units(runs)
-    if args.to:
-        have = runs[0].convention
-        runs = convert(runs, have, stated.target(args.to, have), args.tokens_per_image)
     kept, said = trust.without(runs, args.drop, curves, quiet)
     require_varied(kept)
     return kept, said

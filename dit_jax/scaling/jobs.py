@@ -34,7 +34,7 @@ def _points(args, paths, where: list | None = None, sampled: bool = False) -> li
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
     """The choice of each model and what is to be said about it."""
-    options = dict(higher=higher_is_better(args.metric), resamples=args.resamples, seed=args.seed)
+    options = dict(higher=higher_is_better(args.metric, points), resamples=args.resamples, seed=args.seed)
     found = choose(points, args.choose.split(","), **options)
     single = "" if args.metric == "loss" else one_guidance(found)
     return found, [w for w in (single, *(c.warning for c in found)) if w]
@@ -62,7 +62,7 @@ def run_metric(args) -> tuple[dict, list]:
     """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
     found, warnings = _chosen(_points(args, args.runs), args)
     best = [c.best for c in found]
-    used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric))
+    used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric, best))
     fit = fit_metric(used, irreducible=args.irreducible, resamples=args.resamples, seed=args.seed)
     _print_choices(found, args.metric)
     scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
@@ -115,6 +115,11 @@ def _far(beyond: float) -> str:
     return f"{beyond:.3g}x beyond" if beyond > 1 else "inside"
 
 
+def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
+    if higher_is_better(metric, points):
+        raise UsageError(f"--metric: found {metric}, expected a metric of which less is better")
+
+
 def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     """One side of a comparison."""
     options = dict(resamples=args.resamples, seed=args.seed)
@@ -122,7 +127,9 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
         runs = training_flops(load_runs([path], columns=parse_names(args.column), where=args.where))
         check_units(runs)
     else:
-        found, said = _chosen(_points(args, path), args)
+        points = _points(args, path)
+        _check_lower(args.metric, points)
+        found, said = _chosen(points, args)
         warnings += [f"{name}: {text}" for text in said]
         runs = [c.best.run() for c in found]
     if args.through == "best":
@@ -146,8 +153,7 @@ def _side(path: str, name: str, args, warnings: list) -> ladders.Ladder:
 
 def run_compare(args) -> tuple[dict, list]:
     """Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower."""
-    if higher_is_better(args.metric):
-        raise UsageError(f"--metric: found {args.metric}, expected a metric of which less is better")
+    _check_lower(args.metric)
     names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []

@@ -115,9 +115,6 @@ def _add_convention(parser: argparse.ArgumentParser) -> None:
         "--loss_kind", metavar="ema|raw|training", help="L: held out with EMA or raw weights, or the training loss"
     )
     group.add_argument("--tokens_per_image", type=float, default=math.nan, help="for D in images")
-    parser.add_argument(
-        "--to", metavar="FIELD=VALUE,...", help="convert: counted=6nd, params=total|active, data=images|tokens"
-    )
 
 
 def _add_quality(parser: argparse.ArgumentParser, command: str) -> None:

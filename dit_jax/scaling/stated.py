@@ -36,20 +36,6 @@ def options_of(args) -> dict:
     return {name: word(name, value, f"--{flags[name]}") for name, value in given.items() if value is not None}
 
 
-def target(text: str, have: Convention) -> Convention:
-    """What `--to` asks for, as `params=total,data=images`."""
-    changes = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in ("counted", "params", "data"):
-            raise UsageError(
-                f"--to: found {name!r}, expected counted, params or data; C stays in FLOPs of training (convert_law of "
-                "dit_jax.scaling.conventions converts a law)"
-            )
-        changes[name] = word(name, value, f"--to {name}")
-    return replace(have, **changes)
-
-
 def of_cells(row: Mapping, where: str) -> dict:
     """Field -> what the columns of a row say of it; a blank cell says nothing."""
     cells = {name: (row.get(column) or "").strip() for column, name in COLUMNS.items()}
@@ -136,5 +122,5 @@ def require_stated(runs: Sequence, options: Mapping) -> None:
         if getattr(run.convention, name) != value:
             raise UsageError(
                 f"{run.source}: {name} is {getattr(run.convention, name)!r} by the record, {value!r} by the command; records state "
-                "their own convention, --to converts"
+                "their own convention"
             )

@@ -216,15 +216,15 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
         f"The grid shows its samples, one row a class: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
         f"seed {cfg.eval.seed}."
     ]
-    real = scores.real_distance(cfg, scores.open_network(cfg, make_mesh(MeshConfig()))) if cfg.eval.samples else 0.0
-    for record in read_records(cell.workdir).values():
-        if "fd_digits" in record["metrics"]:
-            how = record["protocol"]["samples"]
-            found.append(
-                f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
-                f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
-                f"network and comparable to nothing else; the held-out digits themselves score {real:.2f}."
-            )
+    drawn = [record for record in read_records(cell.workdir).values() if "fd_digits" in record["metrics"]]
+    real = scores.real_scores(cfg, scores.open_network(cfg, make_mesh(MeshConfig())))["fd_digits"] if drawn else 0.0
+    for record in drawn:
+        how = record["protocol"]["samples"]
+        found.append(
+            f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
+            f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
+            f"network and comparable to nothing else; the held-out digits themselves score {real:.2f}."
+        )
     return found
 
 

@@ -4,10 +4,9 @@ import fcntl
 import os
 from pathlib import Path
 
-# Level 0: in tests compiling is what takes the time.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from job import QUICK_XLA
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_XLA}"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: as many as cores would deadlock where 8 devices meet on 2 cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -186,7 +186,7 @@ def test_gelu_and_its_kept_slope_are_those_of_jax():
     for ours, theirs in zip(
         pulled_back(gelu, x), pulled_back(functools.partial(jax.nn.gelu, approximate=True), x), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)  # tanh near -1 is multiplied by 7
 
 
 def test_layer_norm_in_one_pass_is_exact_also_far_from_zero():

@@ -12,7 +12,7 @@ from dit_jax.devices.mesh import make_mesh
 from dit_jax.evaluation.run import run
 from dit_jax.metrics.metric import Metric
 from dit_jax.metrics.table import METRICS
-from dit_jax.sampling.draw import sample_images
+from dit_jax.sampling.draw import open_sampling
 from dit_jax.workdir.folder import read_config
 
 
@@ -61,6 +61,6 @@ def test_a_metric_from_outside_is_measured_and_recorded(uninterrupted, tmp_path,
     assert record["protocol_id"] != plain["protocol_id"]
 
     _, params = checkpoint.load(str(uninterrupted), 60)
-    drawn = sample_images(cfg, params, cfg.sample, 70, cfg.eval.seed, make_mesh(MeshConfig()))
+    drawn = open_sampling(cfg, make_mesh(MeshConfig())).images(params, cfg.eval.seed, 70)
     images = np.concatenate([batch for batch, _ in drawn])
     assert new["light"] == pytest.approx(images.mean(), rel=1e-12) and new["light_std"] > 0

@@ -3,8 +3,6 @@
 from dit_jax.bench.measure import shown, verdict
 from dit_jax.log import table
 
-STEP_PARTS = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
-
 
 def _number(value: float) -> int:
     """Decimals with which a value has about three digits."""
@@ -54,27 +52,8 @@ def show_speed(title: str, found: dict) -> None:
     print()
 
 
-def show_ladder(rows: list[dict]) -> None:
-    """Small models: where the time of a step goes."""
-    target = f"host (target <= {rows[0]['target']:.0%})"
-    lines = []
-    for row in rows:
-        cells = [f"{row['step_us'][name]['median']:,.0f}" for name in STEP_PARTS]
-        shares = [shown(row[name], 0, True) for name in ("host_share", "not_device_share")]
-        shares[0] += f": {verdict(row['host_share']['median'] <= row['target'])}"
-        start = f"{row['start_seconds']['median']:.1f} s"
-        lines.append((str(row["size"][0]), f"{row['steps']:,}", *cells, *shares, start))
-    table(("width", "steps", *STEP_PARTS, target, "not device", "start"), lines)
-    print(
-        "Microseconds a step. host: (call + data + log + checkpoint) / wall; not device: 1 - device / wall, which holds the "
-        "noise\nbetween two timings too; looped, for comparison: a step among many in one program."
-    )
-
-
 def show(found: dict) -> None:
     """All parts that were measured."""
     for part, title in (("train", "training"), ("sample", "sampling")):
         if part in found:
             show_speed(title, found[part])
-    if "host" in found:
-        show_ladder(found["host"])

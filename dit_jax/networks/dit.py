@@ -16,6 +16,7 @@ from dit_jax.flops import TIME_FREQUENCIES
 from dit_jax.models.conditioning import positions
 from dit_jax.networks.tensors import Tensors
 
+LABELS = "y_embedder.embedding_table.weight"
 TABLE = 1e-5  # how far a file's table of positions may lie from ours: it is fixed, not learned
 Take = Callable[[str, tuple[int, ...]], np.ndarray]  # the values of the tensor of that name and shape
 Linear = tuple[str, str, tuple[int, ...], tuple[int, ...]]  # our name, the published one, axes in, axes out
@@ -38,6 +39,25 @@ def read(tensors: Tensors, heads: int = 0) -> tuple[ModelConfig, dict]:
     return cfg, params
 
 
+def add_null_row(tensors: Tensors, classes: int) -> bool:
+    """Whether the label table has a row for "no class"; one of zeros, which nothing uses, is added to a table that has none.
+
+    `classes`: how many there are; 0 = one fewer than rows. Raises UsageError if the table has other rows.
+    """
+    rows, width = _sizes(tensors, LABELS, 2)
+    if classes not in (0, rows, rows - 1) or rows + classes == 1:
+        with_one = f", or {rows - 1} with one" if rows > 1 else ""
+        raise UsageError(
+            f"--classes: found {classes or 'none'}, expected {rows} without a null row{with_one}: {tensors.where}: {LABELS} has "
+            f"{rows} row{'s'[: rows > 1]}"
+        )
+    if classes == rows:
+        tensors.arrays[LABELS] = np.concatenate(
+            [tensors.arrays[LABELS], np.zeros((1, width), tensors.arrays[LABELS].dtype)]
+        )
+    return classes != rows
+
+
 def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
     """Our parameters under their published names, in C order, with the table of positions.
 
@@ -46,7 +66,7 @@ def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
     _check_published(cfg)
     found = {
         "pos_embed": _table(cfg),
-        "y_embedder.embedding_table.weight": _get(params, "label_embedding/table/embedding"),
+        LABELS: _get(params, "label_embedding/table/embedding"),
     }
     kernel = _get(params, "patch_embedding/kernel").reshape(cfg.patch, cfg.patch, cfg.channels, cfg.width)
     found["x_embedder.proj.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
@@ -68,7 +88,7 @@ def assemble(cfg: ModelConfig, take: Take) -> dict:
     weight = take("x_embedder.proj.weight", (d, cfg.channels, cfg.patch, cfg.patch))
     _put(params, "patch_embedding/kernel", np.ascontiguousarray(weight.transpose(2, 3, 1, 0)).reshape(-1, d))
     _put(params, "patch_embedding/bias", take("x_embedder.proj.bias", (d,)))
-    table = take("y_embedder.embedding_table.weight", (cfg.classes + 1, d))
+    table = take(LABELS, (cfg.classes + 1, d))
     _put(params, "label_embedding/table/embedding", table)
     for ours, theirs, into, out in _linears(cfg):
         layers = cfg.depth if ours.startswith("blocks/") else 1
@@ -89,7 +109,7 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         "pos_embed": (1, cfg.tokens, cfg.width),
         "x_embedder.proj.weight": (cfg.width, cfg.channels, cfg.patch, cfg.patch),
         "x_embedder.proj.bias": (cfg.width,),
-        "y_embedder.embedding_table.weight": (cfg.classes + 1, cfg.width),
+        LABELS: (cfg.classes + 1, cfg.width),
     }
     for ours, theirs, into, out in _linears(cfg):
         for name in [theirs.format(i) for i in range(cfg.depth)] if ours.startswith("blocks/") else [theirs]:
@@ -122,7 +142,7 @@ def known_heads(where: str, depth: int, width: int, heads: int) -> int:
 
 def _infer(tensors: Tensors, heads: int) -> ModelConfig:
     width, channels, patch, _ = _sizes(tensors, "x_embedder.proj.weight", 4)
-    rows, _ = _sizes(tensors, "y_embedder.embedding_table.weight", 2)
+    rows, _ = _sizes(tensors, LABELS, 2)
     _, tokens, _ = _sizes(tensors, "pos_embed", 3)
     hidden, _ = _sizes(tensors, "blocks.0.mlp.fc1.weight", 2)
     out, _ = _sizes(tensors, "final_layer.linear.weight", 2)
@@ -192,10 +212,10 @@ def _linears(cfg: ModelConfig) -> Iterator[Linear]:
 
 
 def _check_published(cfg: ModelConfig) -> None:
-    if cfg.conditioning != "adaln_zero" or cfg.qk_norm:
+    if cfg.conditioning != "adaln_zero" or cfg.qk_norm or not cfg.classes:
         raise UsageError(
-            f"model: found conditioning {cfg.conditioning!r} and qk_norm {cfg.qk_norm}; only 'adaln_zero' without qk_norm "
-            "has published names"
+            f"model: found conditioning {cfg.conditioning!r}, qk_norm {cfg.qk_norm} and {cfg.classes} classes; only 'adaln_zero' "
+            "without qk_norm, with classes, has published names"
         )
 
 

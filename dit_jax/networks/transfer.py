@@ -24,8 +24,11 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 IN_FOLDERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers names them
 
 
-def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 0) -> None:
-    """A DiT of a file or a folder as a run folder. Raises UsageError, and JobError when the disk does not take it."""
+def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 0, classes: int = 0) -> None:
+    """A DiT of a file or a folder as a run folder. `classes`: see `dit.add_null_row`.
+
+    Raises UsageError, and JobError if the disk does not take it.
+    """
     file, config = find_files(weights)
     if source == "diffusers" and not config:
         raise UsageError(
@@ -33,16 +36,17 @@ def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 
         )
     origin = describe_source(file, source)
     if os.path.isdir(out) and os.listdir(out):
-        _check_done(out, origin, step, heads)
+        _check_done(out, origin, step, heads, classes)
         say(f"{out}: done before, from the same {file}")
         return
-    tensors = Tensors(read_arrays(file), file)
+    tensors, null = Tensors(read_arrays(file), file), True
     if source == "diffusers":
         model, params = diffusers_dit.read(tensors, read_json(config))
     else:
+        null = dit.add_null_row(tensors, classes)
         model, params = dit.read(tensors, heads)
     del tensors
-    cfg = run_config(model)
+    cfg = run_config(model, null)
     with new_folder(out) as unfinished:
         notes = provenance()
         write_file(
@@ -51,6 +55,7 @@ def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 
         os.makedirs(checkpoint.folder(unfinished))
         checkpoint.write_weights(unfinished, step, model, params, {**notes, "source": origin})
     say(f"{out}: {sum(p.size for p in flatten(params).values()):,} parameters of {_name(model)}, step {step}")
+    say(f"{model.classes} classes, " + ("and a null class" if null else "no null class: it is sampled at guidance 1"))
 
 
 def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = None) -> None:
@@ -61,6 +66,8 @@ def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = Non
         raise UsageError(f"--out: {out}: its folder does not exist")
     model, params = checkpoint.load(workdir, step, item)
     arrays = dit.write(model, params)
+    if not read_config(workdir).train.label_dropout:  # a table without the null row, which was never trained
+        arrays[dit.LABELS] = arrays[dit.LABELS][:-1]
     unfinished = f"{out}.unfinished"
     try:
         save_file(arrays, unfinished)
@@ -128,16 +135,21 @@ def describe_source(file: str, form: str) -> dict:
     return {"file": os.path.basename(file), "sha256": file_sha256(file), "format": form}
 
 
-def run_config(model: ModelConfig) -> Config:
-    """The config of the paper's ImageNet run at the model's resolution (8 pixels a latent), with this model."""
+def run_config(model: ModelConfig, null: bool = True) -> Config:
+    """The config of the paper's ImageNet run at the model's resolution (8 pixels a latent), with this model.
+
+    Without a trained `null` class, its labels were never dropped.
+    """
     pixels = 8 * model.input_size
     values = load_config(str(CONFIGS / ("imagenet512.py" if pixels == 512 else "imagenet256.py")))
     values.data.image_size = pixels
     values.model.update(to_dict(model))
+    if not null:
+        values.train.label_dropout = 0.0
     return resolve(values)
 
 
-def _check_done(out: str, origin: dict, step: int, heads: int) -> None:
+def _check_done(out: str, origin: dict, step: int, heads: int, classes: int) -> None:
     """Raises UsageError unless the folder is what this command makes, JobError if it is damaged."""
     if not os.path.isfile(os.path.join(out, "config.json")):
         raise UsageError(
@@ -155,6 +167,8 @@ def _check_done(out: str, origin: dict, step: int, heads: int) -> None:
     if source is None:
         raise UsageError(f"--out: {out!r} holds a run that was trained; use another --out")
     _check_same(out, source, origin)
+    if classes not in (0, model.classes):
+        raise UsageError(f"--out: {out!r} was made with {model.classes} classes, not {classes}; use another --out")
     if heads not in (0, model.heads):
         raise UsageError(f"--out: {out!r} was made with {model.heads} heads, not {heads}; use another --out")
 

@@ -8,6 +8,7 @@ import time
 import jax
 
 from dit_jax import checkpoint, flops
+from dit_jax.bind import bind
 from dit_jax.config import Config, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
@@ -96,6 +97,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         (source, _), cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
+        bind(cfg.model, mesh)  # says now if these devices lack its attention
         batches = make_batches(
             cfg.data,
             batch_size=cfg.train.batch_size,

@@ -79,8 +79,12 @@ def step_key(cfg: Config, step: jax.Array) -> jax.Array:
 def make_train_step(cfg: Config, mesh) -> Callable:
     """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
     shardings, model = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh)), bind(cfg.model, mesh)
+
+    def step(state, batch):
+        return train_step(cfg, model, state, batch)
+
     return jax.jit(
-        lambda state, batch: train_step(cfg, model, state, batch),
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -44,6 +44,8 @@ def add_null_row(tensors: Tensors, classes: int) -> bool:
 
     `classes`: how many there are; 0 = one fewer than rows. Raises UsageError if the table has other rows.
     """
+    if LABELS not in tensors:
+        return True  # the reader says what is missing
     rows, width = _sizes(tensors, LABELS, 2)
     if classes not in (0, rows, rows - 1) or rows + classes == 1:
         with_one = f", or {rows - 1} with one" if rows > 1 else ""
@@ -212,11 +214,13 @@ def _linears(cfg: ModelConfig) -> Iterator[Linear]:
 
 
 def _check_published(cfg: ModelConfig) -> None:
-    if cfg.conditioning != "adaln_zero" or cfg.qk_norm or not cfg.classes:
+    if cfg.conditioning != "adaln_zero" or cfg.qk_norm:
         raise UsageError(
-            f"model: found conditioning {cfg.conditioning!r}, qk_norm {cfg.qk_norm} and {cfg.classes} classes; only 'adaln_zero' "
-            "without qk_norm, with classes, has published names"
+            f"model: found conditioning {cfg.conditioning!r} and qk_norm {cfg.qk_norm}; only 'adaln_zero' without qk_norm "
+            "has published names"
         )
+    if not cfg.classes:
+        raise UsageError("model.classes: found 0; only a model with classes has published names")
 
 
 def _table(cfg: ModelConfig) -> np.ndarray:

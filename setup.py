@@ -1,4 +1,4 @@
-"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see README, "Meshes")."""
+"""Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see docs/meshes.md)."""
 
 from setuptools import find_packages, setup
 
@@ -7,6 +7,7 @@ CORE = [
     "array_record",
     "clu",
     "etils[epath]",
+    "filelock",
     "flax>=0.12,<0.13",
     "grain",
     "importlib_resources",

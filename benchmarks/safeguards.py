@@ -17,23 +17,21 @@ from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dit_jax import checkpoint, flops
 from dit_jax.bench import measure
 from dit_jax.config import Config, DataConfig, TrainConfig, model_config, resolve
+from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.latent_writer import write_latents
-from dit_jax.data.latents import LatentInfo
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.files import check_json
 from dit_jax.job.launch import launch
-from dit_jax.log import say
+from dit_jax.log import say, table
 from dit_jax.training import loop
 from dit_jax.training.guard import run_twice
 from dit_jax.training.state import make_state
-from dit_jax.training.step import make_train_step, on_device
+from dit_jax.training.step import make_train_step
 from dit_jax.workdir import goodput, manifest
 from dit_jax.workdir.scalars import read_lines
 
@@ -71,7 +69,6 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
 
     An upper bound: both happen in the background, while the device computes.
     """
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     mesh = make_mesh(cfg.mesh)
     stepper = measure.make_stepper(cfg, mesh)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +97,6 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
 
 def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
     """What computing one step twice and comparing adds, in steps; every N steps, a run takes that / N longer."""
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
     mesh = make_mesh(cfg.mesh)
     state, batch, step = make_state(cfg, mesh), measure.fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
 
@@ -150,31 +146,31 @@ def measure_latents(folder: str, repeats: int, batches: int = 40, batch_size: in
     return {"batch_size": batch_size, "latents_per_core_second": measure.spread(rates[1:]), "target": LATENTS_TARGET}
 
 
-def show(found: dict, console: Console) -> None:
+def show(found: dict) -> None:
     """The tables: medians (ranges)."""
     share = f"share of {EVERY:,} steps (target <= {CHECKPOINT_TARGET:.0%})"
-    table = Table("checkpoint: width", "MB", "hash, ms", "verify, ms", "step, ms", share)
+    rows = []
     for row in found["checkpoint"]:
         times = [measure.shown(row[f"{name}_ms"], 1) for name in ("write", "verify", "step")]
         reached = measure.verdict(row["share"]["median"] <= row["target"])
         cells = [str(row["size"][0]), f"{row['bytes'] / 1e6:.1f}", *times]
-        table.add_row(*cells, f"{measure.shown(row['share'], 3, True)}: {reached}")
-    console.print(table)
+        rows.append((*cells, f"{measure.shown(row['share'], 3, True)}: {reached}"))
+    table(("checkpoint: width", "MB", "hash, ms", "verify, ms", "step, ms", share), rows)
     added, quartiles = found["replay"]["added_steps"]["median"], found["replay"]["quartiles"]
     costs = ", ".join(f"N = {every}: {added / every:.1%} (1/N = {1 / every:.0%})" for every in REPLAYS)
     low, high = quartiles
-    console.print(
+    print(
         f"replay: a step that is computed twice takes {added:.2f} steps more (quartiles {low:.2f} to {high:.2f}); {costs}"
     )
-    table = Table("data", "width", "batch", "step, ms", f"wait (target < {DATA_TARGET:.0%})")
+    rows = []
     for name, row in found["data"].items():
         reached = measure.verdict(row["share"]["median"] < DATA_TARGET)
         cells = [name, str(row["size"][0]), str(row["batch_size"]), measure.shown(row["step_ms"], 1)]
-        table.add_row(*cells, f"{measure.shown(row['share'], 2, True)}: {reached}")
-    console.print(table)
+        rows.append((*cells, f"{measure.shown(row['share'], 2, True)}: {reached}"))
+    table(("data", "width", "batch", "step, ms", f"wait (target < {DATA_TARGET:.0%})"), rows)
     rate = found["latents"]["latents_per_core_second"]
     reached = measure.verdict(rate["median"] >= LATENTS_TARGET)
-    console.print(f"latents a second and core (target >= {LATENTS_TARGET:,}): {measure.shown(rate)}: {reached}")
+    print(f"latents a second and core (target >= {LATENTS_TARGET:,}): {measure.shown(rate)}: {reached}")
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 """`python -m dit_jax` lists the jobs, a line each; `python -m dit_jax.JOB --help` says what one takes."""
 
 import ast
+import sys
 from pathlib import Path
+
+from dit_jax.error import exit_code
 
 JOBS = (
     "train",
@@ -24,6 +27,10 @@ def first_line(job: str) -> str:
     return line.split(": `")[0].rstrip(".")
 
 
-if __name__ == "__main__":
+def main() -> None:
     print("python -m dit_jax.JOB --help says what a job takes.\n")
     print("\n".join(f"  {job:<12}{first_line(job)}" for job in JOBS))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,4 +1,4 @@
-"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, data, meta, and a manifest of checksums.
+"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, extras, data, meta, and a manifest of checksums.
 
 params, ema   nested dicts of float32 arrays           data   JSON, the position of the data iterator
 opt           the optimizer's state and the guard's    meta   JSON, what the run was: step, versions, model config
@@ -10,13 +10,13 @@ the disk. A folder that does not verify is never restored; training sets it asid
 
 import concurrent.futures as futures
 import contextlib
-import fcntl
+import functools
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -27,13 +27,13 @@ from jax.experimental import multihost_utils
 from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.error import JobError, UsageError
-from dit_jax.files import sync
-from dit_jax.log import say
+from dit_jax.files import delete, lock, names, rename
+from dit_jax.log import warn
 from dit_jax.models import dit
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import read_config
 
-ITEMS = ("params", "ema", "opt", "data", "meta")
+ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
 FREE = ("remat", "unroll", "attention")  # of the model config: how it is computed, not what
 
@@ -50,8 +50,8 @@ def path_of(workdir: str, step: int) -> str:
 def steps(workdir: str) -> list[int]:
     """Steps of the checkpoints on disk, ascending: folders that carry a manifest. Their contents are verified when read."""
     root = folder(workdir)
-    names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(int(n) for n in names if n.isdecimal() and os.path.isfile(os.path.join(root, n, manifest.NAME)))
+    found = [name for name in names(root) if name.isdecimal()]
+    return sorted(int(name) for name in found if os.path.isfile(os.path.join(root, name, manifest.NAME)))
 
 
 class Saver:
@@ -62,14 +62,14 @@ class Saver:
     """
 
     def __init__(self, workdir: str, keep: int):
-        self.workdir, self.keep, self._lock = workdir, keep, None
+        self.workdir, self.keep, self._lock = workdir, keep, contextlib.ExitStack()
         self._pending: tuple[int, futures.Future] | None = None
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS), async_options=at_once)
         if jax.process_index() == 0:
-            os.makedirs(folder(workdir), exist_ok=True)
-            self._lock = _claim(workdir)
+            busy = JobError(f"{workdir}: another process trains this run; wait for its end, or use another --workdir")
+            self._lock.enter_context(lock(os.path.join(folder(workdir), "lock"), busy))
             _remove_unfinished(workdir)
 
     def save(self, step: int, items: dict, position: dict, meta: dict, after: Callable = lambda: None) -> None:
@@ -109,9 +109,9 @@ class Saver:
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # what it met was raised by `wait`
                 self._orbax.close()
-            if self._lock:
+            if jax.process_index() == 0:
                 _remove_unfinished(self.workdir)
-                self._lock.close()
+            self._lock.close()
 
     def _commit(self, step: int, target: str, after: Callable) -> None:
         self._orbax.wait_until_finished()
@@ -121,7 +121,7 @@ class Saver:
                 try:
                     action()
                 except (OSError, UsageError) as error:  # the checkpoint counts all the same
-                    say(f"warning: {path_of(self.workdir, step)} is saved, but {what} could not be tidied up: {error}")
+                    warn(f"{path_of(self.workdir, step)} is saved, but {what} could not be tidied up: {error}")
 
     def _fail(self, step: int, error: Exception) -> NoReturn:
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
@@ -134,28 +134,12 @@ class Saver:
         ) from error
 
 
-def _claim(workdir: str) -> IO:
-    """An open file whose lock keeps other trainings out of the folder. Raises JobError if one is there."""
-    file = open(os.path.join(folder(workdir), "lock"), "a")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise JobError(
-            f"{workdir}: another process trains this run; wait for its end, or use another --workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
 def publish(unfinished: str, final: str) -> None:
     """Give a wholly written folder its manifest and then its name; a checkpoint of that name must not exist."""
     manifest.write_manifest(unfinished)
     if os.path.exists(final):
         raise OSError(f"{final} exists already")
-    os.rename(unfinished, final)
-    sync(os.path.dirname(final))
+    rename(unfinished, final)
 
 
 def prune(workdir: str, keep: int) -> None:
@@ -166,8 +150,8 @@ def prune(workdir: str, keep: int) -> None:
     for step in found[:-keep]:
         old = path_of(workdir, step)
         aside = _free_name(old + REMOVING)
-        os.rename(old, aside)  # from here on it no longer counts, however far the removal comes
-        shutil.rmtree(aside)
+        rename(old, aside)  # from here on it no longer counts, however far the removal comes
+        delete(aside)
 
 
 def newest_verified(workdir: str) -> int:
@@ -231,7 +215,7 @@ def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
             return candidate
         if step is not None:
             raise JobError(f"{path_of(workdir, step)}: damaged ({_few(wrong)}); verified ones may be among {found}")
-        say(f"warning: {path_of(workdir, candidate)} is damaged ({_few(wrong)}); falling back to an older checkpoint")
+        warn(f"{path_of(workdir, candidate)} is damaged ({_few(wrong)}); falling back to an older checkpoint")
     raise JobError(f"{folder(workdir)}: none of the checkpoints {found} verifies; restore the folder from a copy")
 
 
@@ -305,11 +289,8 @@ def check_tree(at: str, item: str, like) -> None:
 def _leaves(tree) -> dict[str, str]:
     """Path -> "dtype (shape)" of a tree of arrays or of their metadata."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in flat}
-
-
-def _name(path: tuple) -> str:
-    return "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in flat}
 
 
 def _newest_verified(workdir: str) -> int:
@@ -331,10 +312,9 @@ def _newest_verified(workdir: str) -> int:
         return 0
     for damaged in found[: found.index(step)]:
         aside = _free_name(path_of(workdir, damaged) + DAMAGED)
-        say(
-            f"warning: {path_of(workdir, damaged)} is damaged ({_few(problems[damaged])}); set aside as {os.path.basename(aside)}"
-        )
-        os.rename(path_of(workdir, damaged), aside)
+        at = path_of(workdir, damaged)
+        warn(f"{at} is damaged ({_few(problems[damaged])}); set aside as {os.path.basename(aside)}")
+        rename(at, aside)
     return step
 
 
@@ -347,7 +327,7 @@ def _free_name(path: str) -> str:
 
 def _remove_unfinished(workdir: str) -> None:
     root = folder(workdir)
-    for name in os.listdir(root) if os.path.isdir(root) else []:
+    for name in names(root):
         path, tries = os.path.join(root, name), 0
         while (
             (SAVING in name or REMOVING in name) and os.path.isdir(path) and tries < 20

@@ -5,6 +5,7 @@ A config file in `configs/` starts from `template()`, a `ConfigDict` of all defa
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,25 +23,26 @@ DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)
 class ModelConfig:
     """A DiT. `input_size` is the side of the grid the model sees: latent pixels for latent diffusion, else pixels."""
 
-    depth: int = 12
-    width: int = 384
-    heads: int = 6
-    patch: int = 2
-    input_size: int = 32
-    channels: int = 4
-    classes: int = 1000
-    mlp_ratio: int = 4
+    depth: int = 12  # transformer blocks
+    width: int = 384  # features of a token; a multiple of 4 and of `heads`
+    heads: int = 6  # attention heads
+    patch: int = 2  # side of the square that becomes one token
+    input_size: int = 32  # side of the grid that the model sees, a multiple of `patch`
+    channels: int = 4  # of the grid: 4 for SD-VAE latents, else those of the images
+    classes: int = 1000  # labels, the null class not counted; 0 = images without labels
+    mlp_ratio: int = 4  # hidden features of the MLP over `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = "adaln_zero"  # or in_context, cross_attention, adaln
-    qk_norm: bool = False
+    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention
+    qk_norm: bool = False  # normalise queries and keys
     dtype: str = "float32"  # of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn
     remat: str = "none"  # none | dots | full
     unroll: int = 1  # blocks per iteration of the layer scan; `depth` unrolls it whole
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "classes", "mlp_ratio", "unroll"):
+        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll"):
             in_range(f"model.{name}", getattr(self, name), 1)
+        in_range("model.classes", self.classes, 0)
         choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
@@ -70,22 +72,17 @@ class ModelConfig:
     def out_channels(self) -> int:
         return self.channels * (2 if self.learn_sigma else 1)
 
-    @property
-    def null_class(self) -> int:
-        """The label of "no class": the row after the last class."""
-        return self.classes
-
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The noising process and its loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, velocity."""
 
-    process: str = "ddpm"
+    process: str = "ddpm"  # ddpm | flow
     schedule: str = "linear"  # ddpm: linear | cosine
     timesteps: int = 1000  # ddpm: length of the discrete chain
     time_law: str = "uniform"  # flow: uniform | logit_normal, the law that training draws t from
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t)
+    logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
 
     def __post_init__(self):
         choice("diffusion.process", self.process, ("ddpm", "flow"))
@@ -97,8 +94,10 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = "digits"  # a TFDS name; `digits` is built by dit_jax.data.datasets
-    split: str = "train"
+    """The images that are trained on, and those that are held out."""
+
+    dataset: str = "digits"  # a TFDS name; `digits` is built here
+    split: str = "train"  # trained on
     held_out_split: str = "test"  # never trained on
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
@@ -124,44 +123,40 @@ class DataConfig:
 class OptimConfig:
     """AdamW and the EMA of the weights."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # after the warm-up
     schedule: str = "constant"  # constant | cosine (to zero at train.steps), after the warm-up
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    warmup_steps: int = 0  # over which the learning rate rises from 0
+    weight_decay: float = 0.0  # decoupled, times the learning rate
+    b1: float = 0.9  # decay of the gradient's mean
+    b2: float = 0.999  # decay of the squared gradient's mean
+    eps: float = 1e-8  # added to the root of that mean
     clip: float = 0.0  # global norm; 0 = no clipping
     accumulate: int = 1  # microbatches per step
-    ema: str = (
-        "constant"  # constant: decay `ema_decay`; power: decay (1 - 1/t)^(gamma + 1), width a fixed share of the run
-    )
-    ema_decay: float = 0.9999
+    ema: str = "constant"  # constant: decay `ema_decay` | power: decay (1 - 1/t)^(gamma + 1)
+    ema_decay: float = 0.9999  # constant: weight of the old average at a step
     ema_width: float = 0.05  # power: standard deviation of the averaging profile relative to the steps so far
 
     def __post_init__(self):
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         choice("optim.ema", self.ema, ("constant", "power"))
-        in_range("optim.learning_rate", self.learning_rate, 0.0)
-        in_range("optim.warmup_steps", self.warmup_steps, 0)
-        in_range("optim.weight_decay", self.weight_decay, 0.0)
-        in_range("optim.clip", self.clip, 0.0)
-        in_range("optim.b1", self.b1, 0.0, 1.0)
-        in_range("optim.b2", self.b2, 0.0, 1.0)
-        in_range("optim.eps", self.eps, 0.0)
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
+            in_range(f"optim.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2", "ema_decay"):
+            in_range(f"optim.{name}", getattr(self, name), 0.0, 1.0)
         in_range("optim.accumulate", self.accumulate, 1)
-        in_range("optim.ema_decay", self.ema_decay, 0.0, 1.0)
         in_range("optim.ema_width", self.ema_width, 1e-3, 0.28)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 400_000
-    batch_size: int = 256  # images, over all devices and processes
-    seed: int = 0
+    """How long a run is, what it draws, and how often it logs and saves."""
+
+    steps: int = 400_000  # of the optimizer
+    batch_size: int = 256  # images of a step, over all devices and processes
+    seed: int = 0  # of initial weights, data order, noise and dropout
     label_dropout: float = 0.1  # share of labels replaced by the null class
-    log_every: int = 100
-    checkpoint_every: int = 10_000
+    log_every: int = 100  # steps
+    checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones
     spike: float = 20.0  # deviations of loss or gradient norm above their mean from which a step is skipped; 0 = none
     spike_window: int = 100  # steps of that rolling mean and deviation, and before the first such skip
@@ -181,9 +176,9 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1, "the rest"."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the weights, each with its share of the batch
+    fsdp: int = 1  # devices over which weights and batch are split
+    tensor: int = 1  # devices over which the work on an image is split
     heartbeat: int = 30  # seconds without a sign of life after which a process counts as lost and the others stop
     initialization: int = 300  # seconds in which all processes must have come together
 
@@ -202,13 +197,14 @@ class MeshConfig:
 class SampleConfig:
     """How images are drawn; the same defaults serve `sample` and `evaluate`."""
 
-    sampler: str = "ddpm"
-    steps: int = 250
+    sampler: str = "ddpm"  # ddpm | ddim | euler | heun | dpmpp_2m | euler_maruyama
+    steps: int = 250  # of the sampler
     spacing: str = "linspace"  # which steps of a chain are kept: linspace (as the published DiT) | leading | trailing
-    guidance: float = 1.0  # 1 = plainly conditional
+    times: tuple = ()  # the grid itself, falling from at most 1 (noise) to 0; instead of steps and spacing
+    guidance: float = 1.0  # classifier-free guidance scale; 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # all | first3: the published DiT guides the first 3 channels only
-    batch_size: int = 64
+    batch_size: int = 64  # images drawn between two looks at SIGTERM
     labels: str = "uniform"  # uniform: drawn at random; balanced: sample i has class i modulo K
     weights: str = "ema"  # ema | params (raw)
 
@@ -216,12 +212,28 @@ class SampleConfig:
         in_range("sample.steps", self.steps, 1)
         in_range("sample.guidance", self.guidance, 0.0, 1000.0)
         in_range("sample.batch_size", self.batch_size, 1)
+        self._check_times()
         choice("sample.channels", self.channels, ("all", "first3"))
         choice("sample.labels", self.labels, ("uniform", "balanced"))
         choice("sample.weights", self.weights, ("ema", "params"))
         ends = self.interval
         if len(ends) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
             raise UsageError(f"sample.interval: found {shown(ends)}, expected (low, high) with 0 <= low <= high <= 1")
+
+    def _check_times(self) -> None:
+        times = self.times
+        if not times:
+            return
+        falling = all(map(number, times)) and all(a > b for a, b in itertools.pairwise(times))
+        if not falling or len(times) < 2 or times[0] > 1 or times[-1] != 0:
+            raise UsageError(
+                f"sample.times: found {shown(times)}, expected at least 2 falling numbers from at most 1 to 0"
+            )
+        for name, fitting in (("steps", len(times) - 1), ("spacing", "linspace")):
+            if getattr(self, name) not in (fitting, SampleConfig.__dataclass_fields__[name].default):
+                raise UsageError(
+                    f"sample.{name}: found {getattr(self, name)!r}, expected {fitting!r} (or no value) beside sample.times"
+                )
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,7 @@ class AutoencoderConfig:
 
     folder: str = ""  # as `convert --source=sd-vae` writes it; "" = the model's output is the image
     scale: tuple = (0.18215,)  # one number, or one per channel (whitening)
-    shift: tuple = (0.0,)
+    shift: tuple = (0.0,)  # one number, or one per channel
 
     def __post_init__(self):
         for name in ("scale", "shift"):
@@ -248,19 +260,19 @@ class EvalConfig:
     times_per_image: int = 16  # noise levels per held-out image, stratified over the training law of t
     max_images: int = 0  # held-out images used; 0 = all of them
     buckets: int = 8  # of equal probability under the training law of t
-    batch_size: int = 128
+    batch_size: int = 128  # held-out images at a time
     samples: int = 0  # images drawn for the sample metrics; 0 = none
     features: str = "digits"  # feature network of the sample metrics: digits | inception
     inception: str = ""  # folder of the Inception network, as `convert --source=inception` writes it
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
     loss: bool = True  # the held-out loss; False where the held-out images are not at hand
     bootstrap: int = 20  # resamplings of the drawn images that give the distance its interval; 0 = none
-    samplers: tuple = ()  # these four: every combination is scored; empty = that of `sample`
-    steps: tuple = ()
-    guidance: tuple = ()
-    weights: tuple = ()
-    seed: int = 1234
-    poll_seconds: float = 30.0  # --watch
+    samplers: tuple = ()  # every combination with the next three is scored; () = as in `sample`
+    steps: tuple = ()  # () = as in `sample`
+    guidance: tuple = ()  # () = as in `sample`
+    weights: tuple = ()  # () = as in `sample`
+    seed: int = 1234  # of noise levels, noise and samples
+    poll_seconds: float = 30.0  # --watch: between two looks for a new checkpoint
 
     def __post_init__(self):
         for name in ("times_per_image", "buckets", "batch_size"):
@@ -295,7 +307,7 @@ class SweepConfig:
     extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = do not
     processes: int = 1  # cells that run side by side
     grid: int = 8  # samples per class in the report's grid
-    grid_guidance: float = 2.0
+    grid_guidance: float = 2.0  # guidance scale of that grid
 
     def __post_init__(self):
         for budget in self.budgets:

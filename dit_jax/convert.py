@@ -18,10 +18,13 @@ from absl import flags
 
 from dit_jax.error import UsageError
 from dit_jax.job.launch import launch
-from dit_jax.networks.transfer import DITS, NETWORKS, WORKDIR, export_dit, import_dit, import_network
+
+DITS, NETWORKS, WORKDIR = ("dit", "diffusers"), ("sd-vae", "inception"), "workdir"
 
 
 def main() -> None:
+    from dit_jax.networks.transfer import export_dit, import_dit, import_network
+
     values = flags.FLAGS
     if values.source == WORKDIR:
         export_dit(values.weights, values.out, values.item or "ema", values.step)

@@ -18,13 +18,13 @@ import dataclasses
 from absl import flags
 
 from dit_jax.config import resolve
-from dit_jax.data.latent_writer import SHARD_BYTES
-from dit_jax.data.latents import DTYPES
+from dit_jax.job import compiled
 from dit_jax.job.launch import launch, stop_flag
-from dit_jax.networks.encoding import encode_splits, open_job
 
 
 def main() -> None:
+    from dit_jax.networks.encoding import encode_splits, open_job
+
     values = flags.FLAGS
     cfg = resolve(values.config)
     if values.autoencoder is not None:
@@ -42,7 +42,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "split", [], "a split to encode; may be given again. Default: data.split and data.held_out_split"
     )
-    flags.DEFINE_enum("dtype", "float16", list(DTYPES), "of the stored moments")
+    flags.DEFINE_enum("dtype", "float16", ("float16", "bfloat16", "float32"), "of the stored moments")
     flags.DEFINE_boolean("whiten", False, "scale and shift from the latents of data.split, one number per channel")
-    flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "size of a file; a kill costs the work on one", lower_bound=1)
+    flags.DEFINE_integer("shard_bytes", 1 << 30, "size of a file; a kill costs the work on one", lower_bound=1)
+    compiled.define_flag()
     launch(main, config="file")

@@ -1,11 +1,16 @@
 """What the user is told when something is wrong: two errors of one line each, safe to print whatever file they quote."""
 
+import contextlib
 import difflib
+import itertools
+import logging
 import math
+import os
 import re
-import sys
+import select
 import traceback
 import types
+from collections.abc import Callable, Sequence
 
 LONGEST = 4000  # characters of a message
 
@@ -45,8 +50,7 @@ def shown(value) -> str:
 
 def choice(name: str, found, allowed) -> None:
     if found not in allowed:
-        near = difflib.get_close_matches(str(found)[:100], [str(a) for a in allowed], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = "".join(f"; did you mean {near!r}?" for near in alike(str(found), map(str, allowed)))
         raise UsageError(f"{name}: found {shown(found)}, expected one of {', '.join(map(str, allowed))}{hint}")
 
 
@@ -60,9 +64,14 @@ def in_range(name: str, found, low=-math.inf, high=math.inf) -> None:
         raise UsageError(f"{name}: found {shown(found)}, expected {expected}")
 
 
+def alike(name: str, known, most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The known names that look most like `name`, the nearest first."""
+    return difflib.get_close_matches(name[:100], list(known), most, cutoff)
+
+
 def nearest(key: str, known) -> str:
     """A hint at the known key that looks most like `key`."""
-    near = difflib.get_close_matches(key[:100], list(known), 1, cutoff=0.4)
+    near = alike(key, known, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
 
 
@@ -73,6 +82,21 @@ def on_disk(name: str, path: str) -> None:
             f"{name}: found {shown(path)}, expected a path on a disk: buckets are not supported; hosts share a disk by NFS, such as "
             "Filestore (docs/launch.md)"
         )
+
+
+def arguments_on_disk(arguments: Sequence[str]) -> None:
+    """Raises UsageError for a command line that names a bucket; keys of `--config.` are only read, `data.data_dir` by TFDS."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        name, _, value = argument.partition("=")
+        if not argument.startswith("-"):
+            name, value = before if before.startswith("-") and "=" not in before else "argument", argument
+        if not name.lstrip("-").startswith("config."):
+            on_disk(f"--{name.lstrip('-')}" if name.startswith("-") else name, value)
+
+
+def unknown_flag(name: str, known) -> UsageError:
+    """The error of a flag that a command does not have."""
+    return UsageError(f"--{name}: unknown flag{nearest(name, known)}")
 
 
 def typed(value, kind: type | types.GenericAlias, name: str):
@@ -99,6 +123,31 @@ class Interrupted(Exception):
 IDLE = "SIGTERM: nothing was under way; the same command goes on"
 
 
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a whole command; what ends it early is told in a line. A reader that went away (`| head`) is no error."""
+    try:
+        command()
+        sys.stdout.flush()
+    except (UsageError, JobError, OSError, Interrupted, KeyboardInterrupt) as error:
+        return DONE if isinstance(error, BrokenPipeError) and _unread() else report(error)
+    finally:
+        _unread()  # so that the interpreter does not complain of the rest at its end
+    return DONE
+
+
+def _unread() -> bool:
+    """Whether the reader of standard output or error is gone; what is still to be written there then goes nowhere."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # one without a file, as in tests
+            look = select.poll()
+            look.register(stream.fileno(), 0)
+            if look.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                found = True
+    return found
+
+
 def report(error: BaseException) -> int:
     """Say what ended the job, in one line where it is an error that is known; returns the exit code."""
     if isinstance(error, UsageError):
@@ -115,5 +164,6 @@ def report(error: BaseException) -> int:
 
 
 def _complain(message, code: int, kind: str = "error") -> int:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        logging.getLogger("dit_jax").error(f"{kind}: {message}")
     return code

@@ -13,12 +13,9 @@ import time
 
 from absl import flags
 
-from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig, resolve, to_dict
-from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
-from dit_jax.evaluation.protocol import cells, check_config
-from dit_jax.evaluation.run import _check_stop, _ledger, _report_failed, _run, tasks
+from dit_jax.job import compiled
 from dit_jax.job.launch import launch, stop_flag
 from dit_jax.job.launcher import define_flags, find_cell, hand_over
 from dit_jax.workdir.folder import read_config
@@ -27,6 +24,11 @@ from dit_jax.workdir.records import RECORDS
 
 
 def main() -> None:
+    from dit_jax import checkpoint
+    from dit_jax.devices.mesh import make_mesh
+    from dit_jax.evaluation.protocol import cells, check_config
+    from dit_jax.evaluation.run import _ledger, _report_failed, _run, tasks
+
     values = flags.FLAGS
     cfg = resolve(values.config)
     if not values.watch and not checkpoint.steps(values.workdir):
@@ -55,6 +57,8 @@ def main() -> None:
 
 def _check_model(cfg: Config, workdir: str) -> None:
     """Raises UsageError where the command changes the run's model: protocols and records do not name it."""
+    from dit_jax import checkpoint
+
     asked, found = to_dict(cfg.model), to_dict(read_config(workdir).model)
     for key in found:
         if key not in checkpoint.FREE and asked[key] != found[key]:
@@ -62,6 +66,8 @@ def _check_model(cfg: Config, workdir: str) -> None:
 
 
 def _wait(seconds: float, stop: list) -> None:
+    from dit_jax.evaluation.run import _check_stop
+
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         _check_stop(stop, "what is recorded stays")
@@ -72,4 +78,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
     flags.DEFINE_bool("watch", False, "follow a live run until its last step")
     define_flags()
+    compiled.define_flag()
     launch(main, config="workdir")

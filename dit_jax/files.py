@@ -1,23 +1,26 @@
-"""Files read and written so that nothing half-written stays behind: the one door to paths."""
+"""The one door to paths: read, write whole, replace if unchanged, list, delete, lock.
+
+Nothing half-written stays behind, and nothing is appended to, so that a bucket can do the same.
+"""
 
 import collections
 import contextlib
+import errno
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from dit_jax.error import UsageError
 
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
-
-
 LARGEST = 2**27  # bytes of a file of lines
-
-
 DEEPEST = 32  # JSON lists and objects within each other
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # a file system's answers, where it has none
 
 
 def parse_json(data: bytes, most: int = LONGEST) -> object:
@@ -44,6 +47,23 @@ def _keys_once(pairs: list[tuple]) -> dict:
     return found
 
 
+def read(path: str, most: int = LONGEST) -> bytes:
+    """The bytes of a file, and at most one beyond `most`: a parser then refuses it as too long."""
+    with open(path, "rb") as f:
+        return f.read(most + 1)
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file. Raises UsageError if the file holds anything else, OSError if it cannot be read."""
+    try:
+        value = parse_json(read(path))
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: found a {type(value).__name__}, expected an object")
+    return value
+
+
 def numbered(lines: IO, path: str, most: float = LARGEST) -> Iterator[tuple]:
     """(number, line) of an open file. Raises UsageError at a line beyond LONGEST, or when all lines are beyond `most`."""
     number = total = 0
@@ -56,18 +76,20 @@ def numbered(lines: IO, path: str, most: float = LARGEST) -> Iterator[tuple]:
         yield number, line
 
 
-def write_file(path: str, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = f"{path}.tmp{os.getpid()}"
+@contextlib.contextmanager
+def whole(path: str, unfinished: str = "") -> Iterator[str]:
+    """The name of a file or folder to write, which becomes `path` when all went well and is deleted when not.
+
+    `unfinished`: the name until then; by default one beside `path` that no other process takes.
+    """
+    unfinished = unfinished or f"{path}.tmp{os.urandom(4).hex()}"
     try:
-        with open(temporary, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        yield unfinished
+        sync(unfinished)
+        rename(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            delete(unfinished)
         raise
 
 
@@ -77,18 +99,67 @@ def new_folder(path: str) -> Iterator[str]:
 
     `path` must not exist, or be an empty folder. What a killed job left behind is removed by the next one.
     """
-    path = os.path.abspath(path)
-    unfinished = path + ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = os.path.abspath(path) + ".unfinished"
+    delete(unfinished)
     os.makedirs(unfinished)
-    try:
+    with whole(os.path.abspath(path), unfinished):
         yield unfinished
-        sync(unfinished)
-        os.rename(unfinished, path)
-        sync(os.path.dirname(path))
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+
+def write_file(path: str, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    with whole(path) as unfinished, open(unfinished, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+
+
+def replace(path: str, content: str | bytes, old: bytes | None) -> bool:
+    """Write a file whole if it still holds `old` (None: if there is none). False, and nothing written, if it does not.
+
+    Of several processes that replace the same content, one succeeds. What a killed one left is deleted.
+    """
+    with lock(path + ".lock"):
+        for unfinished in glob.glob(glob.escape(path) + ".tmp*"):
+            delete(unfinished)
+        if _content(path) != old:
+            return False
+        write_file(path, content)
+        return True
+
+
+def update(path: str, change: Callable[[bytes | None], str | bytes | None]) -> None:
+    """Replace a file's content by `change(content)`, again if another process was faster; None leaves it as it is.
+
+    `change` gets None if there is no file.
+    """
+    while True:
+        old = _content(path)
+        new = change(old)
+        if new is None or replace(path, new, old):
+            return
+
+
+def _content(path: str) -> bytes | None:
+    return read(path, LARGEST) if os.path.exists(path) else None
+
+
+def names(folder: str) -> list[str]:
+    """What is in a folder, sorted; nothing if there is none."""
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def delete(path: str) -> None:
+    """Delete a file, or a folder with all that is in it; there may be none."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def rename(unfinished: str, path: str) -> None:
+    """Give what is wholly written its name, which lasts through a power cut."""
+    os.replace(unfinished, path)
+    sync(os.path.dirname(os.path.abspath(path)))
 
 
 def file_sha256(path: str) -> str:
@@ -105,13 +176,47 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def check_json(path: str) -> None:
-    """Raises UsageError when a report could not be written there, before it is measured."""
+@contextlib.contextmanager
+def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, made with its folder, until the end or until this process dies.
+
+    While another process holds it this one waits, or raises `busy`. Without `keep` the file is deleted at the end. On a file
+    system without locks there is a notice, and no lock.
+    """
+    import filelock  # here: few commands lock anything
+
+    held = filelock.FileLock(path, fallback_to_soft=False, thread_local=False, poll_interval=0.01)
+    while not held.is_locked:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        try:
+            held.acquire(blocking=busy is None)
+        except FileNotFoundError:  # another process has just finished and deleted the folder
+            continue
+        except filelock.Timeout:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            why = "no locks on this file system; run one job at a time on its folder"
+            logging.getLogger("dit_jax").warning(f"notice: {path}: {why}")
+            break
+    try:
+        yield
+    finally:
+        if not keep:
+            delete(path)  # while it is held
+        held.release()
+
+
+def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> None:
+    """Raises UsageError when a report could not be written there, before it is measured. `makes_folders`: its writer does."""
     folder = os.path.dirname(os.path.abspath(path))
     if path and (os.path.isdir(path) or path.endswith(os.sep)):
         raise UsageError(
-            f"--json: found the folder {path!r}, expected a file, such as {os.path.join(path, 'report.json')!r}"
+            f"{name}: found the folder {path!r}, expected a file, such as {os.path.join(path, 'report.json')!r}"
         )
+    while makes_folders and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
     if path and not os.path.isdir(folder):
         what = f"where {folder!r} is no folder" if os.path.exists(folder) else "whose folder does not exist"
-        raise UsageError(f"--json: found {path!r}, {what}")
+        raise UsageError(f"{name}: found {path!r}, {what}")

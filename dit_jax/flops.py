@@ -16,15 +16,20 @@ with T image tokens, patch p, C channels in and C_out out, width d, depth L and 
 from dit_jax.config import ModelConfig
 
 TIME_FREQUENCIES = 256  # width of the sinusoid that embeds a timestep
-
-
-CONDITION_TOKENS = 2  # time and label, where they are tokens
+# Fields of `cond`, as models.conditioning.FIELDS has them: which models have one, and the trainable parameters of its embedding.
+FIELDS = {"label": (lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width)}
 MODULATIONS = {"adaln": 4, "adaln_zero": 6}  # vectors a block; the output has 2
+
+
+def fields(cfg: ModelConfig) -> list[str]:
+    """Names of the fields of `cond` that a model has."""
+    return [name for name, (present, _) in FIELDS.items() if present(cfg)]
 
 
 def component_macs(cfg: ModelConfig) -> dict[str, int]:
     """MACs of one forward pass of one image, by component."""
-    n, d, patch, extra = cfg.tokens, cfg.width, cfg.patch**2, CONDITION_TOKENS
+    n, d, patch = cfg.tokens, cfg.width, cfg.patch**2
+    extra = 1 + len(fields(cfg))  # condition tokens: time, and each field
     s = n + extra if cfg.conditioning == "in_context" else n
     cross = 2 * n * d * d + 2 * extra * d * d + 2 * n * extra * d if cfg.conditioning == "cross_attention" else 0
     return {
@@ -68,7 +73,7 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     return {
         "patch_embedding": patch * cfg.channels * d + d,
         "time_embedding": TIME_FREQUENCIES * d + d + d * d + d,
-        "label_table": (cfg.classes + 1) * d,
+        **{f"{name}_table": FIELDS[name][1](cfg) for name in fields(cfg)},
         "attention": cfg.depth * attention,
         "cross_attention": cfg.depth * attention if crossed else 0,
         "mlp": cfg.depth * mlp,

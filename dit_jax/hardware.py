@@ -10,12 +10,11 @@ all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs
 its A100 whitepaper for the clock.
 """
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
 
-from dit_jax.error import UsageError, shown
+from dit_jax.error import UsageError, alike, shown
 
 
 @dataclass(frozen=True)
@@ -202,4 +201,4 @@ def _nearest(name: str) -> list[str]:
     same = [known for known in names() if found and known.startswith(found[1]) and known[len(found[1]) :].isdigit()]
     if same:
         return sorted(same, key=lambda known: abs(math.log(int(known[len(found[1]) :]) / max(int(found[2]), 0.5))))[:3]
-    return difflib.get_close_matches(name[:100], names(), 3, cutoff=0.3) or ["v3-256", "v4-256", "h100x8"]
+    return alike(name, names(), 3, cutoff=0.3) or ["v3-256", "v4-256", "h100x8"]

@@ -12,18 +12,11 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
-from dit_jax.devices.mesh import make_mesh
-from dit_jax.diffusion.process import make_process
-from dit_jax.diffusion.samplers import SAMPLERS, sampling_times
 from dit_jax.error import UsageError
+from dit_jax.job import compiled
 from dit_jax.job.launch import launch, stop_flag
 from dit_jax.log import say
-from dit_jax.networks.autoencoder import image_shape, make_decoder, open_autoencoder
-from dit_jax.sampling import parts
-from dit_jax.sampling.draw import ROWS, describe_job, sample_images
-from dit_jax.sampling.picture import GRID, save_grid
 
 
 def _sample_config(cfg: Config, values) -> SampleConfig:
@@ -39,6 +32,8 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
 
 
 def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
+    if values and not classes:
+        raise UsageError(f"--labels: found {','.join(values)}, expected none: this model has no classes")
     for value in values:
         if not (value.isascii() and value.isdecimal()) or not int(value) < classes:
             raise UsageError(f"--labels: found {value!r}, expected class numbers from 0 to {classes - 1}, with commas")
@@ -55,38 +50,38 @@ def _check_paths(out: str, grid: str) -> None:
         raise UsageError(f"--grid: found {grid!r}, expected a name that ends in .png")
 
 
-def _find_step(workdir: str, step: int | None, out: str, weights: str) -> int:
-    """The checkpoint asked for; else that of the images that `out` has begun with, which training may have left behind."""
-    begun = parts.begun(out).get("step") if out and step is None else None
-    return checkpoint.find_step(workdir, begun if begun in checkpoint.steps(workdir) else step, weights)
-
-
 def main() -> None:
     with stop_flag() as stop:
         _main(flags.FLAGS, stop)
 
 
 def _main(values, stop: list) -> None:
+    from dit_jax import checkpoint
+    from dit_jax.devices.mesh import make_mesh
+    from dit_jax.diffusion.task import make_task
+    from dit_jax.sampling import parts
+    from dit_jax.sampling.draw import open_sampling
+    from dit_jax.sampling.picture import GRID, save_grid
+
     cfg = resolve(values.config)
     if values.autoencoder is not None:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
-    sample = _sample_config(cfg, values)
-    sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing)
+    cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
+    make_task(cfg)
     wanted = _wanted(values.labels, cfg.model.classes)
     _check_paths(values.out, values.grid)
-    step = _find_step(values.workdir, values.step, values.out, sample.weights)
-    autoencoder, mesh = open_autoencoder(cfg), make_mesh(MeshConfig())
-    decode = make_decoder(autoencoder, mesh)
-    _, params = checkpoint.load(values.workdir, step, sample.weights, cfg.model)
-    settings = f"{sample.sampler} {sample.steps}, guidance {sample.guidance:g}"
-    say(f"{values.num} images from step {step} ({sample.weights}), {settings}")
+    step = parts.find_step(values.workdir, values.step, values.out, cfg.sample.weights)
+    sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None)
+    _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
+    settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
+    say(f"{values.num} images from step {step} ({cfg.sample.weights}), {settings}")
 
-    def draw(first: int, end: int) -> Iterator[parts.Batch]:
-        return sample_images(cfg, params, sample, end, values.seed, mesh, wanted, first, decode)
+    def draw(first: int, end: int) -> Iterator:
+        return sampling.images(params, values.seed, end, first)
 
     if values.out:
-        job = describe_job(cfg, params, sample, step, values.seed, wanted, autoencoder)
-        parts.complete(values.out, job, image_shape(cfg, autoencoder), values.num, draw, stop)
+        job = sampling.describe(params, step, values.seed)
+        parts.complete(values.out, job, sampling.shape, values.num, draw, stop)
         print(values.out)
     if values.grid:
         save_grid(values.grid, parts.read_npz(values.out) if values.out else draw(0, min(values.num, GRID)))
@@ -100,13 +95,13 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("seed", 0, "seed", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("step", None, "checkpoint; default: that of the parts to go on with, else the newest")
-    flags.DEFINE_string("sampler", None, "one of " + ", ".join(SAMPLERS))
+    flags.DEFINE_string("sampler", None, "one of those listed at --config.sample.sampler")
     flags.DEFINE_integer("steps", None, "sampling steps")
     flags.DEFINE_float("guidance", None, "guidance scale; 1 = plainly conditional")
     flags.DEFINE_string("channels", None, "all, or first3: those that guidance acts on")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
-        "batch_size", None, f"images between two looks at SIGTERM, in multiples of {ROWS} per device; changes no image"
+        "batch_size", None, "images between two looks at SIGTERM, in multiples of 16 per device; changes no image"
     )
     flags.DEFINE_list("labels", [], "classes to draw, in turn; default: the run's label policy")
     flags.DEFINE_string(
@@ -114,5 +109,6 @@ if __name__ == "__main__":
         "samples.npz",
         "npz of uint8 images and labels; another job's file is never overwritten; empty = the grid only",
     )
-    flags.DEFINE_string("grid", "", f"PNG of the images, sorted by class; of the first {GRID} if there are more")
+    flags.DEFINE_string("grid", "", "PNG of the images, sorted by class; of the first 400 if there are more")
+    compiled.define_flag()
     launch(main, config="workdir")

@@ -6,14 +6,16 @@ The same command again resumes from the newest checkpoint, bit for bit, or finds
 from absl import flags
 
 from dit_jax.config import resolve, to_dict
-from dit_jax.devices.processes import EXPLICIT, check_config, connect, together
+from dit_jax.job import compiled
 from dit_jax.job.launch import launch
-from dit_jax.training.loop import run
 from dit_jax.workdir.folder import flatten
 from dit_jax.workdir.goodput import process_start
 
 
 def main() -> None:
+    from dit_jax.devices.processes import EXPLICIT, check_config, connect, together
+    from dit_jax.training.loop import run
+
     cfg = resolve(flags.FLAGS.config)
     connect(cfg.mesh, {name: getattr(flags.FLAGS, name) for name in EXPLICIT})
     with together():
@@ -26,4 +28,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where neither Cloud TPU nor SLURM tells it")
     flags.DEFINE_integer("num_processes", None, "how many processes train together")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+    compiled.define_flag()
     launch(main, config="file")

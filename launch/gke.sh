@@ -21,28 +21,10 @@
 #   IMAGE           with Python 3.11 or later and make (python:3.11)
 #   RESTARTS        how often a workload that was preempted, or exited with 75, is begun again (100)
 # It needs xpk, gcloud and kubectl, logged in. xpk builds the image, so it needs Docker too.
+# shellcheck disable=SC2154  # dry, words, root and install_jax_tpu come from functions.bash
 set -euo pipefail
-
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
-need() {
-  local missing=() name
-  for name in "$@"; do [[ -n ${!name:-} ]] || missing+=("$name"); done
-  ((${#missing[@]} == 0)) || fail "${missing[*]}: not set; the head of launch/gke.sh says what they are"
-}
-
-shown() { # a command as one would type it
-  local word line=()
-  for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
-  done
-  echo "${line[*]}"
-}
-
-run() { if ((dry)); then shown "$@"; else "$@"; fi; }
+# shellcheck source=/dev/null
+. "$(dirname "${BASH_SOURCE[0]}")/functions.bash"
 
 on_cluster() { run xpk "$1" "$2" "${@:3}" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"; }
 
@@ -53,19 +35,16 @@ share() {
 
 # shellcheck disable=SC2153 # NAME is the user's
 start() {
-  local install command
-  # shellcheck disable=SC2016 # asked in the container
-  install='make setup PYTHON=python3 && .venv/bin/pip install --quiet "jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"'
+  local command
   command=$(shown .venv/bin/python -m "dit_jax.$1" "${@:2}")
-  # Of a commit, not of the folder: that may hold a .venv and runs.
   run rm -rf "$root/build/gke" "$root/build/gke.tar"
   run mkdir -p "$root/build/gke"
-  run git -C "$root" archive "--output=$root/build/gke.tar" HEAD
+  commit_archive build/gke.tar
   run tar -xf "$root/build/gke.tar" -C "$root/build/gke"
   on_cluster workload create --workload="$NAME" --tpu-type="$TPU_TYPE" --num-slices=1 \
     --base-docker-image="${IMAGE:-python:3.11}" --script-dir="$root/build/gke" \
     --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \
-    --command="$install && exec $command"
+    --command="make setup PYTHON=python3 && $install_jax_tpu && exec $command"
 }
 
 fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
@@ -80,14 +59,8 @@ logs() {
     --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"
 }
 
-dry=0 words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- "${words[@]}"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=/dev/null  # known_job
-. "$root/launch/known_job.bash"
 verb=${1:-}
 case $verb in
   create) needed=(TPU_TYPE CAPACITY) ;;
@@ -96,7 +69,7 @@ case $verb in
   share | status | delete) needed=() ;;
   *) fail "found ${verb:-no verb}, expected create, share, run, status, logs, stop or delete" ;;
 esac
-[[ $verb == run ]] || (($# == 1)) || fail "$verb: found ${*:2} after it, expected nothing"
+[[ $verb == run ]] || alone "$@"
 need PROJECT ZONE CLUSTER "${needed[@]}"
 case $verb in
   create)

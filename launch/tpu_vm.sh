@@ -20,28 +20,10 @@
 #   RUNTIME         the image (by the accelerator: tpu-ubuntu2204-base up to v4)
 #   POLL            seconds between looks at a request (30)
 # It needs gcloud, logged in; Python 3.11 comes from the image's own packages.
+# shellcheck disable=SC2154  # dry, words, root and install_jax_tpu come from functions.bash
 set -euo pipefail
-
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
-need() {
-  local missing=() name
-  for name in "$@"; do [[ -n ${!name:-} ]] || missing+=("$name"); done
-  ((${#missing[@]} == 0)) || fail "${missing[*]}: not set; the head of launch/tpu_vm.sh says what they are"
-}
-
-shown() { # a command as one would type it
-  local word line=()
-  for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
-  done
-  echo "${line[*]}"
-}
-
-run() { if ((dry)); then shown "$@"; else "$@"; fi; }
+# shellcheck source=/dev/null
+. "$(dirname "${BASH_SOURCE[0]}")/functions.bash"
 
 # shellcheck disable=SC2153 # NAME is the user's
 queued() { run gcloud compute tpus queued-resources "$1" "$NAME" --project="$PROJECT" --zone="$ZONE" "${@:2}"; }
@@ -85,14 +67,13 @@ state() { queued describe "--format=value(state.state)"; }
 
 setup() {
   local archive=dit_jax.tar.gz
-  run git -C "$root" archive --format=tar.gz --prefix=dit_jax/ "--output=$root/$archive" HEAD
+  commit_archive "$archive" --format=tar.gz --prefix=dit_jax/
   run gcloud compute tpus tpu-vm scp "$root/$archive" "$NAME:$archive" --project="$PROJECT" --zone="$ZONE" --worker=all
   run rm "$root/$archive"
   on all "sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv make nfs-common"
   on all "sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard '$NFS' /mnt/share) && sudo chmod a+rwx /mnt/share"
   on all "tar xzf $archive && cd dit_jax && make setup PYTHON=python3.11"
-  # shellcheck disable=SC2016 # asked on the worker
-  on all 'cd dit_jax && .venv/bin/pip install --quiet "jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"'
+  on all "cd dit_jax && $install_jax_tpu"
 }
 
 start() { # one job a slice: a second one beside it would find the chips taken
@@ -126,14 +107,8 @@ resume() { # what only waits is left in the queue: a new request would begin at 
   start "$@"
 }
 
-dry=0 words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then dry=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- "${words[@]}"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=/dev/null  # known_job
-. "$root/launch/known_job.bash"
 verb=${1:-}
 case $verb in
   create) needed=(PROJECT ZONE NAME ACCELERATOR) ;;
@@ -142,7 +117,7 @@ case $verb in
   run | logs | stop | delete) needed=(PROJECT ZONE NAME) ;;
   *) fail "found ${verb:-no verb}, expected create, setup, run, logs, stop, resume or delete" ;;
 esac
-[[ $verb =~ ^(run|resume)$ ]] || (($# == 1)) || fail "$verb: found ${*:2} after it, expected nothing"
+[[ $verb =~ ^(run|resume)$ ]] || alone "$@"
 need "${needed[@]}"
 case $verb in
   run | resume)

@@ -13,20 +13,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
-CHECKED = (
-    "config",
-    "flops",
-    "models",
-    "diffusion",
-    "metrics",
-    "data",
-    "devices",
-    "training",
-    "sampling",
-    "evaluation",
-)
+CHECKED = ("config", "flops", "bind", "models", "diffusion", "metrics", "data", "devices.mesh")
+CHECKED += ("training.optim", "training.state", "training.step")
 install_import_hook([f"dit_jax.{room}" for room in CHECKED], "beartype.beartype")
-beartype_package("dit_jax.scaling")  # it names no shapes, and jaxtyping's care for them would take half of its tests' time
+beartype_package(
+    "dit_jax.scaling"
+)  # it names no shapes, and jaxtyping's care for them would take half of its tests' time
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,5 +1,6 @@
 """The benchmark in a tiny setting: its structure and its arithmetic, never its timings. Beside its peer: tests/parity/test_torch_dit.py."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -7,15 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import host_share
 import jax
 import jax.numpy as jnp
 import pytest
 from job import ROOT, environment, run
-from rich.console import Console
 from runs import train
 
 from dit_jax import files, flops
-from dit_jax.bench import host as host_part
 from dit_jax.bench import measure, peer, speed, table
 from dit_jax.config import Config, SampleConfig, TrainConfig, resolve
 from dit_jax.error import UsageError
@@ -32,7 +32,7 @@ TINY = dataclasses.replace(CFG.model, width=8, depth=1, heads=2)
 @pytest.fixture(scope="module")
 def host(data_dir):
     step_flops = flops.train_flops(TINY, 32)
-    return host_part.measure_host(ladder.make_cell(CFG, "", 40 * step_flops, (8, 1, 2)), repeats=1, steps=3)
+    return host_share.measure_host(ladder.make_cell(CFG, "", 40 * step_flops, (8, 1, 2)), repeats=1, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,14 @@ def test_the_default_model_is_that_of_the_device():
 
 
 def test_ladder_cells_are_runs_of_the_sweep():
-    cells = host_part.ladder_cells(CFG, "")
+    cells = host_share.ladder_cells(CFG, "")
     middle = CFG.sweep.budgets[len(CFG.sweep.budgets) // 2]
     assert len(cells) >= 3 and {cell.budget for cell in cells} == {middle}
     for cell in cells:
         model = cell.cfg.model
         assert (model.width, model.depth, model.heads) in CFG.sweep.sizes
     with pytest.raises(UsageError, match="budgets"):
-        host_part.ladder_cells(Config(), "")
+        host_share.ladder_cells(Config(), "")
 
 
 def check_figures(found, size):
@@ -141,33 +141,32 @@ def test_sampling_is_measured(sample):
 def test_host_measurement(host):
     assert (host["size"], host["steps"], host["batch_size"], host["target"]) == ([8, 1, 2], 40, 32, 0.2)
     names = {"wall", "device", "call", "data", "log", "checkpoint", "rest", "looped"}
-    assert set(host["step_us"]) == names == set(table.STEP_PARTS) and all(map(ordered, host["step_us"].values()))
+    assert set(host["step_us"]) == names == set(host_share.STEP_PARTS) and all(map(ordered, host["step_us"].values()))
     assert host["step_us"]["wall"]["low"] > 0 and host["start_seconds"]["low"] > 0
     assert ordered(host["host_share"]) and host["host_share"]["low"] > 0
     assert ordered(host["not_device_share"]) and host["not_device_share"]["high"] <= 1
-    text = tables({"host": [host]})
+    text = tables({"host": [host]}, host_share.show)
     assert "target <= 20%" in text and text.count("met") + text.count("missed") == 1
 
 
 def test_parts_of_a_step_sum_to_the_wall():
     found = {"step": [5.0], "call": [1.0], "looped": [3.0], "data": [0.5], "log": [0.2]}
     found["run"] = [{"start": 9.0, "loop": 6.0, "end": 10.0}]
-    parts = host_part.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
+    parts = host_share.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=10))
     assert parts["device"] == [4.0] and parts["wall"] == [7.0]
-    assert sum(parts[name][0] for name in ("device", *host_part.HOST, "rest")) == pytest.approx(7.0)
+    assert sum(parts[name][0] for name in ("device", *host_share.HOST, "rest")) == pytest.approx(7.0)
     assert parts["rest"] == [pytest.approx(7 - 4 - 1 - 0.5 - 0.08 - 1)]
-    assert host_part.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
+    assert host_share.step_parts(found, TrainConfig(steps=10, log_every=5, checkpoint_every=4))["checkpoint"] == [3.0]
 
 
-def tables(found):
-    out = io.StringIO()
-    table.show(found, Console(file=out, width=150))
+def tables(found, show=table.show):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        show(found)
     return out.getvalue()
 
 
 BAD = {
-    "part": (["--parts=train,speed"], "--parts: found speed, expected some of sample, train, host"),
-    "no ladder": (["--parts=host"], "sweep.budgets: found none, expected training FLOPs; start from configs/digits"),
+    "part": (["--parts=train,speed"], "--parts: found speed, expected some of sample, train"),
     "no peer": (["--peer=nowhere.py"], "--peer: no file 'nowhere.py', expected one such as tests/peers/torch_dit.py"),
     "no folder": (["--json=/nowhere/b.json"], "--json: found '/nowhere/b.json', whose folder does not exist"),
     "seconds": (["--seconds=nan"], "--seconds: found nan, expected a finite number"),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -16,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline, source, tfds_records
+from dit_jax.data import pipeline, pixels, source
+from dit_jax.data.source import open_source
 from dit_jax.error import UsageError
 
 TRAIN, TEST = 1442, 355
@@ -26,7 +28,7 @@ TRAIN, TEST = 1442, 355
 def data(tmp_path_factory):
     """A config whose digits are built, with flips."""
     config = DataConfig(data_dir=str(tmp_path_factory.mktemp("tfds")), flip=True)
-    tfds_records.load_source("digits", "train", config.data_dir)
+    open_source(config, "train")
     return config
 
 
@@ -48,9 +50,7 @@ def batches(data, count, batch_size=48, seed=3, **kwargs):
 def assert_same(a, b):
     assert len(a) == len(b)
     for left, right in zip(a, b, strict=True):
-        assert left.keys() == right.keys()
-        for key in left:
-            np.testing.assert_array_equal(left[key], right[key])
+        jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 class Photos(tfds.core.GeneratorBasedBuilder):
@@ -83,9 +83,10 @@ def test_digits_are_those_of_scikit_learn(data):
     for k in range(10):
         held_out[np.flatnonzero(labels == k)[4::5]] = True
     for split, rows in (("train", ~held_out), ("test", held_out)):
-        records = list(tfds_records.load_source("digits", split, data.data_dir))
-        stored = np.stack([record["image"] for record in records]).astype(np.int64)
-        assert [record["label"] for record in records] == labels[rows].tolist()
+        opened = open_source(data, split)
+        images, cond = opened.read(np.arange(len(opened)))
+        stored = images.astype(np.int64)
+        assert cond["label"].tolist() == labels[rows].tolist()
         np.testing.assert_array_equal((16 * stored + 127) // 255, levels[rows].reshape(-1, 8, 8, 1))
         np.testing.assert_array_equal(stored, np.rint(levels[rows].reshape(-1, 8, 8, 1) * 255 / 16))
     assert (np.sum(~held_out), np.sum(held_out)) == (TRAIN, TEST)
@@ -97,14 +98,14 @@ def test_held_out_images_are_not_in_train(data):
 
 
 def test_pixels_become_minus_one_to_one():
-    floats = pipeline.to_float(np.arange(256, dtype=np.uint8))
+    floats = pixels.to_float(np.arange(256, dtype=np.uint8))
     assert floats.dtype == np.float32 and (floats[0], floats[255]) == (-1, 1)
     np.testing.assert_array_equal(floats, np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1))
     np.testing.assert_array_equal(np.rint((floats + 1) * 127.5), np.arange(256))
 
 
 def test_describe_names_records_and_checksum(data, broken):
-    found = tfds_records.describe("digits", "test", data.data_dir)
+    found = open_source(data, "test").describe()
     assert {**found, "sha256": ""} == {
         "dataset": "digits",
         "split": "test",
@@ -114,23 +115,21 @@ def test_describe_names_records_and_checksum(data, broken):
         "sha256": "",
     }
     config, _ = broken
-    assert (
-        tfds_records.describe("digits", "test", config.data_dir) == found
-    )  # the folder does not matter, the split does
-    assert tfds_records.describe("digits", "train", data.data_dir)["sha256"] != found["sha256"]
-    assert tfds_records.describe("digits", "test[:50%]", data.data_dir)["sha256"] != found["sha256"]
+    assert open_source(config, "test").describe() == found  # the folder does not matter, the split does
+    for split in ("train", "test[:50%]"):
+        assert open_source(data, split).describe()["sha256"] != found["sha256"]
 
 
 @pytest.mark.slow
 def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
     code = (
         "import json, sys\n"
-        "import dit_jax.data.pipeline as p; from dit_jax.data import datasets; from dit_jax.config import DataConfig\n"
+        "import dit_jax.data.pipeline as p; from dit_jax.config import DataConfig\n"
         "import sklearn.datasets; print('ready', flush=True); sys.stdin.readline()\n"
         "data = DataConfig(data_dir=sys.argv[1])\n"
         "next(p.make_batches(data, batch_size=8, seed=0)); p.load_arrays(data, 'test')\n"
         "assert 'tensorflow' not in sys.modules\n"
-        "print(json.dumps(tfds_records.describe('digits', 'train', sys.argv[1])))"
+        "opened = p.open_source(data, 'train'); print(json.dumps([opened.describe(), opened.identity]))"
     )
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -141,9 +140,44 @@ def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
         child.stdin.flush()
     outputs = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
-    here = tfds_records.describe("digits", "train", data.data_dir)
+    opened = open_source(data, "train")
+    here = [opened.describe(), opened.identity]
     assert [json.loads(out) for out, _ in outputs] == [here, here]
     assert os.listdir(tmp_path / "digits") == ["1.0.0"]
+
+
+# ---- which data they are
+
+
+def test_two_builds_of_the_digits_are_the_same_source(data, tmp_path):
+    other = open_source(dataclasses.replace(data, data_dir=str(tmp_path)), "train")
+    assert other.identity == open_source(data, "train").identity
+    assert other.identity | {"sha256": ""} == {"name": "digits/1.0.0", "split": "train", "records": TRAIN, "sha256": ""}
+
+
+def test_another_split_or_part_is_another_source(data):
+    splits = ("train", "test", "train[:355]", "train[1:356]")
+    assert len({open_source(data, split).identity["sha256"] for split in splits}) == len(splits)
+
+
+def test_a_position_is_not_continued_on_other_records(data):
+    """The number of records, and what the index says of them; an older position kept no identity."""
+    before = pipeline.make_batches(data, batch_size=48, seed=0)
+    identity = before.source.identity
+    for name, value in (("records", 723), ("sha256", "0" * 64)):
+        other = dataclasses.replace(before.source, identity=identity | {name: value})
+        after = pipeline.make_batches(data, batch_size=48, seed=0, source=other)
+        message = error_of(after.set_state, before.get_state())
+        expected = f"found {value!r}, expected {identity[name]!r}, as in the data that this run has been trained on; "
+        assert message.startswith(f"data.dataset: {name}: {expected}")
+        after.set_state({"next_index": 7})
+
+
+def test_the_checksum_is_computed_once(data):
+    opened = open_source(data, "test")
+    found = opened.describe()
+    object.__setattr__(opened, "source", ())  # nothing is left to read
+    assert opened.describe() | {"records": TEST} == found
 
 
 # ---- order
@@ -153,7 +187,7 @@ def test_two_processes_build_at_once_without_tensorflow(tmp_path, data):
 def test_order_is_independent_of_the_process_count(data, processes):
     alone = batches(data, 40)
     parts = [batches(data, 40, process_index=i, process_count=processes) for i in range(processes)]
-    joined = [{k: np.concatenate([b[k] for b in rows]) for k in rows[0]} for rows in zip(*parts, strict=True)]
+    joined = [jax.tree.map(lambda *some: np.concatenate(some), *rows) for rows in zip(*parts, strict=True)]
     assert_same(alone, joined)
 
 
@@ -174,7 +208,7 @@ def test_restored_position_continues_exactly(data, monkeypatch, small):
         for _ in range(start):
             next(first)
         state = json.loads(json.dumps(first.get_state()))
-        assert state == {"next_index": start}
+        assert state == {"next_index": start, "source": open_source(data, "train").identity}
         other = dataclasses.replace(data, workers=3, prefetch=1)
         second = pipeline.make_batches(other, batch_size=48, seed=3)
         next(second)
@@ -189,12 +223,12 @@ def test_every_epoch_is_another_permutation(data):
         assert sorted(a) == list(range(TRAIN))
     for i, a in enumerate(orders):
         assert all(np.mean(a == b) < 0.01 for b in orders[:i])
-    images, labels = pipeline.load_arrays(data, "train")
+    images, cond = pipeline.load_arrays(data, "train")
     plain = dataclasses.replace(data, flip=False)
     seen = batches(plain, 31, batch_size=100, seed=5)  # 3,100 examples: two epochs, with borders inside batches
     expected = np.concatenate(orders[:3])[:3100]
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in seen]), images[expected])
-    np.testing.assert_array_equal(np.concatenate([b["label"] for b in seen]), labels[expected])
+    np.testing.assert_array_equal(np.concatenate([b["cond"]["label"] for b in seen]), cond["label"][expected])
 
 
 def test_order_is_pinned():
@@ -220,9 +254,9 @@ def test_flip_depends_on_seed_and_position_only(data):
     other = np.concatenate([b["image"] for b in batches(data, 90, batch_size=32)])
     np.testing.assert_array_equal(other, mirrored)
     marks = np.arange(2.0).reshape(1, 1, 2, 1).repeat(500, 0)
-    first, second = (pipeline.flip(marks, np.arange(500), seed)[:, 0, 0, 0] for seed in (3, 4))
+    first, second = (pixels.flip(marks, np.arange(500), seed)[:, 0, 0, 0] for seed in (3, 4))
     assert 0.4 < np.mean(first == second) < 0.6  # another seed, other flips
-    np.testing.assert_array_equal(pipeline.flip(marks[:10], np.arange(490, 500), 3)[:, 0, 0, 0], first[490:])
+    np.testing.assert_array_equal(pixels.flip(marks[:10], np.arange(490, 500), 3)[:, 0, 0, 0], first[490:])
 
 
 # ---- sizes
@@ -230,20 +264,20 @@ def test_flip_depends_on_seed_and_position_only(data):
 
 def test_resize_is_adms_centre_crop():
     grey = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
-    assert pipeline.resize(grey, 8) is grey
+    assert pixels.resize(grey, 8) is grey
     blocks = grey.repeat(4, 0).repeat(4, 1)
-    np.testing.assert_array_equal(pipeline.resize(blocks, 8), grey)  # two halvings, each an exact mean
+    np.testing.assert_array_equal(pixels.resize(blocks, 8), grey)  # two halvings, each an exact mean
     wide = np.zeros((32, 64, 3), np.uint8)
     wide[:, 16:48] = 255
-    np.testing.assert_array_equal(pipeline.resize(wide, 32), np.full((32, 32, 3), 255))  # the middle, whole
-    assert pipeline.resize(np.zeros((47, 31, 3), np.uint8), 16).shape == (16, 16, 3)
-    assert pipeline.resize(grey, 32).shape == (32, 32, 1)
+    np.testing.assert_array_equal(pixels.resize(wide, 32), np.full((32, 32, 3), 255))  # the middle, whole
+    assert pixels.resize(np.zeros((47, 31, 3), np.uint8), 16).shape == (16, 16, 3)
+    assert pixels.resize(grey, 32).shape == (32, 32, 1)
 
 
 def test_batches_have_the_size_asked_for(data):
     batch = batches(dataclasses.replace(data, image_size=4), 1)[0]
     assert batch["image"].shape == (48, 4, 4, 1) and batch["image"].dtype == np.float32
-    assert batch["label"].shape == (48,) and batch["label"].dtype == np.int32
+    assert batch["cond"]["label"].shape == (48,) and batch["cond"]["label"].dtype == np.int32
 
 
 def test_encoded_images_of_any_mode_become_rgb(tmp_path):
@@ -251,7 +285,7 @@ def test_encoded_images_of_any_mode_become_rgb(tmp_path):
     for cache in (True, False):
         config = DataConfig(dataset="photos", data_dir=str(tmp_path), image_size=16, cache=cache)
         batch = batches(config, 1, batch_size=4)[0]
-        assert batch["image"].shape == (4, 16, 16, 3) and sorted(batch["label"]) == [0, 1, 2, 3]
+        assert batch["image"].shape == (4, 16, 16, 3) and sorted(batch["cond"]["label"]) == [0, 1, 2, 3]
         np.testing.assert_allclose(batch["image"], 200 / 127.5 - 1, atol=0.05)
 
 
@@ -267,16 +301,16 @@ def error_of(function, *args, **kwargs):
 
 
 def test_unknown_split_lists_the_splits(data):
-    message = error_of(tfds_records.load_source, "digits", "validation", data.data_dir)
+    message = error_of(open_source, data, "validation")
     assert message == "dataset 'digits': found split 'validation', expected one of train, test"
 
 
 def test_missing_dataset_says_how_to_prepare_it(tmp_path):
     where = f"{tmp_path}/fashion_mnist/3.0.1"
     call = f"tfds.builder('fashion_mnist', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
-    message = error_of(tfds_records.load_source, "fashion_mnist", "train", str(tmp_path))
+    message = error_of(open_source, DataConfig("fashion_mnist", data_dir=str(tmp_path)), "train")
     assert message == f"dataset 'fashion_mnist': found nothing in {where}; prepare it with {call}"
-    message = error_of(tfds_records.load_source, "no_such_images", "train", str(tmp_path))
+    message = error_of(open_source, DataConfig("no_such_images", data_dir=str(tmp_path)), "train")
     expected = f"which is neither known to TFDS nor prepared in {tmp_path}"
     assert message == f"data.dataset: found 'no_such_images', {expected}"
     assert not os.listdir(tmp_path)
@@ -288,13 +322,13 @@ def test_other_file_format_is_refused(broken):
     info = path.parents[2] / "photos/1.0.0/dataset_info.json"
     text = info.read_text().replace('"array_record"', '"tfrecord"').replace('"digits"', '"photos"')
     info.write_text(text)
-    message = error_of(tfds_records.load_source, "photos", "train", config.data_dir)
+    message = error_of(open_source, dataclasses.replace(config, dataset="photos"), "train")
     assert message.startswith(f"dataset 'photos' in {info.parent}: found format tfrecord, expected array_record; ")
 
 
 def test_unusable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    message = error_of(tfds_records.load_source, "digits", "train", f"{tmp_path}/file")
+    message = error_of(open_source, DataConfig(data_dir=f"{tmp_path}/file"), "train")
     assert message.startswith(f"dataset 'digits': cannot build it in {tmp_path}/file: [Errno 20] Not a directory")
 
 
@@ -320,20 +354,20 @@ def test_damaged_file_is_named(broken, damage, cache):
 def test_damaged_notes_are_refused(broken):
     config, path = broken
     (path.parent / "dataset_info.json").write_text("{")
-    message = error_of(tfds_records.load_source, "digits", "train", config.data_dir)
+    message = error_of(open_source, config, "train")
     assert message.startswith(f"dataset 'digits': cannot open it in {config.data_dir}: Failed to load JSON")
 
 
 def test_wrong_records_are_named(data):
     path = f"{data.data_dir}/digits/1.0.0/digits-train.array_record-00000-of-00001"
-    source = tfds_records.load_source("digits", "train", data.data_dir)
-    narrow = dataclasses.replace(source, classes=3)
-    labels = [record["label"] for record in source]
-    first = next(i for i, label in enumerate(labels) if label >= 3)
-    message = error_of(lambda: narrow.__getitems__(range(TRAIN)))
+    opened = open_source(data, "train")
+    narrow = dataclasses.replace(opened, classes=3)
+    labels = opened.read(np.arange(TRAIN))[1]["label"]
+    first = np.flatnonzero(labels >= 3)[0]
+    message = error_of(narrow.read, np.arange(TRAIN))
     expected = f"found label {labels[first]}, expected 0 to 2"
     assert message == f"dataset 'digits', split 'train', record {first} of {path}: {expected}"
-    message = error_of(lambda: dataclasses.replace(source, image_shape=(None, 8, 3))[7])
+    message = error_of(dataclasses.replace(opened, stored_shape=(None, 8, 3)).read, np.array([7]))
     expected = "found an image uint8 (8, 8, 1), expected uint8 (None, 8, 3)"
     assert message == f"dataset 'digits', split 'train', record 7 of {path}: {expected}"
 
@@ -342,10 +376,12 @@ class Grids(tfds.core.GeneratorBasedBuilder):
     """Twelve images of one size; tests change the attributes between writing and reading, as another builder would."""
 
     VERSION = tfds.core.Version("1.0.0")
-    SHAPE, DTYPE, CLASSES, ENCODED = (4, 4, 1), np.uint8, 5, False
+    SHAPE, DTYPE, CLASSES, ENCODED = (4, 4, 1), np.uint8, 5, False  # CLASSES = 0: no labels
 
     def _info(self):
-        features = {"image": self._image(), "label": tfds.features.ClassLabel(num_classes=self.CLASSES)}
+        features = {"image": self._image()}
+        if self.CLASSES:
+            features["label"] = tfds.features.ClassLabel(num_classes=self.CLASSES)
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -360,7 +396,8 @@ class Grids(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for i in range(12):
-            yield i, {"image": self.image(i), "label": 4 if i == 7 else i % 4}
+            labels = {"label": 4 if i == 7 else i % min(4, self.CLASSES)} if self.CLASSES else {}
+            yield i, {"image": self.image(i), **labels}
 
     def image(self, i):
         return np.full(self.SHAPE, i, self.DTYPE)
@@ -419,6 +456,20 @@ def test_malformed_images_are_named(tmp_path, monkeypatch, name, cache):
     assert number and (int(number[1]) == 7 or name in ("another dtype", "another shape", "a wider dtype"))
 
 
+def test_images_without_labels_have_no_cond(tmp_path, monkeypatch):
+    monkeypatch.setattr(Grids, "CLASSES", 0)
+    Grids(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    config = DataConfig(dataset="grids", data_dir=str(tmp_path), image_size=4)
+    opened = open_source(config, "train")
+    assert (opened.classes, opened.image_shape, opened.describe()["classes"]) == (0, (4, 4, 1), 0)
+    for cache in (True, False):
+        (batch,) = batches(dataclasses.replace(config, cache=cache), 1, batch_size=12, seed=3)
+        np.testing.assert_array_equal(np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5), pipeline.order(3, 0, 12))
+        assert batch["cond"] == {}
+    images, cond = pipeline.load_arrays(config, "train", opened)
+    assert images.shape == (12, 4, 4, 1) and cond == {}
+
+
 @pytest.mark.timeout(60)
 def test_malformed_images_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Grids, "ENCODED", True)
@@ -429,7 +480,7 @@ def test_malformed_images_may_be_left_out(tmp_path, monkeypatch):
     order[order == 7] = 8
     for cache, workers in ((True, 0), (False, 0), (False, 3)):
         data = dataclasses.replace(config, cache=cache, workers=workers)
-        opened = source.open_source(data, "train")
+        opened = open_source(data, "train")
         found = np.concatenate([b["image"] for b in batches(data, 8, batch_size=12, source=opened)])
         np.testing.assert_array_equal(np.rint((found[:, 0, 0, 0] + 1) * 127.5), 10 * order)
         assert list(source.bad_records(opened)) == [7] and "cannot decode" in source.bad_records(opened)[7]
@@ -441,22 +492,22 @@ def test_a_damaged_digit_may_be_left_out(broken):
     content[60_000] ^= 255
     path.write_bytes(content)
     config = dataclasses.replace(config, cache=False, flip=False, skip_bad=2)
-    opened = source.open_source(config, "train")
-    images, labels = pipeline.load_arrays(config, "train", opened)
+    opened = open_source(config, "train")
+    images, cond = pipeline.load_arrays(config, "train", opened)
     (bad,) = source.bad_records(opened)
     assert f"record {bad}: cannot read {path}: Corrupted" in source.bad_records(opened)[bad]
     np.testing.assert_array_equal(images[bad], images[bad + 1])
     expected = np.concatenate([pipeline.order(3, epoch, TRAIN) for epoch in range(2)])[: 48 * 40]
     found = batches(config, 40)
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in found]), images[expected])
-    np.testing.assert_array_equal(np.concatenate([b["label"] for b in found]), labels[expected])
+    np.testing.assert_array_equal(np.concatenate([b["cond"]["label"] for b in found]), cond["label"][expected])
 
 
 def test_files_of_other_sizes_are_refused(broken):
     config, path = broken
     other = path.parent / "digits-test.array_record-00000-of-00001"
     shutil.copy(path, other)
-    message = error_of(tfds_records.load_source, "digits", "test", config.data_dir)
+    message = error_of(open_source, config, "test")
     assert message.startswith(
         f"dataset 'digits', split 'test': {other}: found {TRAIN} records, expected {TEST}; delete"
     )
@@ -468,13 +519,13 @@ def test_what_is_no_file_is_refused(broken, make):
     config, path = broken
     path.unlink()
     make(path)
-    message = error_of(tfds_records.load_source, "digits", "train", config.data_dir)
+    message = error_of(open_source, config, "train")
     assert message.startswith(f"dataset 'digits', split 'train': cannot read {path}: found no regular file; delete")
 
 
 @pytest.mark.parametrize("split", ["train[:0]", "test[355:]"])
 def test_empty_splits_are_refused(data, split):
-    message = error_of(tfds_records.load_source, "digits", split, data.data_dir)
+    message = error_of(open_source, data, split)
     assert message == f"dataset 'digits', split {split!r}: found no records, expected at least one"
 
 
@@ -483,7 +534,7 @@ def test_flipped_bits_are_found_or_harmless(data, broken):
     """Riegeli hashes blocks and chunks: what a flipped bit leaves readable is what was written."""
     config, path = broken
     good, rng = path.read_bytes(), np.random.default_rng(0)
-    expected = list(tfds_records.load_source("digits", "train", data.data_dir))
+    expected = open_source(data, "train").read(np.arange(TRAIN))
     detected = 0
     for trial in range(60):
         content = bytearray(good)
@@ -493,14 +544,13 @@ def test_flipped_bits_are_found_or_harmless(data, broken):
         content[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         try:
-            opened = tfds_records.load_source("digits", "train", config.data_dir)
-            found = [r for i in range(0, TRAIN, 103) for r in opened.__getitems__(range(i, min(i + 103, TRAIN)))]
+            opened = open_source(config, "train")
+            found = [opened.read(np.arange(i, min(i + 103, TRAIN))) for i in range(0, TRAIN, 103)]
         except UsageError as error:
             assert str(path) in str(error)
             detected += 1
         else:
-            assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(expected, found, strict=True))
-            assert [a["label"] for a in expected] == [b["label"] for b in found]
+            jax.tree.map(lambda a, *parts: np.testing.assert_array_equal(a, np.concatenate(parts)), expected, *found)
     assert detected >= 20
 
 
@@ -508,7 +558,7 @@ def test_flipped_bits_are_found_or_harmless(data, broken):
 def test_no_damage_of_tfds_notes_passes(broken, content):
     config, path = broken
     (path.parent / "dataset_info.json").write_bytes(content)
-    assert config.data_dir in error_of(tfds_records.load_source, "digits", "train", config.data_dir)
+    assert config.data_dir in error_of(open_source, config, "train")
 
 
 def test_batch_that_processes_do_not_divide_is_refused(data):

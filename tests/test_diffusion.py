@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_jax.config import DiffusionConfig
+from dit_jax.config import Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from dit_jax.diffusion import guidance, schedule
+from dit_jax.diffusion.objective import noise_prediction, velocity
 from dit_jax.diffusion.process import DDPM, Flow, discretised_log_likelihood, make_process
-from dit_jax.diffusion.samplers import FLOWS_ONLY, SAMPLERS, draw_noise, evaluation_times, sampling_times
+from dit_jax.diffusion.samplers import SAMPLERS, draw_noise
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 
 MEAN, STD = 0.4, 0.5
@@ -39,6 +41,13 @@ def gaussian_denoiser(process):
     return denoise
 
 
+def task(process="ddpm", dropout=0.1, **sample):
+    """The task of a config with these sampling settings."""
+    model = ModelConfig(learn_sigma=process == "ddpm")
+    train = TrainConfig(label_dropout=dropout)
+    return make_task(Config(model, DiffusionConfig(process=process), sample=SampleConfig(**sample), train=train))
+
+
 def draw(process, sampler, steps, count=512, seed=0):
     k = keys(count, seed)
     x = draw_noise(k, 0, (4, 4, 2))
@@ -47,7 +56,7 @@ def draw(process, sampler, steps, count=512, seed=0):
 
 
 @pytest.mark.parametrize(
-    "sampler,process", [(s, p) for s in SAMPLERS for p in TRACED if p == "flow" or s not in FLOWS_ONLY]
+    "sampler,process", [(s, p) for s in SAMPLERS for p in TRACED if type(TRACED[p]) in SAMPLERS[s].accepts]
 )
 def test_every_sampler_reaches_the_mean_and_covariance(process, sampler):
     _, x = draw(TRACED[process], sampler, 250)
@@ -132,7 +141,7 @@ def test_dpmpp_2m_needs_fewer_steps_than_ddim():
 
 def test_euler_maruyama_is_for_flows_and_differs_from_the_ode_by_its_noise():
     with pytest.raises(UsageError, match=r"sample.sampler: found 'euler_maruyama' for DDPM, expected a flow"):
-        sampling_times(CHAIN, "euler_maruyama", 10)
+        task(sampler="euler_maruyama", steps=10)
     _, a = draw(FLOW, "euler_maruyama", 20, count=8)
     _, b = draw(FLOW, "euler", 20, count=8)
     assert np.abs(a - b).max() > 0.05
@@ -159,7 +168,7 @@ def test_evaluation_times_are_the_calls_made():
 
         jax.block_until_ready(SAMPLERS[sampler](FLOW, denoise, jnp.zeros((1, 2, 2, 1)), times, keys(1)))
         jax.effects_barrier()
-        np.testing.assert_allclose(sorted(seen), sorted(evaluation_times(sampler, times)), atol=1e-6)
+        np.testing.assert_allclose(sorted(seen), sorted(SAMPLERS[sampler].evaluations(times)), atol=1e-6)
 
 
 def toy_model(x, t, labels):
@@ -225,18 +234,77 @@ def test_named_respacings_are_those_of_table_2():
 
 
 def test_spacing_is_for_chains():
-    np.testing.assert_allclose(sampling_times(CHAIN, "ddim", 4, "leading"), [0.751, 0.501, 0.251, 0.001, 0.0])
+    np.testing.assert_allclose(
+        task(sampler="ddim", steps=4, spacing="leading").times, [0.751, 0.501, 0.251, 0.001, 0.0]
+    )
     with pytest.raises(UsageError, match=r"sample.spacing: found 'trailing' for Flow, expected 'linspace'"):
-        sampling_times(FLOW, "euler", 4, "trailing")
+        task("flow", sampler="euler", steps=4, spacing="trailing")
     with pytest.raises(UsageError, match=r"sample.spacing: found 'trailng'; did you mean 'trailing'"):
-        sampling_times(CHAIN, "ddim", 4, "trailng")
+        task(sampler="ddim", steps=4, spacing="trailng")
+
+
+def test_stated_times_are_walked_as_they_are():
+    """Karras et al. 2022, eq. 5, in sigma / alpha of a flow, as a config file would compute them."""
+    ramp = np.linspace(0, 1, 6)
+    sigmas = (80 ** (1 / 7) + ramp * (0.01 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    times = (*(sigmas / (1 + sigmas)).tolist(), 0.0)
+    found = task("flow", sampler="heun", times=times)
+    assert found.times == times and len(found.evaluations) == 11
+    k = keys(4)
+    x = draw_noise(k, 0, (2, 2, 1))
+    ours, theirs = (
+        run(gaussian_denoiser(FLOW), x, k)
+        for run in (found.walk, lambda d, x, k: SAMPLERS["heun"](FLOW, d, x, np.array(times), k))
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "times,message",
+    [
+        ((1.0, 0.5, 0.5, 0.0), "sample.times: found .* expected at least 2 falling numbers from at most 1 to 0"),
+        ((0.2, 0.5, 0.0), "sample.times: found .* falling"),
+        ((1.5, 0.5, 0.0), "sample.times: found .* from at most 1 to 0"),
+        ((0.5, -0.1), "sample.times: found .* to 0"),
+        ((0.0,), "sample.times: found .* at least 2"),
+        (("a", 0.0), "sample.times: found"),
+        ((0.5, 0.5001, 0.0)[::-1], "sample.times: found"),
+    ],
+)
+def test_times_that_cannot_be(times, message):
+    with pytest.raises(UsageError, match=message):
+        SampleConfig(times=times)
+
+
+def test_stated_times_exclude_steps_and_spacing():
+    for name, value in (("steps", 10), ("spacing", "leading")):
+        with pytest.raises(UsageError, match=f"sample.{name}: found {value!r}, expected .* beside sample.times"):
+            SampleConfig(times=(1.0, 0.0), **{name: value})
+    assert SampleConfig(times=(1.0, 0.0), steps=1).times == (1.0, 0.0)
+    with pytest.raises(UsageError, match="two of them are one step of the chain"):
+        task(sampler="ddim", times=(1.0, 0.5001, 0.5, 0.0))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "ddim"])
+def test_one_step_is_one_euler_step(sampler):
+    k = keys(4)
+    x, one = draw_noise(k, 0, (2, 2, 1)), FLOW.times(1)
+    found = SAMPLERS[sampler](FLOW, gaussian_denoiser(FLOW), x, one, k)
+    np.testing.assert_allclose(found, SAMPLERS["euler"](FLOW, gaussian_denoiser(FLOW), x, one, k), atol=1e-6)
+    assert len(SAMPLERS[sampler].evaluations(one)) == 1
+
+
+def test_a_model_without_a_null_class_is_sampled_at_guidance_1():
+    assert task(dropout=0.0, guidance=1.0).times[0] == 1.0
+    with pytest.raises(UsageError, match=r"sample.guidance: found 2.0, expected 1: this model has no null class"):
+        task(dropout=0.0, guidance=2.0)
 
 
 def test_flow_noises_in_a_straight_line():
     x, eps = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))
     np.testing.assert_array_equal(FLOW.noise(x, jnp.zeros(3), eps), x)
     np.testing.assert_array_equal(FLOW.noise(x, jnp.ones(3), eps), eps)
-    loss, _ = FLOW.loss(lambda x_t, t: eps - x, x, jnp.full(3, 0.3), eps)
+    loss, _ = velocity(FLOW, lambda x_t, t: eps - x, x, jnp.full(3, 0.3), eps)
     np.testing.assert_array_equal(loss, np.zeros(3))
 
 
@@ -281,7 +349,7 @@ def test_hybrid_loss_against_a_numpy_derivation(step):
     eps_hat, v = eps + 0.3 * (eps_hat - eps), np.tanh(v)
     out = jnp.asarray(np.concatenate([eps_hat, v], axis=-1), jnp.float32)
     t = jnp.full(2, (step + 1) / 1000)
-    loss, parts = DDPM().loss(lambda x_t, t: out, jnp.asarray(x, jnp.float32), t, jnp.asarray(eps, jnp.float32))
+    loss, parts = noise_prediction(DDPM(), lambda x_t, t: out, *(jnp.asarray(a, jnp.float32) for a in (x, t, eps)))
     for i in range(2):
         expected = numpy_variational_term(x[i], eps[i], eps_hat[i], v[i], step)
         assert float(parts["vb"][i]) == pytest.approx(expected, rel=2e-3, abs=1e-5)
@@ -293,7 +361,7 @@ def test_variational_term_trains_the_variance_only():
     x, eps = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
 
     def vb(out):
-        return DDPM().loss(lambda x_t, t: out, x, jnp.array([0.2, 0.7]), eps)[1]["vb"].sum()
+        return noise_prediction(DDPM(), lambda x_t, t: out, x, jnp.array([0.2, 0.7]), eps)[1]["vb"].sum()
 
     gradient = np.asarray(jax.grad(vb)(0.1 * jnp.ones((2, 4, 4, 6))))
     assert not np.any(gradient[..., :3]) and np.abs(gradient[..., 3:]).min() > 0

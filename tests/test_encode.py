@@ -17,10 +17,11 @@ from job import Job, run
 from runs import train
 
 from dit_jax.config import AutoencoderConfig, Config, DataConfig, MeshConfig, ModelConfig
-from dit_jax.data import tfds_records
-from dit_jax.data.latents import open_latents, read_info
+from dit_jax.data.latent_notes import read_info
+from dit_jax.data.latents import open_latents
 from dit_jax.data.pipeline import load_arrays, make_batches
 from dit_jax.data.posterior import deviations, posterior_mean
+from dit_jax.data.source import open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.models import vae
@@ -86,11 +87,11 @@ def whitened(network, tmp_path_factory, data_dir, cache_dir):
 
 @pytest.mark.parametrize("split", [TRAIN, TEST])
 def test_records_are_the_posteriors_of_images_and_mirror_images(plain, network, split):
-    images, labels = load_arrays(DataConfig(), split)
+    images, cond = load_arrays(DataConfig(), split)
     found = open_latents(f"{plain}/{split}", verify=True)
-    values, stored_labels = found.read(np.arange(len(found)))
+    values, stored = found.read(np.arange(len(found)))
     encoder = jax.jit(functools.partial(vae.encode, TINY, network[1]))
-    np.testing.assert_array_equal(stored_labels, labels)
+    np.testing.assert_array_equal(stored["label"], cond["label"])
     assert values.shape == (len(images), 2, 2, 4, 4, 4) and values.dtype == np.float32
     for copy, shown in enumerate((images, images[:, :, ::-1])):
         for i in range(0, len(images), 5):
@@ -104,7 +105,7 @@ def test_the_notes_say_what_the_latents_are(plain, network, data_dir):
     assert (info.shape, info.dtype, info.moments, info.mirrored) == ((4, 4, 4), "float32", True, True)
     assert (info.scale, info.shift, info.classes, info.image_size) == (0.18215, 0.0, 10, 8)
     assert (info.dataset, info.split, info.autoencoder) == ("digits", TRAIN, "tiny")
-    assert info.source_sha256 == tfds_records.describe("digits", TRAIN, data_dir)["sha256"]
+    assert info.source_sha256 == open_source(DataConfig(data_dir=data_dir), TRAIN).describe()["sha256"]
     assert info.autoencoder_sha256 == json.loads((network[0] / "meta.json").read_text())["sha256"]
 
 

@@ -13,16 +13,18 @@ from job import TINY, Job, run, wait_for_step
 from PIL import Image
 
 from dit_jax import checkpoint, flops
+from dit_jax.bind import bind
 from dit_jax.config import MeshConfig, SampleConfig
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import open_source
 from dit_jax.devices.mesh import make_mesh
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
 from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation import loss, protocol
 from dit_jax.evaluation.partial import drop_partials
 from dit_jax.evaluation.run import run as evaluate_run
 from dit_jax.sampling import draw, parts
-from dit_jax.training import step
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.records import protocol_id
 
@@ -57,14 +59,25 @@ def test_a_record_says_everything(workdir):
     record = next(r for r in records(workdir) if "loss" in r["metrics"])
     assert set(record) == {
         "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics",
-        "goodput", "protocol",
+        "metric_signs", "goodput", "protocol",
         "protocol_id", "weights_sha256", "device",
     }  # fmt: skip
     assert record["images_seen"] == record["step"] * 16 and record["tokens_seen"] == record["images_seen"] * 16
     assert record["flops_train"] == flops.train_flops(cfg.model, record["images_seen"])
     assert record["params"] == flops.parameters(cfg.model)
     assert len([m for m in record["metrics"] if m.startswith("loss_t")]) == cfg.eval.buckets
+    assert set(record["metric_signs"]) == set(record["metrics"]) - {"loss_se"}
+    assert set(record["metric_signs"].values()) == {-1}
     drawn = next(r for r in records(workdir) if "fd_digits" in r["metrics"])
+    signs = {
+        "fd_digits": -1,
+        "fd_digits_low": -1,
+        "is_digits": 1,
+        "kd_digits": -1,
+        "precision_digits": 1,
+        "recall_digits": 1,
+    }
+    assert signs.items() <= drawn["metric_signs"].items() and "is_digits_std" not in drawn["metric_signs"]
     for key in ("sampler", "steps", "guidance", "interval", "channels", "labels", "num", "seed"):
         assert key in drawn["protocol"]["samples"]
     for key in ("weights", "uint8", "features", "reference", "autoencoder", "dtype", "data", "process"):
@@ -75,16 +88,17 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     """Recomputed here one image at a time, without batches, meshes or padding."""
     cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir), 40)
-    images, labels = load_arrays(cfg.data, "test")
-    found = loss.held_out_loss(cfg, params, images[:21], labels[:21], make_mesh(MeshConfig()))
+    images, cond = jax.tree.map(lambda x: x[:21], load_arrays(cfg.data, "test"))
+    found = loss.held_out_loss(cfg, params, images, cond, make_mesh(MeshConfig()))
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
         u = loss.stratified(cfg.eval.seed, np.array([i]), 16)
         assert np.all(np.floor(np.asarray(u)[0] * 16) == np.arange(16))
         eps = loss.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
-        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(labels[i : i + 1], 16)
-        losses, _ = step.image_losses(cfg.model, cfg.diffusion, params, x, y, process.time(u[0]), eps)
+        x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(cond["label"][i : i + 1], 16)
+        points = {"x": x, "cond": {"label": y}, "t": process.time(u[0]), "eps": eps}
+        losses, _ = make_objective(cfg).losses(bind(cfg.model), params, {}, points)
         table.append(np.asarray(losses))
     per_image = np.mean(table, axis=1)
     assert found["loss"] == pytest.approx(per_image.mean(), rel=1e-5)
@@ -108,7 +122,8 @@ def test_protocols_differ_by_ema_and_buckets(workdir):
         dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
     ]
-    ids = {protocol_id(protocol.loss_protocol(c, 355)) for c in [cfg, *others]}
+    held_out = open_source(cfg.data, "test")
+    ids = {protocol_id(protocol.loss_protocol(c, held_out)) for c in [cfg, *others]}
     assert len(ids) == 4
 
 
@@ -117,7 +132,7 @@ def drawn(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
     _, params = checkpoint.load(str(workdir), 40)
     settings = SampleConfig(sampler=sampler, steps=4, guidance=2.0, batch_size=batch_size, **changes)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    batches = list(draw.sample_images(cfg, params, settings, num, 7, mesh))
+    batches = list(draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh).images(params, 7, num))
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -146,13 +161,15 @@ def test_uint8_rule():
 def test_cost_of_an_image_counts_guided_steps_twice(workdir):
     cfg = read_config(str(workdir))
     forward = flops.forward_flops(cfg.model)
-    assert draw.image_flops(cfg, SampleConfig(sampler="euler", steps=10)) == 10 * forward
-    assert draw.image_flops(cfg, SampleConfig(sampler="euler", steps=10, guidance=2.0)) == 20 * forward
-    edges = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.1, 0.2))
-    assert draw.image_flops(cfg, edges) == 12 * forward
-    interval = SampleConfig(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65))
-    assert draw.image_flops(cfg, interval) == 13 * forward
-    assert draw.image_flops(cfg, SampleConfig(sampler="heun", steps=10)) == 19 * forward
+
+    def cost(**settings):
+        return draw.image_flops(dataclasses.replace(cfg, sample=SampleConfig(**settings))) / forward
+
+    assert cost(sampler="euler", steps=10) == 10
+    assert cost(sampler="euler", steps=10, guidance=2.0) == 20
+    assert cost(sampler="euler", steps=10, guidance=2.0, interval=(0.1, 0.2)) == 12
+    assert cost(sampler="euler", steps=10, guidance=2.0, interval=(0.35, 0.65)) == 13
+    assert cost(sampler="heun", steps=10) == 19
 
 
 def test_sample_job_writes_npz_and_grid(workdir, tmp_path, cache_dir):
@@ -271,12 +288,12 @@ def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
     _, params = checkpoint.load(str(workdir), 40)
-    images, labels = load_arrays(cfg.data, "test")
+    images, cond = jax.tree.map(lambda x: x[:41], load_arrays(cfg.data, "test"))
     found = []
     for batch_size, devices in ((128, 1), (1, 1), (20, 8)):
         other = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        found.append(loss.held_out_loss(other, params, images[:41], labels[:41], mesh))
+        found.append(loss.held_out_loss(other, params, images, cond, mesh))
     assert all(other == found[0] for other in found)
 
 

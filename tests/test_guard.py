@@ -12,6 +12,7 @@ from job import run
 from runs import scalars, train
 
 from dit_jax import checkpoint
+from dit_jax.bind import bind
 from dit_jax.config import MeshConfig, TrainConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import JobError
@@ -44,7 +45,7 @@ def compiled(cfg, mesh):
 def batch(number=0, scale=1.0):
     rng = np.random.default_rng(number)
     images = (scale * rng.uniform(-1, 1, (16, 8, 8, 1))).astype(np.float32)
-    return {"image": images, "label": rng.integers(10, size=16, dtype=np.int32)}
+    return {"image": images, "cond": {"label": rng.integers(10, size=16, dtype=np.int32)}}
 
 
 def kept(state):
@@ -192,7 +193,7 @@ def faulty(cfg, mesh):
             patch.setattr(
                 step, "gradients", lambda cfg, params, *rest, **how: flipped(cfg, params, *rest, fault, **how)
             )
-            return step.train_step(cfg, state, data)
+            return step.train_step(cfg, bind(cfg.model), state, data)
 
     return jax.jit(faulty_step)
 

@@ -1,17 +1,37 @@
-"""Facts about `--help`: every job says what it does, its own flags and no library's, and the config's keys with their defaults."""
+"""Facts about `--help`: what a command does, its own flags and no library's, every key with its text; and all of it at once."""
 
 import ast
+import dataclasses
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from job import ROOT, run
+from job import ROOT
 
-from dit_jax.config import template
+from dit_jax.config import Config
+from dit_jax.data import latent_writer
+from dit_jax.diffusion.samplers import SAMPLERS
+from dit_jax.job.help import comments
+from dit_jax.sampling import draw, picture
+from dit_jax.scaling import fit, names, options
 
-JOBS = ("train", "sample", "evaluate", "sweep", "encode", "convert", "preflight", "bench", "costs", "features")
+JOBS = ("train", "sample", "evaluate", "sweep", "encode", "convert", "preflight", "bench")
+HEAVY = {
+    "jax",
+    "orbax",
+    "tensorflow_datasets",
+    "grain",
+    "flax",
+    "optax",
+    "scipy",
+    "matplotlib",
+    "numpy",
+    "sklearn",
+    "rich",
+}
 
 
 def source(job) -> str:
@@ -20,30 +40,89 @@ def source(job) -> str:
     return (path if path.exists() else path.with_suffix("") / "__main__.py").read_text()
 
 
+def answer(job, *arguments):
+    """(exit code, standard output, which of HEAVY were imported) of a command."""
+    code = f"import runpy, sys\nsys.argv[1:] = {list(arguments)}\n"
+    code += f"try: runpy.run_module('dit_jax.{job}', run_name='__main__', alter_sys=True)\n"
+    code += f"finally: print(*({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr.splitlines()[-1]
+
+
 def test_these_are_all_jobs():
     found = [
         p for p in Path(ROOT, "dit_jax").rglob("*.py") if re.search(r"^    launch\(main", p.read_text(), re.MULTILINE)
     ]
     assert {p.parent.name if p.stem == "__main__" else p.stem for p in found} == set(JOBS)
+    assert all(source(job).count("\n") <= 120 for job in JOBS)
 
 
 @pytest.mark.parametrize(("job", "ask"), [*((job, "--help") for job in JOBS), ("train", "-h")])
-def test_a_job_says_what_it_does_and_what_it_takes(job, ask, cache_dir):
-    code, out, err = run(job, ask, "--workdir=/nowhere", cache_dir=cache_dir)
-    assert code == 0, err
+def test_a_job_says_what_it_does_and_what_it_takes_before_it_imports(job, ask):
+    code, out, heavy = answer(job, ask, "--workdir=/nowhere")
+    assert (code, heavy) == (0, "")
     assert out.startswith(ast.get_docstring(ast.parse(source(job))))
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source(job)))
-    shared = {"launcher", "cell"} if "define_flags()" in source(job) else set()
+    shared = {"launcher", "cell"} if "    define_flags()" in source(job) else set()
+    shared |= {"compilation_cache"} if "compiled.define_flag()" in source(job) else set()
     wants = re.search(r'launch\(main, config="(file|optional)"\)', source(job))
-    assert set(re.findall(r"^  --(\w+)", out, re.MULTILINE)) == defined | shared | ({"config"} if wants else set())
+    own = re.findall(r"^  --(\w+)[ =\n]", out, re.MULTILINE)
+    assert set(own) == defined | shared | ({"config"} if wants else set())
     required = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)",[^()]*required=True', source(job)))
     assert set(re.findall(r"^  --(\w+)[^\n]*\(required\)", out, re.MULTILINE)) == required
-    if "config=" in source(job).rpartition("launch(main")[2]:
-        for group, values in template().to_dict().items():
-            (block,) = re.findall(rf"^  {group}\.( [^\n]*(?:\n {{10,}}[^\n]*)*)", out, re.MULTILINE)
-            assert re.findall(r"(\w+)=", block) == list(values)
+    keys = re.findall(r"^  --config\.(\w+\.\w+)=", out, re.MULTILINE)
+    groups = {f.name: f.type for f in dataclasses.fields(Config)}
+    every = [f"{group}.{key.name}" for group, kind in groups.items() for key in dataclasses.fields(kind)]
+    assert keys == (every if "config=" in source(job).rpartition("launch(main")[2] else [])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in options.COMMANDS)])
+def test_the_wing_answers_before_it_imports(arguments):
+    code, out, heavy = answer("scaling", *arguments)
+    assert (code, heavy) == (0, "") and out.startswith("usage: python -m dit_jax.scaling")
+
+
+def test_every_key_has_a_text_beside_it():
+    for kind in (f.type for f in dataclasses.fields(Config)):
+        assert set(comments()[kind.__name__]) == {f.name for f in dataclasses.fields(kind)}
+        assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("), kind
+        for key, text in comments()[kind.__name__].items():
+            assert 3 < len(text) < 120, f"{kind.__name__}.{key}: {text!r}"
+
+
+def test_the_text_of_a_key_stands_in_the_help():
+    out = answer("train", "--help")[1]
+    assert re.search(r"^  --config\.train\.seed=0 {2,}of initial weights, data order, ", out, re.MULTILINE)
+    assert re.search(r"^  --config\.sample\.interval='\(0\.0, 1\.0\)' {2,}times in \[0, 1\]", out, re.MULTILINE)
+
+
+def test_what_help_and_choices_name_is_what_there_is():
+    """They are written where nothing heavy is imported, so a second time."""
+    assert comments()["SampleConfig"]["sampler"].split(" | ") == list(SAMPLERS)
+    assert tuple(fit.METHODS) == names.METHODS
+    assert f"in multiples of {draw.ROWS} per device" in source("sample")
+    assert f"of the first {picture.GRID} if there are more" in source("sample")
+    assert str(tuple(latent_notes.DTYPES)).replace("'", '"') in source("encode")
+    assert "1 << 30" in source("encode") and latent_writer.SHARD_BYTES == 1 << 30
 
 
 def test_the_package_lists_its_jobs():
     done = subprocess.run([sys.executable, "-m", "dit_jax"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(re.findall(r"^  (\w+) +\w", done.stdout, re.MULTILINE)) == {*JOBS, "scaling"}
+
+
+@pytest.mark.parametrize(
+    "arguments", ["dit_jax", "dit_jax.train --help", "dit_jax.scaling fit --help", "dit_jax.scaling fit TABLE"]
+)
+def test_a_reader_that_went_away_is_no_error(arguments, tmp_path):
+    table = tmp_path / "runs.csv"
+    cells = [(c, k * c**0.5) for c in (1e6, 4e6, 2e7) for k in (0.5, 0.8, 1, 1.3, 2)]
+    rows = [f"{n},{c / 6 / n},{1 + (n / c**0.5 - 1) ** 2 * 0.01}" for c, n in cells]
+    table.write_text("\n".join(["params,tokens,loss", *rows]))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", *arguments.replace("TABLE", f"{table} --resamples=20").split()]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert (done.returncode, said) == (0, [])

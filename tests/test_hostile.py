@@ -464,8 +464,8 @@ def test_reading_hostile_files_keeps_a_process_small(tmp_path):
     os.truncate(put(tmp_path / "w" / "config.json", "{"), 4 * 10**9)
     code = f"""
 import resource
-from dit_jax.command import read_config
-from dit_jax.config import UsageError
+from dit_jax.workdir.folder import read_config
+from dit_jax.error import UsageError
 from dit_jax.scaling.runs import load_runs
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for read, path in ((load_runs, "r.jsonl"), (load_runs, "r.csv"), (read_config, "w")):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from job import Job, run
-from runs import TIMINGS, saved, scalars, train
+from runs import TIMINGS, other_digits, saved, scalars, train
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
@@ -63,7 +63,7 @@ def test_one_two_and_four_processes_train_alike(data_dir, cache_dir, tmp_path):
         lines = scalars(workdir)
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         assert len((workdir / "goodput.jsonl").read_text().splitlines()) == 1
-        assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+        assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
         code, _, err = run("evaluate", f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
         assert code == 0, err
         records = {k: v for k, v in read_records(str(workdir)).items() if k[0] == STEPS}
@@ -148,38 +148,45 @@ def test_half_an_address_on_the_command_line_is_a_usage_error(tmp_path, cache_di
     assert json.dumps(sorted(tmp_path.iterdir())) == "[]"
 
 
+def of_both(message):
+    """What each of two processes says of an error that both find."""
+    return [f"error: {message}\n", f"[process 1] error: {message}\n"]
+
+
 def test_hosts_with_another_config_or_folder_are_refused_by_all(tmp_path, data_dir, cache_dir):
     """Usage errors, on each of them, with nothing written; what may differ by host does."""
     here, there = tmp_path / "d0", tmp_path / "d1"
     codes, said = two(cache_dir, train(here), train(here, "--config.optim.learning_rate=0.5"))
     assert codes == [2, 2], said
-    assert (
-        said
-        == [
-            "error: optim.learning_rate: found 0.5 on process 1, expected 0.003 as on process 0; start the same command on every host\n"
-        ]
-        * 2
+    assert said == of_both(
+        "optim.learning_rate: found 0.5 on process 1, expected 0.003 as on process 0; start the same command on every host"
     )
     codes, said = two(cache_dir, train(here), train(there, "--config.data.workers=1"))
     assert codes == [2, 2], said
-    assert (
-        said
-        == [
-            f"error: --workdir: '{there}' on process 1 is not the folder that process 0 sees, '{here}'; it must be on a disk that "
-            "all hosts share\n"
-        ]
-        * 2
+    assert said == of_both(
+        f"--workdir: '{there}' on process 1 is not the folder that process 0 sees, '{here}'; it must be on a disk that all "
+        "hosts share"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_hosts_with_other_records_are_refused_by_all(tmp_path, data_dir, cache_dir):
+    """Also where they have the same name, in folders that each host has for itself."""
+    other = f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"
+    run_folder = tmp_path / "run"
+    codes, said = two(cache_dir, train(run_folder), train(run_folder, other))
+    assert codes == [2, 2], said
+    expected = "found 721 on process 1, expected 1442 as on process 0; give every host the same data"
+    assert said == [f"error: data.dataset: records: {expected}\n"] * 2
+    assert not run_folder.exists()
 
 
 @pytest.mark.slow
 def test_hosts_with_more_devices_than_others_are_refused_by_all(tmp_path, data_dir, cache_dir):
     codes, said = two(cache_dir, *[train(tmp_path / "run")] * 2, devices=(1, 2))
     assert codes == [2, 2], said
-    assert said[0] == said[1] and said[0].startswith(
-        "error: found 1 devices on process 0 and 2 on process 1, expected as"
-    )
+    assert said[0].startswith("error: found 1 devices on process 0 and 2 on process 1, expected as")
+    assert said[1] == f"[process 1] {said[0]}"
     assert not list(tmp_path.iterdir())
 
 

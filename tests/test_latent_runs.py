@@ -13,15 +13,17 @@ from job import run
 from runs import saved, train
 
 from dit_jax.config import DataConfig
-from dit_jax.data import tfds_records
+from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.latent_writer import write_latents
-from dit_jax.data.latents import LatentInfo, open_latents
+from dit_jax.data.latents import open_latents
 from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import open_source
 
 
 def encode(root, data_dir, split, **changes):
     """Writes the latents of one split of the digits: blocks of 2 x 2 pixels as channels."""
-    images, labels = load_arrays(DataConfig(data_dir=data_dir), split)
+    source = open_source(DataConfig(data_dir=data_dir), split)
+    images, cond = load_arrays(DataConfig(), split, source)
     blocks = images.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 1, 1, 4, 4, 4)
     info = LatentInfo(
         shape=(4, 4, 4),
@@ -35,10 +37,10 @@ def encode(root, data_dir, split, **changes):
         classes=10,
         dataset="digits",
         split=split,
-        source_sha256=tfds_records.describe("digits", split, data_dir)["sha256"],
+        source_sha256=source.describe()["sha256"],
         image_size=8,
     )
-    examples = zip(labels.tolist(), blocks, strict=True)
+    examples = zip(cond["label"].tolist(), blocks, strict=True)
     return write_latents(f"{root}/{split}", dataclasses.replace(info, **changes), examples, shard_bytes=20_000)
 
 
@@ -74,7 +76,7 @@ def test_a_run_on_latents_trains_and_resumes_bitwise(trained, latents, tmp_path,
     a, b = saved(trained, 20), saved(tmp_path / "run", 20)
     for name in ("params", "ema", "opt", "data"):
         np.testing.assert_equal(a[name], b[name])
-    assert a["data"]["latents"]["sha256"] == open_latents(f"{latents}/train").content
+    assert a["data"]["source"]["sha256"] == open_latents(f"{latents}/train").content
 
 
 def test_its_held_out_loss_names_the_latents_and_samples_need_an_autoencoder(trained, latents, tmp_path, cache_dir):

@@ -18,9 +18,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from scipy import stats
 
 from dit_jax.config import DataConfig
-from dit_jax.data import counter, latents, pipeline, posterior, source
+from dit_jax.data import counter, latents, pipeline, pixels, posterior, source
+from dit_jax.data.latent_notes import DTYPES, LatentInfo, checksum, shard_name
 from dit_jax.data.latent_writer import continue_latents, write_latents
-from dit_jax.data.latents import LatentInfo, open_latents
+from dit_jax.data.latents import open_latents
 from dit_jax.error import UsageError
 
 pytestmark = pytest.mark.timeout(60)  # nothing hangs, whatever is broken
@@ -75,7 +76,10 @@ def batches(data, count, batch_size=16, seed=3, start=0, **kwargs):
     iterator.set_state({"next_index": start})
     taken = [next(iterator) for _ in range(count)]
     iterator.close()
-    return {key: np.concatenate([batch[key] for batch in taken]) for key in ("image", "label")}
+    return {
+        "image": np.concatenate([batch["image"] for batch in taken]),
+        "label": np.concatenate([batch["cond"]["label"] for batch in taken]),
+    }
 
 
 def assert_same(a, b):
@@ -100,15 +104,12 @@ def test_what_is_written_comes_back(tmp_path, dtype, moments, mirrored):
     written = examples(info, 9)
     found = write_latents(str(tmp_path / "x"), info, iter(written), shard_bytes=4 * info.layout.itemsize)
     assert (found.info, len(found), len(found.files), found.classes, found.image_shape) == (info, 9, 3, 7, (4, 4, 2))
-    stored = np.stack([values for _, values in written]).astype(latents.DTYPES[dtype])
-    values, labels = found.read(np.array([8, 0, 3, 8, 4]))  # across shards, out of order, twice
+    stored = np.stack([values for _, values in written]).astype(DTYPES[dtype])
+    values, cond = found.read(np.array([8, 0, 3, 8, 4]))  # across shards, out of order, twice
     np.testing.assert_array_equal(values, stored[[8, 0, 3, 8, 4]])
-    assert labels.tolist() == [1, 0, 3, 1, 4] and labels.dtype == np.int32
-    record = found[7]
-    np.testing.assert_array_equal(record["latent"], stored[7].astype(np.float32))
-    assert record["label"] == 0 and len(list(found)) == 9
+    assert cond["label"].tolist() == [1, 0, 3, 1, 4] and cond["label"].dtype == np.int32
     assert info.layout.itemsize == 16 + stored[0].nbytes
-    assert sorted(os.listdir(tmp_path / "x")) == [*(latents.shard_name(i, 3) for i in range(3)), "latents.json"]
+    assert sorted(os.listdir(tmp_path / "x")) == [*(shard_name(i, 3) for i in range(3)), "latents.json"]
 
 
 def test_a_record_is_laid_out_as_documented(store):
@@ -125,12 +126,12 @@ def test_the_same_latents_give_the_same_checksum_however_sharded(store, tmp_path
     assert len(one.files) == 1 and one.content == open_latents(f"{store}/train").content
     other = write_latents(str(tmp_path / "other"), INFO, examples(INFO, SIZE, seed=5))
     assert other.content != one.content
-    assert source.describe(config(store), "train")["sha256"] == one.content
+    assert source.open_source(config(store), "train").describe()["sha256"] == one.content
 
 
 def test_describe_and_overlap_of_latents(store, tmp_path):
     data = config(store)
-    found = source.describe(data, "test")
+    found = source.open_source(data, "test").describe()
     assert {k: found[k] for k in ("dataset", "split", "records", "classes", "image_shape")} == {
         "dataset": "digits",
         "split": "test",
@@ -140,15 +141,48 @@ def test_describe_and_overlap_of_latents(store, tmp_path):
     }
     assert (found["autoencoder_sha256"], found["scale"], found["shift"]) == ("a" * 64, 0.5, 0.25)
     train, test = (source.open_source(data, split) for split in ("train", "test"))
-    assert source.overlap(train, train) and not source.overlap(train, test)
+    assert train.overlaps(train) and not train.overlaps(test)
     write_latents(str(tmp_path / "copy"), TEST, examples(INFO, SIZE))
-    assert source.overlap(train, open_latents(str(tmp_path / "copy")))
-    source.match(train, test)
+    assert train.overlaps(open_latents(str(tmp_path / "copy")))
     other = dataclasses.replace(test, info=dataclasses.replace(TEST, autoencoder_sha256="c" * 64))
-    assert re.search("autoencoder_sha256: found c+, expected a+", error_of(source.match, train, other))
+    assert re.search("autoencoder_sha256: found c+, expected a+", error_of(train.overlaps, other))
 
 
 # ---- what a model sees
+
+
+def test_latents_of_unlabelled_images_have_no_labels(tmp_path):
+    info = dataclasses.replace(INFO, classes=0)
+    write_latents(str(tmp_path / "train"), info, [(0, values) for _, values in examples(INFO, 9)])
+    opened = source.open_source(config(tmp_path), "train")
+    assert opened.classes == 0 and opened.describe()["classes"] == 0
+    assert next(pipeline.make_batches(config(tmp_path), batch_size=4, seed=0))["cond"] == {}
+    bad = [(1, examples(INFO, 1)[0][1])]
+    assert "found label 1, expected a whole number from 0 to 0" in error_of(write_latents, f"{tmp_path}/x", info, bad)
+
+
+def test_a_position_of_an_older_version_is_compared_in_what_it_states(store):
+    iterator, identity = (
+        pipeline.make_batches(config(store), batch_size=4, seed=0),
+        open_latents(f"{store}/train").identity,
+    )
+    assert {name: identity[name] for name in ("name", "split", "records")} == {
+        "name": "digits",
+        "split": "train",
+        "records": SIZE,
+    }
+    older = {name: identity[name] for name in ("sha256", "autoencoder_sha256", "scale", "shift")}
+    iterator.set_state({"next_index": 3, "latents": older})
+    iterator.set_state({"next_index": 3})
+    assert iterator.get_state() == {"next_index": 3, "source": identity}
+    for key in ("latents", "source"):
+        message = error_of(iterator.set_state, {"next_index": 3, key: older | {"scale": 2.0}})
+        assert message.startswith(
+            "data.latents: scale: found 0.5, expected 2.0, as in the data that this run has been trained on;"
+        )
+
+
+# ---- random numbers
 
 
 def test_normals_are_normal():
@@ -218,11 +252,11 @@ def test_samples_have_the_posteriors_moments(tmp_path):
 
 
 def test_held_out_latents_are_means(store):
-    images, labels = pipeline.load_arrays(config(store), "test")
+    images, cond = pipeline.load_arrays(config(store), "test")
     written = examples(TEST, 11, seed=1)
     expected = np.stack([values[0, 0] for _, values in written]).astype(np.float16).astype(np.float32)
     np.testing.assert_array_equal(images, (expected - np.float32(0.25)) * np.float32(0.5))
-    assert images.dtype == np.float32 and labels.tolist() == [label for label, _ in written]
+    assert images.dtype == np.float32 and cond["label"].tolist() == [label for label, _ in written]
 
 
 def test_scale_and_shift_may_be_one_per_channel(tmp_path):
@@ -239,7 +273,7 @@ def test_scale_and_shift_may_be_one_per_channel(tmp_path):
         for c in range(2):
             alone = dataclasses.replace(INFO, scale=info.scale[c], shift=info.shift[c])
             np.testing.assert_array_equal(z[..., c], see(alone, values)[..., c])
-    described = source.describe(config(tmp_path), "train")
+    described = source.open_source(config(tmp_path), "train").describe()
     assert (described["scale"], described["shift"]) == ([0.5, 2.0], [0.25, -1.0])
     one, other = batches(config(tmp_path), 1), pipeline.make_batches(config(tmp_path), batch_size=16, seed=3)
     other.set_state(json.loads(json.dumps(other.get_state())))  # as a checkpoint keeps it
@@ -249,11 +283,11 @@ def test_scale_and_shift_may_be_one_per_channel(tmp_path):
 def test_means_alone_are_not_sampled(tmp_path):
     info = dataclasses.replace(INFO, moments=False, mirrored=False, dtype="bfloat16")
     write_latents(str(tmp_path / "train"), info, examples(info, 20))
-    images, labels = pipeline.load_arrays(config(tmp_path), "train")
+    images, cond = pipeline.load_arrays(config(tmp_path), "train")
     order = np.concatenate([pipeline.order(3, epoch, 20) for epoch in range(4)])
     drawn = batches(config(tmp_path), 5)
     np.testing.assert_array_equal(drawn["image"], images[order])
-    np.testing.assert_array_equal(drawn["label"], labels[order])
+    np.testing.assert_array_equal(drawn["label"], cond["label"][order])
 
 
 def test_log_variance_is_bounded(tmp_path):
@@ -287,7 +321,7 @@ def test_flip_takes_the_mirrored_copy_where_pixels_would_be_flipped(tmp_path):
     values = np.stack([np.zeros((1, 4, 4, 2)), np.ones((1, 4, 4, 2))]).astype(np.float32)
     write_latents(str(tmp_path / "train"), info, [(0, values)] * 20)
     marks = np.arange(2.0).reshape(1, 1, 2, 1).repeat(160, 0)
-    flipped = pipeline.flip(marks, np.arange(160), 3)[:, 0, 0, 0] == 1
+    flipped = pixels.flip(marks, np.arange(160), 3)[:, 0, 0, 0] == 1
     drawn = batches(config(tmp_path, flip=True), 10)["image"]
     np.testing.assert_array_equal(drawn[:, 0, 0, 0] == 1, flipped)
     assert not batches(config(tmp_path), 10)["image"].any()
@@ -332,7 +366,7 @@ def change_notes(folder, change, seal=True):
     notes = json.loads(path.read_text())
     change(notes)
     if seal:
-        notes["checksum"] = latents.checksum(notes)
+        notes["checksum"] = checksum(notes)
     path.write_text(json.dumps(notes))
 
 
@@ -391,7 +425,7 @@ def foreign_link(folder, path):
 
 
 def other_shard(folder, path):
-    shutil.copy(folder / latents.shard_name(2, 3), path)
+    shutil.copy(folder / shard_name(2, 3), path)
     seal_shard(folder, 1)
     return f"latents {path}: found 10 records, expected 25; delete"
 
@@ -418,37 +452,18 @@ WHOLE += [no_notes, notes_pipe, huge_notes]
 
 @pytest.mark.parametrize("damage", WHOLE, ids=lambda f: f.__name__)
 def test_damaged_files_are_named(broken, damage):
-    expected = damage(broken, broken / latents.shard_name(1, 3))
+    expected = damage(broken, broken / shard_name(1, 3))
     assert error_of(open_latents, str(broken)).startswith(expected)
 
 
 def test_verify_hashes_whole_shards(broken):
     open_latents(str(broken), verify=True)
-    path = broken / latents.shard_name(1, 3)
+    path = broken / shard_name(1, 3)
     content = bytearray(path.read_bytes())
     content[-100] ^= 1  # padding that no record needs
     path.write_bytes(content)
     open_latents(str(broken))
     assert error_of(open_latents, str(broken), verify=True).startswith(f"latents {path}: found SHA-256 ")
-
-
-@pytest.mark.parametrize(
-    "expectation, message",
-    [
-        (dict(dtype="bfloat16"), "dtype: found float16, expected bfloat16"),
-        (
-            dict(autoencoder_sha256="d" * 64),
-            f"autoencoder_sha256: found {'a' * 64} (autoencoder 'tiny'), expected {'d' * 64}",
-        ),
-        (dict(shape=(8, 8, 4)), "shape: found (4, 4, 2), expected (8, 8, 4)"),
-        (dict(classes=10), "classes: found 7, expected 10"),
-    ],
-)
-def test_a_cache_of_another_kind_is_refused_naming_both(store, expectation, message):
-    open_latents(f"{store}/train", dtype="float16", autoencoder_sha256="a" * 64, shape=(4, 4, 2), classes=7)
-    assert error_of(open_latents, f"{store}/train", **expectation).startswith(
-        f"latents {store}/train/latents.json: {message}"
-    )
 
 
 NOTES = {
@@ -543,7 +558,7 @@ def records_of(shard):
 
 def rewrite(folder, shard, records):
     """Writes a shard of these records, sealed: nothing but the records tells that it is damaged."""
-    path = folder / latents.shard_name(shard, 3)
+    path = folder / shard_name(shard, 3)
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     for record in records:
         writer.write(record)
@@ -594,9 +609,9 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_malformed_records_are_named(broken, name, cache):
     change, number, expected = RECORDS[name]
-    path = broken / latents.shard_name(1, 3)
+    path = broken / shard_name(1, 3)
     rewrite(broken, 1, change(records_of(path)))
-    message = error_of(lambda: list(open_latents(str(broken))))
+    message = error_of(lambda: [open_latents(str(broken)).read(np.array([i])) for i in range(SIZE)])
     assert message.startswith(f"latents {path}, record {number}: {expected}") and "encode again" in message
     data = config(broken.parent, cache=cache, workers=2, prefetch=2)
     message = error_of(batches, data, 4)  # from any thread; one epoch has 3.75 batches
@@ -604,12 +619,12 @@ def test_malformed_records_are_named(broken, name, cache):
 
 
 def test_swapped_shards_are_named(broken):
-    first, second = (records_of(broken / latents.shard_name(i, 3)) for i in (0, 1))
+    first, second = (records_of(broken / shard_name(i, 3)) for i in (0, 1))
     rewrite(broken, 0, second)
     rewrite(broken, 1, first)
-    message = error_of(lambda: list(open_latents(str(broken))))
+    message = error_of(lambda: [open_latents(str(broken)).read(np.array([i])) for i in range(SIZE)])
     expected = "record 0: found record number 25, expected number 0 (a duplicate, or another order)"
-    assert message.startswith(f"latents {broken}/{latents.shard_name(0, 3)}, {expected}")
+    assert message.startswith(f"latents {broken}/{shard_name(0, 3)}, {expected}")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -624,7 +639,7 @@ def test_values_that_are_not_finite_are_found_in_every_dtype(tmp_path, dtype):
 
 
 def test_flipped_bits_are_found_or_harmless(broken):
-    path, rng = broken / latents.shard_name(1, 3), np.random.default_rng(0)
+    path, rng = broken / shard_name(1, 3), np.random.default_rng(0)
     good, split = path.read_bytes(), open_latents(str(broken))
     expected, detected = split.read(np.arange(SIZE)), 0
     for trial in range(60):
@@ -633,9 +648,9 @@ def test_flipped_bits_are_found_or_harmless(broken):
         content[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         try:
-            values, labels = open_latents(str(broken)).read(np.arange(SIZE))
+            values, cond = open_latents(str(broken)).read(np.arange(SIZE))
             np.testing.assert_array_equal(values, expected[0])
-            np.testing.assert_array_equal(labels, expected[1])
+            np.testing.assert_array_equal(cond["label"], expected[1]["label"])
         except UsageError as error:
             assert str(path) in str(error)
             detected += 1
@@ -648,10 +663,10 @@ def test_flipped_bits_are_found_or_harmless(broken):
 @pytest.fixture
 def spoiled(broken):
     """Records 29, 30 and 59, the last one, are malformed. The rule: 31, 31 and 0 stand in their places."""
-    path = broken / latents.shard_name(1, 3)
+    path = broken / shard_name(1, 3)
     records = records_of(path)
     rewrite(broken, 1, replaced(replaced(records, 4, records[4][:-1]), 5, with_value(records[5], np.nan)))
-    records = records_of(broken / latents.shard_name(2, 3))
+    records = records_of(broken / shard_name(2, 3))
     rewrite(broken, 2, replaced(records, 9, sealed(records[9], label=99)))
     return broken.parent
 
@@ -671,10 +686,10 @@ def test_malformed_records_are_replaced_and_counted(store, spoiled, cache):
     good = open_latents(f"{store}/train")
     positions = np.arange(192)
     order = STANDS[np.concatenate([pipeline.order(3, epoch, SIZE) for epoch in range(4)])[:192]]
-    values, labels = good.read(order)
-    mirror = pipeline._mirrored(positions, 3)
+    values, cond = good.read(order)
+    mirror = counter.mirrored(3, positions)
     np.testing.assert_array_equal(found["image"], posterior.sample_posterior(INFO, values, positions, 3, mirror))
-    np.testing.assert_array_equal(found["label"], labels)
+    np.testing.assert_array_equal(found["label"], cond["label"])
 
 
 def test_replacing_is_independent_of_processes_threads_and_resuming(spoiled):
@@ -700,13 +715,13 @@ def test_too_many_malformed_records_are_an_error(spoiled, cap, workers):
 
 def test_nothing_but_malformed_records_is_an_error(broken):
     for shard in range(3):
-        rewrite(broken, shard, [b"x"] * len(records_of(broken / latents.shard_name(shard, 3))))
+        rewrite(broken, shard, [b"x"] * len(records_of(broken / shard_name(shard, 3))))
     message = error_of(batches, config(broken.parent, skip_bad=1000), 4)
     assert message.startswith(f"data.skip_bad: found all {SIZE} records malformed; the first: latents {broken}")
 
 
 def test_a_missing_shard_is_not_skipped(broken):
-    (broken / latents.shard_name(1, 3)).unlink()
+    (broken / shard_name(1, 3)).unlink()
     assert "cannot read it: [Errno 2]" in error_of(batches, config(broken.parent, skip_bad=1000), 1)
 
 
@@ -776,7 +791,7 @@ WRITER = """
 import json, os, resource, signal, sys
 import numpy as np
 from dit_jax.data.latent_writer import write_latents
-from dit_jax.data.latents import LatentInfo
+from dit_jax.data.latent_notes import LatentInfo
 
 fields = json.loads(sys.argv[3])
 info = LatentInfo(**{**fields, "shape": tuple(fields["shape"])})
@@ -808,7 +823,7 @@ def test_a_killed_writer_leaves_no_latents(tmp_path):
     assert left and "latents.json" not in left
     assert "found no such file, so the latents are not complete" in error_of(open_latents, folder)
     again = write_latents(folder, INFO, examples(INFO, 40))
-    assert len(again) == 40 and sorted(os.listdir(folder)) == [latents.shard_name(0, 1), "latents.json"]
+    assert len(again) == 40 and sorted(os.listdir(folder)) == [shard_name(0, 1), "latents.json"]
 
 
 TENS = 10 * INFO.layout.itemsize  # shard_bytes
@@ -874,7 +889,7 @@ def test_a_writer_goes_on_from_the_shards_that_are_whole(store, tmp_path, name):
     assert asked == first
     whole = open_latents(f"{store}/train")
     assert (found.content, len(found), found.info) == (whole.content, SIZE, INFO)
-    assert sorted(os.listdir(tmp_path)) == [*(latents.shard_name(i, 6) for i in range(6)), "latents.json"]
+    assert sorted(os.listdir(tmp_path)) == [*(shard_name(i, 6) for i in range(6)), "latents.json"]
     open_latents(str(tmp_path), verify=True)
 
 

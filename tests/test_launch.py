@@ -14,6 +14,7 @@ from dit_jax import hardware
 from dit_jax.__main__ import JOBS
 from dit_jax.config import Config, EvalConfig, SampleConfig, model_config, resolve
 from dit_jax.error import UsageError
+from dit_jax.evaluation import protocol
 from dit_jax.job.launch import load_config
 from dit_jax.job.launcher import find_cell, own_arguments, spans
 from dit_jax.sweep import ladder
@@ -95,6 +96,28 @@ def test_slurm_array_after_another_job():
         "# in the job: srun --kill-on-bad-exit=0 --cpus-per-task=8 /venv/bin/python -m dit_jax.evaluate --workdir=w "
         "'--config.eval.guidance=(1.0,2.0)' --cell=$SLURM_ARRAY_TASK_ID",
     ]
+
+
+def test_slurm_runs_a_copy_of_the_script_alone(tmp_path):
+    """As it lies on the node: `slurm_script` in a folder without the functions, which only its submission needs."""
+    script, srun = tmp_path / "slurm_script", tmp_path / "srun"
+    shutil.copy(ROOT / "launch" / "slurm.sbatch", script)
+    srun.write_text('#!/bin/bash\necho "$*"\n')
+    srun.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    for nodes, job, code, out, err in (
+        (
+            "1",
+            "evaluate",
+            0,
+            "--kill-on-bad-exit=0 --cpus-per-task=1 python -m dit_jax.evaluate --workdir=w --cell=3\n",
+            "",
+        ),
+        ("2", "sample", 2, "", "error: NODES, TASKS: found 2, 1; expected 1: sample is one process\n"),
+    ):
+        command = ["bash", script, job, "--workdir=w"]
+        found = subprocess.run(command, env=env | {"SLURM_JOB_NUM_NODES": nodes}, capture_output=True, text=True)
+        assert (found.returncode, found.stdout, found.stderr) == (code, out, err)
 
 
 # ---- TPU VMs

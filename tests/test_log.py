@@ -1,10 +1,13 @@
 """The progress line and the scalars' file."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from job import ROOT
 
-from dit_jax import hardware, log
+from dit_jax import error, hardware, log
 from dit_jax.error import UsageError
 from dit_jax.workdir import scalars
 
@@ -22,6 +25,56 @@ def test_progress_reports_rates_and_eta(capsys, monkeypatch):
     line = capsys.readouterr().err
     for part in ("100/400", "loss 0.5000", "320 images/s", "MFU 10.0%", "ETA 0:30"):
         assert part in line
+
+
+def test_lines_have_a_level_and_a_process(capsys):
+    def err():
+        return capsys.readouterr().err
+
+    log.say("one")
+    log.notice("two")
+    log.warn("three")
+    log.complain("four [/x] 100%d")
+    assert err() == "one\nnotice: two\nwarning: three\nerror: four [/x] 100%d\n"
+    try:
+        log.name_process(3)
+        log.LOGGER.setLevel("WARNING")
+        log.say("five")
+        assert error.report(UsageError("six")) == error.USAGE
+        assert err() == "[process 3] error: six\n"
+    finally:
+        log.name_process(0)
+        log.LOGGER.setLevel("INFO")
+    log.say("seven")
+    assert err() == "seven\n"
+
+
+NOTEBOOK = """
+import logging
+logging.basicConfig()
+import absl.logging, importlib, dit_jax.log
+importlib.reload(dit_jax.log)
+dit_jax.log.say("once")
+"""
+
+
+def test_other_loggers_do_not_double_lines():
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "once\n")
+
+
+def test_a_table_is_aligned_text_and_takes_any_word(capsys):
+    log.table(("name", "value"), [("a", "1"), ("[b] longer", "23,000")], title="A table")
+    assert capsys.readouterr().out == "A table\n  name         value\n  a                1\n  [b] longer  23,000\n\n"
+
+
+def test_a_bar_gives_the_eta_of_what_is_done(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    with log.bar("ladder", 40.0) as move:
+        assert move(0.0) == "ETA ?"
+        now[0] += 30.0
+        assert move(10.0) == "ETA 1:30"
 
 
 def test_clock():

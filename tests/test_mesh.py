@@ -30,7 +30,7 @@ def batch(cfg, seed=0):
     size, b = cfg.model.input_size, cfg.train.batch_size
     return {
         "image": rng.normal(size=(b, size, size, cfg.model.channels)).astype(np.float32),
-        "label": rng.integers(0, cfg.model.classes, b).astype(np.int32),
+        "cond": {"label": rng.integers(0, cfg.model.classes, b).astype(np.int32)},
     }
 
 
@@ -107,10 +107,27 @@ def test_fsdp_takes_what_needs_no_copy_once_gathered():
     assert meshes.spec(("blocks", "attention", "qkv", "kernel"), (28, 1152, 3, 16, 72), wide)[1] == "fsdp"
 
 
+def test_a_mesh_axis_is_one_row(monkeypatch):
+    """A second axis that replicates the state and splits the batch: nothing but its row in AXES, and its size in a config."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Wider(MeshConfig):
+        slices: int = 2
+
+    monkeypatch.setattr(meshes, "AXES", {"slices": meshes.Axis(batch=True), **meshes.AXES})
+    mesh = meshes.make_mesh(Wider(data=2, fsdp=2))
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1} and meshes.batch_split(mesh) == 8
+    found, _, state = losses(SMALL, mesh, steps=2)
+    alone, _, _ = losses(SMALL, meshes.make_mesh(Wider(slices=1, data=1), jax.devices()[:1]), steps=2)
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    kernel = state.params["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+
+
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-XL/2"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (4, 128, 1), (4, 16, 8)])
 def test_never_the_layer_axis_and_moments_follow_weights(name, sizes):
-    mesh = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh(sizes, tuple(meshes.AXES), axis_types=(AxisType.Auto,) * 3)
     state = abstract_state(Config(model=model_config(name)), mesh)
     flat = jax.tree_util.tree_leaves_with_path(state)
     assert len(flat) > 80
@@ -125,13 +142,13 @@ def test_never_the_layer_axis_and_moments_follow_weights(name, sizes):
 
 def test_contract_the_real_xl_step_traces_on_512_devices_that_are_not_there():
     """DiT-XL/2, batch 4096, on a 4 x 128 mesh: shapes and placement agree, and every byte of the state is reused."""
-    mesh = AbstractMesh((4, 128, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((4, 128, 1), tuple(meshes.AXES), axis_types=(AxisType.Auto,) * 3)
     model = model_config("DiT-XL/2", dtype="bfloat16", remat="dots")
     cfg = Config(model=model, train=TrainConfig(batch_size=4096))
     state, rows = abstract_state(cfg, mesh), meshes.batch_sharding(mesh)
     images = jax.ShapeDtypeStruct((4096, 32, 32, 4), jnp.float32, sharding=rows)
     labels = jax.ShapeDtypeStruct((4096,), jnp.int32, sharding=rows)
-    traced = make_train_step(cfg, mesh).trace(state, {"image": images, "label": labels})
+    traced = make_train_step(cfg, mesh).trace(state, {"image": images, "cond": {"label": labels}})
     new_state, scalars = traced.out_info
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (new_state, state)]
     assert shapes[0] == shapes[1]

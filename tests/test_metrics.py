@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline, tfds_records
+from dit_jax.data import pipeline, source
 from dit_jax.error import UsageError
 from dit_jax.metrics import frechet
 from dit_jax.models import digit_features
@@ -60,10 +60,10 @@ def test_streaming_equals_one_shot(cuts, random):
         streamed = frechet.update(streamed, part)
     assert_close(streamed, whole)
     random.shuffle(parts)
-    merged = frechet.empty(5)
+    shuffled = frechet.empty(5)
     for part in parts:
-        merged = frechet.merge(statistics(part), merged)
-    assert_close(merged, whole)
+        shuffled = frechet.update(shuffled, part)
+    assert_close(shuffled, whole)
     mean, cov = frechet.mean_cov(streamed)
     np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(x.T), rtol=1e-9, atol=1e-12)
@@ -82,8 +82,6 @@ def test_unusable_features_are_refused():
         frechet.update(statistics(np.ones((10, 3))), bad)
     with pytest.raises(ValueError, match=r"^features: found shape \(4, 3\), expected \(b, 5\)$"):
         frechet.update(frechet.empty(5), np.zeros((4, 3)))
-    with pytest.raises(ValueError, match=r"^statistics: found widths 3 and 5, expected the same$"):
-        frechet.merge(frechet.empty(3), frechet.empty(5))
     with pytest.raises(ValueError, match=r"^statistics: found 1 samples, expected at least 2 for a covariance$"):
         frechet.mean_cov(statistics(np.ones((1, 3))))
 
@@ -150,11 +148,11 @@ def test_fd_digits_tells_digits_from_noise(data, network):
 
 def test_recorded_accuracy_is_reproduced(data, network):
     apply, params, meta = network
-    images, labels = pipeline.load_arrays(data, "test")
+    images, cond = pipeline.load_arrays(data, "test")
     found, logits = apply(params, images)
     assert found.shape == (len(images), digit_features.WIDTH) and found.dtype == np.float32
-    assert np.mean(np.argmax(np.asarray(logits), 1) == labels) == meta["accuracy"] >= 0.98
-    assert tfds_records.describe("digits", "test", data.data_dir) == meta["held_out"]
+    assert np.mean(np.argmax(np.asarray(logits), 1) == cond["label"]) == meta["accuracy"] >= 0.98
+    assert source.open_source(data, "test").describe() == meta["held_out"]
 
 
 def test_shipped_weights_match_their_notes(network):
@@ -162,8 +160,8 @@ def test_shipped_weights_match_their_notes(network):
     folder = Path(digit_features.__file__).parent
     packed = (folder / "digit_features.safetensors").read_bytes()
     assert hashlib.sha256(packed).hexdigest() == meta["sha256"] and len(packed) < 100_000
-    assert digit_features.pack(params) == packed
-    fresh = jax.eval_shape(digit_features.init, jax.random.key(0))
+    assert features.pack(params) == packed
+    fresh = jax.eval_shape(features.init, jax.random.key(0))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
     assert sum(leaf.size for leaf in jax.tree.leaves(fresh)) == meta["parameters"]
 
@@ -191,8 +189,8 @@ def test_training_writes_what_load_reads(data, tmp_path):
     params, found = digit_features.load(tmp_path / "new")
     assert found["accuracy"] == meta["accuracy"] and found["command"].endswith("--steps=3 --seed=1")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["digit_features.json", "digit_features.safetensors"]
-    images, labels = pipeline.load_arrays(data, "test")
-    assert features.accuracy(params, images, labels) == meta["accuracy"]
+    images, cond = pipeline.load_arrays(data, "test")
+    assert features.accuracy(params, images, cond["label"]) == meta["accuracy"]
 
 
 def test_augmentation_only_shifts_and_adds_bounded_noise():

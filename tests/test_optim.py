@@ -1,15 +1,18 @@
 """Schedules, AdamW, the EMA and the random part of a step."""
 
+from operator import itemgetter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from dit_jax.bind import bind
 from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.training.optim import ema_decay, learning_rate, make_optimizer, power_exponent, update_ema
 from dit_jax.training.state import init_state
-from dit_jax.training.step import draw
 
 
 def rates(cfg, steps):
@@ -73,11 +76,12 @@ def test_the_power_emas_profile_has_the_width_asked_for(width):
 
 def test_the_draws_of_a_step():
     cfg = Config(train=TrainConfig(label_dropout=0.25))
-    images, labels = jnp.zeros((4096, 2, 2, 1)), jnp.zeros(4096, jnp.int32)
-    t, eps, dropped = draw(cfg, jax.random.key(0), images, labels)
-    assert float((dropped == cfg.model.null_class).mean()) == pytest.approx(0.25, abs=0.03)
+    objective, model = make_objective(cfg), bind(cfg.model)
+    batch = {"image": jnp.zeros((4096, 2, 2, 1)), "cond": {"label": jnp.zeros(4096, jnp.int32)}}
+    t, eps, cond = itemgetter("t", "eps", "cond")(objective.draw(model, jax.random.key(0), batch))
+    assert float((cond["label"] == cfg.model.classes).mean()) == pytest.approx(0.25, abs=0.03)
     assert float(eps.std()) == pytest.approx(1.0, abs=0.02)
     assert float(t.min()) >= 1e-3 and float(t.max()) <= 1.0
     assert len(np.unique(np.asarray(eps))) > 16_000 and len(np.unique(np.asarray(t))) > 900  # no two images share noise
-    t2, eps2, _ = draw(cfg, jax.random.key(1), images, labels)
-    assert not np.array_equal(eps, eps2) and not np.array_equal(t, t2)
+    other = objective.draw(model, jax.random.key(1), batch)
+    assert not np.array_equal(eps, other["eps"]) and not np.array_equal(t, other["t"])

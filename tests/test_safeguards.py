@@ -1,12 +1,10 @@
 """benchmarks/safeguards.py on small sizes: every figure is measured, its parts fit together, and the tables say what was found."""
 
 import dataclasses
-import io
 import os
 
 import pytest
 import safeguards
-from rich.console import Console
 
 from dit_jax.bench import measure
 from dit_jax.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -65,8 +63,8 @@ def test_the_latents_of_the_benchmark_train(store, tmp_path):
     assert 0 < safeguards.measure_wait(cfg, 1)["share"]["median"] < 1
 
 
-def test_the_tables_show_what_was_found(found):
-    text = io.StringIO()
-    safeguards.show(found, Console(file=text, width=150))
+def test_the_tables_show_what_was_found(found, capsys):
+    safeguards.show(found)
+    text = capsys.readouterr().out
     for part in ("checkpoint", "replay", "N = 100", "digits", "latents a second and core"):
-        assert part in text.getvalue()
+        assert part in text

@@ -132,13 +132,14 @@ def images_of(workdir, num=70, devices=1, batch_size=16, first=0, seed=3, dtype=
     _, params = checkpoint.load(str(workdir))
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    return draw.sample_images(cfg, params, settings, num, seed, mesh, first=first)
+    return draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh).images(params, seed, num, first)
 
 
-def job_of(workdir, **changes):
-    cfg = read_config(str(workdir))
+def job_of(workdir, batch_size=64, **changes):
+    settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
+    cfg = dataclasses.replace(read_config(str(workdir)), sample=settings)
     _, params = checkpoint.load(str(workdir))
-    return draw.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4), 10, 3) | changes
+    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(params, 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):
@@ -209,7 +210,7 @@ def test_an_output_of_another_job_or_of_nobody_is_never_overwritten(workdir, tmp
 @pytest.fixture
 def one_part(monkeypatch):
     """However slow the machine, what is drawn before a stop is one part."""
-    monkeypatch.setattr(samples, "PART_SECONDS", 3600.0)
+    monkeypatch.setattr(parts, "PART_SECONDS", 3600.0)
 
 
 @pytest.mark.usefixtures("one_part")
@@ -294,10 +295,8 @@ def test_tiny_batches_make_few_parts(workdir, tmp_path):
 
 def test_the_job_says_what_images_depend_on_and_nothing_else(workdir):
     job = job_of(workdir)
-    cfg = read_config(str(workdir))
     _, params = checkpoint.load(str(workdir))
-    other = draw.describe_job(cfg, params, SampleConfig(sampler="euler", steps=4, batch_size=7), 10, 3)
-    assert job == other
+    assert job == job_of(workdir, batch_size=7)
     changed = jax.tree.map(lambda leaf: leaf, params)
     changed["patch_embedding"]["bias"] = changed["patch_embedding"]["bias"].at[0].add(1e-6)
     assert draw.weights_hash(changed) != draw.weights_hash(params) == job["weights_sha256"]

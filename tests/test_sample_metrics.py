@@ -1,6 +1,5 @@
 """Each metric of samples against its closed form or a slow loop, streams against one go, and what is refused."""
 
-import dataclasses
 import hashlib
 import itertools
 
@@ -9,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_jax.config import EvalConfig
 from dit_jax.error import UsageError
-from dit_jax.metrics import extrapolate, features, frechet, inception_score, kernel, precision_recall, statistics
+from dit_jax.metrics import extrapolate, features, frechet, inception_score, kernel
+from dit_jax.metrics.precision_recall import precision, recall
+from dit_jax.metrics.table import METRICS
 from dit_jax.networks.reference import read_reference
 
 
@@ -18,8 +20,8 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def score(logits, splits=1, seed=None):
-    place = inception_score.assign(len(logits), splits, seed)
+def score(logits, splits=1):
+    place = inception_score.assign(len(logits), splits)
     empty = inception_score.empty(logits.shape[1])
     return inception_score.score([inception_score.update(empty, logits[place == s]) for s in range(splits)])
 
@@ -53,10 +55,9 @@ def test_score_ignores_a_shift_of_all_logits():
     np.testing.assert_allclose(score(logits + normal(3, 30, 1) * 1e3), score(logits), rtol=1e-9)
 
 
-def test_splits_share_all_samples_and_a_seed_shuffles_them():
-    plain, shuffled = inception_score.assign(103, 10), inception_score.assign(103, 10, seed=2020)
-    assert np.array_equal(plain, np.sort(plain)) and np.array_equal(np.sort(shuffled), plain)
-    assert set(np.bincount(plain)) == {10, 11} and not np.array_equal(plain, shuffled)
+def test_splits_share_all_samples_in_their_order():
+    place = inception_score.assign(103, 10)
+    assert np.array_equal(place, np.sort(place)) and set(np.bincount(place)) == {10, 11}
 
 
 # ---- kernel distance
@@ -95,7 +96,7 @@ def loop_precision(x, y, k):
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_precision_and_recall_equal_loops_in_blocks_of_any_size(block):
     x, y = normal(7, 40, 4) * 0.7, normal(8, 30, 4) + 1.0
-    found = precision_recall.precision_recall(x, y, k=3, block=block)
+    found = [fraction(x, y, k=3, block=block) for fraction in (precision, recall)]
     np.testing.assert_allclose(found, (loop_precision(x, y, 3), loop_precision(y, x, 3)), rtol=1e-12)
     assert 0 < found[0] < 1 and 0 < found[1] < 1
 
@@ -103,14 +104,15 @@ def test_precision_and_recall_equal_loops_in_blocks_of_any_size(block):
 def test_precision_and_recall_of_clusters():
     one, two, three = (normal(i, 50, 8) * 0.01 + place for i, place in enumerate((0.0, 10.0, 20.0)))
     both = np.concatenate([one, two])
-    assert precision_recall.precision_recall(both, both) == (1, 1)
-    assert precision_recall.precision_recall(one, both)[0] > 0.9  # all that is made is real,
-    assert precision_recall.precision_recall(one[:25], np.concatenate([one[:25], two])) == (
-        1,
-        25 / 75,
-    )  # half is missed
-    assert precision_recall.precision_recall(np.concatenate([one, three]), one) == (0.5, 1)
-    assert precision_recall.precision_recall(three, both) == (0, 0)
+
+    def found(generated, real):
+        return precision(generated, real), recall(generated, real)
+
+    assert found(both, both) == (1, 1)
+    assert found(one, both)[0] > 0.9  # all that is made is real,
+    assert found(one[:25], np.concatenate([one[:25], two])) == (1, 25 / 75)  # half is missed
+    assert found(np.concatenate([one, three]), one) == (0.5, 1)
+    assert found(three, both) == (0, 0)
 
 
 # ---- Fréchet distance over N
@@ -152,52 +154,29 @@ def test_the_bootstrap_holds_the_distance_expected_at_its_n():
     np.testing.assert_allclose(np.mean(widths), 2 * 1.96 * np.std(values), rtol=0.2)
 
 
-# ---- one stream
+# ---- the rows of the table
 
-PLAN = statistics.Plan(60, splits=4, seed=3, keep=True)
-SET = tuple(normal(20 + i, 60, width).astype(np.float32) for i, width in enumerate((6, 5, 7)))
+SET = {"pool": normal(20, 60, 6), "spatial": normal(21, 60, 5), "logits": normal(22, 60, 7)}
+REFERENCE = {
+    "gaussian": (np.zeros(6), np.eye(6)),
+    "spatial_gaussian": (np.zeros(5), np.eye(5)),
+    "features": normal(23, 80, 6),
+}
 
 
-def streamed(start, end):
-    empty = statistics.empty(PLAN, 6, 5, 7)
-    return statistics.update(empty, start, *(a[start:end] for a in SET))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 60), max_size=6), st.randoms(use_true_random=False))
-def test_parts_merged_in_any_grouping_equal_one_go(cuts, random):
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 59), max_size=4, unique=True))
+def test_batches_of_any_size_give_the_metrics_of_one_go(cuts):
     bounds = [0, *sorted(cuts), 60]
-    parts = [streamed(a, b) for a, b in itertools.pairwise(bounds)]
-    while len(parts) > 1:
-        a, b = (parts.pop(random.randrange(len(parts))) for _ in range(2))
-        parts.append(statistics.merge(a, b))
-    whole = streamed(0, 60)
-    for name in ("pool", "spatial"):
-        for found, expected in zip(*(frechet.mean_cov(getattr(s, name)) for s in (parts[0], whole)), strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
-    scores = [inception_score.score(s.scores) for s in (parts[0], whole)]
-    np.testing.assert_allclose(*scores, rtol=1e-12)
-    np.testing.assert_allclose(scores[1], score(SET[2], splits=4, seed=3), rtol=1e-12)
-    assert np.array_equal(statistics.features(parts[0]), SET[0])
-
-
-def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"found \(2, 2, 2\) features from sample 59, expected alike, of 60$"):
-        statistics.update(statistics.empty(PLAN, 6, 5, 7), 59, *(a[:2] for a in SET))
-    with pytest.raises(ValueError, match=r"^statistics: sample 10 is missing or there twice"):
-        statistics.features(statistics.merge(streamed(0, 10), streamed(20, 60)))
-    with pytest.raises(ValueError, match=r"^statistics: sample 10 is missing or there twice"):
-        statistics.features(statistics.merge(streamed(0, 20), streamed(10, 60)))
-    with pytest.raises(ValueError, match=r"^statistics: found kept features of 20 samples, expected 60$"):
-        statistics.features(streamed(0, 20))
-    other = statistics.empty(dataclasses.replace(PLAN, total=61), 6, 5, 7)
-    with pytest.raises(ValueError, match=r"^statistics: found the plans .*, expected the same$"):
-        statistics.merge(other, streamed(0, 20))
-    with pytest.raises(
-        ValueError, match=r"^features: 200,000 samples of 2048 numbers take 1,638,400,000 bytes, expected"
-    ):
-        statistics.empty(statistics.Plan(200_000, keep=True))
-    assert statistics.empty(statistics.Plan(200_000)).kept == ()  # streams only: no cap
+    for metric in METRICS.values():
+        found = []
+        for places in ([(0, 60)], itertools.pairwise(bounds)):
+            state = None
+            for a, b in places:
+                state = metric.update(state, {name: part[a:b] for name, part in SET.items()}, 60)
+            found.append(metric.finish(state, REFERENCE, EvalConfig(bootstrap=2)))
+        assert list(found[0]) == list(found[1]) and "" in found[0], metric.name
+        np.testing.assert_allclose(list(found[0].values()), list(found[1].values()), rtol=1e-9, atol=1e-12)
 
 
 # ---- what is refused
@@ -205,7 +184,8 @@ def test_parts_that_do_not_fit_are_refused():
 BAD = np.array([[0.0, 1.0], [np.nan, 0.0], [2.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
 PAIRS = {
     "kernel": lambda a, b: kernel.distance(a, b, subsets=2, size=5),
-    "precision": lambda a, b: precision_recall.precision_recall(a, b, k=4),
+    "precision": lambda a, b: precision(a, b, k=4),
+    "recall": lambda a, b: recall(a, b, k=4),
 }
 
 
@@ -235,8 +215,6 @@ def test_unusable_logits_and_counts_are_refused():
     with pytest.raises(ValueError, match=r"found splits of \[0\] samples"):
         inception_score.score([empty])
     x, gaussian = normal(15, 50, 2), (np.zeros(2), np.eye(2))
-    with pytest.raises(ValueError, match=r"found 50 samples, expected at least 10000, or counts of your own$"):
-        extrapolate.infinite(x, *gaussian)
     with pytest.raises(ValueError, match=r"found counts \[10, 20, 51\], expected each of 2 to the 50 samples$"):
         extrapolate.infinite(x, *gaussian, counts=[10, 20, 51])
     with pytest.raises(ValueError, match=r"expected at least 3, not all the same$"):

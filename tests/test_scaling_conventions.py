@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 from dataclasses import replace
 
@@ -16,15 +15,11 @@ from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.conventions import (
     Convention,
     check_units,
-    convert,
-    convert_law,
     factor,
     of_record,
     require_same,
     training_flops,
 )
-from dit_jax.scaling.fit import fit_isoflop
-from dit_jax.scaling.law import PowerLaw
 from dit_jax.scaling.runs import Run, load_runs
 
 OURS = Convention()
@@ -35,49 +30,9 @@ RUN = Run("a", 100.0, 1600.0, 2e6, 0.5, params_total=150.0, images=100.0)
 def test_the_gflops_of_the_dit_paper_are_a_sixth_of_training_flops():
     assert factor(MACS, OURS) == 6 and factor(OURS, MACS) == pytest.approx(1 / 6)
     per_image = 118.6214e9  # XL/2, multiply-adds of a forward pass
-    (run,) = convert([replace(RUN, flops=per_image)], MACS, OURS)
-    assert run.flops == pytest.approx(0.7117e12, rel=1e-4)
-
-
-def test_a_fit_of_converted_runs_is_the_converted_fit():
-    runs = study()
-    as_macs = convert(runs, OURS, MACS)
-    ours, theirs = fit_isoflop(runs, resamples=0), fit_isoflop(as_macs, resamples=0)
-    for name in ("N_opt", "D_opt", "L_opt_pure", "L_opt_irreducible"):
-        expected = convert_law(ours.laws[name], OURS, MACS)
-        for part in ("coefficient", "exponent", "irreducible"):
-            assert getattr(theirs.laws[name], part) == pytest.approx(float(getattr(expected, part)), rel=1e-5)
-    law = PowerLaw(2.3943, -0.0273)
-    assert convert_law(law, OURS, MACS)(1e20) == pytest.approx(law(6e20))
-
-
-def test_parameters_and_data_convert_by_what_was_recorded():
-    (total,) = convert([RUN], OURS, replace(OURS, params="total"))
-    assert (total.params, total.params_total, total.flops) == (150, 100, 2e6)
-    (images,) = convert([RUN], OURS, replace(OURS, data="images"))
-    assert images.tokens == 100 and images.convention.data == "images"
-    (back,) = convert([images], replace(OURS, data="images"), OURS, tokens_per_image=16)
-    assert back == RUN
-    (simple,) = convert([RUN], OURS, replace(OURS, counted="6ND"))
-    assert simple.flops == 6 * 100 * 1600
-    (simple,) = convert([RUN], OURS, replace(OURS, counted="6ND", params="total", data="images"))
-    assert simple.flops == 6 * 150 * 1600 and simple.tokens == 100
-    assert convert([RUN], OURS, OURS) == [RUN]
-
-
-@pytest.mark.parametrize(
-    ("run", "have", "want", "message"),
-    [
-        (RUN, Convention(loss="training, smoothed"), OURS, "the loss is 'training, smoothed'.* cannot be converted"),
-        (RUN, Convention(counted="6ND"), OURS, "6ND has lost the exact FLOPs"),
-        (replace(RUN, params_total=math.nan), OURS, Convention(params="total"), "a: params_total is not recorded"),
-        (replace(RUN, images=math.nan), OURS, Convention(data="images"), "a: images is not recorded"),
-        (RUN, Convention(data="images"), OURS, "a: D is in images; tokens need tokens_per_image"),
-    ],
-)
-def test_what_cannot_be_converted_is_refused(run, have, want, message):
-    with pytest.raises(UsageError, match=message):
-        convert([run], have, want)
+    (run,) = training_flops([replace(RUN, flops=per_image, convention=MACS)])
+    assert run.flops == pytest.approx(0.7117e12, rel=1e-4) and run.convention == OURS
+    assert training_flops([run]) == [run]
 
 
 def test_conventions_do_not_mix():
@@ -88,8 +43,6 @@ def test_conventions_do_not_mix():
         Convention(unit="flop")
     with pytest.raises(UsageError, match="6ND is FLOPs of training, found MACs of training"):
         Convention(counted="6ND", unit="MACs")
-    with pytest.raises(UsageError, match="a law converts between units and passes only"):
-        convert_law(PowerLaw(1.0, 0.5), OURS, Convention(params="total"))
 
 
 def test_records_say_their_convention():
@@ -172,10 +125,6 @@ def test_a_fit_of_records_states_their_convention(tmp_path, capsys):
     assert printed.startswith(
         "Convention: C: exact FLOPs of training; N: active parameters; D: tokens; L: held-out, EMA\n"
     )
-    again, printed = fitted(tmp_path, capsys, str(tmp_path / "w"), "--to=params=total,data=images")
-    assert again["convention"]["params"] == "total" and "D_opt (images)" in printed
-    for name, ratio in (("N_opt", 2), ("D_opt", 1 / 16)):
-        assert again["law"][name]["coefficient"] == pytest.approx(ratio * said["law"][name]["coefficient"])
     assert main(["fit", str(tmp_path / "w"), "--unit=macs"]) == 2
     assert "unit is 'FLOPs' by the record, 'MACs' by the command" in capsys.readouterr().err
 
@@ -216,9 +165,6 @@ def test_data_in_images_need_their_tokens_for_6nd(tmp_path, capsys):
         (1, ",unit", ",macs", ["--unit=flops"], "runs.csv:2: unit is 'MACs' by its column and 'FLOPs' by the command"),
         (1, ",unit", ",watts", [], "runs.csv:2: found 'watts', expected one of flops, macs"),
         (1, "", "", ["--pass=backward"], "--pass: found 'backward', expected one of training, forward, train"),
-        (1, "", "", ["--to=unit=macs"], "--to: found 'unit', expected counted, params or data"),
-        (1, "", "", ["--to=counted=exact"], "6ND has lost the exact FLOPs"),
-        (1, "", "", ["--to=params=total"], "runs.csv:2: params_total is not recorded"),
         (1, "", "", ["--tokens_per_image=-1"], "--tokens_per_image: found -1, expected a number above 0"),
         (1, "", "", ["--counted=6nd", "--unit=macs"], "6ND is FLOPs of training, found MACs of training"),
     ],

@@ -14,7 +14,7 @@ from test_scaling_runs import record, workdir
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.frontier import fit_frontier
-from dit_jax.scaling.points import Point, load_points
+from dit_jax.scaling.points import Point, higher_is_better, load_points
 from dit_jax.scaling.serving import front, serve, within
 
 STEPS = (4, 8, 16, 32, 64, 128, 256)
@@ -290,7 +290,7 @@ def test_a_bad_csv_is_one_line_and_exit_2(tmp_path, text, message, capsys):
         (["--where=samples.sampler=heun"], "found no fid in"),
         (["--where=ddim"], "--where: found 'ddim', expected FIELD=VALUE"),
         (["--resamples=-1"], "--resamples, --seed"),
-        (["--out=."], "is a folder, expected a file"),
+        (["--out=."], "--out: found the folder '.', expected a file"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_2(tmp_path, more, message, capsys, monkeypatch):
@@ -332,3 +332,18 @@ def test_the_command_needs_neither_jax_nor_flax_nor_matplotlib(tmp_path):
         "sys.exit(bool({'jax', 'flax', 'tensorflow', 'torch', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_records_state_which_metrics_are_better_when_higher(tmp_path):
+    """A metric of no known name, and one whose name misleads; a record without signs is judged by the name."""
+
+    def loaded(metric, **more):
+        folder = tmp_path / f"{metric}-{len(more)}-{more.get('metric_signs')}"
+        return load_points(workdir(folder, record(metrics={metric: 2.0}, **more)), metric)
+
+    assert higher_is_better("light", loaded("light", metric_signs={"light": 1}))
+    assert not higher_is_better("is_lower", loaded("is_lower", metric_signs={"is_lower": -1}))
+    assert not higher_is_better("light", loaded("light")) and higher_is_better("is", loaded("is", metric_signs={}))
+    for wrong in (2, {"light": "up"}):
+        with pytest.raises(UsageError, match=r"records.jsonl:1: metric_signs: found .* for light, expected 1 or -1"):
+            loaded("light", metric_signs=wrong)

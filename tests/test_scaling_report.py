@@ -316,7 +316,7 @@ def test_one_log_axis_or_another_has_ticks():
         (["report", "nowhere.csv", "--method=all"], "nowhere.csv: no such file or folder"),
         (["report", "SHEET", "--method=al"], "invalid choice: 'al'"),
         (["report", "SHEET", "--method=envelope"], "expected at least 3 runs"),
-        (["report", "SHEET", "--out=."], "--out: . is a folder, expected a file"),
+        (["report", "SHEET", "--out=."], "--out: found the folder '.', expected a file"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_2(arguments, message, sheet, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,8 @@ from dit_jax.data.pipeline import load_arrays
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
-from dit_jax.metrics import frechet, kernel, precision_recall
+from dit_jax.metrics import frechet, kernel
+from dit_jax.metrics.precision_recall import precision, recall
 
 EVAL = EvalConfig(samples=355, bootstrap=5)
 
@@ -30,6 +31,11 @@ def network(cfg):
 def rows(cfg, network):
     """Of the held-out digits."""
     return network.rows(scores.as_uint8(load_arrays(cfg.data, "test")[0]))
+
+
+def measure(rows, *arguments):
+    """The metrics of rows, as `evaluate` has them in the bytes of its parts."""
+    return scores.measure([part.view(np.uint8) for part in rows], *arguments)[0]
 
 
 def with_reference(cfg, path):
@@ -51,13 +57,14 @@ def test_rows_are_the_same_for_any_batch(network):
 
 def test_the_numbers_are_those_of_plain_formulas(cfg, network, rows):
     reference = scores.open_reference(cfg, network)
-    found = scores.measure([rows], network, reference, cfg.eval)
+    found = measure([rows], network, reference, cfg.eval)
     drawn = rows[:, :64].astype(np.float64)
     real = network.split(network.rows(scores.as_uint8(load_arrays(cfg.data, "train")[0])))["pool"]
     gaussians = [(x.mean(axis=0), np.cov(x.T.astype(np.float64))) for x in (drawn, real.astype(np.float64))]
     assert found["fd_digits"] == pytest.approx(frechet.frechet_distance(*gaussians[0], *gaussians[1]), rel=1e-6)
     assert found["kd_digits"] == kernel.distance(rows[:, :64], real, size=355).mean
-    assert (found["precision_digits"], found["recall_digits"]) == precision_recall.precision_recall(rows[:, :64], real)
+    pair = rows[:, :64], real
+    assert (found["precision_digits"], found["recall_digits"]) == (precision(*pair), recall(*pair))
     p = np.exp(rows[:, 64:].astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
     splits = np.split(p, [355 * i // 10 for i in range(1, 10)])
@@ -79,14 +86,14 @@ def test_parts_in_which_the_rows_come_change_no_bit(cfg, network, monkeypatch):
     rows = np.random.default_rng(0).normal(size=(300, network.width)).astype(np.float32)
     reference = scores.open_reference(cfg, network)
     settings = dataclasses.replace(cfg.eval, samples=300, bootstrap=0)
-    whole = scores.measure([rows], network, reference, settings)
+    whole = measure([rows], network, reference, settings)
     for cuts in ([1, 127, 129], list(range(30, 300, 30))):
-        assert scores.measure(np.split(rows, cuts), network, reference, settings) == whole
+        assert measure(np.split(rows, cuts), network, reference, settings) == whole
 
 
 def test_a_set_against_itself(cfg, network):
     rows = network.rows(scores.as_uint8(load_arrays(cfg.data, "train")[0]))
-    found = scores.measure(
+    found = measure(
         [rows], network, scores.open_reference(cfg, network), dataclasses.replace(cfg.eval, samples=len(rows))
     )
     assert found["fd_digits"] < 1e-6 and found["precision_digits"] == found["recall_digits"] == 1
@@ -95,18 +102,18 @@ def test_a_set_against_itself(cfg, network):
 @pytest.mark.parametrize("names", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
 def test_references_from_files_are_those_of_the_images(names, cfg, network, rows, tmp_path):
     images = scores.as_uint8(load_arrays(cfg.data, "train")[0])
-    whole = scores.measure([rows], network, scores.open_reference(cfg, network), cfg.eval)
-    stats = frechet.mean_cov(scores.gather([network.rows(images)], network, len(images)).pool)
+    whole = measure([rows], network, scores.open_reference(cfg, network), cfg.eval)
+    stats = frechet.mean_cov(frechet.update(frechet.empty(64), network.rows(images)[:, :64]))
     path = tmp_path / "reference.npz"
     np.savez(path, **dict(zip(names, stats, strict=True)))
     reference = scores.open_reference(with_reference(cfg, path), network)
-    found = scores.measure([rows], network, reference, cfg.eval)
+    found = measure([rows], network, reference, cfg.eval)
     assert found["fd_digits"] == pytest.approx(whole["fd_digits"], rel=1e-9) and "kd_digits" not in found
     assert reference.source == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     np.savez(path, arr_0=images, **dict(zip(names, stats, strict=True)))
-    both = scores.measure([rows], network, scores.open_reference(with_reference(cfg, path), network), cfg.eval)
+    both = measure([rows], network, scores.open_reference(with_reference(cfg, path), network), cfg.eval)
     np.savez(path, arr_0=images)
-    alone = scores.measure([rows], network, scores.open_reference(with_reference(cfg, path), network), cfg.eval)
+    alone = measure([rows], network, scores.open_reference(with_reference(cfg, path), network), cfg.eval)
     assert alone == whole and both["kd_digits"] == whole["kd_digits"]
 
 
@@ -156,6 +163,6 @@ def test_bad_numbers_are_not_scored(cfg, network, rows):
         broken = rows.copy()
         broken[7, 3] = value
         with pytest.raises(UsageError, match=r"samples: .*not finite.*nothing is recorded"):
-            scores.measure([broken], network, reference, cfg.eval)
+            measure([broken], network, reference, cfg.eval)
     with pytest.raises(UsageError, match="found features of 300 images, expected 355"):
-        scores.measure([rows[:300]], network, reference, cfg.eval)
+        measure([rows[:300]], network, reference, cfg.eval)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from job import TINY, compilations, run
-from runs import EVERY, STEPS, saved, scalars, train
+from runs import EVERY, STEPS, other_digits, saved, scalars, train
 
 from dit_jax import checkpoint
 from dit_jax.config import DataConfig
@@ -70,7 +70,7 @@ def test_a_resumed_run_compiles_every_program_once(uninterrupted, tmp_path, cach
         shutil.rmtree(checkpoint.path_of(str(workdir), step))
     code, _, err = run("train", *train(workdir), cache_dir=cache_dir, environment={"COMPILATIONS": str(noted)})
     assert code == 0, err
-    assert saved(workdir, STEPS)["data"] == {"next_index": STEPS}
+    assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
     check_compilations(noted, workdir, 40)
 
 
@@ -133,6 +133,16 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(case, tmp_path, data_d
     assert not workdir.exists()
 
 
+def test_a_second_start_finds_its_compiled_programs(tmp_path, cache_dir):
+    kept, found = tmp_path / "kept", []
+    for start in ("a", "b"):
+        flags = train(tmp_path / start, f"--compilation_cache={kept}", steps=1)
+        code, _, err = run("train", *flags, cache_dir=cache_dir)
+        assert code == 0, err
+        found.append({path.name for path in kept.iterdir() if not path.name.endswith("-atime")})
+    assert found[0] == found[1] and any(name.startswith("jit_step-") for name in found[0])
+
+
 def test_another_config_for_a_folder_is_refused_and_nothing_is_lost(uninterrupted, cache_dir):
     before = (uninterrupted / "config.json").read_bytes()
     code, _, err = run("train", *train(uninterrupted, "--config.optim.learning_rate=0.5"), cache_dir=cache_dir)
@@ -152,6 +162,16 @@ def test_unreadable_data_is_named_and_nothing_is_written(tmp_path, data_dir, cac
     code, _, err = run("train", *train(workdir, f"--config.data.data_dir={damaged}"), cache_dir=cache_dir)
     assert code == 2 and len(err.strip().splitlines()) == 1, err
     assert file.name in err and not workdir.exists()
+
+
+def test_a_run_does_not_go_on_with_other_records_of_the_same_name(uninterrupted, tmp_path, cache_dir):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    other = f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"
+    code, _, err = run("train", *train(workdir, other, steps=STEPS + 1), cache_dir=cache_dir)
+    expected = "data.dataset: records: found 721, expected 1442, as in the data that this run has been trained on; "
+    assert code == 2 and expected in err and "start a new run in another --workdir" in err, err
+    assert saved(workdir)["data"]["next_index"] == STEPS
 
 
 def test_what_a_kill_at_the_start_left_is_no_foreign_folder(tmp_path, cache_dir):

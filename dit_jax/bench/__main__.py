@@ -4,27 +4,22 @@
 
     train   the whole training step: rates, share of the peak, memory, compilation
     sample  the same of sampling one batch as the job `sample` does
-    host    small models of the config's ladder: what the host takes of a run's wall time (--config=configs/digits_isoflop.py)
 
-A peer, which takes turns with ours, is a file as `dit_jax/bench/peer.py` says. Only `host` needs data, and what reads it.
+A peer, which takes turns with ours, is a file as `dit_jax/bench/peer.py` says.
 """
 
 import gc
 import os
 
-import jax
 from absl import flags
 
-from dit_jax.bench import peer, speed, table
-from dit_jax.bench.measure import machine, publish
 from dit_jax.config import Config, resolve
-from dit_jax.devices.mesh import check_batch, make_mesh
 from dit_jax.error import UsageError, typed
 from dit_jax.files import check_json
 from dit_jax.job.launch import launch
 from dit_jax.log import say
 
-PARTS = ("sample", "train", "host")  # in this order: what a device had in use at most is counted from the start
+PARTS = ("sample", "train")  # in this order: what a device had in use at most is counted from the start
 
 
 def chosen(parts: list[str]) -> list[str]:
@@ -37,6 +32,8 @@ def chosen(parts: list[str]) -> list[str]:
 
 def check_peer(module, cfg: Config) -> None:
     """Raises UsageError unless the peer can do what is measured."""
+    import jax
+
     if jax.device_count() != 1:
         raise UsageError(
             f"--peer: found {jax.device_count()} devices, expected one, as the peer takes one (CUDA_VISIBLE_DEVICES=0)"
@@ -44,16 +41,13 @@ def check_peer(module, cfg: Config) -> None:
     module.check(cfg, jax.default_backend())
 
 
-def measure_part(part: str, cfg: Config, values: flags.FlagValues, module) -> object:
-    """The figures of a part."""
-    if part == "host":
-        return host.measure_ladder(cfg, values.repeats)
-    say(f"{part} ...")
-    gc.collect()  # what the part before held on the device
-    return speed.measure(cfg, part, values.repeats, values.seconds, module)
-
-
 def main() -> None:
+    import jax
+
+    from dit_jax.bench import peer, speed, table
+    from dit_jax.bench.measure import machine, publish
+    from dit_jax.devices.mesh import check_batch, make_mesh
+
     values = flags.FLAGS
     parts = chosen(values.parts)
     check_json(values.json)
@@ -66,15 +60,15 @@ def main() -> None:
     default = values.config is None
     platform = jax.default_backend()
     cfg = speed.default_config(platform) if default else resolve(values.config)
-    if "host" in parts and not cfg.sweep.budgets:
-        raise UsageError("sweep.budgets: found none, expected training FLOPs; start from configs/digits_isoflop.py")
-    if set(parts) - {"sample"}:
+    if "train" in parts:
         check_batch(make_mesh(cfg.mesh), cfg.train.batch_size, cfg.optim.accumulate)
     if module:
         check_peer(module, cfg)
     found: dict = {"machine": machine()}
     for part in parts:
-        found[part] = measure_part(part, cfg, values, module)
+        say(f"{part} ...")
+        gc.collect()  # what the part before held on the device
+        found[part] = speed.measure(cfg, part, values.repeats, values.seconds, module)
     if default and "train" in found:
         found["train"]["target"] = speed.TARGETS.get(platform, speed.OTHER_TARGET)
     publish(found, table.show, values.json, ("jax", "jaxlib", "flax", "numpy"))

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from rich.console import Console
 
+from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, model_config
 from dit_jax.devices.mesh import batch_sharding, make_mesh
 from dit_jax.files import write_file
@@ -63,10 +63,10 @@ def compilations() -> Iterator[list[str]]:
 
 def fixed_batch(cfg: Config, mesh) -> dict:
     """A batch of noise that lies on the devices."""
-    side, rng = cfg.model.input_size, np.random.default_rng(0)
-    images = rng.standard_normal((cfg.train.batch_size, side, side, cfg.model.channels), np.float32)
-    labels = rng.integers(cfg.model.classes, size=cfg.train.batch_size, dtype=np.int32)
-    return jax.device_put({"image": images, "label": labels}, batch_sharding(mesh))
+    side, rows, key = cfg.model.input_size, cfg.train.batch_size, jax.random.key(0)
+    images = np.random.default_rng(0).standard_normal((rows, side, side, cfg.model.channels), np.float32)
+    cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), np.arange(rows), {})
+    return jax.device_put({"image": images, "cond": cond}, batch_sharding(mesh))
 
 
 def empty_step(state, batch: dict):
@@ -137,15 +137,13 @@ def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def publish(found: dict, show: Callable[[dict, Console], None], path: str, names: tuple[str, ...]) -> None:
+def publish(found: dict, show: Callable[[dict], None], path: str, names: tuple[str, ...]) -> None:
     """The tables on the screen under what was measured and the versions of `names`, and all figures to the file `path` (if any)."""
-    about, console = found["machine"], Console(width=150, highlight=False)
+    about = found["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
     load = "" if about["load"] is None else f", load {about['load']:.1f}"
-    console.print(
-        f"{about['device']}, {about['cores']} core{'s'[: about['cores'] > 1]}{load}; {about['date']}; {versions}"
-    )
-    console.print("Medians (lowest to highest of the repeats).\n")
-    show(found, console)
+    print(f"{about['device']}, {about['cores']} core{'s'[: about['cores'] > 1]}{load}; {about['date']}; {versions}")
+    print("Medians (lowest to highest of the repeats).\n")
+    show(found)
     if path:
         write_file(path, json.dumps(found, indent=1) + "\n")

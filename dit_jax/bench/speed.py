@@ -14,12 +14,11 @@ import numpy as np
 from dit_jax import flops, hardware
 from dit_jax.bench.measure import alternate, compilations, cores, fixed_batch, make_products, spread, step_config
 from dit_jax.bench.peer import Side
+from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig, SampleConfig, TrainConfig, model_config
 from dit_jax.devices.mesh import make_mesh, replicated
-from dit_jax.models import dit
 from dit_jax.preflight.compilation import Program, program
 from dit_jax.training.state import make_state
-from dit_jax.training.step import on_device
 
 TARGETS = {"cpu": 0.30}  # of the peak that training should reach with the default model; elsewhere OTHER_TARGET
 OTHER_TARGET = 0.45
@@ -38,7 +37,7 @@ def default_config(platform: str) -> Config:
 
 def prepared(cfg: Config, job: str) -> Config:
     """The config as the job has it: attention chosen for the devices; sampling spreads its batch over all of them."""
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
+    cfg = dataclasses.replace(cfg, model=bind(cfg.model).cfg)
     return cfg if job == "train" else dataclasses.replace(cfg, mesh=MeshConfig())
 
 
@@ -46,7 +45,7 @@ def make_arguments(cfg: Config, job: str, mesh, rows: int) -> tuple:
     """What the job's program takes. Neither weights nor images matter for the time."""
     if job == "train":
         return make_state(cfg, mesh), fixed_batch(cfg, mesh)
-    params = jax.device_put(dit.init(cfg.model, jax.random.key(0)), replicated(mesh))
+    params = jax.device_put(bind(cfg.model).init(jax.random.key(0)), replicated(mesh))
     return params, 0, np.arange(rows, dtype=np.int32)
 
 

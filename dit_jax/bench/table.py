@@ -1,11 +1,7 @@
 """The benchmark's tables: medians, and the lowest to highest of the rounds."""
 
-from rich.console import Console
-from rich.table import Table
-
 from dit_jax.bench.measure import shown, verdict
-
-STEP_PARTS = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
+from dit_jax.log import table
 
 
 def _number(value: float) -> int:
@@ -32,56 +28,32 @@ def _rates(side: dict) -> list[str]:
     return cells
 
 
-def show_speed(title: str, found: dict, console: Console) -> None:
+def show_speed(title: str, found: dict) -> None:
     """Training or sampling, a column a side."""
     model, sides = found["model"], found["sides"]
     about = f"width {model['width']}, depth {model['depth']}, {model['tokens']} tokens, {model['dtype']}"
     drawn = found["sampling"]
     how = f", {drawn['sampler']} {drawn['steps']}, guidance {drawn['guidance']:g}" if drawn else ""
     calls = "a call" if found["calls"] == 1 else f"{found['calls']} calls"
-    console.print(f"{title}: {about}, {found['images']} images a call{how}; {calls} a round")
+    print(f"{title}: {about}, {found['images']} images a call{how}; {calls} a round")
     rows = ("a call, ms", "images/s", "model TFLOP/s", "MFU", "peak memory", "compilation, s", "recompilations")
-    table = Table("", *sides, title_justify="left")
-    for row in zip(rows, *map(_rates, sides.values()), strict=True):
-        table.add_row(*row)
-    console.print(table)
+    table(("", *sides), zip(rows, *map(_rates, sides.values()), strict=True))
     peak = shown(found["peak_tflops"], _number(found["peak_tflops"]["median"]))
-    console.print(f"MFU is of {peak} TFLOP/s: {found['peak_source']}")
+    print(f"MFU is of {peak} TFLOP/s: {found['peak_source']}")
     if found.get("target"):
         reached = verdict(sides["jax"]["mfu"]["median"] >= found["target"])
-        console.print(f"MFU of jax, target >= {found['target']:.0%}: {reached}")
+        print(f"MFU of jax, target >= {found['target']:.0%}: {reached}")
     for name, side in sides.items():
-        console.print(f"peak memory of {name}: {side['memory_source']}")
+        print(f"peak memory of {name}: {side['memory_source']}")
     if found["ratio"]:
         way = sides["torch"]
         failed = "".join(f"; {name} did not work: {why}" for name, why in way["did_not_work"].items())
-        console.print(
-            f"torch {way['version']} ({way['way']}) takes {shown(found['ratio'], 2)} times as long as jax{failed}"
-        )
-    console.print()
+        print(f"torch {way['version']} ({way['way']}) takes {shown(found['ratio'], 2)} times as long as jax{failed}")
+    print()
 
 
-def show_ladder(rows: list[dict], console: Console) -> None:
-    """Small models: where the time of a step goes."""
-    target = f"host (target <= {rows[0]['target']:.0%})"
-    table = Table("width", "steps", *STEP_PARTS, target, "not device", "start")
-    for row in rows:
-        cells = [f"{row['step_us'][name]['median']:,.0f}" for name in STEP_PARTS]
-        shares = [shown(row[name], 0, True) for name in ("host_share", "not_device_share")]
-        shares[0] += f": {verdict(row['host_share']['median'] <= row['target'])}"
-        start = f"{row['start_seconds']['median']:.1f} s"
-        table.add_row(str(row["size"][0]), f"{row['steps']:,}", *cells, *shares, start)
-    console.print(table)
-    console.print(
-        "Microseconds a step. host: (call + data + log + checkpoint) / wall; not device: 1 - device / wall, which holds the "
-        "noise\nbetween two timings too; looped, for comparison: a step among many in one program."
-    )
-
-
-def show(found: dict, console: Console) -> None:
+def show(found: dict) -> None:
     """All parts that were measured."""
     for part, title in (("train", "training"), ("sample", "sampling")):
         if part in found:
-            show_speed(title, found[part], console)
-    if "host" in found:
-        show_ladder(found["host"], console)
+            show_speed(title, found[part])

@@ -1,1 +1,1 @@
-"""Images or latents on disk to batches of arrays: TFDS (`datasets`), `latents`, what a config names (`source`), grain (`pipeline`)."""
+"""Images or latents on disk to batches of arrays: kinds of data (`source`), one file each, and their order (`pipeline`)."""

@@ -19,6 +19,11 @@ def hash_counters(seed: int, stream: int, index: int, counters: np.ndarray) -> n
     return _mix(state + counters.astype(np.uint64))
 
 
+def mirrored(seed: int, positions: np.ndarray) -> np.ndarray:
+    """Whether the examples at the global positions (b,) are mirrored left to right, bool (b,)."""
+    return hash_counters(seed, FLIP, 0, positions) >> np.uint64(63) == 1
+
+
 def normals(seed: int, positions: np.ndarray, size: int) -> np.ndarray:
     """Standard normals float32 (b, size), row i a function of (seed, positions[i]) only.
 

@@ -6,11 +6,11 @@ Without `latents.json` a folder is no latents: what a killed writer leaves is ne
     latents-00000.part     the shard that is being written
     latents-00000.whole    one that is finished and synced
     latents.job            what the shards are of: a folder holds those of one job only
+    latents.lock           held by the process that writes
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,26 +24,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.data.latents import (
-    DTYPES,
-    MAX_SHARDS,
-    NOTES,
-    VERSION,
-    LatentInfo,
-    LatentRecords,
-    checksum,
-    file_sha256,
-    open_latents,
-    shard_name,
-)
+from dit_jax.data.latent_notes import DTYPES, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
+from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.shard import open_shard
 from dit_jax.error import JobError, UsageError
-from dit_jax.files import LONGEST, parse_json, sync
+from dit_jax.files import delete, file_sha256, lock, names, read_json, rename, sync, write_file
 
 SHARD_BYTES = 1 << 30
-JOB = "latents.job"
+JOB, LOCK = "latents.job", "latents.lock"
 _CHUNK = 256  # records read at a time
-_OURS = re.compile(r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.json\.part|latents\.job(\.part)?")
+_OURS = re.compile(
+    r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.(lock|job|(json|job)\.(part|tmp\w+))"
+)
 _NAMED = re.compile(r"latents-(\d{5})-of-\d{5}\.array_record")
 _NOT_OF_THE_JOB = ("scale", "shift", "autoencoder")  # the first two change no record, the last is a name only
 
@@ -63,7 +55,7 @@ class _Shards:
 def write_latents(
     folder: str, info: LatentInfo, examples: Iterable, *, shard_bytes: int = SHARD_BYTES
 ) -> LatentRecords:
-    """Writes `examples`, pairs (label, array of `info.record_shape`), in their order, and opens the result.
+    """Writes `examples`, pairs (label, array of `info.record_shape`), in their order, and opens the result. No labels: 0.
 
     Memory holds one record at a time. Leftovers of a writer that was killed are removed first; where this one fails, it
     removes its own. Raises UsageError naming the record that cannot be stored, or where the folder holds other files,
@@ -108,35 +100,29 @@ def continue_latents(
 
 @contextlib.contextmanager
 def _claimed(folder: str) -> Iterator[None]:
-    """The folder made, and locked against other writers (the lock dies with the process)."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UsageError(f"latents {folder}: cannot make the folder: {error.strerror}") from error
-    try:
+    """The folder made, and locked against other writers."""
+    busy = UsageError(f"latents {folder}: found another process writing there, expected none")
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"latents {folder}: found another process writing there, expected none") from None
+            stack.enter_context(lock(os.path.join(folder, LOCK), busy, keep=False))
+        except OSError as error:
+            raise UsageError(f"latents {folder}: cannot make the folder: {error.strerror}") from error
         if os.path.lexists(os.path.join(folder, NOTES)):
             raise UsageError(
                 f"latents {folder}: found complete latents, expected none; delete them or name another folder"
             )
-        for name in sorted(os.listdir(folder)):
+        for name in names(folder):
             if not _OURS.fullmatch(name):
                 raise UsageError(f"latents {folder}: found {name!r}, expected an empty folder; name another one")
         yield
-    finally:
-        os.close(handle)
 
 
 def _remove_leftovers(folder: str, keep: bool = False) -> None:
     """Remove what a writer left; with `keep`, or where it was done but for clearing up, what is not whole only."""
     keep = keep or os.path.lexists(os.path.join(folder, NOTES))
-    for name in os.listdir(folder):
+    for name in set(names(folder)) - {LOCK}:
         if _OURS.fullmatch(name) and not (keep and (name == JOB or name.endswith((".whole", ".array_record")))):
-            os.unlink(os.path.join(folder, name))
+            delete(os.path.join(folder, name))
 
 
 def _take_up(folder: str, info: LatentInfo) -> _Shards:
@@ -146,20 +132,20 @@ def _take_up(folder: str, info: LatentInfo) -> _Shards:
     """
     shards, job = _Shards(), _job(info)
     with _disk(folder):
-        for name in os.listdir(folder):  # a writer that was killed while it gave the shards their names
+        for name in names(folder):  # a writer that was killed while it gave the shards their names
             if named := _NAMED.fullmatch(name):
-                os.rename(os.path.join(folder, name), _whole(folder, int(named[1])))
+                rename(os.path.join(folder, name), _whole(folder, int(named[1])))
         if not os.path.lexists(_whole(folder, 0)):
             _remove_leftovers(folder)
-            _write_json(folder, JOB, job)
+            write_file(os.path.join(folder, JOB), json.dumps(job, indent=1))
             return shards
         _refuse_other(folder, job)
         while os.path.lexists(_whole(folder, len(shards.entries))) and _take_shard(folder, info, shards):
             pass
-        for name in os.listdir(folder):
+        for name in set(names(folder)) - {JOB, LOCK}:
             number = re.fullmatch(r"latents-(\d{5})\.whole", name)
-            if name != JOB and not (number and int(number[1]) < len(shards.entries)):
-                os.unlink(os.path.join(folder, name))
+            if not (number and int(number[1]) < len(shards.entries)):
+                delete(os.path.join(folder, name))
     return shards
 
 
@@ -171,11 +157,9 @@ def _job(info: LatentInfo) -> dict:
 
 def _refuse_other(folder: str, job: dict) -> None:
     try:
-        with open(os.path.join(folder, JOB), "rb") as file:
-            found = parse_json(file.read(LONGEST + 1))
-    except (OSError, ValueError):
-        found = None
-    found = found if isinstance(found, dict) else {}
+        found = read_json(os.path.join(folder, JOB))
+    except (OSError, UsageError):
+        found = {}
     for key in [*job, *found]:
         if found.get(key) != job.get(key):
             raise UsageError(
@@ -228,7 +212,7 @@ def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes
         with _disk(folder):
             sync(path)
             entry = _entry(path, count)
-            os.rename(path, _whole(folder, number))
+            rename(path, _whole(folder, number))
         shards.entries.append(entry)
         shards.content = content
     else:
@@ -246,10 +230,9 @@ def _publish(folder: str, info: LatentInfo, shards: _Shards) -> None:
     notes = _notes(info, shards.entries, shards.content.hexdigest())
     with _disk(folder):
         for i, entry in enumerate(shards.entries):
-            os.rename(_whole(folder, i), os.path.join(folder, entry["file"]))
-        _write_json(folder, NOTES, notes)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, JOB))
+            rename(_whole(folder, i), os.path.join(folder, entry["file"]))
+        write_file(os.path.join(folder, NOTES), json.dumps(notes, indent=1))
+        delete(os.path.join(folder, JOB))
 
 
 @contextlib.contextmanager
@@ -286,8 +269,9 @@ def _encode(folder: str, info: LatentInfo, index: int, label, values) -> bytes:
         number = operator.index(label)
     except TypeError:
         number = -1
-    if not 0 <= number < info.classes:
-        raise UsageError(f"{where}: found label {label!r}, expected a whole number from 0 to {info.classes - 1}")
+    last = max(info.classes - 1, 0)
+    if not 0 <= number <= last:
+        raise UsageError(f"{where}: found label {label!r}, expected a whole number from 0 to {last}")
     array = np.asarray(values)
     if array.shape != info.record_shape or not (array.dtype.kind == "f" or array.dtype == DTYPES["bfloat16"]):
         expected = f"floating point {info.record_shape} (copies, parts, h, w, c)"
@@ -310,15 +294,6 @@ def _notes(info: LatentInfo, shards: list[dict], content: str) -> dict:
     notes = {"version": VERSION, "records": records, **dataclasses.asdict(info), "content": content, "shards": shards}
     notes["shape"] = list(info.shape)
     return {**notes, "checksum": checksum(notes)}
-
-
-def _write_json(folder: str, name: str, value: dict) -> None:
-    part = os.path.join(folder, f"{name}.part")
-    with open(part, "w") as file:
-        json.dump(value, file, indent=1)
-    sync(part)
-    os.rename(part, os.path.join(folder, name))
-    sync(folder)
 
 
 def _part(folder: str, number: int) -> str:

@@ -1,124 +1,47 @@
-"""Latents of an autoencoder on disk, one folder a split: shards of ArrayRecord and `latents.json`, which says what they are.
+"""Latents of an autoencoder on disk, one folder a split: shards of ArrayRecord and `latents.json` (`latent_notes`).
 
 A record has a fixed size, little-endian: CRC-32 of all that follows (uint32), its own number in the split (uint64), its
-label (int32), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image, and its mirror
-image where `mirrored`. Parts: the mean of the posterior, and its log-variance where `moments`. The latent that a model
-sees is z = (x - shift) scale of a sample x of the posterior (Peebles & Xie 2023, scale 0.18215), or of its mean;
-shift and scale are one number each, or one per channel.
+label (int32; 0 without labels), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image,
+and its mirror image where `mirrored`. Parts: the mean of the posterior, and its log-variance where `moments`.
 """
 
 import dataclasses
-import hashlib
-import json
-import math
 import os
-import re
-import stat
-import typing
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import UnionType
 
-import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from dit_jax.config import DataConfig
+from dit_jax.data.counter import mirrored
+from dit_jax.data.latent_notes import ADVICE, NOTES, LatentInfo, read_notes
+from dit_jax.data.posterior import posterior_mean, sample_posterior
 from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
-from dit_jax.error import UsageError, shown
+from dit_jax.error import UsageError
+from dit_jax.files import file_sha256
 
-NOTES = "latents.json"
-VERSION = 1
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _EXPONENT = {
     "float16": ("u2", 0x7C00),
     "bfloat16": ("u2", 0x7F80),
     "float32": ("u4", 0x7F800000),
 }  # all set: inf or NaN
-_HEADER = [("crc", "<u4"), ("index", "<u8"), ("label", "<i4")]
 _CRC_BYTES = 4
-_MAX_RECORD, _MAX_NOTES, MAX_SHARDS = 1 << 26, 1 << 22, 10_000  # bytes, bytes, files
-_NOTES_KEYS = {"version": int, "records": int, "content": str, "shards": list, "checksum": str}
-_LISTS = {"shape": list, "scale": float | list, "shift": float | list}  # JSON has no tuples
-_SHARD_KEYS = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
 @dataclass(frozen=True)
-class LatentInfo:
-    """What the latents of one split are. Raises UsageError naming a field that cannot be."""
-
-    shape: tuple  # (h, w, c) of one latent
-    dtype: str  # of the stored values: float16 | bfloat16 | float32
-    moments: bool  # mean and log-variance are stored, else the mean alone
-    mirrored: bool  # the latent of the mirror image is stored too
-    autoencoder: str  # its name
-    autoencoder_sha256: str  # of its weights
-    scale: float | tuple  # one number, or one per channel
-    shift: float | tuple
-    classes: int
-    dataset: str  # the images: data set, split and checksum as `describe` gives them, and the side in pixels
-    split: str
-    source_sha256: str
-    image_size: int
-
-    def __post_init__(self):
-        for name, kind in LatentInfo.__annotations__.items():
-            _kind(name, getattr(self, name), kind)
-        if len(self.shape) != 3 or not all(type(n) is int and 1 <= n <= 4096 for n in self.shape):
-            raise UsageError(f"shape: found {self.shape!r}, expected (h, w, c) of 1 to 4096 each")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        for name in ("autoencoder", "dataset", "split"):
-            if not 0 < len(getattr(self, name)) <= 200 or not getattr(self, name).isprintable():
-                raise UsageError(f"{name}: found {getattr(self, name)[:50]!r}, expected a name of 1 to 200 characters")
-        for name in ("autoencoder_sha256", "source_sha256"):
-            _sha256(name, getattr(self, name))
-        for name, value, high in (("classes", self.classes, 2**31 - 1), ("image_size", self.image_size, 65536)):
-            if not 1 <= value <= high:
-                raise UsageError(f"{name}: found {value}, expected 1 to {high}")
-        self._check_normalisation()
-        size = math.prod(self.record_shape) * np.dtype(DTYPES[self.dtype]).itemsize
-        if size > _MAX_RECORD:
-            raise UsageError(f"shape: found {size} bytes a record, expected at most {_MAX_RECORD}")
-
-    def _check_normalisation(self) -> None:
-        for name, found, low in (("scale", self.scale, 0.0), ("shift", self.shift, -math.inf)):
-            numbers = found if isinstance(found, tuple) else (found,)
-            if isinstance(found, tuple) and len(found) != self.shape[-1]:
-                expected = f"expected one, or one for each of the {self.shape[-1]} channels"
-                raise UsageError(f"{name}: found {len(found)} numbers, {expected}")
-            if not all(type(number) is float and low < number < math.inf for number in numbers):
-                both = f"{shown(self.scale)}, {shown(self.shift)}"
-                raise UsageError(f"scale, shift: found {both}, expected finite numbers, scale above 0")
-
-    @property
-    def normalisation(self) -> dict:
-        """Scale and shift as JSON gives them back: a number, or a list of one per channel."""
-        return {name: _listed(getattr(self, name)) for name in ("scale", "shift")}
-
-    @property
-    def record_shape(self) -> tuple:
-        """(copies, parts, h, w, c) of the values of one record."""
-        return (1 + self.mirrored, 1 + self.moments, *self.shape)
-
-    @property
-    def layout(self) -> np.dtype:
-        """One record as it lies on disk."""
-        stored = np.dtype(DTYPES[self.dtype])  # bfloat16 has no byte order of its own: little-endian hosts only
-        return np.dtype([*_HEADER, ("values", stored, self.record_shape)])
-
-
-@dataclass(frozen=True)
-class LatentRecords(Sequence):
-    """Random access to the latents of one split (grain's protocol RandomAccessDataSource). Threads may share it."""
+class LatentRecords:
+    """The `Source` of the latents of one split. Threads may share it."""
 
     folder: str
     info: LatentInfo
     content: str  # SHA-256 of all records in order
     files: tuple  # of the shards: their entries in the notes
     readers: tuple
+    flip: bool = False
     skips: Skips = field(default_factory=Skips, compare=False)
+    key = "data.latents"
 
     @property
     def classes(self) -> int:
@@ -129,21 +52,54 @@ class LatentRecords(Sequence):
         """(h, w, c) of the array a model sees: of the latent, not of the image."""
         return self.info.shape
 
+    @property
+    def identity(self) -> dict:
+        """Which records, and how a model sees them."""
+        info = self.info
+        names = {"name": info.dataset, "split": info.split, "records": len(self), "sha256": self.content}
+        return {**names, "autoencoder_sha256": info.autoencoder_sha256, **info.normalisation}
+
     def __len__(self) -> int:
         return sum(file["records"] for file in self.files)
 
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return self.__getitems__([index])[0]
+    def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+        mirror = mirrored(seed, positions) if self.flip else None
+        return sample_posterior(self.info, arrays, positions, seed, mirror)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """For each index `{"latent": float32 (copies, parts, h, w, c), "label": int}`. Raises UsageError as `read`."""
-        values, labels = self.read(np.asarray(indices, np.int64))
-        return [{"latent": v, "label": int(n)} for v, n in zip(values.astype(np.float32), labels, strict=True)]
+    def evaluation(self, arrays: np.ndarray) -> np.ndarray:
+        return posterior_mean(self.info, arrays)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values as stored (b, copies, parts, h, w, c) and labels int32 (b,) of the records at `indices` (b,).
+    def overlaps(self, other: "LatentRecords") -> bool:
+        """Whether two splits share a record. Raises UsageError unless they are of one autoencoder, shape, scale and shift."""
+        for name in ("autoencoder_sha256", "shape", "scale", "shift", "classes"):
+            first, second = getattr(self.info, name), getattr(other.info, name)
+            if first != second:
+                raise UsageError(
+                    f"latents {other.folder}: {name}: found {second}, expected {first}, as in {self.folder}; encode again"
+                )
+        shards = [{shard["sha256"] for shard in source.files} for source in (self, other)]
+        same_folder = os.path.realpath(self.folder) == os.path.realpath(other.folder)
+        return same_folder or self.content == other.content or bool(shards[0] & shards[1])
+
+    def describe(self) -> dict:
+        """The keys that every split has, then which images and which autoencoder."""
+        info = self.info
+        return {
+            "dataset": info.dataset,
+            "split": info.split,
+            "records": len(self),
+            "classes": info.classes,
+            "image_shape": list(info.shape),
+            "sha256": self.content,
+            "source_sha256": info.source_sha256,
+            "autoencoder": info.autoencoder,
+            "autoencoder_sha256": info.autoencoder_sha256,
+            **info.normalisation,
+            "latent_dtype": info.dtype,
+        }
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Values as stored (b, copies, parts, h, w, c) and {"label": int32 (b,)}, without labels {}, of the records at `indices`.
 
         Raises UsageError naming file and record where one cannot be read, or is not what its place and the notes say.
         """
@@ -157,18 +113,18 @@ class LatentRecords(Sequence):
             if found != crc:
                 raise UsageError(f"{self._where(i)}: found CRC-32 {found:08x}, expected {crc:08x}; {ADVICE}")
         self._check(indices, table)
-        return table["values"], table["label"].astype(np.int32)
+        return table["values"], {"label": table["label"].astype(np.int32)} if self.classes else {}
 
     def _check(self, indices: np.ndarray, table: np.ndarray) -> None:
         """Raises UsageError unless numbers, labels and values of the records are what they should be."""
-        place, labels = table["index"], table["label"]
-        wrong_label = (labels < 0) | (labels >= self.classes)
+        place, labels, last = table["index"], table["label"], max(self.classes - 1, 0)
+        wrong_label = (labels < 0) | (labels > last)
         finite = _finite(table["values"], self.info.dtype)
         for i in np.flatnonzero((place != indices) | wrong_label | ~finite)[:1].tolist():
             if place[i] != indices[i]:
                 found = f"found record number {place[i]}, expected number {indices[i]} (a duplicate, or another order)"
             elif wrong_label[i]:
-                found = f"found label {labels[i]}, expected 0 to {self.classes - 1}"
+                found = f"found label {labels[i]}, expected 0 to {last}"
             else:
                 found = "found NaN or infinity, expected finite values"
             raise UsageError(f"{self._where(int(indices[i]))}: {found}; {ADVICE}")
@@ -201,51 +157,42 @@ class LatentRecords(Sequence):
         return f"latents {os.path.join(self.folder, file)}, record {index}"
 
 
-ADVICE = "delete the folder and encode again, or restore the file"
+def open_split(data: DataConfig, split: str) -> LatentRecords:
+    """The latents in `data.latents`/`split`.
+
+    Raises UsageError if they cannot be opened, are of another data set, split or image size than the config has, or lack the
+    mirrored copies that `data.flip` asks for in training.
+    """
+    if split in ("", ".", "..") or "/" in split or os.sep in split:
+        raise UsageError(
+            f"data.split: found {split!r}, expected the name of a folder in data.latents = {data.latents!r}"
+        )
+    found = open_latents(os.path.join(data.latents, split))
+    for key, value, expected in (
+        ("data.dataset", data.dataset, found.info.dataset),
+        ("data.split or data.held_out_split", split, found.info.split),
+        ("data.image_size", data.image_size, found.info.image_size),
+    ):
+        if value != expected:
+            where = f"which the latents in {found.folder} were encoded from"
+            raise UsageError(f"{key}: found {value!r}, expected {expected!r}, {where}")
+    if data.flip and split == data.split and not found.info.mirrored:
+        raise UsageError(
+            f"data.flip: found True, expected False, as the latents in {found.folder} hold no mirrored copies; "
+            "or encode again with them"
+        )
+    return dataclasses.replace(found, flip=data.flip, skips=Skips(data.skip_bad))
 
 
-def open_latents(
-    folder: str,
-    *,
-    dtype: str = "",
-    autoencoder_sha256: str = "",
-    shape: tuple = (),
-    classes: int = 0,
-    verify: bool = False,
-    skips: Skips | None = None,
-) -> LatentRecords:
-    """The latents in `folder`. `dtype` to `classes` state what the caller expects; an empty value expects nothing.
+def open_latents(folder: str, verify: bool = False) -> LatentRecords:
+    """The latents in `folder`.
 
     `verify` reads every shard and compares its SHA-256; without it, shards are compared in size and number of records
     here, and each record when it is read. Raises UsageError naming the file, what was found and what was expected.
     """
-    path = os.path.join(folder, NOTES)
-    info, notes = _read_notes(path)
-    wanted = {"dtype": dtype, "autoencoder_sha256": autoencoder_sha256, "shape": tuple(shape), "classes": classes}
-    for name, value in wanted.items():
-        found = getattr(info, name)
-        if value and found != value:
-            of = f" (autoencoder {info.autoencoder!r})" if name == "autoencoder_sha256" else ""
-            raise UsageError(
-                f"latents {path}: {name}: found {found}{of}, expected {value}; encode again, or change that"
-            )
+    info, notes = read_notes(os.path.join(folder, NOTES))
     readers = tuple(_open_shard(folder, file, verify) for file in notes["shards"])
-    return LatentRecords(folder, info, notes["content"], tuple(notes["shards"]), readers, skips or Skips())
-
-
-def read_info(folder: str) -> LatentInfo:
-    """What the latents in `folder` are, from the notes alone: no shard is opened. Raises UsageError as `open_latents`."""
-    return _read_notes(os.path.join(folder, NOTES))[0]
-
-
-def checksum(notes: dict) -> str:
-    """SHA-256 over the notes but their own checksum."""
-    rest = {key: value for key, value in notes.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def shard_name(number: int, count: int) -> str:
-    return f"latents-{number:05d}-of-{count:05d}.array_record"
+    return LatentRecords(folder, info, notes["content"], tuple(notes["shards"]), readers)
 
 
 def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -255,66 +202,6 @@ def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
     if not np.any(bits & mask == mask):
         return np.ones(len(values), bool)
     return np.array([not np.any(row & mask == mask) for row in bits])
-
-
-def _read_notes(path: str) -> tuple[LatentInfo, dict]:
-    """What the latents are, and their notes with all in them looked at. Raises UsageError."""
-    notes = _load_notes(path)
-    try:
-        info = LatentInfo(**{f.name: _tupled(notes[f.name]) for f in dataclasses.fields(LatentInfo)})
-        _check_shards(notes)
-        _sha256("content", notes["content"])
-    except UsageError as error:
-        raise UsageError(f"latents {path}: {error}; {ADVICE}") from error
-    return info, notes
-
-
-def _load_notes(path: str) -> dict:
-    """The notes of a folder, their keys and checksum looked at. Raises UsageError."""
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_NOTES:
-            raise UsageError(f"latents {path}: found no regular file of up to {_MAX_NOTES} bytes; {ADVICE}")
-        with open(path, "rb") as file:
-            notes = json.loads(file.read(_MAX_NOTES))
-    except FileNotFoundError:
-        raise UsageError(
-            f"latents {path}: found no such file, so the latents are not complete; run encode (again)"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"latents {path}: cannot read it: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"latents {path}: found what is no JSON ({error}); {ADVICE}") from error
-    try:
-        if isinstance(notes, dict) and notes.get("version", VERSION) != VERSION:
-            raise UsageError(f"version: found {notes['version']!r}, expected {VERSION}")
-        _keys("notes", notes, {**LatentInfo.__annotations__, **_NOTES_KEYS, **_LISTS})
-        found, stated = checksum(notes), notes["checksum"]
-        if found != stated:
-            raise UsageError(f"checksum: found {found}, expected {stated[:64]} (damaged or edited)")
-    except UsageError as error:
-        raise UsageError(f"latents {path}: {error}; {ADVICE}") from error
-    return notes
-
-
-def _check_shards(notes: dict) -> None:
-    """Raises UsageError unless the shards of the notes have the names and numbers of a whole split."""
-    shards, total = notes["shards"], 0
-    if not 1 <= len(shards) <= MAX_SHARDS:
-        raise UsageError(f"shards: found {len(shards)}, expected 1 to {MAX_SHARDS}")
-    for i, shard in enumerate(shards):
-        _keys(f"shards[{i}]", shard, _SHARD_KEYS)
-        if shard["file"] != shard_name(i, len(shards)):
-            raise UsageError(f"shards[{i}].file: found {shard['file'][:99]!r}, expected {shard_name(i, len(shards))!r}")
-        for key in ("records", "bytes"):
-            if not 1 <= shard[key] < 2**48:
-                raise UsageError(f"shards[{i}].{key}: found {shard[key]}, expected at least 1")
-        _sha256(f"shards[{i}].sha256", shard["sha256"])
-        total += shard["records"]
-    if notes["records"] != total:
-        raise UsageError(f"records: found {notes['records']}, expected {total}, the sum over the shards")
 
 
 def _open_shard(folder: str, shard: dict, verify: bool) -> ArrayRecordReader:
@@ -334,36 +221,3 @@ def _open_shard(folder: str, shard: dict, verify: bool) -> ArrayRecordReader:
     if records != shard["records"]:
         raise UsageError(f"latents {path}: found {records} records, expected {shard['records']}; {ADVICE}")
     return reader
-
-
-def file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _keys(name: str, found, kinds: dict) -> None:
-    if not isinstance(found, dict) or set(found) != set(kinds):
-        keys = sorted(found)[:20] if isinstance(found, dict) else type(found).__name__
-        raise UsageError(f"{name}: found {keys}, expected the keys {sorted(kinds)}")
-    for key, kind in kinds.items():
-        _kind(f"{name}.{key}", found[key], kind)
-
-
-def _kind(name: str, value, kind: type | UnionType) -> None:
-    kinds = typing.get_args(kind) or (kind,)
-    if type(value) not in kinds:
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise UsageError(f"{name}: found {shown(value)[:99]} ({type(value).__name__}), expected {expected}")
-
-
-def _tupled(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _listed(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _sha256(name: str, value: str) -> None:
-    if not re.fullmatch("[0-9a-f]{64}", value):
-        raise UsageError(f"{name}: found {value[:70]!r}, expected the 64 hexadecimal digits of a SHA-256")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from dit_jax.data.counter import normals
-from dit_jax.data.latents import LatentInfo
+from dit_jax.data.latent_notes import LatentInfo
 
 LOG_VARIANCE = (-30.0, 20.0)  # bounds, as the autoencoder of latent diffusion has them
 

@@ -1,86 +1,72 @@
-"""One split of the data, pixels or latents, as a config names it; and what is to be known of it."""
+"""What a split of data is (`Source`), and the table of its kinds: one row says for which config a kind opens it."""
 
 import dataclasses
-import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import tfds_records
-from dit_jax.data.latents import LatentRecords, open_latents
+from dit_jax.data import latents, tfds
 from dit_jax.data.skip import Skips
-from dit_jax.data.tfds_records import Records, load_source
-from dit_jax.error import UsageError
 
 
-def open_source(data: DataConfig, split: str) -> Records | LatentRecords:
-    """The records of `split`: the latents in `data.latents`/`split`, or without `data.latents` the images.
+@runtime_checkable  # for the checks of types under pytest
+class Source(Protocol):
+    """The records of one split, read at random by several threads. Raises UsageError naming a record that cannot be read.
 
-    Both have `classes` and `image_shape`, (h, w, c) of what a model sees. Raises UsageError where they cannot be opened,
-    and where latents are of another data set, split or image size than the config has.
+    `cond` is a tree of arrays with leading axis b: what a model is told of each image. Class labels are {"label": int32 (b,)};
+    data without labels have {}. No other room looks into it.
     """
-    if not data.latents:
-        return load_source(data.dataset, split, data.data_dir, Skips(data.skip_bad))
-    if split in ("", ".", "..") or "/" in split or os.sep in split:
-        raise UsageError(
-            f"data.split: found {split!r}, expected the name of a folder in data.latents = {data.latents!r}"
-        )
-    source = open_latents(os.path.join(data.latents, split), skips=Skips(data.skip_bad))
-    for key, found, expected in (
-        ("data.dataset", data.dataset, source.info.dataset),
-        ("data.split or data.held_out_split", split, source.info.split),
-        ("data.image_size", data.image_size, source.info.image_size),
-    ):
-        if found != expected:
-            where = f"which the latents in {source.folder} were encoded from"
-            raise UsageError(f"{key}: found {found!r}, expected {expected!r}, {where}")
-    return source
 
-
-def overlap(a: Records | LatentRecords, b: Records | LatentRecords) -> bool:
-    """Whether two splits share a record."""
-    if isinstance(a, Records) and isinstance(b, Records):
-        return tfds_records.overlap(a, b)
-    if not (isinstance(a, LatentRecords) and isinstance(b, LatentRecords)):
-        raise UsageError(f"data: found {type(a).__name__} and {type(b).__name__}, expected two splits of one kind")
-    shards = [{shard["sha256"] for shard in source.files} for source in (a, b)]
-    return (
-        os.path.realpath(a.folder) == os.path.realpath(b.folder)
-        or a.content == b.content
-        or bool(shards[0] & shards[1])
+    key: str  # of the config that names the data, for messages
+    classes: int  # 0: no labels
+    image_shape: tuple  # (h, w, c) of what a model sees
+    identity: (
+        dict  # name, split, records, and a checksum of their index: cheap to make, JSON; what a run must go on with
     )
+    skips: Skips
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Arrays as stored (b, ...) and `cond` of the records at `indices` (b,)."""
+
+    def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+        """What a model is trained on, float32 (b, h, w, c), at the global positions (b,): flips and noise are functions of
+        (seed, position) only."""
+
+    def evaluation(self, arrays: np.ndarray) -> np.ndarray:
+        """What a model is scored on, float32 (b, h, w, c): nothing is drawn."""
+
+    def describe(self) -> dict:
+        """What an evaluation protocol states of the split, its contents' checksum included."""
+
+    def overlaps(self, other) -> bool:
+        """Whether two splits of this kind share a record. Raises UsageError if one model cannot see both."""
 
 
-def match(a: LatentRecords, b: LatentRecords) -> None:
-    """Raises UsageError unless the latents of two splits lie in one space: of one autoencoder, shape, scale and shift."""
-    for name in ("autoencoder_sha256", "shape", "scale", "shift", "classes"):
-        first, second = getattr(a.info, name), getattr(b.info, name)
-        if first != second:
-            raise UsageError(
-                f"latents {b.folder}: {name}: found {second}, expected {first}, as in {a.folder}; encode again"
-            )
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data: whether a config asks for it, and how to open one of its splits. `open` raises UsageError."""
+
+    chosen: Callable[[DataConfig], bool]
+    open: Callable[[DataConfig, str], Source]
 
 
-def describe(data: DataConfig, split: str) -> dict:
-    """What an evaluation protocol states of a split: `tfds_records.describe` of images, the same keys and more of latents."""
-    if not data.latents:
-        return tfds_records.describe(data.dataset, split, data.data_dir)
-    source = open_source(data, split)
-    info = source.info
-    return {
-        "dataset": info.dataset,
-        "split": info.split,
-        "records": len(source),
-        "classes": info.classes,
-        "image_shape": list(info.shape),
-        "sha256": source.content,
-        "source_sha256": info.source_sha256,
-        "autoencoder": info.autoencoder,
-        "autoencoder_sha256": info.autoencoder_sha256,
-        **info.normalisation,
-        "latent_dtype": info.dtype,
-    }
+KINDS = {  # of the rows that a config chooses, the last one opens it
+    "tfds": Kind(lambda data: True, tfds.open_split),
+    "latents": Kind(lambda data: bool(data.latents), latents.open_split),
+}
 
 
-def bad_records(source: Records | LatentRecords) -> dict[int, str]:
+def open_source(data: DataConfig, split: str) -> Source:
+    """One split of the data that the config names. Raises UsageError if it cannot be opened."""
+    return next(kind for kind in reversed(KINDS.values()) if kind.chosen(data)).open(data, split)
+
+
+def bad_records(source: Source) -> dict[int, str]:
     """The malformed records met so far that were left out: number in the split -> what is wrong with it."""
     with source.skips.lock:
         return dict(sorted(source.skips.found.items()))

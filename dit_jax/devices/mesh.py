@@ -1,7 +1,7 @@
 """The only room that knows devices: the mesh, and one rule that places parameters, moments and EMA on it.
 
-Mesh axes: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits heads and MLP
-(Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
+AXES has one row for each mesh axis: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits
+heads and MLP (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
 """
 
 import collections
@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,6 @@ from jax.sharding import PartitionSpec as P
 from dit_jax import hardware
 from dit_jax.config import MeshConfig
 from dit_jax.error import UsageError
-
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
 
 # libtpu as a mere compiler: it asks no metadata server, takes no lock, and says what matters only.
 TPU_ENVIRONMENT = {
@@ -50,16 +48,69 @@ TENSOR_AXES = {
 HEADED = tuple((name, "kernel") for name in ("qkv", "q", "kv", "proj"))  # kernels whose TENSOR_AXES counts heads
 
 
-def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) with -1 filled in. Raises UsageError if the axes do not multiply to the devices."""
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+class Axis(NamedTuple):
+    """A mesh axis: one row of AXES.
+
+    batch    whether the images of a batch are split over it
+    weights  (path, shape, free, devices) -> which of the axes `free` of a weight it splits, or None; see `spec`
+    """
+
+    batch: bool
+    weights: Callable | None = None
+
+
+def _split_heads(path: tuple, shape: tuple[int, ...], free: list[int], devices: int) -> int | None:
+    """The axis of a block's weight that TENSOR_AXES names."""
+    axis = TENSOR_AXES.get(path[-2], {}).get(path[-1]) if "blocks" in path else None
+    return None if axis is None or axis + len(shape) not in free else axis + len(shape)
+
+
+def _split_columns(path: tuple, shape: tuple[int, ...], free: list[int], devices: int) -> int | None:
+    """The columns of a modulation, the heads of attention's kernels, else the first axis that leaves whole tiles, else the largest.
+
+    A gathered array then needs no relayout copy. A tile is 8 rows of the last axis but one, by 128 columns of the last. Vectors and
+    embedding tables, whose gradient is a scatter-add, are replicated.
+    """
+    if not free or len(shape) - ("blocks" in path) < 2:
+        return None
+    if "modulation" in path:
+        return max(free)
+    heads = len(shape) + TENSOR_AXES[path[-2]]["kernel"] if path[-2:] in HEADED else -1
+    if heads in free:
+        return heads
+    rows = len(shape) - 2
+    whole = [i for i in free if i < rows or (i == rows and shape[i] // devices % 8 == 0)]
+    return whole[0] if whole else max(free, key=lambda i: shape[i])
+
+
+# In the order of the mesh; weights are offered to the rows from the last to the first.
+AXES = {
+    "data": Axis(batch=True),
+    "fsdp": Axis(batch=True, weights=_split_columns),
+    "tensor": Axis(batch=False, weights=_split_heads),
+}
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The mesh axes that split a batch."""
+    return tuple(name for name, axis in AXES.items() if axis.batch)
+
+
+def batch_split(mesh) -> int:
+    """Over how many devices the images of a batch are split."""
+    return math.prod(mesh.shape[name] for name in batch_axes())
+
+
+def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Devices along each of AXES, with -1 filled in. Raises UsageError if the axes do not multiply to the devices."""
+    sizes = [getattr(cfg, name) for name in AXES]
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and devices % known == 0:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
         raise UsageError(
-            f"mesh: found data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}, expected axes that multiply to "
-            f"{devices} device{'s' if devices > 1 else ''}"
+            f"mesh: found {asked}, expected axes that multiply to {devices} device{'s' if devices > 1 else ''}"
         )
     return tuple(sizes)
 
@@ -72,7 +123,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(cfg, len(devices))
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def devices_of_processes() -> list[int]:
@@ -105,7 +156,7 @@ def devices_ahead(topology: hardware.Topology) -> list:
 
 def abstract_mesh(cfg: MeshConfig, devices: int):
     """A mesh of so many devices that are not there: its shardings have shapes."""
-    return jax.sharding.AbstractMesh(mesh_shape(cfg, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.sharding.AbstractMesh(mesh_shape(cfg, devices), tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def bytes_per_device(tree) -> int:
@@ -120,52 +171,36 @@ def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> No
     `here`: devices of a host, where they are not those of this one.
     """
     here = here or len(mesh.local_devices)
-    if here % mesh.shape["tensor"]:
+    for name in [name for name in AXES if name not in batch_axes() and here % mesh.shape[name]]:
         raise UsageError(
-            f"mesh.tensor: found {mesh.shape['tensor']}, expected a divisor of the {here} devices of one host: hosts read "
-            "different rows of a batch"
+            f"mesh.{name}: found {mesh.shape[name]}, expected a divisor of the {here} devices of one host: hosts read different "
+            "rows of a batch"
         )
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    split, names = batch_split(mesh), " x ".join(f"mesh.{name}" for name in batch_axes())
     if batch_size % (split * accumulate):
         raise UsageError(
             f"train.batch_size: found {batch_size}, expected a multiple of {split * accumulate} "
-            f"(mesh.data x mesh.fsdp = {split}, optim.accumulate = {accumulate})"
+            f"({names} = {split}, optim.accumulate = {accumulate})"
         )
 
 
 def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
-    """The one rule. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
+    """The one rule that places a weight. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
 
-    Inside `blocks` the first axis counts layers and is never split. `tensor` takes the axis that TENSOR_AXES names. `fsdp`
-    takes, of the other axes that it divides, the columns of a modulation, the heads of attention's kernels, else the first
-    that leaves whole tiles, else the largest: a gathered array then needs no copy into another layout. Vectors stay whole,
-    and so do tables, whose gradient is scattered by rows.
+    Inside `blocks` the first axis counts layers and is never split. Each row of AXES may split one of the axes that it divides and
+    that no row took before. Embedding tables are replicated.
     """
     layers = 1 if "blocks" in path else 0
     if len(shape) - layers < 1 or "table" in path:
         return P()
     axes: list = [None] * len(shape)
-    if layers and sizes["tensor"] > 1:
-        axis = TENSOR_AXES.get(path[-2], {}).get(path[-1])
-        if axis is not None and shape[axis] % sizes["tensor"] == 0:
-            axes[axis] = "tensor"
-    if len(shape) - layers >= 2 and sizes["fsdp"] > 1:
-        free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes["fsdp"] == 0]
-        if free:
-            axes[_fsdp_axis(path, shape, free, sizes["fsdp"])] = "fsdp"
+    for name, axis in reversed(AXES.items()):
+        if axis.weights and sizes[name] > 1:
+            free = [i for i in range(layers, len(shape)) if axes[i] is None and shape[i] % sizes[name] == 0]
+            chosen = axis.weights(path, shape, free, sizes[name])
+            if chosen is not None:
+                axes[chosen] = name
     return P(*axes)
-
-
-def _fsdp_axis(path: tuple, shape: tuple[int, ...], free: list[int], fsdp: int) -> int:
-    """Which of the axes `free`. A tile is 8 rows of the last axis but one, by 128 columns of the last."""
-    if "modulation" in path:
-        return max(free)
-    heads = len(shape) + TENSOR_AXES[path[-2]]["kernel"] if path[-2:] in HEADED else -1
-    if heads in free:
-        return heads
-    rows = len(shape) - 2
-    whole = [i for i in free if i < rows or (i == rows and shape[i] // fsdp % 8 == 0)]
-    return whole[0] if whole else max(free, key=lambda i: shape[i])
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -181,35 +216,38 @@ def state_sharding(mesh, tree):
 
 
 def batch_sharding(mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
-    return NamedSharding(mesh, BATCH)
+    """Rows of a batch over the axes that split one."""
+    return NamedSharding(mesh, P(batch_axes()))
 
 
-def gather_weights(mesh, dtype: str) -> Callable:
-    """(weights of a layer or of the model's ends) -> the same, whole along `fsdp` and, but for vectors, in the compute dtype.
+def placer(mesh, dtype: str) -> Callable:
+    """The function that a model calls to lay out what it names, in a program for a mesh; see `models.dit.apply`.
 
-    So the weights of a layer move and the activations stay where their images are. (Left to itself the compiler splits
-    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.) Their
-    gradients are summed to where the weights are kept: reduced and scattered at once.
+    "weights", a tree of a layer's weights: the same, whole along the axes that also split the batch, and but for vectors in the
+    compute dtype. The weights of a layer move and the activations stay with their images. (Left alone, the compiler splits
+    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.) Their gradients
+    are reduce-scattered to where the weights are kept. Modulation weights stay split.
+    "condition", vectors (b, d): the rows of all devices that a layer's weights are split over, on each of these devices.
     """
+    both = [name for name, axis in AXES.items() if axis.batch and axis.weights]
+    rows = NamedSharding(mesh, P(tuple(name for name in batch_axes() if name not in both)))
 
     def place(path, leaf, sizes):
         return NamedSharding(mesh, P(*spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]))
 
     def whole(path, leaf):
         if "modulation" in _names(path):
-            return leaf  # see `share_rows`
+            return leaf
         if leaf.ndim < 2:
             return jax.lax.with_sharding_constraint(leaf, replicated(mesh))
-        return _gather(leaf, dtype, place(path, leaf, {**mesh.shape, "fsdp": 1}), place(path, leaf, dict(mesh.shape)))
+        kept = dict(mesh.shape)
+        return _gather(leaf, dtype, place(path, leaf, kept | dict.fromkeys(both, 1)), place(path, leaf, kept))
 
-    return lambda weights: jax.tree_util.tree_map_with_path(whole, weights)
-
-
-def share_rows(mesh) -> Callable[[jax.Array], jax.Array]:
-    """(b, ...) -> the same, with the rows of all devices along `fsdp` on each of them: what meets weights that stay split."""
-    sharding = NamedSharding(mesh, P("data"))
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    rules = {
+        "weights": lambda tree: jax.tree_util.tree_map_with_path(whole, tree),
+        "condition": lambda c: jax.lax.with_sharding_constraint(c, rows),
+    }
+    return lambda name, arrays: rules[name](arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -243,12 +281,10 @@ def put_batch(mesh, batch: dict) -> dict:
     """This process's rows of a global batch -> global arrays. With one process `jit` places NumPy arrays itself, faster."""
     if jax.process_count() == 1:
         return batch
-    sharding = batch_sharding(mesh)
-    count = jax.process_count()
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
+    sharding, count = batch_sharding(mesh), jax.process_count()
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:])), batch
+    )
 
 
 def attention_implementation(requested: str, dtype: str) -> str:

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from dit_jax.config import MeshConfig
 from dit_jax.devices.mesh import devices_of_processes
 from dit_jax.error import IDLE, Interrupted, JobError, UsageError, report, shown
+from dit_jax.log import name_process
 
 # What the command line may say about the other processes, and the variables that say the same.
 EXPLICIT = {
@@ -56,6 +57,7 @@ def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
             "--process_id"
         )
     if jax.process_count() > 1:
+        name_process(jax.process_index())
         check_devices(devices_of_processes())
 
 
@@ -167,17 +169,14 @@ def check_config(config: Mapping[str, object]) -> None:
         compare(gather({key: value for key, value in config.items() if key not in OWN}))
 
 
-def compare(configs: list[dict]) -> None:
-    """Raises UsageError naming the first key that differs among the configs of process 0, 1, ..."""
+def compare(configs: list[dict], advice: str = "start the same command on every host") -> None:
+    """Raises UsageError naming the first key that differs among the configs of process 0, 1, ..., and the advice."""
     first = configs[0]
     for index, other in enumerate(configs[1:], 1):
         for key in {**first, **other}:
             if (key in first, first.get(key)) != (key in other, other.get(key)):
                 has, found = (shown(c[key]) if key in c else "no such key" for c in (first, other))
-                raise CommonError(
-                    f"{key}: found {found} on process {index}, expected {has} as on process 0; start the same command on every "
-                    "host"
-                )
+                raise CommonError(f"{key}: found {found} on process {index}, expected {has} as on process 0; {advice}")
 
 
 def check_folder(workdir: str) -> None:

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from dit_jax.diffusion.process import Denoiser
 
 
-def paired(model: Callable, labels: jax.Array, null_class: int) -> Callable:
-    """`model(x, t, labels)` -> a function of (x, t) that returns the conditional and the unconditional output of one call.
+def paired(model: Callable, cond, null) -> Callable:
+    """`model(x, t, cond)` -> a function of (x, t) that returns the conditional and the unconditional output of one call.
 
-    The two halves are interleaved, image by image, so that a sharded batch stays where it is.
+    `cond` and `null`, its "no condition", are pytrees of arrays (b, ...). The two halves are interleaved, image by image, so that a
+    sharded batch stays where it is.
     """
-    both = jnp.stack([labels, jnp.full_like(labels, null_class)], axis=1).reshape(-1)
+    both = jax.tree.map(lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null)
 
     def pair(x, t):
-        x, t = jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0)
-        out = model(x, t, both)
+        out = model(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
         out = out.reshape(out.shape[0] // 2, 2, *out.shape[1:])
         return out[:, 0], out[:, 1]
 

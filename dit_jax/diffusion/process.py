@@ -4,8 +4,7 @@ Both are Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps. A process offers
 
     time(u)                        law of training times: u uniform in [0, 1) -> t
     noise(x, t, eps)               x_t
-    loss(denoise, x, t, eps)       per-image losses (b,) and their parts
-    times(steps)                   the sampling grid, from 1 (noise) to 0 (clean)
+    times(steps, spacing)          the sampling grid, from 1 (noise) to 0 (clean)
     alpha(t), sigma(t)             float64 NumPy, for grids
     predict(out, x_t, alpha, sigma)  network output -> (x_0, eps)
     slope, scale, clock            the probability-flow ODE: x_t = scale(t) z and dz/dclock = slope
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float
 
 from dit_jax.config import DiffusionConfig
 from dit_jax.diffusion import schedule
+from dit_jax.error import UsageError
 
 Images = Float[Array, "b h w c"]
 Output = Float[Array, "b h w c_out"]
@@ -67,18 +67,14 @@ class Flow:
     scale = staticmethod(np.ones_like)
     clock = sigma
 
-    def times(self, steps: int) -> np.ndarray:
-        """(steps + 1,): equal steps from 1 to 0."""
+    def times(self, steps: int, spacing: str = "linspace") -> np.ndarray:
+        """(steps + 1,): equal steps from 1 to 0. Raises UsageError for another `spacing` than "linspace"."""
+        if spacing != "linspace":
+            raise UsageError(f"sample.spacing: found {spacing!r} for Flow, expected 'linspace': its steps are equal")
         return np.linspace(1.0, 0.0, steps + 1)
 
     def noise(self, x: Images, t: Times, eps: Images) -> Images:
         return (1 - _column(t)) * x + _column(t) * eps
-
-    def loss(self, denoise: Denoiser, x: Images, t: Times, eps: Images) -> tuple[Times, dict[str, Times]]:
-        """Mean squared error of the velocity, per image."""
-        v = denoise(self.noise(x, t, eps), t)
-        mse = _per_image(jnp.square(v - (eps - x)))
-        return mse, {"mse": mse}
 
     def predict(self, out: Output, x_t: Images, alpha, sigma) -> tuple[Images, Images]:
         return x_t - sigma * out, x_t + alpha * out
@@ -138,20 +134,6 @@ class DDPM:
     def noise(self, x: Images, t: Times, eps: Images) -> Images:
         alpha_bars = self._alpha_bars
         return self._table(np.sqrt(alpha_bars), t) * x + self._table(np.sqrt(1 - alpha_bars), t) * eps
-
-    def loss(self, denoise: Denoiser, x: Images, t: Times, eps: Images) -> tuple[Times, dict[str, Times]]:
-        """Mean squared error of eps plus, with learned variance, the variational term in bits per dimension.
-
-        The variational term sees the mean detached, so it trains the variance only (Nichol & Dhariwal 2021, section 3.1).
-        """
-        x_t = self.noise(x, t, eps)
-        out = denoise(x_t, t)
-        eps_hat = out[..., : x.shape[-1]]
-        mse = _per_image(jnp.square(eps_hat - eps))
-        if not self.learn_sigma:
-            return mse, {"mse": mse}
-        vb = self.variational_term(jax.lax.stop_gradient(eps_hat), self.variance_share(out), x, x_t, t)
-        return mse + vb, {"mse": mse, "vb": vb}
 
     def variational_term(self, eps_hat: Images, share: Images, x: Images, x_t: Images, t: Times) -> Times:
         """Bits per dimension (b,) of one term of the bound: a KL, or the decoder's NLL at the first step (Ho et al., eq. 5)."""

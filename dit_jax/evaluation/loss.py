@@ -1,6 +1,5 @@
 """Held-out loss of EMA or raw weights on a fixed set of (image, noise, t)."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -8,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.bind import bind
 from dit_jax.config import Config, EvalConfig
-from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
 from dit_jax.error import NotFiniteError
-from dit_jax.training.step import image_losses, on_device
 
 PAIRS = 64  # (image, time) pairs that a device computes at a time: another number would round otherwise
 
@@ -39,23 +39,30 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
 
 
 @functools.lru_cache(maxsize=8)
-def make_losses(model, diffusion, evaluation: EvalConfig, mesh):
-    """Compiled: (params, images (b, h, w, c), labels (b,), indices (b,)) -> losses (b, times_per_image)."""
-    process, k = make_process(diffusion, model.learn_sigma), evaluation.times_per_image
+def make_losses(cfg: Config, mesh):
+    """Compiled: (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times_per_image), of a config stripped by `_alone`."""
+    process, k = make_process(cfg.diffusion, cfg.model.learn_sigma), cfg.eval.times_per_image
+    model, objective = bind(cfg.model), make_objective(cfg)
 
-    def losses(params, images, labels, indices):
-        t = process.time(stratified(evaluation.seed, indices, k).reshape(-1))
-        eps = fixed_noise(evaluation.seed, indices, k, images.shape[1:]).reshape(-1, *images.shape[1:])
-        images, labels = jnp.repeat(images, k, axis=0), jnp.repeat(labels, k, axis=0)
-        total, _ = image_losses(model, diffusion, params, images, labels, t, eps)
+    def losses(params, images, cond, indices):
+        t = process.time(stratified(cfg.eval.seed, indices, k).reshape(-1))
+        eps = fixed_noise(cfg.eval.seed, indices, k, images.shape[1:]).reshape(-1, *images.shape[1:])
+        x, cond = jax.tree.map(lambda rows: jnp.repeat(rows, k, axis=0), (images, cond))
+        total, _ = objective.losses(model, params, {}, {"x": x, "cond": cond, "t": t, "eps": eps})
         return total.reshape(-1, k)
 
     rows = batch_sharding(mesh)
     return jax.jit(losses, in_shardings=(replicated(mesh), rows, rows, rows), out_shardings=replicated(mesh))
 
 
+def _alone(cfg: Config) -> Config:
+    """The parts of a config that the compiled program depends on."""
+    points = EvalConfig(times_per_image=cfg.eval.times_per_image, buckets=1, seed=cfg.eval.seed)
+    return Config(model=cfg.model, diffusion=cfg.diffusion, eval=points)
+
+
 def held_out_loss(
-    cfg: Config, params, images: np.ndarray, labels: np.ndarray, mesh, look: Callable[[], None] = lambda: None
+    cfg: Config, params, images: np.ndarray, cond, mesh, look: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Mean loss over the fixed set, its standard error over images, and the mean per bucket of t (0 = least noise).
 
@@ -63,8 +70,8 @@ def held_out_loss(
     computes about PAIRS pairs at a time, so that batch size and number of devices change nothing: with the batch as the
     shape of the program the loss moved by up to 3e-9 of itself in float32, 6e-5 in bfloat16. `look()` is called per batch.
     """
-    losses = make_losses(on_device(cfg.model), cfg.diffusion, dataclasses.replace(cfg.eval, samples=0), mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * max(1, PAIRS // cfg.eval.times_per_image)
+    losses = make_losses(_alone(cfg), mesh)
+    rows = batch_split(mesh) * max(1, PAIRS // cfg.eval.times_per_image)
     batch = -(-cfg.eval.batch_size // rows) * rows
     found = []
     for start in range(0, len(images), rows):
@@ -72,7 +79,8 @@ def held_out_loss(
             look()
         indices = np.arange(start, start + rows, dtype=np.int32)
         safe = np.minimum(indices, len(images) - 1)  # the last rows are filled up, and the filling dropped
-        values = np.asarray(losses(params, images[safe], labels[safe], indices), np.float64)
+        chosen = jax.tree.map(lambda rows, safe=safe: rows[safe], (images, cond))
+        values = np.asarray(losses(params, *chosen, indices), np.float64)
         found.append(values[: len(images) - start])
     table = np.concatenate(found)
     if not np.isfinite(table).all():

@@ -3,20 +3,19 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
-from dit_jax.data.source import describe
+from dit_jax.data.source import Source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.diffusion import process as processes
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
-from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
-from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
-from dit_jax.sampling.draw import UINT8, image_flops
+from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops, open_sampling
 from dit_jax.workdir.goodput import totals
 from dit_jax.workdir.records import protocol_id
 
@@ -29,22 +28,22 @@ def weights_protocol(cfg: Config) -> dict:
     return {"weights": {"ema": cfg.optim.ema, **width}}
 
 
-def loss_protocol(cfg: Config, images: int) -> dict:
+def loss_protocol(cfg: Config, held_out: Source) -> dict:
     """Everything that the held-out loss depends on besides the checkpoint."""
-    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+    process, data = make_process(cfg.diffusion, cfg.model.learn_sigma), held_out.describe()
     return {
-        "data": describe(cfg.data, cfg.data.held_out_split) | {"image_size": cfg.data.image_size},
+        "data": data | {"image_size": cfg.data.image_size},
         **weights_protocol(cfg),
         "held_out": {
-            "images": images,
+            "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
             "times_per_image": cfg.eval.times_per_image,
             "buckets": cfg.eval.buckets,
             "seed": cfg.eval.seed,
-            "labels": "true",
-            **({"latents": "mean of the posterior"} if cfg.data.latents else {}),
+            "labels": "true" if held_out.classes else "none",
+            **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
         "process": processes.describe(process),
-        **({} if cfg.data.latents else {"autoencoder": "none"}),  # that of latents is stated with the data
+        **({} if "autoencoder" in data else {"autoencoder": "none"}),  # that of latents is stated with the data
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }
@@ -52,6 +51,10 @@ def loss_protocol(cfg: Config, images: int) -> dict:
 
 def samplings(cfg: Config) -> list[SampleConfig]:
     """Every combination of `eval.weights`, `samplers`, `steps` and `guidance`; an empty one is that of `sample`."""
+    if cfg.sample.times and cfg.eval.steps:
+        raise UsageError(
+            f"eval.steps: found {cfg.eval.steps} beside sample.times, which says all times; leave out one of them"
+        )
     names = {"weights": "weights", "samplers": "sampler", "steps": "steps", "guidance": "guidance"}
     choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in names.items()]
     found = []
@@ -76,34 +79,32 @@ def cells(cfg: Config) -> dict[str, Config]:
 class Tools:
     """What sample metrics need besides the model; opened once for all checkpoints and samplings."""
 
-    mesh: object
-    autoencoder: Autoencoder | None
-    decode: Callable
+    sampling: Sampling
     network: scores.Network
     reference: scores.Reference
 
 
 def open_tools(cfg: Config, mesh) -> Tools:
     """Raises UsageError where the autoencoder, the feature network or the reference does not fit."""
-    autoencoder = open_autoencoder(cfg)
+    sampling = open_sampling(cfg, mesh)
     network = scores.open_network(cfg, mesh)
     scores.check_number(cfg, network)
     reference = scores.open_reference(cfg, network)
-    scores.warn_of_few(cfg, network)
-    return Tools(mesh, autoencoder, make_decoder(autoencoder, mesh), network, reference)
+    scores.warn_of_few(cfg, network, reference)
+    return Tools(sampling, scores.keeping(network, sampling.shape), reference)
 
 
 def sample_protocol(cfg: Config, tools: Tools) -> dict:
     """Everything that the sample metrics depend on besides the checkpoint."""
-    sample = dataclasses.asdict(cfg.sample)
-    del sample["batch_size"], sample["weights"]
+    sample, autoencoder = describe_sample(cfg.sample), tools.sampling.autoencoder
+    del sample["weights"]
     return {
         "data": {"dataset": cfg.data.dataset, "image_size": cfg.data.image_size},
         **weights_protocol(cfg),
         "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed},
-        "process": processes.describe(make_process(cfg.diffusion, cfg.model.learn_sigma)),
+        "process": processes.describe(tools.sampling.task.process),
         "uint8": UINT8,
-        "autoencoder": tools.autoencoder.describe() if tools.autoencoder else "none",
+        "autoencoder": autoencoder.describe() if autoencoder else "none",
         "features": f"{tools.network.name} {tools.network.sha256}",
         "reference": tools.reference.source,
         "metrics": scores.describe(tools.network) | {"bootstrap": cfg.eval.bootstrap},
@@ -126,9 +127,9 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
         "tokens_seen": images * cfg.model.tokens,
         "params": flops.parameters(cfg.model),
         "params_active": flops.active_parameters(cfg.model),
-        "flops_train": flops.train_flops(cfg.model, images),
+        "flops_train": make_objective(cfg).flops * images,
         "flops_image": flops.forward_flops(cfg.model),
-        **({"flops_sample": image_flops(cfg, cfg.sample)} if "samples" in protocol else {}),
+        **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,
         "protocol_id": protocol_id(protocol),
@@ -141,7 +142,7 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
 def check_config(cfg: Config) -> None:
     """Raises UsageError for a protocol that cannot be."""
     for sample in samplings(cfg):
-        sampling_times(make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing)
+        make_task(dataclasses.replace(cfg, sample=sample))
     if not cfg.eval.loss and not cfg.eval.samples:
         raise UsageError(
             "eval.loss, eval.samples: found False and 0, expected at least one of them: nothing would be measured"

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import all_of
+from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError
 from dit_jax.evaluation import scores
@@ -27,9 +28,9 @@ from dit_jax.evaluation.protocol import (
     sample_protocol,
     samplings,
 )
-from dit_jax.log import say
+from dit_jax.log import complain, say
 from dit_jax.sampling import parts
-from dit_jax.sampling.draw import describe_job, sample_images, weights_hash
+from dit_jax.sampling.draw import weights_hash
 from dit_jax.workdir.goodput import Ledger, close
 from dit_jax.workdir.records import append_record, protocol_id, read_records
 
@@ -61,44 +62,47 @@ def _check_stop(stop: list, what: str) -> None:
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
     """The held-out loss of each kind of weights."""
-    images, labels = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
-    if cfg.eval.max_images:
-        images, labels = images[: cfg.eval.max_images], labels[: cfg.eval.max_images]
+    held_out = open_source(all_of(cfg.data), cfg.data.held_out_split)
+    arrays = load_arrays(cfg.data, cfg.data.held_out_split, held_out)
+    images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
     def loss(step: int, params) -> tuple[dict, dict]:
-        return held_out_loss(cfg, params, images, labels, mesh, look), {}
+        found = held_out_loss(cfg, params, images, cond, mesh, look)
+        return found, {"metric_signs": {name: -1 for name in found if name != "loss_se"}}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
         chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
-        found.append(Task(chosen, loss_protocol(chosen, len(images)), loss))
+        found.append(Task(chosen, loss_protocol(chosen, held_out), loss))
     return found
 
 
 def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: bool) -> Task:
     """The sample metrics of one sampling, that of `cfg.sample`."""
-    protocol, network = sample_protocol(cfg, tools), tools.network
+    protocol, network, sampling = (
+        sample_protocol(cfg, tools),
+        tools.network,
+        dataclasses.replace(tools.sampling, cfg=cfg),
+    )
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
-        drawn = sample_images(cfg, params, cfg.sample, end, cfg.eval.seed, tools.mesh, (), first, tools.decode)
-        for images, labels in _timed(drawn, times):
-            yield network.rows(images).view(np.uint8), labels
+        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
+            yield network.encode(images), labels
 
     def measure(step: int, params) -> tuple[dict, dict] | None:
-        job = describe_job(cfg, params, cfg.sample, step, cfg.eval.seed, (), tools.autoencoder)
+        job = sampling.describe(params, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
-        store = parts.Store(folder, job | {"features": network.sha256}, (4 * network.width,))
+        store = parts.Store(folder, job | {"features": network.sha256}, (network.size,))
         with _alone_in(folder, stop):
             if (step, protocol_id(protocol)) in read_records(workdir):
                 return None
             times: list[float] = []
             found = parts.gather(store, cfg.eval.samples, functools.partial(draw, params, times), stop, quiet)
-            rows = (part.view("<f4") for part, _ in found)
-            metrics = scores.measure(rows, network, tools.reference, cfg.eval)
-            return metrics, {"seconds_sample": float(np.median(times))} if times else {}
+            metrics, signs = scores.measure((part for part, _ in found), network, tools.reference, cfg.eval)
+            return metrics, {"metric_signs": signs} | ({"seconds_sample": float(np.median(times))} if times else {})
 
     return Task(cfg, protocol, measure)
 
@@ -218,7 +222,7 @@ def describe(task: Task, metrics: dict) -> str:
 
 def _fail(failed: dict[int, str], step: int, error: str) -> None:
     if failed.get(step) != error:
-        say(f"error: {error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
+        complain(f"{error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
     failed[step] = error
 
 

@@ -1,9 +1,10 @@
-"""The metrics of samples: feature networks, the reference they are compared with, and the numbers from their features.
+"""The metrics of drawn images: feature networks, the reference, and every row of `metrics.table` that these allow.
 
-A network makes one row of float32 of an image: its pooled features, where it has them spatial features, and its logits. A
-score is named after its network: FID, sFID, KID and IS are those of the Inception network only, the others say which.
+A network makes one row of float32 of an image: its pooled features, its logits and, if it has them, spatial features. A
+score is named after its network: FID, sFID, KID and IS are measured with Inception; names on other networks say which.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -12,31 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import Config, EvalConfig
-from dit_jax.data import source as sources
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import all_of
-from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.data.source import all_of, open_source
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
-from dit_jax.log import say
-from dit_jax.metrics import extrapolate, frechet, inception_score, kernel, precision_recall, statistics
+from dit_jax.log import warn
+from dit_jax.metrics import frechet
 from dit_jax.metrics.features import check_room
+from dit_jax.metrics.metric import Metric
+from dit_jax.metrics.table import METRICS
 from dit_jax.models import digit_features, inception
 from dit_jax.networks.folder import load_network
 from dit_jax.networks.reference import read_reference
 
 ROWS = 16  # images that a device looks at at a time: another number would round otherwise
-SPLITS = 10  # of the Inception Score
-POINTS = 8  # numbers of samples at which the distance is taken, evenly in 1 / N, from a quarter of them, but not below
-LEAST = 2.5  # samples for each feature: with fewer the distance is no line in 1 / N
-KERNEL_SUBSET = 1000  # samples of each of the 100 subsets, or all where they are fewer
-FEW = 5  # samples for each feature below which there is a warning and no limit: about 10,000 for Inception's
+REFERENCE = ("gaussian", "spatial_gaussian", "features")  # what there may be of a reference
 BLOCK = 1024  # rows that enter the statistics at a time, whatever the parts were that they came in
-NAMES = {
-    "inception": {"distance": "fid", "spatial": "sfid", "kernel": "kid", "score": "is", "precision": "precision", "recall": "recall"},
-    "digits": {
-        "distance": "fd_digits", "kernel": "kd_digits", "score": "is_digits", "precision": "precision_digits", "recall": "recall_digits",
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,16 +39,36 @@ class Network:
     sha256: str
     parts: dict
     rows: Callable = field(repr=False)  # uint8 (b, h, w, c) -> float32 (b, width)
+    logits: str  # which, for records
     shape: tuple | None = None  # (h, w, c) of the images that it takes; None: any
+    rules: dict = field(default_factory=dict)  # for records
+    images: tuple | None = None  # (h, w, c) of drawn images, which are kept behind their features; None: they are not
 
     @property
     def width(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def size(self) -> int:
+        """Bytes that `encode` makes of an image."""
+        return 4 * self.width + math.prod(self.images or (0,))
+
     def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The parts of rows (b, width)."""
         ends = np.cumsum(list(self.parts.values()))[:-1]
-        return dict(zip(self.parts, np.split(rows, ends, axis=1), strict=True))
+        parts = np.split(rows, ends, axis=1)
+        return {name: np.ascontiguousarray(part) for name, part in zip(self.parts, parts, strict=True)}
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Bytes (b, size) of images uint8 (b, h, w, c): their rows and, if `images`, themselves."""
+        rows = self.rows(images).view(np.uint8)
+        return np.concatenate([rows, images.reshape(len(images), -1)], axis=1) if self.images else rows
+
+    def decode(self, coded: np.ndarray) -> dict[str, np.ndarray]:
+        """The parts of what `encode` made, and "images" if they are there."""
+        rows, images = np.split(coded, [4 * self.width], axis=1)
+        parts = self.split(np.ascontiguousarray(rows).view("<f4"))
+        return parts | ({"images": images.reshape(-1, *self.images)} if self.images else {})
 
 
 def _on_mesh(apply: Callable, params, mesh) -> Callable[[np.ndarray], np.ndarray]:
@@ -64,7 +76,7 @@ def _on_mesh(apply: Callable, params, mesh) -> Callable[[np.ndarray], np.ndarray
     whole, batch = replicated(mesh), batch_sharding(mesh)
     program = jax.jit(apply, in_shardings=(whole, batch), out_shardings=batch)
     params = jax.device_put(params, whole)
-    count = ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
+    count = ROWS * batch_split(mesh)
 
     def rows(images: np.ndarray) -> np.ndarray:
         filled = np.concatenate([images, np.repeat(images[-1:], -len(images) % count, axis=0)])
@@ -81,7 +93,8 @@ def _digits(mesh) -> Network:
         return jnp.concatenate(digit_features.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
 
     parts = {"pool": digit_features.WIDTH, "logits": 10}
-    return Network("digits", meta["sha256"], parts, _on_mesh(apply, weights, mesh), (8, 8, 1))
+    rows = _on_mesh(apply, weights, mesh)
+    return Network("digits", meta["sha256"], parts, rows, "of the last layer", shape=(8, 8, 1))
 
 
 def _inception(folder: str, mesh) -> Network:
@@ -93,24 +106,33 @@ def _inception(folder: str, mesh) -> Network:
         return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
 
     parts = {"pool": 2048, "spatial": 2023, "logits": 1008}
-    return Network("inception", meta["sha256"], parts, _on_mesh(apply, weights, mesh))
+    logits, rules = "without the bias of the last layer", {"resize": "TensorFlow 1 bilinear, 299"}
+    return Network("inception", meta["sha256"], parts, _on_mesh(apply, weights, mesh), logits, rules=rules)
+
+
+def keeping(network: Network, shape: tuple) -> Network:
+    """The network, which keeps images of this shape (h, w, c) if any metric needs them."""
+    return replace(network, images=shape if any("images" in m.needs for m in METRICS.values()) else None)
+
+
+def _measurable(network: Network, reference: dict) -> dict[str, Metric]:
+    """Name in records -> metric, of those whose needs are met by the network and the parts of the reference."""
+    parts = set(network.parts)
+    offered = {"images", network.name, *parts, *reference}
+    found = {}
+    for metric in METRICS.values():
+        own = network.name == "inception" or not parts & set(metric.needs)
+        if set(metric.needs) <= offered:
+            found[metric.name if own else f"{metric.plain or metric.name}_{network.name}"] = metric
+    return found
 
 
 def describe(network: Network) -> dict:
-    """The rules and constants that the metrics depend on, for records."""
-    logits = "without the bias of the last layer" if network.name == "inception" else "of the last layer"
-    return {
-        "score": f"{SPLITS} consecutive splits, logits {logits}",
-        "kernel": f"100 subsets of {KERNEL_SUBSET}, seed 2020, float64",
-        "precision_recall": "k = 3, float64",
-        "limit": f"{POINTS} numbers of samples, at least {LEAST:g} a feature",
-        **(
-            {"spatial": "first 7 channels of mixed_6/conv", "resize": "TensorFlow 1 bilinear, 299"}
-            if network.shape is None
-            else {}
-        ),
-        "rows": ROWS,
-    }
+    """The rules and constants that the metrics depend on, for records; the same for every reference."""
+    found = dict(network.rules)
+    for metric in _measurable(network, dict.fromkeys(REFERENCE)).values():
+        found |= {name: rule.format(logits=network.logits) for name, rule in metric.rules.items()}
+    return found | {"rows": ROWS}
 
 
 def check_config(cfg: Config) -> None:
@@ -146,15 +168,13 @@ def check_number(cfg: Config, network: Network) -> None:
         )
 
 
-def warn_of_few(cfg: Config, network: Network) -> None:
-    """Says so where a distance of so few samples misleads."""
+def warn_of_few(cfg: Config, network: Network, reference: "Reference") -> None:
+    """Says which metrics mislead with so few samples."""
     num, width = cfg.eval.samples, network.parts["pool"]
-    if num < FEW * width:
-        name = NAMES[network.name]["distance"]
-        say(
-            f"warning: eval.samples: {num} are few for {width} features: {name} is biased upwards, by how much depends on the "
-            f"model; compare {NAMES[network.name]['kernel']}"
-        )
+    for name, metric in _measurable(network, reference.parts).items():
+        least, why = metric.few
+        if num < least * width:
+            warn(f"eval.samples: {num} are few for {width} features: {name} {why}")
 
 
 def open_network(cfg: Config, mesh) -> Network:
@@ -164,21 +184,21 @@ def open_network(cfg: Config, mesh) -> Network:
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: `source` says what, for records; the Gaussians of its pooled and, where there are
-    some, its spatial features; and the pooled features of its images, where it has images, for KID, precision and recall."""
+    """What samples are compared with: `source` says what, for records; `parts` holds those of REFERENCE that there are.
+
+    "gaussian" and "spatial_gaussian" are (mean (d,), covariance (d, d)), "features" the pooled ones (m, d) of its images.
+    """
 
     source: object
-    pool: tuple  # mean (d,), covariance (d, d)
-    spatial: tuple | None
-    features: np.ndarray | None
+    parts: dict
 
 
 def open_reference(cfg: Config, network: Network) -> Reference:
     """The npz of `eval.reference`, else the images of `data.split`. Raises UsageError when it is another network's."""
     if not cfg.eval.reference:
-        images, _ = load_arrays(all_of(cfg.data), cfg.data.split)
-        rows = network.rows(as_uint8(images))
-        source = sources.describe(cfg.data, cfg.data.split) | {"images": len(images)}
+        split = open_source(all_of(cfg.data), cfg.data.split)
+        rows = network.rows(as_uint8(load_arrays(cfg.data, cfg.data.split, split)[0]))
+        source = split.describe() | {"images": len(split)}
         return _of_rows([rows], network, source, f"{cfg.data.dataset} {cfg.data.split}")
     found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
     source = {"sha256": found.sha256}
@@ -189,11 +209,12 @@ def open_reference(cfg: Config, network: Network) -> Reference:
         )
     if found.kind == "images":
         return _of_rows(_rows_of(network, found.images), network, source | {"images": len(found.images)}, found.path)
-    features = None
+    parts = {"gaussian": (found.mean, found.cov)}
+    if found.mean_spatial is not None:
+        parts["spatial_gaussian"] = found.mean_spatial, found.cov_spatial
     if found.images is not None:
-        features = np.concatenate([network.split(rows)["pool"] for rows in _rows_of(network, found.images)])
-    spatial = None if found.mean_spatial is None else (found.mean_spatial, found.cov_spatial)
-    return Reference(source, (found.mean, found.cov), spatial, features)
+        parts["features"] = np.concatenate([network.split(x)["pool"] for x in _rows_of(network, found.images)])
+    return Reference(source, parts)
 
 
 def _rows_of(network: Network, images: np.ndarray) -> Iterator[np.ndarray]:
@@ -212,28 +233,20 @@ def _of_rows(rows: Iterable[np.ndarray], network: Network, source: dict, where: 
             f"reference {where}: found {source['images']} images, expected more than the {network.parts['pool']} features of "
             f"the network {network.name!r}: a covariance of fewer is singular"
         )
-    seen = gather(rows, network, source["images"])
-    spatial = frechet.mean_cov(seen.spatial) if "spatial" in network.parts else None
-    return Reference(source, frechet.mean_cov(seen.pool), spatial, statistics.features(seen))
+    gaussians = {"gaussian": "pool", "spatial_gaussian": "spatial"}
+    stats = {key: frechet.empty(network.parts[of]) for key, of in gaussians.items() if of in network.parts}
+    kept = []
+    for block in _blocks(rows):
+        parts = network.split(block)
+        stats = {key: frechet.update(seen, parts[gaussians[key]]) for key, seen in stats.items()}
+        kept.append(parts["pool"])
+    found = {key: frechet.mean_cov(seen) for key, seen in stats.items()}
+    return Reference(source, found | {"features": np.concatenate(kept)})
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] as the data pipeline makes them of uint8, back to uint8 exactly."""
     return np.rint((images + 1) * 127.5).astype(np.uint8)
-
-
-def gather(rows: Iterable[np.ndarray], network: Network, total: int) -> statistics.Statistics:
-    """The statistics of `total` rows (b, width), taken in blocks of BLOCK: the parts in which they come change no bit."""
-    widths = (network.parts.get(name, 0) for name in ("pool", "spatial", "logits"))
-    seen = statistics.empty(statistics.Plan(total, min(SPLITS, total), keep=True), *widths)
-    start = 0
-    for block in _blocks(rows):
-        parts = network.split(block)
-        spatial = parts.get("spatial", np.zeros((len(block), 0)))
-        seen, start = statistics.update(seen, start, parts["pool"], spatial, parts["logits"]), start + len(block)
-    if start != total:
-        raise ValueError(f"found features of {start} images, expected {total}")
-    return seen
 
 
 def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -250,52 +263,32 @@ def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def measure(
-    rows: Iterable[np.ndarray], network: Network, reference: Reference, evaluation: EvalConfig
-) -> dict[str, float]:
-    """Every metric that the features of the drawn images and the reference allow; raises UsageError on bad numbers.
+    coded: Iterable[np.ndarray], network: Network, reference: Reference, evaluation: EvalConfig
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Every metric that the network and the reference allow, and the sign of each: +1 if more is better, else -1.
 
-    The distance comes with its 95 % interval at this number of samples (`_low`, `_high`, by bootstrap), with its values at
-    smaller numbers of samples (`_n1000`) and their limit for infinitely many (`_inf`), where there are samples enough for
-    those.
+    `coded` holds what `network.encode` made of `evaluation.samples` images; spreads (`_std`, `_se`) have no sign. Raises
+    UsageError on bad numbers.
     """
+    metrics, total = _measurable(network, reference.parts), evaluation.samples
+    states, seen, found = dict.fromkeys(metrics), 0, {}
     try:
-        return _measure(gather(rows, network, evaluation.samples), network, reference, evaluation)
+        for block in _blocks(coded):
+            parts, seen = network.decode(block), seen + len(block)
+            states = {name: metric.update(states[name], parts, total) for name, metric in metrics.items()}
+        if seen != total:
+            raise ValueError(f"found features of {seen} images, expected {total}")
+        for name, metric in metrics.items():
+            values = metric.finish(states.pop(name), reference.parts, evaluation)
+            found |= {name + ending: (value, 2 * metric.higher_is_better - 1) for ending, value in values.items()}
     except ValueError as error:
         raise UsageError(f"samples: {error}; nothing is recorded") from None
+    signs = {name: sign for name, (_, sign) in found.items() if not name.endswith(("_std", "_se"))}
+    return {name: value for name, (value, _) in found.items()}, signs
 
 
-def _measure(
-    seen: statistics.Statistics, network: Network, reference: Reference, evaluation: EvalConfig
-) -> dict[str, float]:
-    names, seed, features = NAMES[network.name], evaluation.seed, statistics.features(seen)
-    seen = replace(seen, kept=())  # they are in `features` now
-    distance, (count, width) = names["distance"], features.shape
-    found = {distance: frechet.frechet_distance(*frechet.mean_cov(seen.pool), *reference.pool)}
-    if evaluation.bootstrap:
-        interval = extrapolate.bootstrap(features, *reference.pool, evaluation.bootstrap, seed=seed)
-        found |= {f"{distance}_low": interval.low, f"{distance}_high": interval.high}
-    if count >= FEW * width:
-        most = min(4.0, count / (LEAST * width))
-        counts = [round(count / x) for x in np.linspace(most, 1, POINTS)]
-        line = extrapolate.infinite(features, *reference.pool, counts, seed)
-        found |= {f"{distance}_n{n}": value for n, value in zip(counts, line.values, strict=True)}
-        found |= {f"{distance}_inf": line.limit, f"{distance}_inf_se": line.limit_se}
-    if reference.spatial:
-        found[names["spatial"]] = frechet.frechet_distance(*frechet.mean_cov(seen.spatial), *reference.spatial)
-    found[names["score"]], found[f"{names['score']}_std"] = inception_score.score(seen.scores)
-    if reference.features is not None:
-        size = min(KERNEL_SUBSET, count, len(reference.features))
-        estimate = kernel.distance(features, reference.features, size=size)
-        found[names["kernel"]] = estimate.mean
-        if size < min(count, len(reference.features)):  # else the subsets are all of a set, and spread too little
-            found[f"{names['kernel']}_std"] = estimate.std
-        both = precision_recall.precision_recall(features, reference.features)
-        found |= dict(zip((names["precision"], names["recall"]), both, strict=True))
-    return found
-
-
-def real_distance(cfg: Config, network: Network) -> float:
-    """The distance of the real held-out images: what a perfect sampler would score."""
+def real_scores(cfg: Config, network: Network) -> dict[str, float]:
+    """The metrics of the real held-out images: what a perfect sampler would score."""
     images, _ = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
-    seen = gather([network.rows(as_uint8(images))], network, len(images))
-    return frechet.frechet_distance(*frechet.mean_cov(seen.pool), *open_reference(cfg, network).pool)
+    network, settings = keeping(network, images.shape[1:]), replace(cfg.eval, samples=len(images), bootstrap=0)
+    return measure([network.encode(as_uint8(images))], network, open_reference(cfg, network), settings)[0]

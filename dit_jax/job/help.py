@@ -1,14 +1,19 @@
-"""What a job answers to `--help`: what it does, its flags, and the keys of the config that `--config.a.b=v` overrides."""
+"""What a job answers to `--help`: what it does, its flags, and every key of the config with the comment beside it in config.py."""
 
+import ast
+import dataclasses
+import functools
+import inspect
+import io
 import sys
 import textwrap
-from collections.abc import Mapping
+import tokenize
 
 from absl import flags
 
-from dit_jax.config import template
+from dit_jax import config as configs
 
-WIDTH = 110
+WIDTH = 120
 KINDS = {"string": "TEXT", "int": "INT", "float": "FLOAT", "string enum": "WORD"}
 ASKED = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
@@ -31,8 +36,9 @@ def text(doc: str, config: str) -> str:
     if config in ("file", "optional"):
         parts[-1] += "\n" + _entry("--config=FILE[:ARG]", "a file of configs/, with :ARG where it takes one")
     if config:
-        groups = "\n".join(_group(name, values) for name, values in template().to_dict().items())
-        parts.append("keys of the config, overridden by --config.GROUP.KEY=VALUE, with their defaults:\n" + groups)
+        groups = [_group(f.name, getattr(configs.Config(), f.name)) for f in dataclasses.fields(configs.Config)]
+        parts.append("keys of the config, with their defaults:")
+        parts += groups
     return "\n\n".join(parts)
 
 
@@ -48,26 +54,32 @@ def _flag(flag) -> str:
     return _entry(f"--{flag.name}{value}", said)
 
 
-def _entry(name: str, said: str) -> str:
-    lines = textwrap.wrap(said, WIDTH - 26) or [""]
-    first = f"  {name:<24}" if len(name) <= 22 else f"  {name}\n{'':26}"
-    return (first + f"\n{'':26}".join(lines)).rstrip()
+def _entry(name: str, said: str, column: int = 26) -> str:
+    lines = textwrap.wrap(said, WIDTH - column) or [""]
+    first = f"  {name:<{column - 2}}" if len(name) <= column - 4 else f"  {name}\n{'':{column}}"
+    return (first + f"\n{'':{column}}".join(lines)).rstrip()
 
 
-def _group(name: str, values: Mapping) -> str:
-    return textwrap.fill(
-        " ".join(f"{key}={_plain(value)}" for key, value in values.items()),
-        WIDTH,
-        initial_indent=f"  {name + '.':<24}",
-        subsequent_indent=" " * 26,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _group(name: str, values) -> str:
+    said, kind = comments(), type(values).__name__
+    keys = [(f"--config.{name}.{key}={_plain(value)}", said[kind][key]) for key, value in vars(values).items()]
+    title = f"{name}: {' '.join(type(values).__doc__.split())}"
+    return "\n".join([*textwrap.wrap(title, WIDTH), *(_entry(key, text, 43) for key, text in keys)])
+
+
+@functools.cache
+def comments() -> dict[str, dict[str, str]]:
+    """Class of a config -> field -> the comment beside it in config.py, "" without one."""
+    source = inspect.getsource(configs)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    beside = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {
+        node.name: {f.target.id: beside.get(f.end_lineno, "") for f in node.body if isinstance(f, ast.AnnAssign)}
+        for node in classes
+    }
 
 
 def _plain(value) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}={_plain(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value)) or "()"
-    return str(value) if str(value) else '""'
+    """A value as one would type it."""
+    return f"'{value}'" if isinstance(value, tuple) else str(value)

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import re
@@ -19,8 +18,9 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dit_jax.config import template, to_dict
-from dit_jax.error import DONE, IDLE, Interrupted, JobError, UsageError, nearest, on_disk, report
+from dit_jax.error import IDLE, Interrupted, UsageError, arguments_on_disk, exit_code, nearest, report, unknown_flag
 from dit_jax.job import help
+from dit_jax.job.compiled import keep_programs
 from dit_jax.workdir.folder import read_config
 
 _asked: list[int] = []  # SIGTERM while no job had a handler of its own
@@ -29,16 +29,24 @@ _asked: list[int] = []  # SIGTERM while no job had a handler of its own
 def launch(main: Callable[[], None], config: str = "") -> None:
     """Parse the command line, run `main()`, exit with the documented code; or print the help that `--help` asks for.
 
+    A job imports what takes seconds (jax, orbax, ...) in `main` alone, so that help and a wrong flag are answered at once.
+
     `config` says where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
     config.json, with `--config.a.b=v` overrides), or "" (none).
     """
     sys.unraisablehook = _unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, with a traceback, what a failed save met
     signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
+    sys.exit(_guarded(lambda: _run(main, config)))
+
+
+def _run(main: Callable[[], None], config: str) -> None:
     if help.asked(sys.argv[1:]):
         print(help.text(sys.modules["__main__"].__doc__ or "", config))
-        sys.exit(DONE)
-    sys.exit(_guarded(lambda: _parse(config), main))
+        return
+    _parse(config)
+    keep_programs()
+    main()
 
 
 def _unraisable(found) -> None:
@@ -63,17 +71,13 @@ def stop_flag() -> Iterator[list]:
         signal.signal(signal.SIGTERM, old)
 
 
-def _guarded(parse: Callable[[], None], main: Callable[[], None]) -> int:
+def _guarded(command: Callable[[], None]) -> int:
     try:
-        parse()
-        main()
-    except (UsageError, JobError, OSError, Interrupted, KeyboardInterrupt) as error:
-        return report(error)
+        return exit_code(command)
     except Exception:
         if _asked:  # a library that `_stopped` interrupted made something else of it
             return report(Interrupted(IDLE))
         raise
-    return DONE
 
 
 def _make_room_for_virtual_devices() -> None:
@@ -86,7 +90,7 @@ def _make_room_for_virtual_devices() -> None:
 def _parse(config: str) -> None:
     _make_room_for_virtual_devices()
     absl_logging.set_verbosity(absl_logging.FATAL)
-    _check_paths()
+    arguments_on_disk(sys.argv[1:])
     _check_overrides()
     with _parsing(flags.FLAGS):
         if config == "workdir":
@@ -109,7 +113,7 @@ def _parsing(values: flags.FlagValues) -> Iterator[None]:
         raise
     except flags.UnrecognizedFlagError as error:
         known = dict.fromkeys([*help.own_flags(), *({"config"} & set(values)), "help"])
-        raise UsageError(f"--{error.flagname}: unknown flag{nearest(error.flagname, known)}") from None
+        raise unknown_flag(error.flagname, known) from None
     except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(_line(error)) from None
     except (RecursionError, MemoryError):  # at a value of thousands of signs or brackets
@@ -150,14 +154,6 @@ def _check_file(value: str, optional: bool = False) -> None:
         raise UsageError("--config: not given, expected a file such as configs/digits.py")
     if value and not os.path.isfile(path):
         raise UsageError(f"--config: no file {path!r}")
-
-
-def _check_paths() -> None:
-    """Every flag's, before a file is looked for; those of `--config.` are only read, `data.data_dir` by TFDS."""
-    for before, argument in itertools.pairwise(["", *sys.argv[1:]]):
-        name, _, value = argument.partition("=") if argument.startswith("-") else (before, "", argument)
-        if not name.lstrip("-").startswith("config."):
-            on_disk(f"--{name.lstrip('-')}", value)
 
 
 def _check_overrides() -> None:

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from dit_jax.job.compiled import use_cache
+
 
 def _follow(parent: int) -> None:
     """Save and stop when the sweep itself is gone, so that the same command finds no cell half in other hands."""
@@ -27,15 +29,6 @@ def _start_worker(cores: list[int], counter, cache: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     use_cache(cache)
-
-
-def use_cache(folder: str) -> None:
-    """Compiled programs are kept beside the runs: cells of one size share them."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def _pool(processes: int, cache: str) -> futures.ProcessPoolExecutor:

@@ -18,6 +18,11 @@ def check_room(samples: int, width: int) -> None:
         )
 
 
+def keep(state: tuple | None, batch: dict, total: int) -> tuple:
+    """The `update` of a metric of the whole set: its pooled features, batch after batch, for `np.concatenate`."""
+    return (*(state or ()), batch["pool"])
+
+
 def checked(features: npt.ArrayLike, least: int = 1) -> np.ndarray:
     """Features (n, d) as they are. Raises ValueError on other shapes, fewer than `least` and values that are not finite."""
     features = np.asarray(features)

@@ -26,7 +26,10 @@ def empty(width: int) -> Statistics:
 
 
 def update(stats: Statistics, features: npt.ArrayLike) -> Statistics:
-    """Adds features (b, d), of any array kind. Raises ValueError on another shape and on values that are not finite."""
+    """Adds features (b, d), of any array kind (Chan, Golub & LeVeque 1983, eq. 2.1).
+
+    Raises ValueError on another shape and on values that are not finite.
+    """
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or features.shape[1] != len(stats.mean):
         raise ValueError(f"features: found shape {features.shape}, expected (b, {len(stats.mean)})")
@@ -37,21 +40,11 @@ def update(stats: Statistics, features: npt.ArrayLike) -> Statistics:
         raise ValueError(f"features: sample {row} is not finite, one of {bad} in a batch of {len(features)}")
     if not len(features):
         return stats
-    mean = features.mean(axis=0)
+    mean, new = features.mean(axis=0), len(features)
     deviations = features - mean
-    return merge(stats, Statistics(len(features), mean, deviations.T @ deviations))
-
-
-def merge(a: Statistics, b: Statistics) -> Statistics:
-    """Statistics of the union of two sets (Chan, Golub & LeVeque 1983, eq. 2.1); exact in any grouping up to rounding."""
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"statistics: found widths {len(a.mean)} and {len(b.mean)}, expected the same")
-    count = a.count + b.count
-    if not count:
-        return a
-    delta = b.mean - a.mean
-    scatter = a.scatter + b.scatter + np.outer(delta, delta) * (a.count * b.count / count)
-    return Statistics(count, a.mean + delta * (b.count / count), scatter)
+    count, delta = stats.count + new, mean - stats.mean
+    scatter = stats.scatter + deviations.T @ deviations + np.outer(delta, delta) * (stats.count * new / count)
+    return Statistics(count, stats.mean + delta * (new / count), scatter)
 
 
 def mean_cov(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dit_jax.metrics.metric import Metric
+
+SPLITS = 10
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -41,31 +45,19 @@ def update(sums: Sums, logits: npt.ArrayLike) -> Sums:
     shifted = logits - logits.max(axis=1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     p = np.exp(logs)
-    return merge(sums, Sums(len(logits), p.sum(axis=0), float((p * logs).sum())))
+    return Sums(sums.count + len(logits), sums.probabilities + p.sum(axis=0), sums.entropies + float((p * logs).sum()))
 
 
-def merge(a: Sums, b: Sums) -> Sums:
-    """Sums over both sets of samples."""
-    if a.probabilities.shape != b.probabilities.shape:
-        raise ValueError(f"logits: found {len(a.probabilities)} and {len(b.probabilities)} classes, expected the same")
-    return Sums(a.count + b.count, a.probabilities + b.probabilities, a.entropies + b.entropies)
+def assign(total: int, splits: int = SPLITS) -> np.ndarray:
+    """The split (total,) of each sample, [s N/S, (s+1) N/S) in their order. Raises ValueError on fewer samples than splits.
 
-
-def assign(total: int, splits: int = 10, seed: int | None = None) -> np.ndarray:
-    """The split (total,) of each sample: [s N/S, (s+1) N/S) in their order, or after a shuffle where there is a seed.
-
-    Papers and ADM's evaluator do not shuffle; torch-fidelity does, with the seed 2020 and this same generator. It matters
-    only where samples come ordered, by class for instance. Raises ValueError on fewer samples than splits.
+    Papers and ADM's evaluator do the same; torch-fidelity shuffles the samples first. It matters only if samples come
+    ordered, by class for instance.
     """
     if not 1 <= splits <= total:
         raise ValueError(f"Inception Score: found {splits} splits of {total} samples, expected 1 to {total}")
     bounds = [s * total // splits for s in range(splits + 1)]
-    place = np.repeat(np.arange(splits), np.diff(bounds))
-    if seed is None:
-        return place
-    shuffled = np.empty_like(place)
-    shuffled[np.random.RandomState(seed).permutation(total)] = place
-    return shuffled
+    return np.repeat(np.arange(splits), np.diff(bounds))
 
 
 def score(splits: Sequence[Sums]) -> tuple[float, float]:
@@ -83,3 +75,26 @@ def _score(sums: Sums) -> float:
     marginal = sums.probabilities / sums.count
     seen = marginal[marginal > 0]
     return float(np.exp(sums.entropies / sums.count - np.sum(seen * np.log(seen))))
+
+
+def _update(state, batch: dict, total: int) -> tuple[Sums, ...]:
+    """The sums of each split, or of as many splits as samples where these are fewer."""
+    logits, splits = batch["logits"], min(SPLITS, total)
+    state = state or (empty(logits.shape[1]),) * splits
+    start = sum(sums.count for sums in state)
+    place = assign(total, splits)[start : start + len(logits)]
+    return tuple(update(sums, logits[place == i]) for i, sums in enumerate(state))
+
+
+def _finish(state, reference: dict, settings) -> dict[str, float]:
+    return dict(zip(("", "_std"), score(state), strict=True))
+
+
+IS = Metric(
+    "is",
+    needs=("logits",),
+    update=_update,
+    finish=_finish,
+    higher_is_better=True,
+    rules={"score": f"{SPLITS} consecutive splits, logits {{logits}}"},
+)

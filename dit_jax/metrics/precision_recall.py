@@ -6,30 +6,38 @@ features and k = 3 (Dhariwal & Nichol 2021, arXiv 2105.05233). Distances are flo
 n x m x d products, in all 3e13 operations for two sets of 50,000 x 2048, and about BLOCK^2 numbers of memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from dit_jax.metrics.features import checked_pair
+from dit_jax.metrics.features import checked_pair, keep
+from dit_jax.metrics.metric import Metric
 
+NEAREST = 3  # k
 BLOCK = 2000  # samples a side
 
 
-def precision_recall(
-    generated: npt.ArrayLike, real: npt.ArrayLike, k: int = 3, block: int = BLOCK
-) -> tuple[float, float]:
-    """(precision, recall) of features (n, d) and (m, d): fractions of the generated and of the real.
+def precision(generated: npt.ArrayLike, real: npt.ArrayLike, k: int = NEAREST, block: int = BLOCK) -> float:
+    """The fraction of the generated features (n, d) within the manifold of the real ones (m, d).
 
     Raises ValueError on other shapes, widths that differ, values that are not finite and sets of k samples or fewer.
     """
+    return _fraction(generated, real, k, block, False)
+
+
+def recall(generated: npt.ArrayLike, real: npt.ArrayLike, k: int = NEAREST, block: int = BLOCK) -> float:
+    """The fraction of the real features (m, d) within the manifold of the generated ones (n, d); raises as `precision`."""
+    return _fraction(generated, real, k, block, True)
+
+
+def _fraction(generated: npt.ArrayLike, real: npt.ArrayLike, k: int, block: int, reverse: bool) -> float:
     if k < 1 or block < 1:
         raise ValueError(f"precision and recall: found k = {k}, block = {block}, expected at least 1")
     generated, real = checked_pair(generated, real, k + 1)
     center = real.mean(axis=0, dtype=np.float64)  # distances stay, |x|^2 shrinks: fewer digits cancel
-    precision = _inside(generated, real, _radii(real, k, block, center), block, center)
-    recall = _inside(real, generated, _radii(generated, k, block, center), block, center)
-    return precision, recall
+    x, y = (real, generated) if reverse else (generated, real)
+    return _inside(x, y, _radii(y, k, block, center), block, center)
 
 
 def _blocks(x: np.ndarray, size: int, center: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -63,3 +71,17 @@ def _inside(x: np.ndarray, y: np.ndarray, radii: np.ndarray, block: int, center:
         for columns, b in _blocks(y, block, center):
             inside[rows] |= (_squared_distances(a, b) <= radii[columns][None]).any(axis=1)
     return float(inside.mean())
+
+
+def _row(fraction: Callable) -> Metric:
+    return Metric(
+        fraction.__name__,
+        needs=("pool", "features"),
+        update=keep,
+        finish=lambda state, reference, settings: {"": fraction(np.concatenate(state), reference["features"])},
+        higher_is_better=True,
+        rules={"precision_recall": f"k = {NEAREST}, float64"},
+    )
+
+
+PRECISION, RECALL = _row(precision), _row(recall)

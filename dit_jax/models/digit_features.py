@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from dit_jax.error import UsageError
 
@@ -21,7 +20,9 @@ NAME = "digit_features"
 WIDTH = 64  # numbers in a feature
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
+    """The classifier; `apply` gives its last hidden layer and its logits."""
+
     @nn.compact
     def __call__(self, images):
         h = nn.gelu(nn.Conv(16, (3, 3))(images))
@@ -31,20 +32,9 @@ class _Network(nn.Module):
         return features, nn.Dense(10)(features)
 
 
-def init(key: jax.Array) -> dict:
-    """Parameters, float32."""
-    return _Network().init(key, jnp.zeros((1, 8, 8, 1)))["params"]
-
-
 def apply(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """images float32 (b, 8, 8, 1) in [-1, 1] -> features (b, 64), the last hidden layer, and class logits (b, 10)."""
-    return _Network().apply({"params": params}, images)
-
-
-def pack(params: dict) -> bytes:
-    """Parameters as the bytes of a safetensors file, the same for the same values."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    return save_tensors({name: jax.device_get(flat[name]) for name in sorted(flat)})
+    return Network().apply({"params": params}, images)
 
 
 def load(folder: Path = Path(__file__).parent) -> tuple[dict, dict]:

@@ -1,22 +1,23 @@
 """The Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
 
 import functools
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dit_jax.config import ModelConfig
-from dit_jax.flops import TIME_FREQUENCIES
-from dit_jax.models.conditioning import LabelEmbedding, TimeEmbedding, positions
+from dit_jax.models import conditioning
+from dit_jax.models.conditioning import positions
+from dit_jax.models.kernels import KEPT
 from dit_jax.models.layers import (
-    KEPT,
     Attention,
     CrossAttention,
     Mlp,
     Modulation,
     Norm,
-    Placement,
+    as_it_is,
     layer_norm,
     modulate,
     patchify,
@@ -35,7 +36,7 @@ class AdaptiveBlock(nn.Module):
     """One block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only the latter has gates, which start at zero."""
 
     cfg: ModelConfig
-    placement: Placement = Placement()
+    place: Callable = as_it_is
 
     @nn.compact
     def __call__(self, x, c):
@@ -43,12 +44,10 @@ class AdaptiveBlock(nn.Module):
         attention = _attention(Attention, cfg, "attention")
         mlp = Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")
         if cfg.conditioning == "adaln":
-            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.placement.share, name="modulation")(c)
+            shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.place, name="modulation")(c)
             x = x + attention(modulate(layer_norm(x), shift1, scale1))
             return x + mlp(modulate(layer_norm(x), shift2, scale2)), None
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(
-            6, dtype, share=self.placement.share, name="modulation"
-        )(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, place=self.place, name="modulation")(c)
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
         return x + gate2[:, None] * mlp(modulate(layer_norm(x), shift2, scale2)), None
 
@@ -60,7 +59,7 @@ class PlainBlock(nn.Module):
     """
 
     cfg: ModelConfig
-    placement: Placement = Placement()
+    place: Callable = as_it_is
 
     @nn.compact
     def __call__(self, x, c):
@@ -75,24 +74,24 @@ class Output(nn.Module):
     """x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (or, with c as tokens, a plain norm), then a Linear; both start at zero."""
 
     cfg: ModelConfig
-    placement: Placement = Placement()
+    place: Callable = as_it_is
 
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if cfg.adaptive:
-            shift, scale = Modulation(2, dtype, share=self.placement.share, name="modulation")(c)
+            shift, scale = Modulation(2, dtype, place=self.place, name="modulation")(c)
             h = modulate(layer_norm(x), shift, scale)
         else:
             h = Norm(dtype, name="norm")(x)
         return nn.Dense(cfg.patch**2 * cfg.out_channels, kernel_init=zeros, dtype=dtype, name="linear")(h)
 
 
-def _scanned_block(cfg: ModelConfig, placement: Placement):
+def _scanned_block(cfg: ModelConfig, place: Callable):
     """`depth` blocks as one scan: their parameters carry a leading layer axis l, and XLA compiles one body."""
     block = AdaptiveBlock if cfg.adaptive else PlainBlock
-    if placement != Placement():
-        block = nn.map_variables(block, "params", trans_in_fn=placement.gather)
+    if place is not as_it_is:
+        block = nn.map_variables(block, "params", trans_in_fn=functools.partial(place, "weights"))
     if cfg.remat != "none":
         policy = {"dots": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}[cfg.remat]
         block = nn.remat(block, policy=policy, prevent_cse=False)
@@ -103,28 +102,27 @@ def _scanned_block(cfg: ModelConfig, placement: Placement):
         in_axes=nn.broadcast,
         length=cfg.depth,
         unroll=cfg.unroll,
-    )(cfg, placement, name="blocks")
+    )(cfg, place, name="blocks")
 
 
 class DiT(nn.Module):
-    """x (b, h, w, c), t (b,), labels (b,) -> (b, h, w, c_out): patches, blocks, output."""
+    """x (b, h, w, c), t (b,), cond -> (b, h, w, c_out): patches, blocks, output."""
 
     cfg: ModelConfig
-    placement: Placement = Placement()
+    place: Callable = as_it_is
 
     @nn.compact
-    def __call__(self, x, t, labels):
+    def __call__(self, x, t, cond):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         side = cfg.input_size // cfg.patch
         h = nn.Dense(cfg.width, kernel_init=xavier, dtype=dtype, name="patch_embedding")(patchify(x, cfg.patch))
         h = h + positions(side, cfg.width).astype(dtype)[None]
-        time = TimeEmbedding(cfg.width, TIME_FREQUENCIES, dtype, name="time_embedding")(t)
-        label = LabelEmbedding(cfg.classes, cfg.width, dtype, name="label_embedding")(labels)
-        c = time + label if cfg.adaptive else jnp.stack([time, label], axis=1)
+        vector, tokens = conditioning.embed(cfg, t, cond)
+        c = vector if cfg.adaptive else tokens
         if cfg.conditioning == "in_context":
             h = jnp.concatenate([h, c], axis=1)
-        h, _ = _scanned_block(cfg, self.placement)(h, c)
-        h = Output(cfg, self.placement, name="output")(h[:, : side**2], c)
+        h, _ = _scanned_block(cfg, self.place)(h, c)
+        h = Output(cfg, self.place, name="output")(h[:, : side**2], c)
         return unpatchify(h, cfg.patch, side).astype(jnp.float32)
 
 
@@ -132,24 +130,22 @@ class DiT(nn.Module):
 def init(cfg: ModelConfig, key: jax.Array) -> dict:
     """Parameters as a plain nested dict of float32 arrays; the blocks' carry a leading layer axis."""
     x = jnp.zeros((1, cfg.input_size, cfg.input_size, cfg.channels))
-    return DiT(cfg).init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), conditioning.example(cfg, 1))
+    return DiT(cfg).init(key, x, jnp.zeros((1,)), cond)["params"]
 
 
 def apply(
-    cfg: ModelConfig,
-    params: dict,
-    x: jax.Array,
-    t: jax.Array,
-    labels: jax.Array,
-    placement: Placement = Placement(),
+    cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, cond: Mapping | jax.Array, place: Callable = as_it_is
 ) -> jax.Array:
-    """x (b, h, w, c), t (b,) in 0 to 1000, labels (b,) in 0 to K (K = no class) -> (b, h, w, c_out) float32.
+    """x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32.
 
-    With `cfg.learn_sigma` the last half of c_out is the learned-range variance. `placement`: of a program of several devices.
+    `cond`: see `conditioning`; bare labels (b,) in 0 to K (K = no class) stand for {"label": labels}. With `cfg.learn_sigma` the
+    last half of c_out is the learned-range variance. In a program for several devices, `place(name, arrays)` lays out what is
+    named: "weights", a tree of a layer's weights; "condition", vectors (b, d) that meet weights which stay split.
     """
-    ends = placement.gather({name: weights for name, weights in params.items() if name != "blocks"})
+    ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}
-    return DiT(cfg, placement).apply({"params": params}, x, t, labels)
+    return DiT(cfg, place).apply({"params": params}, x, t, conditioning.as_cond(cond))
 
 
 # Modules of a block in the order in which they run.
@@ -161,10 +157,10 @@ ORDER = (
 
 
 def activations(
-    cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, labels: jax.Array
+    cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, cond: Mapping
 ) -> list[tuple[str, jax.Array]]:
     """What the modules put out, in the order in which they run: ("patch_embedding", array), ("blocks[0]/mlp/fc1", array), ..."""
-    _, found = DiT(cfg).apply({"params": params}, x, t, labels, capture_intermediates=True, mutable=["intermediates"])
+    _, found = DiT(cfg).apply({"params": params}, x, t, cond, capture_intermediates=True, mutable=["intermediates"])
     outputs = {}
     for path, value in jax.tree_util.tree_flatten_with_path(found["intermediates"])[0]:
         keys = [part.key for part in path if hasattr(part, "key")]
@@ -176,5 +172,5 @@ def activations(
         for name in ORDER
         if f"blocks/{name}" in outputs
     ]
-    ends = [[(name, outputs[name])] for name in ("patch_embedding", "time_embedding", "label_embedding", "output")]
-    return [*ends[0], *ends[1], *ends[2], *blocks, *ends[3]]
+    first = ("patch_embedding", "time_embedding", *(f"{name}_embedding" for name in conditioning.fields(cfg)))
+    return [*((name, outputs[name]) for name in first), *blocks, ("output", outputs["output"])]

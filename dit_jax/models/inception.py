@@ -15,9 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-NAME = "inception-2015-12-05"
 SIZE = 299  # pixels a side, after resizing
 WIDTH = 2048  # numbers in a pooled feature
 SPATIAL = 17 * 17 * 7  # numbers in a spatial feature
@@ -243,22 +241,6 @@ def shapes() -> dict:
     """The parameters' tree, of shapes: the published names, each convolution with kernel (h, w, in, out), scale, bias, mean
     and var of its batch normalisation; `fc` with kernel (2048, 1008) and bias."""
     return jax.eval_shape(_Network().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
-
-
-def init(key: jax.Array) -> dict:
-    """Random parameters, float32, as `shapes` has them: kernels after He et al. 2015, batch normalisation that changes
-    nothing. For tests and timing; scores need the published weights."""
-    flat = traverse_util.flatten_dict(shapes())
-    sizes = [leaf.size if path[-1] == "kernel" else 0 for path, leaf in flat.items()]
-    draws = np.split(np.asarray(jax.random.normal(key, (sum(sizes),))), np.cumsum(sizes)[:-1])  # one program, not 95
-    params = {}
-    for (path, leaf), draw in zip(flat.items(), draws, strict=True):
-        if path[-1] == "kernel":
-            value = draw.reshape(leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1])).astype(np.float32)
-        else:
-            value = np.full(leaf.shape, path[-1] in ("scale", "var"), np.float32)
-        params[path] = jnp.asarray(value)
-    return traverse_util.unflatten_dict(params)
 
 
 def apply(params: dict, images: jax.Array) -> Features:

@@ -213,22 +213,6 @@ def _check(name: str, x: jax.Array, channels: int) -> None:
         raise UsageError(f"{name}: found shape {x.shape}, expected (b, h, w, {channels})")
 
 
-def reparameterise(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """mean + exp(log_variance / 2) noise, all of one shape (Kingma & Welling 2014, section 2.4)."""
-    return mean + jnp.exp(0.5 * log_variance) * noise
-
-
-def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """Draws from the posteriors (b, h, w, z) -> (b, h, w, z); keys (b,), one an image: image i depends on keys[i] only.
-
-    Raises ValueError on another number of keys.
-    """
-    if keys.shape != mean.shape[:1]:
-        raise ValueError(f"keys: found shape {keys.shape}, expected {mean.shape[:1]}, one key an image")
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
-    return reparameterise(mean, log_variance, noise)
-
-
 @dataclass(frozen=True)
 class Normalisation:
     """What a diffusion model sees of a latent z: (z - shift) scale, numbers for all channels or tuples of one a channel.
@@ -260,17 +244,8 @@ class Normalisation:
         }
 
 
-PUBLISHED = Normalisation(0.0, 0.18215)  # Stable Diffusion 1.x and DiT: 1 over the standard deviation of all components
-
-
-def normalise(by: Normalisation, latents: jax.Array) -> jax.Array:
-    """Latents (b, h, w, z) of the autoencoder -> those of the diffusion model. Raises UsageError on other channels."""
-    shift, scale = _rows(by, latents)
-    return (latents - shift) * scale
-
-
 def denormalise(by: Normalisation, latents: jax.Array) -> jax.Array:
-    """The inverse of `normalise`."""
+    """Latents (b, h, w, z) of the diffusion model -> the autoencoder's. Raises UsageError on other channels."""
     shift, scale = _rows(by, latents)
     return latents / scale + shift
 

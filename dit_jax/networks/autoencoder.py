@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import AutoencoderConfig, Config
-from dit_jax.data.latents import NOTES, LatentInfo, read_info
-from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
 from dit_jax.models import vae
 from dit_jax.networks.folder import load_network
@@ -121,16 +121,9 @@ def open_autoencoder(cfg: Config) -> Autoencoder | None:
     return Autoencoder(network, params, normalisation(cfg.autoencoder), meta["sha256"], meta["source"])
 
 
-def image_shape(cfg: Config, autoencoder: Autoencoder | None) -> tuple[int, int, int]:
-    """(h, w, c) of an image that is drawn."""
-    if autoencoder is None:
-        return (cfg.model.input_size, cfg.model.input_size, cfg.model.channels)
-    return (cfg.data.image_size, cfg.data.image_size, autoencoder.cfg.channels)
-
-
 def images_at_once(mesh) -> int:
     """Images that the whole mesh encodes or decodes at a time."""
-    return AT_ONCE * mesh.shape["data"] * mesh.shape["fsdp"]
+    return AT_ONCE * batch_split(mesh)
 
 
 def make_encoder(autoencoder: Autoencoder, mesh) -> Callable[[np.ndarray], jax.Array]:

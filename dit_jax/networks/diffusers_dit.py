@@ -1,4 +1,4 @@
-"""The DiT of diffusers (`DiTTransformer2DModel`, a folder of config.json and weights) and our parameters, both ways.
+"""The DiT of diffusers (`DiTTransformer2DModel`, a folder of config.json and weights) as our parameters.
 
 It holds the published tensors under other names: queries, keys and values apart, and the embedders of time and label once
 per block, all copies being equal. Two constants are not the published model's: the timestep frequencies, 10000^(-i/127)
@@ -82,35 +82,6 @@ def read(tensors: Tensors, config: Mapping) -> tuple[ModelConfig, dict]:
         dit.check_positions(tensors, POSITIONS, cfg)
     tensors.done()
     return cfg, params
-
-
-def write(cfg: ModelConfig, params: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """(tensors by name, config.json) of our parameters. Raises UsageError for a model without published names."""
-    if cfg.mlp_ratio != 4:
-        raise UsageError(f"model.mlp_ratio: found {cfg.mlp_ratio}, expected 4: diffusers' DiT has no other")
-    found = {}
-    for name, values in dit.write(cfg, params).items():
-        if name == "pos_embed":
-            continue
-        if _embedder(name):
-            found |= dict.fromkeys(_places(name, cfg.depth), values)
-            continue
-        places = _places(name, 1)
-        found |= dict(zip(places, np.split(values, len(places)), strict=True))
-    config = {
-        "_class_name": CLASSES[0],
-        "num_attention_heads": cfg.heads,
-        "attention_head_dim": cfg.width // cfg.heads,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.out_channels,
-        "num_layers": cfg.depth,
-        "sample_size": cfg.input_size,
-        "patch_size": cfg.patch,
-        "num_embeds_ada_norm": cfg.classes,
-        **{key: allowed[0] for key, allowed in list(FIXED.items())[:4]},
-        "norm_eps": 1e-6,
-    }
-    return found, config
 
 
 def _embedder(name: str) -> str:

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 
 from dit_jax.config import Config, MeshConfig
+from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.data.latent_writer import continue_latents
-from dit_jax.data.latents import NOTES, LatentInfo, LatentRecords, open_latents, read_info
-from dit_jax.data.pipeline import images_in_order
+from dit_jax.data.latents import LatentRecords, open_latents
+from dit_jax.data.pipeline import CHUNK, in_order
 from dit_jax.data.posterior import deviations
-from dit_jax.data.source import bad_records, open_source
-from dit_jax.data.tfds_records import CHUNK, Records, describe
+from dit_jax.data.source import Source, bad_records, open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, UsageError
-from dit_jax.log import drawing_progress, say
+from dit_jax.log import drawing_progress, say, warn
 from dit_jax.models import vae
 from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encoder, open_autoencoder
 
@@ -76,7 +76,7 @@ def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop:
             say(f"{folder}: done before")
         else:
             settle = whitened if job.whiten and split == first else None
-            info = encode_split(job, folder, source, by, settle, shard_bytes, stop).info
+            info = encode_split(job, folder, split, source, by, settle, shard_bytes, stop).info
             by = vae.Normalisation(info.shift, info.scale)
         print(folder)
 
@@ -84,7 +84,8 @@ def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop:
 def encode_split(
     job: Job,
     folder: str,
-    source: Records,
+    split: str,
+    source: Source,
     by: vae.Normalisation,
     settle: Callable[[LatentRecords], LatentInfo] | None,
     shard_bytes: int,
@@ -97,33 +98,32 @@ def encode_split(
         **job.describe(by),
         autoencoder=os.path.basename(os.path.abspath(job.cfg.autoencoder.folder)),
         classes=source.classes,
-        split=source.split,
-        source_sha256=describe(data.dataset, source.split, data.data_dir)["sha256"],
+        split=split,
+        source_sha256=source.describe()["sha256"],
     )
     mesh = make_mesh(MeshConfig())
     encode, rows = make_encoder(job.autoencoder, mesh), images_at_once(mesh)
 
     def examples_from(first: int) -> Iterator[tuple[int, np.ndarray]]:
         say(f"{folder}: {size - first:,} images to encode" + (f", {first:,} were before" if first else ""))
-        return encoded(
-            encode, _watched(images_in_order(source, data, rows, first), folder, first, size, stop), data.flip
-        )
+        return encoded(encode, _watched(in_order(source, data, rows, first), folder, first, size, stop), data.flip)
 
     found = continue_latents(folder, info, examples_from, settle=settle, shard_bytes=shard_bytes)
     for index, problem in bad_records(source).items():
-        say(f"warning: the next good image stands for record {index}: {problem}")
+        warn(f"the next good image stands for record {index}: {problem}")
     say(f"{folder}: {len(found):,} latents of {info.shape}, scale {found.info.scale}, shift {found.info.shift}")
     return found
 
 
 def encoded(encode: Callable, batches: Iterable, mirrored: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """(label, float32 (copies, 2, h, w, c)) of each image in `batches`, pairs (images, labels).
+    """(label, float32 (copies, 2, h, w, c)) of each image in `batches`, pairs (images, cond); without labels 0.
 
     The devices work on the next batch while one is fetched.
     """
     waiting = None
-    for images, labels in batches:
+    for images, cond in batches:
         copies = [images, images[:, :, ::-1]] if mirrored else [images]
+        labels = cond.get("label", np.zeros(len(images), np.int32))
         under_way = labels, [encode(copy) for copy in copies]
         if waiting:
             yield from _fetched(*waiting)
@@ -156,15 +156,15 @@ def whitened(records: LatentRecords) -> LatentInfo:
 def _watched(batches: Iterable, folder: str, first: int, size: int, stop: list) -> Iterator:
     """The same batches, with progress and ETA on standard error. Raises Interrupted when `stop` fills."""
     report, done = drawing_progress(0, size), first
-    for images, labels in batches:
+    for images, cond in batches:
         if stop:
             raise Interrupted(f"{folder}: not complete; the same command goes on from the shards that are")
-        yield images, labels
-        done += len(labels)
+        yield images, cond
+        done += len(images)
         report(done)
 
 
-def _open_images(job: Job, split: str) -> Records:
+def _open_images(job: Job, split: str) -> Source:
     """Raises UsageError where the images cannot be opened, or the autoencoder is of images with other channels."""
     source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
     if source.image_shape[-1] != channels:

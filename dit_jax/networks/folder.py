@@ -5,14 +5,15 @@ meta: `kind`, `config`, `parameters` (their number), `sha256` of the weights, `s
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from dit_jax.error import JobError, UsageError
-from dit_jax.files import file_sha256, new_folder, parse_json, sync, write_file
+from dit_jax.files import file_sha256, new_folder, read_json, sync, write_file
 from dit_jax.networks.weights import read_arrays
+from dit_jax.workdir.folder import flatten
 
 WEIGHTS, META = "weights.safetensors", "meta.json"
 KEYS = {"kind": str, "config": dict, "parameters": int, "sha256": str, "source": dict}
@@ -26,7 +27,7 @@ def save_network(folder: str, kind: str, config: dict, params: Mapping, source: 
     """
     try:
         # in C order: safetensors writes the memory of an array as it lies there
-        flat = {name: np.asarray(value, order="C") for name, value in _flatten(params)}
+        flat = {name: np.asarray(value, order="C") for name, value in flatten(params, "/").items()}
         with new_folder(folder) as unfinished:
             weights = os.path.join(unfinished, WEIGHTS)
             save_file(flat, weights)
@@ -71,30 +72,16 @@ def read_meta(folder: str) -> dict:
     """The meta of a network's folder. Raises UsageError when it is none."""
     path = os.path.join(folder, META)
     try:
-        with open(path, "rb") as file:
-            meta = parse_json(file.read(2**20 + 1))
+        meta = read_json(path)
     except OSError as error:
         expected = "expected a folder made by dit_jax.convert"
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(meta, dict) or set(meta) != set(KEYS):
+    if set(meta) != set(KEYS):
         raise UsageError(f"{path}: found other keys than expected: {', '.join(KEYS)}")
     for key, kind in KEYS.items():
         if type(meta[key]) is not kind:
             raise UsageError(f"{path}: {key}: found a {type(meta[key]).__name__}, expected {kind.__name__}")
     return meta
-
-
-def _flatten(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for key in sorted(params):
-        if not isinstance(key, str) or not key or "/" in key:
-            raise ValueError(f"{prefix}{key!r}: expected names without '/'")
-        value = params[key]
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
 
 
 def _nest(flat: Mapping, where: str) -> dict:
@@ -103,10 +90,8 @@ def _nest(flat: Mapping, where: str) -> dict:
         *folders, leaf = name.split("/")
         inside = tree
         for part in folders:
-            inside = inside.setdefault(part, {})
-            if not isinstance(inside, dict):
-                raise UsageError(f"{where}: {name}: found a tensor and a group of the same name")
-        if leaf in inside:
+            inside = inside.setdefault(part, {}) if isinstance(inside, dict) else inside
+        if not isinstance(inside, dict) or leaf in inside:
             raise UsageError(f"{where}: {name}: found a tensor and a group of the same name")
         inside[leaf] = value
     return tree

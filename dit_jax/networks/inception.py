@@ -32,19 +32,6 @@ def read(tensors: Tensors) -> dict:
     return params
 
 
-def write(params: dict) -> dict[str, np.ndarray]:
-    """The state dict that `read` takes, float32 arrays by their published names; exact both ways."""
-    found = {}
-    for path, layer in _layers(params):
-        name, kernel = ".".join(path), np.asarray(layer["kernel"])
-        if path == ("fc",):
-            found |= {"fc.weight": np.ascontiguousarray(kernel.T), "fc.bias": np.asarray(layer["bias"])}
-            continue
-        found[f"{name}.conv.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
-        found |= {f"{name}.{theirs}": np.asarray(layer[ours]) for ours, theirs in NORM.items()}
-    return found
-
-
 def _layers(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     """(path, layer) of all that have a kernel."""
     if "kernel" in tree:

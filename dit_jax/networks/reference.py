@@ -10,13 +10,13 @@
 `sigma` is in all of them the unbiased covariance (divided by n - 1), as `metrics.frechet.mean_cov` gives.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from dit_jax.error import UsageError
+from dit_jax.files import file_sha256
 from dit_jax.models import inception
 from dit_jax.networks.weights import read_arrays
 
@@ -52,8 +52,7 @@ def read_reference(path: str | os.PathLike, pool: int = inception.WIDTH, spatial
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such file, expected an npz of reference statistics or images")
     arrays = read_arrays(path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     images = _images(arrays["arr_0"], f"{path}: arr_0") if "arr_0" in arrays else None
     kind = next((kind for kind, keys in KINDS.items() if set(keys) <= set(arrays)), None)
     if kind is None and images is None:

@@ -1,10 +1,8 @@
 """Tensors by name, each of which must be there, have its shape, and be used once."""
 
-import difflib
-
 import numpy as np
 
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, alike
 
 
 class Tensors:
@@ -47,7 +45,6 @@ class Tensors:
 
     def _find(self, name: str) -> np.ndarray:
         if name not in self.arrays:
-            near = difflib.get_close_matches(name, self.arrays, 1)
-            hint = f"; the nearest is {near[0]}" if near else ""
+            hint = "".join(f"; the nearest is {near}" for near in alike(name, self.arrays))
             raise UsageError(f"{self.where}: {name}: missing, among {len(self.arrays)} tensors{hint}")
         return self.arrays[name]

@@ -6,27 +6,21 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, ModelConfig, resolve, to_dict
 from dit_jax.error import JobError, UsageError
-from dit_jax.files import file_sha256, new_folder, parse_json, sync, write_file
+from dit_jax.files import delete, file_sha256, new_folder, read_json, rename, sync, write_file
 from dit_jax.job.launch import load_config
 from dit_jax.log import say
 from dit_jax.networks import diffusers_dit, dit, folder
 from dit_jax.networks.tensors import Tensors
 from dit_jax.networks.weights import read_arrays
 from dit_jax.workdir import manifest
-from dit_jax.workdir.folder import provenance, read_config
-
-DITS, NETWORKS, WORKDIR = ("dit", "diffusers"), ("sd-vae", "inception"), "workdir"
-
+from dit_jax.workdir.folder import flatten, provenance, read_config
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-
-
 IN_FOLDERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers names them
 
 
@@ -56,7 +50,7 @@ def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 
         )
         os.makedirs(checkpoint.folder(unfinished))
         checkpoint.write_weights(unfinished, step, model, params, {**notes, "source": origin})
-    say(f"{out}: {sum(p.size for p in _leaves(params)):,} parameters of {_name(model)}, step {step}")
+    say(f"{out}: {sum(p.size for p in flatten(params).values()):,} parameters of {_name(model)}, step {step}")
 
 
 def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = None) -> None:
@@ -70,22 +64,19 @@ def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = Non
     unfinished = f"{out}.unfinished"
     try:
         save_file(arrays, unfinished)
-        if os.path.exists(out):
-            if file_sha256(out) != file_sha256(unfinished):
-                raise UsageError(f"--out: {out!r} exists and holds something else; use another name")
-            say(f"{out}: done before, from the same weights")
-            return
-        sync(unfinished)
-        os.rename(unfinished, out)
-        sync(os.path.dirname(os.path.abspath(out)))
+        before = os.path.exists(out)
+        if before and file_sha256(out) != file_sha256(unfinished):
+            raise UsageError(f"--out: {out!r} exists and holds something else; use another name")
+        if not before:
+            sync(unfinished)
+            rename(unfinished, out)
     except UsageError:
         raise
     except Exception as error:  # safetensors raises its own
         raise JobError(f"{out}: could not be written: {error}") from error
     finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-    say(f"{out}: {len(arrays)} tensors of {_name(model)}")
+        delete(unfinished)
+    say(f"{out}: " + ("done before, from the same weights" if before else f"{len(arrays)} tensors of {_name(model)}"))
 
 
 def import_network(source: str, weights: str, out: str) -> None:
@@ -130,19 +121,6 @@ def find_files(weights: str) -> tuple[str, str]:
         raise UsageError(f"--weights: {weights!r}: found none of {', '.join(IN_FOLDERS)} in the folder")
     config = os.path.join(weights, "config.json")
     return found[0], config if os.path.isfile(config) else ""
-
-
-def read_json(path: str) -> Mapping:
-    """The object of a JSON file. Raises UsageError."""
-    with open(path, "rb") as file:
-        data = file.read(2**20 + 1)
-    try:
-        value = parse_json(data)
-    except ValueError as error:
-        raise UsageError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{path}: found a {type(value).__name__}, expected an object")
-    return value
 
 
 def describe_source(file: str, form: str) -> dict:
@@ -190,7 +168,3 @@ def _check_same(out: str, found: Mapping, origin: dict) -> None:
 
 def _name(model: ModelConfig) -> str:
     return f"a DiT of {model.depth} blocks of width {model.width}, {model.heads} heads, patch {model.patch}"
-
-
-def _leaves(tree: Mapping) -> list[np.ndarray]:
-    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, Mapping) else [value])]

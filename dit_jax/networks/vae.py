@@ -74,19 +74,6 @@ def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
     return cfg, jax.tree_util.tree_unflatten(tree, values)
 
 
-def write(cfg: VAEConfig, params: dict) -> dict[str, np.ndarray]:
-    """Parameters under diffusers' names and in its layout, float32. Raises UsageError where they are not those of `cfg`."""
-    name_of = _namer(cfg, "", _DIFFUSERS)
-    expected = dict(jax.tree_util.tree_flatten_with_path(vae.shapes(cfg))[0])
-    found = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-    for path in {**expected, **found}:
-        sizes = [tree[path].shape if path in tree else "nothing" for tree in (found, expected)]
-        if sizes[0] != sizes[1]:
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UsageError(f"autoencoder: {where}: found {sizes[0]}, expected {sizes[1]} by its config")
-    return {name_of(path): _theirs(np.asarray(found[path], np.float32)) for path in expected}
-
-
 def _config(tensors: Tensors, prefix: str, words: dict, groups: int) -> VAEConfig:
     """Sizes, read off the shapes of a few convolutions."""
     block = f"{prefix}encoder.{words['down_']}.{words['block_']}.conv1.weight".format  # of (stage, block)
@@ -142,10 +129,3 @@ def _ours(tensors: Tensors, name: str, leaf: str, shape: tuple[int, ...]) -> np.
     else:
         found = tensors.take(name, shape)
     return np.ascontiguousarray(found)
-
-
-def _theirs(value: np.ndarray) -> np.ndarray:
-    """Our array in their layout: a kernel's last two axes are first, exchanged."""
-    if value.ndim == 4:
-        return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
-    return np.ascontiguousarray(value.T)

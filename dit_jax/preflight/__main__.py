@@ -8,107 +8,68 @@ compiler is given. Memory and collectives are those of the program that would ru
 made to compare layouts: it leaves out collectives, whose bytes over the links' bandwidth therefore stand beside it.
 """
 
-import dataclasses
 import json
 
 from absl import flags
-from rich.console import Console
 
-from dit_jax import hardware
 from dit_jax.config import Config, resolve
-from dit_jax.devices.layout import FSDP
-from dit_jax.devices.mesh import abstract_mesh, check_batch, devices_ahead, why_not_compiled
 from dit_jax.error import JobError, UsageError, typed
 from dit_jax.files import check_json, write_file
+from dit_jax.hardware import Topology, topology
 from dit_jax.job.launch import launch
-from dit_jax.preflight.compilation import analysis, inspect, no_estimate, notes, run_costs
-from dit_jax.preflight.search import changed, search, suggest
-from dit_jax.preflight.text import row, show
-from dit_jax.training.step import on_device
 
 
-def _check(cfg: Config, job: str, topology: hardware.Topology, values) -> list[int]:
+def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
     """The sizes of fsdp to search. Raises UsageError for a mesh, batch, file or size that cannot be."""
-    mesh = abstract_mesh(cfg.mesh, topology.devices)
+    from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch
+    from dit_jax.preflight.search import check_sizes
+
+    mesh = abstract_mesh(cfg.mesh, slice_.devices)
     if job == "train":
-        check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, topology.devices // topology.hosts)
+        check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)
     check_json(values.json)
     if values.price is not None:
         typed(values.price, float, "--price")
     if values.search and job != "train":
         raise UsageError("--search: found --job=sample, expected the train step, whose layout there is a choice of")
-    split = topology.devices // mesh.shape["tensor"]
-    sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
-    for size in values.search:
-        if not size.isdecimal() or int(size) not in sizes:
-            raise UsageError(
-                f"--search: found {size!r}, expected values of mesh.fsdp among {', '.join(map(str, sizes))}"
-            )
-    if values.search and (missing := why_not_compiled(topology)):
-        raise UsageError(f"--search: cannot compile for {topology.name}: {missing}")
-    if values.search and topology.platform == "cpu":
-        raise UsageError(
-            f"--search: found {topology.name}, expected a TPU slice: no figure of a CPU's program is known to rank layouts by"
-        )
-    return [int(size) for size in values.search]
+    return check_sizes(values.search, slice_, batch_split(mesh))
 
 
-def _topology(values) -> hardware.Topology:
-    """That of --topology, else the slice that the config's argument names."""
+def _topology(values) -> Topology:
+    """The slice of --topology, else the one that the config's argument names."""
+    from dit_jax.devices.layout import FSDP
+
     words = flags.FLAGS["config"].config_filename.partition(":")[2].split(",")
     name = values.topology or next((word for word in words if word in FSDP), "")
     if not name:
         raise UsageError(
             "--topology: not given, expected a slice such as v3-256, or a config that names it: FILE:MODEL,v3-256"
         )
-    return hardware.topology(name)
-
-
-def _one(cfg: Config, job: str, topology: hardware.Topology, values) -> dict:
-    """The report of the job's program."""
-    if missing := why_not_compiled(topology):
-        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
-        return report | {"message": f"not compiled: {missing}"}
-    devices, cfg = devices_ahead(topology), dataclasses.replace(cfg, model=on_device(cfg.model))
-    report, tried = inspect(cfg, job, topology, devices), None
-    if not report["fits"] and job == "train":
-        report["suggestion"], tried = suggest(cfg, topology, devices, report)
-    wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else values.num or cfg.eval.samples
-    report["run"] = run_costs(report, wanted, values.price)
-    return report | {"notes": notes(report, topology, wanted, tried)}
-
-
-def _search(cfg: Config, topology: hardware.Topology, sizes: list[int], console: Console) -> list[dict]:
-    """The reports of all layouts, shown as a table."""
-    cfg = dataclasses.replace(cfg, model=on_device(cfg.model))
-    reports = search(cfg, topology, devices_ahead(topology), sizes)
-    for one in reports:
-        console.print(row(one))
-    if any(one["fits"] and not one["estimated_step_seconds"] for one in reports):
-        console.print(f"ranked by collectives alone: {no_estimate(topology)}")
-    return reports
+    return topology(name)
 
 
 def main() -> None:
+    from dit_jax.preflight.search import changed, examine, search, show_ranks
+    from dit_jax.preflight.text import show
+
     values = flags.FLAGS
-    cfg, topology, job = resolve(values.config), _topology(values), values.job
+    cfg, slice_, job = resolve(values.config), _topology(values), values.job
     if job == "sample":
         cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the job does
-    sizes, console = _check(cfg, job, topology, values), Console(width=160, highlight=False)
+    sizes = _check(cfg, job, slice_, values)
     if sizes:
-        found = reports = _search(cfg, topology, sizes, console)
+        found = reports = search(cfg, slice_, sizes)
+        show_ranks(reports, slice_)
     else:
-        found = _one(cfg, job, topology, values)
-        show(found, console)
+        found = examine(cfg, job, slice_, values.num, values.price)
+        show(found)
         reports = [found]
     if values.json:
         write_file(values.json, json.dumps(found, indent=1) + "\n")
     if all(one["fits"] is False for one in reports):
         few = f"none of the {len(reports)} layouts that were compiled fits" if sizes else "the program does not fit"
         raise JobError(
-            f"{few} a device of {topology.name}"
-            if reports
-            else "by the rule of memory no layout fits: none was compiled"
+            f"{few} a device of {slice_.name}" if reports else "by the rule of memory no layout fits: none was compiled"
         )
 
 

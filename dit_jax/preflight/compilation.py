@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from dit_jax import flops, hardware
 from dit_jax.config import Config
-from dit_jax.devices.mesh import batch_sharding, bytes_per_device, make_mesh, replicated
-from dit_jax.diffusion.process import make_process
+from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, make_mesh, replicated
+from dit_jax.diffusion.objective import make_objective
+from dit_jax.diffusion.task import make_task
 from dit_jax.preflight import hlo
 from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
 from dit_jax.training.state import abstract_batch, abstract_state
@@ -37,17 +38,16 @@ def program(cfg: Config, job: str, mesh) -> Program:
     if job == "train":
         state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
         rows, held = cfg.train.batch_size, len(jax.tree.leaves(state))
-        return Program(
-            lambda: make_train_step(cfg, mesh), (state, batch), flops.train_flops(cfg.model, rows), rows, held
-        )
-    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
-    whole, rows = replicated(mesh), ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
+        return Program(lambda: make_train_step(cfg, mesh), (state, batch), make_objective(cfg).flops * rows, rows, held)
+    whole, rows = replicated(mesh), ROWS * batch_split(mesh)
     shapes = abstract_state(cfg, mesh).params
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
-    count = image_flops(cfg, cfg.sample) * rows
-    return Program(lambda: make_sampler(cfg.model, process, cfg.sample, mesh), (params, seed, indices), count, rows, 0)
+    count = image_flops(cfg) * rows
+    return Program(
+        lambda: make_sampler(cfg.model, make_task(cfg), cfg.sample, mesh), (params, seed, indices), count, rows, 0
+    )
 
 
 def compiled(found: Program) -> tuple:

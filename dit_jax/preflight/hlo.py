@@ -25,7 +25,6 @@ _LAID_OUT = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
-_LOOP_END = re.compile(r"\bs(?:32|64)\[\]\S* constant\((\d+)\)")
 
 
 @dataclass(frozen=True)

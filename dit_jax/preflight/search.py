@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 from dit_jax import hardware
 from dit_jax.config import Config
 from dit_jax.devices.layout import REMATS, Layout, memory, options, state_bytes, temporary_bytes
-from dit_jax.devices.mesh import mesh_shape
+from dit_jax.devices.mesh import abstract_mesh, devices_ahead, mesh_shape, why_not_compiled
+from dit_jax.error import UsageError
 from dit_jax.log import say
-from dit_jax.preflight.compilation import FULL, bounds, inspect
+from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.text import row
 
 TRIES = 4  # compilations in search of what fits; the first mostly does
@@ -63,11 +65,51 @@ def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dic
     return "", count
 
 
-def search(cfg: Config, topology: hardware.Topology, devices: list, sizes: list[int]) -> list[dict]:
+def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, price: float | None) -> dict:
+    """The report of a job's program, with a layout that fits where the config's does not. `images` 0: as many as eval.samples."""
+    if missing := why_not_compiled(topology):
+        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
+        return report | {"message": f"not compiled: {missing}"}
+    devices = devices_ahead(topology)
+    report, tried = inspect(cfg, job, topology, devices), None
+    if not report["fits"] and job == "train":
+        report["suggestion"], tried = suggest(cfg, topology, devices, report)
+    wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else images or cfg.eval.samples
+    report["run"] = run_costs(report, wanted, price)
+    return report | {"notes": notes(report, topology, wanted, tried)}
+
+
+def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -> list[int]:
+    """The values of mesh.fsdp that `--search` names; `split`: devices that split a batch. Raises UsageError for what cannot be."""
+    sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
+    for size in asked:
+        if not size.isdecimal() or int(size) not in sizes:
+            raise UsageError(
+                f"--search: found {size!r}, expected values of mesh.fsdp among {', '.join(map(str, sizes))}"
+            )
+    if asked and (missing := why_not_compiled(topology)):
+        raise UsageError(f"--search: cannot compile for {topology.name}: {missing}")
+    if asked and topology.platform == "cpu":
+        raise UsageError(
+            f"--search: found {topology.name}, expected a TPU slice: no figure of a CPU's program is known to rank layouts by"
+        )
+    return [int(size) for size in asked]
+
+
+def show_ranks(reports: list[dict], topology: hardware.Topology) -> None:
+    """Prints the reports of `search`, a row each."""
+    for one in reports:
+        print(row(one))
+    if any(one["fits"] and not one["estimated_step_seconds"] for one in reports):
+        print(f"ranked by collectives alone: {no_estimate(topology)}")
+
+
+def search(cfg: Config, topology: hardware.Topology, sizes: list[int]) -> list[dict]:
     """Reports of the train step for each of `sizes` as mesh.fsdp and each remat, with the least accumulation that may fit.
 
     The fastest first, by the estimate of the step (where there is one) and its collectives, nothing hidden; those that do not fit last.
     """
+    devices = devices_ahead(topology)
     batch, tensor, reports = cfg.train.batch_size, layout_of(cfg, topology.devices).tensor, []
     found = options(cfg.model, batch, topology, Layout(topology.devices // tensor, 1, tensor, "none", 1))
     for fsdp, remat in itertools.product(sizes, REMATS):

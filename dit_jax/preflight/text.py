@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from dit_jax.preflight.compilation import gib
 
 
@@ -11,10 +9,10 @@ def _number(value: float) -> str:
     return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
 
 
-def show(report: dict, console: Console) -> None:
+def show(report: dict) -> None:
     """The report for people."""
     for name, text in _lines(report):
-        console.print(f"{name:12} {text}")
+        print(f"{name:12} {text}")
 
 
 def _lines(report: dict) -> Iterator[tuple[str, str]]:

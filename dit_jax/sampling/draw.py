@@ -4,45 +4,39 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import flops
+from dit_jax.bind import Model, bind
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
-from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.diffusion import guidance
-from dit_jax.diffusion.process import Process, make_process
-from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, evaluation_times, sampling_times
+from dit_jax.diffusion.samplers import draw_noise
+from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError
-from dit_jax.models import dit
-from dit_jax.networks.autoencoder import Autoencoder
-from dit_jax.training.step import on_device
+from dit_jax.models import conditioning
+from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
 
 ROWS = 16  # images that a device computes at a time: another number would round otherwise
-
-
 UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
 
 
-LABEL_DRAW = 2**31 - 1  # the draw that gives image i its label; the sampler's draws count from 0
-
-
-def make_denoiser(model: ModelConfig, process: Process, cfg: SampleConfig, params, labels: jax.Array) -> Callable:
+def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> Callable:
     """The denoiser that a sampler walks with: plain at guidance 1, else guided in `cfg.interval`, both halves in one batch."""
 
-    def apply(x, t, y):
-        return dit.apply(model, params, x, process.model_time(t), y)
+    def apply(x, t, cond):
+        return model.apply(params, x, task.process.model_time(t), cond)
 
     def plain(x, t):
-        return apply(x, t, labels)
+        return apply(x, t, cond)
 
     if cfg.guidance == 1.0:
         return plain
-    channels = model.channels if cfg.channels == "all" else min(3, model.channels)
-    guided = guidance.classifier_free(guidance.paired(apply, labels, model.null_class), cfg.guidance, channels)
+    channels = model.cfg.channels if cfg.channels == "all" else min(3, model.cfg.channels)
+    guided = guidance.classifier_free(guidance.paired(apply, cond, model.null(cond)), cfg.guidance, channels)
     low, high = cfg.interval
     return guided if (low, high) == (0.0, 1.0) else guidance.within(guided, plain, low, high)
 
@@ -52,32 +46,19 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
 
 
-def draw_labels(
-    rule: str, classes: int, keys: jax.Array, indices: jax.Array, wanted: tuple[int, ...] = ()
-) -> jax.Array:
-    """Labels (b,): `wanted` in turn if given; else class i modulo K (balanced), or uniformly random by image i's key."""
-    if wanted:
-        return jnp.asarray(wanted, jnp.int32)[indices % len(wanted)]
-    if rule == "balanced":
-        return (indices % classes).astype(jnp.int32)
-    return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, LABEL_DRAW), (), 0, classes))(keys)
-
-
 @functools.lru_cache(maxsize=8)
-def make_sampler(
-    model: ModelConfig, process: Process, cfg: SampleConfig, mesh, wanted: tuple[int, ...] = ()
-) -> Callable:
-    """One compiled program: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,)."""
-    times = sampling_times(process, cfg.sampler, cfg.steps, cfg.spacing)
-    sampler = SAMPLERS[cfg.sampler]
-    shape = (model.input_size, model.input_size, model.channels)
-    model = on_device(model)
+def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = ()) -> Callable:
+    """One compiled program: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels int32 (b,).
+
+    `wanted`: pairs (field of cond, its values in turn); other fields are drawn.
+    """
+    shape, bound = (model.input_size, model.input_size, model.channels), bind(model)
 
     def sample(params, seed, indices):
         keys = image_keys(seed, indices)
-        labels = draw_labels(cfg.labels, model.classes, keys, indices, wanted)
-        denoise = make_denoiser(model, process, cfg, params, labels)
-        return sampler(process, denoise, draw_noise(keys, 0, shape), times, keys), labels
+        cond = bound.draw(cfg.labels, keys, indices, dict(wanted))
+        images = task.walk(make_denoiser(bound, task, cfg, params, cond), draw_noise(keys, 0, shape), keys)
+        return images, conditioning.labels(cond, len(indices))
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
     return jax.jit(sample, in_shardings=(whole, whole, rows), out_shardings=(rows, rows))
@@ -86,55 +67,6 @@ def make_sampler(
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] -> 0 to 255 as the published DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
     return np.clip(127.5 * images + 128.0, 0, 255).astype(np.uint8)
-
-
-def sample_images(
-    cfg: Config,
-    params,
-    sample: SampleConfig,
-    num: int,
-    seed: int,
-    mesh,
-    wanted: tuple[int, ...] = (),
-    first: int = 0,
-    decode: Callable[[np.ndarray], np.ndarray] = lambda images: images,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32). `decode` makes images of latents.
-
-    A device always computes ROWS images at a time, and what is too many is dropped, so that on one kind of device images are
-    the same, bit for bit, for every batch size and number of devices. (With the batch as the shape of the program, float32
-    images differed by up to 7e-7 and 1 of 15,360 pixels by one level; in bfloat16 a quarter of all pixels, by up to 5.)
-    """
-    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
-    draw = make_sampler(cfg.model, process, sample, mesh, wanted)
-    rows = ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(sample.batch_size, num - first) // rows) * rows
-    for start in range(first, num, size):
-        end = min(start + size, num)
-        chunks = [_draw_rows(draw, decode, params, seed, at, at + rows) for at in range(start, end, rows)]
-        images, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-        yield images[: end - start], labels[: end - start]
-
-
-def _draw_rows(
-    draw: Callable, decode: Callable, params, seed: int, start: int, end: int
-) -> tuple[np.ndarray, np.ndarray]:
-    drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
-    images = decode(drawn)
-    if not np.isfinite(images).all():
-        raise NotFiniteError(f"samples {start} to {end - 1}: found values that are not finite; is the model trained?")
-    return to_uint8(images), labels
-
-
-def image_flops(cfg: Config, sample: SampleConfig) -> int:
-    """FLOPs of one sampled image, guided steps counted twice."""
-    times = sampling_times(
-        make_process(cfg.diffusion, cfg.model.learn_sigma), sample.sampler, sample.steps, sample.spacing
-    )
-    calls = evaluation_times(sample.sampler, times).astype(np.float32)  # as the program compares them
-    low, high = np.float32(sample.interval)
-    guided = 0 if sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
-    return flops.sample_flops(cfg.model, len(calls), guided)
 
 
 def weights_hash(params) -> str:
@@ -147,25 +79,95 @@ def weights_hash(params) -> str:
     return digest.hexdigest()
 
 
-def describe_job(
-    cfg: Config,
-    params,
-    sample: SampleConfig,
-    step: int,
-    seed: int,
-    wanted: tuple[int, ...] = (),
-    autoencoder: Autoencoder | None = None,
-) -> dict:
-    """Everything that image i depends on besides the kind of device, flat and as JSON gives it back.
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn, bound once: `cfg` with its `sample`, the devices, the decoder of latents, and values of `cond` asked for."""
 
-    Neither batch size nor number of devices is among it: they change nothing.
-    """
-    model, settings = to_dict(cfg.model), dataclasses.asdict(sample)
-    del model["remat"], model["unroll"], settings["batch_size"]
-    classes = wanted if len(wanted) <= 100 else hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    job = {"step": step, "weights_sha256": weights_hash(params), "seed": seed, "labels": classes}
-    for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(cfg.diffusion))):
-        job |= {f"{name}.{key}": value for key, value in group.items()}
-    if autoencoder:
-        job |= {f"autoencoder.{key}": value for key, value in autoencoder.describe().items()}
-    return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS}))
+    cfg: Config
+    mesh: object
+    autoencoder: Autoencoder | None
+    decode: Callable[[np.ndarray], np.ndarray] = field(repr=False)
+    wanted: Mapping[str, tuple] = field(default_factory=dict)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """Process, sampler and times. Raises UsageError for what cannot be."""
+        return make_task(self.cfg)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of an image."""
+        if self.autoencoder is None:
+            return (self.cfg.model.input_size, self.cfg.model.input_size, self.cfg.model.channels)
+        return (self.cfg.data.image_size, self.cfg.data.image_size, self.autoencoder.cfg.channels)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one image, guided steps counted twice."""
+        return image_flops(self.cfg)
+
+    def images(self, params, seed: int, num: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32).
+
+        A device always computes ROWS images at a time, and what is too many is dropped, so that on one kind of device images are
+        the same, bit for bit, for every batch size and number of devices. (With the batch as the shape of the program, float32
+        images differed by up to 7e-7 and 1 of 15,360 pixels by one level; in bfloat16 a quarter of all pixels, by up to 5.)
+        """
+        draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, tuple(self.wanted.items()))
+        rows = ROWS * batch_split(self.mesh)
+        size = -(-min(self.cfg.sample.batch_size, num - first) // rows) * rows
+        for start in range(first, num, size):
+            end = min(start + size, num)
+            chunks = [self._rows(draw, params, seed, at, at + rows) for at in range(start, end, rows)]
+            images, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+            yield images[: end - start], labels[: end - start]
+
+    def _rows(self, draw: Callable, params, seed: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
+        images = self.decode(drawn)
+        if not np.isfinite(images).all():
+            raise NotFiniteError(
+                f"samples {start} to {end - 1}: found values that are not finite; is the model trained?"
+            )
+        return to_uint8(images), labels
+
+    def describe(self, params, step: int, seed: int) -> dict:
+        """Everything that image i depends on besides the kind of device, flat and as JSON gives it back.
+
+        Neither batch size nor number of devices is among it: they change nothing.
+        """
+        model, settings = to_dict(self.cfg.model), describe_sample(self.cfg.sample)
+        del model["remat"], model["unroll"]
+        asked = tuple(self.wanted.get("label", ()))
+        classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        job = {"step": step, "weights_sha256": weights_hash(params), "seed": seed, "labels": classes}
+        for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(self.cfg.diffusion))):
+            job |= {f"{name}.{key}": value for key, value in group.items()}
+        if self.autoencoder:
+            job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}
+        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS}))
+
+
+def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None) -> Sampling:
+    """The sampling of `cfg.sample`. Raises UsageError for what cannot be, or an autoencoder that does not fit."""
+    autoencoder = open_autoencoder(cfg)
+    make_task(cfg)
+    return Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, mesh), wanted or {})
+
+
+def describe_sample(cfg: SampleConfig) -> dict:
+    """The settings that images depend on. Stated times stand in place of `steps` and `spacing`, and are left out otherwise."""
+    settings = dataclasses.asdict(cfg)
+    del settings["batch_size"]
+    if cfg.times:
+        return settings | {"steps": len(cfg.times) - 1, "spacing": "stated"}
+    del settings["times"]
+    return settings
+
+
+def image_flops(cfg: Config) -> int:
+    """FLOPs of one image of `cfg.sample`, guided steps counted twice."""
+    calls = make_task(cfg).evaluations.astype(np.float32)  # as the program compares them
+    low, high = np.float32(cfg.sample.interval)
+    guided = 0 if cfg.sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
+    return bind(cfg.model).flops * (len(calls) + guided)

@@ -9,7 +9,6 @@ The npz is the ADM layout with the job as its comment.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dit_jax import checkpoint
 from dit_jax.error import Interrupted, JobError, UsageError
-from dit_jax.files import parse_json, sync, write_file
-from dit_jax.log import drawing_progress, say
+from dit_jax.files import delete, lock, names, parse_json, read, read_json, whole, write_file
+from dit_jax.log import drawing_progress, notice, say, warn
 
 Batch = tuple[np.ndarray, np.ndarray]  # images uint8 (b, h, w, c), labels int32 (b,)
 PART_BYTES = 1 << 26  # of images that wait in memory at most
@@ -74,28 +74,13 @@ def gather(store: Store, num: int, draw: Callable, stop: list, quiet: bool = Fal
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
     """Make `folder` and keep other processes out of it; it goes at the end if it is empty. Raises JobError if it is in use."""
-    path = os.path.join(folder, LOCK)
-    while True:
-        os.makedirs(folder, exist_ok=True)
-        try:
-            file = open(path, "w")  # noqa: SIM115
-        except FileNotFoundError:  # another process has just finished and removed the folder
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise JobError(f"{folder}: another process draws into it; wait for its end, or use another --out") from None
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            break
-        file.close()  # the file that is locked is no longer the one of that name
+    busy = JobError(f"{folder}: another process draws into it; wait for its end, or use another --out")
     try:
-        yield
+        with lock(os.path.join(folder, LOCK), busy, keep=False):
+            yield
     finally:
-        os.unlink(path)
         with contextlib.suppress(OSError):
             os.rmdir(folder)
-        file.close()
 
 
 def refuse_other(where: str, found: object, job: dict, advice: str) -> None:
@@ -127,7 +112,7 @@ def images_held(out: str, job: dict, num: int) -> int:
         raise UsageError(f"{out}: exists and does not say which job drew it; {advice}") from None
     refuse_other(out, found, job, advice)
     if damaged:
-        say(f"warning: {out}: {damaged} is damaged; its images are drawn again")
+        warn(f"{out}: {damaged} is damaged; its images are drawn again")
     if held > num:
         raise UsageError(f"{out}: holds {held} images of this job, more than --num={num}; {advice}")
     return held
@@ -136,11 +121,15 @@ def images_held(out: str, job: dict, num: int) -> int:
 def begun(out: str) -> dict:
     """The job whose parts lie beside `out`; {} without any, or where they do not say."""
     try:
-        with open(os.path.join(f"{out}.parts", JOB), "rb") as f:
-            found = parse_json(f.read())
-    except (OSError, ValueError):
+        return read_json(os.path.join(f"{out}.parts", JOB))
+    except (OSError, UsageError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def find_step(workdir: str, step: int | None, out: str, weights: str) -> int:
+    """The checkpoint asked for; else the one of the images that `out` has begun with, which training may have left behind."""
+    asked = begun(out).get("step") if out and step is None else None
+    return checkpoint.find_step(workdir, asked if asked in checkpoint.steps(workdir) else step, weights)
 
 
 def _prepare(store: Store) -> None:
@@ -148,10 +137,8 @@ def _prepare(store: Store) -> None:
     path = os.path.join(store.folder, JOB)
     advice = "go on with that job's command, remove the folder, or let this one write elsewhere"
     if os.path.exists(path):
-        with open(path, "rb") as f:
-            data = f.read()
         try:
-            found = parse_json(data)
+            found = parse_json(read(path))
         except ValueError as error:
             raise JobError(
                 f"{path}: damaged ({error}); remove {store.folder}, its images are then drawn again"
@@ -176,11 +163,8 @@ def save_part(store: Store, start: int, images: np.ndarray, labels: np.ndarray) 
     """Write images (b, h, w, c) and labels (b,) from number `start` on, whole or not at all. Returns their range."""
     end = start + len(labels)
     path, content = _path(store, start, end), (images.tobytes(), labels.astype("<i4").tobytes())
-    with open(path + ".tmp", "wb") as f:
+    with whole(path) as unfinished, open(unfinished, "wb") as f:
         f.writelines((_digest(store, start, end, *content), *content))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
     return start, end
 
 
@@ -198,11 +182,11 @@ def load_part(store: Store, start: int, end: int) -> Batch:
 def kept_parts(store: Store) -> list[tuple[int, int]]:
     """Ranges of the parts that verify, ascending and apart; what does not is removed, with a notice."""
     found: list[tuple[int, int]] = []
-    for name in sorted(os.listdir(store.folder)):
+    for name in names(store.folder):
         path, match = os.path.join(store.folder, name), NAME.fullmatch(name)
-        if name.endswith(".tmp"):
-            say(f"notice: {path}: unfinished, removed")
-            os.unlink(path)
+        if ".tmp" in name:
+            notice(f"{path}: unfinished, removed")
+            delete(path)
         if not match:
             continue
         start, end = int(match[1]), int(match[2])
@@ -211,8 +195,8 @@ def kept_parts(store: Store) -> list[tuple[int, int]]:
                 raise ValueError("its range overlaps with another part's")
             load_part(store, start, end)
         except ValueError as error:
-            say(f"warning: {path}: damaged ({error}); images {start} to {end - 1} are drawn again")
-            os.unlink(path)
+            warn(f"{path}: damaged ({error}); images {start} to {end - 1} are drawn again")
+            delete(path)
         else:
             found.append((start, end))
     return found
@@ -293,8 +277,8 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
     `parts` gives images 0 to num - 1 in order, and only one part is in memory. The bytes depend on the arrays and the job.
     """
     labels = [np.zeros(0, np.int32)]
-    with open(temporary, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with whole(path, temporary):
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             archive.comment = json.dumps(job).encode()
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
@@ -304,12 +288,10 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
                     labels.append(part_labels)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as f:
                 np.lib.format.write_array(f, np.concatenate(labels), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    if sum(map(len, labels)) != num:
-        raise JobError(f"{path}: found {sum(map(len, labels))} images in the parts, expected {num}; nothing is written")
-    os.replace(temporary, path)
-    sync(os.path.dirname(os.path.abspath(path)))  # before the parts go
+        if sum(map(len, labels)) != num:
+            raise JobError(
+                f"{path}: found {sum(map(len, labels))} images in the parts, expected {num}; nothing is written"
+            )
 
 
 def read_npz(path: str, most: int = PART_BYTES) -> Iterator[Batch]:
@@ -332,6 +314,6 @@ def _npy_shape(f) -> tuple[int, ...]:
 
 def remove(folder: str) -> None:
     """Remove what this module wrote; `locked` removes the folder when nothing else is in it."""
-    for name in os.listdir(folder):
-        if name == JOB or name.startswith(f"{JOB}.tmp") or name.endswith(".tmp") or NAME.fullmatch(name):
-            os.unlink(os.path.join(folder, name))
+    for name in names(folder):
+        if name == JOB or ".tmp" in name or NAME.fullmatch(name):
+            delete(os.path.join(folder, name))

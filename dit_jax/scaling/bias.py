@@ -3,7 +3,7 @@
 An isoFLOP curve of L = E + A / N^alpha + B / D^beta is no parabola, so the vertex of the parabola fitted to it is off even without noise.
 The shift depends on the surface and on the sizes tried, both of which are known once a surface is fitted to the same runs: it is the
 vertex of the parabola through the *surface's own* losses at the budget's own (N, D), less the surface's optimum on that budget. Czech et
-al. 2026 (arXiv 2603.22339) describe the effect; `leading` derives its leading orders.
+al. 2026 (arXiv 2603.22339) describe the effect.
 
 Only this difference is taken from the surface; the vertex itself stays the parabola's. So is the noise of a run: what the parabola leaves
 of the surface's losses is taken out of the residuals. The error of the shift is in the intervals to first order: the noise of a resample
@@ -105,31 +105,6 @@ def optimum(surface: Surface, curve: parabola.Curve) -> float | None:
         if max(-low, high) > FAR or not math.isfinite(below) or not math.isfinite(above):
             return None
     return None
-
-
-def leading(surface: Surface, width: float, offset: float = 0.0, points: int | None = None) -> float:
-    """The shift of log N_opt to the two leading orders, for sizes evenly spaced in log N within `width` (half, natural log) about a
-    centre that lies `offset` above the true optimum; `points` sizes (None = infinitely many), and C = k N D.
-
-    With x = log N - log N_true and p = A / N^alpha, q = B / D^beta there, alpha p = beta q, so along a budget the derivatives are
-    L2 = alpha p (alpha + beta), L3 = alpha p (beta^2 - alpha^2) and L4 = alpha p (alpha^3 + beta^3). Write x = m + v, m the offset and v
-    the symmetric grid, mj the mean of v^j. Least squares leaves 1, v and v^2 as they are, and replaces v^3 by k v, k = m4 / m2, and v^4 by
-    a constant and r v^2, r = (m6 - m4 m2) / (m4 - m2^2). At x = 0, where v = -m, the fitted parabola then has
-
-        slope L3 / 6 (k - 3 m^2) + L4 / 24 m (4 k - 2 r - 8 m^2) and second derivative L2 + L3 m,
-
-    and its vertex lies at minus their ratio. In the middle of a dense grid k = 3 width^2 / 5, and the vertex is off by
-    (alpha - beta) width^2 / 10: nothing where alpha = beta. Off the middle it is not nothing even then.
-    """
-    moments = {2: width**2 / 3, 4: width**4 / 5, 6: width**6 / 7}
-    if points is not None:
-        v = np.linspace(-width, width, points)
-        moments = {j: float(np.mean(v**j)) for j in moments}
-    k = moments[4] / moments[2]
-    r = (moments[6] - moments[4] * moments[2]) / (moments[4] - moments[2] ** 2)
-    third, fourth = surface.beta - surface.alpha, surface.alpha**2 - surface.alpha * surface.beta + surface.beta**2
-    slope = third / 6 * (k - 3 * offset**2) + fourth / 24 * offset * (4 * k - 2 * r - 8 * offset**2)
-    return float(-slope / (1 + third * offset))
 
 
 def fit_sane(runs: Sequence[Run]) -> SurfaceFit:

@@ -4,10 +4,9 @@ import contextlib
 import csv
 import math
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from typing import IO
 
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, alike
 
 SMALLEST = 1e-100  # number of a run, and 1 over the largest: squares and products of such numbers are finite
 COLUMNS = 1000  # of a CSV, at most; and names that are searched for a near one
@@ -57,7 +56,7 @@ def check_name(name: str, what: str, where: str) -> None:
 def nearest(name: str, found: Iterable) -> str:
     """What was found instead of `name`, for messages: the nearest, else everything."""
     found = list(found)[:COLUMNS]
-    near = get_close_matches(name, [f[:100] for f in found], 1, cutoff=0.3)
+    near = alike(name, [f[:100] for f in found], cutoff=0.3)
     return f"nearest found {near[0]!r}" if near else f"found {', '.join(map(str, found)) or 'nothing'}"
 
 

@@ -3,10 +3,9 @@
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import chain, zip_longest
 
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, alike
 from dit_jax.files import numbered
 from dit_jax.scaling.cells import COLUMNS, agrees, condition, nearest, opened
 
@@ -121,6 +120,6 @@ def _check_columns(file: str, ours: list, expected: Expected, misspelt: bool) ->
             )
     absent = [name for name in expected.known if name not in ours]
     for column in ours if misspelt else ():  # a misspelt optional column would silently fall back to its default
-        near = get_close_matches(column[:100].lower(), absent, 1, cutoff=0.85)
+        near = alike(column.lower(), absent, cutoff=0.85)
         if column not in expected.known and near:
             raise UsageError(f"{file}: unknown column {column!r}; did you mean {near[0]!r}?")

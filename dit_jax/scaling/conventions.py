@@ -1,9 +1,8 @@
-"""What the numbers of a study count, as data: conventions that are compared, refused when they mix, and converted.
+"""What the numbers of a study count, as data: conventions that are compared, refused when they mix, and converted to FLOPs of training.
 
 Porian et al. 2024 (arXiv 2406.19146): the same runs give exponents that differ by 0.3 when compute or parameters are counted
 otherwise. Peebles & Xie 2023 (arXiv 2212.09748) print multiply-adds of one forward pass as "Gflops"; a comparison with training
-FLOPs is off by 6. So N, D and C carry what they are. Some conversions are a factor, some need what a run recorded, and some
-cannot be: no function turns a smoothed training loss into a held-out one.
+FLOPs is off by 6. So N, D and C carry what they are.
 """
 
 import math
@@ -13,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from dit_jax.error import UsageError, shown
-from dit_jax.scaling.law import PowerLaw
 
 FLOPS_OVER_MACS = 2
 TRAIN_OVER_FORWARD = 3  # forward, gradient of the inputs, gradient of the weights
@@ -94,7 +92,7 @@ def require_same(ours: Convention, theirs: Convention, what: str = "RUNS") -> No
     for name in CHOICES:
         a, b = getattr(ours, name), getattr(theirs, name)
         if a != b:
-            raise UsageError(f"{what}: {name} is {b!r} and {a!r}; one fit takes one convention, convert one of them")
+            raise UsageError(f"{what}: {name} is {b!r} and {a!r}; one fit takes one convention")
 
 
 def factor(have: Convention, want: Convention) -> float:
@@ -105,64 +103,6 @@ def factor(have: Convention, want: Convention) -> float:
     if have.passes != want.passes:
         found *= TRAIN_OVER_FORWARD if have.passes == "forward" else 1 / TRAIN_OVER_FORWARD
     return found
-
-
-def convert_law(law: PowerLaw, have: Convention, want: Convention) -> PowerLaw:
-    """A law of C in `have` as a law of C in `want`: the exponent stays, k becomes k factor^-x.
-
-    Raises UsageError where more than the unit and the passes of exact C differ: those need the runs, see `convert`.
-    """
-    if have.counted != "exact" or replace(have, unit=want.unit, passes=want.passes) != want:
-        raise UsageError(
-            f"convention: a law converts between units and passes only; found {have} to {want}; convert the runs"
-        )
-    return replace(law, coefficient=law.coefficient * factor(have, want) ** -np.asarray(law.exponent))
-
-
-def convert(runs: Sequence, have: Convention, want: Convention, tokens_per_image: float | int = math.nan) -> list:
-    """Runs counted as `have`, counted as `want`: their `params`, `tokens` (D, whatever it counts), `flops` and `convention`.
-
-    `tokens_per_image` serves runs that did not record their images. Raises UsageError, naming the run, where a conversion needs what
-    was not recorded, and where none exists: exact FLOPs from 6ND, one kind of loss from another.
-    """
-    if have.loss != want.loss:
-        raise UsageError(
-            f"convention: the loss is {have.loss!r}, not {want.loss!r}; that cannot be converted, measure it anew"
-        )
-    if have.counted == "6ND" and want.counted == "exact":
-        raise UsageError("convention: 6ND has lost the exact FLOPs; take them from the records or the architecture")
-    return [_convert(run, have, want, tokens_per_image) for run in runs]
-
-
-def _convert(run, have: Convention, want: Convention, per_image: float | int):
-    params, other = run.params, run.params_total
-    if have.params != want.params:
-        params, other = _recorded(run.params_total, run, "params_total"), run.params
-    tokens = run.tokens
-    if have.data != want.data:
-        ratio = _tokens_per_image(run, have, per_image)
-        tokens = run.tokens * ratio if have.data == "images" else run.tokens / ratio
-    flops = run.flops
-    if want.counted == "exact":
-        flops = run.flops * factor(have, want)
-    elif have.counted == "exact" or have.params != want.params:
-        ratio = _tokens_per_image(run, have, per_image) if want.data == "images" else 1.0
-        flops = 6.0 * params * tokens * ratio
-    return replace(run, params=params, params_total=other, tokens=tokens, flops=flops, convention=want)
-
-
-def _tokens_per_image(run, have: Convention, per_image: float | int) -> float | int:
-    if not math.isnan(per_image):
-        return per_image
-    if have.data == "images":
-        raise UsageError(f"{run.source or run.name}: D is in images; tokens need tokens_per_image")
-    return run.tokens / _recorded(run.images, run, "images")
-
-
-def _recorded(value: float, run, name: str) -> float:
-    if math.isnan(value):
-        raise UsageError(f"{run.source or run.name}: {name} is not recorded, the conversion needs it")
-    return value
 
 
 def training_flops(runs: Sequence) -> list:
@@ -179,7 +119,7 @@ def training_flops(runs: Sequence) -> list:
             f"{runs[0].source}: flops is 6 x params x tokens in all {len(runs)} runs, which looks like FLOPs of training, but "
             f"is said to be {have.unit} of {have.passes}"
         )
-    return convert(runs, have, want)
+    return [replace(run, flops=run.flops * factor(have, want), convention=want) for run in runs]
 
 
 def check_units(runs: Sequence, tolerance: float = 0.02) -> None:

@@ -24,13 +24,13 @@ import numpy as np
 from dit_jax.error import UsageError
 from dit_jax.scaling import bias
 from dit_jax.scaling.fit import METHODS, IsoflopFit, fit_isoflop
+from dit_jax.scaling.names import SPLITS
 from dit_jax.scaling.optima import PointFit
 from dit_jax.scaling.predict import NO_INTERVAL, interval, predict
 from dit_jax.scaling.runs import Run, budgets, scattered
 from dit_jax.scaling.study import SurfaceFit
 from dit_jax.scaling.table import DASH, span
 
-SPLITS = ("largest", "budgets", "models")
 RESAMPLES = 200
 FIFTH = 0.2  # of scattered runs, the share with the largest compute that is left out
 HOLDOUT_HEAD = ("left out", "beyond the rest", "of", "predicted", "interval", "measured", "error", "inside")

@@ -102,7 +102,7 @@ def fit_frontier(
 ) -> Frontier:
     """The frontier of `points` (of `load_points`) over the cost of an image in `unit`: "flops" or "seconds"."""
     costs = np.array([cost_of(p, unit) for p in points])
-    higher, known = higher_is_better(metric), any(p.score_se for p in points)
+    higher, known = higher_is_better(metric, points), any(p.score_se for p in points)
     drawn = log_scores(points, higher, resamples if known else 0, seed)
     # Guidance 1 takes one pass, any other two: a choice is made among equal costs, so that the cheaper one stays in the race.
     found = choices(points, [(*sampling_key(p), c) for p, c in zip(points, costs, strict=True)], drawn)

@@ -1,6 +1,5 @@
-"""The commands `metric`, `compare` and `frontier`: their arguments, their tables and their JSON."""
+"""The commands `metric`, `compare` and `frontier`: their tables and their JSON."""
 
-import argparse
 import math
 import os
 import re
@@ -20,95 +19,9 @@ from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.table import DASH, finite, law_text, print_table, span
 
 
-def add_commands(commands) -> None:
-    """Adds the three to argparse's subparsers; each sets `job`, a function from the arguments to (JSON, warnings)."""
-    one = commands.add_parser("metric", help=run_metric.__doc__.splitlines()[0])
-    one.add_argument("runs", nargs="+", metavar="RUNS")
-    one.add_argument("--metric", default="fid", help="any metric of the records, or a column of the CSV")
-    one.add_argument("--irreducible", action="store_true", help="E + k C^x instead of k C^x")
-    one.add_argument("--each", action="store_true", help="every model is a point, not the best of each budget")
-    one.add_argument(
-        "--flops", type=float, action="append", default=[], help="training FLOPs to predict at; repeatable"
-    )
-    one.add_argument("--against", metavar="RUNS", help="the same models measured on a second data set")
-    one.add_argument(
-        "--against_where", metavar="FIELD=VALUE", action="append", default=[], help="as --where, of --against"
-    )
-    one.add_argument("--difference", action="store_true", help="the offset of --against is a difference, not a ratio")
-    _add_choice(one)
-    one.set_defaults(job=run_metric)
-    two = commands.add_parser("compare", help=run_compare.__doc__.splitlines()[0])
-    two.add_argument("runs_a", metavar="RUNS_A")
-    two.add_argument("runs_b", metavar="RUNS_B")
-    two.add_argument("--metric", default="loss")
-    two.add_argument("--law", choices=("pure", "irreducible"), default="", help="form of both loss laws")
-    two.add_argument(
-        "--through", choices=("vertices", "best"), default="vertices", help="of each budget: parabola, or best run"
-    )
-    two.add_argument("--window", type=float, default=math.inf, help="as of fit")
-    _add_choice(two)
-    two.set_defaults(job=run_compare)
-    three = commands.add_parser("frontier", help=run_frontier.__doc__.splitlines()[0])
-    three.add_argument("runs", nargs="+", metavar="RUNS")
-    three.add_argument("--metric", default="fid", help="any metric of the records, or a column of the CSV")
-    three.add_argument("--cost", default="flops", choices=("flops", "seconds"), help="of one image")
-    three.add_argument(
-        "--at", type=float, action="append", default=[], help="name the best model at this cost; repeatable"
-    )
-    three.add_argument("--images_served", type=float, metavar="N", help="add training: total = training + N images")
-    three.add_argument("--total", type=float, action="append", default=[], help="FLOPs of --images_served; repeatable")
-    three.add_argument("--out", metavar="PNG", help="write the figure here")
-    _add_choice(three, choose=False)
-    three.set_defaults(job=run_frontier)
-
-
-def add_table(parser: argparse.ArgumentParser) -> None:
-    """Adds what names the columns of a CSV, and what takes some of its rows or records."""
-    parser.add_argument(
-        "--column",
-        metavar="OURS=THEIRS",
-        action="append",
-        default=[],
-        help="another name of a CSV's column; repeatable",
-    )
-    parser.add_argument(
-        "--where",
-        metavar="FIELD=VALUE",
-        action="append",
-        default=[],
-        help="take what agrees: a column of the CSV, or a field of the protocol; repeatable",
-    )
-
-
-def _add_choice(parser: argparse.ArgumentParser, choose: bool = True) -> None:
-    add_table(parser)
-    if choose:
-        parser.add_argument(
-            "--choose", default="guidance", help="best per model over these, comma-separated: steps, ..."
-        )
-    parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="OUT", help="write the result here too")
-
-
-def check(args) -> None:
-    """Raises UsageError on numbers that cannot be."""
-    for name in ("flops", "at", "total", "images_served"):
-        found = getattr(args, name, None)
-        for value in found if isinstance(found, list) else [] if found is None else [found]:
-            if not 0 < value < math.inf:
-                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
-    if getattr(args, "total", None) and not args.images_served:
-        raise UsageError("--total: found it without --images_served, expected both")
-    unknown = [name for name in getattr(args, "choose", "guidance").split(",") if name not in SAMPLING]
-    if unknown:
-        raise UsageError(f"--choose: found {unknown[0]!r}, expected names among {', '.join(SAMPLING)}")
-
-
 def run(args) -> dict:
     """The JSON of the command that `args` names; its warnings go to standard error, and into the JSON."""
-    check(args)
-    result, warnings = args.job(args)
+    result, warnings = COMMANDS[args.command](args)
     for warning in warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
     return finite(result | {"warnings": warnings})
@@ -121,7 +34,7 @@ def _points(args, paths, where: list | None = None, sampled: bool = False) -> li
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
     """The choice of each model and what is to be said about it."""
-    options = dict(higher=higher_is_better(args.metric), resamples=args.resamples, seed=args.seed)
+    options = dict(higher=higher_is_better(args.metric, points), resamples=args.resamples, seed=args.seed)
     found = choose(points, args.choose.split(","), **options)
     single = "" if args.metric == "loss" else one_guidance(found)
     return found, [w for w in (single, *(c.warning for c in found)) if w]
@@ -149,7 +62,7 @@ def run_metric(args) -> tuple[dict, list]:
     """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
     found, warnings = _chosen(_points(args, args.runs), args)
     best = [c.best for c in found]
-    used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric))
+    used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric, best))
     fit = fit_metric(used, irreducible=args.irreducible, resamples=args.resamples, seed=args.seed)
     _print_choices(found, args.metric)
     scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
@@ -202,6 +115,11 @@ def _far(beyond: float) -> str:
     return f"{beyond:.3g}x beyond" if beyond > 1 else "inside"
 
 
+def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
+    if higher_is_better(metric, points):
+        raise UsageError(f"--metric: found {metric}, expected a metric of which less is better")
+
+
 def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     """One side of a comparison."""
     options = dict(resamples=args.resamples, seed=args.seed)
@@ -209,7 +127,9 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
         runs = training_flops(load_runs([path], columns=parse_names(args.column), where=args.where))
         check_units(runs)
     else:
-        found, said = _chosen(_points(args, path), args)
+        points = _points(args, path)
+        _check_lower(args.metric, points)
+        found, said = _chosen(points, args)
         warnings += [f"{name}: {text}" for text in said]
         runs = [c.best.run() for c in found]
     if args.through == "best":
@@ -233,8 +153,7 @@ def _side(path: str, name: str, args, warnings: list) -> ladders.Ladder:
 
 def run_compare(args) -> tuple[dict, list]:
     """Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower."""
-    if higher_is_better(args.metric):
-        raise UsageError(f"--metric: found {args.metric}, expected a metric of which less is better")
+    _check_lower(args.metric)
     names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []
@@ -365,3 +284,6 @@ def _print_served(title: str, rows: list, metric: str) -> None:
     cells = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
               f"{s.point.score:.4g}") for s in rows]  # fmt: skip
     print_table(title, ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", metric), cells)
+
+
+COMMANDS = {"metric": run_metric, "compare": run_compare, "frontier": run_frontier}

@@ -1,6 +1,5 @@
-"""The command `plan`: its arguments, its budgets in FLOPs or chip-hours, its tables and its JSON."""
+"""The command `plan`: its budgets in FLOPs or chip-hours, its tables and its JSON."""
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -9,10 +8,10 @@ from collections.abc import Sequence
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
-from dit_jax.hardware import Topology, topology
 from dit_jax.scaling.design import Cell, Proposal, next_cells
 from dit_jax.scaling.family import DIT, sized
 from dit_jax.scaling.fit import Fit
+from dit_jax.scaling.options import MODEL, chip_rate
 from dit_jax.scaling.overhead import Off
 from dit_jax.scaling.plan import ladder_of
 from dit_jax.scaling.recipe import Recipe, count_of, counted_flops, make_recipe
@@ -32,67 +31,6 @@ CELL_HEAD = (
     "worth a FLOP, of the best",
 )
 OFF_HEAD = ("size", "N", "loss", "over the best", "interval", "compute to make up", "interval")
-MODEL = ("patch", "channels", "classes", "input_size", "image_size")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `plan` takes besides the fit's own options."""
-    budget = parser.add_argument_group("budget", "training FLOPs (--flops), or hours of chips")
-    budget.add_argument(
-        "--chip_hours", type=float, action="append", default=[], help="chips x hours, with --topology; may be repeated"
-    )
-    budget.add_argument("--topology", help="v3-256, v4-128, v5p-64, h100x8, ...: dit_jax.hardware")
-    budget.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the peak rate that training reaches (default 0.4, assumed)"
-    )
-    budget.add_argument("--dtype", default="bfloat16", help="whose peak rate counts: bfloat16, tensorfloat32, float32")
-    model = parser.add_argument_group("model", "else that of RUNS' config.json, else DiT-XL/2's")
-    model.add_argument("--config", default="", metavar="FILE[:ARG]", help="the config that the run starts from")
-    model.add_argument(
-        "--model", "--like", default="", metavar="NAME", help="a published model, as DiT-XL/2, in all but its size"
-    )
-    for name in MODEL:
-        model.add_argument(f"--{name}", type=int, default=0)
-    model.add_argument("--conditioning", default="", help="in_context, cross_attention, adaln or adaln_zero")
-    model.add_argument("--batch", type=int, default=0, help="images (default: the config's)")
-    model.add_argument(
-        "--family", choices=("runs", "dit"), help="whose width / depth and heads (default: runs, if they tell)"
-    )
-    cells = parser.add_argument_group("next cells", "runs that would narrow the interval of N_opt at the first budget")
-    cells.add_argument(
-        "--next_flops", type=float, help="what they may cost in all (default: as much as RUNS did; 0: none)"
-    )
-    cells.add_argument("--next_cells", type=int, default=12, help="how many at most")
-
-
-def check(args) -> None:
-    """Raises UsageError on arguments that do not go together, before anything is fitted."""
-    if not args.flops and not args.chip_hours:
-        raise UsageError("plan: found no budget, expected --flops, or --chip_hours with --topology")
-    if args.chip_hours and not args.topology:
-        raise UsageError("--chip_hours: found it without --topology, expected both (v3-256, h100x8, ...)")
-    for name, values in (("chip_hours", args.chip_hours), ("mfu", [args.mfu])):
-        for value in values:
-            if not 0 < value < math.inf:
-                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
-    if args.mfu > 1:
-        raise UsageError(f"--mfu: found {args.mfu:g}, expected a share of the peak, at most 1")
-    if args.next_flops is not None and not 0 <= args.next_flops < math.inf:
-        raise UsageError(f"--next_flops: found {args.next_flops:g}, expected at least 0")
-    for name in (*MODEL, "batch", "next_cells"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name}: found {getattr(args, name)}, expected at least 1")
-    if args.topology:
-        _rate(args)
-
-
-def _rate(args) -> tuple[Topology, float]:
-    """The slice, and the FLOP/s of one of its chips at the MFU assumed."""
-    found = topology(args.topology)
-    rate = found.peak(args.dtype) * found.chip.devices * args.mfu
-    if math.isnan(rate):
-        raise UsageError(f"--topology: no peak rate is published for {args.dtype} on {args.topology}")
-    return found, rate
 
 
 def given_settings(args, runs: Sequence[Run]) -> Settings:
@@ -111,7 +49,7 @@ def run(args, runs: Sequence[Run], fit: Fit) -> dict:
     given = given_settings(args, runs)
     budgets = [(c, False) for c in args.flops]
     if args.chip_hours:
-        rate = _rate(args)[1]
+        rate = chip_rate(args)[1]
         budgets += [(hours * HOUR * rate, True) for hours in args.chip_hours]
     recipes = [make_recipe(fit, c, given, runs, exact) for c, exact in budgets]
     models: dict = {}
@@ -213,7 +151,7 @@ def _hours(recipe: Recipe, args) -> str:
 
 def _where(recipe: Recipe, args) -> dict:
     """Time on a slice, in hours."""
-    found, rate = _rate(args)
+    found, rate = chip_rate(args)
     hours = recipe.flops_train / rate / HOUR
     return {
         "topology": args.topology,

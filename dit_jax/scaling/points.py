@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from scipy import stats
 
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, shown
 from dit_jax.files import numbered
 from dit_jax.scaling.cells import agrees, check_name, condition, finite, opened, positive
 from dit_jax.scaling.columns import Columns, Expected, read_rows
+from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, _files, _parse, flatten
 
-SAMPLING = ("sampler", "steps", "guidance", "spacing")  # fields of protocol.samples that points may differ in
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better
@@ -45,6 +45,7 @@ class Point:
     protocol: dict = field(default_factory=dict)
     loss_protocol: dict = field(default_factory=dict)
     source: str = ""  # file and line, for messages
+    sign: int = 0  # of the metric: +1 more is better, -1 less, 0 = not recorded
 
     @property
     def sampling(self) -> str:
@@ -63,8 +64,10 @@ class Point:
         return Run(self.name, images=self.images, protocol=self.protocol, source=self.source, **numbers)
 
 
-def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better: Inception Score, precision, recall, ... of whatever network."""
+def higher_is_better(metric: str, points: Sequence[Point] = ()) -> bool:
+    """Whether more of a metric is better, as the points' records state, or else by its name, of whatever network."""
+    if stated := {p.sign for p in points} - {0}:
+        return stated == {1}
     return any(metric == name or metric.startswith(f"{name}_") for name in HIGHER)
 
 
@@ -197,8 +200,16 @@ def _point(record: dict, metric: str, where: str, with_loss: dict | None) -> Poi
         spacing=str(samples.get("spacing", "")),
         protocol=record["protocol"],
         source=where,
+        sign=_sign(record.get("metric_signs", {}), metric, where),
         **values,
     )
+
+
+def _sign(signs: object, metric: str, where: str) -> int:
+    found = signs.get(metric, 0) if isinstance(signs, dict) else signs
+    if found not in (-1, 0, 1):
+        raise UsageError(f"{where}: metric_signs: found {shown(found)} for {metric}, expected 1 or -1")
+    return int(found)
 
 
 def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> float:

@@ -17,9 +17,9 @@ from scipy import stats
 
 from dit_jax.error import UsageError
 from dit_jax.scaling import outlier, parabola
+from dit_jax.scaling.names import DROPPED
 from dit_jax.scaling.runs import Run, budgets, scattered
 
-DROPPED = ("duplicates", "diverged", "outliers")  # in the order in which they are looked for
 MOST = 0.2  # of the runs that may be left out, duplicates not counted
 OFF = 0.5  # of the half-width of the sizes: a vertex farther than this from their middle is off-centre, or has drifted
 NAMED = 5  # runs named in one text

@@ -72,9 +72,7 @@ def counted_flops(convention: Convention, model: ModelConfig, images: float | in
     return 6.0 * count_of(convention)(model) * model.tokens * images
 
 
-def make_recipe(
-    fit: Fit, budget: float | int, given: Settings, runs: Sequence[Run], exact: bool = False, workdir: str = ""
-) -> Recipe:
+def make_recipe(fit: Fit, budget: float | int, given: Settings, runs: Sequence[Run], exact: bool = False) -> Recipe:
     """The run that the fit recommends for `budget`: FLOPs as the fit's C counts them, or `exact` ones, of a machine.
 
     Raises UsageError where the budget does not buy one step.
@@ -117,7 +115,7 @@ def make_recipe(
         loss=said["L_run"],
         loss_interval=said["L_run_interval"],
         off=tuple(off_by(fit, c, factor) for factor in (1 / FACTOR, FACTOR)),
-        command=command(given, model, steps, workdir or f"runs/C{c:.2e}-{name}".replace("+", "")),
+        command=command(given, model, steps, f"runs/C{c:.2e}-{name}".replace("+", "")),
         warnings=given.warnings,
     )
     return replace(recipe, warnings=(*recipe.warnings, *_cautions(recipe, runs, convention)))

@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 
+from dit_jax.files import write_file
 from dit_jax.scaling import chart, clouds, plots, residuals
 from dit_jax.scaling.methods import Methods, predictions
 from dit_jax.scaling.page import computes, page
@@ -70,18 +70,9 @@ def save(path: str, report: Report) -> str:
 
 
 def write(path: str, data: bytes) -> None:
-    """The whole file or none of it: a temporary file in the same folder, then a rename."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a file whole, in a folder that is made for it."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write_file(path, data)
 
 
 def make_charts(report: Report) -> list:

@@ -1,6 +1,5 @@
 """What a table of runs states of its convention: by options of the command, by columns, or by the numbers themselves."""
 
-import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -21,27 +20,6 @@ SAME = 1e-3  # flops this near to 6 x params x tokens, in all rows, are these
 ALIKE = 0.05  # ... are these where they are said to be: those of whole steps, or of a budget
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what a command may say of a CSV whose columns do not, and `--to`."""
-    group = parser.add_argument_group(
-        "convention of a CSV", "columns counted, unit, pass, params_kind, data_kind, loss_kind say it too"
-    )
-    group.add_argument(
-        "--counted", metavar="exact|6nd", help="C (default: 6nd where flops is absent or is 6 params tokens)"
-    )
-    group.add_argument("--unit", metavar="flops|macs", help="of C; MACs are converted to FLOPs")
-    group.add_argument("--pass", dest="passes", metavar="train|forward", help="of C; forward is converted to training")
-    group.add_argument("--params", metavar="active|total", help="N: active per token, or all trainable")
-    group.add_argument("--data", metavar="tokens|images", help="D: what the column tokens counts")
-    group.add_argument(
-        "--loss_kind", metavar="ema|raw|training", help="L: held out with EMA or raw weights, or the training loss"
-    )
-    group.add_argument("--tokens_per_image", type=float, default=math.nan, help="for D in images")
-    parser.add_argument(
-        "--to", metavar="FIELD=VALUE,...", help="convert: counted=6nd, params=total|active, data=images|tokens"
-    )
-
-
 def options_of(args) -> dict:
     """Field of a Convention -> what the command says of it. Raises UsageError on a word that is unknown."""
     if args.tokens_per_image <= 0 or math.isinf(args.tokens_per_image):
@@ -56,20 +34,6 @@ def options_of(args) -> dict:
     }
     given = {name: getattr(args, "loss_kind" if name == "loss" else name) for name in flags}
     return {name: word(name, value, f"--{flags[name]}") for name, value in given.items() if value is not None}
-
-
-def target(text: str, have: Convention) -> Convention:
-    """What `--to` asks for, as `params=total,data=images`."""
-    changes = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in ("counted", "params", "data"):
-            raise UsageError(
-                f"--to: found {name!r}, expected counted, params or data; C stays in FLOPs of training (convert_law of "
-                "dit_jax.scaling.conventions converts a law)"
-            )
-        changes[name] = word(name, value, f"--to {name}")
-    return replace(have, **changes)
 
 
 def of_cells(row: Mapping, where: str) -> dict:
@@ -158,5 +122,5 @@ def require_stated(runs: Sequence, options: Mapping) -> None:
         if getattr(run.convention, name) != value:
             raise UsageError(
                 f"{run.source}: {name} is {getattr(run.convention, name)!r} by the record, {value!r} by the command; records state "
-                "their own convention, --to converts"
+                "their own convention"
             )

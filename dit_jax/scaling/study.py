@@ -9,9 +9,9 @@ from scipy import stats
 
 from dit_jax.error import UsageError
 from dit_jax.scaling import inference, newton
+from dit_jax.scaling.names import LOSSES, RESIDUALS
 from dit_jax.scaling.runs import Run
 
-RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
 FEW = 15  # independent runs below which a bootstrap of a Huber fit, or of whole training curves, is rough
 FEWEST = 20  # resamples that make an interval
 WORST = 1e13  # condition number of a normal matrix above which float64 holds three digits at most

@@ -1,8 +1,8 @@
 """A fit in words, in rows of text and in JSON: what the command prints and the report shows."""
 
 import math
-import sys
 
+from dit_jax.log import table
 from dit_jax.scaling import bias
 from dit_jax.scaling.predict import interval
 
@@ -180,21 +180,5 @@ def far(beyond: float) -> str:
 
 
 def print_table(title: str, head, rows) -> None:
-    """Print rows of text to standard output: a rich table on a terminal, aligned plain text elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    print(title)
-    for line in [head, *rows]:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        print("  " + "  ".join(cells).rstrip())
-    print()
+    """Print rows of text under a title."""
+    table(head, rows, title)

@@ -1,6 +1,5 @@
 """What the commands say beside the laws: the quality of the runs, the bias of the parabolas, and errors on what was held out."""
 
-import argparse
 import sys
 
 from dit_jax.error import UsageError, one_line
@@ -17,18 +16,6 @@ GRID = (
 )  # kinds that concern a minimum of each budget: isoflop and akima alone
 PRINTED = 8  # findings of one kind
 SUMMARY_HEAD = ("method", "of", "left out", "RMS error", "worst", "worst at", "inside")
-
-
-def add_options(parser: argparse.ArgumentParser, command: str) -> None:
-    """The options of one of the commands `fit`, `predict`, `plan` and `report`."""
-    parser.add_argument(
-        "--unbias", action="store_true", default=None, help="isoflop: subtract the bias that a surface predicts"
-    )
-    kinds = ",".join(quality.DROPPED)
-    parser.add_argument("--drop", metavar="KINDS", help=f"leave these runs out: any of {kinds}, or all")
-    if command == "fit":
-        what = "predict the largest budget, each budget or each model (size) from the others"
-        parser.add_argument("--holdout", choices=crossval.SPLITS, help=what)
 
 
 def without(runs: list, drop: str | None, curves: bool, quiet: bool = False) -> tuple:

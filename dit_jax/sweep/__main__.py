@@ -12,14 +12,14 @@ import signal
 from absl import flags
 
 from dit_jax.config import resolve
-from dit_jax.error import ERROR, Interrupted
+from dit_jax.error import Interrupted, JobError
 from dit_jax.job.launch import launch
 from dit_jax.job.launcher import define_flags
-from dit_jax.log import say
-from dit_jax.sweep.ladder import run, run_apart
 
 
 def main() -> None:
+    from dit_jax.sweep.ladder import run, run_apart
+
     signal.signal(signal.SIGTERM, _interrupt)
     cfg, workdir, launcher, cell = (getattr(flags.FLAGS, name) for name in ("config", "workdir", "launcher", "cell"))
     if launcher != "local" or cell is not None:
@@ -28,8 +28,7 @@ def main() -> None:
     failed = run(resolve(cfg), workdir)
     if failed:
         names = ", ".join(cell.name for cell in failed)
-        say(f"error: {len(failed)} cell(s) failed: {names}; the same command tries them again")
-        raise SystemExit(ERROR)
+        raise JobError(f"{len(failed)} cell(s) failed: {names}; the same command tries them again")
 
 
 def _interrupt(number, frame) -> None:

@@ -2,26 +2,25 @@
 
 import dataclasses
 import os
-import time
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, to_dict
-from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import Source
 from dit_jax.devices.mesh import make_mesh
+from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.protocol import check_config, loss_protocol
 from dit_jax.evaluation.run import run as evaluate
+from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
-from dit_jax.job.workers import run_cells, use_cache
-from dit_jax.log import clock, say
+from dit_jax.job.workers import run_cells
+from dit_jax.log import bar, say, warn
 from dit_jax.networks.autoencoder import follow_latents
-from dit_jax.sampling.draw import sample_images
+from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.picture import grid
 from dit_jax.scaling import fit, plan, predict, report, runs, table
 from dit_jax.training import loop
@@ -98,12 +97,6 @@ def run_cell(cell: Cell, quiet: bool = True) -> dict:
     return evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet)[0]
 
 
-def loss_protocol_id(cfg: Config) -> str:
-    """The protocol that all cells are compared under; a cell may carry records of others."""
-    images = len(load_arrays(cfg.data, cfg.data.held_out_split)[0])
-    return identify(loss_protocol(cfg, min(images, cfg.eval.max_images or images)))
-
-
 def finished(cell: Cell, protocol_id: str) -> bool:
     """Whether the cell's last step has its record."""
     return (cell.cfg.train.steps, protocol_id) in read_records(cell.workdir)
@@ -123,16 +116,12 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
     if not todo:
         return []
     say(f"{len(todo)} cells to train, {sum(c.budget for c in todo):.2g} FLOPs, in {processes} process(es)")
-    failed, done, start = [], 0.0, time.monotonic()
+    failed, done = [], 0.0
     total, count = sum(cell.weight for cell in todo), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[eta]}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("ladder", total=total, eta="")
+    with bar("ladder", total) as move:
         for cell, outcome in run_cells(todo, processes, cache, run_cell):
             if cell is None:
-                current = done + sum(c.weight * share_done(c) for c in outcome)
-                bar.update(task, completed=current, eta=f"ETA {_eta(current, total, start)}")
+                move(done + sum(c.weight * share_done(c) for c in outcome))
                 continue
             count, done = count + 1, done + cell.weight
             if isinstance(outcome, BaseException):
@@ -140,11 +129,7 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
                 line = f"FAILED: {type(outcome).__name__}: {outcome}"
             else:
                 line = score(outcome)
-            bar.console.print(
-                f"[{count}/{len(todo)}] {cell.name}  {line}  ETA {_eta(done, total, start)}",
-                highlight=False,
-                markup=False,
-            )
+            say(f"[{count}/{len(todo)}] {cell.name}  {line}  {move(done)}")
     return failed
 
 
@@ -153,24 +138,23 @@ def score(record: dict) -> str:
     return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
 
 
-def _eta(done: float, total: float, start: float) -> str:
-    return clock((total - done) * (time.monotonic() - start) / done) if done else "?"
-
-
-def prepare(cfg: Config, workdir: str) -> None:
-    """Make W with the sweep's config as sweep.json, or check that W holds this sweep."""
-    loop.open_data(cfg)
+def prepare(cfg: Config, workdir: str) -> Source:
+    """Make W with the sweep's config as sweep.json, or check that W holds this sweep; returns the held-out split."""
+    _, held_out = loop.open_data(cfg)
     check_config(cfg)
+    if cfg.sweep.extrapolate:
+        check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
     path = os.path.join(workdir, "sweep.json")
     if not os.path.isfile(path):
         make_folder(workdir, "sweep.json", cfg)
-        return
+        return held_out
     old, new = (flatten(to_dict(c)) for c in (read_config(workdir, "sweep.json"), cfg))
     free = ("sweep.processes", "sweep.grid", "data.data_dir")
     changed = [k for k in new if new[k] != old[k] and not k.startswith(free)]
     if changed:
         key = changed[0]
         raise UsageError(f"{workdir} holds another sweep: {key} is {old[key]!r} there, {new[key]!r} in the command")
+    return held_out
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:
@@ -209,13 +193,13 @@ def grid_settings(cfg: Config) -> SampleConfig:
 
 def draw_grid(cfg: Config, cell: Cell) -> str:
     """Guided samples of a run, one row a class: the PNG's path. Drawn once."""
-    settings, classes = grid_settings(cfg), cfg.model.classes
+    settings, classes = grid_settings(cfg), max(cfg.model.classes, 1)
     name = f"grid-{settings.sampler}{settings.steps}-guidance{settings.guidance:g}-{cfg.sweep.grid}.png"
     path = os.path.join(cell.workdir, "samples", name)
     if not os.path.isfile(path):
         _, params = checkpoint.load(cell.workdir, item=settings.weights)
-        mesh = make_mesh(cell.cfg.mesh)
-        parts = list(sample_images(cell.cfg, params, settings, classes * cfg.sweep.grid, cfg.eval.seed, mesh))
+        sampling = open_sampling(dataclasses.replace(cell.cfg, sample=settings), make_mesh(cell.cfg.mesh))
+        parts = list(sampling.images(params, cfg.eval.seed, classes * cfg.sweep.grid))
         images = np.concatenate([part[0] for part in parts])
         by_class = images.reshape(cfg.sweep.grid, classes, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -232,15 +216,15 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
         f"The grid shows its samples, one row a class: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
         f"seed {cfg.eval.seed}."
     ]
-    real = scores.real_distance(cfg, scores.open_network(cfg, make_mesh(MeshConfig()))) if cfg.eval.samples else 0.0
-    for record in read_records(cell.workdir).values():
-        if "fd_digits" in record["metrics"]:
-            how = record["protocol"]["samples"]
-            found.append(
-                f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
-                f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
-                f"network and comparable to nothing else; the held-out digits themselves score {real:.2f}."
-            )
+    drawn = [record for record in read_records(cell.workdir).values() if "fd_digits" in record["metrics"]]
+    real = scores.real_scores(cfg, scores.open_network(cfg, make_mesh(MeshConfig())))["fd_digits"] if drawn else 0.0
+    for record in drawn:
+        how = record["protocol"]["samples"]
+        found.append(
+            f"fd_digits of {how['num']} samples ({how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}): "
+            f"{record['metrics']['fd_digits']:.2f}. It is a Frechet distance in the features of this project's own digits "
+            f"network and comparable to nothing else; the held-out digits themselves score {real:.2f}."
+        )
     return found
 
 
@@ -259,7 +243,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)
     for warning in law.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     table.print_table("Budgets", table.BUDGET_HEAD, table.budget_rows(law))
     table.print_table(f"Laws of compute, {law.level:.0%} intervals", table.LAW_HEAD, table.law_rows(law))
     table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))
@@ -274,8 +258,7 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
     """The ladder, its law and the report; returns the cells that failed."""
     cfg = follow_latents(cfg)
     cells = make_cells(cfg, workdir)
-    prepare(cfg, workdir)
-    cache, protocol_id = os.path.join(workdir, "compiled"), loss_protocol_id(cfg)
+    cache, protocol_id = os.path.join(workdir, "compiled"), identify(loss_protocol(cfg, prepare(cfg, workdir)))
     failed = run_ladder(cells, cfg.sweep.processes, cache, protocol_id)
     use_cache(cache)
     try:
@@ -297,9 +280,9 @@ def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> No
     chosen = None if asked is None else cells[find_cell(names, asked)]
     if chosen is None:
         check_launcher(launcher, "sweep")
-    prepare(cfg, workdir)
+    held_out = prepare(cfg, workdir)
     if chosen is None:
-        protocol_id = loss_protocol_id(cfg)
+        protocol_id = identify(loss_protocol(cfg, held_out))
         todo = [i for i, cell in enumerate(cells) if not finished(cell, protocol_id)]
         hand_over(launcher, "sweep", names, todo, conclude=True)
         return

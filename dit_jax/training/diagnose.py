@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.bind import bind
 from dit_jax.config import Config
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
 from dit_jax.models import dit
 from dit_jax.training.state import TrainState
-from dit_jax.training.step import draw, gradients, step_key
+from dit_jax.training.step import gradients, step_key
 
 
 def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
@@ -19,17 +21,18 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
     """
     names: list[str] = []
 
-    def examine(params, batch):
-        images, labels = batch["image"], batch["label"]
-        t, eps, labels = draw(cfg, step_key(cfg, state.step - 1), images, labels)
-        process = make_process(cfg.diffusion, cfg.model.learn_sigma)
-        outputs = dit.activations(cfg.model, params, process.noise(images, t, eps), process.model_time(t), labels)
+    model, objective, process = bind(cfg.model), make_objective(cfg), make_process(cfg.diffusion, cfg.model.learn_sigma)
+
+    def examine(params, extras, batch):
+        points = objective.draw(model, step_key(cfg, state.step - 1), batch)
+        noisy, t = process.noise(points["x"], points["t"], points["eps"]), process.model_time(points["t"])
+        outputs = dit.activations(model.cfg, params, noisy, t, points["cond"])
         names.extend(name for name, _ in outputs)
-        _, grads = gradients(cfg, params, images, labels, t, eps)
+        _, grads = gradients(objective, model, params, extras, points, cfg.optim.accumulate)
         return [jnp.isfinite(x).all() for _, x in outputs], jax.tree_util.tree_map_with_path(_norms, grads)
 
     try:
-        finite, norms = jax.device_get(jax.jit(examine)(state.params, batch))
+        finite, norms = jax.device_get(jax.jit(examine)(state.params, state.extras, batch))
     except jax.errors.JaxRuntimeError as error:  # keeping every layer's output takes much memory
         return f"which layer it is could not be found ({str(error).splitlines()[0][:100]})"
     for name, good in zip(names, finite, strict=True):

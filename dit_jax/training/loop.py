@@ -1,7 +1,6 @@
 """The training loop: open the data, restore or begin, step, log, save."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import time
@@ -16,20 +15,22 @@ from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
 from dit_jax.devices.processes import (
     asked_to_stop,
     check_folder,
+    compare,
     everyone_is_here,
+    gather,
     leader,
     together,
 )
-from dit_jax.diffusion.process import make_process
-from dit_jax.diffusion.samplers import sampling_times
+from dit_jax.diffusion.objective import make_objective
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.job.launch import stop_flag
-from dit_jax.log import progress, say
+from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.guard import all_finite, run_twice
 from dit_jax.training.state import abstract_state, make_state, restored_state
-from dit_jax.training.step import make_train_step, on_device
+from dit_jax.training.step import make_train_step
 from dit_jax.workdir.folder import check_same_run, make_folder, provenance, read_config
 from dit_jax.workdir.goodput import Ledger, close, lose, note, write_entry
 from dit_jax.workdir.scalars import open_scalars
@@ -46,37 +47,42 @@ def prepare_workdir(cfg: Config, workdir: str) -> None:
     make_folder(workdir, "config.json", cfg)
 
 
-def open_data(cfg: Config):
-    """The training split, as `make_batches` takes it.
+def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
+    """The training split and the held-out split.
 
-    Raises UsageError unless it fits the model, the held-out split is another one of the same kind, and the run can be sampled.
+    Raises UsageError unless they fit the model, are two splits of the same kind, and the run can be sampled.
     """
     data, model = cfg.data, cfg.model
-    if not data.latents and data.image_size == 8 * model.input_size:
+    source, held_out = sources.open_source(data, data.split), sources.open_source(data, data.held_out_split)
+    if source.image_shape[0] == data.image_size == 8 * model.input_size:
         raise UsageError(
             f"data.latents: found none for a model of {model.input_size} x {model.input_size} latents and images of "
             f"{data.image_size} pixels, expected a folder of latents, or data.image_size = model.input_size to train on pixels"
         )
-    source, held_out = sources.open_source(data, data.split), sources.open_source(data, data.held_out_split)
-    if data.split == data.held_out_split or sources.overlap(source, held_out):
+    if data.split == data.held_out_split or source.overlaps(held_out):
         raise UsageError(
             f"data.held_out_split: found {data.held_out_split!r}, which shares images with data.split = {data.split!r}"
         )
-    if data.latents:
-        sources.match(source, held_out)
+    where = source.key.removeprefix("data.")
     for key, found, expected in (
         ("model.classes", model.classes, source.classes),
         ("model.channels", model.channels, source.image_shape[-1]),
-        ("model.input_size", model.input_size, source.image_shape[0] if data.latents else data.image_size),
+        ("model.input_size", model.input_size, source.image_shape[0]),
     ):
         if found != expected:
+            none = " (0: no labels)" if key == "model.classes" and 0 in (found, expected) else ""
             raise UsageError(
-                f"{key}: found {found}, expected {expected}, as the data ({data.latents or data.dataset}) has"
+                f"{key}: found {found}, expected {expected}{none}, as the data ({getattr(data, where)}) has; set --config.{key}={expected}"
             )
-    sampling_times(
-        make_process(cfg.diffusion, model.learn_sigma), cfg.sample.sampler, cfg.sample.steps, cfg.sample.spacing
-    )
-    return source
+    make_task(cfg)
+    return source, held_out
+
+
+def _check_same_data(source: sources.Source) -> None:
+    """Raises CommonError on all processes unless each has opened the same records, wherever they lie."""
+    if jax.process_count() > 1:
+        found = gather({f"{source.key}: {name}": value for name, value in source.identity.items()})
+        compare(found, "give every host the same data")
 
 
 def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = None) -> int:
@@ -87,10 +93,9 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
-        source, cfg = open_data(cfg), follow_latents(cfg)
+        (source, _), cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
-        on_these_devices = dataclasses.replace(cfg, model=on_device(cfg.model))
         batches = make_batches(
             cfg.data,
             batch_size=cfg.train.batch_size,
@@ -99,16 +104,17 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
             process_count=jax.process_count(),
             source=source,
         )
+        _check_same_data(source)
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
         everyone_is_here("workdir")
         try:
             with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, together():
-                return _train(on_these_devices, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
+                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
-                say(f"warning: record {index} was left out: {problem}")
+                warn(f"record {index} was left out: {problem}")
 
 
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
@@ -207,7 +213,7 @@ def _reporter(cfg: Config, first: int, quiet: bool):
     say(
         f"{flops.parameters(cfg.model):,} parameters; MFU is against {peak / 1e12:.3g} TFLOP/s ({source}); compiling ..."
     )
-    step_flops = flops.train_flops(cfg.model, cfg.train.batch_size)
+    step_flops = make_objective(cfg).flops * cfg.train.batch_size
     return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
 
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.bind import bind
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, state_sharding
-from dit_jax.models import dit
+from dit_jax.diffusion.objective import make_objective
+from dit_jax.models import conditioning
 from dit_jax.training.guard import Guard, init_guard
 from dit_jax.training.optim import make_optimizer
 
@@ -18,25 +20,29 @@ from dit_jax.training.optim import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state; `guard`: see training.guard."""
+    """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state; `guard`: see training.guard;
+    `extras`: what the objective keeps."""
 
     step: Any  # int32 scalar
     params: Any
     ema: Any
     opt: Any
     guard: Guard
+    extras: Any
 
     def items(self) -> dict:
         """The parts as a checkpoint stores them."""
         opt = {"optimizer": self.opt, "guard": dataclasses.asdict(self.guard)}
-        return {"params": self.params, "ema": self.ema, "opt": opt}
+        extras = {"extras": self.extras} if jax.tree.leaves(self.extras) else {}
+        return {"params": self.params, "ema": self.ema, "opt": opt, **extras}
 
 
 def init_state(cfg: Config) -> TrainState:
     """A pure function of the config: weights from train.seed, the EMA equal to them, empty moments."""
-    params = dit.init(cfg.model, jax.random.key(cfg.train.seed))
+    params = bind(cfg.model).init(jax.random.key(cfg.train.seed))
     opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, init_guard())
+    extras = make_objective(cfg).init_extras(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, init_guard(), extras)
 
 
 def abstract_state(cfg: Config, mesh) -> TrainState:
@@ -53,10 +59,8 @@ def abstract_batch(cfg: Config, mesh) -> dict:
     """Shapes, dtypes and shardings of a training batch, as the data pipeline gives it."""
     model, rows, sharding = cfg.model, cfg.train.batch_size, batch_sharding(mesh)
     shape = (rows, model.input_size, model.input_size, model.channels)
-    return {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding),
-    }
+    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32), "cond": conditioning.example(model, rows)}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
 
 
 def make_state(cfg: Config, mesh) -> TrainState:
@@ -68,4 +72,5 @@ def make_state(cfg: Config, mesh) -> TrainState:
 def restored_state(step: int, items: dict, like: TrainState) -> TrainState:
     """The state of a checkpoint's items, `step` laid out as in `like`: the step function then compiles once."""
     opt, guard = items["opt"]["optimizer"], Guard(**items["opt"]["guard"])
-    return TrainState(jax.device_put(np.int32(step), like.step.sharding), items["params"], items["ema"], opt, guard)
+    number, extras = jax.device_put(np.int32(step), like.step.sharding), items.get("extras", like.extras)
+    return TrainState(number, items["params"], items["ema"], opt, guard, extras)

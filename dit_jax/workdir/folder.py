@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from dit_jax.config import Config, resolve, to_dict
 from dit_jax.error import UsageError
-from dit_jax.files import LONGEST, parse_json, write_file
+from dit_jax.files import read_json, write_file
 
 
 def read_config(workdir: str, name: str = "config.json") -> Config:
@@ -18,13 +18,8 @@ def read_config(workdir: str, name: str = "config.json") -> Config:
         raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
     if not os.path.isfile(path):
         raise UsageError(f"--workdir: {workdir!r} holds no {name}, expected a run made by dit_jax.train")
-    with open(path, "rb") as f:
-        data = f.read(LONGEST + 1)
-    try:
-        values = parse_json(data)
-    except ValueError as error:
-        raise UsageError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, Mapping) or "config" not in values:
+    values = read_json(path)
+    if "config" not in values:
         raise UsageError(f"{path}: found no key 'config', expected a file written by dit_jax.train")
     return resolve(values["config"])
 
@@ -56,11 +51,14 @@ FREE = (
 )  # fmt: skip
 
 
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested config values -> {"a.b": value}."""
+def flatten(values: Mapping, separator: str = ".") -> dict:
+    """Nested mappings, of config values or arrays -> {"a.b": value}. Raises ValueError for a key that would not come back."""
     flat = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        if not isinstance(key, str) or not key or separator in key:
+            raise ValueError(f"{key!r}: expected names without {separator!r}")
+        inside = flatten(value, separator) if isinstance(value, Mapping) else None
+        flat |= {key: value} if inside is None else {f"{key}{separator}{name}": v for name, v in inside.items()}
     return flat
 
 

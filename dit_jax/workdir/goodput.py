@@ -6,16 +6,15 @@ wait    for the next checkpoint (`evaluate --watch`)
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
 
 from dit_jax.error import UsageError
-from dit_jax.files import write_file
-from dit_jax.log import say
-from dit_jax.workdir.scalars import METRICS, read_lines, stream_lines
+from dit_jax.files import update
+from dit_jax.log import say, warn
+from dit_jax.workdir.scalars import METRICS, parse_lines, read_lines, stream_lines
 
 GOODPUT = "goodput.jsonl"
 LINE = {"job": str, "since": float, "wall": float, "seconds": dict}  # what a line holds at least
@@ -92,19 +91,20 @@ def _warned(workdir: str) -> Iterator[None]:
     try:
         yield
     except (UsageError, OSError) as error:
-        say(f"warning: the goodput of {workdir} is not written: {error}")
+        warn(f"the goodput of {workdir} is not written: {error}")
 
 
 def write_entry(entry: dict, workdir: str) -> None:
     """Write or renew a start's line, whole or not at all, also beside another job on the same run; never by an older one."""
     path, this = os.path.join(workdir, GOODPUT), (entry["job"], entry["since"])
-    with open(path + ".lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = read_lines(path, LINE)
+
+    def renewed(old: bytes | None) -> str:
+        lines = parse_lines(old, path, LINE)
         others = [line for line in lines if (line["job"], line["since"]) != this]
         newest = max([entry, *(line for line in lines if line not in others)], key=lambda line: line["wall"])
-        write_file(path, "".join(json.dumps(line) + "\n" for line in [*others, newest]))
+        return "".join(json.dumps(line) + "\n" for line in [*others, newest])
+
+    update(path, renewed)
 
 
 def note(ledger: Ledger, workdir: str) -> dict:

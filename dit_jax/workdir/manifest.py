@@ -1,11 +1,10 @@
 """`manifest.json`: the size and SHA-256 of every file of a folder, so that a changed, missing or added file is noticed."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 
-from dit_jax.files import sync, write_file
+from dit_jax.files import file_sha256, parse_json, read, sync, write_file
 
 NAME = "manifest.json"
 LARGEST = 64 << 20  # bytes of a manifest that is read
@@ -61,9 +60,7 @@ def _files(folder: str) -> list[str]:
 
 
 def _entry(path: str) -> dict:
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-        return {"bytes": f.tell(), "sha256": digest}
+    return {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
 def _text(manifest: dict) -> str:
@@ -74,10 +71,9 @@ def _read(path: str) -> dict:
     """{file: {bytes, sha256}}. Raises ValueError unless the text is, byte for byte, one that `write_manifest` writes."""
     if os.path.getsize(path) > LARGEST:
         raise ValueError(f"larger than {LARGEST:,} bytes")
-    with open(path, "rb") as f:
-        text = f.read()
+    text = read(path, LARGEST)
     try:
-        manifest = json.loads(text)
+        manifest = parse_json(text, LARGEST)
         files = manifest["files"]
         sound = manifest["version"] == 1 and all(
             type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in files.values()

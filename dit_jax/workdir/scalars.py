@@ -1,20 +1,18 @@
 """Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events through clu where TensorFlow is installed."""
 
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import IO
 
 from dit_jax.error import UsageError
-from dit_jax.files import LARGEST, numbered, parse_json
-from dit_jax.log import say
+from dit_jax.files import LARGEST, numbered, parse_json, whole
+from dit_jax.log import notice
 
 METRICS = "metrics.jsonl"
-
-
 STEP = {"step": int}  # what a line of scalars holds at least
-
-
 RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # and a record
 
 
@@ -28,12 +26,20 @@ def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
 
 def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
     """The same, one by one, of a file of any size."""
-    if not os.path.exists(path):
-        return
-    with open(path, "rb") as f:
-        for number, line in numbered(f, path, most):
-            if line.endswith(b"\n"):
-                yield _object(line[:-1], f"{path}:{number}", fields)
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            yield from _objects(f, path, fields, most)
+
+
+def parse_lines(data: bytes | None, path: str, fields: Mapping[str, type]) -> list[dict]:
+    """The same of what the file `path` holds, None if there is none."""
+    return list(_objects(io.BytesIO(data or b""), path, fields, LARGEST))
+
+
+def _objects(lines: IO[bytes], path: str, fields: Mapping[str, type], most: float) -> Iterator[dict]:
+    for number, line in numbered(lines, path, most):
+        if line.endswith(b"\n"):
+            yield _object(line[:-1], f"{path}:{number}", fields)
 
 
 def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
@@ -53,19 +59,9 @@ def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
 
 def drop_after(path: str, step: int) -> None:
     """Forget the lines of a JSONL file beyond `step`: a resumed run writes them again."""
-    if not os.path.exists(path):
-        return
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "w") as f:
-            kept = (line for line in stream_lines(path) if line["step"] <= step)
-            f.writelines(json.dumps(line) + "\n" for line in kept)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    os.replace(temporary, path)
+    if os.path.exists(path):
+        with whole(path) as unfinished, open(unfinished, "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
 
 
 def open_scalars(
@@ -97,6 +93,6 @@ def _tensorboard(workdir: str):
     try:
         from clu import metric_writers
     except ImportError:
-        say("notice: TensorFlow is not installed, so there are no TensorBoard events; scalars go to metrics.jsonl")
+        notice("TensorFlow is not installed, so there are no TensorBoard events; scalars go to metrics.jsonl")
         return None
     return metric_writers.SummaryWriter(workdir)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from foreign import write_inception
 from sklearn.datasets import load_digits, load_sample_images
 
 from dit_jax.models import inception
@@ -14,17 +15,17 @@ from dit_jax.networks.weights import read_arrays
 
 def random_weights(seed=0):
     """A state dict of the published names, nothing in it at a value that changes nothing; activations stay near 1."""
-    rng, params = np.random.default_rng(seed), jax.device_get(inception.init(jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
 
     def drawn(path, leaf):
         name = path[-1].key
         if name == "kernel":
-            return leaf
+            return (rng.standard_normal(leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(np.float32)
         if name in ("scale", "var"):
             return rng.uniform(0.7, 1.4, leaf.shape).astype(np.float32)
         return 0.2 * rng.standard_normal(leaf.shape).astype(np.float32)
 
-    return foreign.write(jax.tree_util.tree_map_with_path(drawn, params))
+    return write_inception(jax.tree_util.tree_map_with_path(drawn, inception.shapes()))
 
 
 def save(torch, path):

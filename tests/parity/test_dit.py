@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign import write_diffusers_dit
 from job import run, start
 from safetensors.numpy import load_file, save_file
 
 from dit_jax.config import SIZES, ModelConfig, model_config
 from dit_jax.models import conditioning, dit
-from dit_jax.networks import diffusers_dit
 from dit_jax.networks import dit as published
 from dit_jax.networks.tensors import Tensors
 
@@ -46,12 +46,12 @@ def inputs(cfg, seed=1):
     """Two images, the second without a class, at two timesteps."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2, cfg.input_size, cfg.input_size, cfg.channels), np.float32)
-    return x, np.array([3, 871]), np.array([7, cfg.null_class])
+    return x, np.array([3, 871]), np.array([7, cfg.classes])
 
 
 def peer(torch, diffusers, cfg, params, published_frequencies=True):
     """diffusers' model with our parameters: its state dict is loaded strictly."""
-    arrays, config = diffusers_dit.write(cfg, params)
+    arrays, config = write_diffusers_dit(cfg, params)
     model = diffusers.DiTTransformer2DModel.from_config(config)
     model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}, strict=True)
     if published_frequencies:
@@ -122,7 +122,7 @@ def test_gradients_of_every_parameter(torch, diffusers, name):
         out = dit.apply(cfg, params, jnp.asarray(x), jnp.asarray(t, jnp.float32), jnp.asarray(labels))
         return jnp.mean(out * weight)
 
-    mine, _ = diffusers_dit.write(cfg, jax.jit(jax.grad(loss))(params))
+    mine, _ = write_diffusers_dit(cfg, jax.jit(jax.grad(loss))(params))
     assert mine.keys() == theirs.keys()
     errors = {}
     for name in mine:
@@ -202,7 +202,7 @@ def test_a_folder_that_diffusers_saved(torch, diffusers, tmp_path, cache_dir, sa
     cfg, again = published.read(Tensors(load_file(exported), "exported"), heads=3)
     assert cfg == SMALL
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    arrays, _ = diffusers_dit.write(cfg, again)
+    arrays, _ = write_diffusers_dit(cfg, again)
     theirs = model.state_dict()
     assert arrays.keys() == theirs.keys()
     for name in arrays:
@@ -210,7 +210,7 @@ def test_a_folder_that_diffusers_saved(torch, diffusers, tmp_path, cache_dir, sa
 
 
 def test_diffusers_loads_what_we_write(torch, diffusers, tmp_path):
-    arrays, config = diffusers_dit.write(SMALL, random_params(SMALL))
+    arrays, config = write_diffusers_dit(SMALL, random_params(SMALL))
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(arrays, tmp_path / "diffusion_pytorch_model.safetensors")
     model = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)

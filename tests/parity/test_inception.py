@@ -7,6 +7,7 @@ the blocks mixed, mixed_1, ... from Mixed_5b on, and a block's bare `conv` is it
 import jax
 import numpy as np
 import pytest
+from foreign import write_inception
 
 from dit_jax.error import UsageError
 from dit_jax.models import inception
@@ -83,7 +84,7 @@ def test_resize_agrees(torch, torch_fidelity, size):
 
 def test_weights_make_the_round_trip_and_are_read_strictly(weights):
     state = read_arrays(weights)
-    written = foreign.write(ours(weights))
+    written = write_inception(ours(weights))
     assert {n for n in state if n not in written} == {n for n in state if n.endswith("num_batches_tracked")}
     assert all(np.array_equal(state[name], value) for name, value in written.items())
 

@@ -1,7 +1,7 @@
 """Metrics of two sets of photographs' crops beside torch-fidelity's functions, from the same network's features.
 
 The definitions agree but for these, each of which is tested both ways:
-- Inception Score: torch-fidelity shuffles before it splits (seed 2020), papers do not; `assign` does either.
+- Inception Score: torch-fidelity shuffles before it splits (seed 2020), papers and we do not.
 - kernel distance: torch-fidelity works in the features' own precision, we in float64; subsets are the same ones.
 - precision and recall: likewise; on a ball's very border a sample may fall on either side in float32.
 - Fréchet distance: both take the unbiased covariance. Eigenvalues of S1 S2 (theirs) lose half the digits where it is singular,
@@ -16,7 +16,8 @@ from dit_jax.config import Config, EvalConfig, MeshConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
-from dit_jax.metrics import frechet, inception_score, kernel, precision_recall
+from dit_jax.metrics import frechet, inception_score, kernel
+from dit_jax.metrics.precision_recall import precision, recall
 from dit_jax.models import inception
 from dit_jax.networks import transfer
 from parity.inception_pair import crops, ours, photographs, save, theirs
@@ -78,7 +79,9 @@ def test_inception_score_agrees(torch, torch_fidelity, sets, seed, decided):
     if decided:
         logits = 5 * (logits - logits.mean(axis=0)) / logits.std(axis=0)
     expected = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=seed is not None)
-    place, empty = inception_score.assign(COUNT, 10, seed), inception_score.empty(1008)
+    if seed is not None:
+        logits = logits[np.random.RandomState(seed).permutation(COUNT)]
+    place, empty = inception_score.assign(COUNT, 10), inception_score.empty(1008)
     mean, std = inception_score.score([inception_score.update(empty, logits[place == s]) for s in range(10)])
     print("IS", decided, seed, mean, std, expected)
     np.testing.assert_allclose(mean - 1, expected["inception_score_mean"] - 1, rtol=1e-3)
@@ -107,7 +110,7 @@ def test_precision_and_recall_agree(torch, torch_fidelity, sets, dtype, k):
     pools = [torch.from_numpy(pool.astype(dtype)) for pool, _ in sets]
     options = dict(prc_neighborhood=k, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
     expected = prc_features_to_metric(*pools, **options)
-    found = precision_recall.precision_recall(sets[0][0], sets[1][0], k, block=50)
+    found = [fraction(sets[0][0], sets[1][0], k, block=50) for fraction in (precision, recall)]
     print("precision, recall", dtype, k, found, expected)
     np.testing.assert_allclose(found, (expected["precision"], expected["recall"]), rtol=1e-3)
     assert all(0 < f < 1 for f in found)

@@ -15,12 +15,13 @@ from job import ROOT, environment
 from dit_jax.bench import peer as peers
 from dit_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
 from dit_jax.diffusion.process import make_process
-from dit_jax.diffusion.samplers import SAMPLERS, draw_noise, sampling_times
+from dit_jax.diffusion.samplers import draw_noise
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.models import dit
 from dit_jax.sampling.draw import image_keys, make_denoiser
 from dit_jax.training.state import init_state
-from dit_jax.training.step import batch_loss, draw, image_losses, step_key, train_step
+from dit_jax.training.step import mean_loss, step_key, train_step
 
 TOLERANCE = 1e-4
 FILE = str(ROOT / "tests" / "peers" / "torch_dit.py")
@@ -31,6 +32,7 @@ CFG = Config(
     train=TrainConfig(batch_size=6, label_dropout=0.5),
     sample=SampleConfig(steps=5, guidance=3.0, channels="first3"),
 )
+MODEL, OBJECTIVE = bind(CFG.model), make_objective(CFG)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def params():
 def batch():
     rng = np.random.default_rng(1)
     images = np.clip(rng.standard_normal((6, 8, 8, 4), np.float32), -1, 1)  # some at the ends of the 256 levels
-    return {"image": jnp.asarray(images), "label": jnp.asarray(rng.integers(10, size=6, dtype=np.int32))}
+    return {"image": jnp.asarray(images), "cond": {"label": jnp.asarray(rng.integers(10, size=6, dtype=np.int32))}}
 
 
 def relative(found, expected):
@@ -79,7 +81,7 @@ def noised(params, batch, steps=(0, 0, 1, 500, 998, 999)):
     t, first = (np.array(steps, np.float32) + 1) / 1000, np.array(steps) == 0
     if first.any():
         noisy = make_process(CFG.diffusion, True).noise(batch["image"], jnp.asarray(t), jnp.asarray(eps))
-        predicted = dit.apply(CFG.model, params, noisy, jnp.array(steps, jnp.float32), batch["label"])[..., :4]
+        predicted = dit.apply(CFG.model, params, noisy, jnp.array(steps, jnp.float32), batch["cond"]["label"])[..., :4]
         eps[first] = np.asarray(predicted)[first] + 0.3 * eps[first]
     return jnp.asarray(t), jnp.asarray(eps)
 
@@ -93,21 +95,20 @@ def losses_of(torch, peer, model, batch, t, eps, labels):
 
 def test_losses_at_every_kind_of_step(torch, peer, params, batch):
     t, eps = noised(params, batch)
-    ours, _ = jax.jit(lambda p: image_losses(CFG.model, CFG.diffusion, p, batch["image"], batch["label"], t, eps))(
-        params
-    )
+    points = {"x": batch["image"], "cond": batch["cond"], "t": t, "eps": eps}
+    ours, _ = jax.jit(lambda p: OBJECTIVE.losses(MODEL, p, {}, points))(params)
     model = peer.make_model(CFG.model, params, "cpu")
-    theirs = losses_of(torch, peer, model, batch, t, eps, batch["label"]).detach().numpy()
+    theirs = losses_of(torch, peer, model, batch, t, eps, batch["cond"]["label"]).detach().numpy()
     print(f"losses: {np.abs(theirs / np.asarray(ours) - 1).max():.2e}")
     np.testing.assert_allclose(theirs, ours, rtol=TOLERANCE)
 
 
 def test_gradients_of_the_loss(torch, peer, params, batch):
     t, eps = noised(params, batch)
-    data = batch["image"], batch["label"], t, eps
-    grads = jax.jit(jax.grad(lambda p: batch_loss(CFG, p, *data)[0]))(params)
+    points = {"x": batch["image"], "cond": batch["cond"], "t": t, "eps": eps}
+    grads = jax.jit(jax.grad(lambda p: mean_loss(OBJECTIVE, MODEL, p, {}, points)[0]))(params)
     model = peer.make_model(CFG.model, params, "cpu")
-    losses_of(torch, peer, model, batch, t, eps, batch["label"]).mean().backward()
+    losses_of(torch, peer, model, batch, t, eps, batch["cond"]["label"]).mean().backward()
     errors = {name: relative(theirs.grad, ours) for name, ours, theirs in peer.matched(model, grads)}
     assert len(errors) == sum(1 for _ in model.parameters()) and sum(p.numel() for p in model.parameters()) == sum(
         leaf.size for leaf in jax.tree.leaves(params)
@@ -121,12 +122,13 @@ def test_gradients_of_the_loss(torch, peer, params, batch):
 def test_three_whole_updates(torch, peer, params, batch, recompute):
     """Times, noise and dropped labels as our step draws them; then weights and EMA, relative to how far they moved."""
     state = dataclasses.replace(init_state(CFG), params=params, ema=jax.tree.map(jnp.copy, params))
-    model, step = peer.make_model(CFG.model, params, "cpu").train(), jax.jit(lambda s, b: train_step(CFG, s, b))
+    model, step = peer.make_model(CFG.model, params, "cpu").train(), jax.jit(lambda s, b: train_step(CFG, MODEL, s, b))
     model.recompute = recompute
     ema = peer.make_model(CFG.model, params, "cpu").requires_grad_(False)
     optimizer = peer.adamw(CFG, model)
     for _ in range(3):
-        t, eps, labels = draw(CFG, step_key(CFG, state.step), batch["image"], batch["label"])
+        points = OBJECTIVE.draw(MODEL, step_key(CFG, state.step), batch)
+        t, eps, labels = points["t"], points["eps"], points["cond"]["label"]
         loss = losses_of(torch, peer, model, batch, t, eps, labels).mean()
         peer.update(CFG, model, ema, optimizer, loss)
         state, scalars = step(state, batch)
@@ -147,13 +149,11 @@ def test_three_whole_updates(torch, peer, params, batch, recompute):
 def test_a_guided_sampling(torch, peer, params):
     """The same noise at every step, all images at the end."""
     keys, shape, labels = image_keys(0, jnp.arange(4)), (8, 8, 4), jnp.array([3, 1, 4, 1])
-    process = make_process(CFG.diffusion, True)
-    times = sampling_times(process, "ddpm", CFG.sample.steps)
+    task = make_task(CFG)
     noises = [draw_noise(keys, i, shape) for i in range(CFG.sample.steps + 1)]
 
     def sample(params):
-        denoise = make_denoiser(CFG.model, process, CFG.sample, params, labels)
-        return SAMPLERS["ddpm"](process, denoise, noises[0], times, keys)
+        return task.walk(make_denoiser(MODEL, task, CFG.sample, params, {"label": labels}), noises[0], keys)
 
     ours = jax.jit(sample)(params)
     model = peer.make_model(CFG.model, params, "cpu").eval()
@@ -169,9 +169,9 @@ def test_bfloat16_is_of_the_compute_only(torch, peer, params, batch):
     """Weights, gradients and moments stay float32; the loss is near float32's, and not equal to it."""
     cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, dtype="bfloat16"))
     t, eps = noised(params, batch, steps=(100, 200, 300, 400, 500, 600))
-    exact = losses_of(torch, peer, peer.make_model(CFG.model, params, "cpu"), batch, t, eps, batch["label"])
+    exact = losses_of(torch, peer, peer.make_model(CFG.model, params, "cpu"), batch, t, eps, batch["cond"]["label"])
     model = peer.make_model(cfg.model, params, "cpu")
-    loss = losses_of(torch, peer, model, batch, t, eps, batch["label"])
+    loss = losses_of(torch, peer, model, batch, t, eps, batch["cond"]["label"])
     optimizer = peer.adamw(cfg, model)
     loss.mean().backward()
     optimizer.step()
@@ -198,8 +198,8 @@ def test_compiled_it_gives_the_same_loss_and_compiles_once(torch, peer, params, 
     side.run(3)
     assert side.compiled() == before
     model = peer.make_model(CFG.model, params, "cpu")
-    eager = losses_of(torch, peer, model, batch, t, eps, batch["label"])
-    compiled = losses_of(torch, peer, torch.compile(model), batch, t, eps, batch["label"])
+    eager = losses_of(torch, peer, model, batch, t, eps, batch["cond"]["label"])
+    compiled = losses_of(torch, peer, torch.compile(model), batch, t, eps, batch["cond"]["label"])
     assert relative(compiled.detach(), eager.detach()) <= TOLERANCE
 
 

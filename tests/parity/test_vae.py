@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign import write_vae
 from test_vae import latent_diffusion_names
 
 from dit_jax.models import vae
@@ -103,22 +104,6 @@ def test_stable_diffusions_config(torch, diffusers):
     compare(torch, model, cfg, params, random_images(1, 64, 48, 3))
 
 
-def test_draws_from_the_posterior(torch, peer, params):
-    images = random_images(2, 8, 8, 3)
-    with torch.no_grad():
-        posterior = peer.encode(channels_first(torch, images)).latent_dist
-    drawn = posterior.sample(torch.Generator().manual_seed(3))
-    noise = channels_last(torch.randn(drawn.shape, generator=torch.Generator().manual_seed(3)))
-    mean, log_variance = jax.jit(functools.partial(vae.encode, SMALL))(params, images)
-    assert_close("draws", vae.reparameterise(mean, log_variance, jnp.asarray(noise)), channels_last(drawn))
-    keys = jax.random.split(jax.random.key(4), 2)
-    ours = vae.sample(keys, mean, log_variance)
-    noise = np.stack([jax.random.normal(key, mean.shape[1:]) for key in keys])
-    with torch.no_grad():
-        theirs = posterior.mean + posterior.std * channels_first(torch, noise)
-    assert_close("draws with our noise", ours, channels_last(theirs))
-
-
 def test_log_variances_are_clipped_alike(torch, peer):
     model = copy.deepcopy(peer)
     with torch.no_grad():
@@ -143,7 +128,7 @@ def test_gradients_of_a_reconstruction_in_every_tensor(torch, peer, params):
     peer.zero_grad()
     expected.backward()
     assert float(value) == pytest.approx(expected.item(), rel=TOLERANCE)
-    found, worst = foreign.write(SMALL, jax.device_get(gradients)), 0.0
+    found, worst = write_vae(SMALL, jax.device_get(gradients)), 0.0
     largest = max(float(parameter.grad.abs().max()) for parameter in peer.parameters())
     for name, parameter in peer.named_parameters():
         wanted = parameter.grad.numpy()  # that of a key's bias is 0: softmax does not see it
@@ -154,7 +139,7 @@ def test_gradients_of_a_reconstruction_in_every_tensor(torch, peer, params):
 
 
 def test_what_is_written_loads_strictly_and_is_the_same_in_every_bit(torch, diffusers, peer, params):
-    written, tensors = foreign.write(SMALL, params), arrays(peer)
+    written, tensors = write_vae(SMALL, params), arrays(peer)
     assert written.keys() == tensors.keys()
     assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
     again = foreign.read(Tensors(written, "written"), SMALL.groups)[1]

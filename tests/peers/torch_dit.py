@@ -333,13 +333,13 @@ def side(run: Callable, first: float, device: str, about: dict) -> Side:
 
 
 def make_trainer(cfg: Config, params: dict, batch: dict, platform: str, threads: int) -> Side:
-    """The whole training step on one batch (`image` (b, h, w, c), `label` (b,)) that lies on the device; times, noise and dropped
-    labels are drawn in every step, as in ours."""
+    """The whole training step on one batch (`image` (b, h, w, c), `cond` with `label` (b,)) that lies on the device; times,
+    noise and dropped labels are drawn in every step, as in ours."""
     device = check(cfg, platform)
     prepare(device, threads)
     model, chain = make_model(cfg.model, params, device).train(), Chain().to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    x, labels = (torch.from_numpy(np.array(batch[name])).to(device) for name in ("image", "label"))
+    x, labels = (torch.from_numpy(np.array(a)).to(device) for a in (batch["image"], batch["cond"]["label"]))
     labels, optimizer = labels.long(), adamw(cfg, model)
 
     def mean_loss(x, labels, k, eps):
@@ -348,7 +348,7 @@ def make_trainer(cfg: Config, params: dict, batch: dict, platform: str, threads:
     def draw():
         k = torch.randint(1000, labels.shape, device=device)
         dropped = torch.rand(labels.shape, device=device) < cfg.train.label_dropout
-        return x, labels.where(~dropped, cfg.model.null_class), k, torch.randn_like(x)
+        return x, labels.where(~dropped, cfg.model.classes), k, torch.randn_like(x)
 
     def recomputing(on: bool, loss: Callable) -> Callable:
         model.recompute = on

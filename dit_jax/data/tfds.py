@@ -1,13 +1,15 @@
-"""Where images come from: TFDS datasets in ArrayRecord, read at random without TensorFlow; the digits build themselves.
+"""Images of TFDS datasets in ArrayRecord, read at random without TensorFlow; the digits are built on first use.
 
-Every source is a sequence of records `{"image": uint8 (h, w, c), "label": int}`. `digits` is scikit-learn's copy of the
-test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998): 1,797 images of 8 x 8 pixels.
+`digits` is scikit-learn's copy of the test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak
+1998): 1,797 images of 8 x 8 pixels.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,13 +19,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
 
+from dit_jax.config import DataConfig
+from dit_jax.data import pixels
 from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
 
-CHUNK = 256  # records read at a time when a whole split is walked
+_CHUNK = 256  # records read at a time when a whole split is walked
 _OPENERS = 16  # threads that open files
 _UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # what the libraries raise on damaged files
 
@@ -66,35 +69,79 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 @dataclass(frozen=True)
-class Records(Sequence):
-    """Random access to one split (grain's protocol RandomAccessDataSource). Errors of reading are UsageErrors."""
+class Records:
+    """The `Source` of one split. Errors of reading are UsageErrors that name the record and its file."""
 
     name: str
     split: str
     source: Sequence  # of TFDS; images of the feature `Image` still encoded
-    image_shape: tuple  # (h, w, c) with None where it varies
-    classes: int
+    stored_shape: tuple  # (h, w, c) with None where it varies
+    classes: int  # 0: the dataset has no labels
     files: tuple  # file instructions of TFDS: filename, skip, take
+    identity: dict
+    size: int  # pixels; images are cropped and resized to it
+    flip: bool
     skips: Skips = field(default_factory=Skips, compare=False)
+    key = "data.dataset"
+
+    @property
+    def image_shape(self) -> tuple:
+        return (self.size, self.size, self.stored_shape[-1])
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return self.__getitems__([index])[0]
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+        """uint8 (b, size, size, c), and {"label": int32 (b,)} or {}. Raises UsageError if a record is not what it should be."""
+        found = [self._checked(i, record) for i, record in zip(indices.tolist(), self._stored(indices), strict=True)]
+        images = np.stack([pixels.resize(image, self.size) for image, _ in found])
+        return images, {"label": np.array([label for _, label in found], np.int32)} if self.classes else {}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """The records at `indices`. Raises UsageError naming the record that cannot be read, and its file."""
-        return [self._checked(i, record) for i, record in zip(indices, self.stored(indices), strict=True)]
+    def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+        return pixels.to_float(pixels.flip(arrays, positions, seed) if self.flip else arrays)
 
-    def stored(self, indices: Sequence[int]) -> list[dict]:
-        """The same records as TFDS stores them: images of the feature `Image` as encoded bytes, nothing checked."""
+    def evaluation(self, arrays: np.ndarray) -> np.ndarray:
+        return pixels.to_float(arrays)
+
+    def overlaps(self, other: "Records") -> bool:
+        """Whether two splits of one dataset share a record."""
+
+        def spans(records):
+            return [(f.filename, f.skip, f.skip + f.take if f.take >= 0 else math.inf) for f in records.files]
+
+        return any(x[0] == y[0] and x[1] < y[2] and y[1] < x[2] for x in spans(self) for y in spans(other))
+
+    def describe(self) -> dict:
+        """`dataset, split, records, classes, image_shape, sha256`. The first call reads the whole split."""
+        return {
+            "dataset": self.name,
+            "split": self.split,
+            "records": len(self),
+            "classes": self.classes,
+            "image_shape": list(self.stored_shape),
+            "sha256": self._checksum,
+        }
+
+    @functools.cached_property
+    def _checksum(self) -> str:
+        """SHA-256 over the records in order: for each a line "<bytes> <shape> <label>", then the image's bytes, encoded as
+        stored or else pixels. The files' own bytes differ from build to build, because TFDS writes the fields of a record in
+        the order of a hash table."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self), _CHUNK):
+            for record in self._stored(np.arange(start, min(start + _CHUNK, len(self)))):
+                image = record["image"]
+                content = image if isinstance(image, bytes) else image.tobytes()
+                label = record["label"] if self.classes else ""
+                digest.update(f"{len(content)} {np.shape(image)} {label}\n".encode() + content)
+        return digest.hexdigest()
+
+    def _stored(self, indices: np.ndarray) -> list[dict]:
+        """The records as TFDS stores them, images of the feature `Image` as encoded bytes."""
         try:
-            return self.source.__getitems__(list(indices))
+            return self.source.__getitems__(indices.tolist())
         except _UNREADABLE as error:
-            index, why = next(((i, e) for i in indices if (e := self._fault(i))), (indices[0], error))
+            index, why = next(((i, e) for i in indices.tolist() if (e := self._fault(i))), (indices[0], error))
         where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
         raise UsageError(
             f"{where}: cannot read {_holder(self.files, index)}: {_line(why)}; {_advice(self.files)}"
@@ -108,30 +155,39 @@ class Records(Sequence):
             return error
         return None
 
-    def _checked(self, index: int, record: dict) -> dict:
+    def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
+        """The image, decoded, and its label (0 without labels)."""
         where = f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
-        image, label = record["image"], int(record["label"])
+        image, channels = record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
-            image = _decode(image, self.image_shape[-1], where)
-        fits = image.ndim == 3 and all(n in (None, m) for n, m in zip(self.image_shape, image.shape, strict=True))
+            try:
+                image = pixels.decode(image, channels)
+            except Exception as error:  # decoders raise what they like on bytes that are no image
+                raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
+        fits = image.ndim == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, image.shape, strict=True))
         if image.dtype != np.uint8 or not fits:
             found = f"{image.dtype} {image.shape}"
-            raise UsageError(f"{where}: found an image {found}, expected uint8 {self.image_shape}")
-        if not 0 <= label < self.classes:
+            raise UsageError(f"{where}: found an image {found}, expected uint8 {self.stored_shape}")
+        label = int(record["label"]) if self.classes else 0
+        if not 0 <= label < max(self.classes, 1):
             raise UsageError(f"{where}: found label {label}, expected 0 to {self.classes - 1}")
-        return {"image": image, "label": label}
+        return image, label
 
 
-def load_source(name: str, split: str, data_dir: str = "", skips: Skips | None = None) -> Records:
-    """The records of one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
+def open_split(data: DataConfig, split: str) -> Records:
+    """The images of one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
 
-    `name` and `split` are TFDS's (`imagenet2012`, `train[:90%]`); `data_dir` "" means $TFDS_DATA_DIR, else
-    ~/tensorflow_datasets. Raises UsageError where dataset, format, split or features are not what is needed.
+    `data.dataset` and `split` are TFDS's (`imagenet2012`, `train[:90%]`). Raises UsageError if dataset, format, split or
+    features are not what is needed.
     """
-    builder = _builder(name, _directory(data_dir))
+    name = data.dataset
+    builder = _builder(name, _directory(data.data_dir))
     features = builder.info.features
-    if not {"image", "label"} <= set(features) or not getattr(features["label"], "num_classes", 0):
-        raise UsageError(f"dataset {name!r}: found features {sorted(features)}, expected an image and a class label")
+    classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
+    if "image" not in features or ("label" in features and not classes):
+        raise UsageError(
+            f"dataset {name!r}: found features {sorted(features)}, expected an image, and a class label or no `label`"
+        )
     try:
         files = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
@@ -144,40 +200,29 @@ def load_source(name: str, split: str, data_dir: str = "", skips: Skips | None =
         list(pool.map(lambda file: _check_file(where, file, _advice(files)), files))
     encoded = isinstance(features["image"], tfds.features.Image)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
-    shape, classes = tuple(features["image"].shape), features["label"].num_classes
-    return Records(name, split, source, shape, classes, tuple(files), skips or Skips())
-
-
-def overlap(a: Records, b: Records) -> bool:
-    """Whether two splits of one dataset share a record."""
-
-    def spans(records):
-        return [(f.filename, f.skip, f.skip + f.take if f.take >= 0 else math.inf) for f in records.files]
-
-    return any(x[0] == y[0] and x[1] < y[2] and y[1] < x[2] for x in spans(a) for y in spans(b))
-
-
-def describe(name: str, split: str, data_dir: str = "") -> dict:
-    """What an evaluation protocol states of a split: `dataset, split, records, classes, image_shape, sha256`.
-
-    The checksum is over the records in order: for each a line "<bytes> <shape> <label>", then the image's bytes, encoded as
-    stored or else pixels. Files would not do: their bytes differ from build to build, as TFDS writes the fields of a
-    record in the order of a hash table. Reads the whole split. Raises UsageError as `load_source`, and on damaged files.
-    """
-    records, digest = load_source(name, split, data_dir), hashlib.sha256()
-    for start in range(0, len(records), CHUNK):
-        for record in records.stored(range(start, min(start + CHUNK, len(records)))):
-            image = record["image"]
-            content = image if isinstance(image, bytes) else image.tobytes()
-            digest.update(f"{len(content)} {np.shape(image)} {record['label']}\n".encode() + content)
-    return {
-        "dataset": name,
+    identity = {
+        "name": builder.info.full_name,
         "split": split,
-        "records": len(records),
-        "classes": records.classes,
-        "image_shape": list(records.image_shape),
-        "sha256": digest.hexdigest(),
+        "records": len(source),
+        "sha256": _index(builder, files),
     }
+    return Records(
+        name, split, source, tuple(features["image"].shape), classes, tuple(files), identity,
+        data.image_size, data.flip, Skips(data.skip_bad),
+    )  # fmt: skip
+
+
+def _index(builder: tfds.core.DatasetBuilder, files: Sequence) -> str:
+    """SHA-256 of what TFDS noted of the files of a split: names, numbers of records and the bytes of all records. Equal for
+    two builds of the same data, whose files may differ."""
+    spans = [(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]
+    used = {os.fspath(f.filename) for f in files}
+    whole = [
+        (name, info.num_bytes)
+        for name, info in builder.info.splits.items()
+        if used & set(map(os.fspath, info.filepaths))
+    ]
+    return hashlib.sha256(json.dumps([spans, sorted(whole)]).encode()).hexdigest()
 
 
 def _directory(data_dir: str) -> str:
@@ -230,16 +275,6 @@ def _build(builder: Digits, directory: str) -> Digits:
 
 def _ready(builder: tfds.core.DatasetBuilder) -> bool:
     return (epath.Path(builder.data_dir) / "dataset_info.json").exists()
-
-
-def _decode(encoded: bytes, channels: int, where: str) -> np.ndarray:
-    """An encoded image -> uint8 (h, w, channels), grey and CMYK converted as ADM does."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
-    except Exception as error:  # decoders raise what they like on bytes that are no image
-        raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _check_file(where: str, file, advice: str) -> None:

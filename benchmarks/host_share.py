@@ -1,4 +1,7 @@
-"""What the host takes of a run's wall time, for small models: those of the config's ladder."""
+"""The host's share of a run's wall time, for small models of a config's ladder, in about four minutes on two cores.
+
+python benchmarks/host_share.py --config=configs/digits_isoflop.py [--repeats=5] [--json=OUT]
+"""
 
 import dataclasses
 import functools
@@ -9,34 +12,49 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
-from dit_jax import flops
-from dit_jax.bench.measure import alternate, fixed_batch, make_stepper, seconds, spread
-from dit_jax.config import Config, TrainConfig
+from dit_jax import flops as model_flops
+from dit_jax.bench.measure import (
+    alternate,
+    fixed_batch,
+    machine,
+    make_stepper,
+    publish,
+    seconds,
+    shown,
+    spread,
+    verdict,
+)
+from dit_jax.bind import bind
+from dit_jax.config import Config, TrainConfig, resolve
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
-from dit_jax.log import say
+from dit_jax.files import check_json
+from dit_jax.job.launch import launch
+from dit_jax.log import say, table
 from dit_jax.sweep import ladder
 from dit_jax.training import loop
 from dit_jax.training.state import make_state
-from dit_jax.training.step import on_device, train_step
+from dit_jax.training.step import train_step
 from dit_jax.workdir.scalars import METRICS, open_scalars, read_lines
 
 HOST_TARGET = 0.20
 HOST = ("call", "data", "log", "checkpoint")  # what the host does, by `step_parts`
 MOST_STEPS = 1500  # of a run that is measured
+STEP_PARTS = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
 
 
 def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
     """As `make_stepper`, with n steps as one compiled program: what is left when there is no call a step."""
-    state, batch = make_state(cfg, mesh), fixed_batch(cfg, mesh)
-    shapes = jax.eval_shape(lambda: train_step(cfg, state, batch)[1])
+    state, batch, model = make_state(cfg, mesh), fixed_batch(cfg, mesh), bind(cfg.model, mesh)
+    shapes = jax.eval_shape(lambda: train_step(cfg, model, state, batch)[1])
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def program(state, n):
-        return jax.lax.fori_loop(0, n, lambda _, carry: train_step(cfg, carry[0], batch), (state, zeros))
+        return jax.lax.fori_loop(0, n, lambda _, carry: train_step(cfg, model, carry[0], batch), (state, zeros))
 
     def many(n: int):
         nonlocal state
@@ -86,7 +104,7 @@ def measure_host(cell: ladder.Cell, repeats: int, steps: int = 300, most: int = 
     device    the compiled step, called again and again with one batch, less `call`, what a call of an empty step takes
     looped    for comparison, many steps as one program
     """
-    cfg, mesh = dataclasses.replace(cell.cfg, model=on_device(cell.cfg.model)), make_mesh(cell.cfg.mesh)
+    cfg, mesh = cell.cfg, make_mesh(cell.cfg.mesh)
     short = dataclasses.replace(cfg.train, steps=min(cfg.train.steps, most))
     steppers = {"step": make_stepper(cfg, mesh), "call": make_stepper(cfg, mesh, empty=True)}
     steppers |= {"looped": make_looped(cfg, mesh)}
@@ -98,7 +116,7 @@ def measure_host(cell: ladder.Cell, repeats: int, steps: int = 300, most: int = 
     host = [sum(row) for row in zip(*(parts[name] for name in HOST), strict=True)]
     return {
         "size": [cfg.model.width, cfg.model.depth, cfg.model.heads],
-        "parameters": flops.parameters(cfg.model),
+        "parameters": model_flops.parameters(cfg.model),
         "batch_size": cfg.train.batch_size,
         "steps": cfg.train.steps,
         "step_us": {name: spread([1e6 * s for s in values]) for name, values in parts.items()},
@@ -149,3 +167,34 @@ def measure_ladder(cfg: Config, repeats: int) -> list[dict]:
         if isinstance(outcome, BaseException):
             raise outcome
     return found
+
+
+def show(found: dict) -> None:
+    """A row a model: where the time of a step goes."""
+    rows = found["host"]
+    target = f"host (target <= {rows[0]['target']:.0%})"
+    lines = []
+    for row in rows:
+        cells = [f"{row['step_us'][name]['median']:,.0f}" for name in STEP_PARTS]
+        shares = [shown(row[name], 0, True) for name in ("host_share", "not_device_share")]
+        shares[0] += f": {verdict(row['host_share']['median'] <= row['target'])}"
+        start = f"{row['start_seconds']['median']:.1f} s"
+        lines.append((str(row["size"][0]), f"{row['steps']:,}", *cells, *shares, start))
+    table(("width", "steps", *STEP_PARTS, target, "not device", "start"), lines)
+    print(
+        "Microseconds a step. host: (call + data + log + checkpoint) / wall; not device: 1 - device / wall, which holds the "
+        "noise\nbetween two timings too; looped, for comparison: a step among many in one program."
+    )
+
+
+def main() -> None:
+    check_json(flags.FLAGS.json)
+    cfg = resolve(flags.FLAGS.config)
+    found = {"machine": machine(), "host": measure_ladder(cfg, flags.FLAGS.repeats)}
+    publish(found, show, flags.FLAGS.json, ("jax", "jaxlib", "flax", "numpy"))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("repeats", 5, "repeats; medians and ranges are over them", lower_bound=1)
+    flags.DEFINE_string("json", "", "write all figures here")
+    launch(main, config="file")

@@ -1,0 +1,54 @@
+"""A model bound to a mesh: its config becomes functions of parameters and arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+
+from dit_jax import flops
+from dit_jax.config import ModelConfig
+from dit_jax.devices.mesh import attention_implementation, placer
+from dit_jax.models import conditioning, dit
+from dit_jax.models.layers import as_it_is
+
+
+@dataclass(frozen=True)
+class Model:
+    """`cfg`: with its attention chosen for the devices at hand; `place`: how arrays move in its program, see `models.dit.apply`."""
+
+    cfg: ModelConfig
+    place: Callable = as_it_is
+
+    def init(self, key: jax.Array) -> dict:
+        """Parameters, a nested dict of float32 arrays."""
+        return dit.init(self.cfg, key)
+
+    def apply(self, params: Mapping, x: jax.Array, t: jax.Array, cond) -> jax.Array:
+        """x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32."""
+        return dit.apply(self.cfg, params, x, t, cond, self.place)
+
+    def null(self, cond) -> dict:
+        """The `cond` of "no condition", of the same shapes."""
+        return conditioning.null(self.cfg, cond)
+
+    def drop(self, key: jax.Array, cond, rate: float) -> dict:
+        """`cond` with a share `rate` of its images set to "no condition"."""
+        return conditioning.drop(self.cfg, key, cond, rate)
+
+    def draw(self, rule: str, keys: jax.Array, indices: jax.Array, wanted: Mapping) -> dict:
+        """The `cond` of samples `indices` (b,); see `conditioning.draw`."""
+        return conditioning.draw(self.cfg, rule, keys, indices, wanted)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one forward pass of one image."""
+        return flops.forward_flops(self.cfg)
+
+
+def bind(cfg: ModelConfig, mesh=None) -> Model:
+    """The model of a config in a program whose weights lie on `mesh` as `devices.mesh` places them; None: whole on every device."""
+    attention = attention_implementation(cfg.attention, cfg.dtype)
+    return Model(
+        dataclasses.replace(cfg, attention=attention), placer(mesh, cfg.dtype) if mesh is not None else as_it_is
+    )

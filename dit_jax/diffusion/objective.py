@@ -1,0 +1,94 @@
+"""Training objectives: what a step draws, the loss of what it drew, and what the objective keeps beside the weights.
+
+OBJECTIVES has one row for each. `model` is a bound model (`dit_jax.bind`): model.apply(params, x, t, cond), model.drop(key, cond, rate).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax import flops
+from dit_jax.config import Config
+from dit_jax.diffusion.process import Denoiser, Images, Process, Times, make_process
+
+
+def nothing(params) -> dict:
+    """An objective that keeps nothing."""
+    return {}
+
+
+def unchanged(extras, params, step):
+    """Extras that no step changes."""
+    return extras
+
+
+class Objective(NamedTuple):
+    """A row of OBJECTIVES, bound to a config.
+
+    draw(model, key, batch)                   a batch {"image", "cond"} -> points, a dict of arrays (b, ...): all that is random
+    losses(model, params, extras, points)     losses (b,) and a dict of their parts (b,); `points` hold x, cond, t and eps
+    flops                                     training FLOPs of one image
+    init_extras(params)                       what it keeps from step to step, a pytree in `TrainState.extras`
+    update_extras(extras, params, step)       the same after an accepted step, from the new raw weights and the steps before it
+    """
+
+    draw: Callable
+    losses: Callable
+    flops: int
+    init_extras: Callable = nothing
+    update_extras: Callable = unchanged
+
+
+def noise_prediction(process: Process, denoise: Denoiser, x: Images, t: Times, eps: Images):
+    """Mean squared error of eps plus, with learned variance, the variational term in bits per dimension; per image.
+
+    The variational term sees the mean detached, so it trains the variance only (Nichol & Dhariwal 2021, section 3.1).
+    """
+    x_t = process.noise(x, t, eps)
+    out = denoise(x_t, t)
+    eps_hat = out[..., : x.shape[-1]]
+    mse = jnp.square(eps_hat - eps).mean(axis=(1, 2, 3))
+    if not process.learn_sigma:
+        return mse, {"mse": mse}
+    vb = process.variational_term(jax.lax.stop_gradient(eps_hat), process.variance_share(out), x, x_t, t)
+    return mse + vb, {"mse": mse, "vb": vb}
+
+
+def velocity(process: Process, denoise: Denoiser, x: Images, t: Times, eps: Images):
+    """Mean squared error of the velocity eps - x, per image (Liu et al. 2022, eq. 1)."""
+    v = denoise(process.noise(x, t, eps), t)
+    mse = jnp.square(v - (eps - x)).mean(axis=(1, 2, 3))
+    return mse, {"mse": mse}
+
+
+def denoising(cfg: Config, loss: Callable) -> Objective:
+    """The objective of a `loss(process, denoise, x, t, eps)` at times of the process's law, with `cond` dropped at random."""
+    process = make_process(cfg.diffusion, cfg.model.learn_sigma)
+
+    def draw(model, key: jax.Array, batch: dict) -> dict:
+        time_key, noise_key, cond_key = jax.random.split(key, 3)
+        x = batch["image"]
+        t = process.time(jax.random.uniform(time_key, x.shape[:1]))
+        cond = model.drop(cond_key, batch["cond"], cfg.train.label_dropout)
+        return {"x": x, "cond": cond, "t": t, "eps": jax.random.normal(noise_key, x.shape)}
+
+    def losses(model, params, extras, points: dict):
+        def denoise(x, t):
+            return model.apply(params, x, process.model_time(t), points["cond"])
+
+        return loss(process, denoise, points["x"], points["t"], points["eps"])
+
+    return Objective(draw, losses, flops.train_flops(cfg.model))
+
+
+OBJECTIVES = {
+    "ddpm": lambda cfg: denoising(cfg, noise_prediction),
+    "flow": lambda cfg: denoising(cfg, velocity),
+}
+
+
+def make_objective(cfg: Config) -> Objective:
+    """The objective of a config: the loss of its process."""
+    return OBJECTIVES[cfg.diffusion.process](cfg)

@@ -1,0 +1,74 @@
+"""A sampling task: process, sampler and grid of times of a config, checked when it is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from dit_jax.config import Config, SampleConfig
+from dit_jax.diffusion.process import Process, make_process
+from dit_jax.diffusion.samplers import SAMPLERS, Sampler
+from dit_jax.diffusion.schedule import SPACINGS
+from dit_jax.error import UsageError, nearest, shown
+
+
+@dataclass(frozen=True)
+class Task:
+    """`times`: from noise to the clean image, ends included."""
+
+    process: Process
+    sampler: Sampler
+    times: tuple[float, ...]
+
+    def walk(self, denoise: Callable, x: jax.Array, keys: jax.Array) -> jax.Array:
+        """Noise x (b, h, w, c) and one key per image -> images (b, h, w, c)."""
+        return self.sampler(self.process, denoise, x, np.array(self.times), keys)
+
+    @property
+    def evaluations(self) -> np.ndarray:
+        """The times at which the denoiser is called."""
+        return self.sampler.evaluations(np.array(self.times))
+
+
+def make_task(cfg: Config) -> Task:
+    """The task of `cfg.sample`. Raises UsageError for a sampler, grid or guidance that this process or model cannot have."""
+    process, sample = make_process(cfg.diffusion, cfg.model.learn_sigma), cfg.sample
+    if sample.sampler not in SAMPLERS:
+        raise UsageError(f"sample.sampler: found {sample.sampler!r}{nearest(sample.sampler, SAMPLERS)}")
+    sampler, kind = SAMPLERS[sample.sampler], type(process)
+    if kind not in sampler.accepts:
+        expected = " or ".join(accepted.__name__.lower() for accepted in sampler.accepts)
+        others = ", ".join(name for name, row in SAMPLERS.items() if kind in row.accepts)
+        raise UsageError(
+            f"sample.sampler: found {sample.sampler!r} for {kind.__name__}, expected a {expected} for it, or another sampler: {others}"
+        )
+    check_guidance(cfg)
+    return Task(process, sampler, tuple(_times(process, sample).tolist()))
+
+
+def check_guidance(cfg: Config, key: str = "sample.guidance", found: float | None = None) -> None:
+    """Raises UsageError for guidance other than 1 of a model that was trained without "no condition"."""
+    found = cfg.sample.guidance if found is None else found
+    if found != 1.0 and not (cfg.model.classes and cfg.train.label_dropout):
+        why = "train.label_dropout is 0" if cfg.model.classes else "model.classes is 0"
+        raise UsageError(f"{key}: found {found}, expected 1: this model has no null class ({why})")
+
+
+def _times(process: Process, sample: SampleConfig) -> np.ndarray:
+    """`sample.times`, or else the grid of `sample.steps` and `spacing`; float64, falling to 0."""
+    if sample.times:
+        times = np.array(sample.times, np.float64)
+        if np.any(np.diff(process.sigma(times)) >= 0):
+            raise UsageError(
+                f"sample.times: found {shown(sample.times)}, expected less noise at each: two of them are one step of the chain"
+            )
+        return times
+    if sample.spacing not in SPACINGS:
+        raise UsageError(f"sample.spacing: found {sample.spacing!r}{nearest(sample.spacing, SPACINGS)}")
+    try:
+        return process.times(sample.steps, sample.spacing)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"sample.steps: {error}") from None

@@ -1,0 +1,14 @@
+"""The metrics of drawn images, in the order of the records. Another one is a file with a row, and the row here."""
+
+from dit_jax.metrics import fid, inception_score, kernel, precision_recall
+from dit_jax.metrics.metric import Metric
+
+ROWS = (
+    fid.FID,
+    fid.SFID,
+    inception_score.IS,
+    kernel.KID,
+    precision_recall.PRECISION,
+    precision_recall.RECALL,
+)
+METRICS: dict[str, Metric] = {row.name: row for row in ROWS}

@@ -1,0 +1,7 @@
+"""The words that options and results share: methods, losses, residuals, what is dropped or held out, and what samplings differ in."""
+
+METHODS = ("isoflop", "akima", "surface", "varpro", "gadre", "envelope", "power")  # in the order of `fit.METHODS`
+RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
+DROPPED = ("duplicates", "diverged", "outliers")  # in the order in which they are looked for
+SPLITS = ("largest", "budgets", "models")
+SAMPLING = ("sampler", "steps", "guidance", "spacing")  # fields of protocol.samples that points may differ in

@@ -1,0 +1,273 @@
+"""The command line of the wing: its commands and their options, checked before anything heavy is imported or read."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+from dit_jax.error import UsageError, arguments_on_disk, unknown_flag
+from dit_jax.files import check_json
+from dit_jax.hardware import Topology, topology
+from dit_jax.scaling.names import DROPPED, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
+
+COMMANDS = {
+    "fit": "Fit the laws and print them with their intervals.",
+    "predict": "Predict the best size, data and loss at --flops.",
+    "plan": "What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next.",
+    "report": "Write a self-contained report.html, with its figures, fit.json and report.json beside it.",
+    "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data.",
+    "compare": "Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower.",
+    "frontier": "Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning.",
+}
+FITTED = ("fit", "predict", "plan", "report")  # those that fit laws of the loss with `--method`
+MODEL = ("patch", "channels", "classes", "input_size", "image_size")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser(doc: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m dit_jax.scaling", description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in FITTED:
+        one = commands.add_parser(name, help=COMMANDS[name])
+        one.add_argument("runs", nargs="+", metavar="RUNS")
+        both = ["all"] if name in ("fit", "report") else []
+        one.add_argument("--method", default="all" if name == "report" else "isoflop", choices=[*METHODS, *both])
+        one.add_argument(
+            "--residual", choices=RESIDUALS, help="of the parametric methods: log law - log loss, or law - loss"
+        )
+        one.add_argument(
+            "--loss", choices=LOSSES, help="of the parametric methods: summed Huber (delta 1e-3), or squares"
+        )
+        one.add_argument("--window", type=float, help="isoflop: keep sizes within this factor of a budget's best run")
+        _add_quality(one, name)
+        _add_convention(one)
+        one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
+        _add_table(one)
+        one.add_argument("--resamples", type=int, default=1000)
+        one.add_argument("--seed", type=int, default=0)
+        one.add_argument("--json", metavar="OUT", help="write the result here too")
+        one.add_argument(
+            "--flops",
+            type=float,
+            action="append",
+            default=[],
+            required=name == "predict",
+            help="training FLOPs; may be repeated",
+        )
+        if name == "plan":
+            _add_plan(one)
+        if name == "report":
+            one.add_argument("--out", default="report.html")
+            one.add_argument("--title", default="Scaling law")
+            one.add_argument("--grid", help="PNG of samples to embed")
+    _add_commands(commands)
+    return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """Adds what `plan` takes besides the fit's own options."""
+    budget = parser.add_argument_group("budget", "training FLOPs (--flops), or hours of chips")
+    budget.add_argument(
+        "--chip_hours", type=float, action="append", default=[], help="chips x hours, with --topology; may be repeated"
+    )
+    budget.add_argument("--topology", help="v3-256, v4-128, v5p-64, h100x8, ...: dit_jax.hardware")
+    budget.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak rate that training reaches (default 0.4, assumed)"
+    )
+    budget.add_argument("--dtype", default="bfloat16", help="whose peak rate counts: bfloat16, tensorfloat32, float32")
+    model = parser.add_argument_group("model", "else that of RUNS' config.json, else DiT-XL/2's")
+    model.add_argument("--config", default="", metavar="FILE[:ARG]", help="the config that the run starts from")
+    model.add_argument(
+        "--model", "--like", default="", metavar="NAME", help="a published model, as DiT-XL/2, in all but its size"
+    )
+    for name in MODEL:
+        model.add_argument(f"--{name}", type=int, default=0)
+    model.add_argument("--conditioning", default="", help="in_context, cross_attention, adaln or adaln_zero")
+    model.add_argument("--batch", type=int, default=0, help="images (default: the config's)")
+    model.add_argument(
+        "--family", choices=("runs", "dit"), help="whose width / depth and heads (default: runs, if they tell)"
+    )
+    cells = parser.add_argument_group("next cells", "runs that would narrow the interval of N_opt at the first budget")
+    cells.add_argument(
+        "--next_flops", type=float, help="what they may cost in all (default: as much as RUNS did; 0: none)"
+    )
+    cells.add_argument("--next_cells", type=int, default=12, help="how many at most")
+
+
+def _add_convention(parser: argparse.ArgumentParser) -> None:
+    """Adds what a command may say of a CSV whose columns do not, and `--to`."""
+    group = parser.add_argument_group(
+        "convention of a CSV", "columns counted, unit, pass, params_kind, data_kind, loss_kind say it too"
+    )
+    group.add_argument(
+        "--counted", metavar="exact|6nd", help="C (default: 6nd where flops is absent or is 6 params tokens)"
+    )
+    group.add_argument("--unit", metavar="flops|macs", help="of C; MACs are converted to FLOPs")
+    group.add_argument("--pass", dest="passes", metavar="train|forward", help="of C; forward is converted to training")
+    group.add_argument("--params", metavar="active|total", help="N: active per token, or all trainable")
+    group.add_argument("--data", metavar="tokens|images", help="D: what the column tokens counts")
+    group.add_argument(
+        "--loss_kind", metavar="ema|raw|training", help="L: held out with EMA or raw weights, or the training loss"
+    )
+    group.add_argument("--tokens_per_image", type=float, default=math.nan, help="for D in images")
+
+
+def _add_quality(parser: argparse.ArgumentParser, command: str) -> None:
+    """The options of one of the commands `fit`, `predict`, `plan` and `report`."""
+    parser.add_argument(
+        "--unbias", action="store_true", default=None, help="isoflop: subtract the bias that a surface predicts"
+    )
+    kinds = ",".join(DROPPED)
+    parser.add_argument("--drop", metavar="KINDS", help=f"leave these runs out: any of {kinds}, or all")
+    if command == "fit":
+        what = "predict the largest budget, each budget or each model (size) from the others"
+        parser.add_argument("--holdout", choices=SPLITS, help=what)
+
+
+def _add_commands(commands) -> None:
+    """Adds `metric`, `compare` and `frontier`."""
+    one = commands.add_parser("metric", help=COMMANDS["metric"])
+    one.add_argument("runs", nargs="+", metavar="RUNS")
+    one.add_argument("--metric", default="fid", help="any metric of the records, or a column of the CSV")
+    one.add_argument("--irreducible", action="store_true", help="E + k C^x instead of k C^x")
+    one.add_argument("--each", action="store_true", help="every model is a point, not the best of each budget")
+    one.add_argument(
+        "--flops", type=float, action="append", default=[], help="training FLOPs to predict at; repeatable"
+    )
+    one.add_argument("--against", metavar="RUNS", help="the same models measured on a second data set")
+    one.add_argument(
+        "--against_where", metavar="FIELD=VALUE", action="append", default=[], help="as --where, of --against"
+    )
+    one.add_argument("--difference", action="store_true", help="the offset of --against is a difference, not a ratio")
+    _add_choice(one)
+    two = commands.add_parser("compare", help=COMMANDS["compare"])
+    two.add_argument("runs_a", metavar="RUNS_A")
+    two.add_argument("runs_b", metavar="RUNS_B")
+    two.add_argument("--metric", default="loss")
+    two.add_argument("--law", choices=("pure", "irreducible"), default="", help="form of both loss laws")
+    two.add_argument(
+        "--through", choices=("vertices", "best"), default="vertices", help="of each budget: parabola, or best run"
+    )
+    two.add_argument("--window", type=float, default=math.inf, help="as of fit")
+    _add_choice(two)
+    three = commands.add_parser("frontier", help=COMMANDS["frontier"])
+    three.add_argument("runs", nargs="+", metavar="RUNS")
+    three.add_argument("--metric", default="fid", help="any metric of the records, or a column of the CSV")
+    three.add_argument("--cost", default="flops", choices=("flops", "seconds"), help="of one image")
+    three.add_argument(
+        "--at", type=float, action="append", default=[], help="name the best model at this cost; repeatable"
+    )
+    three.add_argument("--images_served", type=float, metavar="N", help="add training: total = training + N images")
+    three.add_argument("--total", type=float, action="append", default=[], help="FLOPs of --images_served; repeatable")
+    three.add_argument("--out", metavar="PNG", help="write the figure here")
+    _add_choice(three, choose=False)
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    """Adds what names the columns of a CSV, and what takes some of its rows or records."""
+    parser.add_argument(
+        "--column",
+        metavar="OURS=THEIRS",
+        action="append",
+        default=[],
+        help="another name of a CSV's column; repeatable",
+    )
+    parser.add_argument(
+        "--where",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="take what agrees: a column of the CSV, or a field of the protocol; repeatable",
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser, choose: bool = True) -> None:
+    _add_table(parser)
+    if choose:
+        parser.add_argument(
+            "--choose", default="guidance", help="best per model over these, comma-separated: steps, ..."
+        )
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="OUT", help="write the result here too")
+
+
+def parse(argv: Sequence[str] | None, doc: str) -> argparse.Namespace:
+    """The arguments of a command line; `doc` is the text above the help. Raises UsageError, before anything is read."""
+    argv, parser = sys.argv[1:] if argv is None else argv, _parser(doc)
+    args, rest = parser.parse_known_args(argv)
+    if rest and rest[0].startswith("--"):
+        raise unknown_flag(rest[0][2:].partition("=")[0], sorted({"help", *vars(args)} - {"command", "runs"}))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments_on_disk(argv)
+    _check(args)
+    return args
+
+
+def _check(args) -> None:
+    for flops in getattr(args, "flops", []):
+        if not 0 < flops < float("inf"):
+            raise UsageError(f"--flops: found {flops}, expected a number above 0")
+    window = getattr(args, "window", None)
+    if window is not None and not window > 1:
+        raise UsageError(f"--window: found {args.window}, expected a factor above 1")
+    if args.resamples < 0 or args.seed < 0:
+        raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
+    if getattr(args, "grid", None) and not os.path.isfile(args.grid):
+        raise UsageError(f"--grid: {args.grid}: no such file")
+    if args.command == "plan":
+        _check_plan(args)
+    for name in ("json", "out"):
+        check_json(getattr(args, name, None) or "", f"--{name}", makes_folders=True)
+    if args.command not in FITTED:
+        _check_numbers(args)
+
+
+def _check_plan(args) -> None:
+    """Raises UsageError on arguments that do not go together, before anything is fitted."""
+    if not args.flops and not args.chip_hours:
+        raise UsageError("plan: found no budget, expected --flops, or --chip_hours with --topology")
+    if args.chip_hours and not args.topology:
+        raise UsageError("--chip_hours: found it without --topology, expected both (v3-256, h100x8, ...)")
+    for name, values in (("chip_hours", args.chip_hours), ("mfu", [args.mfu])):
+        for value in values:
+            if not 0 < value < math.inf:
+                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
+    if args.mfu > 1:
+        raise UsageError(f"--mfu: found {args.mfu:g}, expected a share of the peak, at most 1")
+    if args.next_flops is not None and not 0 <= args.next_flops < math.inf:
+        raise UsageError(f"--next_flops: found {args.next_flops:g}, expected at least 0")
+    for name in (*MODEL, "batch", "next_cells"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if args.topology:
+        chip_rate(args)
+
+
+def chip_rate(args) -> tuple[Topology, float]:
+    """The slice, and the FLOP/s of one of its chips at the MFU assumed."""
+    found = topology(args.topology)
+    rate = found.peak(args.dtype) * found.chip.devices * args.mfu
+    if math.isnan(rate):
+        raise UsageError(f"--topology: no peak rate is published for {args.dtype} on {args.topology}")
+    return found, rate
+
+
+def _check_numbers(args) -> None:
+    """Raises UsageError on numbers that cannot be."""
+    for name in ("flops", "at", "total", "images_served"):
+        found = getattr(args, name, None)
+        for value in found if isinstance(found, list) else [] if found is None else [found]:
+            if not 0 < value < math.inf:
+                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
+    if getattr(args, "total", None) and not args.images_served:
+        raise UsageError("--total: found it without --images_served, expected both")
+    unknown = [name for name in getattr(args, "choose", "guidance").split(",") if name not in SAMPLING]
+    if unknown:
+        raise UsageError(f"--choose: found {unknown[0]!r}, expected names among {', '.join(SAMPLING)}")

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import select
+import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence

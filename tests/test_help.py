@@ -12,7 +12,7 @@ import pytest
 from job import ROOT
 
 from dit_jax.config import Config
-from dit_jax.data import latent_writer
+from dit_jax.data import latent_notes, latent_writer
 from dit_jax.diffusion.samplers import SAMPLERS
 from dit_jax.job.help import comments
 from dit_jax.sampling import draw, picture

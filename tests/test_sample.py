@@ -306,7 +306,7 @@ def test_the_job_says_what_images_depend_on_and_nothing_else(workdir):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_images_are_the_same_bits_for_every_batch_size_and_number_of_devices(workdir, dtype, monkeypatch):
-    monkeypatch.setattr(sample, "to_uint8", lambda images: images)  # compare the float32 images themselves
+    monkeypatch.setattr(draw, "to_uint8", lambda images: images)  # compare the float32 images themselves
     wanted = np.concatenate([x for x, _ in images_of(workdir, 40, batch_size=64, dtype=dtype)])
     assert wanted.dtype == np.float32
     for batch_size, devices in ((1, 1), (5, 8), (24, 8)):

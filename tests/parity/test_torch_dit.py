@@ -13,7 +13,9 @@ import pytest
 from job import ROOT, environment
 
 from dit_jax.bench import peer as peers
+from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, SampleConfig, TrainConfig
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import make_task

@@ -11,15 +11,16 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Compiled once, every later process starts in half the time, also where the environment says otherwise.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev demo test test-slow parity preflight preflight-quick slurm torture lint lock clean
+.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick preflight preflight-quick slurm torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
 	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the long tests: coverage of intervals, frozen peers, the like"
 	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
+	@echo "make parity-quick  the same with fewer sizes of models"
 	@echo "make preflight  real steps compiled for TPU slices that are not there, with libtpu: all shipped ones (about 15 minutes)"
-	@echo "make preflight-quick  of them DiT-XL/2 on four slices, a batch too large, a sampler (about 3 minutes)"
+	@echo "make preflight-quick  of them DiT-XL/2 on v3-256 and v4-256, a batch too large, a sampler"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"
 	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
 	@echo "make lint       ruff"
@@ -56,7 +57,7 @@ test: dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
-	$(BIN)/python -m pytest -m "slow and not tpu"
+	$(BIN)/python -m pytest -m "slow and not tpu and not parity"
 
 $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@echo "installing the peers ..."
@@ -64,8 +65,15 @@ $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(PEERS) -r requirements-peers.lock
 	@touch $@
 
-parity: $(PEERS)/.done
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest -m parity --disable-warnings -n 2 --dist loadfile tests/parity tests/test_weights.py
+peers: $(PEERS)/.done
+
+PARITY := $(BIN)/python -m pytest --disable-warnings -n 2 --dist loadfile tests/parity tests/test_weights.py
+
+parity: peers
+	PYTHONPATH=$(PEERS) $(PARITY) -m parity
+
+parity-quick: peers
+	PYTHONPATH=$(PEERS) $(PARITY) -m "parity and not slow"
 
 $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@echo "installing libtpu ..."
@@ -73,10 +81,12 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(TPU) -r requirements-tpu.lock
 	@touch $@
 
-preflight: $(TPU)/.done
+tpu: $(TPU)/.done
+
+preflight: tpu
 	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight.py tests/test_hardware.py
 
-preflight-quick: $(TPU)/.done
+preflight-quick: tpu
 	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight.py tests/test_hardware.py
 
 slurm: dev

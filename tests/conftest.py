@@ -10,11 +10,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("NPROC", "32")  # XLA's threads: as many as cores would deadlock where 8 devices meet on 2 cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
-CHECKED = ("config", "flops", "bind", "models", "diffusion", "metrics", "data", "devices.mesh", "scaling")
+CHECKED = ("config", "flops", "bind", "models", "diffusion", "metrics", "data", "devices.mesh")
 CHECKED += ("training.optim", "training.state", "training.step")
 install_import_hook([f"dit_jax.{room}" for room in CHECKED], "beartype.beartype")
+beartype_package(
+    "dit_jax.scaling"
+)  # it names no shapes, and jaxtyping's care for them would take half of its tests' time
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

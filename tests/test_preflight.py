@@ -189,7 +189,15 @@ def check_train_step(found, config):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("slice", "batch"), [("v3-8", 256), ("v3-256", 256), ("v4-8", 256), ("v4-256", 4096)])
+@pytest.mark.parametrize(
+    ("slice", "batch"),
+    [
+        pytest.param("v3-8", 256, marks=pytest.mark.slow),
+        ("v3-256", 256),
+        pytest.param("v4-8", 256, marks=pytest.mark.slow),
+        ("v4-256", 4096),
+    ],
+)
 def test_xl_trains_on_its_slices(slice, batch, tmp_path):
     config = f"imagenet256.py:DiT-XL/2,{slice},{batch}"
     found = compiled_for(tmp_path, config)

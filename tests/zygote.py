@@ -6,6 +6,7 @@ Reads one JSON request a line: {"job", "arguments", "out", "err", ...} starts a 
 """
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -88,6 +89,7 @@ def answer(request: dict) -> object:
 
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*fork.*")
+    gc.freeze()  # children neither look through what is imported here nor copy its pages
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)
 

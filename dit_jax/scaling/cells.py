@@ -4,6 +4,7 @@ import contextlib
 import csv
 import math
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 from dit_jax.error import UsageError, alike
 
@@ -12,7 +13,7 @@ COLUMNS = 1000  # of a CSV, at most; and names that are searched for a near one
 
 
 @contextlib.contextmanager
-def opened(file: str, mode: str, **options) -> Iterator:
+def opened(file: str, mode: str, **options) -> Iterator[IO]:
     """An open file; what the system or the csv module says against it is a UsageError."""
     try:
         with open(file, mode, **options) as lines:

@@ -85,7 +85,15 @@ def relative(found, expected):
     return float(np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max())
 
 
-@pytest.mark.parametrize("name,pixels", [(name, pixels) for pixels in (256, 512) for name in NAMES])
+# Every patch and every width, at both numbers of tokens: the other pairs, and the gradients of more sizes, are slow.
+QUICK = {256: ("DiT-S/4", "DiT-B/8", "DiT-L/4", "DiT-XL/2"), 512: ("DiT-S/2", "DiT-S/4", "DiT-S/8")}
+
+
+def slow_but(names, name, *more):
+    return pytest.param(name, *more, marks=() if name in names else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name,pixels", [slow_but(QUICK[pixels], name, pixels) for pixels in QUICK for name in NAMES])
 def test_outputs_of_every_size(torch, diffusers, name, pixels):
     cfg = shallow(name, pixels)
     params = random_params(cfg)
@@ -99,9 +107,10 @@ def test_outputs_of_every_size(torch, diffusers, name, pixels):
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("cfg", [SMALL, *(shallow(name, depth=1) for name in NAMES)], ids=["small", *NAMES])
-def test_gradients_of_every_parameter(torch, diffusers, cfg):
+@pytest.mark.parametrize("name", ["small", *(slow_but(("DiT-B/8", "DiT-XL/4"), name) for name in NAMES)])
+def test_gradients_of_every_parameter(torch, diffusers, name):
     """Of one loss, the mean of the output times fixed noise. Embedders are one here and one per block there: theirs add up."""
+    cfg = SMALL if name == "small" else shallow(name, depth=1)
     params = random_params(cfg)
     x, t, labels = inputs(cfg)
     weight = np.random.default_rng(2).standard_normal((2, cfg.input_size, cfg.input_size, cfg.out_channels), np.float32)

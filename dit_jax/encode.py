@@ -6,7 +6,8 @@ reads them with `--config.data.latents=OUT`. The autoencoder is a folder that `c
 depends on its image only, not on the number of devices.
 
 Stored latents are not normalised: scale and shift of the config's `autoencoder` are noted beside them. `--whiten` chooses
-both so that each channel has mean 0 and variance 1 over the posteriors of `data.split`, and uses them for all splits.
+both so that each channel of a model's input has mean 0 and variance 1 over the posteriors of `data.split`; they then serve
+all splits.
 
 A split appears whole or not at all. The same command again finds it done (it compares the origin and number of the latents;
 with --whiten, notes with one number per channel), or resumes after the last whole shard. SIGTERM exits 75; like a kill, it

@@ -97,7 +97,7 @@ def load_arrays(data: DataConfig, split: str, source: Source | None = None) -> t
 def in_order(source: Source, data: DataConfig, rows: int, first: int = 0) -> Iterator[tuple[np.ndarray, dict]]:
     """Yield a split from record `first` on as in `load_arrays`, `rows` at a time (the last batch may be smaller).
 
-    `data.workers` threads read ahead; malformed records are replaced as in `make_batches`.
+    `data.workers` threads read ahead; malformed records are replaced (`dit_jax.data.skip`).
     """
     size = len(source)
 

@@ -184,9 +184,8 @@ def open_split(data: DataConfig, split: str) -> Records:
     features = builder.info.features
     classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
     if "image" not in features or ("label" in features and not classes):
-        raise UsageError(
-            f"dataset {name!r}: found features {sorted(features)}, expected an image, and a class label or no `label`"
-        )
+        expected = "expected an image, and a class label or no `label`"
+        raise UsageError(f"dataset {name!r}: found features {sorted(features)}, {expected}")
     try:
         files = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:

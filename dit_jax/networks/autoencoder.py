@@ -21,9 +21,7 @@ from dit_jax.error import UsageError
 from dit_jax.models import vae
 from dit_jax.networks.folder import load_network
 
-AT_ONCE = (
-    4  # images that a device encodes or decodes at a time: one of 512 px takes 134 MB in each of the widest layers
-)
+AT_ONCE = 4  # images that a device encodes or decodes at a time; one of 512 px takes 134 MB in a widest layer
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,8 @@ def _config(values: Mapping, where: str) -> ModelConfig:
             raise UsageError(f"{where}: config.json: {key}: found {shown(value)}, expected a number of at least 1")
     channels, out = sizes["in_channels"], sizes["out_channels"]
     if out not in (channels, 2 * channels):
-        raise UsageError(
-            f"{where}: config.json: out_channels: found {out}, expected {channels} or, with a variance, {2 * channels}"
-        )
+        expected = f"expected {channels} or, with a variance, {2 * channels}"
+        raise UsageError(f"{where}: config.json: out_channels: found {out}, {expected}")
     return dit.make_config(
         f"{where}: config.json",
         depth=sizes["num_layers"],

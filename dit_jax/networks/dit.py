@@ -51,9 +51,8 @@ def add_null_row(tensors: Tensors, classes: int) -> bool:
             f"{rows} row{'s'[: rows > 1]}"
         )
     if classes == rows:
-        tensors.arrays[LABELS] = np.concatenate(
-            [tensors.arrays[LABELS], np.zeros((1, width), tensors.arrays[LABELS].dtype)]
-        )
+        table = tensors.arrays[LABELS]
+        tensors.arrays[LABELS] = np.concatenate([table, np.zeros((1, width), table.dtype)])
     return classes != rows
 
 

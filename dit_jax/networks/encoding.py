@@ -169,9 +169,8 @@ def _open_images(job: Job, split: str) -> Source:
     source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
     if source.image_shape[-1] != channels:
         found = f"found {job.cfg.data.dataset!r} with images of {source.image_shape[-1]} channels"
-        raise UsageError(
-            f"data.dataset: {found}, expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
-        )
+        expected = f"expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
+        raise UsageError(f"data.dataset: {found}, {expected}")
     return source
 
 

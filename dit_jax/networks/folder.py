@@ -52,9 +52,8 @@ def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
     if not os.path.isfile(weights):
         raise UsageError(f"{weights}: missing; convert the network again")
     if (found := file_sha256(weights)) != meta["sha256"]:
-        raise UsageError(
-            f"{weights}: found sha256 {found}, expected {meta['sha256']} of {META}; damaged: convert the network again"
-        )
+        expected = f"expected {meta['sha256']} of {META}; damaged: convert the network again"
+        raise UsageError(f"{weights}: found sha256 {found}, {expected}")
     flat = read_arrays(weights)
     count = sum(value.size for value in flat.values())
     if count != meta["parameters"]:

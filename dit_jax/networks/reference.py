@@ -77,24 +77,20 @@ def _gaussian(arrays: dict, mean_name: str, cov_name: str, width: int, path: str
     for name, shape in ((mean_name, (width,)), (cov_name, (width, width))):
         found = arrays[name]
         if found.shape != shape:
-            raise UsageError(
-                f"{path}: {name}: found shape {found.shape}, expected {shape}; "
-                "these are statistics of another feature network or layer"
-            )
+            why = "these are statistics of another feature network or layer"
+            raise UsageError(f"{path}: {name}: found shape {found.shape}, expected {shape}; {why}")
         if not np.issubdtype(found.dtype, np.floating) or not np.isfinite(found).all():
             raise UsageError(f"{path}: {name}: found {found.dtype} with values that are no finite floats")
     mean, cov = (np.asarray(arrays[name], np.float64) for name in (mean_name, cov_name))
     skew, most = np.abs(cov - cov.T).max(), np.abs(cov).max()
     if skew > ROUNDING * most:
-        raise UsageError(
-            f"{path}: {cov_name}: found entries that differ by {skew:.3g} from their mirror image, expected 0"
-        )
+        found = f"found entries that differ by {skew:.3g} from their mirror image"
+        raise UsageError(f"{path}: {cov_name}: {found}, expected 0")
     cov = (cov + cov.T) / 2
     if not _nonnegative(cov):
         values = np.linalg.eigvalsh(cov)
-        raise UsageError(
-            f"{path}: {cov_name}: found the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}, expected none below 0"
-        )
+        found = f"found the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}"
+        raise UsageError(f"{path}: {cov_name}: {found}, expected none below 0")
     return mean, cov
 
 

@@ -125,9 +125,8 @@ def _array(file: IO[bytes], size: int, max_bytes: int, where: str) -> np.ndarray
     """Read the npy array that fills a file of `size` bytes. Raises UsageError before anything large is allocated."""
     start, (descr, fortran, shape) = _npy_header(file, where)
     if not isinstance(descr, str) or not DTYPE.fullmatch(descr):
-        raise UsageError(
-            f"{where}: found the dtype {str(descr)[:200]!r}, expected plain numbers; objects are never unpickled"
-        )
+        expected = "expected plain numbers; objects are never unpickled"
+        raise UsageError(f"{where}: found the dtype {str(descr)[:200]!r}, {expected}")
     if not isinstance(fortran, bool):
         raise UsageError(f"{where}: found fortran_order {str(fortran)[:200]!r}, expected True or False")
     dtype = np.dtype(descr)

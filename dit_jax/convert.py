@@ -1,4 +1,4 @@
-"""Other people's weights in, and ours out.
+"""Convert other projects' weights to ours, and ours to the published names.
 
     python -m dit_jax.convert --source=dit --weights=DiT-XL-2-256x256.pt --out=W             the published PyTorch checkpoint
     python -m dit_jax.convert --source=diffusers --weights=DiT-XL-2-256/transformer --out=W  a folder of diffusers
@@ -6,10 +6,10 @@
     python -m dit_jax.convert --source=inception --weights=FILE --out=DIR
     python -m dit_jax.convert --source=workdir --weights=W --out=FILE.safetensors            a run, under the published names
 
-A DiT becomes a run folder W, which `sample` and `evaluate` take: its config is configs/imagenet256.py or imagenet512.py with
-the file's own model, its one checkpoint holds the weights as `params` and as `ema`, and the SHA-256 of the file that they
-came from. The other networks become folders of `dit_jax.networks`. Files are read as plain tensors only (`dit_jax.networks.weights`).
-What is written appears whole or not at all; the same command again finds it done.
+A DiT becomes a run folder W for `sample` and `evaluate`. Its config is configs/imagenet256.py or imagenet512.py with the
+file's own model; its one checkpoint holds the weights as `params` and as `ema`, and the SHA-256 of the file. The other
+networks become folders (`dit_jax.networks.folder`). Files are read as plain tensors only (`dit_jax.networks.weights`).
+Output appears whole or not at all; the same command again finds it done.
 """
 
 import os

@@ -1,11 +1,11 @@
 """Evaluate a run's checkpoints: `python -m dit_jax.evaluate --workdir=W [--config.eval.samples=1000 ...] [--watch]`.
 
-Held-out loss on a fixed set of (image, noise, t), and metrics of samples (FID, or the Frechet distance of another network,
-and what goes with it) for every combination of `eval.weights`, `samplers`, `steps` and `guidance`. One record per checkpoint
-and protocol goes to `W/eval/records.jsonl`; what is recorded already is not computed again. Sample i depends on (seed, i)
-only: a sample metric that was stopped in the middle goes on from `W/eval/partial/`, also with other batches or devices, and
-ends in the same record. SIGTERM keeps what there is and exits 75. `--launcher=slurm|print` hands the combinations to a
-scheduler (dit_jax.job.launcher), and `--cell` evaluates one alone.
+Measures the held-out loss on a fixed set of (image, noise, t), and sample metrics (FID or another Frechet distance, and the
+metrics beside it) for every combination of `eval.weights`, `samplers`, `steps` and `guidance`. One record per checkpoint
+and protocol goes to `W/eval/records.jsonl` and is not computed again. Sample i depends on (seed, i) only: a sample metric
+that was interrupted resumes from `W/eval/partial/`, also with other batches or devices, and ends in the same record.
+SIGTERM saves and exits 75. `--launcher=slurm|print` hands the combinations to a scheduler (dit_jax.job.launcher), and
+`--cell` evaluates one of them.
 """
 
 import os
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _check_model(cfg: Config, workdir: str) -> None:
-    """Raises UsageError where the command changes the run's model: protocols and records do not name it."""
+    """Raises UsageError if the command changes the run's model, which protocols and records do not name."""
     from dit_jax import checkpoint
 
     asked, found = to_dict(cfg.model), to_dict(read_config(workdir).model)

@@ -27,6 +27,7 @@ def unchanged(extras, params, step):
 class Objective(NamedTuple):
     """A row of OBJECTIVES, bound to a config.
 
+    process                                   the noising process
     draw(model, key, batch)                   a batch {"image", "cond"} -> points, a dict of arrays (b, ...): all that is random
     losses(model, params, extras, points)     losses (b,) and a dict of their parts (b,); `points` hold x, cond, t and eps
     flops                                     training FLOPs of one image
@@ -34,6 +35,7 @@ class Objective(NamedTuple):
     update_extras(extras, params, step)       the same after an accepted step, from the new raw weights and the steps before it
     """
 
+    process: Process
     draw: Callable
     losses: Callable
     flops: int
@@ -80,7 +82,7 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
 
         return loss(process, denoise, points["x"], points["t"], points["eps"])
 
-    return Objective(draw, losses, flops.train_flops(cfg.model))
+    return Objective(process, draw, losses, flops.train_flops(cfg.model))
 
 
 OBJECTIVES = {

@@ -11,7 +11,6 @@ from dit_jax.bind import bind
 from dit_jax.config import Config, EvalConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.process import make_process
 from dit_jax.error import NotFiniteError
 
 PAIRS = (
@@ -43,11 +42,10 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
 @functools.lru_cache(maxsize=8)
 def make_losses(cfg: Config, mesh):
     """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times_per_image). `cfg`: stripped by `_alone`."""
-    process, k = make_process(cfg.diffusion, cfg.model.learn_sigma), cfg.eval.times_per_image
-    model, objective = bind(cfg.model), make_objective(cfg)
+    model, objective, k = bind(cfg.model), make_objective(cfg), cfg.eval.times_per_image
 
     def losses(params, images, cond, indices):
-        t = process.time(stratified(cfg.eval.seed, indices, k).reshape(-1))
+        t = objective.process.time(stratified(cfg.eval.seed, indices, k).reshape(-1))
         eps = fixed_noise(cfg.eval.seed, indices, k, images.shape[1:]).reshape(-1, *images.shape[1:])
         x, cond = jax.tree.map(lambda rows: jnp.repeat(rows, k, axis=0), (images, cond))
         total, _ = objective.losses(model, params, {}, {"x": x, "cond": cond, "t": t, "eps": eps})

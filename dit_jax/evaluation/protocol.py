@@ -11,7 +11,6 @@ from dit_jax.data.source import Source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
@@ -30,7 +29,7 @@ def weights_protocol(cfg: Config) -> dict:
 
 def loss_protocol(cfg: Config, held_out: Source) -> dict:
     """Everything that the held-out loss depends on besides the checkpoint."""
-    process, data = make_process(cfg.diffusion, cfg.model.learn_sigma), held_out.describe()
+    process, data = make_objective(cfg).process, held_out.describe()
     return {
         "data": data | {"image_size": cfg.data.image_size},
         **weights_protocol(cfg),

@@ -7,7 +7,6 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.process import make_process
 from dit_jax.models import dit
 from dit_jax.training.state import TrainState
 from dit_jax.training.step import gradients, step_key
@@ -21,7 +20,8 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
     """
     names: list[str] = []
 
-    model, objective, process = bind(cfg.model), make_objective(cfg), make_process(cfg.diffusion, cfg.model.learn_sigma)
+    model, objective = bind(cfg.model), make_objective(cfg)
+    process = objective.process
 
     def examine(params, extras, batch):
         points = objective.draw(model, step_key(cfg, state.step - 1), batch)

@@ -70,9 +70,7 @@ def pace(total: float, done: float = 0.0) -> Callable[[float], tuple[float, str]
     return report
 
 
-def progress(
-    first: int, last: int, images_per_step: int, flops_per_step: float, peak: float
-) -> Callable[[int, dict], dict]:
+def progress(last: int, images_per_step: int, flops_per_step: float, peak: float) -> Callable[[int, dict], dict]:
     """Return a function of (step, scalars) that logs "step, loss, images/s, MFU, ETA" and returns the rates.
 
     Rates are since its last call; the first gives none and no ETA, because the time before it is mostly compilation.

@@ -132,7 +132,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
         write, close_scalars = (lambda step, values: None), (lambda: None)
     try:
         with ledger.spend("step"):
-            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, first, quiet)))
+            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, quiet)))
     finally:
         close_scalars()
         if leader():
@@ -194,7 +194,7 @@ def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str
     saver.save(int(state.step), state.items(), position, meta, after=lambda: write_entry(entry, workdir))
 
 
-def _reporter(cfg: Config, first: int, quiet: bool):
+def _reporter(cfg: Config, quiet: bool):
     """A function (step, scalars) -> more scalars that prints progress; if `quiet`, it does nothing."""
     if quiet:
         return lambda step, scalars: {}
@@ -202,7 +202,7 @@ def _reporter(cfg: Config, first: int, quiet: bool):
     count, against = flops.parameters(cfg.model), f"{peak / 1e12:.3g} TFLOP/s ({source})"
     say(f"{count:,} parameters; MFU is against {against}; compiling ...")
     step_flops = make_objective(cfg).flops * cfg.train.batch_size
-    return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
+    return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak)
 
 
 def _log(outputs: tuple, step: int, scalars: dict) -> None:

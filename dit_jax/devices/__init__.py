@@ -1,1 +1,1 @@
-"""Devices: the mesh, layouts of runs on slices, the processes of a job on several hosts. No other package names a device."""
+"""Devices: the mesh, layouts of runs on slices, the processes of a job on several hosts."""

@@ -36,7 +36,7 @@ KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
 KEPT_WEIGHT = 2.2
 # Bytes per parameter: value, EMA and moments; gradient and update; sums of microbatches.
 STATE, PASSING, ADDED = 16, 12, 8
-# Relative time of a step, from the compiler's estimates; without remat, copying the saved arrays costs more than recomputing.
+# Relative time of a step, by the compiler's estimates; copying all saved arrays ("none") takes longer than the recomputation of "dots".
 AGAIN = {"none": 1.1, "dots": 1.0, "full": 1.2}
 
 

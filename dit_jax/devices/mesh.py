@@ -25,7 +25,7 @@ from dit_jax import hardware
 from dit_jax.config import MeshConfig
 from dit_jax.error import UsageError
 
-# libtpu as a compiler only: no metadata server, no lock, no log.
+# libtpu as a compiler only: no metadata server, no lock, severe log lines only.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

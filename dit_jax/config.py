@@ -19,7 +19,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 
 
-def _at_least(low: float, config, *names: str) -> None:
+def _at_least(low: int | float, config, *names: str) -> None:
     """Raises UsageError if one of the fields `names` is below `low`."""
     group = type(config).__name__.removesuffix("Config").lower()
     for name in names:

@@ -28,9 +28,11 @@ from dit_jax.evaluation.protocol import (
     sample_protocol,
     samplings,
 )
+from dit_jax.job.launch import stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import weights_hash
+from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close
 from dit_jax.workdir.records import append_record, protocol_id, read_records
 
@@ -151,8 +153,33 @@ def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool =
     with _ledger(workdir, quiet, time.time()) as ledger:
         wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, [], quiet)
         records = _run(wanted, workdir, steps, quiet, [], failed, ledger)
-    _report_failed(failed)
+    report_failed(failed)
     return records
+
+
+def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, str]:
+    """Evaluate all checkpoints on disk; with `watch` also later ones, until the last training step is evaluated.
+
+    SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
+    """
+    failed: dict[int, str] = {}
+    with stop_flag() as stop, _ledger(workdir, False, since) as ledger:
+        wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, stop, False)
+        while True:
+            records = _run(wanted, workdir, None, False, stop, failed, ledger)
+            newest = max([*(record["step"] for record in records), *failed], default=0)
+            if not watch or newest >= read_config(workdir).train.steps:
+                break
+            with ledger.spend("wait"):
+                _wait(cfg.eval.poll_seconds, stop)
+    return failed
+
+
+def _wait(seconds: float, stop: list) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        _check_stop(stop, "what is recorded stays")
+        time.sleep(min(left, 0.2))
 
 
 @contextlib.contextmanager
@@ -238,7 +265,8 @@ def _weights(cfg: Config, workdir: str, step: int, failed: dict[int, str]):
     return params
 
 
-def _report_failed(failed: dict[int, str]) -> None:
+def report_failed(failed: dict[int, str]) -> None:
+    """Raises JobError if a checkpoint failed."""
     if failed:
         steps = ", ".join(map(str, sorted(failed)))
         raise JobError(f"step {steps}: damaged or diverged and not evaluated, as said above; the others are")

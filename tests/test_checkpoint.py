@@ -316,6 +316,7 @@ def test_a_folder_that_turned_unwritable_surfaces_at_the_next_step(uninterrupted
     assert manifest.problems(checkpoint.path_of(str(workdir), checkpoint.steps(str(workdir))[-1])) == []
 
 
+@pytest.mark.slow
 def test_a_slow_disk_delays_the_next_save_only_and_errors_come_at_a_check(uninterrupted, tmp_path, monkeypatch):
     """Hashing takes seconds here: `save` returns at once, `check` is silent meanwhile, the next save waits; then the disk
     breaks, and `check` says so."""

@@ -49,7 +49,11 @@ def single():
     return losses(SMALL, meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data8", "fsdp8", "data2fsdp2tensor2"])
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 8, 1), (2, 2, 2)],
+    ids=["data8", "fsdp8", "data2fsdp2tensor2"],
+)
 def test_loss_equals_a_single_devices(axes, single):
     mesh = meshes.make_mesh(MeshConfig(*axes))
     found, params, state = losses(SMALL, mesh)

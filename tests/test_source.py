@@ -65,7 +65,9 @@ def config(dataset, classes, **data):
     )
 
 
-@pytest.mark.parametrize("dataset, classes", [("stripes", CLASSES), ("plain_stripes", 0)])
+@pytest.mark.parametrize(
+    "dataset, classes", [pytest.param("stripes", CLASSES, marks=pytest.mark.slow), ("plain_stripes", 0)]
+)
 def test_a_kind_from_outside_trains_is_evaluated_and_sampled(registered, tmp_path, cache_dir, dataset, classes):
     cfg, workdir = config(dataset, classes), str(tmp_path / "run")
     half = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=2))

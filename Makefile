@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need, from the hash locks, in .venv.
+# `make demo` and `make test` first install all they need in .venv, from the locks with hashes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,24 +8,24 @@ PEERS := $(VENV)/peers
 TPU := $(VENV)/tpu
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
-# Compiled once, every later process starts in half the time, also where the environment says otherwise.
+# Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup dev peers tpu demo test test-slow parity parity-quick preflight preflight-quick slurm torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (about 10 minutes on 2 cores)"
-	@echo "make test-slow  the long tests: coverage of intervals, frozen peers, the like"
-	@echo "make parity     models, samplers and metrics beside PyTorch, diffusers and torch-fidelity; what reads PyTorch's files"
+	@echo "make test       the tests (about 5 minutes)"
+	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
+	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
-	@echo "make preflight  real steps compiled for TPU slices that are not there, with libtpu: all shipped ones (about 15 minutes)"
-	@echo "make preflight-quick  of them DiT-XL/2 on v3-256 and v4-256, a batch too large, a sampler"
-	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which it installs (Debian, as root)"
-	@echo "make torture    200 kills of a training, 10,000 hostile inputs at every door (about 15 minutes)"
+	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
+	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
+	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
+	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
 	@echo "make lint       ruff"
-	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: with the tools for tests"
-	@echo "make lock       resolve the locks anew"
+	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: also the tools for tests"
+	@echo "make lock       resolve the dependencies again and rewrite the locks"
 
 $(BIN)/uv: requirements-bootstrap.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

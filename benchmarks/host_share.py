@@ -1,4 +1,4 @@
-"""The host's share of a run's wall time, for small models of a config's ladder, in about four minutes on two cores.
+"""Measures the host's share of a run's wall time for small models of a config's ladder; about four minutes on two cores.
 
 python benchmarks/host_share.py --config=configs/digits_isoflop.py [--repeats=5] [--json=OUT]
 """
@@ -15,17 +15,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from dit_jax import flops as model_flops
-from dit_jax.bench.measure import (
-    alternate,
-    fixed_batch,
-    machine,
-    make_stepper,
-    publish,
-    seconds,
-    shown,
-    spread,
-    verdict,
-)
+from dit_jax.bench import measure
+from dit_jax.bench.measure import alternate, fixed_batch, make_stepper, seconds, shown, spread
 from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, resolve
 from dit_jax.data.pipeline import make_batches
@@ -41,13 +32,13 @@ from dit_jax.training.step import train_step
 from dit_jax.workdir.scalars import METRICS, open_scalars, read_lines
 
 HOST_TARGET = 0.20
-HOST = ("call", "data", "log", "checkpoint")  # what the host does, by `step_parts`
-MOST_STEPS = 1500  # of a run that is measured
+HOST = ("call", "data", "log", "checkpoint")  # parts of `step_parts` that the host does
+MOST_STEPS = 1500  # most steps of a measured run
 STEP_PARTS = ("wall", "device", "call", "data", "log", "checkpoint", "rest", "looped")
 
 
 def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
-    """As `make_stepper`, with n steps as one compiled program: what is left when there is no call a step."""
+    """As `make_stepper`, with n steps in one compiled program, hence without a call for each step."""
     state, batch, model = make_state(cfg, mesh), fixed_batch(cfg, mesh), bind(cfg.model, mesh)
     shapes = jax.eval_shape(lambda: train_step(cfg, model, state, batch)[1])
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
@@ -65,7 +56,7 @@ def make_looped(cfg: Config, mesh) -> Callable[[int], float]:
 
 
 def run_once(cfg: Config) -> dict[str, float]:
-    """Seconds of a whole `loop.run` in a new folder: before the first step's line, a step, and after the last line."""
+    """Seconds of a whole `loop.run` in a new folder: before the first logged step, a step, and after the last logged one."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         loop.run(cfg, os.path.join(folder, "run"), quiet=True)
@@ -76,13 +67,13 @@ def run_once(cfg: Config) -> dict[str, float]:
 
 
 def data_seconds(cfg: Config, steps: int) -> Callable[[], float]:
-    """Seconds a batch, read as the training loop does."""
+    """A function that measures seconds a batch, read as in the training loop."""
     batches = make_batches(cfg.data, batch_size=cfg.train.batch_size, seed=0)
     return lambda: seconds(lambda: [next(batches) for _ in range(steps)] and None) / steps
 
 
 def log_seconds(lines: int = 50) -> float:
-    """Seconds a line of scalars."""
+    """Seconds to fetch and write one line of scalars."""
     with tempfile.TemporaryDirectory() as folder:
         write, close = open_scalars(folder, 0, tensorboard=False)
         scalars = {name: jnp.float32(1.5) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
@@ -97,17 +88,20 @@ def log_seconds(lines: int = 50) -> float:
 
 
 def measure_host(cell: ladder.Cell, repeats: int, steps: int = 300, most: int = MOST_STEPS) -> dict:
-    """The host's share of a run's wall time, and where a step's time goes.
+    """The host's share of a run's wall time, and the parts of a step's time.
 
-    wall      `loop.run`: a step of its loop (over the first `most` steps) and the step's part of the checkpoint. Start-up
-              (tracing, the compiled program from the cache) is told apart: it does not grow with the run.
-    device    the compiled step, called again and again with one batch, less `call`, what a call of an empty step takes
+    wall      a step of `loop.run` (over the first `most` steps) and its share of the checkpoint; without start-up (tracing,
+              reading the compiled program from the cache), which does not grow with the run
+    device    the compiled step, called repeatedly with one batch, less `call`, the time of a call of an empty step
     looped    for comparison, many steps as one program
     """
     cfg, mesh = cell.cfg, make_mesh(cell.cfg.mesh)
     short = dataclasses.replace(cfg.train, steps=min(cfg.train.steps, most))
-    steppers = {"step": make_stepper(cfg, mesh), "call": make_stepper(cfg, mesh, empty=True)}
-    steppers |= {"looped": make_looped(cfg, mesh)}
+    steppers = {
+        "step": make_stepper(cfg, mesh),
+        "call": make_stepper(cfg, mesh, empty=True),
+        "looped": make_looped(cfg, mesh),
+    }
     jobs = {name: functools.partial(job, steps) for name, job in steppers.items()}
     jobs |= {"run": lambda: run_once(dataclasses.replace(cfg, train=short))}
     jobs |= {"data": data_seconds(cfg, steps), "log": log_seconds}
@@ -129,7 +123,7 @@ def measure_host(cell: ladder.Cell, repeats: int, steps: int = 300, most: int = 
 
 
 def step_parts(found: dict, cfg: TrainConfig) -> dict[str, list[float]]:
-    """Where the seconds of a step go, per repeat: wall = device + call + data + log + checkpoint + rest."""
+    """Parts of a step's seconds, by repeat: wall = device + call + data + log + checkpoint + rest."""
     saves = -(-cfg.steps // cfg.checkpoint_every) / cfg.steps
     parts = {
         "device": [step - call for step, call in zip(found["step"], found["call"], strict=True)],
@@ -144,7 +138,7 @@ def step_parts(found: dict, cfg: TrainConfig) -> dict[str, list[float]]:
 
 
 def ladder_cells(cfg: Config, folder: str) -> list[ladder.Cell]:
-    """Runs of the ladder's middle budget, every other size of its window."""
+    """Cells of the ladder's middle budget, every other size of its window."""
     middle = len(cfg.sweep.budgets) // 2
     if not cfg.sweep.budgets:
         raise UsageError("sweep.budgets: found none, expected training FLOPs; start from configs/digits_isoflop.py")
@@ -153,7 +147,7 @@ def ladder_cells(cfg: Config, folder: str) -> list[ladder.Cell]:
 
 
 def measure_ladder(cfg: Config, repeats: int) -> list[dict]:
-    """`measure_host` for each size; on CPU in a worker of the sweep, which keeps to one core and to a compilation cache."""
+    """`measure_host` for each size; on CPU in a worker of the sweep, which uses one core and a compilation cache."""
     job, found = functools.partial(measure_host, repeats=repeats), []
     with tempfile.TemporaryDirectory() as folder:
         for cell in ladder_cells(cfg, folder):
@@ -170,14 +164,13 @@ def measure_ladder(cfg: Config, repeats: int) -> list[dict]:
 
 
 def show(found: dict) -> None:
-    """A row a model: where the time of a step goes."""
-    rows = found["host"]
+    """Prints the parts of a step's time, one row a model."""
+    rows, lines = found["host"], []
     target = f"host (target <= {rows[0]['target']:.0%})"
-    lines = []
     for row in rows:
         cells = [f"{row['step_us'][name]['median']:,.0f}" for name in STEP_PARTS]
         shares = [shown(row[name], 0, True) for name in ("host_share", "not_device_share")]
-        shares[0] += f": {verdict(row['host_share']['median'] <= row['target'])}"
+        shares[0] += f": {measure.verdict(row['host_share']['median'] <= row['target'])}"
         start = f"{row['start_seconds']['median']:.1f} s"
         lines.append((str(row["size"][0]), f"{row['steps']:,}", *cells, *shares, start))
     table(("width", "steps", *STEP_PARTS, target, "not device", "start"), lines)
@@ -190,8 +183,8 @@ def show(found: dict) -> None:
 def main() -> None:
     check_json(flags.FLAGS.json)
     cfg = resolve(flags.FLAGS.config)
-    found = {"machine": machine(), "host": measure_ladder(cfg, flags.FLAGS.repeats)}
-    publish(found, show, flags.FLAGS.json, ("jax", "jaxlib", "flax", "numpy"))
+    found = {"machine": measure.machine(), "host": measure_ladder(cfg, flags.FLAGS.repeats)}
+    measure.publish(found, show, flags.FLAGS.json, ("jax", "jaxlib", "flax", "numpy"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Features and statistics for FID and the Inception Score of N images: ours beside torch-fidelity's, same weights and images.
+"""Times features and statistics for FID and Inception Score: ours against torch-fidelity's, on the same weights and images.
 
     PYTHONPATH=.venv/peers .venv/bin/python benchmarks/inception.py --images=10000
 
-Both take turns with chunks of images, each beginning every other turn, so that what else the machine does hits both alike;
-compilation and a first chunk of each are left out. Weights are random (time does not depend on them); images are crops of
-scikit-learn's two photographs, one half of each chunk from each. Printed: milliseconds an image (median over chunks), their
-ratio, and how far the statistics and the FID between the two halves differ at the end.
+Both take turns with chunks of images, and each goes first in every other turn, so that other load on the machine affects both
+alike. Compilation and a first chunk of each are left out. Weights are random because the time does not depend on them. Each half
+of a chunk has crops of one of scikit-learn's two photographs. Printed: milliseconds an image (median over chunks), their ratio,
+and the differences between both sides' statistics and FID between the halves.
 """
 
 import argparse
@@ -41,14 +41,12 @@ def load_peers(threads: int):
 
 
 def make_ours(path: str, batch: int):
-    """A function that adds a chunk of images to the statistics of its two halves, and those statistics."""
+    """A function that adds a chunk of images to the statistics of the two halves, and these statistics."""
     params, apply = jax.device_put(inception_pair.ours(path)), jax.jit(inception.apply)
     state = {"pool": [frechet.empty(inception.WIDTH)] * 2, "score": inception_score.empty(inception.CLASSES)}
 
     def add(images):
-        parts = [
-            apply(params, images[i : i + batch]) for i in range(0, len(images), batch)
-        ]  # all are under way at once
+        parts = [apply(params, images[i : i + batch]) for i in range(0, len(images), batch)]  # dispatched all at once
         halves = np.split(np.concatenate([p.pool for p in parts]), 2)
         state["pool"] = [frechet.update(stats, half) for stats, half in zip(state["pool"], halves, strict=True)]
         logits = np.concatenate([p.logits_unbiased for p in parts])
@@ -58,7 +56,7 @@ def make_ours(path: str, batch: int):
 
 
 def make_theirs(torch, torch_fidelity, path: str, batch: int):
-    """A function that adds a chunk's features to two lists, as torch-fidelity does; its statistics come at the end."""
+    """A function that adds a chunk's features to two lists, as torch-fidelity does, and these lists."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
@@ -82,7 +80,7 @@ def timed(function, *args) -> float:
 
 
 def finish(torch, ours: dict, theirs: dict) -> tuple[float, float, str]:
-    """Seconds of both to make scores of what was added, and how far the statistics differ."""
+    """Seconds that each side takes to compute the scores, and a text on how far statistics and scores differ."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -124,9 +122,8 @@ def run(args, torch, ours: tuple, theirs: tuple) -> None:
     times, photos, chunks = {"ours": [], "theirs": []}, inception_pair.photographs(), -(-args.images // args.chunk)
     for turn in track(range(chunks + 1), "features", console=Console(stderr=True)):
         half = args.chunk // 2 or 1
-        images = np.concatenate([inception_pair.crops(p, half, args.size, args.size, turn) for p in photos])[
-            : args.chunk
-        ]
+        crops = [inception_pair.crops(p, half, args.size, args.size, turn) for p in photos]
+        images = np.concatenate(crops)[: args.chunk]
         order = [("ours", ours[0]), ("theirs", theirs[0])]
         for name, add in order if turn % 2 else order[::-1]:
             times[name].append(timed(add, images))
@@ -136,12 +133,11 @@ def run(args, torch, ours: tuple, theirs: tuple) -> None:
     print(f"{n} images {args.size} x {args.size}, chunks of {args.chunk}, {os.cpu_count()} cores, load {load:.1f}")
     for name, t, end in (("ours", a, end_a), ("torch-fidelity", b, end_b)):
         low, high = np.quantile(t, [0.25, 0.75])
-        print(
-            f"{name:15} {np.median(t):7.1f} ms an image (quartiles {low:.1f} to {high:.1f}), {end:.2f} s for the scores"
-        )
+        rate = f"{np.median(t):7.1f} ms an image (quartiles {low:.1f} to {high:.1f})"
+        print(f"{name:15} {rate}, {end:.2f} s for the scores")
     ratio = np.quantile(a / b, [0.25, 0.5, 0.75])
     print(f"ours / theirs, by chunk: median {ratio[1]:.2f} (quartiles {ratio[0]:.2f} to {ratio[2]:.2f})")
-    print(f"{differences}")
+    print(differences)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the safeguards cost on this machine, in about five minutes on two cores.
+"""Measures the cost of the safeguards on this machine; about five minutes on two cores.
 
 python benchmarks/safeguards.py --config=configs/digits.py [--repeats=3] [--json=OUT]
 
@@ -37,7 +37,7 @@ from dit_jax.workdir.scalars import read_lines
 
 CHECKPOINT_TARGET, DATA_TARGET, LATENTS_TARGET = 0.02, 0.01, 5000
 REPLAYS = (10, 100)
-RECORDS = 2000  # of the store of latents
+RECORDS = 2000  # latents in the store
 EVERY = TrainConfig().checkpoint_every
 
 
@@ -50,11 +50,10 @@ def latent_config(folder: str) -> Config:
 
 @contextlib.contextmanager
 def latent_store(records: int = RECORDS) -> Iterator[str]:
-    """A folder with the splits train and test, of noise: mean and log-variance of 32 x 32 x 4 in float16, 16 KiB a record."""
+    """Makes a folder of noise with splits train and test: mean and log-variance, 32 x 32 x 4 float16, 16 KiB a record."""
     rng, sha = np.random.default_rng(0), "0" * 64
-    kinds = dict(
-        shape=(32, 32, 4), dtype="float16", moments=True, mirrored=False, scale=0.18215, shift=0.0, classes=1000
-    )
+    kinds = dict(shape=(32, 32, 4), dtype="float16", moments=True, mirrored=False)
+    kinds |= dict(scale=0.18215, shift=0.0, classes=1000)
     about = dict(autoencoder="noise", autoencoder_sha256=sha, dataset="noise", source_sha256=sha, image_size=256)
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", records), ("test", 10)):
@@ -65,9 +64,9 @@ def latent_store(records: int = RECORDS) -> Iterator[str]:
 
 
 def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
-    """Hashing what was written, and hashing it again before older checkpoints are pruned, against `EVERY` steps.
+    """Time to hash a checkpoint once written and again before older ones are pruned, as a share of `EVERY` steps.
 
-    An upper bound: both happen in the background, while the device computes.
+    An upper bound, because both run in the background while the device computes.
     """
     mesh = make_mesh(cfg.mesh)
     stepper = measure.make_stepper(cfg, mesh)
@@ -96,7 +95,7 @@ def measure_checkpoint(cfg: Config, repeats: int, steps: int) -> dict:
 
 
 def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
-    """What computing one step twice and comparing adds, in steps; every N steps, a run takes that / N longer."""
+    """Time added by computing a step twice and comparing, in steps; done every N steps, it costs 1/N of that."""
     mesh = make_mesh(cfg.mesh)
     state, batch, step = make_state(cfg, mesh), measure.fixed_batch(cfg, mesh), make_train_step(cfg, mesh)
 
@@ -117,7 +116,7 @@ def measure_replay(cfg: Config, repeats: int, rounds: int = 10) -> dict:
 
 
 def measure_wait(cfg: Config, repeats: int) -> dict:
-    """What the goodput ledger of a run books as waiting for data, against the loop's time without compiling and saving."""
+    """Share of the loop's time, without compiling and saving, that the goodput ledger books as waiting for data."""
     waits, steps = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +131,7 @@ def measure_wait(cfg: Config, repeats: int) -> dict:
 
 
 def measure_latents(folder: str, repeats: int, batches: int = 40, batch_size: int = 256) -> dict:
-    """Latents a core-second: from the disk (its cache), checksums verified, posteriors sampled, with the default threads."""
+    """Latents a core-second, read from the disk (its cache), verified and sampled, with the default number of threads."""
     data = latent_config(folder).data
     rates = []
     for _ in range(repeats + 1):
@@ -147,7 +146,7 @@ def measure_latents(folder: str, repeats: int, batches: int = 40, batch_size: in
 
 
 def show(found: dict) -> None:
-    """The tables: medians (ranges)."""
+    """Prints the tables: medians (ranges)."""
     share = f"share of {EVERY:,} steps (target <= {CHECKPOINT_TARGET:.0%})"
     rows = []
     for row in found["checkpoint"]:
@@ -158,10 +157,8 @@ def show(found: dict) -> None:
     table(("checkpoint: width", "MB", "hash, ms", "verify, ms", "step, ms", share), rows)
     added, quartiles = found["replay"]["added_steps"]["median"], found["replay"]["quartiles"]
     costs = ", ".join(f"N = {every}: {added / every:.1%} (1/N = {1 / every:.0%})" for every in REPLAYS)
-    low, high = quartiles
-    print(
-        f"replay: a step that is computed twice takes {added:.2f} steps more (quartiles {low:.2f} to {high:.2f}); {costs}"
-    )
+    low_high = "quartiles {:.2f} to {:.2f}".format(*quartiles)
+    print(f"replay: a step that is computed twice takes {added:.2f} steps more ({low_high}); {costs}")
     rows = []
     for name, row in found["data"].items():
         reached = measure.verdict(row["share"]["median"] < DATA_TARGET)
@@ -184,10 +181,8 @@ def main() -> None:
     say("data ...")
     short = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=400, checkpoint_every=400))
     with latent_store() as folder:
-        found["data"] = {
-            "digits": measure_wait(short, repeats),
-            "latents": measure_wait(latent_config(folder), repeats),
-        }
+        kinds = {"digits": short, "latents": latent_config(folder)}
+        found["data"] = {name: measure_wait(chosen, repeats) for name, chosen in kinds.items()}
         found["latents"] = measure_latents(folder, repeats)
     measure.publish(found, show, flags.FLAGS.json, ("jax", "jaxlib", "grain", "orbax-checkpoint"))
 

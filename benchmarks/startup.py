@@ -1,9 +1,9 @@
-"""How long the command lines take to answer, beside another revision: both in turn, with the same interpreter.
+"""Times the start of command lines against another revision, both in turn and with the same interpreter.
 
     python benchmarks/startup.py --against=f941e80 [--repeats=5] [--json=OUT]
 
-`--help` of train and scaling, and the time from the start of `train` on digits to the line of its first step: the second start, so
-that its data are built, and with --compilation_cache=DIR where a revision has it.
+Timed are `--help` of train and scaling, and `train` on digits from its start to the line of its first step. A first start, which
+builds the data, is not counted. A revision that has --compilation_cache=DIR is run with it.
 """
 
 import argparse
@@ -27,24 +27,22 @@ HELP = {
     "train --help": 1 / 4,
     "scaling --help": 1 / 3,
     "scaling fit --help": 1 / 3,
-}  # command -> most, of the other's time
+}  # command -> most of the other's time
 FIRST_STEP, MOST = "train, first step", 1 / 2
 
 
 def export(revision: str, folder: str) -> Path:
-    """The files of a revision, in `folder`. Raises UsageError where there is none of this name."""
+    """Writes the files of a revision to `folder`. Raises UsageError if there is no such revision."""
     archive = os.path.join(folder, "archive.tar")
-    found = subprocess.run(
-        ["git", "-C", ROOT, "archive", f"--output={archive}", revision], capture_output=True, text=True
-    )
-    if found.returncode:
+    command = ["git", "-C", ROOT, "archive", f"--output={archive}", revision]
+    if subprocess.run(command, capture_output=True).returncode:
         raise UsageError(f"--against: found {revision!r}, expected a commit of this repository")
     subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
     return Path(folder)
 
 
 def start(tree: Path, arguments: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
-    """A command of dit_jax in `tree`, its standard error to be read."""
+    """Starts a command of dit_jax in `tree`, with its standard error as a pipe."""
     env = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", *arguments]
     return subprocess.Popen(command, cwd=tree, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
@@ -61,7 +59,7 @@ def seconds_of_help(tree: Path, command: str) -> float:
 
 
 def seconds_to_first_step(tree: Path, cache: str) -> float:
-    """From the start of `train` on digits, in a new folder, to the line of its first step."""
+    """Seconds from the start of `train` on digits, in a new folder, to the line of its first step."""
     known = "compilation_cache" in start(tree, ["dit_jax.train", "--help"], stdout=subprocess.PIPE).communicate()[0]
     flags = ["--config=configs/digits.py", "--config.train.log_every=1"] + [f"--compilation_cache={cache}"] * known
     with tempfile.TemporaryDirectory() as workdir:
@@ -81,7 +79,7 @@ def seconds_to_first_step(tree: Path, cache: str) -> float:
 
 
 def compare(trees: dict[str, Path], measure: Callable[[Path], float], repeats: int) -> dict:
-    """Seconds of each tree, in turn, after a start of each that is not counted; their medians, and the ratio of these."""
+    """Seconds of each tree, measured in turn after a start that is not counted; their medians, and the ratio of the medians."""
     for tree in trees.values():
         measure(tree)
     times: dict[str, list[float]] = {name: [] for name in trees}
@@ -102,16 +100,13 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         trees = {"now": ROOT, "then": export(args.against, folder)}
-        measures = {
-            command: (functools.partial(seconds_of_help, command=command), most) for command, most in HELP.items()
-        }
+        measures = {name: (functools.partial(seconds_of_help, command=name), most) for name, most in HELP.items()}
         measures[FIRST_STEP] = functools.partial(seconds_to_first_step, cache=cache), MOST
         for name, (measure, most) in measures.items():
             one = found[name] = compare(trees, measure, args.repeats) | {"most": most}
             verdict = "met" if one["ratio"] <= most else "not met"
-            say(
-                f"{name:<20}{one['now']:6.2f} s  {one['then']:6.2f} s at {args.against}  ratio {one['ratio']:.2f}, {most:.2f}: {verdict}"
-            )
+            times = f"{one['now']:6.2f} s  {one['then']:6.2f} s at {args.against}"
+            say(f"{name:<20}{times}  ratio {one['ratio']:.2f}, {most:.2f}: {verdict}")
     if args.json:
         write_file(args.json, json.dumps(found, indent=1) + "\n")
 

@@ -1,13 +1,13 @@
-"""CPU time of the five-parameter surface: 4,500 starts and 4,000 bootstraps on 240 runs, ours beside SciPy's L-BFGS-B.
+"""CPU time of fitting the five-parameter surface, ours against SciPy's L-BFGS-B: 240 runs, 4,500 starts, 4,000 bootstraps.
 
     nice -n 19 .venv/bin/python benchmarks/surface.py            # SciPy's times are scaled up from 150 starts and 150 bootstraps
     nice -n 19 .venv/bin/python benchmarks/surface.py --sample=0 # every start and every bootstrap with SciPy too
 
-Both minimise the same sum of Huber losses (delta 1e-3) of log residuals, on the same runs, of Chinchilla's law with 1 % noise. SciPy gets
-the customary notebook: unscaled logarithms, one search per start, gradients by differences (SciPy's default) or exact, tolerances as they
-come or tight enough to reach a minimum. Ours is `fit_surface` on the same starts, which it projects to the best coefficients of their
-exponents first; a row tells what the same search costs from the starts as they are. CPU seconds of the whole process, all threads, after a
-first call of each.
+Both minimise the same sum of Huber losses (delta 1e-3) of log residuals on the same runs, drawn from Chinchilla's law with 1 % noise.
+SciPy is used as in the customary notebook: unscaled logarithms, one search per start, gradients by differences (SciPy's default) or
+exact, tolerances at their defaults or tight enough to reach a minimum. Ours is `fit_surface` on the same starts, after it projects
+them to the best coefficients for their exponents; one row gives the cost of the same search without the projection. Times are CPU
+seconds of the whole process, all threads, after a first call of each.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads of BLAS spin, which would count as SciPy's work
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # because idle BLAS threads spin, which would count as SciPy's work
 
 import numpy as np
 from scipy.optimize import minimize
@@ -43,20 +43,20 @@ def make_runs(count: int, noise: float, seed: int) -> list[Run]:
 
 
 def make_starts() -> np.ndarray:
-    """(4500, 5) of (log E, log A, log B, alpha, beta)."""
+    """Starts (4500, 5): log E, log A, log B, alpha, beta."""
     half, five, exponents = np.arange(-2, 3) / 2, 5.0 * np.arange(6), np.arange(5) / 2
     return np.array(list(itertools.product(half, five, five, exponents, exponents)))
 
 
 def objective(theta, log_n, log_d, log_loss, weight):
-    """As notebooks write it."""
+    """The sum of Huber losses, as notebooks write it."""
     e, a, b, alpha, beta = theta
     terms = np.stack([np.full_like(log_n, e), a - alpha * log_n, b - beta * log_d])
     return np.sum(weight * huber(DELTA, logsumexp(terms, axis=0) - log_loss))
 
 
 def with_gradient(theta, log_n, log_d, log_loss, weight):
-    """The same with its exact gradient, without SciPy's special functions, which are slower."""
+    """The same with its exact gradient, without SciPy's special functions, because they are slower."""
     e, a, b, alpha, beta = theta
     terms = np.stack([np.full_like(log_n, e), a - alpha * log_n, b - beta * log_d])
     top = terms.max(axis=0)
@@ -70,7 +70,7 @@ def with_gradient(theta, log_n, log_d, log_loss, weight):
 
 
 def scipy_row(name, exact: bool, options: dict, data, starts, weights, best) -> dict:
-    """CPU seconds of the starts and the bootstraps given, and the lowest objective."""
+    """CPU seconds of the given starts and bootstraps with SciPy, and the objectives reached."""
 
     def search(start, weight):
         function = with_gradient if exact else objective
@@ -83,25 +83,18 @@ def scipy_row(name, exact: bool, options: dict, data, starts, weights, best) -> 
     middle = time.process_time()
     again = [search(best, weight).fun for weight in weights]
     end = time.process_time()
-    return {
-        "name": name,
-        "starts": middle - begin,
-        "resamples": end - middle,
-        "found": np.array(found),
-        "again": np.array(again),
-    }
+    seconds = {"starts": middle - begin, "resamples": end - middle}
+    return {"name": name, **seconds, "found": np.array(found), "again": np.array(again)}
 
 
 def ours_row(name, runs, project: bool, resamples: int, weights) -> dict:
-    """The same of ours. The bootstraps' objectives are those of SciPy's weights, apart from the timed ones."""
+    """The same with ours. The bootstraps' objectives are for SciPy's weights, not for the timed resamples."""
     fit_surface(runs[:20], resamples=20)
     begin = time.process_time()
+    fit = fit_surface(runs, resamples=0)
     if project:
-        fit = fit_surface(runs, resamples=0)
-        found = np.array([fit.objective])
-        reached = fit.starts.reached
+        found, reached = np.array([fit.objective]), fit.starts.reached
     else:
-        fit = fit_surface(runs, resamples=0)
         begin = time.process_time()
         c = fit.design.centre
         starts = make_starts()
@@ -115,15 +108,8 @@ def ours_row(name, runs, project: bool, resamples: int, weights) -> dict:
     end = time.process_time()
     again = newton.minimize(fit.design.problem, np.tile(fit.theta, (len(weights), 1)), weights).loss
     extra = middle - begin if project else 0.0  # the second fit searched the starts again
-    return {
-        "name": name,
-        "starts": middle - begin,
-        "resamples": end - middle - extra,
-        "found": found,
-        "again": again,
-        "reached": reached,
-        "fit": fit,
-    }
+    seconds = {"starts": middle - begin, "resamples": end - middle - extra}
+    return {"name": name, **seconds, "found": found, "again": again, "reached": reached, "fit": fit}
 
 
 def main() -> None:
@@ -150,9 +136,8 @@ def main() -> None:
             ("SciPy, exact gradients, tight", True, TIGHT),
         )
     ]
-    print(
-        f"{len(runs)} runs, {len(starts)} starts, {args.resamples} bootstraps; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    )
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    print(f"{len(runs)} runs, {len(starts)} starts, {args.resamples} bootstraps; {machine}")
     print(
         f"{'':34}{'starts':>9}{'bootstraps':>12}{'all (CPU s)':>13}{'times ours':>12}"
         f"{'lowest / ours - 1':>19}{'reached':>9}{'bootstraps no lower':>21}"
@@ -161,11 +146,8 @@ def main() -> None:
     scale = len(starts) / len(chosen), args.resamples / len(weights)
     lowest = min(fit.objective, raw["found"].min())
     for row in (ours, raw, *rows):
-        a, b = (
-            (row["starts"], row["resamples"])
-            if "fit" in row
-            else (row["starts"] * scale[0], row["resamples"] * scale[1])
-        )
+        factors = (1, 1) if "fit" in row else scale
+        a, b = row["starts"] * factors[0], row["resamples"] * factors[1]
         b = ours["resamples"] if row is raw else b
         reached = row.get("reached", np.mean(row["found"] <= lowest * (1 + 1e-6)))
         worse = np.mean(row["again"] >= ours["again"] * (1 - 1e-9))

@@ -12,7 +12,7 @@ from dit_jax.devices.layout import lay_out
 
 
 def get_config(slice=""):
-    """`slice`: such as cpux8, whose mesh is wanted."""
+    """`slice`: name of the slice whose mesh is used, such as cpux8."""
     c = template()
     c.model.update(depth=4, width=64, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
     c.diffusion.process = "flow"

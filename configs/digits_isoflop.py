@@ -1,9 +1,9 @@
-"""An isoFLOP ladder on the digits: 5 budgets over a factor of 30, sizes of width / depth = 4.
+"""An isoFLOP ladder on the digits: 5 budgets over a factor of 30, all sizes with width / depth = 4.
 
 python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=runs/demo
 
 Expected (4 to 7 minutes on 2 cores): N_opt grows as C^0.55 (95 % interval 0.39 to 0.68), the best loss of the largest budget is
-0.406, and the model trained at 9.6e11 FLOPs scores 0.386 +- 0.005 with fd_digits 1.8 (1,000 samples, guidance 2).
+0.406, and the model trained at 9.6e11 FLOPs reaches 0.386 +- 0.005 and fd_digits 1.8 (1,000 samples, guidance 2).
 """
 
 from dit_jax.config import template

@@ -2,15 +2,15 @@
 
     python -m dit_jax.train --config=configs/imagenet256.py:DiT-XL/2 --config.data.latents=latents/256 --workdir=runs/xl2
 
-Before it the latents, from the file or folder of the published autoencoder, and after it the images:
+Encode latents first, with the published autoencoder (file or folder), and sample images afterwards:
 
     python -m dit_jax.convert --source=sd-vae --weights=sd-vae-ft-ema --out=nets/ft-ema
     python -m dit_jax.encode --config=configs/imagenet256.py --autoencoder=nets/ft-ema --out=latents/256
     python -m dit_jax.sample --workdir=runs/xl2 --autoencoder=nets/ft-ema --num=64 --out=samples.npz
 
-The latents take 42 GB: mean and log-variance of each image and of its mirror image in float16.
+The latents take 42 GB: mean and log-variance of each image and its mirror image, in float16.
 
-Expected, from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run here:
+Expected from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run here:
 
     XL/2 after 7M steps, FID-50K     9.62 unguided    3.22 at guidance 1.25    2.27 at guidance 1.5
     after 400K steps, unguided       patch 8    patch 4    patch 2
@@ -19,7 +19,7 @@ Expected, from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run 
                                 L     118.87      45.64      23.33
                                 XL    106.41      43.01      19.47
 
-`configs/imagenet256.py:DiT-XL/2,v3-256` takes mesh, remat and accumulation of a slice (docs/meshes.md), `DiT-XL/2,v4-256,4096`
+`configs/imagenet256.py:DiT-XL/2,v3-256` sets mesh, remat and accumulation for a slice (docs/meshes.md), `DiT-XL/2,v4-256,4096`
 with another batch. Without a slice the state (XL/2: 11 GB of weights, moments and EMA) is shared by 4 devices.
 """
 

@@ -2,20 +2,20 @@
 
     python -m dit_jax.train --config=configs/imagenet512.py:DiT-XL/2 --config.data.latents=latents/512 --workdir=runs/xl2_512
 
-Before it the latents, from the file or folder of the published autoencoder, and after it the images:
+Encode latents first, with the published autoencoder (file or folder), and sample images afterwards:
 
     python -m dit_jax.convert --source=sd-vae --weights=sd-vae-ft-ema --out=nets/ft-ema
     python -m dit_jax.encode --config=configs/imagenet512.py --autoencoder=nets/ft-ema --out=latents/512
     python -m dit_jax.sample --workdir=runs/xl2_512 --autoencoder=nets/ft-ema --num=64 --out=samples.npz
 
-The latents take 168 GB: mean and log-variance of each image and of its mirror image in float16.
+The latents take 168 GB: mean and log-variance of each image and its mirror image, in float16.
 
-Expected, from the paper (XL/2 after 3M steps, 250 DDPM steps, EMA weights, ft-ema decoder); not run here:
+Expected from the paper (XL/2 after 3M steps, 250 DDPM steps, EMA weights, ft-ema decoder); not run here:
 
     FID-50K     12.03 unguided    4.64 at guidance 1.25    3.04 at guidance 1.5
 
 An XL/2 image is 1,024 tokens and 525 GMACs a forward pass, 4.4 times the 256-pixel model's. `configs/imagenet512.py:DiT-XL/2,v4-256`
-takes mesh, remat and accumulation of a slice (docs/meshes.md), `DiT-XL/2,v4-256,1024` with another batch. Without a slice the
+sets mesh, remat and accumulation for a slice (docs/meshes.md), `DiT-XL/2,v4-256,1024` with another batch. Without a slice the
 state (XL/2: 11 GB of weights, moments and EMA) is shared by 4 devices.
 """
 

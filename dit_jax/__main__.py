@@ -1,4 +1,4 @@
-"""`python -m dit_jax` lists the jobs, a line each; `python -m dit_jax.JOB --help` says what one takes."""
+"""List of the jobs, printed by `python -m dit_jax`; `python -m dit_jax.JOB --help` describes one."""
 
 import ast
 import sys
@@ -6,21 +6,11 @@ from pathlib import Path
 
 from dit_jax.error import exit_code
 
-JOBS = (
-    "train",
-    "sample",
-    "evaluate",
-    "sweep",
-    "scaling",
-    "preflight",
-    "convert",
-    "encode",
-    "bench",
-)
+JOBS = ("train", "sample", "evaluate", "sweep", "scaling", "preflight", "convert", "encode", "bench")
 
 
 def first_line(job: str) -> str:
-    """What a job says of itself, read without importing it."""
+    """First line of a job's docstring, read without importing it."""
     path = Path(__file__).parent / f"{job}.py"
     text = (path if path.exists() else path.with_suffix("") / "__main__.py").read_text()
     line = (ast.get_docstring(ast.parse(text)) or job).splitlines()[0]

@@ -1,4 +1,4 @@
-"""A model bound to a mesh: its config becomes functions of parameters and arrays."""
+"""Model bound to a mesh: turns a config into functions of parameters and arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,29 +15,29 @@ from dit_jax.models.layers import as_it_is
 
 @dataclass(frozen=True)
 class Model:
-    """`cfg`: with its attention chosen for the devices at hand; `place`: how arrays move in its program, see `models.dit.apply`."""
+    """Bound model. `cfg.attention` is resolved for the devices; `place` lays out arrays, see `models.dit.apply`."""
 
     cfg: ModelConfig
     place: Callable = as_it_is
 
     def init(self, key: jax.Array) -> dict:
-        """Parameters, a nested dict of float32 arrays."""
+        """Initial parameters, a nested dict of float32 arrays."""
         return dit.init(self.cfg, key)
 
     def apply(self, params: Mapping, x: jax.Array, t: jax.Array, cond) -> jax.Array:
-        """x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32."""
+        """Runs the model: x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32."""
         return dit.apply(self.cfg, params, x, t, cond, self.place)
 
     def null(self, cond) -> dict:
-        """The `cond` of "no condition", of the same shapes."""
+        """Null condition in the shapes of `cond`."""
         return conditioning.null(self.cfg, cond)
 
     def drop(self, key: jax.Array, cond, rate: float) -> dict:
-        """`cond` with a share `rate` of its images set to "no condition"."""
+        """Replaces each image's condition by the null condition with probability `rate`."""
         return conditioning.drop(self.cfg, key, cond, rate)
 
     def draw(self, rule: str, keys: jax.Array, indices: jax.Array, wanted: Mapping) -> dict:
-        """The `cond` of samples `indices` (b,); see `conditioning.draw`."""
+        """Draws `cond` for samples `indices` (b,); see `conditioning.draw`."""
         return conditioning.draw(self.cfg, rule, keys, indices, wanted)
 
     @property
@@ -47,8 +47,6 @@ class Model:
 
 
 def bind(cfg: ModelConfig, mesh=None) -> Model:
-    """The model of a config in a program whose weights lie on `mesh` as `devices.mesh` places them; None: whole on every device."""
-    attention = attention_implementation(cfg.attention, cfg.dtype)
-    return Model(
-        dataclasses.replace(cfg, attention=attention), placer(mesh, cfg.dtype) if mesh is not None else as_it_is
-    )
+    """Binds a model config to a mesh, with weights as `devices.mesh.spec` places them; None = whole on every device."""
+    place = placer(mesh, cfg.dtype) if mesh is not None else as_it_is
+    return Model(dataclasses.replace(cfg, attention=attention_implementation(cfg.attention, cfg.dtype)), place)

@@ -3,9 +3,9 @@
 params, ema   nested dicts of float32 arrays           data   JSON, the position of the data iterator
 opt           the optimizer's state and the guard's    meta   JSON, what the run was: step, versions, model config
 
-A save goes to `<step>.saving/`; when all is on the disk its files are read back and hashed, and the folder gets its name:
-only then it counts. Older ones are pruned after that, and only if the newest verifies. What is there is always read from
-the disk. A folder that does not verify is never restored; training sets it aside as `<step>.damaged`.
+A save goes to `<step>.saving/`. Once all of it is on the disk, its files are read back and hashed, and the folder is
+renamed; only then is it a checkpoint. Older ones are pruned after that, and only if the newest verifies. A folder that
+does not verify is never restored; training sets it aside as `<step>.damaged`.
 """
 
 import concurrent.futures as futures
@@ -35,11 +35,11 @@ from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
-FREE = ("remat", "unroll", "attention")  # of the model config: how it is computed, not what
+FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
 
 
 def folder(workdir: str) -> str:
-    """Where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return os.path.join(os.path.abspath(workdir), "checkpoints")
 
 
@@ -48,17 +48,17 @@ def path_of(workdir: str, step: int) -> str:
 
 
 def steps(workdir: str) -> list[int]:
-    """Steps of the checkpoints on disk, ascending: folders that carry a manifest. Their contents are verified when read."""
+    """List the steps of the checkpoints on disk (folders with a manifest), ascending; contents are verified when read."""
     root = folder(workdir)
     found = [name for name in names(root) if name.isdecimal()]
     return sorted(int(name) for name in found if os.path.isfile(os.path.join(root, name, manifest.NAME)))
 
 
 class Saver:
-    """Saves in the background, one at a time, keeping the `keep` newest checkpoints. Only the process that trains opens one.
+    """Saves in the background, one at a time, and keeps the `keep` newest checkpoints. For the job that trains only.
 
-    Opening removes what a killed process left half-written. An error of a save is raised by the next `check`, `save` or
-    `close`, as a JobError.
+    Opening removes half-written saves of a killed process. The next `check`, `save` or `close` raises the error of a
+    failed save, as a JobError.
     """
 
     def __init__(self, workdir: str, keep: int):
@@ -73,9 +73,9 @@ class Saver:
             _remove_unfinished(workdir)
 
     def save(self, step: int, items: dict, position: dict, meta: dict, after: Callable = lambda: None) -> None:
-        """Copy `items` (name -> tree of arrays) from the devices and start writing them; `after()` runs once they count.
+        """Copy `items` (name -> tree of arrays) from the devices and start writing them; `after()` runs once they are saved.
 
-        `position`: of the data iterator; `meta`: what the run is. Both are JSON values.
+        `position` (of the data iterator) and `meta` (of the run) are JSON values.
         """
         self.wait()
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -88,12 +88,12 @@ class Saver:
         self._pending = step, self._thread.submit(self._commit, step, target, after)
 
     def check(self) -> None:
-        """Raise what a save in the background met."""
+        """Raise the error of a background save that has ended."""
         if self._pending and self._pending[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the save under way is on the disk."""
+        """Wait until the current save is on the disk."""
         if not self._pending:
             return
         (step, future), self._pending = self._pending, None
@@ -107,7 +107,7 @@ class Saver:
             self.wait()
         finally:
             self._thread.shutdown()
-            with contextlib.suppress(Exception):  # what it met was raised by `wait`
+            with contextlib.suppress(Exception):  # its error was raised by `wait`
                 self._orbax.close()
             if jax.process_index() == 0:
                 _remove_unfinished(self.workdir)
@@ -120,12 +120,12 @@ class Saver:
             for what, action in (("the goodput", after), ("older checkpoints", lambda: prune(self.workdir, self.keep))):
                 try:
                     action()
-                except (OSError, UsageError) as error:  # the checkpoint counts all the same
+                except (OSError, UsageError) as error:  # the checkpoint is saved all the same
                     warn(f"{path_of(self.workdir, step)} is saved, but {what} could not be tidied up: {error}")
 
     def _fail(self, step: int, error: Exception) -> NoReturn:
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            raise error  # another process, not the disk
+            raise error  # another process failed, not the disk
         left = steps(self.workdir)
         kept = f"the checkpoints of steps {left} are intact" if left else "there is no earlier checkpoint"
         raise JobError(
@@ -135,7 +135,7 @@ class Saver:
 
 
 def publish(unfinished: str, final: str) -> None:
-    """Give a wholly written folder its manifest and then its name; a checkpoint of that name must not exist."""
+    """Write the manifest of a finished folder, then rename it. Raises OSError if `final` exists."""
     manifest.write_manifest(unfinished)
     if os.path.exists(final):
         raise OSError(f"{final} exists already")
@@ -150,15 +150,15 @@ def prune(workdir: str, keep: int) -> None:
     for step in found[:-keep]:
         old = path_of(workdir, step)
         aside = _free_name(old + REMOVING)
-        rename(old, aside)  # from here on it no longer counts, however far the removal comes
+        rename(old, aside)  # so that a removal cut short leaves no half checkpoint
         delete(aside)
 
 
 def newest_verified(workdir: str) -> int:
-    """The newest step whose checkpoint verifies, the same on all processes; 0 for a new run.
+    """Return the newest step whose checkpoint verifies, the same on all processes; 0 for a new run.
 
-    Checkpoints that do not verify are named and set aside where an older one does. Raises JobError, and moves nothing, when
-    there are some but none verifies; OSError when they cannot be read now.
+    Newer checkpoints that do not verify are logged and set aside. Raises JobError, and moves nothing, if there are
+    checkpoints but none verifies; OSError if they cannot be read now.
     """
     step = _newest_verified(workdir) if jax.process_index() == 0 else 0
     if jax.process_count() > 1:
@@ -167,9 +167,9 @@ def newest_verified(workdir: str) -> int:
 
 
 def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[dict, dict]:
-    """The items of a checkpoint, laid out as the abstract arrays in `like`, and the position of the data iterator.
+    """Read a checkpoint: (items laid out as the abstract arrays in `like`, position of the data iterator).
 
-    Raises UsageError naming keys or leaves when the checkpoint is another model's.
+    Raises UsageError naming keys or leaves if the checkpoint is another model's.
     """
     at = path_of(workdir, step)
     check_model(at, model)
@@ -184,12 +184,10 @@ def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[di
 def load(
     workdir: str, step: int | None = None, item: str = "ema", model: ModelConfig | None = None
 ) -> tuple[ModelConfig, dict]:
-    """(model config, weights) of a run: `item` is "ema" or "params" (raw); `step` None takes the newest checkpoint.
+    """Load (model config, weights) of a run. `item`: "ema" or "params" (raw). `step` None: the newest that verifies.
 
-    `model`: what the caller expects the model to be, where that is not the run's own config.
-
-    Raises UsageError when the run or the checkpoint is missing or another model's, JobError when it is damaged; without
-    `step` a damaged one is named and the newest that verifies is taken.
+    `model`: the expected model config, by default the run's own. Damaged checkpoints that are skipped are logged. Raises
+    UsageError if the run or the checkpoint is missing or another model's, JobError if it is damaged.
     """
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
@@ -203,7 +201,7 @@ def load(
 
 
 def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
-    """`step`, or the newest one whose `item` ("" = all of it) verifies. UsageError when it is not there, JobError when damaged."""
+    """Return `step`, by default the newest whose `item` ("" = all) verifies. UsageError if missing, JobError if damaged."""
     found = steps(workdir)
     if not found:
         raise UsageError(f"{folder(workdir)}: found no checkpoint, expected one; train the run first")
@@ -220,10 +218,9 @@ def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
 
 
 def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, meta: dict) -> None:
-    """A checkpoint of weights alone, `params` and `ema` the same: it can be sampled and evaluated, not trained on.
+    """Write a checkpoint of weights only, `params` equal to `ema`: it can be sampled and evaluated, not trained on.
 
-    `params` are NumPy or JAX arrays in the shapes of `model`. Raises UsageError if they have others, JobError if the disk
-    does not take them.
+    `params`: NumPy or JAX arrays. Raises UsageError if their shapes are not those of `model`, JobError if writing fails.
     """
     wanted = _leaves(jax.eval_shape(lambda: dit.init(model, jax.random.key(0))))
     if _leaves(params) != wanted:
@@ -241,7 +238,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
 
 
 def read_meta(workdir: str, step: int) -> dict:
-    """What a checkpoint says of itself. Raises JobError when that is damaged."""
+    """Read a checkpoint's meta. Raises JobError if it is damaged."""
     at = path_of(workdir, step)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
@@ -251,7 +248,7 @@ def read_meta(workdir: str, step: int) -> dict:
 
 
 def check_trained(workdir: str) -> None:
-    """Raises UsageError if the newest checkpoint holds weights alone: there is no training to go on with."""
+    """Raises UsageError if the newest checkpoint holds weights only, so that training cannot resume."""
     found = steps(workdir)
     if found and not os.path.isdir(os.path.join(path_of(workdir, found[-1]), "opt")):
         source = read_meta(workdir, found[-1]).get("source") or {}
@@ -262,7 +259,7 @@ def check_trained(workdir: str) -> None:
 
 
 def check_model(at: str, model: ModelConfig) -> None:
-    """Raises UsageError naming the keys in which the checkpoint's model differs from the config's, JobError if its step does."""
+    """Raises UsageError naming the keys in which the checkpoint's model differs from `model`, JobError if its step is wrong."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         meta = reader.restore(os.path.join(at, "meta"))
     if str(meta["step"]) != os.path.basename(at):
@@ -275,7 +272,7 @@ def check_model(at: str, model: ModelConfig) -> None:
 
 
 def check_tree(at: str, item: str, like) -> None:
-    """Raises UsageError naming the leaves that are missing, too many, or of another shape or dtype than `like`."""
+    """Raises UsageError naming leaves that are missing, unknown, or differ in shape or dtype from `like`."""
     if not os.path.isdir(os.path.join(at, item)):
         raise UsageError(f"{os.path.join(at, item)}: missing, expected the item {item!r} of a checkpoint")
     found = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree)
@@ -287,7 +284,7 @@ def check_tree(at: str, item: str, like) -> None:
 
 
 def _leaves(tree) -> dict[str, str]:
-    """Path -> "dtype (shape)" of a tree of arrays or of their metadata."""
+    """Map paths to "dtype (shape)" for a tree of arrays or their metadata."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in flat}
@@ -329,9 +326,8 @@ def _remove_unfinished(workdir: str) -> None:
     root = folder(workdir)
     for name in names(root):
         path, tries = os.path.join(root, name), 0
-        while (
-            (SAVING in name or REMOVING in name) and os.path.isdir(path) and tries < 20
-        ):  # threads of a save that failed may still write there
+        # again and again, because threads of a failed save may still write there
+        while (SAVING in name or REMOVING in name) and os.path.isdir(path) and tries < 20:
             shutil.rmtree(path, ignore_errors=True)
             tries += 1
             time.sleep(0.05 if os.path.isdir(path) else 0)
@@ -342,7 +338,7 @@ def _few(lines: list[str]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The system's own words where there are some: TensorStore says them at the end of a long line."""
+    """Return the system's message if there is one; TensorStore puts it at the end of a long line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip().splitlines()

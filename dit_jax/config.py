@@ -1,7 +1,7 @@
-"""Every knob and its default, as frozen dataclasses; and the door where ml_collections files become typed configs.
+"""Typed configs: frozen dataclasses of all settings with their defaults, built from ml_collections config files.
 
-A config file in `configs/` starts from `template()`, a `ConfigDict` of all defaults, changes what it wants and returns it;
-`resolve` turns the result into a `Config`, naming the key of anything unknown, mistyped or out of range.
+A config file in `configs/` changes the `ConfigDict` of all defaults from `template()` and returns it. `resolve` turns that into a
+`Config` and raises UsageError naming a key that is unknown, mistyped or out of range. `--help` prints the comment beside each field.
 """
 
 import dataclasses
@@ -19,30 +19,36 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 
 
+def _at_least(low: int | float, config, *names: str) -> None:
+    """Raises UsageError if one of the fields `names` is below `low`."""
+    group = type(config).__name__.removesuffix("Config").lower()
+    for name in names:
+        in_range(f"{group}.{name}", getattr(config, name), low)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DiT. `input_size` is the side of the grid the model sees: latent pixels for latent diffusion, else pixels."""
+    """Architecture of a DiT."""
 
     depth: int = 12  # transformer blocks
     width: int = 384  # features of a token; a multiple of 4 and of `heads`
     heads: int = 6  # attention heads
-    patch: int = 2  # side of the square that becomes one token
-    input_size: int = 32  # side of the grid that the model sees, a multiple of `patch`
-    channels: int = 4  # of the grid: 4 for SD-VAE latents, else those of the images
-    classes: int = 1000  # labels, the null class not counted; 0 = images without labels
-    mlp_ratio: int = 4  # hidden features of the MLP over `width`
+    patch: int = 2  # side of the square of one token
+    input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
+    channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
+    classes: int = 1000  # labels without the null class; 0 = images without labels
+    mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention
     qk_norm: bool = False  # normalise queries and keys
-    dtype: str = "float32"  # of the compute; parameters are always float32
+    dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn
-    remat: str = "none"  # none | dots | full
-    unroll: int = 1  # blocks per iteration of the layer scan; `depth` unrolls it whole
+    remat: str = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full
+    unroll: int = 1  # blocks per iteration of the layer scan; `depth` = fully unrolled
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll"):
-            in_range(f"model.{name}", getattr(self, name), 1)
-        in_range("model.classes", self.classes, 0)
+        _at_least(1, self, "depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll")
+        _at_least(0, self, "classes")
         choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
@@ -60,12 +66,12 @@ class ModelConfig:
 
     @property
     def tokens(self) -> int:
-        """Image tokens per image."""
+        """Tokens per image."""
         return (self.input_size // self.patch) ** 2
 
     @property
     def adaptive(self) -> bool:
-        """Whether the norms' shift and scale come from the condition (adaLN); else the condition is a sequence of 2 tokens."""
+        """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
         return self.conditioning in ("adaln", "adaln_zero")
 
     @property
@@ -75,12 +81,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noising process and its loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, velocity."""
+    """Noising process and loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, velocity-prediction."""
 
     process: str = "ddpm"  # ddpm | flow
     schedule: str = "linear"  # ddpm: linear | cosine
     timesteps: int = 1000  # ddpm: length of the discrete chain
-    time_law: str = "uniform"  # flow: uniform | logit_normal, the law that training draws t from
+    time_law: str = "uniform"  # flow: distribution of t in training: uniform | logit_normal
     logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t)
     logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
 
@@ -94,29 +100,27 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images that are trained on, and those that are held out."""
+    """Training and held-out images."""
 
-    dataset: str = "digits"  # a TFDS name; `digits` is built here
+    dataset: str = "digits"  # a TFDS name; `digits` is built here from scikit-learn
     split: str = "train"  # trained on
     held_out_split: str = "test"  # never trained on
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
-    flip: bool = False  # horizontal flips, decided by (seed, position) only
-    cache: bool = True  # keep the decoded split in memory (small datasets)
+    flip: bool = False  # random horizontal flips, determined by (seed, position)
+    cache: bool = True  # keep the decoded split in memory (for small datasets)
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
-    latents: str = ""  # folder with one folder of latents a split, as `encode` writes them; "" = images
-    skip_bad: int = 0  # malformed records that may be left out; 0 = the first is an error
+    latents: str = ""  # folder written by `encode`, with one folder of latents per split; "" = images
+    skip_bad: int = 0  # malformed records that may be skipped; 0 = the first is an error
 
     def __post_init__(self):
-        # TFDS would import or download what a namespace or an argument names.
+        # TFDS would import or download a namespace or an argument in the name.
         if len(self.dataset) > 200 or not DATASET.fullmatch(self.dataset):
             expected = "a TFDS name: letters, digits and _, then /config and :1.2.3 where it has them"
             raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
-        in_range("data.image_size", self.image_size, 1)
-        in_range("data.workers", self.workers, 0)
-        in_range("data.prefetch", self.prefetch, 0)
-        in_range("data.skip_bad", self.skip_bad, 0)
+        _at_least(1, self, "image_size")
+        _at_least(0, self, "workers", "prefetch", "skip_bad")
 
 
 @dataclass(frozen=True)
@@ -125,66 +129,63 @@ class OptimConfig:
 
     learning_rate: float = 1e-4  # after the warm-up
     schedule: str = "constant"  # constant | cosine (to zero at train.steps), after the warm-up
-    warmup_steps: int = 0  # over which the learning rate rises from 0
+    warmup_steps: int = 0  # steps over which the learning rate rises from 0
     weight_decay: float = 0.0  # decoupled, times the learning rate
-    b1: float = 0.9  # decay of the gradient's mean
-    b2: float = 0.999  # decay of the squared gradient's mean
-    eps: float = 1e-8  # added to the root of that mean
-    clip: float = 0.0  # global norm; 0 = no clipping
+    b1: float = 0.9  # decay of the mean gradient
+    b2: float = 0.999  # decay of the mean squared gradient
+    eps: float = 1e-8  # added to the root of the mean squared gradient
+    clip: float = 0.0  # largest global norm of the gradient; 0 = no clipping
     accumulate: int = 1  # microbatches per step
     ema: str = "constant"  # constant: decay `ema_decay` | power: decay (1 - 1/t)^(gamma + 1)
-    ema_decay: float = 0.9999  # constant: weight of the old average at a step
-    ema_width: float = 0.05  # power: standard deviation of the averaging profile relative to the steps so far
+    ema_decay: float = 0.9999  # constant: weight of the old average per step
+    ema_width: float = 0.05  # power: standard deviation of the averaging profile, relative to the steps so far
 
     def __post_init__(self):
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         choice("optim.ema", self.ema, ("constant", "power"))
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
-            in_range(f"optim.{name}", getattr(self, name), 0)
+        _at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "clip", "eps")
         for name in ("b1", "b2", "ema_decay"):
             in_range(f"optim.{name}", getattr(self, name), 0.0, 1.0)
-        in_range("optim.accumulate", self.accumulate, 1)
+        _at_least(1, self, "accumulate")
         in_range("optim.ema_width", self.ema_width, 1e-3, 0.28)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long a run is, what it draws, and how often it logs and saves."""
+    """Length, batch and random draws of a training run, its logging, checkpoints and safeguards."""
 
     steps: int = 400_000  # of the optimizer
-    batch_size: int = 256  # images of a step, over all devices and processes
+    batch_size: int = 256  # images per step, over all devices and processes
     seed: int = 0  # of initial weights, data order, noise and dropout
     label_dropout: float = 0.1  # share of labels replaced by the null class
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones
-    spike: float = 20.0  # deviations of loss or gradient norm above their mean from which a step is skipped; 0 = none
-    spike_window: int = 100  # steps of that rolling mean and deviation, and before the first such skip
-    skips_in_a_row: int = 10  # skipped steps (not finite, or spikes) that stop the run
-    replay_every: int = 0  # every so many steps the step is computed twice and compared bit for bit; 0 = never
+    spike: float = 20.0  # standard deviations above the mean loss or gradient norm that skip a step; 0 = off
+    spike_window: int = 100  # steps of the rolling mean and deviation, and steps before the first skipped spike
+    skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
+    replay_every: int = 0  # steps between two that are computed twice and compared bit for bit; 0 = never
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "spike_window", "skips_in_a_row"):
-            in_range(f"train.{name}", getattr(self, name), 1)
+        _at_least(1, self, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
+        _at_least(1, self, "spike_window", "skips_in_a_row")
         in_range("train.seed", self.seed, 0, 2**31 - 1)
-        in_range("train.spike", self.spike, 0.0)
-        in_range("train.replay_every", self.replay_every, 0)
+        _at_least(0, self, "spike", "replay_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+    """Devices along each mesh axis (one axis may be -1, "the rest"), and timeouts of a job on several hosts."""
 
     data: int = -1  # copies of the weights, each with its share of the batch
-    fsdp: int = 1  # devices over which weights and batch are split
-    tensor: int = 1  # devices over which the work on an image is split
-    heartbeat: int = 30  # seconds without a sign of life after which a process counts as lost and the others stop
-    initialization: int = 300  # seconds in which all processes must have come together
+    fsdp: int = 1  # devices that weights and batch are split over
+    tensor: int = 1  # devices that the work on an image is split over
+    heartbeat: int = 30  # seconds without a heartbeat after which a process counts as lost and the others stop
+    initialization: int = 300  # seconds within which all processes must join
 
     def __post_init__(self):
-        in_range("mesh.heartbeat", self.heartbeat, 1)
-        in_range("mesh.initialization", self.initialization, 1)
+        _at_least(1, self, "heartbeat", "initialization")
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
             if size != -1 and size < 1:
@@ -195,24 +196,24 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn; the same defaults serve `sample` and `evaluate`."""
+    """Sampling of images, for `sample` and `evaluate`."""
 
     sampler: str = "ddpm"  # ddpm | ddim | euler | heun | dpmpp_2m | euler_maruyama
     steps: int = 250  # of the sampler
-    spacing: str = "linspace"  # which steps of a chain are kept: linspace (as the published DiT) | leading | trailing
-    times: tuple = ()  # the grid itself, falling from at most 1 (noise) to 0; instead of steps and spacing
+    spacing: str = "linspace"  # steps of the chain to use: linspace (as the published DiT) | leading | trailing
+    times: tuple = ()  # explicit grid, falling from at most 1 (noise) to 0, instead of steps and spacing
     guidance: float = 1.0  # classifier-free guidance scale; 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
-    channels: str = "all"  # all | first3: the published DiT guides the first 3 channels only
-    batch_size: int = 64  # images drawn between two looks at SIGTERM
-    labels: str = "uniform"  # uniform: drawn at random; balanced: sample i has class i modulo K
+    channels: str = "all"  # guided channels: all | first3 (as the published DiT)
+    batch_size: int = 64  # images drawn between two checks for SIGTERM
+    labels: str = "uniform"  # uniform (random) | balanced (sample i has class i modulo K)
     weights: str = "ema"  # ema | params (raw)
 
     def __post_init__(self):
-        in_range("sample.steps", self.steps, 1)
+        _at_least(1, self, "steps", "batch_size")
         in_range("sample.guidance", self.guidance, 0.0, 1000.0)
-        in_range("sample.batch_size", self.batch_size, 1)
-        self._check_times()
+        if self.times:
+            self._check_times()
         choice("sample.channels", self.channels, ("all", "first3"))
         choice("sample.labels", self.labels, ("uniform", "balanced"))
         choice("sample.weights", self.weights, ("ema", "params"))
@@ -222,8 +223,6 @@ class SampleConfig:
 
     def _check_times(self) -> None:
         times = self.times
-        if not times:
-            return
         falling = all(map(number, times)) and all(a > b for a, b in itertools.pairwise(times))
         if not falling or len(times) < 2 or times[0] > 1 or times[-1] != 0:
             raise UsageError(
@@ -238,9 +237,9 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """What turns a model's latents into images. The latent that a model sees is (z - shift) scale."""
+    """Autoencoder of latent diffusion. The model's input is (z - shift) scale for a latent z."""
 
-    folder: str = ""  # as `convert --source=sd-vae` writes it; "" = the model's output is the image
+    folder: str = ""  # written by `convert --source=sd-vae`; "" = the model's output is the image
     scale: tuple = (0.18215,)  # one number, or one per channel (whitening)
     shift: tuple = (0.0,)  # one number, or one per channel
 
@@ -255,29 +254,28 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The protocol of the held-out loss and of the sample metrics, and the grid of samplings that are scored."""
+    """Protocol of the held-out loss and of the sample metrics, and the grid of sampling settings to score."""
 
-    times_per_image: int = 16  # noise levels per held-out image, stratified over the training law of t
+    times_per_image: int = 16  # noise levels per held-out image, stratified over the training distribution of t
     max_images: int = 0  # held-out images used; 0 = all of them
-    buckets: int = 8  # of equal probability under the training law of t
-    batch_size: int = 128  # held-out images at a time
+    buckets: int = 8  # of t, with equal probability under its training distribution
+    batch_size: int = 128  # held-out images per batch
     samples: int = 0  # images drawn for the sample metrics; 0 = none
     features: str = "digits"  # feature network of the sample metrics: digits | inception
-    inception: str = ""  # folder of the Inception network, as `convert --source=inception` writes it
+    inception: str = ""  # folder of the Inception network, written by `convert --source=inception`
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
-    loss: bool = True  # the held-out loss; False where the held-out images are not at hand
-    bootstrap: int = 20  # resamplings of the drawn images that give the distance its interval; 0 = none
-    samplers: tuple = ()  # every combination with the next three is scored; () = as in `sample`
+    loss: bool = True  # whether to compute the held-out loss; False if there are no held-out images here
+    bootstrap: int = 20  # resamples of the drawn images for the interval of the distance; 0 = no interval
+    samplers: tuple = ()  # scored in every combination with the next three; () = as in `sample`
     steps: tuple = ()  # () = as in `sample`
     guidance: tuple = ()  # () = as in `sample`
     weights: tuple = ()  # () = as in `sample`
     seed: int = 1234  # of noise levels, noise and samples
-    poll_seconds: float = 30.0  # --watch: between two looks for a new checkpoint
+    poll_seconds: float = 30.0  # --watch: seconds between two checks for a new checkpoint
 
     def __post_init__(self):
-        for name in ("times_per_image", "buckets", "batch_size"):
-            in_range(f"eval.{name}", getattr(self, name), 1)
-        in_range("eval.samples", self.samples, 0)
+        _at_least(1, self, "times_per_image", "buckets", "batch_size")
+        _at_least(0, self, "samples", "max_images")
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")
@@ -286,8 +284,7 @@ class EvalConfig:
             for value in getattr(self, name):
                 if not (number(value) if kind is float else type(value) is kind):
                     raise UsageError(f"eval.{name}: found {shown(value)}, expected a tuple of {kind.__name__}s")
-        in_range("eval.max_images", self.max_images, 0)
-        in_range("eval.poll_seconds", self.poll_seconds, 0.01)
+        _at_least(0.01, self, "poll_seconds")
         in_range("eval.seed", self.seed, 0, 2**31 - 1)
         if self.times_per_image % self.buckets:
             raise UsageError(
@@ -297,15 +294,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """An isoFLOP ladder: every budget x the sizes of its window. A size is (width, depth, heads)."""
+    """An isoFLOP ladder: each budget with the sizes in its window. A size is (width, depth, heads)."""
 
-    budgets: tuple = ()  # training FLOPs of a run
-    sizes: tuple = ()  # the whole ladder of (width, depth, heads), smallest first
-    windows: tuple = ()  # per budget, (first, last + 1) into `sizes`
-    base_width: int = 64  # the width at which optim.learning_rate holds
+    budgets: tuple = ()  # training FLOPs per run
+    sizes: tuple = ()  # all (width, depth, heads) of the ladder, smallest first
+    windows: tuple = ()  # per budget, (first, last + 1) of its indices into `sizes`
+    base_width: int = 64  # width for which optim.learning_rate is meant
     width_power: float = 1.0  # the learning rate scales as (base_width / width) ** width_power
-    extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = do not
-    processes: int = 1  # cells that run side by side
+    extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = no
+    processes: int = 1  # cells that run in parallel
     grid: int = 8  # samples per class in the report's grid
     grid_guidance: float = 2.0  # guidance scale of that grid
 
@@ -313,11 +310,8 @@ class SweepConfig:
         for budget in self.budgets:
             if not number(budget) or budget <= 0:
                 raise UsageError(f"sweep.budgets: found {shown(budget)}, expected training FLOPs above 0")
-        for name, rows, count, form in (
-            ("sizes", self.sizes, 3, "(width, depth, heads)"),
-            ("windows", self.windows, 2, "(first, end)"),
-        ):
-            for row in rows:
+        for name, count, form in (("sizes", 3, "(width, depth, heads)"), ("windows", 2, "(first, end)")):
+            for row in getattr(self, name):
                 whole = isinstance(row, tuple) and len(row) == count and all(type(n) is int and n < 2**63 for n in row)
                 if not whole or (name == "sizes" and min(row) < 1):
                     raise UsageError(f"sweep.{name}: found {shown(row)}, expected {form} in whole numbers")
@@ -330,15 +324,15 @@ class SweepConfig:
             raise UsageError(
                 f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
             )
-        in_range("sweep.processes", self.processes, 1)
-        in_range("sweep.extrapolate", self.extrapolate, 0.0)
-        in_range("sweep.base_width", self.base_width, 1)
-        in_range("sweep.grid", self.grid, 1)
+        _at_least(1, self, "processes", "base_width", "grid")
+        _at_least(0, self, "extrapolate")
         in_range("sweep.grid_guidance", self.grid_guidance, 0.0, 1000.0)
 
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run, in groups."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -353,15 +347,13 @@ class Config:
     def __post_init__(self):
         if self.diffusion.process == "flow" and self.model.learn_sigma:
             raise UsageError("model.learn_sigma: found True, expected False with diffusion.process = 'flow'")
-        if self.train.batch_size % self.optim.accumulate:
-            raise UsageError(
-                f"train.batch_size: found {self.train.batch_size}, expected a multiple of "
-                f"optim.accumulate = {self.optim.accumulate}"
-            )
+        batch, parts = self.train.batch_size, self.optim.accumulate
+        if batch % parts:
+            raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
 
 
 def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:
-    """The model config of a published name such as "DiT-XL/2" on SD-VAE latents of `image_size` pixels (8 pixels a latent)."""
+    """Model config of a published name such as "DiT-XL/2", on SD-VAE latents of `image_size` pixels. Raises UsageError for another name."""
     allowed = [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
     choice("model name", name, allowed)
     if image_size % 8:
@@ -373,20 +365,18 @@ def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:
 
 
 def to_dict(config) -> dict:
-    """Nested plain values of a config, as written to `config.json`."""
+    """Nested dict of a config, as in `config.json`."""
     return dataclasses.asdict(config)
 
 
 def template() -> ml_collections.ConfigDict:
-    """All defaults as a ConfigDict, the starting point of a config file. Its keys are fixed: new ones are errors."""
+    """ConfigDict of all defaults, the starting point of a config file. It is locked: a new key is an error."""
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False).lock()
 
 
 def resolve(values: object) -> Config:
-    """Nested mapping (ConfigDict or JSON) -> Config. Raises UsageError naming the key, what was found and what was expected."""
-    if isinstance(values, ml_collections.ConfigDict):
-        values = values.to_dict()
-    return _build(Config, values, "")
+    """Builds a Config from a nested mapping (ConfigDict or JSON). Raises UsageError with the key, the value found and the expected."""
+    return _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, "")
 
 
 def _build(cls, values, prefix: str):

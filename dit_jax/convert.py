@@ -1,4 +1,4 @@
-"""Other people's weights in, and ours out.
+"""Convert other projects' weights to ours, and ours to the published names.
 
     python -m dit_jax.convert --source=dit --weights=DiT-XL-2-256x256.pt --out=W             the published PyTorch checkpoint
     python -m dit_jax.convert --source=diffusers --weights=DiT-XL-2-256/transformer --out=W  a folder of diffusers
@@ -6,10 +6,10 @@
     python -m dit_jax.convert --source=inception --weights=FILE --out=DIR
     python -m dit_jax.convert --source=workdir --weights=W --out=FILE.safetensors            a run, under the published names
 
-A DiT becomes a run folder W, which `sample` and `evaluate` take: its config is configs/imagenet256.py or imagenet512.py with
-the file's own model, its one checkpoint holds the weights as `params` and as `ema`, and the SHA-256 of the file that they
-came from. The other networks become folders of `dit_jax.networks`. Files are read as plain tensors only (`dit_jax.networks.weights`).
-What is written appears whole or not at all; the same command again finds it done.
+A DiT becomes a run folder W for `sample` and `evaluate`. Its config is configs/imagenet256.py or imagenet512.py with the
+file's own model; its one checkpoint holds the weights as `params` and as `ema`, and the SHA-256 of the file. The other
+networks become folders (`dit_jax.networks.folder`). Files are read as plain tensors only (`dit_jax.networks.weights`).
+Output appears whole or not at all; the same command again finds it done.
 """
 
 import os
@@ -33,13 +33,14 @@ def main() -> None:
         raise UsageError(f"--item: is for --source={WORKDIR} only; converted weights are both params and ema")
     if os.path.exists(values.out) and not os.path.isdir(values.out):
         raise UsageError(f"--out: {values.out!r} is a file, expected a folder")
-    for flag, sources in (("heads", ("dit",)), ("step", DITS)):
+    for flag, sources in (("heads", ("dit",)), ("classes", ("dit",)), ("step", DITS)):
         if values[flag].value is not None and values.source not in sources:
             raise UsageError(f"--{flag}: is for --source={' or '.join(sources)}, not {values.source}")
+    at = values.source, values.weights, values.out
     if values.source in DITS:
-        import_dit(values.source, values.weights, values.out, values.heads or 0, values.step or 0)
+        import_dit(*at, values.heads or 0, values.step or 0, values.classes or 0)
         return
-    import_network(values.source, values.weights, values.out)
+    import_network(*at)
 
 
 if __name__ == "__main__":
@@ -47,6 +48,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("weights", None, "the file or folder to read; of a workdir, the run", required=True)
     flags.DEFINE_string("out", None, "the folder to make; from a workdir, a .safetensors file", required=True)
     flags.DEFINE_integer("heads", None, "attention heads, for a DiT of no published size", lower_bound=1)
+    flags.DEFINE_integer("classes", None, "for a DiT: rows of its label table without the null class", lower_bound=1)
     flags.DEFINE_integer(
         "step",
         None,

@@ -1,16 +1,17 @@
-"""Images to latents on disk: `python -m dit_jax.encode --config=configs/imagenet256.py --autoencoder=DIR --out=DIR [--split=train ...]`.
+"""Encode images to latents: `python -m dit_jax.encode --config=configs/imagenet256.py --autoencoder=DIR --out=DIR [--split=train ...]`.
 
-The images of each split of the config's data set, by default `data.split` and `data.held_out_split`, are cropped as training
-does and encoded; the moments of their posteriors go to OUT/SPLIT in the order of the records, with those of the mirror images
-where the config has `data.flip`. Training reads them with `--config.data.latents=OUT`. The autoencoder is a folder that
-`convert --source=sd-vae` wrote. A latent depends on its image only, not on the number of devices.
+Images of each split, by default `data.split` and `data.held_out_split`, are cropped as in training and encoded. The moments
+of their posteriors go to OUT/SPLIT in record order, with those of the mirror images if the config has `data.flip`. Training
+reads them with `--config.data.latents=OUT`. The autoencoder is a folder that `convert --source=sd-vae` wrote. A latent
+depends on its image only, not on the number of devices.
 
-What is stored is not normalised: scale and shift are notes beside it, those of the config's `autoencoder`. `--whiten` sets
-them such that each channel of what a model sees has mean 0 and variance 1 over the posteriors of `data.split`, for all splits.
+Stored latents are not normalised: scale and shift of the config's `autoencoder` are noted beside them. `--whiten` chooses
+both so that each channel of a model's input has mean 0 and variance 1 over the posteriors of `data.split`; they then serve
+all splits.
 
-A split appears whole or not at all. The same command again finds it done (it compares what the latents were made of and how
-many there are; with --whiten, notes with one number per channel), or goes on from the shards that are whole. SIGTERM exits
-75; like a kill, it costs the work on one shard.
+A split appears whole or not at all. The same command again finds it done (it compares the origin and number of the latents;
+with --whiten, notes with one number per channel), or resumes after the last whole shard. SIGTERM exits 75; like a kill, it
+costs the work on one shard.
 """
 
 import dataclasses

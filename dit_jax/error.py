@@ -1,4 +1,4 @@
-"""What the user is told when something is wrong: two errors of one line each, safe to print whatever file they quote."""
+"""Errors of one line each, safe to print whatever file they quote, and the exit codes of jobs."""
 
 import contextlib
 import difflib
@@ -13,36 +13,36 @@ import traceback
 import types
 from collections.abc import Callable, Sequence
 
-LONGEST = 4000  # characters of a message
+LONGEST = 4000  # characters in a message
 
 
 def one_line(message) -> str:
-    """Text for a terminal: what cannot be printed is escaped, the middle of a long message left out."""
+    """Make text safe for a terminal: unprintable characters escaped, the middle of a long message left out."""
     text, half = str(message), LONGEST // 2
     text = text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(ValueError):
-    """The user asked for something that cannot be done: one line saying which key or file, what was found, what was expected."""
+    """Wrong usage, in one line: which key or file, what was found, what was expected."""
 
     def __init__(self, message=""):
         super().__init__(one_line(message))
 
 
 class NotFiniteError(UsageError):
-    """What a model computed is not finite: it has diverged, while others of the same command may not have."""
+    """A model's output is not finite: it has diverged, while other models of the same command may be sound."""
 
 
 class JobError(RuntimeError):
-    """The job cannot go on, through no mistake in its command: one line saying what happened, what is kept and what to do."""
+    """A failure of a correct command, in one line: what happened, what is kept and what to do."""
 
     def __init__(self, message=""):
         super().__init__(one_line(message))
 
 
 def shown(value) -> str:
-    """A value for a message; not all have a repr: integers of thousands of digits, lists nested without end."""
+    """`repr(value)`, which fails for integers of thousands of digits and for endless nesting."""
     try:
         return repr(value)
     except (ValueError, RecursionError):
@@ -66,18 +66,18 @@ def in_range(name: str, found, low=-math.inf, high=math.inf) -> None:
 
 
 def alike(name: str, known, most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The known names that look most like `name`, the nearest first."""
+    """Return the known names most similar to `name`, nearest first."""
     return difflib.get_close_matches(name[:100], list(known), most, cutoff)
 
 
 def nearest(key: str, known) -> str:
-    """A hint at the known key that looks most like `key`."""
+    """Name the known key most similar to `key`, for an error message."""
     near = alike(key, known, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
 
 
 def on_disk(name: str, path: str) -> None:
-    """A bucket is no folder: what is written is renamed, locked and made durable as on a disk."""
+    """Raises UsageError if `path` is in a bucket: files are renamed, locked and synced as on a disk."""
     if re.match(r"[a-z][a-z\d+.-]*:/", path, re.IGNORECASE):
         raise UsageError(
             f"{name}: found {shown(path)}, expected a path on a disk: buckets are not supported; hosts share a disk by NFS, such as "
@@ -86,7 +86,7 @@ def on_disk(name: str, path: str) -> None:
 
 
 def arguments_on_disk(arguments: Sequence[str]) -> None:
-    """Raises UsageError for a command line that names a bucket; keys of `--config.` are only read, `data.data_dir` by TFDS."""
+    """Raises UsageError if a command line names a bucket, except in `--config.`: TFDS reads `data.data_dir` from one."""
     for before, argument in itertools.pairwise(["", *arguments]):
         name, _, value = argument.partition("=")
         if not argument.startswith("-"):
@@ -96,7 +96,7 @@ def arguments_on_disk(arguments: Sequence[str]) -> None:
 
 
 def unknown_flag(name: str, known) -> UsageError:
-    """The error of a flag that a command does not have."""
+    """Return the error for an unknown flag."""
     return UsageError(f"--{name}: unknown flag{nearest(name, known)}")
 
 
@@ -118,29 +118,29 @@ DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 
 
 class Interrupted(Exception):
-    """The job was asked to stop and saved what it had; the same command goes on from there."""
+    """The job was asked to stop and saved its state; the same command continues it."""
 
 
 IDLE = "SIGTERM: nothing was under way; the same command goes on"
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a whole command; what ends it early is told in a line. A reader that went away (`| head`) is no error."""
+    """Run a command and return its exit code, errors reported in a line. A closed pipe (`| head`) is no error."""
     try:
         command()
         sys.stdout.flush()
     except (UsageError, JobError, OSError, Interrupted, KeyboardInterrupt) as error:
         return DONE if isinstance(error, BrokenPipeError) and _unread() else report(error)
     finally:
-        _unread()  # so that the interpreter does not complain of the rest at its end
+        _unread()  # so that the interpreter raises nothing when it flushes at exit
     return DONE
 
 
 def _unread() -> bool:
-    """Whether the reader of standard output or error is gone; what is still to be written there then goes nowhere."""
+    """Return whether a reader of standard output or error has gone; that stream then goes to /dev/null."""
     found = False
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # one without a file, as in tests
+        with contextlib.suppress(OSError):  # a stream without a file, as in tests
             look = select.poll()
             look.register(stream.fileno(), 0)
             if look.poll(0):
@@ -150,7 +150,7 @@ def _unread() -> bool:
 
 
 def report(error: BaseException) -> int:
-    """Say what ended the job, in one line where it is an error that is known; returns the exit code."""
+    """Log the error that ended the job, with a traceback if it is unexpected; returns the exit code."""
     if isinstance(error, UsageError):
         return _complain(error, USAGE)
     if isinstance(error, (JobError, OSError)):

@@ -1,6 +1,6 @@
-"""The one door to paths: read, write whole, replace if unchanged, list, delete, lock.
+"""All access to paths: read, write whole, replace if unchanged, list, delete, lock.
 
-Nothing half-written stays behind, and nothing is appended to, so that a bucket can do the same.
+Nothing half-written stays behind. Nothing is appended to, because a bucket cannot append.
 """
 
 import collections
@@ -19,12 +19,12 @@ from dit_jax.error import UsageError
 
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
 LARGEST = 2**27  # bytes of a file of lines
-DEEPEST = 32  # JSON lists and objects within each other
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # a file system's answers, where it has none
+DEEPEST = 32  # nesting depth of JSON lists and objects
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # raised by file systems without locks
 
 
 def parse_json(data: bytes, most: int = LONGEST) -> object:
-    """One JSON value. Raises ValueError saying what is wrong, also for one too long, nested too deeply, or with a key twice."""
+    """Parse one JSON value. Raises ValueError if it is malformed, too long, nested too deeply, or repeats a key."""
     if len(data) > most:
         raise ValueError(f"more than {most:,} bytes")
     try:
@@ -48,13 +48,13 @@ def _keys_once(pairs: list[tuple]) -> dict:
 
 
 def read(path: str, most: int = LONGEST) -> bytes:
-    """The bytes of a file, and at most one beyond `most`: a parser then refuses it as too long."""
+    """Read a file, but at most `most` + 1 bytes: the parser then refuses it as too long."""
     with open(path, "rb") as f:
         return f.read(most + 1)
 
 
 def read_json(path: str) -> dict:
-    """The object in a JSON file. Raises UsageError if the file holds anything else, OSError if it cannot be read."""
+    """Read the object in a JSON file. Raises UsageError if it holds anything else, OSError if it cannot be read."""
     try:
         value = parse_json(read(path))
     except ValueError as error:
@@ -65,7 +65,7 @@ def read_json(path: str) -> dict:
 
 
 def numbered(lines: IO, path: str, most: float = LARGEST) -> Iterator[tuple]:
-    """(number, line) of an open file. Raises UsageError at a line beyond LONGEST, or when all lines are beyond `most`."""
+    """Yield (number, line) of an open file. Raises UsageError if a line exceeds LONGEST, or the file `most` bytes."""
     number = total = 0
     while line := lines.readline(LONGEST + 1):
         number, total = number + 1, total + len(line)
@@ -78,9 +78,9 @@ def numbered(lines: IO, path: str, most: float = LARGEST) -> Iterator[tuple]:
 
 @contextlib.contextmanager
 def whole(path: str, unfinished: str = "") -> Iterator[str]:
-    """The name of a file or folder to write, which becomes `path` when all went well and is deleted when not.
+    """Yield a name for a file or folder to write: renamed to `path` on success, deleted on failure.
 
-    `unfinished`: the name until then; by default one beside `path` that no other process takes.
+    `unfinished`: that name; by default a unique one beside `path`.
     """
     unfinished = unfinished or f"{path}.tmp{os.urandom(4).hex()}"
     try:
@@ -95,9 +95,9 @@ def whole(path: str, unfinished: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def new_folder(path: str) -> Iterator[str]:
-    """A folder to write into, which gets the name `path` when all went well and is removed when not.
+    """Make a folder to write into: renamed to `path` on success, removed on failure.
 
-    `path` must not exist, or be an empty folder. What a killed job left behind is removed by the next one.
+    `path` must not exist, or be an empty folder. The next job removes what a killed one left behind.
     """
     unfinished = os.path.abspath(path) + ".unfinished"
     delete(unfinished)
@@ -113,9 +113,9 @@ def write_file(path: str, content: str | bytes) -> None:
 
 
 def replace(path: str, content: str | bytes, old: bytes | None) -> bool:
-    """Write a file whole if it still holds `old` (None: if there is none). False, and nothing written, if it does not.
+    """Write a file whole if it still holds `old` (None: no file); returns whether it did.
 
-    Of several processes that replace the same content, one succeeds. What a killed one left is deleted.
+    Of several processes that replace the same content, one succeeds. Leftovers of a killed one are deleted.
     """
     with lock(path + ".lock"):
         for unfinished in glob.glob(glob.escape(path) + ".tmp*"):
@@ -127,9 +127,9 @@ def replace(path: str, content: str | bytes, old: bytes | None) -> bool:
 
 
 def update(path: str, change: Callable[[bytes | None], str | bytes | None]) -> None:
-    """Replace a file's content by `change(content)`, again if another process was faster; None leaves it as it is.
+    """Replace a file's content (None: no file) by `change(content)`, retrying if another process was faster.
 
-    `change` gets None if there is no file.
+    If `change` returns None the file stays as it is.
     """
     while True:
         old = _content(path)
@@ -143,12 +143,12 @@ def _content(path: str) -> bytes | None:
 
 
 def names(folder: str) -> list[str]:
-    """What is in a folder, sorted; nothing if there is none."""
+    """List a folder, sorted; [] if it does not exist."""
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def delete(path: str) -> None:
-    """Delete a file, or a folder with all that is in it; there may be none."""
+    """Delete a file, or a folder with its contents; it need not exist."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -157,7 +157,7 @@ def delete(path: str) -> None:
 
 
 def rename(unfinished: str, path: str) -> None:
-    """Give what is wholly written its name, which lasts through a power cut."""
+    """Rename a finished file or folder, durably: the new name survives a power cut."""
     os.replace(unfinished, path)
     sync(os.path.dirname(os.path.abspath(path)))
 
@@ -168,7 +168,7 @@ def file_sha256(path: str) -> str:
 
 
 def sync(path: str) -> None:
-    """Make a file, or the names in a folder, last through a power cut."""
+    """Flush a file, or the names in a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -178,19 +178,19 @@ def sync(path: str) -> None:
 
 @contextlib.contextmanager
 def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterator[None]:
-    """Hold the lock file `path`, made with its folder, until the end or until this process dies.
+    """Hold the lock file `path`, made with its folder, until the block ends or this process dies.
 
-    While another process holds it this one waits, or raises `busy`. Without `keep` the file is deleted at the end. On a file
-    system without locks there is a notice, and no lock.
+    If another process holds it, waits, or raises `busy` if given. Without `keep` the file is deleted at the end. On a file
+    system without locks a notice is logged and nothing is locked.
     """
-    import filelock  # here: few commands lock anything
+    import filelock  # here because few commands lock anything
 
     held = filelock.FileLock(path, fallback_to_soft=False, thread_local=False, poll_interval=0.01)
     while not held.is_locked:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         try:
             held.acquire(blocking=busy is None)
-        except FileNotFoundError:  # another process has just finished and deleted the folder
+        except FileNotFoundError:  # another process has just deleted the folder
             continue
         except filelock.Timeout:
             raise busy from None
@@ -209,7 +209,7 @@ def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterato
 
 
 def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> None:
-    """Raises UsageError when a report could not be written there, before it is measured. `makes_folders`: its writer does."""
+    """Raises UsageError if a report could not be written to `path`. `makes_folders`: its writer makes missing folders."""
     folder = os.path.dirname(os.path.abspath(path))
     if path and (os.path.isdir(path) or path.endswith(os.sep)):
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Parameters, multiply-accumulates and FLOPs of a DiT in closed form: arithmetic only, exact for the models in `models/`.
+"""Parameters, multiply-accumulates (MACs) and FLOPs of a DiT in closed form, exact for the models in `models/`.
 
-One MAC is one multiply and one add, so FLOPs = 2 x MACs, always. The DiT paper's "Gflops" are the MACs of one unguided
-forward pass of one image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are not counted.
+One MAC is one multiply and one add, so FLOPs = 2 x MACs. The DiT paper's "Gflops" are the MACs of one unguided forward pass of one
+image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are not counted.
 
     MACs = T p^2 C d + (256 d + d^2) + L ((4 + 2r) S d^2 + 2 S^2 d + m d^2 + x) + o d^2 + T d p^2 C_out
 
@@ -15,14 +15,14 @@ with T image tokens, patch p, C channels in and C_out out, width d, depth L and 
 
 from dit_jax.config import ModelConfig
 
-TIME_FREQUENCIES = 256  # width of the sinusoid that embeds a timestep
-# Fields of `cond`, as models.conditioning.FIELDS has them: which models have one, and the trainable parameters of its embedding.
+TIME_FREQUENCIES = 256  # sinusoids that embed a timestep
+# Fields of `cond`, as in models.conditioning.FIELDS: whether a model has one, and the trainable parameters of its embedding.
 FIELDS = {"label": (lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width)}
-MODULATIONS = {"adaln": 4, "adaln_zero": 6}  # vectors a block; the output has 2
+MODULATIONS = {"adaln": 4, "adaln_zero": 6}  # vectors per block; the output has 2
 
 
 def fields(cfg: ModelConfig) -> list[str]:
-    """Names of the fields of `cond` that a model has."""
+    """Names of the fields in the model's `cond`."""
     return [name for name, (present, _) in FIELDS.items() if present(cfg)]
 
 
@@ -45,7 +45,7 @@ def component_macs(cfg: ModelConfig) -> dict[str, int]:
 
 
 def forward_macs(cfg: ModelConfig) -> int:
-    """MACs of one unguided forward pass of one image: the DiT paper's "Gflops" x 1e9."""
+    """MACs of one unguided forward pass of one image, the DiT paper's "Gflops" x 1e9."""
     return sum(component_macs(cfg).values())
 
 
@@ -55,17 +55,12 @@ def forward_flops(cfg: ModelConfig) -> int:
 
 
 def train_flops(cfg: ModelConfig, images: int = 1) -> int:
-    """Training FLOPs: three forward passes per image (forward, and two products backward); rematerialisation is not counted."""
+    """Training FLOPs, three forward passes per image (the backward pass counts as two), without rematerialisation."""
     return 3 * forward_flops(cfg) * images
 
 
-def sample_flops(cfg: ModelConfig, evaluations: int, guided: int) -> int:
-    """FLOPs of one sampled image: `evaluations` calls of the denoiser, `guided` of which run the model twice."""
-    return forward_flops(cfg) * (evaluations + guided)
-
-
 def component_parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Trainable parameters by component. The fixed position table is not trainable and not counted."""
+    """Trainable parameters by component, so without the fixed position table."""
     d, patch, hidden = cfg.width, cfg.patch**2, cfg.mlp_ratio * cfg.width
     attention = 4 * d * d + 4 * d + (2 * (d // cfg.heads) if cfg.qk_norm else 0)
     mlp = 2 * d * hidden + hidden + d
@@ -84,14 +79,15 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
 
 
 def parameters(cfg: ModelConfig) -> int:
-    """Trainable parameters."""
+    """Number of trainable parameters."""
     return sum(component_parameters(cfg).values())
 
 
 def active_parameters(cfg: ModelConfig) -> int:
-    """Weights that multiply every image token: the N of scaling fits. Modulation, time and label weights act once an image, and
-    so do the keys and values of cross-attention."""
-    d = cfg.width
-    crossed = 2 if cfg.conditioning == "cross_attention" else 0
+    """Weights that multiply every image token, the N of scaling fits.
+
+    Excluded are weights that act once per image: modulation, time, labels, and the keys and values of cross-attention.
+    """
+    d, crossed = cfg.width, 2 if cfg.conditioning == "cross_attention" else 0
     per_block = (4 + crossed + 2 * cfg.mlp_ratio) * d * d
     return cfg.depth * per_block + cfg.patch**2 * d * (cfg.channels + cfg.out_channels)

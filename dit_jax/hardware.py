@@ -1,10 +1,10 @@
-"""TPU and GPU kinds, and the slices of them one can rent: memory, rates and links of a device, and devices, chips and hosts of a slice.
+"""TPU and GPU devices (memory, rates, links) and the slices one can rent (devices, chips, hosts).
 
-A device is what JAX counts: a core on TPU v2 and v3, a chip after (v4 and v5p join their two cores, "megacore"), a GPU. Cloud TPU names
-count cores for v2 to v5p and chips for v5e and v6e: `v3-256` is 128 chips and 256 devices, `v4-256` 128 chips and 128 devices,
-`v5e-256` (or `v5litepod-256`) 256 chips and 256 devices. A host is one JAX process (a TPU VM, a node of GPUs).
+A device is JAX's: a core of TPU v2 and v3, a chip of later TPUs (v4 and v5p join two cores, "megacore"), a GPU. Cloud TPU names count
+cores for v2 to v5p and chips for v5e and v6e: `v3-256` is 128 chips and 256 devices, `v4-256` 128 chips and 128 devices, `v5e-256` (or
+`v5litepod-256`) 256 chips and 256 devices. A host is one JAX process (a TPU VM, a node of GPUs).
 
-Figures are the makers': dense, no sparsity, nan where they publish none. TPU v2 and v3: Jouppi et al. 2020, "A Domain-Specific
+Figures are the makers', dense, nan if not published. TPU v2 and v3: Jouppi et al. 2020, "A Domain-Specific
 Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e and the shapes of
 all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the A100, H100 and H200 (SXM), and
 its A100 whitepaper for the clock.
@@ -19,7 +19,7 @@ from dit_jax.error import UsageError, alike, shown
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator device. `peak_flops`: dense bf16 FLOP/s; `memory_bytes`: its own memory."""
+    """Accelerator device, with its peak dense bf16 FLOP/s and its memory in bytes."""
 
     kind: str
     peak_flops: float
@@ -28,7 +28,7 @@ class Device:
 
 GIB = 2**30
 
-# The start of jax.Device.device_kind -> device; the longest match wins.
+# Prefix of jax.Device.device_kind -> device; the longest match wins.
 DEVICES = {
     "TPU v2": Device("tpu-v2 core", 22.5e12, 8 * GIB),
     "TPU v3": Device("tpu-v3 core", 61.5e12, 16 * GIB),
@@ -48,17 +48,17 @@ DEVICES = {
 
 
 def find(device_kind: str) -> Device | None:
-    """The device of a `jax.Device.device_kind`, or None for one that is not in the table (a CPU, say)."""
+    """Device of a `jax.Device.device_kind`, or None if it is not in the table (a CPU, say)."""
     matches = [name for name in DEVICES if device_kind.startswith(name)]
     return DEVICES[max(matches, key=len)] if matches else None
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip or GPU. Bytes/s, FLOP/s and Hz; nan = not published."""
+    """Chip or GPU. Bandwidths in bytes/s, tf32 and fp32 in FLOP/s, clock in Hz; nan = not published."""
 
-    device_kind: str  # as jax.Device.device_kind begins
-    devices: int  # that JAX sees in it
+    device_kind: str  # prefix of jax.Device.device_kind
+    devices: int  # JAX devices per chip
     bandwidth: float  # of its memory
     links: int  # to its neighbours
     link_bandwidth: float  # of one link, in one direction
@@ -67,10 +67,10 @@ class Chip:
     fp32: float = math.nan  # without matrix units
 
 
-GPU_HOST = 8  # GPUs of a node
+GPU_HOST = 8  # GPUs per node
 CHIPS = {
-    "v2": Chip("TPU v2", 2, 700e9, 4, 62e9, 700e6),  # 496 Gbit/s a link
-    "v3": Chip("TPU v3", 2, 900e9, 4, 82e9, 940e6),  # 656 Gbit/s a link
+    "v2": Chip("TPU v2", 2, 700e9, 4, 62e9, 700e6),  # 496 Gbit/s per link
+    "v3": Chip("TPU v3", 2, 900e9, 4, 82e9, 940e6),  # 656 Gbit/s per link
     "v4": Chip("TPU v4", 1, 1200e9, 6, 50e9, 1050e6),
     "v5e": Chip("TPU v5 lite", 1, 819e9, 4, 50e9),  # 400 GB/s, four links, both directions
     "v5p": Chip("TPU v5", 1, 2765e9, 6, 100e9),  # 1,200 GB/s, six links, both directions
@@ -86,7 +86,7 @@ _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16), (8, 16, 16))
 _DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *_CUBES)
 _LARGE = ((8, 12, 16), (12, 16, 16), (16, 16, 16), (16, 16, 24))
-# generation -> (cores that its names count in a chip, chips along each axis)
+# generation -> (units per chip in its slice names, chips along each axis)
 SLICES = {
     "v2": (2, ((2, 2), (4, 4), (8, 8), (8, 16), (16, 16))),
     "v3": (2, (*_FLAT[1:2], *_FLAT[3:], (16, 32), (32, 32))),
@@ -95,23 +95,23 @@ SLICES = {
     "v5p": (2, (*_DEEP, *_LARGE)),
     "v6e": (1, _FLAT),
 }
-FULL = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}  # chips along an axis whose ends are joined, in two dimensions
+FULL = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}  # chips along an axis with wraparound links, of 2-D tori
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of TPUs, nodes of GPUs, or virtual CPU devices. `devices` as JAX counts them."""
+    """Slice of TPUs, nodes of GPUs, or virtual CPU devices."""
 
     name: str
     generation: str
     chip: Chip
-    shape: tuple  # chips along each axis of the interconnect; of GPUs (nodes, GPUs a node)
+    shape: tuple  # chips along each interconnect axis; for GPUs (nodes, GPUs per node)
     chips: int
     hosts: int
 
     @property
     def platform(self) -> str:
-        """tpu | gpu | cpu, as JAX names it."""
+        """JAX platform: tpu | gpu | cpu."""
         return "tpu" if self.generation in SLICES else "cpu" if self.generation == "cpu" else "gpu"
 
     @property
@@ -120,16 +120,16 @@ class Topology:
 
     @property
     def device(self) -> Device | None:
-        """Memory and bf16 rate of one device; None of a CPU."""
+        """Memory and bf16 rate of one device; None for a CPU."""
         return find(self.chip.device_kind)
 
     @property
     def memory_bytes(self) -> float:
-        """Of one device."""
+        """Memory per device, bytes; nan for a CPU."""
         return self.device.memory_bytes if self.device else math.nan
 
     def peak(self, dtype: str = "bfloat16") -> float:
-        """FLOP/s of one device in bfloat16, tensorfloat32 or float32; nan where the maker gives none."""
+        """Peak FLOP/s of one device in bfloat16, tensorfloat32 or float32; nan if not published. Raises UsageError on another dtype."""
         if dtype == "bfloat16":
             return self.device.peak_flops if self.device else math.nan
         rates = {"tensorfloat32": self.chip.tf32, "float32": self.chip.fp32}
@@ -139,13 +139,13 @@ class Topology:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes/s between one device and its memory."""
+        """Memory bandwidth of one device, bytes/s."""
         return self.chip.bandwidth / self.chip.devices
 
     def description(self) -> dict:
-        """Keyword arguments of `jax.experimental.topologies.get_topology_desc`. Raises UsageError on what is no TPU.
+        """Keyword arguments of `jax.experimental.topologies.get_topology_desc`. Raises UsageError unless it is a TPU slice.
 
-        A compiler of TPU programs (libtpu) must be installed, the TPU need not be there.
+        libtpu, the compiler of TPU programs, must be installed; a TPU need not be present.
         """
         if self.platform != "tpu":
             raise UsageError(f"topology: found {self.name}, but programs are compiled ahead for TPU slices only")
@@ -167,7 +167,7 @@ class Topology:
 
 
 def names() -> list[str]:
-    """The names of all TPU slices, of a few numbers of GPUs (any whole node will do), and of CPU devices."""
+    """Names of all TPU slices, and examples for GPUs (any number of whole nodes is valid) and CPU devices."""
     found = [f"{kind}-{cores * math.prod(s)}" for kind, (cores, shapes) in SLICES.items() for s in shapes]
     found += [f"v5litepod-{math.prod(s)}" for s in _FLAT]
     gpus = [kind for kind in CHIPS if kind not in SLICES and kind != "cpu"]
@@ -175,14 +175,14 @@ def names() -> list[str]:
 
 
 def topology(name: str) -> Topology:
-    """`v2-8` to `v6e-256`, `a100x8`, `h100x16` (two nodes), `cpu`, `cpux8` (virtual devices). Raises UsageError with the nearest names."""
+    """Slice by name: `v2-8` to `v6e-256`, `a100x8`, `h100x16` (two nodes), `cpu`, `cpux8`. Raises UsageError with the nearest names."""
     tpu = re.fullmatch(r"(v\d\w*)-(\d{1,6})", name, re.ASCII)
     if tpu:
         kind = {"v5litepod": "v5e"}.get(tpu[1], tpu[1])
         cores, shapes = SLICES.get(kind, (1, ()))
         shape = next((s for s in shapes if cores * math.prod(s) == int(tpu[2])), None)
         if shape:
-            chips, single = math.prod(shape), 8 if kind in ("v5e", "v6e") else 4  # chips that one host may drive alone
+            chips, single = math.prod(shape), 8 if kind in ("v5e", "v6e") else 4  # most chips of a single host
             return Topology(name, kind, CHIPS[kind], shape, chips, 1 if chips <= single else chips // 4)
     other = re.fullmatch(r"([a-z]+[\w-]*?)x(\d{1,6})", "cpux1" if name == "cpu" else name, re.ASCII)
     if other and other[1] in CHIPS and other[1] not in SLICES:
@@ -196,7 +196,7 @@ def topology(name: str) -> Topology:
 
 
 def _nearest(name: str) -> list[str]:
-    """Names of the same kind that count about as much, else names that are spelt alike."""
+    """Three names of the same kind with similar numbers, else similarly spelt ones."""
     found = re.fullmatch(r"(.*?[-x])(\d{1,9})", name[:100], re.ASCII)
     same = [known for known in names() if found and known.startswith(found[1]) and known[len(found[1]) :].isdigit()]
     if same:

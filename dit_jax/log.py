@@ -1,7 +1,7 @@
-"""What people read on standard error while a job works: the logger "dit_jax", its lines, and how far the work has come.
+"""Messages and progress on standard error, through the logger "dit_jax"; tables on standard output.
 
-Lines are as they are said; `logging.getLogger("dit_jax").setLevel(logging.WARNING)` leaves warnings and errors only. Where several
-processes work on one job, the lines of all but process 0 begin with "[process 1] ".
+`logging.getLogger("dit_jax").setLevel(logging.WARNING)` leaves warnings and errors only. In a job of several processes,
+lines of all but process 0 begin with "[process 1] ".
 """
 
 import contextlib
@@ -14,7 +14,7 @@ LOGGER = logging.getLogger("dit_jax")
 
 
 class _ToPeople(logging.Handler):
-    """Writes to what standard error is at that moment: a notebook, a test or a progress bar may have put another in its place."""
+    """Writes to the current `sys.stderr`, which a notebook, a test or a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
@@ -23,47 +23,44 @@ class _ToPeople(logging.Handler):
 if not LOGGER.handlers:
     LOGGER.addHandler(_ToPeople())
     LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = (
-        False  # absl and notebooks have handlers of their own at the root: they would print each line again
-    )
+    LOGGER.propagate = False  # handlers of absl and notebooks at the root would print each line again
 
 
 def name_process(index: int) -> None:
-    """Say in each line from which of several processes it comes; process 0 is the one that people read."""
+    """Begin each line with the number of this process, unless it is 0."""
     for handler in LOGGER.handlers:
         handler.setFormatter(logging.Formatter(f"[process {index}] %(message)s" if index else None))
 
 
 def say(message: str) -> None:
-    """One line of information: standard output is for results."""
+    """Log a line of information; standard output is for results."""
     LOGGER.info(message)
 
 
 def notice(message: str) -> None:
-    """A line on what is left out or tidied up, with the same result."""
+    """Log something left out or tidied up without changing the result."""
     LOGGER.warning(f"notice: {message}")
 
 
 def warn(message: str) -> None:
-    """A line on what is wrong, while the job goes on."""
+    """Log a problem after which the job goes on."""
     LOGGER.warning(f"warning: {message}")
 
 
 def complain(message: str) -> None:
-    """A line on what failed."""
+    """Log a failure."""
     LOGGER.error(f"error: {message}")
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    seconds = max(round(seconds), 0)
-    minutes, rest = divmod(seconds, 60)
+    """Format seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def pace(total: float, done: float = 0.0) -> Callable[[float], tuple[float, str]]:
-    """A function of the amount done that returns (amount a second since `pace` was called, "ETA m:ss")."""
+    """Return a function: amount done -> (amount a second since `pace` was called, "ETA m:ss")."""
     since = time.perf_counter()
 
     def report(now: float) -> tuple[float, str]:
@@ -73,12 +70,10 @@ def pace(total: float, done: float = 0.0) -> Callable[[float], tuple[float, str]
     return report
 
 
-def progress(
-    first: int, last: int, images_per_step: int, flops_per_step: float, peak: float
-) -> Callable[[int, dict], dict]:
-    """A function of (step, scalars) that prints "step, loss, images/s, MFU, ETA" and returns the rates since its last call.
+def progress(last: int, images_per_step: int, flops_per_step: float, peak: float) -> Callable[[int, dict], dict]:
+    """Return a function of (step, scalars) that logs "step, loss, images/s, MFU, ETA" and returns the rates.
 
-    Its first call is told from the others: the time up to there is mostly compilation, so it gives no rate and no ETA.
+    Rates are since its last call; the first gives none and no ETA, because the time before it is mostly compilation.
     """
     began, current = time.perf_counter(), None
 
@@ -98,10 +93,10 @@ def progress(
 
 
 def drawing_progress(first: int, num: int) -> Callable[[int], None]:
-    """A function of the images drawn so far that says so, with rate and ETA, at most once in two seconds."""
+    """Return a function of the images drawn so far that logs them, with rate and ETA, at most every two seconds."""
     if first:
         say(f"  {first}/{num} were drawn before")
-    current, last = None, 0.0  # from the end of the first batch, which compiles
+    current, last = None, 0.0  # timed from the end of the first batch, which compiles
 
     def report(done: int) -> None:
         nonlocal current, last
@@ -118,8 +113,8 @@ def drawing_progress(first: int, num: int) -> Callable[[int], None]:
 
 @contextlib.contextmanager
 def bar(name: str, total: float) -> Iterator[Callable[[float], str]]:
-    """A bar on a terminal, below the lines that are said meanwhile; a function that moves it and returns "ETA m:ss"."""
-    from rich.console import Console  # here: commands that draw no bar start faster
+    """Draw a progress bar below the log, on terminals only; yields a function that moves it and returns "ETA m:ss"."""
+    from rich.console import Console  # here so that commands without a bar start faster
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[eta]}"), TimeElapsedColumn())
@@ -136,24 +131,21 @@ def bar(name: str, total: float) -> Iterator[Callable[[float], str]]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Print rows of text to standard output: a rich table on a terminal, aligned plain text elsewhere."""
-    lines = [head, *rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+    """Print rows of text to standard output: a ruled table on a terminal, aligned plain text elsewhere."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-        ruled = Table(title=Text(title), title_justify="left")
-        for i, name in enumerate(head):
-            ruled.add_column(Text(name), justify="right" if i else "left")
-        for row in lines[1:]:
-            ruled.add_row(*map(Text, row))
-        Console().print(ruled)
-        return
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if title:
-        print(title)
-    for line in lines:
-        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        print("  " + "  ".join(cells).rstrip())
-    print()
+    terminal = sys.stdout.isatty()
+    shape = {"box": box.HEAVY_HEAD} if terminal else {"box": None, "padding": (0, 0, 0, 2)}
+    shown = Table(**shape)
+    for i, name in enumerate(head):
+        shown.add_column(Text(name), justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console = Console(force_terminal=terminal, force_jupyter=False, width=None if terminal else 10_000)
+    with console.capture() as text:
+        console.print(shown)
+    for line in [title] * bool(title) + text.get().splitlines() + [""] * (not terminal):
+        print(line.rstrip())

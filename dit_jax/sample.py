@@ -1,9 +1,8 @@
 """Draw images from a run: `python -m dit_jax.sample --workdir=W --num=64 --guidance=1.5 --sampler=ddpm --steps=250 --out=samples.npz`.
 
-Image i depends on (seed, i) only, whatever the batch size or the devices. Defaults come from the run's `sample` config,
-the same that `evaluate` uses; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn:
-the same command goes on from there, and finds nothing to do once the npz is whole. SIGTERM ends the running batch and
-exits 75.
+Image i depends on (seed, i) only, not on batch size or devices. Defaults come from the run's `sample` config, as in
+`evaluate`; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command
+resumes from there, and finds nothing to do once the npz is whole. SIGTERM ends the current batch and exits 75.
 """
 
 import dataclasses
@@ -20,15 +19,9 @@ from dit_jax.log import say
 
 
 def _sample_config(cfg: Config, values) -> SampleConfig:
-    """The run's sample config with the command's flags over it."""
-    names = {
-        "sampler": values.sampler,
-        "steps": values.steps,
-        "guidance": values.guidance,
-        "channels": values.channels,
-        "batch_size": values.batch_size,
-    }
-    return dataclasses.replace(cfg.sample, **{name: value for name, value in names.items() if value is not None})
+    """Override the run's sample config by the command's flags."""
+    given = {name: getattr(values, name) for name in ("sampler", "steps", "guidance", "channels", "batch_size")}
+    return dataclasses.replace(cfg.sample, **{name: value for name, value in given.items() if value is not None})
 
 
 def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
@@ -94,11 +87,11 @@ if __name__ == "__main__":
         "num", 64, "images; a larger number later keeps those drawn before", lower_bound=1, upper_bound=2**30
     )
     flags.DEFINE_integer("seed", 0, "seed", lower_bound=0, upper_bound=2**31 - 1)
-    flags.DEFINE_integer("step", None, "checkpoint; default: that of the parts to go on with, else the newest")
-    flags.DEFINE_string("sampler", None, "one of those listed at --config.sample.sampler")
+    flags.DEFINE_integer("step", None, "checkpoint; default: that of unfinished parts, else the newest")
+    flags.DEFINE_string("sampler", None, "one of those at --config.sample.sampler")
     flags.DEFINE_integer("steps", None, "sampling steps")
     flags.DEFINE_float("guidance", None, "guidance scale; 1 = plainly conditional")
-    flags.DEFINE_string("channels", None, "all, or first3: those that guidance acts on")
+    flags.DEFINE_string("channels", None, "channels that guidance acts on: all or first3")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
         "batch_size", None, "images between two looks at SIGTERM, in multiples of 16 per device; changes no image"

@@ -25,7 +25,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where neither Cloud TPU nor SLURM tells it")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if neither Cloud TPU nor SLURM gives it")
     flags.DEFINE_integer("num_processes", None, "how many processes train together")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
     compiled.define_flag()

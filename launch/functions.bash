@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the scripts beside it share. slurm.sbatch reads it before it submits: SLURM copies that script alone to the node.
-# shellcheck disable=SC2034  # dry and words are the callers'
+# Functions shared by the launch scripts. slurm.sbatch reads them only to submit, because SLURM copies that script alone to the node.
+# shellcheck disable=SC2034  # dry and words are used by the callers
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -9,13 +9,13 @@ fail() {
   exit 2
 }
 
-need() { # variables that must be set
+need() { # NAME...: fails unless these variables are set
   local missing=() name
   for name in "$@"; do [[ -n ${!name:-} ]] || missing+=("$name"); done
   ((${#missing[@]} == 0)) || fail "${missing[*]}: not set; the head of launch/${0##*/} says what they are"
 }
 
-shown() { # a command as one would type it
+shown() { # prints a command, quoted as one would type it
   local word line=()
   for word in "$@"; do
     if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
@@ -25,7 +25,7 @@ shown() { # a command as one would type it
 
 run() { if ((dry)); then shown "$@"; else "$@"; fi; }
 
-take_words() { # the arguments without --dry-run into `words`; whether it is among them into `dry`
+take_words() { # puts the arguments without --dry-run into `words`, and whether it was given into `dry`
   local word
   dry=0 words=()
   for word in "$@"; do
@@ -33,20 +33,20 @@ take_words() { # the arguments without --dry-run into `words`; whether it is amo
   done
 }
 
-alone() { # VERB, and what follows it: nothing may
+alone() { # VERB...: fails if anything follows the verb
   (($# == 1)) || fail "$1: found ${*:2} after it, expected nothing"
 }
 
-known_job() { # a name that is a program of this checkout
+known_job() { # NAME: fails unless it is a program of this checkout
   local known
   [[ ${1:-} =~ ^[a-z]+$ ]] || fail "found ${1:-no job}, expected a job such as train, and its flags"
   known=$(cd "$root/dit_jax" && grep -l '__name__ == "__main__"' [a-z]*.py [a-z]*/__main__.py | sed 's|/__main__||; s|\.py$||' | sort)
   [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
 }
 
-commit_archive() { # FILE, and more options: this commit, not the folder, which may hold a .venv and runs
+commit_archive() { # FILE OPTIONS...: archives this commit, not the folder, because that may hold a .venv and runs
   run git -C "$root" archive "${@:2}" "--output=$root/$1" HEAD
 }
 
-# shellcheck disable=SC2016  # asked where it runs
+# shellcheck disable=SC2016  # expanded on the machine where it runs
 install_jax_tpu='.venv/bin/pip install --quiet "jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"'

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# TPU slices on Google Kubernetes Engine, through xpk:
+# Runs jobs on TPU slices of Google Kubernetes Engine, through xpk:
 #
-#   launch/gke.sh create                        a cluster with slices of TPU_TYPE
-#   launch/gke.sh share                         a Filestore share in it, mounted in every workload as /mnt/share
-#   launch/gke.sh run train --config=... --workdir=/mnt/share/xl2      this commit, on all hosts of a slice
-#   launch/gke.sh status | logs                 the workloads of the cluster; follow process 0 of NAME
-#   launch/gke.sh stop                          the job may save; then the workload is gone, its files stay
-#   launch/gke.sh delete                        the cluster
+#   launch/gke.sh create                        make a cluster with slices of TPU_TYPE
+#   launch/gke.sh share                         make its Filestore share, mounted in every workload as /mnt/share
+#   launch/gke.sh run train --config=... --workdir=/mnt/share/xl2      run this commit on all hosts of a slice
+#   launch/gke.sh status | logs                 list the workloads; follow process 0 of NAME
+#   launch/gke.sh stop                          let the job save, delete the workload, keep its files
+#   launch/gke.sh delete                        delete the cluster
 #
-# With --dry-run, in any place, the commands are printed and none is run.
+# With --dry-run, in any position, the commands are printed and not run.
 #
 #   PROJECT, ZONE   of Google Cloud
 #   CLUSTER         its name
 #   TPU_TYPE        such as v4-64                                          (create, run)
 #   CAPACITY        on-demand, spot or reservation=ID                      (create)
 #   NAME            of the workload                                        (run, logs, stop)
-# and, where wanted:
-#   SLICES          of the cluster (1)
-#   SIZE            of the share, GB (1024)
+# Optional (defaults):
+#   SLICES          number in the cluster (1)
+#   SIZE            of the share, in GB (1024)
 #   IMAGE           with Python 3.11 or later and make (python:3.11)
-#   RESTARTS        how often a workload that was preempted, or exited with 75, is begun again (100)
-# It needs xpk, gcloud and kubectl, logged in. xpk builds the image, so it needs Docker too.
+#   RESTARTS        most restarts of a workload that was preempted or exited with 75 (100)
+# Needs xpk, gcloud and kubectl, logged in, and Docker, because xpk builds the image.
 # shellcheck disable=SC2154  # dry, words, root and install_jax_tpu come from functions.bash
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -47,8 +47,8 @@ start() {
     --command="make setup PYTHON=python3 && $install_jax_tpu && exec $command"
 }
 
-fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
-  # xpk gives a host 4 chips, which are 8 cores; v4 and v5p are named by cores, v5e and v6e by chips.
+fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot use a larger slice: its chips wait for each other
+  # A host of xpk has 4 chips, or 8 cores. v4 and v5p names count cores, v5e and v6e names chips.
   [[ $1 == train || $TPU_TYPE =~ ^v(4|5p)-[1-8]$ || $TPU_TYPE =~ ^v(5litepod|5e|6e)-[1-4]$ ]] ||
     fail "TPU_TYPE: found $TPU_TYPE, expected one host, such as v4-8 or v6e-4: $1 runs on one"
 }

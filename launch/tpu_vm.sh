@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice, from request to deletion:
+# Requests a Cloud TPU slice, runs jobs on it and deletes it:
 #
-#   launch/tpu_vm.sh create                     ask for it, as a queued resource, and wait until it is there
+#   launch/tpu_vm.sh create                     request it as a queued resource and wait until it is active
 #   launch/tpu_vm.sh setup                      copy this commit to all workers and install it
-#   launch/tpu_vm.sh run train --config=... --workdir=/mnt/share/xl2      on all workers, in the background
+#   launch/tpu_vm.sh run train --config=... --workdir=/mnt/share/xl2      start a job on all workers, in the background
 #   launch/tpu_vm.sh logs                       follow worker 0
-#   launch/tpu_vm.sh stop                       the job saves and exits 75
-#   launch/tpu_vm.sh resume train --config=... --workdir=/mnt/share/xl2   after preemption: anew, and the same command
-#   launch/tpu_vm.sh delete
+#   launch/tpu_vm.sh stop                       let the job save and exit with 75
+#   launch/tpu_vm.sh resume train --config=... --workdir=/mnt/share/xl2   after preemption: request anew, then run the same
+#   launch/tpu_vm.sh delete                     delete the slice and its request
 #
-# With --dry-run, in any place, the commands are printed and none is run.
+# With --dry-run, in any position, the commands are printed and not run.
 #
 #   PROJECT, ZONE   of Google Cloud
 #   NAME            of the slice
-#   ACCELERATOR     such as v4-64                                              (create, resume; run of all but train)
-#   NFS             HOST:/EXPORT of a share that all workers mount as /mnt/share: the place of --workdir  (setup, resume)
-# and, where wanted:
+#   ACCELERATOR     such as v4-64                                              (create, resume; run, for all jobs but train)
+#   NFS             HOST:/EXPORT of a share that all workers mount as /mnt/share, for --workdir            (setup, resume)
+# Optional (defaults):
 #   SPOT=1          cheaper, may be preempted
-#   RUNTIME         the image (by the accelerator: tpu-ubuntu2204-base up to v4)
-#   POLL            seconds between looks at a request (30)
-# It needs gcloud, logged in; Python 3.11 comes from the image's own packages.
+#   RUNTIME         the image (depends on the accelerator: tpu-ubuntu2204-base up to v4)
+#   POLL            seconds between checks of a request (30)
+# Needs gcloud, logged in. Python 3.11 is installed from the image's own packages.
 # shellcheck disable=SC2154  # dry, words, root and install_jax_tpu come from functions.bash
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -46,7 +46,7 @@ create() {
   await
 }
 
-await() { # a request's turn
+await() { # waits until the request is active
   if ((dry)); then
     echo "# every ${POLL:-30} s until ACTIVE: $(state)"
     return
@@ -76,20 +76,20 @@ setup() {
   on all "cd dit_jax && $install_jax_tpu"
 }
 
-start() { # one job a slice: a second one beside it would find the chips taken
+start() { # JOB FLAGS...: one job a slice, because a second one would find the chips taken
   local command running="[ -e run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null"
   command=$(shown .venv/bin/python -m "dit_jax.$1" "${@:2}")
   on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; nohup $command >>run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
-fits_slice() { # only train is a program of many hosts, and no slice can be had in part: its chips wait for each other
+fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot use a larger slice: its chips wait for each other
   [[ $1 != train ]] || return 0
   need ACCELERATOR
   # One host has 8 cores (v2 to v5p: the name counts cores), or up to 8 chips (v5e, v6e: it counts chips).
   [[ $ACCELERATOR =~ ^v[2-6][a-z]*-[1-8]$ ]] || fail "ACCELERATOR: found $ACCELERATOR, expected one host, such as v4-8: $1 runs on one"
 }
 
-resume() { # what only waits is left in the queue: a new request would begin at its end
+resume() { # JOB FLAGS...: a request that is waiting is kept, because a new one would begin at the end of the queue
   local found=''
   if ((dry)); then
     echo "# ACTIVE: only the last; SUSPENDED, SUSPENDING, FAILED: all; no request: no delete; else: no delete, no create: $(state)"

@@ -299,6 +299,7 @@ def test_without_permission_to_write_the_error_surfaces_at_the_next_step(uninter
     assert left and all(manifest.problems(checkpoint.path_of(str(workdir), step)) == [] for step in left)
 
 
+@pytest.mark.slow
 def test_a_folder_that_turned_unwritable_surfaces_at_the_next_step(uninterrupted, tmp_path, cache_dir):
     workdir = tmp_path / "run"
     process = Job("train", *train(workdir, steps=100_000), cache_dir=cache_dir)

@@ -93,6 +93,30 @@ def test_there_and_back_is_bitwise(cfg):
     same(again, params)
 
 
+def test_a_table_without_a_null_row_is_said_sampled_at_guidance_1_and_written_back(tmp_path, cache_dir):
+    """As the published code makes it with class_dropout_prob = 0: K rows. `--classes` tells them from K - 1 and a null row."""
+    arrays = published.write(TINY, random_params())
+    arrays[published.LABELS] = arrays[published.LABELS][:-1]
+    save_file(arrays, tmp_path / "dit.safetensors")
+    convert = ["--source=dit", f"--weights={tmp_path / 'dit.safetensors'}", "--heads=2"]
+    code, _, err = run("convert", *convert, f"--out={tmp_path / 'w'}", "--classes=5", cache_dir=cache_dir)
+    assert code == 0 and "5 classes, no null class: it is sampled at guidance 1" in err, err
+    for flags in (["--guidance=2"], ["--config.sample.guidance=2.0"]):
+        code, _, err = run("sample", f"--workdir={tmp_path / 'w'}", "--num=1", *flags, cache_dir=cache_dir)
+        assert code == 2 and "sample.guidance: found 2.0, expected 1: this model has no null class" in err, err
+    back = ["--source=workdir", f"--weights={tmp_path / 'w'}", f"--out={tmp_path / 'back.safetensors'}"]
+    assert run("convert", *back, cache_dir=cache_dir)[0] == 0
+    again = load_file(tmp_path / "back.safetensors")
+    assert set(again) == set(arrays)
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(again[name], values)
+    code, _, err = run("convert", *convert, f"--out={tmp_path / 'v'}", cache_dir=cache_dir)
+    assert code == 0 and "4 classes, and a null class" in err
+    code, _, err = run("convert", *convert, f"--out={tmp_path / 'u'}", "--classes=9", cache_dir=cache_dir)
+    assert code == 2 and "--classes: found 9, expected 5 without a null row, or 4 with one" in err
+    assert not (tmp_path / "u").exists()
+
+
 def test_the_patch_embedding_is_a_convolution():
     """One pixel of one channel lit: the embedding is that column of the convolution's weight."""
     cfg, params = TINY, random_params()

@@ -177,7 +177,7 @@ def test_hosts_with_other_records_are_refused_by_all(tmp_path, data_dir, cache_d
     codes, said = two(cache_dir, train(run_folder), train(run_folder, other))
     assert codes == [2, 2], said
     expected = "found 721 on process 1, expected 1442 as on process 0; give every host the same data"
-    assert said == [f"error: data.dataset: records: {expected}\n"] * 2
+    assert said == of_both(f"data.dataset: records: {expected}")
     assert not run_folder.exists()
 
 

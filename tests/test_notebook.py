@@ -65,6 +65,7 @@ def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
     assert (tmp_path / "run" / "eval" / "records.jsonl").read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_scaling_derives_published_exponents_and_predicts_a_7b_run(tmp_path):
     from nbclient import NotebookClient
 

@@ -86,7 +86,7 @@ def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir
     model = ModelConfig(depth=1, width=16, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
     evaluations = 2 * 5 - 1  # Heun's method; all of them guided
     assert (found["images"], found["mesh"]["data"]) == (8 * ROWS, 8)
-    assert found["flops_step"] == 8 * ROWS * flops.sample_flops(model, evaluations, evaluations)
+    assert found["flops_step"] == 8 * ROWS * 2 * evaluations * flops.forward_flops(model)
     assert found["fits"] and not found["collectives"] and found["bytes"]["arguments"] > 4 * flops.parameters(model)
 
 

@@ -99,7 +99,7 @@ def test_a_set_against_itself(cfg, network):
     assert found["fd_digits"] < 1e-6 and found["precision_digits"] == found["recall_digits"] == 1
 
 
-@pytest.mark.parametrize("names", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
+@pytest.mark.parametrize("names", [("mu", "sigma"), pytest.param(("ref_mu", "ref_sigma"), marks=pytest.mark.slow)])
 def test_references_from_files_are_those_of_the_images(names, cfg, network, rows, tmp_path):
     images = scores.as_uint8(load_arrays(cfg.data, "train")[0])
     whole = measure([rows], network, scores.open_reference(cfg, network), cfg.eval)

@@ -1,1 +1,1 @@
-"""How fast a machine trains and samples: ours, and a peer beside it."""
+"""Benchmark of training and sampling speed, with another implementation (a peer) beside ours."""

@@ -1,4 +1,4 @@
-"""How things are timed: in turn, again and again, in one process, so that a disturbance strikes all that is compared."""
+"""Timing: compared jobs take turns, repeatedly, in one process, so that a disturbance affects all of them."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from dit_jax.training.state import make_state
 from dit_jax.training.step import make_train_step
 from dit_jax.workdir.folder import provenance
 
-# JAX reports it for every program that it compiles, or reads from its compilation cache instead; none for one that it knows.
+# JAX reports this event for every program that it compiles or reads from its compilation cache, not for one in memory.
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -33,21 +33,21 @@ def spread(values: list[float]) -> dict:
 
 
 def seconds(job: Callable) -> float:
-    """Wall seconds until what `job` returns is computed."""
+    """Wall seconds until the result of `job` is computed."""
     start = time.perf_counter()
     jax.block_until_ready(job())
     return time.perf_counter() - start
 
 
 def alternate(jobs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each job returns, `repeats` times: every job once, then every job again. A first round is thrown away."""
+    """Results of each job over `repeats` rounds; in a round every job runs once. A first round is discarded."""
     rounds = [{name: job() for name, job in jobs.items()} for _ in range(repeats + 1)][1:]
     return {name: [found[name] for found in rounds] for name in jobs}
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the programs that JAX compiles inside, as they come."""
+    """Yields a list that gets the name of each program that JAX compiles inside the context."""
     names: list[str] = []
 
     def listen(event: str, duration: float, **about) -> None:
@@ -62,7 +62,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def fixed_batch(cfg: Config, mesh) -> dict:
-    """A batch of noise that lies on the devices."""
+    """A training batch of noise, placed on the devices."""
     side, rows, key = cfg.model.input_size, cfg.train.batch_size, jax.random.key(0)
     images = np.random.default_rng(0).standard_normal((rows, side, side, cfg.model.channels), np.float32)
     cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), np.arange(rows), {})
@@ -70,13 +70,13 @@ def fixed_batch(cfg: Config, mesh) -> dict:
 
 
 def empty_step(state, batch: dict):
-    """As many arrays in and out as a training step, and next to nothing computed: what a call itself costs."""
+    """As many arrays in and out as a training step with hardly any compute, to time the call itself."""
     scalar = batch["image"][0, 0, 0, 0]
     return jax.tree.map(lambda x: x + 1, state), {"loss": scalar, "grad_norm": scalar, "param_norm": scalar}
 
 
 def make_stepper(cfg: Config, mesh, empty: bool = False) -> Callable[[int], float]:
-    """A function of n: seconds a step of n calls of the compiled training step (or of `empty_step`), one after another.
+    """A function n -> mean seconds a step over n calls of the compiled training step (or of `empty_step`).
 
     It waits for the device every `train.log_every` steps, as the training loop does.
     """
@@ -95,7 +95,7 @@ def make_stepper(cfg: Config, mesh, empty: bool = False) -> Callable[[int], floa
 
 
 def make_products(size: int) -> dict[str, Callable[[], float]]:
-    """FLOP/s of a float32 product of `size`^3: by XLA and, on CPU, by NumPy's BLAS."""
+    """Functions that measure FLOP/s of a float32 matrix product of side `size`: by XLA and, on CPU, by NumPy's BLAS."""
     a = np.random.default_rng(0).standard_normal((size, size), np.float32)
     b, product = jax.device_put(a), jax.jit(lambda b: b @ b)
     products = {"xla": lambda: 2 * size**3 / seconds(lambda: product(b))}
@@ -108,7 +108,7 @@ def cores() -> int:
 
 
 def machine() -> dict:
-    """What was measured, and with which versions."""
+    """The machine, its load, the date and all versions, for the report."""
     device, name = make_mesh(Config().mesh).devices.flat[0], ""
     if device.platform == "cpu" and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
@@ -126,7 +126,7 @@ def machine() -> dict:
 
 
 def shown(value: dict, digits: int = 0, percent: bool = False) -> str:
-    """Median (lowest to highest), as text."""
+    """A result of `spread` as text: median (lowest to highest)."""
     pattern = f"{{:.{digits}{'%' if percent else 'f'}}}"
     middle, low, high = (pattern.format(value[name]) for name in ("median", "low", "high"))
     return f"{middle} ({low} to {high})"
@@ -138,7 +138,7 @@ def verdict(met: bool) -> str:
 
 
 def publish(found: dict, show: Callable[[dict], None], path: str, names: tuple[str, ...]) -> None:
-    """The tables on the screen under what was measured and the versions of `names`, and all figures to the file `path` (if any)."""
+    """Prints the machine, the versions of `names` and the tables of `show`; writes all figures to the file `path`, if given."""
     about = found["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
     load = "" if about["load"] is None else f", load {about['load']:.1f}"

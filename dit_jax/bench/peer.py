@@ -1,10 +1,10 @@
 """Another implementation to time beside ours: a Python file, `--peer=tests/peers/torch_dit.py`, with three functions.
 
-    check(cfg, platform)                                          raises UsageError on what it does not know
+    check(cfg, platform)                                          raises UsageError for a config it does not support
     make_trainer(cfg, params, batch, platform, threads) -> Side   the whole training step on one batch
-    make_sampler(cfg, params, rows, platform, threads) -> Side    a batch of so many images by `cfg.sample`
+    make_sampler(cfg, params, rows, platform, threads) -> Side    a batch of `rows` images by `cfg.sample`
 
-`params` and `batch` are ours, as NumPy arrays; `platform` is cpu or gpu; `threads` those that JAX has on a CPU.
+`params` and `batch` are ours, as NumPy arrays; `platform` is cpu or gpu; `threads` is the number that JAX has on a CPU.
 """
 
 import importlib.util
@@ -20,16 +20,14 @@ HOW = (
     "`make parity` installs PyTorch's CPU build (then PYTHONPATH=.venv/peers), `pip install -e .[torch]` the one that pip "
     "finds, on Linux with CUDA"
 )
-
-
 FUNCTIONS = ("check", "make_trainer", "make_sampler")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are compared, its program compiled."""
+    """One of the implementations compared, its program compiled."""
 
-    run: Callable[[int], None]  # so many calls, until what they compute is there
+    run: Callable[[int], None]  # makes so many calls and waits for their results
     first: float  # seconds of the first call, compilation included
     memory: Callable[[], tuple[int | None, str]]  # bytes at the peak, and where the figure comes from
     compiled: Callable[[], int]  # programs compiled so far
@@ -37,7 +35,7 @@ class Side:
 
 
 def load(path: str) -> ModuleType:
-    """The peer of a file. Raises UsageError when there is none, it needs what is not installed, or it is no peer."""
+    """Imports a peer's file. Raises UsageError if it is absent, lacks a function or needs a package that is not installed."""
     if not os.path.isfile(path):
         raise UsageError(f"--peer: no file {path!r}, expected one such as tests/peers/torch_dit.py")
     name = os.path.splitext(os.path.basename(path))[0]

@@ -1,6 +1,6 @@
-"""Training and sampling on the devices at hand: rates, share of the peak, memory, compilations; and a peer beside, in turn.
+"""Times training and sampling: rates, share of the peak, memory, compilations; a peer is timed in turn.
 
-What is timed is the jobs' own compiled program, called with one batch that lies on the devices: no data is read.
+Timed is the jobs' own compiled program, called with one batch that lies on the devices; no data is read.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from dit_jax.devices.mesh import make_mesh, replicated
 from dit_jax.preflight.compilation import Program, program
 from dit_jax.training.state import make_state
 
-TARGETS = {"cpu": 0.30}  # of the peak that training should reach with the default model; elsewhere OTHER_TARGET
+TARGETS = {"cpu": 0.30}  # share of the peak that training the default model should reach; elsewhere OTHER_TARGET
 OTHER_TARGET = 0.45
-MATRIX = {"cpu": 2048}  # side of the product that stands for the peak of a device that is not in `hardware.py`
+MATRIX = {"cpu": 2048}  # side of the product that measures the peak of a device that is not in `hardware.py`
 OTHER_MATRIX = 8192
 
 
 def default_config(platform: str) -> Config:
-    """DiT-XL/2 at 256 px as the paper trains it, batch 256, in bfloat16, and 250 guided steps; on a CPU a small model and 10."""
+    """DiT-XL/2 at 256 px as in the paper, batch 256, bfloat16, 250 guided sampling steps; on a CPU a small model and 10 steps."""
     sample = SampleConfig(sampler="ddpm", steps=250, guidance=1.5, channels="first3")
     if platform == "cpu":
         return dataclasses.replace(step_config(16), sample=dataclasses.replace(sample, steps=10))
@@ -36,13 +36,13 @@ def default_config(platform: str) -> Config:
 
 
 def prepared(cfg: Config, job: str) -> Config:
-    """The config as the job has it: attention chosen for the devices; sampling spreads its batch over all of them."""
+    """The config as the job uses it: attention is chosen for the devices, and sampling splits its batch over all of them."""
     cfg = dataclasses.replace(cfg, model=bind(cfg.model).cfg)
     return cfg if job == "train" else dataclasses.replace(cfg, mesh=MeshConfig())
 
 
 def make_arguments(cfg: Config, job: str, mesh, rows: int) -> tuple:
-    """What the job's program takes. Neither weights nor images matter for the time."""
+    """Arguments of the job's program. The values of weights and images do not affect the time."""
     if job == "train":
         return make_state(cfg, mesh), fixed_batch(cfg, mesh)
     params = jax.device_put(bind(cfg.model).init(jax.random.key(0)), replicated(mesh))
@@ -50,14 +50,14 @@ def make_arguments(cfg: Config, job: str, mesh, rows: int) -> tuple:
 
 
 def make_ours(found: Program, job: str, arguments: tuple, names: list[str]) -> Side:
-    """Our side. `names` fills with what JAX compiles."""
+    """Our side. `names`: the list that `compilations` fills."""
     call, before = found.make(), peak_bytes()
 
     def run(n: int) -> None:
         nonlocal arguments
         for _ in range(n):
             out = call(*arguments)
-            if job == "train":  # the old state is used up
+            if job == "train":  # the old state was donated
                 arguments = (out[0], arguments[1])
         jax.block_until_ready(out)
 
@@ -72,20 +72,20 @@ def make_ours(found: Program, job: str, arguments: tuple, names: list[str]) -> S
 
 
 def peak_bytes() -> int:
-    """Most memory that the first device has given out so far; 0 where its backend does not count it."""
+    """Peak bytes in use on the first device so far; 0 if its backend does not count them."""
     device = make_mesh(MeshConfig()).devices.flat[0]
     return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def timed(run: Callable[[int], None], calls: int = 1) -> float:
-    """Seconds a call."""
+    """Mean seconds a call."""
     start = time.perf_counter()
     run(calls)
     return (time.perf_counter() - start) / calls
 
 
 def make_theirs(peer: ModuleType, cfg: Config, job: str, arguments: tuple, rows: int) -> Side:
-    """The peer, with our weights and our batch."""
+    """The peer's side, with our weights and our batch."""
     weights, platform = arguments[0].params if job == "train" else arguments[0], jax.default_backend()
     params = jax.tree.map(np.asarray, weights)
     if job == "train":
@@ -96,9 +96,9 @@ def make_theirs(peer: ModuleType, cfg: Config, job: str, arguments: tuple, rows:
 def measure(
     cfg: Config, job: str, repeats: int, seconds: float, peer: ModuleType | None = None, size: int | None = None
 ) -> dict:
-    """Job `train` or `sample` of a config, each round beside the peer's and, where no datasheet gives the peak, beside products.
+    """Times job `train` or `sample` of a config, in turn with the peer, if given, and with products if the peak is unknown.
 
-    A round of the slowest side takes about `seconds`, at least one call. `size`: side of the products.
+    A round of the slowest side takes about `seconds`, at least one call. `size`: side of the matrix products.
     """
     cfg = prepared(cfg, job)
     mesh = make_mesh(cfg.mesh)
@@ -128,22 +128,20 @@ def measure(
 
 
 def describe(cfg: Config, job: str, found: Program) -> dict:
-    """What is computed: `flops` and `images` are of one call."""
+    """The workload, for the report; `flops` and `images` are of one call."""
     names = ("width", "depth", "heads", "patch", "tokens", "dtype", "attention", "remat")
-    sampling = (
-        {name: getattr(cfg.sample, name) for name in ("sampler", "steps", "guidance")} if job == "sample" else None
-    )
+    sampling = {name: getattr(cfg.sample, name) for name in ("sampler", "steps", "guidance")}
     return {
         "model": {name: getattr(cfg.model, name) for name in names},
         "parameters": flops.parameters(cfg.model),
-        "sampling": sampling,
+        "sampling": sampling if job == "sample" else None,
         "images": found.images,
         "flops": found.flops,
     }
 
 
 def report(side: Side, found: Program, times: list[float], peaks: list[float], compiled: int) -> dict:
-    """A side's figures; `times` are seconds a call, `peaks` FLOP/s, round by round."""
+    """A side's figures. `times`: seconds a call; `peaks`: FLOP/s; both by round."""
     size, source = side.memory()
     return {
         **side.about,

@@ -1,35 +1,30 @@
-"""The benchmark's tables: medians, and the lowest to highest of the rounds."""
+"""Prints the benchmark's tables: medians, with the lowest and highest of the rounds."""
 
 from dit_jax.bench.measure import shown, verdict
 from dit_jax.log import table
 
 
 def _number(value: float) -> int:
-    """Decimals with which a value has about three digits."""
+    """Number of decimals that gives a value about three digits."""
     return 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
 
 
 def _size(count: int | None) -> str:
-    """Bytes for people."""
+    """Bytes as text."""
     if count is None:
         return "not measured"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _rates(side: dict) -> list[str]:
-    """A side's column."""
+    """Cells of a side's column."""
     cells = [shown(side[name], _number(side[name]["median"])) for name in ("step_ms", "images_per_second", "tflops")]
-    cells += [
-        shown(side["mfu"], 1, True),
-        _size(side["memory_bytes"]),
-        f"{side['compile_seconds']:.1f}",
-        str(side["recompiles"]),
-    ]
-    return cells
+    cells += [shown(side["mfu"], 1, True), _size(side["memory_bytes"])]
+    return [*cells, f"{side['compile_seconds']:.1f}", str(side["recompiles"])]
 
 
 def show_speed(title: str, found: dict) -> None:
-    """Training or sampling, a column a side."""
+    """Prints training or sampling, one column a side."""
     model, sides = found["model"], found["sides"]
     about = f"width {model['width']}, depth {model['depth']}, {model['tokens']} tokens, {model['dtype']}"
     drawn = found["sampling"]
@@ -53,7 +48,7 @@ def show_speed(title: str, found: dict) -> None:
 
 
 def show(found: dict) -> None:
-    """All parts that were measured."""
+    """Prints all parts that were measured."""
     for part, title in (("train", "training"), ("sample", "sampling")):
         if part in found:
             show_speed(title, found[part])

@@ -1,1 +1,1 @@
-"""Images or latents on disk to batches of arrays: kinds of data (`source`), one file each, and their order (`pipeline`)."""
+"""Images or latents on disk -> batches of arrays: kinds of data (`source`), one file each, and their order (`pipeline`)."""

@@ -1,18 +1,18 @@
-"""Random numbers as functions of counters: a hash of integers, and normals from it, so that no library's stream matters.
+"""Counter-based random numbers, independent of any library's stream: a hash of integers, and normals from its bits.
 
-The hash is SplitMix64 (Steele, Lea & Flood 2014); normals come from its bits by Box & Muller (1958). What is drawn for a
-position depends on (seed, position) only: never on the batch around it, the process, or what was drawn before.
+The hash is SplitMix64 (Steele, Lea & Flood 2014); normals are by Box & Muller (1958). A draw depends on (seed, position)
+only, not on the batch, the process, or earlier draws.
 """
 
 import numpy as np
 
 ORDER, FLIP, NOISE = 1, 2, 3  # streams of the hash
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_ROWS = 16  # positions at a time, so that what they need stays in the processor's cache
+_ROWS = 16  # positions at a time, so that temporaries stay in the cache
 
 
 def hash_counters(seed: int, stream: int, index: int, counters: np.ndarray) -> np.ndarray:
-    """uint64 per counter: SplitMix64 chained over seed, stream, index and counter."""
+    """Hash counters to uint64: SplitMix64 chained over seed, stream, index and counter."""
     state = np.zeros(1, np.uint64)
     for word in (seed, stream, index):
         state = _mix(state + np.uint64(word))
@@ -20,15 +20,15 @@ def hash_counters(seed: int, stream: int, index: int, counters: np.ndarray) -> n
 
 
 def mirrored(seed: int, positions: np.ndarray) -> np.ndarray:
-    """Whether the examples at the global positions (b,) are mirrored left to right, bool (b,)."""
+    """Draw whether the examples at the global positions (b,) are mirrored left to right, bool (b,)."""
     return hash_counters(seed, FLIP, 0, positions) >> np.uint64(63) == 1
 
 
 def normals(seed: int, positions: np.ndarray, size: int) -> np.ndarray:
-    """Standard normals float32 (b, size), row i a function of (seed, positions[i]) only.
+    """Draw standard normals float32 (b, size); row i depends on (seed, positions[i]) only.
 
-    The uniforms have 32 bits, so no value is beyond 6.7. The bits are the same everywhere; logarithm, sine and cosine
-    are numpy's float32 ones, whose last digit may differ between kinds of processors.
+    The uniforms have 32 bits, so no value exceeds 6.7. The bits are the same everywhere, but the last digit of NumPy's
+    float32 logarithm, sine and cosine may differ between kinds of processors.
     """
     keys = hash_counters(seed, NOISE, 0, positions)
     pairs = (size + 1) // 2

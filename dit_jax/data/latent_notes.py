@@ -1,7 +1,7 @@
-"""What the latents of one split are, and `latents.json`, the notes beside the shards that say so.
+"""`latents.json`, the notes that describe the latents of one split, beside the shards.
 
-The latent that a model sees is z = (x - shift) scale of a sample x of the posterior (Peebles & Xie 2023, scale 0.18215), or
-of its mean; shift and scale are one number each, or one per channel.
+A model sees z = (x - shift) scale, x being a sample of the posterior, or its mean (Peebles & Xie 2023, scale 0.18215). Shift
+and scale are one number each, or one per channel.
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ _SHARD_KEYS = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """What the latents of one split are. Raises UsageError naming a field that cannot be."""
+    """Description of the latents of one split. Raises UsageError naming an invalid field."""
 
     shape: tuple  # (h, w, c) of one latent
     dtype: str  # of the stored values: float16 | bfloat16 | float32
-    moments: bool  # mean and log-variance are stored, else the mean alone
+    moments: bool  # mean and log-variance are stored, else the mean only
     mirrored: bool  # the latent of the mirror image is stored too
     autoencoder: str  # its name
     autoencoder_sha256: str  # of its weights
     scale: float | tuple  # one number, or one per channel
     shift: float | tuple
     classes: int  # 0: the images have no labels
-    dataset: str  # the images: data set, split and checksum as `describe` gives them, and the side in pixels
+    dataset: str  # of the images: data set, split and checksum as in `describe`, and the side in pixels
     split: str
     source_sha256: str
     image_size: int
@@ -82,28 +82,28 @@ class LatentInfo:
 
     @property
     def normalisation(self) -> dict:
-        """Scale and shift as JSON gives them back: a number, or a list of one per channel."""
+        """Scale and shift as JSON values: a number, or a list of one per channel."""
         return {name: _listed(getattr(self, name)) for name in ("scale", "shift")}
 
     @property
     def record_shape(self) -> tuple:
-        """(copies, parts, h, w, c) of the values of one record."""
+        """(copies, parts, h, w, c), the shape of one record's values."""
         return (1 + self.mirrored, 1 + self.moments, *self.shape)
 
     @property
     def layout(self) -> np.dtype:
-        """One record as it lies on disk."""
-        stored = np.dtype(DTYPES[self.dtype])  # bfloat16 has no byte order of its own: little-endian hosts only
+        """Structured dtype of one record on disk."""
+        stored = np.dtype(DTYPES[self.dtype])  # little-endian hosts only, because NumPy's bfloat16 has no byte order
         return np.dtype([*_HEADER, ("values", stored, self.record_shape)])
 
 
 def read_info(folder: str) -> LatentInfo:
-    """What the latents in `folder` are, from the notes alone: no shard is opened. Raises UsageError."""
+    """Read the description of the latents in `folder` without opening a shard. Raises UsageError."""
     return read_notes(os.path.join(folder, NOTES))[0]
 
 
 def read_notes(path: str) -> tuple[LatentInfo, dict]:
-    """What the latents are, and their notes with all in them looked at. Raises UsageError."""
+    """Read and check notes: (description, notes). Raises UsageError."""
     notes = _load_notes(path)
     try:
         info = LatentInfo(**{f.name: _tupled(notes[f.name]) for f in dataclasses.fields(LatentInfo)})
@@ -115,16 +115,15 @@ def read_notes(path: str) -> tuple[LatentInfo, dict]:
 
 
 def _load_notes(path: str) -> dict:
-    """The notes of a folder, their keys and checksum looked at. Raises UsageError."""
+    """Read notes and check their keys and checksum. Raises UsageError."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_NOTES:
             raise UsageError(f"latents {path}: found no regular file of up to {_MAX_NOTES} bytes; {ADVICE}")
         notes = parse_json(read(path, _MAX_NOTES), _MAX_NOTES)
     except FileNotFoundError:
-        raise UsageError(
-            f"latents {path}: found no such file, so the latents are not complete; run encode (again)"
-        ) from None
+        why = "found no such file, so the latents are not complete; run encode (again)"
+        raise UsageError(f"latents {path}: {why}") from None
     except OSError as error:
         raise UsageError(f"latents {path}: cannot read it: {error.strerror}") from error
     except UsageError:
@@ -144,7 +143,7 @@ def _load_notes(path: str) -> dict:
 
 
 def _check_shards(notes: dict) -> None:
-    """Raises UsageError unless the shards of the notes have the names and numbers of a whole split."""
+    """Raises UsageError unless the notes list the shards of a whole split."""
     shards, total = notes["shards"], 0
     if not 1 <= len(shards) <= MAX_SHARDS:
         raise UsageError(f"shards: found {len(shards)}, expected 1 to {MAX_SHARDS}")
@@ -162,7 +161,7 @@ def _check_shards(notes: dict) -> None:
 
 
 def checksum(notes: dict) -> str:
-    """SHA-256 over the notes but their own checksum."""
+    """Hash the notes without their checksum, SHA-256."""
     rest = {key: value for key, value in notes.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,11 +1,11 @@
-"""Writes a folder of latents: shards under provisional names, then their names, `latents.json` last.
+"""Writes a folder of latents: shards under provisional names, then their final names, `latents.json` last.
 
-Without `latents.json` a folder is no latents: what a killed writer leaves is never read. The next writer removes it
-(`write_latents`), or goes on from the shards that are whole (`continue_latents`):
+Leftovers of a killed writer are never read, because `latents.json` is missing. The next writer removes them
+(`write_latents`), or resumes after the whole shards (`continue_latents`):
 
-    latents-00000.part     the shard that is being written
-    latents-00000.whole    one that is finished and synced
-    latents.job            what the shards are of: a folder holds those of one job only
+    latents-00000.part     the shard being written
+    latents-00000.whole    a shard that is finished and synced
+    latents.job            origin of the shards, which are all of one job
     latents.lock           held by the process that writes
 """
 
@@ -37,12 +37,12 @@ _OURS = re.compile(
     r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.(lock|job|(json|job)\.(part|tmp\w+))"
 )
 _NAMED = re.compile(r"latents-(\d{5})-of-\d{5}\.array_record")
-_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder")  # the first two change no record, the last is a name only
+_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder")  # the first two change no record, the last is only a name
 
 
 @dataclass
 class _Shards:
-    """The shards that are whole: their entries in the notes, file names missing, and the digest of all their records."""
+    """Whole shards: their entries in the notes, without file names, and the digest of all their records."""
 
     entries: list = field(default_factory=list)
     content: object = field(default_factory=hashlib.sha256)
@@ -55,11 +55,11 @@ class _Shards:
 def write_latents(
     folder: str, info: LatentInfo, examples: Iterable, *, shard_bytes: int = SHARD_BYTES
 ) -> LatentRecords:
-    """Writes `examples`, pairs (label, array of `info.record_shape`), in their order, and opens the result. No labels: 0.
+    """Write `examples`, pairs (label, array of `info.record_shape`), and open the result. Without labels, label is 0.
 
-    Memory holds one record at a time. Leftovers of a writer that was killed are removed first; where this one fails, it
-    removes its own. Raises UsageError naming the record that cannot be stored, or where the folder holds other files,
-    complete latents or another writer; JobError where the disk fails.
+    Memory holds one record at a time. Removes leftovers of a killed writer first, and its own if it fails. Raises UsageError
+    naming the record that cannot be stored, or if the folder holds other files, complete latents or another writer; JobError
+    if writing fails.
     """
     with _claimed(folder):
         _remove_leftovers(folder)
@@ -81,11 +81,11 @@ def continue_latents(
     settle: Callable[[LatentRecords], LatentInfo] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> LatentRecords:
-    """The same of `examples_from(first)`, the examples from record `first` on, going on from the shards that are whole.
+    """Write as `write_latents` does, but resume after the whole shards: `examples_from(first)` yields records from `first` on.
 
-    A writer that fails or is killed leaves those, so that at most one shard is computed again; their records are read and
-    verified first. `settle` is shown all records before they become latents, and may change scale and shift. Raises
-    as `write_latents`, and UsageError where the folder holds the shards of another job.
+    A writer that fails or is killed leaves whole shards, which are verified first, so at most one is computed again. Before
+    publication `settle` gets all records and may change scale and shift. Raises as `write_latents`, and UsageError if the
+    folder holds shards of another job.
     """
     with _claimed(folder):
         shards = _take_up(folder, info)
@@ -100,7 +100,7 @@ def continue_latents(
 
 @contextlib.contextmanager
 def _claimed(folder: str) -> Iterator[None]:
-    """The folder made, and locked against other writers."""
+    """Make the folder and lock it against other writers."""
     busy = UsageError(f"latents {folder}: found another process writing there, expected none")
     with contextlib.ExitStack() as stack:
         try:
@@ -108,9 +108,8 @@ def _claimed(folder: str) -> Iterator[None]:
         except OSError as error:
             raise UsageError(f"latents {folder}: cannot make the folder: {error.strerror}") from error
         if os.path.lexists(os.path.join(folder, NOTES)):
-            raise UsageError(
-                f"latents {folder}: found complete latents, expected none; delete them or name another folder"
-            )
+            why = "found complete latents, expected none; delete them or name another folder"
+            raise UsageError(f"latents {folder}: {why}")
         for name in names(folder):
             if not _OURS.fullmatch(name):
                 raise UsageError(f"latents {folder}: found {name!r}, expected an empty folder; name another one")
@@ -118,7 +117,7 @@ def _claimed(folder: str) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: str, keep: bool = False) -> None:
-    """Remove what a writer left; with `keep`, or where it was done but for clearing up, what is not whole only."""
+    """Remove a writer's leftovers; with `keep`, or if `latents.json` exists, all but whole shards and the job."""
     keep = keep or os.path.lexists(os.path.join(folder, NOTES))
     for name in set(names(folder)) - {LOCK}:
         if _OURS.fullmatch(name) and not (keep and (name == JOB or name.endswith((".whole", ".array_record")))):
@@ -126,13 +125,13 @@ def _remove_leftovers(folder: str, keep: bool = False) -> None:
 
 
 def _take_up(folder: str, info: LatentInfo) -> _Shards:
-    """The whole shards that a writer of the same job left, verified; the first that is damaged and all after it go.
+    """Verify the whole shards of an earlier writer; the first damaged one and all after it are deleted.
 
-    Raises UsageError where they are of another job.
+    Raises UsageError if they are of another job.
     """
     shards, job = _Shards(), _job(info)
     with _disk(folder):
-        for name in names(folder):  # a writer that was killed while it gave the shards their names
+        for name in names(folder):  # left by a writer killed while it named the shards
             if named := _NAMED.fullmatch(name):
                 rename(os.path.join(folder, name), _whole(folder, int(named[1])))
         if not os.path.lexists(_whole(folder, 0)):
@@ -150,7 +149,7 @@ def _take_up(folder: str, info: LatentInfo) -> _Shards:
 
 
 def _job(info: LatentInfo) -> dict:
-    """What the shards depend on, as JSON gives it back."""
+    """Return what the shards depend on, as JSON values."""
     fields = {key: value for key, value in dataclasses.asdict(info).items() if key not in _NOT_OF_THE_JOB}
     return json.loads(json.dumps(fields))
 
@@ -169,7 +168,7 @@ def _refuse_other(folder: str, job: dict) -> None:
 
 
 def _take_shard(folder: str, info: LatentInfo, shards: _Shards) -> bool:
-    """Read the next whole shard and add it to `shards`. False if it is not what a writer finished."""
+    """Verify the next whole shard and add it to `shards`; returns False if it is damaged."""
     path, content, first = _whole(folder, len(shards.entries)), shards.content.copy(), shards.records
     try:
         reader = open_shard(path)
@@ -189,14 +188,14 @@ def _take_shard(folder: str, info: LatentInfo, shards: _Shards) -> bool:
 
 
 def _opened(folder: str, info: LatentInfo, shards: _Shards) -> LatentRecords:
-    """The records of the shards, while they have no names yet."""
+    """Open the records of shards before they have their final names."""
     paths = [_whole(folder, i) for i in range(len(shards.entries))]
     files = tuple({**entry, "file": path} for entry, path in zip(shards.entries, paths, strict=True))
     return LatentRecords(folder, info, shards.content.hexdigest(), files, tuple(open_shard(path) for path in paths))
 
 
 def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes: int, shards: _Shards) -> None:
-    """Writes `examples`, pairs (number, example), as shards after those of `shards`, and adds them there."""
+    """Write `examples`, pairs (number, example), as shards and append them to `shards`."""
     per_shard = max(1, shard_bytes // info.layout.itemsize)
     for number in range(len(shards.entries), MAX_SHARDS):
         records = (_encode(folder, info, i, *example) for i, example in itertools.islice(examples, per_shard))
@@ -226,7 +225,7 @@ def _entry(path: str, records: int) -> dict:
 
 
 def _publish(folder: str, info: LatentInfo, shards: _Shards) -> None:
-    """Gives the shards their names, and makes them latents."""
+    """Give the shards their final names and write the notes."""
     notes = _notes(info, shards.entries, shards.content.hexdigest())
     with _disk(folder):
         for i, entry in enumerate(shards.entries):
@@ -237,7 +236,7 @@ def _publish(folder: str, info: LatentInfo, shards: _Shards) -> None:
 
 @contextlib.contextmanager
 def _writer(folder: str, path: str) -> Iterator[Callable]:
-    """A function that appends one record to the file `path`, which is complete in the end. Raises JobError."""
+    """Yield a function that appends a record to the file `path`. Raises JobError."""
     with _disk(folder):
         writer = ArrayRecordWriter(path, "group_size:1,uncompressed")  # half-precision noise does not compress
 
@@ -254,7 +253,7 @@ def _writer(folder: str, path: str) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def _disk(folder: str) -> Iterator[None]:
-    """Failures of writing as a JobError; those of whoever computes the latents stay what they are."""
+    """Turn failures of writing into JobErrors; errors of computing the latents are raised outside it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -263,7 +262,7 @@ def _disk(folder: str) -> Iterator[None]:
 
 
 def _encode(folder: str, info: LatentInfo, index: int, label, values) -> bytes:
-    """One record as it lies on disk. Raises UsageError naming the record that does not fit `info`."""
+    """Pack one record for the disk. Raises UsageError naming the record if it does not fit `info`."""
     where = f"latents {folder}, record {index}"
     try:
         number = operator.index(label)

@@ -1,8 +1,8 @@
 """Latents of an autoencoder on disk, one folder a split: shards of ArrayRecord and `latents.json` (`latent_notes`).
 
-A record has a fixed size, little-endian: CRC-32 of all that follows (uint32), its own number in the split (uint64), its
-label (int32; 0 without labels), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image,
-and its mirror image where `mirrored`. Parts: the mean of the posterior, and its log-variance where `moments`.
+A record has a fixed size, little-endian: CRC-32 of the rest (uint32), its number in the split (uint64), its label (int32; 0
+without labels), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image and, if
+`mirrored`, its mirror image. Parts: the posterior's mean and, if `moments`, its log-variance.
 """
 
 import dataclasses
@@ -22,22 +22,19 @@ from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
 from dit_jax.files import file_sha256
 
-_EXPONENT = {
-    "float16": ("u2", 0x7C00),
-    "bfloat16": ("u2", 0x7F80),
-    "float32": ("u4", 0x7F800000),
-}  # all set: inf or NaN
+# Bits of the exponent: all set in inf and NaN.
+_EXPONENT = {"float16": ("u2", 0x7C00), "bfloat16": ("u2", 0x7F80), "float32": ("u4", 0x7F800000)}
 _CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
 class LatentRecords:
-    """The `Source` of the latents of one split. Threads may share it."""
+    """The `Source` for latents of one split. Threads may share it."""
 
     folder: str
     info: LatentInfo
     content: str  # SHA-256 of all records in order
-    files: tuple  # of the shards: their entries in the notes
+    files: tuple  # the shards' entries in the notes
     readers: tuple
     flip: bool = False
     skips: Skips = field(default_factory=Skips, compare=False)
@@ -49,12 +46,12 @@ class LatentRecords:
 
     @property
     def image_shape(self) -> tuple:
-        """(h, w, c) of the array a model sees: of the latent, not of the image."""
+        """(h, w, c) of the latent, which is what a model sees."""
         return self.info.shape
 
     @property
     def identity(self) -> dict:
-        """Which records, and how a model sees them."""
+        """The records, and their normalisation for a model."""
         info = self.info
         names = {"name": info.dataset, "split": info.split, "records": len(self), "sha256": self.content}
         return {**names, "autoencoder_sha256": info.autoencoder_sha256, **info.normalisation}
@@ -70,7 +67,7 @@ class LatentRecords:
         return posterior_mean(self.info, arrays)
 
     def overlaps(self, other: "LatentRecords") -> bool:
-        """Whether two splits share a record. Raises UsageError unless they are of one autoencoder, shape, scale and shift."""
+        """Return whether two splits share a record. Raises UsageError if autoencoder, shape, scale, shift or classes differ."""
         for name in ("autoencoder_sha256", "shape", "scale", "shift", "classes"):
             first, second = getattr(self.info, name), getattr(other.info, name)
             if first != second:
@@ -82,7 +79,7 @@ class LatentRecords:
         return same_folder or self.content == other.content or bool(shards[0] & shards[1])
 
     def describe(self) -> dict:
-        """The keys that every split has, then which images and which autoencoder."""
+        """Return the keys of every kind of data, then the origin of images and latents."""
         info = self.info
         return {
             "dataset": info.dataset,
@@ -99,9 +96,9 @@ class LatentRecords:
         }
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
-        """Values as stored (b, copies, parts, h, w, c) and {"label": int32 (b,)}, without labels {}, of the records at `indices`.
+        """Read stored values (b, copies, parts, h, w, c) and {"label": int32 (b,)} ({} without labels) at `indices` (b,).
 
-        Raises UsageError naming file and record where one cannot be read, or is not what its place and the notes say.
+        Raises UsageError naming file and record if one cannot be read, or does not fit its position and the notes.
         """
         stored, layout = self._stored(indices), self.info.layout
         for i, record in zip(indices.tolist(), stored, strict=True):
@@ -116,7 +113,7 @@ class LatentRecords:
         return table["values"], {"label": table["label"].astype(np.int32)} if self.classes else {}
 
     def _check(self, indices: np.ndarray, table: np.ndarray) -> None:
-        """Raises UsageError unless numbers, labels and values of the records are what they should be."""
+        """Raises UsageError unless the records' numbers, labels and values are valid."""
         place, labels, last = table["index"], table["label"], max(self.classes - 1, 0)
         wrong_label = (labels < 0) | (labels > last)
         finite = _finite(table["values"], self.info.dtype)
@@ -130,7 +127,7 @@ class LatentRecords:
             raise UsageError(f"{self._where(int(indices[i]))}: {found}; {ADVICE}")
 
     def _stored(self, indices: np.ndarray) -> list[bytes]:
-        """The records at `indices` as bytes. Raises UsageError naming file and record that cannot be read."""
+        """Read the records at `indices` as bytes. Raises UsageError naming file and record."""
         starts = np.cumsum([0] + [file["records"] for file in self.files])
         shards = np.searchsorted(starts, indices, "right") - 1
         stored = [b""] * len(indices)
@@ -158,15 +155,14 @@ class LatentRecords:
 
 
 def open_split(data: DataConfig, split: str) -> LatentRecords:
-    """The latents in `data.latents`/`split`.
+    """Open the latents in `data.latents`/`split`.
 
-    Raises UsageError if they cannot be opened, are of another data set, split or image size than the config has, or lack the
-    mirrored copies that `data.flip` asks for in training.
+    Raises UsageError if they cannot be opened, are of another data set, split or image size than the config's, or lack the
+    mirrored copies that `data.flip` needs in training.
     """
     if split in ("", ".", "..") or "/" in split or os.sep in split:
-        raise UsageError(
-            f"data.split: found {split!r}, expected the name of a folder in data.latents = {data.latents!r}"
-        )
+        expected = f"expected the name of a folder in data.latents = {data.latents!r}"
+        raise UsageError(f"data.split: found {split!r}, {expected}")
     found = open_latents(os.path.join(data.latents, split))
     for key, value, expected in (
         ("data.dataset", data.dataset, found.info.dataset),
@@ -185,10 +181,9 @@ def open_split(data: DataConfig, split: str) -> LatentRecords:
 
 
 def open_latents(folder: str, verify: bool = False) -> LatentRecords:
-    """The latents in `folder`.
+    """Open the latents in `folder`, comparing sizes and numbers of records; each record is checked when it is read.
 
-    `verify` reads every shard and compares its SHA-256; without it, shards are compared in size and number of records
-    here, and each record when it is read. Raises UsageError naming the file, what was found and what was expected.
+    `verify` also reads every shard and compares its SHA-256. Raises UsageError naming the file.
     """
     info, notes = read_notes(os.path.join(folder, NOTES))
     readers = tuple(_open_shard(folder, file, verify) for file in notes["shards"])
@@ -196,7 +191,7 @@ def open_latents(folder: str, verify: bool = False) -> LatentRecords:
 
 
 def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Whether all values (b, ...) of a record are finite, (b,)."""
+    """Test whether all values (b, ...) of each record are finite, bool (b,)."""
     kind, mask = _EXPONENT[dtype]
     bits = values.view(kind)
     if not np.any(bits & mask == mask):
@@ -205,7 +200,7 @@ def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _open_shard(folder: str, shard: dict, verify: bool) -> ArrayRecordReader:
-    """A reader of one shard. Raises UsageError where the file is not the one of the notes."""
+    """Open one shard. Raises UsageError if the file is not the one in the notes."""
     path = os.path.join(folder, shard["file"])
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
         raise UsageError(f"latents {path}: found a link to {os.path.realpath(path)}, expected a file of this folder")

@@ -1,8 +1,7 @@
-"""From records to batches with grain: the global order depends on (seed, index) only, whatever the number of processes.
+"""Records to batches with grain, in a global order that does not depend on the number of processes.
 
-Example number p of a run (p = 0, 1, ...) is record `order(seed, p // n, n)[p % n]` of a split of n records: every epoch
-is a fresh permutation. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows rB/P to
-(r+1)B/P - 1. The order is a function of counters (`counter`).
+Example p of a run (p = 0, 1, ...) is record `order(seed, p // n, n)[p % n]` of a split of n records: every epoch is a new
+permutation. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows rB/P to (r+1)B/P - 1.
 """
 
 import functools
@@ -19,9 +18,9 @@ from dit_jax.data.skip import read_good
 from dit_jax.data.source import Source, open_source
 from dit_jax.error import UsageError
 
-CHUNK = 256  # records read at a time when a whole split is walked
+CHUNK = 256  # records read at a time from a whole split
 _FOREVER = 1 << 48  # batches
-SMALL = 1 << 17  # pixels: a cached batch of fewer is made in less time than a thread takes to hand it over
+SMALL = 1 << 17  # pixels; a smaller cached batch is made faster than a thread hands it over
 
 
 def make_batches(
@@ -33,11 +32,11 @@ def make_batches(
     process_count: int = 1,
     source: Source | None = None,
 ) -> "Batches":
-    """Endless iterator over this process's rows of the global batches of `data.split`.
+    """Make an endless iterator over this process's rows of the global batches of `data.split`.
 
-    A batch is {"image": float32 (b, h, w, c), "cond": tree of arrays (b, ...)} with b = batch_size / process_count: images
-    as `Source.training` gives them. `source`: the split already opened by `open_source`, so that the caller may ask it for
-    `bad_records`. Raises UsageError if data cannot be read (from `next` too), and if the processes do not divide the batch.
+    A batch is {"image": float32 (b, h, w, c), "cond": tree of arrays (b, ...)}, b = batch_size / process_count, with images
+    from `Source.training`. `source`: the split if already open (for `bad_records`). Raises UsageError if data cannot be read
+    (also in `next`), or if the processes do not divide the batch.
     """
     if batch_size % process_count:
         raise UsageError(f"train.batch_size: found {batch_size}, expected a multiple of the {process_count} processes")
@@ -56,10 +55,10 @@ def make_batches(
 
 @dataclass(frozen=True)
 class Batches(Iterator):
-    """Endless batches, of `make_batches`.
+    """Endless batches made by `make_batches`.
 
-    `get_state()` gives the JSON value {"next_index": k, "source": identity}, k being the index of the global batch that `next`
-    returns next: the same on every process, and blind to batches read ahead.
+    `get_state()` returns the JSON value {"next_index": k, "source": identity}. k is the index of the next global batch, the
+    same on every process; batches read ahead do not count.
     """
 
     iterator: grain.DatasetIterator
@@ -72,9 +71,9 @@ class Batches(Iterator):
         return {**self.iterator.get_state(), "source": self.source.identity}
 
     def set_state(self, state: dict) -> None:
-        """Continue exactly where `get_state` was called. Raises UsageError if that was on another source.
+        """Continue where `get_state` was called. Raises UsageError if that was on another source.
 
-        Older positions state the identity of latents only, as "latents", and less of it.
+        Older states have part of the identity, for latents only, under "latents".
         """
         identity = self.source.identity
         for name, expected in state.get("source", state.get("latents", {})).items():
@@ -90,18 +89,15 @@ class Batches(Iterator):
 
 
 def load_arrays(data: DataConfig, split: str, source: Source | None = None) -> tuple[np.ndarray, dict]:
-    """A whole split in record order as `Source.evaluation` gives it: float32 (n, h, w, c), and `cond` (n, ...).
-
-    `source` as in `make_batches`.
-    """
+    """Read a whole split in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...)."""
     source = open_source(data, split) if source is None else source
     return _read_all(source, source.evaluation)
 
 
 def in_order(source: Source, data: DataConfig, rows: int, first: int = 0) -> Iterator[tuple[np.ndarray, dict]]:
-    """A split from record `first` on, `rows` at a time, as `load_arrays` gives it; read ahead by `data.workers` threads.
+    """Yield a split from record `first` on as in `load_arrays`, `rows` at a time (the last batch may be smaller).
 
-    The last batch holds what is left. Malformed records as in `make_batches`.
+    `data.workers` threads read ahead; malformed records are replaced (`dit_jax.data.skip`).
     """
     size = len(source)
 
@@ -122,12 +118,12 @@ def in_order(source: Source, data: DataConfig, rows: int, first: int = 0) -> Ite
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Permutation of 0..size-1 in which epoch `epoch` visits the records: the order of their hashes."""
+    """Permute 0..size-1 for an epoch, by sorting hashes."""
     return np.argsort(hash_counters(seed, ORDER, epoch, np.arange(size)), kind="stable")
 
 
 def _records_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Record numbers (b,) of consecutive global positions (b,), which may span epochs."""
+    """Return the records (b,) at consecutive global positions (b,), which may span epochs."""
     epochs = range(int(positions[0]) // size, int(positions[-1]) // size + 1)
     within = positions - epochs[0] * size
     if len(epochs) == 1:
@@ -139,12 +135,12 @@ _epoch = functools.lru_cache(maxsize=4)(order)
 
 
 def _read(source: Source, indices: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Arrays and `cond` from disk, malformed records replaced as `data.skip_bad` allows."""
+    """Read arrays and `cond`, replacing malformed records if `data.skip_bad` allows it."""
     return read_good(source.read, indices, len(source), source.skips)
 
 
 def _reader(source: Source, data: DataConfig) -> Callable:
-    """Indices (b,) -> arrays as stored (b, ...) and `cond`, of the split in memory where `data.cache`."""
+    """Return a function: indices (b,) -> stored arrays (b, ...) and `cond`, from memory if `data.cache`."""
     if not data.cache:
         return functools.partial(_read, source)
     whole = _read_all(source, lambda arrays: arrays)
@@ -152,7 +148,7 @@ def _reader(source: Source, data: DataConfig) -> Callable:
 
 
 def _read_all(source: Source, change: Callable) -> tuple[np.ndarray, dict]:
-    """The whole split in record order, arrays through `change`; memory holds it once."""
+    """Read the whole split in record order, applying `change` to the arrays; memory holds it once."""
     size, whole = len(source), None
     for start in range(0, size, CHUNK):
         chunk = np.arange(start, min(start + CHUNK, size))

@@ -1,4 +1,4 @@
-"""Pixels: encoded images to arrays, ADM's centre crop, mirror images, and uint8 to the [-1, 1] that a model sees."""
+"""Pixels: decoding, ADM's centre crop, mirror images, and uint8 to the range [-1, 1] of models."""
 
 import io
 
@@ -9,14 +9,14 @@ from dit_jax.data.counter import mirrored
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """An encoded image -> uint8 (h, w, channels), grey and CMYK converted as ADM does. Raises whatever the decoder does."""
+    """Decode an image to uint8 (h, w, channels), grey and CMYK converted as in ADM. Raises any error of the decoder."""
     with Image.open(io.BytesIO(encoded)) as image:
         pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (h, w, c) -> (size, size, c), ADM's centre crop (Dhariwal & Nichol 2021, `image_datasets.center_crop_arr`).
+    """Resize uint8 (h, w, c) to (size, size, c) by ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`).
 
     Halves with a box filter while the short side is at least twice `size`, scales it to `size` bicubically, and crops.
     """
@@ -33,12 +33,12 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def flip(images: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-    """Mirrors left to right those images (b, h, w, c) whose global position (b,) has a hash in the upper half."""
+    """Mirror images (b, h, w, c) left to right at random, by a hash of (seed, global position (b,))."""
     return np.where(mirrored(seed, positions)[:, None, None, None], images[:, :, ::-1], images)
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
-    """uint8 0..255 -> float32 in [-1, 1]: u / 127.5 - 1, computed in float32."""
+    """Map uint8 to float32 in [-1, 1]: u / 127.5 - 1, computed in float32."""
     floats = images.astype(np.float32)
     floats /= np.float32(127.5)
     floats -= np.float32(1)

@@ -1,6 +1,6 @@
-"""What a model sees of stored latents: z = (x - shift) scale, x being a draw from the posterior N(mean, variance), or its mean.
+"""Stored moments to latents z = (x - shift) scale, x being a draw from the posterior N(mean, variance), or its mean.
 
-Rombach et al. 2022 (arXiv 2112.10752), appendix G; the noise of a draw is a function of (seed, position) only (`counter`).
+Rombach et al. 2022 (arXiv 2112.10752), appendix G. The noise of a draw depends on (seed, position) only (`counter`).
 """
 
 import math
@@ -10,15 +10,15 @@ import numpy as np
 from dit_jax.data.counter import normals
 from dit_jax.data.latent_notes import LatentInfo
 
-LOG_VARIANCE = (-30.0, 20.0)  # bounds, as the autoencoder of latent diffusion has them
+LOG_VARIANCE = (-30.0, 20.0)  # bounds of latent diffusion's autoencoder
 
 
 def sample_posterior(
     info: LatentInfo, values: np.ndarray, positions: np.ndarray, seed: int, mirror: np.ndarray | None = None
 ) -> np.ndarray:
-    """Latents z float32 (b, h, w, c) at the global positions (b,), the noise a function of (seed, position) only.
+    """Draw latents z float32 (b, h, w, c) for the global positions (b,).
 
-    `values` (b, copies, parts, h, w, c) as stored; `mirror` bool (b,) chooses the mirrored copies.
+    `values`: (b, copies, parts, h, w, c) as stored. `mirror`: bool (b,), chooses the mirrored copies.
     """
     if mirror is None:
         parts = values[:, 0].astype(np.float32)
@@ -31,12 +31,12 @@ def sample_posterior(
 
 
 def posterior_mean(info: LatentInfo, values: np.ndarray) -> np.ndarray:
-    """Latents z float32 (b, h, w, c) at the mean of the posterior, of the images as they are."""
+    """Return latents z float32 (b, h, w, c) at the posterior's mean, not mirrored."""
     return _normalise(info, values[:, 0, 0].astype(np.float32))
 
 
 def deviations(log_variances: np.ndarray) -> np.ndarray:
-    """Standard deviations float32 of the posteriors, of any shape, from the stored log-variances."""
+    """Convert stored log-variances of any shape to standard deviations, float32."""
     return np.exp(np.clip(log_variances.astype(np.float32), *LOG_VARIANCE) * np.float32(0.5))
 
 

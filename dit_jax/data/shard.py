@@ -1,4 +1,4 @@
-"""One ArrayRecord file, opened so that what is wrong with it is said at once."""
+"""Opens an ArrayRecord file such that damage is reported at once."""
 
 import os
 
@@ -6,7 +6,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 
 def open_shard(path: str) -> ArrayRecordReader:
-    """A reader for random access, which threads may share. Raises RuntimeError where the file is missing or damaged."""
+    """Open a random-access reader, which threads may share. Raises RuntimeError if the file is missing or damaged."""
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
         raise RuntimeError("found no regular file")
     reader = ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=32768)

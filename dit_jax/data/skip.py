@@ -1,8 +1,7 @@
-"""Malformed records that may be left out: how many at most, and which ones were met.
+"""Malformed records that may be skipped: how many at most, and which were found.
 
-Instead of malformed record i the next good one stands, i + 1, i + 2, ... (modulo the size). Which one that is depends on
-the records alone, so neither batches, processes nor resuming change what comes at a position. Each process counts what
-it meets itself, since it started.
+Malformed record i is replaced by the next good one of i + 1, i + 2, ... (modulo the size). The choice depends on the records
+only, not on batches, processes or resuming. Each process counts the ones it found since it started.
 """
 
 import threading
@@ -18,14 +17,14 @@ _SHOWN = 3  # errors quoted when there are too many
 
 @dataclass(frozen=True)
 class Skips:
-    """The malformed records of one source met so far. `cap` 0: the first is an error. Threads may share it."""
+    """Malformed records found so far in one source. `cap` 0: the first is an error. Threads may share it."""
 
     cap: int = 0
     found: dict = field(default_factory=dict)  # index -> what is wrong with it
     lock: object = field(default_factory=threading.Lock)
 
     def note(self, index: int, error: UsageError) -> None:
-        """Counts record `index`, once. Raises UsageError where that would make more than `cap`."""
+        """Count record `index` once. Raises UsageError if that makes more than `cap`."""
         with self.lock:
             known = {**self.found, index: str(error)}
             if len(known) <= self.cap:
@@ -36,7 +35,7 @@ class Skips:
         raise UsageError(f"{where}; the first: {first}") from error
 
     def instead(self, index: int, size: int) -> int:
-        """The record that stands for `index`: itself, or the next that is not known as malformed."""
+        """Return the record in place of `index`: itself, or the next not known as malformed."""
         for i in range(index, index + size):
             if i % size not in self.found:
                 return i % size
@@ -44,9 +43,9 @@ class Skips:
 
 
 def read_good(read: Callable, indices: np.ndarray, size: int, skips: Skips):
-    """`read(indices)` of a source of `size` records, the next good record in place of each malformed one.
+    """Call `read(indices)` of a source of `size` records, with the next good record in place of each malformed one.
 
-    `read` raises UsageError where a record is malformed, and so does this with `skips.cap` of 0 and beyond the cap.
+    `read` raises UsageError for a malformed record, and so does this beyond `skips.cap` of them.
     """
     while True:
         wanted = np.array([skips.instead(int(i), size) for i in indices]) if skips.found else indices
@@ -58,7 +57,7 @@ def read_good(read: Callable, indices: np.ndarray, size: int, skips: Skips):
 
 
 def _note_bad(read: Callable, indices: np.ndarray, skips: Skips) -> bool:
-    """Counts those of `indices` that cannot be read. False where each can: then not a record was at fault."""
+    """Count the records of `indices` that cannot be read; returns False if there are none."""
     bad = False
     for index in np.unique(indices):
         try:

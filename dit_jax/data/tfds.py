@@ -1,4 +1,4 @@
-"""Images of TFDS datasets in ArrayRecord, read at random without TensorFlow; the digits are built on first use.
+"""Images of TFDS datasets in ArrayRecord, read at random without TensorFlow; `digits` is built on first use.
 
 `digits` is scikit-learn's copy of the test half of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak
 1998): 1,797 images of 8 x 8 pixels.
@@ -26,17 +26,16 @@ from dit_jax.data.shard import open_shard
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
 
-_CHUNK = 256  # records read at a time when a whole split is walked
+_CHUNK = 256  # records read at a time from a whole split
 _OPENERS = 16  # threads that open files
-_UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # what the libraries raise on damaged files
+_UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # raised by the libraries on damaged files
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
     """The 1,797 digits of `sklearn.datasets.load_digits`, in their order there.
 
-    A grey level v in 0..16 is stored as u = `(255 v + 8) // 16`, that is 255 v / 16 rounded to nearest (0 -> 0,
-    8 -> 128, 16 -> 255); `(16 u + 127) // 255` gives v back. Of each class, images number 4, 9, 14, ... are `test`, the
-    others `train`.
+    A grey level v in 0..16 is stored as u = `(255 v + 8) // 16`, that is 255 v / 16 rounded to nearest (8 -> 128);
+    `(16 u + 127) // 255` gives v back. Of each class, images number 4, 9, 14, ... are `test`, the others `train`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -57,7 +56,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool):
-        from sklearn.datasets import load_digits  # seconds to import, and needed once
+        from sklearn.datasets import load_digits  # takes seconds to import, and is needed once
 
         levels, labels = load_digits(return_X_y=True)
         images = ((255 * levels.astype(np.int64) + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
@@ -70,14 +69,14 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 @dataclass(frozen=True)
 class Records:
-    """The `Source` of one split. Errors of reading are UsageErrors that name the record and its file."""
+    """The `Source` for images of one split. UsageErrors on reading name the record and its file."""
 
     name: str
     split: str
-    source: Sequence  # of TFDS; images of the feature `Image` still encoded
+    source: Sequence  # TFDS's; images of the feature `Image` still encoded
     stored_shape: tuple  # (h, w, c) with None where it varies
     classes: int  # 0: the dataset has no labels
-    files: tuple  # file instructions of TFDS: filename, skip, take
+    files: tuple  # TFDS's file instructions: filename, skip, take
     identity: dict
     size: int  # pixels; images are cropped and resized to it
     flip: bool
@@ -92,7 +91,7 @@ class Records:
         return len(self.source)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
-        """uint8 (b, size, size, c), and {"label": int32 (b,)} or {}. Raises UsageError if a record is not what it should be."""
+        """Read uint8 (b, size, size, c), and {"label": int32 (b,)} or {}. Raises UsageError if a record is malformed."""
         found = [self._checked(i, record) for i, record in zip(indices.tolist(), self._stored(indices), strict=True)]
         images = np.stack([pixels.resize(image, self.size) for image, _ in found])
         return images, {"label": np.array([label for _, label in found], np.int32)} if self.classes else {}
@@ -104,7 +103,7 @@ class Records:
         return pixels.to_float(arrays)
 
     def overlaps(self, other: "Records") -> bool:
-        """Whether two splits of one dataset share a record."""
+        """Return whether two splits of one dataset share a record."""
 
         def spans(records):
             return [(f.filename, f.skip, f.skip + f.take if f.take >= 0 else math.inf) for f in records.files]
@@ -112,7 +111,7 @@ class Records:
         return any(x[0] == y[0] and x[1] < y[2] and y[1] < x[2] for x in spans(self) for y in spans(other))
 
     def describe(self) -> dict:
-        """`dataset, split, records, classes, image_shape, sha256`. The first call reads the whole split."""
+        """Describe the split for a protocol; the first call reads all of it for the checksum."""
         return {
             "dataset": self.name,
             "split": self.split,
@@ -124,9 +123,10 @@ class Records:
 
     @functools.cached_property
     def _checksum(self) -> str:
-        """SHA-256 over the records in order: for each a line "<bytes> <shape> <label>", then the image's bytes, encoded as
-        stored or else pixels. The files' own bytes differ from build to build, because TFDS writes the fields of a record in
-        the order of a hash table."""
+        """SHA-256 over the records in order: a line "<bytes> <shape> <label>" and the image's bytes (encoded, or else pixels).
+
+        The files' own bytes differ between builds, because TFDS writes a record's fields in the order of a hash table.
+        """
         digest = hashlib.sha256()
         for start in range(0, len(self), _CHUNK):
             for record in self._stored(np.arange(start, min(start + _CHUNK, len(self)))):
@@ -137,18 +137,17 @@ class Records:
         return digest.hexdigest()
 
     def _stored(self, indices: np.ndarray) -> list[dict]:
-        """The records as TFDS stores them, images of the feature `Image` as encoded bytes."""
+        """Read records as TFDS stores them, images of the feature `Image` as encoded bytes."""
         try:
             return self.source.__getitems__(indices.tolist())
         except _UNREADABLE as error:
             index, why = next(((i, e) for i in indices.tolist() if (e := self._fault(i))), (indices[0], error))
         where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
-        raise UsageError(
-            f"{where}: cannot read {_holder(self.files, index)}: {_line(why)}; {_advice(self.files)}"
-        ) from why
+        what = f"cannot read {_holder(self.files, index)}: {_line(why)}"
+        raise UsageError(f"{where}: {what}; {_advice(self.files)}") from why
 
     def _fault(self, index: int) -> Exception | None:
-        """What is wrong with record `index` by itself, if anything."""
+        """Return the error of reading record `index` by itself, if any."""
         try:
             self.source.__getitems__([index])
         except _UNREADABLE as error:
@@ -156,13 +155,13 @@ class Records:
         return None
 
     def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
-        """The image, decoded, and its label (0 without labels)."""
+        """Decode and check a record: (image, label), label 0 without labels."""
         where = f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
         image, channels = record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
             try:
                 image = pixels.decode(image, channels)
-            except Exception as error:  # decoders raise what they like on bytes that are no image
+            except Exception as error:  # decoders raise any error on bytes that are no image
                 raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
         fits = image.ndim == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, image.shape, strict=True))
         if image.dtype != np.uint8 or not fits:
@@ -175,19 +174,18 @@ class Records:
 
 
 def open_split(data: DataConfig, split: str) -> Records:
-    """The images of one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
+    """Open one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
 
     `data.dataset` and `split` are TFDS's (`imagenet2012`, `train[:90%]`). Raises UsageError if dataset, format, split or
-    features are not what is needed.
+    features are unsuitable.
     """
     name = data.dataset
     builder = _builder(name, _directory(data.data_dir))
     features = builder.info.features
     classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
     if "image" not in features or ("label" in features and not classes):
-        raise UsageError(
-            f"dataset {name!r}: found features {sorted(features)}, expected an image, and a class label or no `label`"
-        )
+        expected = "expected an image, and a class label or no `label`"
+        raise UsageError(f"dataset {name!r}: found features {sorted(features)}, {expected}")
     try:
         files = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
@@ -200,12 +198,8 @@ def open_split(data: DataConfig, split: str) -> Records:
         list(pool.map(lambda file: _check_file(where, file, _advice(files)), files))
     encoded = isinstance(features["image"], tfds.features.Image)
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
-    identity = {
-        "name": builder.info.full_name,
-        "split": split,
-        "records": len(source),
-        "sha256": _index(builder, files),
-    }
+    records = {"records": len(source), "sha256": _index(builder, files)}
+    identity = {"name": builder.info.full_name, "split": split, **records}
     return Records(
         name, split, source, tuple(features["image"].shape), classes, tuple(files), identity,
         data.image_size, data.flip, Skips(data.skip_bad),
@@ -213,15 +207,14 @@ def open_split(data: DataConfig, split: str) -> Records:
 
 
 def _index(builder: tfds.core.DatasetBuilder, files: Sequence) -> str:
-    """SHA-256 of what TFDS noted of the files of a split: names, numbers of records and the bytes of all records. Equal for
-    two builds of the same data, whose files may differ."""
+    """SHA-256 of TFDS's notes on the files of a split: names, numbers of records, bytes of records.
+
+    It is equal for two builds of the same data, whose files may differ.
+    """
     spans = [(os.path.basename(f.filename), f.skip, f.take, f.examples_in_shard) for f in files]
     used = {os.fspath(f.filename) for f in files}
-    whole = [
-        (name, info.num_bytes)
-        for name, info in builder.info.splits.items()
-        if used & set(map(os.fspath, info.filepaths))
-    ]
+    splits = builder.info.splits.items()
+    whole = [(name, info.num_bytes) for name, info in splits if used & set(map(os.fspath, info.filepaths))]
     return hashlib.sha256(json.dumps([spans, sorted(whole)]).encode()).hexdigest()
 
 
@@ -230,7 +223,7 @@ def _directory(data_dir: str) -> str:
 
 
 def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
-    """The prepared TFDS builder of `name`, in ArrayRecord. Raises UsageError."""
+    """Return the TFDS builder of `name`, prepared in ArrayRecord. Raises UsageError."""
     builder = _open(name, directory)
     if name == "digits" and not _ready(builder):
         builder = _build(builder, directory)
@@ -245,7 +238,7 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
 
 
 def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of `name`, prepared or not. Raises UsageError on unknown names and damaged notes of TFDS."""
+    """Return the TFDS builder of `name`, prepared or not. Raises UsageError on unknown names and damaged metadata."""
     try:
         if name == "digits":
             return Digits(data_dir=directory, file_format="array_record")
@@ -253,15 +246,15 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
     except tfds.core.registered.DatasetNotFoundError as error:
         where = f"data.dataset: found {name!r}"
         raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
-    except Exception as error:  # whatever TFDS trips over in files that are not what it wrote
+    except Exception as error:  # TFDS raises any error on damaged metadata
         raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
 
 
 def _build(builder: Digits, directory: str) -> Digits:
-    """Writes the digits' files.
+    """Write the files of `digits`.
 
-    Many processes may do so at once: each writes into a directory of its own, which TFDS renames to the final one; all
-    renames but the first fail, and find the dataset ready.
+    Processes may do so at once: each writes into its own directory, which TFDS renames to the final one. All renames but the
+    first fail, and their processes find the dataset ready.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
@@ -278,7 +271,7 @@ def _ready(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def _check_file(where: str, file, advice: str) -> None:
-    """Raises UsageError unless a file of a split can be opened and has as many records as TFDS noted."""
+    """Raises UsageError unless a file of a split can be opened and has the number of records in TFDS's metadata."""
     path = os.fspath(file.filename)
     try:
         found = open_shard(path).num_records()
@@ -289,7 +282,7 @@ def _check_file(where: str, file, advice: str) -> None:
 
 
 def _holder(files: Sequence, index: int) -> str:
-    """The file that holds record `index` of a split."""
+    """Return the file that holds record `index` of a split."""
     ends = itertools.accumulate(f.take if f.take >= 0 else f.examples_in_shard - f.skip for f in files)
     return next(f.filename for f, end in zip(files, ends, strict=True) if index < end)
 

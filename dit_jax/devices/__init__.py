@@ -1,1 +1,1 @@
-"""The only room that knows devices: the mesh, layouts of slices, the processes of a job on several hosts."""
+"""Devices: the mesh, layouts of runs on slices, the processes of a job on several hosts."""

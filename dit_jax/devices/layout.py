@@ -1,7 +1,7 @@
-"""How a run lies on a slice: mesh, rematerialisation, accumulation; those of the shipped slices, and what else may fit.
+"""Layout of a run on a slice (mesh, rematerialisation, accumulation): the shipped ones, and others that may fit.
 
-A layout changes where and how fast a run computes, not what: batch, learning rate and data are the config's. What is chosen
-here by arithmetic, dit_jax.preflight compiles.
+A layout changes where and how fast a run computes, not what: batch, learning rate and data stay those in the config. This file
+chooses by arithmetic; `dit_jax.preflight` compiles the choice.
 """
 
 import math
@@ -13,9 +13,9 @@ from dit_jax.config import SIZES, ModelConfig, model_config
 from dit_jax.error import UsageError, choice
 from dit_jax.hardware import Topology, topology
 
-# slice -> devices that share the state (`mesh.fsdp`), by size of the model; the batch is split over all. What `preflight --search`
-# ranks first: fewer devices have more of the optimizer's work each, more than 16 leave XL/2's kernels no whole tiles. For GPUs and
-# CPUs nothing was compiled: small models whole, large ones over all devices.
+# slice -> devices that share the state (`mesh.fsdp`), by model size; the batch is split over all devices. For TPUs this is the first
+# choice of `preflight --search`: with fewer devices each has more optimizer work, with more than 16 XL/2's kernels have no whole tiles.
+# For GPUs and CPUs nothing was compiled: small models are replicated, large ones split over all devices.
 FSDP = {
     "v3-8": {"S": 4, "B": 4, "L": 8, "XL": 8},
     "v3-32": {"S": 16, "B": 16, "L": 16, "XL": 16},
@@ -28,27 +28,21 @@ FSDP = {
     "h200x1": {"S": 1, "B": 1, "L": 1, "XL": 1},
     "cpux8": {"S": 2, "B": 2, "L": 8, "XL": 8},
 }
-SPARE = 0.85  # of a device's memory: what `memory` may fill, as it is a rough rule
+SPARE = 0.85  # fraction of a device's memory that the rough estimate `memory` may fill
 REMATS = ("none", "dots", "full")
-# Bytes that a block keeps for its backward pass, per token and channel, as the TPU compiler has it for S/2 to XL/2 at 256 and 512
-# pixels (preflight, batches that do not fit); without remat the attention's weights (heads per token, each of all tokens) come on top.
+# Bytes that a block saves for its backward pass, per token and channel: the TPU compiler's figures for S/2 to XL/2 at 256 and 512
+# pixels (preflight, batches that do not fit). Without remat KEPT_WEIGHT bytes per attention weight (heads x tokens per token) are added.
 KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
 KEPT_WEIGHT = 2.2
-STATE, PASSING, ADDED = (
-    16,
-    12,
-    8,
-)  # bytes of a parameter: value, EMA and moments; gradient and update; sums of microbatches
-AGAIN = {
-    "none": 1.1,
-    "dots": 1.0,
-    "full": 1.2,
-}  # time of a step, by its estimates: without remat the copies of what is kept cost more
+# Bytes per parameter: value, EMA and moments; gradient and update; sums of microbatches.
+STATE, PASSING, ADDED = 16, 12, 8
+# Relative time of a step, by the compiler's estimates; copying all saved arrays ("none") takes longer than the recomputation of "dots".
+AGAIN = {"none": 1.1, "dots": 1.0, "full": 1.2}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Devices along the mesh axes, what a block keeps for its backward pass, and microbatches a step."""
+    """Devices along the mesh axes, `model.remat`, and microbatches per step."""
 
     data: int
     fsdp: int
@@ -57,23 +51,23 @@ class Layout:
     accumulate: int
 
     def keys(self) -> dict:
-        """{"mesh.data": 2, ...}: the config that makes it."""
+        """Config keys of the layout: {"mesh.data": 2, ...}."""
         mesh = {f"mesh.{name}": getattr(self, name) for name in ("data", "fsdp", "tensor")}
         return {**mesh, "model.remat": self.remat, "optim.accumulate": self.accumulate}
 
     def rows(self, batch: int) -> int:
-        """Images of a microbatch that a device computes; 0 for a batch that does not divide."""
+        """Images per device and microbatch; 0 if the batch does not divide."""
         split = self.data * self.fsdp * self.accumulate
         return 0 if batch % split else batch // split
 
 
 def state_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Of a device, roughly: vectors, which are not split, are few."""
+    """Estimated bytes of the training state per device. Replicated vectors are few and counted as split."""
     return STATE * flops.parameters(model) / (layout.fsdp * layout.tensor)
 
 
 def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
-    """Of a device, roughly: what a training step holds besides the state."""
+    """Estimated bytes per device that a training step holds besides the state."""
     kept = KEPT[layout.remat]
     if layout.remat == "none":
         kept += KEPT_WEIGHT * model.heads * model.tokens / model.width
@@ -83,15 +77,15 @@ def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
 
 
 def memory(model: ModelConfig, layout: Layout, batch: int) -> float:
-    """Bytes that a training step takes on a device, roughly."""
+    """Estimated bytes of a training step per device."""
     return state_bytes(model, layout) + temporary_bytes(model, layout, batch)
 
 
 def seconds(model: ModelConfig, layout: Layout, batch: int, slice: Topology) -> float:
-    """Of a step, to compare layouts of one slice: its FLOPs at half the peak, weights at the memory's rate, collectives at the links'.
+    """Estimated seconds per step, to compare layouts on one slice; 0 if a rate is not known.
 
-    Each microbatch gathers bfloat16 weights forward and backward, reads them three times, scatters their gradients and adds
-    them up in float32; copies of the shards then sum theirs once. 0 where rates are not known.
+    FLOPs run at half the peak, weights at memory bandwidth, collectives at link bandwidth. Each microbatch gathers bfloat16 weights
+    forward and backward, reads them three times, scatters their gradients and accumulates in float32; replicas then all-reduce once.
     """
     links = slice.chip.links * slice.chip.link_bandwidth / slice.chip.devices
     if not (slice.peak() > 0 and links > 0):
@@ -105,7 +99,7 @@ def seconds(model: ModelConfig, layout: Layout, batch: int, slice: Topology) -> 
 
 
 def options(model: ModelConfig, batch: int, slice: Topology, least: Layout) -> list[Layout]:
-    """Layouts with as much fsdp, remat and accumulation as `least` or more, the fastest first by `seconds`."""
+    """Layouts with at least the fsdp, remat and accumulation of `least`, sorted by `seconds`."""
 
     def every() -> Iterator[Layout]:
         split = slice.devices // least.tensor
@@ -119,7 +113,7 @@ def options(model: ModelConfig, batch: int, slice: Topology, least: Layout) -> l
 
 
 def _doubled(first: int, most: int) -> Iterator[int]:
-    """first, 2 first, ... up to `most`, as far as they divide it."""
+    """Yields those of first, 2 first, 4 first, ... that divide `most`."""
     while first <= most:
         if most % first == 0:
             yield first
@@ -127,20 +121,20 @@ def _doubled(first: int, most: int) -> Iterator[int]:
 
 
 def size_of(model: ModelConfig) -> str:
-    """The smallest published size that is no smaller than the model, else the largest."""
+    """Smallest published size with at least as many parameters as the model (within 5 %), else the largest."""
     count = flops.parameters(model)
     return next((s for s in SIZES if count <= 1.05 * flops.parameters(model_config(f"DiT-{s}/2"))), "XL")
 
 
 def shipped(name: str, model: ModelConfig, batch: int) -> Layout:
-    """The layout of a slice of FSDP: its mesh, and the fastest remat and accumulation that `memory` says will fit.
+    """Layout on a slice in FSDP: its mesh, and the fastest remat and accumulation that fit by `memory`.
 
-    Raises UsageError for a slice that is not in the table, or whose devices do not divide the batch.
+    Raises UsageError if the slice is not in the table, or its devices do not divide the batch.
     """
     choice("slice", name, FSDP)
     slice, fsdp = topology(name), FSDP[name][size_of(model)]
-    found = options(model, batch, slice, Layout(slice.devices // fsdp, fsdp, 1, "none", 1))
-    found = [layout for layout in found if layout.fsdp == fsdp]
+    least = Layout(slice.devices // fsdp, fsdp, 1, "none", 1)
+    found = [layout for layout in options(model, batch, slice, least) if layout.fsdp == fsdp]
     if not found:
         raise UsageError(
             f"train.batch_size: found {batch}, expected a multiple of the {slice.devices} devices of {name}"
@@ -152,7 +146,10 @@ def shipped(name: str, model: ModelConfig, batch: int) -> Layout:
 
 
 def argument(text: str, model: str) -> tuple[str, str, int]:
-    """The argument of a config file, MODEL[,SLICE[,BATCH]], as (model, slice or "", batch or 0). `model`: where it names none."""
+    """Parses a config file's argument MODEL[,SLICE[,BATCH]] to (model, slice or "", batch or 0); `model` is the default.
+
+    Raises UsageError on another form or a batch of 0.
+    """
     parts = text.split(",")
     if len(parts) > 3 or (len(parts) == 3 and not (parts[2].isascii() and parts[2].isdecimal())):
         raise UsageError(
@@ -165,7 +162,7 @@ def argument(text: str, model: str) -> tuple[str, str, int]:
 
 
 def lay_out(c, name: str) -> None:
-    """Set mesh, remat and accumulation of a config file's ConfigDict as its model and batch should lie on a slice; "" = leave it."""
+    """Sets mesh, remat and accumulation of a ConfigDict to the shipped layout of slice `name`; does nothing for ""."""
     if not name:
         return
     found = shipped(name, ModelConfig(**c.model.to_dict()), c.train.batch_size)

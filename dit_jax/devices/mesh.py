@@ -1,6 +1,6 @@
-"""The only room that knows devices: the mesh, and one rule that places parameters, moments and EMA on it.
+"""Device mesh, and the rule that places parameters, moments and EMA on it.
 
-AXES has one row for each mesh axis: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits
+AXES has a row for each mesh axis: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits
 heads and MLP (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
 """
 
@@ -25,18 +25,18 @@ from dit_jax import hardware
 from dit_jax.config import MeshConfig
 from dit_jax.error import UsageError
 
-# libtpu as a mere compiler: it asks no metadata server, takes no lock, and says what matters only.
+# libtpu as a compiler only: no metadata server, no lock, severe log lines only.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v4-8",  # any will do: the call names the topology
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # any name works: the call gives the topology
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 
-# Where `tensor` splits a block's weights: the axis, counted from the end, of a kernel and of a bias.
+# Axis that `tensor` splits in the weights of a block, counted from the end.
 TENSOR_AXES = {
     "qkv": {"kernel": -2, "bias": -2},  # (l, d, 3, k, h) and (l, 3, k, h): by heads
     "q": {"kernel": -2, "bias": -2},  # of cross-attention: (l, d, k, h) and (l, k, h)
@@ -45,14 +45,14 @@ TENSOR_AXES = {
     "fc1": {"kernel": -1, "bias": -1},
     "fc2": {"kernel": -2},
 }
-HEADED = tuple((name, "kernel") for name in ("qkv", "q", "kv", "proj"))  # kernels whose TENSOR_AXES counts heads
+HEADED = tuple((name, "kernel") for name in ("qkv", "q", "kv", "proj"))  # kernels split by heads in TENSOR_AXES
 
 
 class Axis(NamedTuple):
-    """A mesh axis: one row of AXES.
+    """A mesh axis, a row of AXES.
 
-    batch    whether the images of a batch are split over it
-    weights  (path, shape, free, devices) -> which of the axes `free` of a weight it splits, or None; see `spec`
+    batch    whether it splits the images of a batch
+    weights  (path, shape, free, devices) -> the axis among `free` of a weight to split, or None; see `spec`
     """
 
     batch: bool
@@ -60,16 +60,16 @@ class Axis(NamedTuple):
 
 
 def _split_heads(path: tuple, shape: tuple[int, ...], free: list[int], devices: int) -> int | None:
-    """The axis of a block's weight that TENSOR_AXES names."""
+    """Axis of a block's weight in TENSOR_AXES, if it is free."""
     axis = TENSOR_AXES.get(path[-2], {}).get(path[-1]) if "blocks" in path else None
     return None if axis is None or axis + len(shape) not in free else axis + len(shape)
 
 
 def _split_columns(path: tuple, shape: tuple[int, ...], free: list[int], devices: int) -> int | None:
-    """The columns of a modulation, the heads of attention's kernels, else the first axis that leaves whole tiles, else the largest.
+    """Columns of a modulation, heads of an attention kernel, else the first axis that leaves whole tiles, else the largest.
 
-    A gathered array then needs no relayout copy. A tile is 8 rows of the last axis but one, by 128 columns of the last. Vectors and
-    embedding tables, whose gradient is a scatter-add, are replicated.
+    An all-gather then needs no relayout copy. A tile is 8 rows of the last axis but one by 128 columns of the last. Vectors are
+    replicated.
     """
     if not free or len(shape) - ("blocks" in path) < 2:
         return None
@@ -83,7 +83,7 @@ def _split_columns(path: tuple, shape: tuple[int, ...], free: list[int], devices
     return whole[0] if whole else max(free, key=lambda i: shape[i])
 
 
-# In the order of the mesh; weights are offered to the rows from the last to the first.
+# In mesh order; `spec` asks the rows from last to first.
 AXES = {
     "data": Axis(batch=True),
     "fsdp": Axis(batch=True, weights=_split_columns),
@@ -92,12 +92,12 @@ AXES = {
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The mesh axes that split a batch."""
+    """Names of the mesh axes that split a batch."""
     return tuple(name for name, axis in AXES.items() if axis.batch)
 
 
 def batch_split(mesh) -> int:
-    """Over how many devices the images of a batch are split."""
+    """Number of devices that a batch is split over."""
     return math.prod(mesh.shape[name] for name in batch_axes())
 
 
@@ -116,9 +116,9 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all of them), its axes left to the compiler (Auto).
+    """Mesh over `devices` (default: all), with axes of type Auto. Raises UsageError as `mesh_shape`.
 
-    An axis of the interconnect is split where it must be: fsdp 16 on a torus of 4 x 8 x 8 is 4 x 4.
+    An interconnect axis is split if necessary: fsdp 16 on a torus of 4 x 8 x 8 is 4 x 4.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(cfg, len(devices))
@@ -127,13 +127,13 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
 
 
 def devices_of_processes() -> list[int]:
-    """How many devices each process of this job has, from process 0."""
+    """Device counts of the processes of this job, from process 0."""
     counts = collections.Counter(device.process_index for device in jax.devices())
     return [counts[index] for index in range(jax.process_count())]
 
 
 def why_not_compiled(topology: hardware.Topology) -> str:
-    """Why programs for a topology cannot be compiled on this machine, "" where they can."""
+    """Reason why programs for a topology cannot be compiled on this machine, or ""."""
     if topology.platform == "gpu":
         return "programs for GPUs are compiled where the GPUs are"
     if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
@@ -145,7 +145,7 @@ def why_not_compiled(topology: hardware.Topology) -> str:
 
 
 def devices_ahead(topology: hardware.Topology) -> list:
-    """The devices of a slice that is not there, to compile for. Call it before anything wakes JAX's backend."""
+    """Devices of an absent slice, as targets of compilation. Call it before anything initialises JAX's backend."""
     jax.config.update("jax_platforms", "cpu")
     if topology.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.devices)
@@ -155,20 +155,20 @@ def devices_ahead(topology: hardware.Topology) -> list:
 
 
 def abstract_mesh(cfg: MeshConfig, devices: int):
-    """A mesh of so many devices that are not there: its shardings have shapes."""
+    """Mesh of `devices` absent devices, whose shardings still give shard shapes. Raises UsageError as `mesh_shape`."""
     return jax.sharding.AbstractMesh(mesh_shape(cfg, devices), tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def bytes_per_device(tree) -> int:
-    """Of a tree of abstract arrays with shardings, what one device holds."""
+    """Bytes per device of a tree of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> None:
-    """Raises UsageError unless a (micro)batch divides over the devices that split it, each host having rows of its own.
+    """Raises UsageError unless the devices divide a (micro)batch and each host has whole rows.
 
-    `here`: devices of a host, where they are not those of this one.
+    `here`: devices per host; 0 = as on this host.
     """
     here = here or len(mesh.local_devices)
     for name in [name for name in AXES if name not in batch_axes() and here % mesh.shape[name]]:
@@ -185,10 +185,10 @@ def check_batch(mesh, batch_size: int, accumulate: int = 1, here: int = 0) -> No
 
 
 def spec(path: tuple, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
-    """The one rule that places a weight. `path`: names from the root to a leaf; `sizes`: devices along each mesh axis.
+    """Placement of a weight. `path`: names from the root to the leaf; `sizes`: devices along each mesh axis.
 
-    Inside `blocks` the first axis counts layers and is never split. Each row of AXES may split one of the axes that it divides and
-    that no row took before. Embedding tables are replicated.
+    Inside `blocks` the first axis counts layers and is never split. Each row of AXES may split one axis that its devices divide and no
+    other row has taken. Embedding tables, whose gradient is a scatter-add, are replicated.
     """
     layers = 1 if "blocks" in path else 0
     if len(shape) - layers < 1 or "table" in path:
@@ -208,7 +208,7 @@ def _names(path: tuple) -> tuple[str, ...]:
 
 
 def state_sharding(mesh, tree):
-    """A tree of shapes (parameters, EMA, optimizer state) -> a tree of NamedSharding by `spec`."""
+    """Maps a tree of shapes (parameters, EMA, optimizer state) to NamedShardings by `spec`."""
     sizes = dict(mesh.shape)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(_names(path), leaf.shape, sizes)), tree
@@ -216,18 +216,18 @@ def state_sharding(mesh, tree):
 
 
 def batch_sharding(mesh) -> NamedSharding:
-    """Rows of a batch over the axes that split one."""
+    """Sharding of a batch by rows."""
     return NamedSharding(mesh, P(batch_axes()))
 
 
 def placer(mesh, dtype: str) -> Callable:
-    """The function that a model calls to lay out what it names, in a program for a mesh; see `models.dit.apply`.
+    """The `place` function of `models.dit.apply` for a mesh.
 
-    "weights", a tree of a layer's weights: the same, whole along the axes that also split the batch, and but for vectors in the
-    compute dtype. The weights of a layer move and the activations stay with their images. (Left alone, the compiler splits
-    activations by features, as the weights are split, and sums them over the mesh: for XL/2 on v3-8 twice the time.) Their gradients
-    are reduce-scattered to where the weights are kept. Modulation weights stay split.
-    "condition", vectors (b, d): the rows of all devices that a layer's weights are split over, on each of these devices.
+    "weights", a tree of one layer's weights: gathered along the axes that also split the batch, in the compute dtype except for
+    vectors, so that activations stay with their images. (By default the compiler splits activations by features, as the weights are, and
+    sums them over the mesh, which takes twice the time for XL/2 on v3-8.) Gradients are reduce-scattered to the weights' shards.
+    Modulation weights stay split.
+    "condition", vectors (b, d): gathered over the devices that a layer's weights are split over.
     """
     both = [name for name, axis in AXES.items() if axis.batch and axis.weights]
     rows = NamedSharding(mesh, P(tuple(name for name in batch_axes() if name not in both)))
@@ -267,18 +267,18 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def replicated(mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Sharding with the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def on_one_device(shapes):
-    """A tree of shapes -> the same, to be placed whole on this process's first device."""
+    """Adds to a tree of shapes the sharding "whole, on this process's first device"."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def put_batch(mesh, batch: dict) -> dict:
-    """This process's rows of a global batch -> global arrays. With one process `jit` places NumPy arrays itself, faster."""
+    """Global arrays from this process's rows of a batch. A single process returns them as they are: `jit` places them faster."""
     if jax.process_count() == 1:
         return batch
     sharding, count = batch_sharding(mesh), jax.process_count()
@@ -288,7 +288,10 @@ def put_batch(mesh, batch: dict) -> dict:
 
 
 def attention_implementation(requested: str, dtype: str) -> str:
-    """`auto` -> cudnn on an NVIDIA GPU in bfloat16, else xla: on TPU plain XLA is the faster one at 256 tokens."""
+    """Resolves `auto` to cudnn on an NVIDIA GPU in bfloat16, else to xla, which is faster on TPU at 256 tokens.
+
+    Raises UsageError for cudnn without an NVIDIA GPU.
+    """
     if requested == "cudnn" and jax.default_backend() != "gpu":
         raise UsageError(
             f"model.attention: found 'cudnn' on {jax.default_backend()}, expected 'auto' or 'xla' without an NVIDIA GPU"
@@ -299,22 +302,21 @@ def attention_implementation(requested: str, dtype: str) -> str:
 
 
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of all devices, where the figure comes from): the datasheet's, or a matrix product measured here."""
+    """Peak FLOP/s of all devices and its source: the datasheet, or else a matrix product measured here."""
     devices = jax.devices()
-    known = hardware.find(devices[0].device_kind)
-    if known:
+    if known := hardware.find(devices[0].device_kind):
         return known.peak_flops * len(devices), f"{known.kind} datasheet, bf16"
     return measured_matmul_flops(), "measured here on a 1024^3 float32 product"
 
 
 def describe_device() -> dict:
-    """Kind of device, and the precision of float32 matrix products there: a backend's default is coarser on GPU and TPU."""
+    """Kind of device, and its precision of float32 matrix products; GPU and TPU backends default to a coarser one."""
     precision = jax.config.jax_default_matmul_precision or "default"
     return {"kind": jax.devices()[0].device_kind, "matmul_precision": precision}
 
 
 def measured_matmul_flops(size: int = 1024, repeats: int = 3) -> float:
-    """FLOP/s of this machine on a square float32 matrix product: the best of a few."""
+    """FLOP/s of this machine on a square float32 matrix product, the best of `repeats`."""
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()

@@ -1,4 +1,4 @@
-"""The processes of a job on several hosts: how they find each other, wait, stop together and end when one is gone."""
+"""Processes of a job on several hosts: joining, waiting, stopping together, and ending when one is lost."""
 
 import contextlib
 import glob
@@ -22,27 +22,27 @@ from dit_jax.devices.mesh import devices_of_processes
 from dit_jax.error import IDLE, Interrupted, JobError, UsageError, report, shown
 from dit_jax.log import name_process
 
-# What the command line may say about the other processes, and the variables that say the same.
+# Flags that describe the other processes, and the environment variables of the same meaning.
 EXPLICIT = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-# Config keys that may differ from host to host: where its data lie and how it reads them.
+# Config keys that may differ between hosts: the place of the data and the way of reading them.
 OWN = ("data.data_dir", "data.latents", "data.cache", "data.workers", "data.prefetch")
-PATIENCE = 5.0  # seconds until a new file must be seen on all hosts
+PATIENCE = 5.0  # seconds until a new file must be visible on all hosts
 
 
 class CommonError(UsageError):
-    """What all processes found at the same point: each says it, and they end in order."""
+    """Error that all processes find at the same point: each reports it and ends normally."""
 
 
 def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
-    """Join the other processes of this job, where there are some; alone, do nothing. Before anything wakes the backend.
+    """Joins the other processes of this job, if there are any. Call it before anything initialises JAX's backend.
 
-    They are found by `given` (flags: `coordinator`, `num_processes`, `process_id`), by the variables of the same meaning,
-    under SLURM and on Cloud TPU. Those that have not all come within `mesh.initialization` seconds give up, each in one line
-    and with exit code 1; a process that gives no sign of life for `mesh.heartbeat` seconds ends all of them.
+    The processes are found by `given` (flags `coordinator`, `num_processes`, `process_id`), by the environment variables of the same
+    meaning, under SLURM and on Cloud TPU. If not all join within `mesh.initialization` seconds, each ends with a line and exit code 1.
+    A process without a heartbeat for `mesh.heartbeat` seconds ends all. Raises UsageError on invalid `given`, JobError if joining fails.
     """
     chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
     where = cluster(os.environ, chips, given or {})
@@ -63,7 +63,7 @@ def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
 
 @contextlib.contextmanager
 def _given_up_after(seconds: int, where: dict) -> Iterator[None]:
-    """What fails inside is one line; so is what takes longer than `seconds`, where JAX would abort with a stack trace."""
+    """Turns a failure inside, or more than `seconds`, into an error of one line; JAX alone would abort with a stack trace."""
     address = where.get("coordinator_address", "the address that the scheduler gives")
     hint = "start the same command on every host, or raise mesh.initialization"
     if where.get("process_id") == 0:
@@ -81,9 +81,9 @@ def _given_up_after(seconds: int, where: dict) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(seconds: float, late: Exception) -> Iterator[None]:
-    """Ends the process with `late` when what runs inside takes longer, and at SIGTERM or the keyboard's interrupt.
+    """Ends the process with error `late` after `seconds` inside, and at SIGTERM or the keyboard's interrupt.
 
-    For calls that do not come back to Python, where no handler of a signal would run: its number comes through a pipe.
+    A call that does not return to Python runs no signal handlers, so a thread reads the signal's number from a pipe.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -93,7 +93,7 @@ def _watched(seconds: float, late: Exception) -> Iterator[None]:
         end = time.monotonic() + seconds
         while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
             number = os.read(reader, 1)[0]
-            if number == 0:  # all went well
+            if number == 0:  # finished inside
                 return
             if number in ends:
                 os._exit(report(ends[number]))
@@ -113,9 +113,9 @@ def _watched(seconds: float, late: Exception) -> Iterator[None]:
 
 
 def cluster(env: Mapping[str, str], chips: bool, given: Mapping[str, object]) -> dict | None:
-    """What `jax.distributed.initialize` is told: {} where JAX finds the others itself, None for a process alone.
+    """Arguments of `jax.distributed.initialize`: {} if JAX finds the others itself, None for a single process.
 
-    `chips`: whether the machine has TPU chips or the like as devices. `given`: see `connect`.
+    `chips`: whether the machine has accelerator device files, such as TPU chips. `given`: see `connect`, as are errors.
     """
     asked = {name: value for name, value in given.items() if value is not None}
     if asked or any(variable in env for variable in EXPLICIT.values()):
@@ -127,7 +127,7 @@ def cluster(env: Mapping[str, str], chips: bool, given: Mapping[str, object]) ->
 
 
 def _explicit(found: dict) -> dict:
-    """The three values that say who the others are. Raises UsageError naming the one that is missing or wrong."""
+    """Arguments from flags and variables. Raises UsageError naming one that is missing or wrong."""
     for name, value in found.items():
         if name == "coordinator":
             expected, port = "HOST:PORT of process 0", re.fullmatch(r".+:([0-9]{1,5})", str(value))
@@ -147,14 +147,14 @@ def _explicit(found: dict) -> dict:
 
 
 def _slurm(env: Mapping[str, str]) -> dict:
-    """One task a node drives all its GPUs; JAX alone would give every task a single one."""
+    """Arguments under SLURM: with one task per node all its GPUs, because JAX would take one GPU per task."""
     alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"]
     gpus = env.get("SLURM_GPUS_ON_NODE", "0")
     return {"local_device_ids": list(range(int(gpus)))} if alone and gpus.isdigit() and int(gpus) else {}
 
 
 def check_devices(counts: list[int]) -> None:
-    """Raises UsageError unless all processes have as many devices. `counts`: those of process 0, 1, ..."""
+    """Raises CommonError unless all processes have equally many devices. `counts`: devices of process 0, 1, ..."""
     uneven = [index for index, count in enumerate(counts) if count != counts[0]]
     if uneven:
         raise CommonError(
@@ -164,13 +164,13 @@ def check_devices(counts: list[int]) -> None:
 
 
 def check_config(config: Mapping[str, object]) -> None:
-    """Raises UsageError on all processes unless each was given the same config, up to the keys in OWN. `config`: {"a.b": value}."""
+    """Raises CommonError on all processes unless their configs {"a.b": value} agree, except for the keys in OWN."""
     if jax.process_count() > 1:
         compare(gather({key: value for key, value in config.items() if key not in OWN}))
 
 
 def compare(configs: list[dict], advice: str = "start the same command on every host") -> None:
-    """Raises UsageError naming the first key that differs among the configs of process 0, 1, ..., and the advice."""
+    """Raises CommonError with the first key that differs among the configs of process 0, 1, ..., and the advice."""
     first = configs[0]
     for index, other in enumerate(configs[1:], 1):
         for key in {**first, **other}:
@@ -180,7 +180,7 @@ def compare(configs: list[dict], advice: str = "start the same command on every 
 
 
 def check_folder(workdir: str) -> None:
-    """Raises UsageError on all processes unless `workdir` is one folder for all. It is made where it is missing."""
+    """Raises CommonError on all processes unless `workdir` is one shared folder. Makes it if it is missing."""
     if jax.process_count() == 1:
         return
     with _token(workdir) if leader() else contextlib.nullcontext("") as mine:
@@ -196,9 +196,9 @@ def check_folder(workdir: str) -> None:
 
 @contextlib.contextmanager
 def _token(workdir: str) -> Iterator[str]:
-    """The name of an empty file in the folder, for as long as this lasts; "" where none can be written: the run says why.
+    """Temporary empty file in the folder: yields its name, or "" if it cannot be written (the run will report why).
 
-    After a CommonError, a folder that was made for it is gone too.
+    After a CommonError, a folder that was made for it is removed too.
     """
     new, name = not os.path.exists(workdir), f"shared.tmp{secrets.token_hex(8)}"
     path = os.path.join(workdir, name)
@@ -221,7 +221,7 @@ def _token(workdir: str) -> Iterator[str]:
 
 
 def _sees(workdir: str, name: str) -> bool:
-    """Whether the file is there, or comes soon; looking at the folders makes NFS ask its server anew."""
+    """Whether the file appears within PATIENCE; listing the folders refreshes the NFS cache."""
     end = time.monotonic() + PATIENCE
     while not os.path.exists(os.path.join(workdir, name)):
         if time.monotonic() > end:
@@ -234,7 +234,7 @@ def _sees(workdir: str, name: str) -> bool:
 
 
 def gather(value: object) -> list:
-    """Of each process, in their order, the value that it gives (JSON)."""
+    """Collects a JSON value from each process, in process order."""
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
     rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
@@ -242,21 +242,21 @@ def gather(value: object) -> list:
 
 
 def leader() -> bool:
-    """Whether this process writes the run's files and talks to people."""
+    """Whether this process writes the run's files and reports progress."""
     return jax.process_index() == 0
 
 
 def everyone_is_here(what: str) -> None:
-    """Wait for the other processes."""
+    """Waits for the other processes at the barrier `what`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Of several processes: whatever ends this one in what runs inside, but for Interrupted and CommonError, ends it here and at once.
+    """In a multi-process job, exits immediately on any exception except Interrupted and CommonError.
 
-    The others notice, and end too. JAX and Orbax would make them all wait for each other before they let one go.
+    The other processes notice and end too. Otherwise JAX and Orbax would make all wait for each other at exit.
     """
     try:
         yield
@@ -273,5 +273,5 @@ def together() -> Iterator[None]:
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether some process got SIGTERM: the same answer on all of them, at the same step."""
+    """Whether a process got SIGTERM; all processes get the same answer at the same step."""
     return multihost_utils.reached_preemption_sync_point(step)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: maps denoisers to a denoiser (Ho & Salimans 2022, eq. 6, as u + scale (c - u))."""
+"""Classifier-free guidance as a map of denoisers (Ho & Salimans 2022, eq. 6, as u + scale (c - u))."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from dit_jax.diffusion.process import Denoiser
 
 
 def paired(model: Callable, cond, null) -> Callable:
-    """`model(x, t, cond)` -> a function of (x, t) that returns the conditional and the unconditional output of one call.
+    """Turns `model(x, t, cond)` into a function of (x, t) with the conditional and the unconditional output of one model call.
 
-    `cond` and `null`, its "no condition", are pytrees of arrays (b, ...). The two halves are interleaved, image by image, so that a
-    sharded batch stays where it is.
+    `cond` and the null condition `null` are pytrees of arrays (b, ...). The two halves are interleaved image by image, so a sharded
+    batch needs no resharding.
     """
     both = jax.tree.map(lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null)
 
@@ -25,9 +25,9 @@ def paired(model: Callable, cond, null) -> Callable:
 
 
 def classifier_free(pair: Callable, scale: float, channels: int) -> Denoiser:
-    """A denoiser guided by `scale` on the first `channels` output channels; the rest, a learned variance say, is conditional.
+    """Denoiser guided by `scale` on the first `channels` output channels; the rest (a learned variance) is conditional.
 
-    Scale 1 is plainly conditional.
+    With scale 1 it is plainly conditional.
     """
 
     def denoise(x, t):
@@ -39,13 +39,12 @@ def classifier_free(pair: Callable, scale: float, channels: int) -> Denoiser:
 
 
 def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
-    """`guided` at times in [low, high], `plain` elsewhere, at half the cost (Kynkaanniemi et al. 2024).
+    """Denoiser that is `guided` at times in [low, high] and `plain` elsewhere, at half the cost (Kynkäänniemi et al. 2024).
 
-    All images of a call must share one time, as they do in a sampler: the branch is chosen once per call.
+    All images of a call must share one time, as in a sampler, because the branch is chosen once per call.
     """
 
     def denoise(x, t):
-        inside = (t[0] >= low) & (t[0] <= high)
-        return jax.lax.cond(inside, guided, plain, x, t)
+        return jax.lax.cond((t[0] >= low) & (t[0] <= high), guided, plain, x, t)
 
     return denoise

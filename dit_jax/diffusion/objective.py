@@ -1,6 +1,6 @@
-"""Training objectives: what a step draws, the loss of what it drew, and what the objective keeps beside the weights.
+"""Training objectives: random draws of a step, their losses, and extra state beside the weights.
 
-OBJECTIVES has one row for each. `model` is a bound model (`dit_jax.bind`): model.apply(params, x, t, cond), model.drop(key, cond, rate).
+OBJECTIVES has a row for each. `model` is a bound model (`dit_jax.bind`): model.apply(params, x, t, cond), model.drop(key, cond, rate).
 """
 
 from collections.abc import Callable
@@ -15,25 +15,27 @@ from dit_jax.diffusion.process import Denoiser, Images, Process, Times, make_pro
 
 
 def nothing(params) -> dict:
-    """An objective that keeps nothing."""
+    """Empty extras."""
     return {}
 
 
 def unchanged(extras, params, step):
-    """Extras that no step changes."""
+    """Leaves the extras unchanged."""
     return extras
 
 
 class Objective(NamedTuple):
     """A row of OBJECTIVES, bound to a config.
 
-    draw(model, key, batch)                   a batch {"image", "cond"} -> points, a dict of arrays (b, ...): all that is random
-    losses(model, params, extras, points)     losses (b,) and a dict of their parts (b,); `points` hold x, cond, t and eps
+    process                                   the noising process
+    draw(model, key, batch)                   a batch {"image", "cond"} -> points (x, cond, t, eps), a dict of arrays (b, ...)
+    losses(model, params, extras, points)     losses (b,) and a dict of their parts (b,); draws nothing
     flops                                     training FLOPs of one image
-    init_extras(params)                       what it keeps from step to step, a pytree in `TrainState.extras`
-    update_extras(extras, params, step)       the same after an accepted step, from the new raw weights and the steps before it
+    init_extras(params)                       state kept between steps, a pytree in `TrainState.extras`
+    update_extras(extras, params, step)       extras after an accepted step, from the new raw weights and the number of steps before it
     """
 
+    process: Process
     draw: Callable
     losses: Callable
     flops: int
@@ -44,7 +46,7 @@ class Objective(NamedTuple):
 def noise_prediction(process: Process, denoise: Denoiser, x: Images, t: Times, eps: Images):
     """Mean squared error of eps plus, with learned variance, the variational term in bits per dimension; per image.
 
-    The variational term sees the mean detached, so it trains the variance only (Nichol & Dhariwal 2021, section 3.1).
+    The mean is detached in the variational term, which trains the variance only (Nichol & Dhariwal 2021, section 3.1).
     """
     x_t = process.noise(x, t, eps)
     out = denoise(x_t, t)
@@ -58,13 +60,12 @@ def noise_prediction(process: Process, denoise: Denoiser, x: Images, t: Times, e
 
 def velocity(process: Process, denoise: Denoiser, x: Images, t: Times, eps: Images):
     """Mean squared error of the velocity eps - x, per image (Liu et al. 2022, eq. 1)."""
-    v = denoise(process.noise(x, t, eps), t)
-    mse = jnp.square(v - (eps - x)).mean(axis=(1, 2, 3))
+    mse = jnp.square(denoise(process.noise(x, t, eps), t) - (eps - x)).mean(axis=(1, 2, 3))
     return mse, {"mse": mse}
 
 
 def denoising(cfg: Config, loss: Callable) -> Objective:
-    """The objective of a `loss(process, denoise, x, t, eps)` at times of the process's law, with `cond` dropped at random."""
+    """Objective of `loss(process, denoise, x, t, eps)`, with t from the process's law and `cond` dropped at random."""
     process = make_process(cfg.diffusion, cfg.model.learn_sigma)
 
     def draw(model, key: jax.Array, batch: dict) -> dict:
@@ -80,7 +81,7 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
 
         return loss(process, denoise, points["x"], points["t"], points["eps"])
 
-    return Objective(draw, losses, flops.train_flops(cfg.model))
+    return Objective(process, draw, losses, flops.train_flops(cfg.model))
 
 
 OBJECTIVES = {
@@ -90,5 +91,5 @@ OBJECTIVES = {
 
 
 def make_objective(cfg: Config) -> Objective:
-    """The objective of a config: the loss of its process."""
+    """Objective for the process of a config."""
     return OBJECTIVES[cfg.diffusion.process](cfg)

@@ -1,13 +1,15 @@
-"""What noise does to an image and what a network learns from it: DDPM and rectified flow behind one interface.
+"""Noising processes and network targets: DDPM and rectified flow behind one interface.
 
-Both are Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps. A process offers
+Both are Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps. The methods of a process are
 
-    time(u)                        law of training times: u uniform in [0, 1) -> t
-    noise(x, t, eps)               x_t
-    times(steps, spacing)          the sampling grid, from 1 (noise) to 0 (clean)
-    alpha(t), sigma(t)             float64 NumPy, for grids
+    time(u)                          quantile function of the training times: u uniform in [0, 1) -> t
+    model_time(t)                    t in the published models' units, 0 to 1000
+    noise(x, t, eps)                 x_t
+    times(steps, spacing)            float64 sampling grid, from 1 (noise) to 0 (clean)
+    alpha(t), sigma(t)               float64 NumPy, for grids
     predict(out, x_t, alpha, sigma)  network output -> (x_0, eps)
-    slope, scale, clock            the probability-flow ODE: x_t = scale(t) z and dz/dclock = slope
+    slope, scale, clock              probability-flow ODE: x_t = scale(t) z and dz/dclock = slope
+    variance_share(out)              share of the larger log variance (b, h, w, c), or None if not learned
 """
 
 import dataclasses
@@ -34,15 +36,11 @@ def _column(t: jax.Array) -> jax.Array:
     return t[:, None, None, None]
 
 
-def _per_image(x: jax.Array) -> jax.Array:
-    return x.mean(axis=(1, 2, 3))
-
-
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (Liu et al. 2022): x_t = (1 - t) x_0 + t eps, the network predicts the velocity eps - x_0.
+    """Rectified flow (Liu et al. 2022): x_t = (1 - t) x_0 + t eps; the network predicts the velocity eps - x_0.
 
-    `time_law` is uniform, or logit-normal (Esser et al. 2024, section 3.1).
+    `time_law` is uniform or logit_normal (Esser et al. 2024, section 3.1).
     """
 
     time_law: str = "uniform"
@@ -50,7 +48,6 @@ class Flow:
     logit_std: float = 1.0
 
     def time(self, u: Times) -> Times:
-        """Quantile function of the training law of t."""
         if self.time_law == "uniform":
             return u
         return jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u))
@@ -68,7 +65,7 @@ class Flow:
     clock = sigma
 
     def times(self, steps: int, spacing: str = "linspace") -> np.ndarray:
-        """(steps + 1,): equal steps from 1 to 0. Raises UsageError for another `spacing` than "linspace"."""
+        """Equal steps from 1 to 0, (steps + 1,). Raises UsageError if `spacing` is not "linspace"."""
         if spacing != "linspace":
             raise UsageError(f"sample.spacing: found {spacing!r} for Flow, expected 'linspace': its steps are equal")
         return np.linspace(1.0, 0.0, steps + 1)
@@ -83,13 +80,12 @@ class Flow:
         return out
 
     def variance_share(self, out: Output) -> None:
-        """No learned variance."""
-        return None
+        """None: no learned variance."""
 
 
 @dataclass(frozen=True)
 class DDPM:
-    """The discrete chain of Ho et al. 2020 with eps-prediction; with `learn_sigma`, Nichol & Dhariwal 2021's hybrid loss."""
+    """Discrete chain of Ho et al. 2020 with eps-prediction; `learn_sigma` adds the learned variance of Nichol & Dhariwal 2021."""
 
     schedule: str = "linear"
     timesteps: int = 1000
@@ -100,12 +96,12 @@ class DDPM:
         return (jnp.floor(u * self.timesteps) + 1) / self.timesteps
 
     def index(self, t):
-        """Times -> entries of the (T + 1)-long tables."""
+        """Entries of the (T + 1)-long tables at times t."""
         numpy = jnp if isinstance(t, jax.Array) else np
         return numpy.round(t * self.timesteps).astype(np.int32)
 
     def model_time(self, t: Times) -> Times:
-        """The step number k, exactly."""
+        """Step number k, exact."""
         return self.index(t).astype(jnp.float32) - 1
 
     @property
@@ -124,7 +120,7 @@ class DDPM:
         return self.sigma(t) / self.alpha(t)
 
     def times(self, steps: int, spacing: str = "linspace") -> np.ndarray:
-        """(steps + 1,): the respaced chain's times, then 0. `spacing`: see `schedule.respace`."""
+        """Times of the respaced chain, then 0, (steps + 1,). `spacing`, errors: see `schedule.respace`."""
         kept = schedule.respace(self.timesteps, steps, spacing)
         return np.append((kept + 1) / self.timesteps, 0.0)
 
@@ -136,12 +132,12 @@ class DDPM:
         return self._table(np.sqrt(alpha_bars), t) * x + self._table(np.sqrt(1 - alpha_bars), t) * eps
 
     def variational_term(self, eps_hat: Images, share: Images, x: Images, x_t: Images, t: Times) -> Times:
-        """Bits per dimension (b,) of one term of the bound: a KL, or the decoder's NLL at the first step (Ho et al., eq. 5)."""
+        """Term of the variational bound at t, bits per dimension (b,): a KL, or the decoder's NLL at step 0 (Ho et al. 2020, eq. 5)."""
         bars = self._alpha_bars
-        before = np.append(1.0, bars[:-1])  # entry 0 is never asked for
+        before = np.append(1.0, bars[:-1])  # entry 0 is never used
         beta = np.append(np.nan, 1 - bars[1:] / bars[:-1])
         small = beta * (1 - before) / (1 - bars + (bars == 1))
-        small[1] = small[2]  # at the first step the posterior variance is 0: the second's stands in
+        small[1] = small[2]  # the posterior variance is 0 at the first step; the second's replaces it
         to_clean = np.sqrt(before) * beta / (1 - bars + (bars == 1))
         to_noisy = np.sqrt(bars / before) * (1 - before) / (1 - bars + (bars == 1))
         x0_hat = (x_t - self._table(np.sqrt(1 - bars), t) * eps_hat) / self._table(np.sqrt(bars), t)
@@ -151,8 +147,7 @@ class DDPM:
         log_variance = share * log_large + (1 - share) * log_small
         kl = gaussian_kl(mean, log_small, mean_hat, log_variance)
         nll = -discretised_log_likelihood(x, mean_hat, log_variance)
-        first = _column(self.index(t) == 1)
-        return _per_image(jnp.where(first, nll, kl)) / np.log(2.0)
+        return jnp.where(_column(self.index(t) == 1), nll, kl).mean(axis=(1, 2, 3)) / np.log(2.0)
 
     def predict(self, out: Output, x_t: Images, alpha, sigma) -> tuple[Images, Images]:
         eps = out[..., : x_t.shape[-1]]
@@ -162,21 +157,21 @@ class DDPM:
         return out[..., : x_t.shape[-1]]
 
     def variance_share(self, out: Output):
-        """(b, h, w, c): the share of log beta in the log variance, from the last half of the channels; None if not learned."""
+        """Share of log beta in the log variance (b, h, w, c), from the last half of the channels; None if not learned."""
         if not self.learn_sigma:
             return None
         return (out[..., out.shape[-1] // 2 :] + 1) / 2
 
 
 def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL of two diagonal Gaussians, elementwise, in nats."""
+    """KL divergence of two diagonal Gaussians, elementwise, in nats."""
     ratio = jnp.exp(log_variance1 - log_variance2)
     distance = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
     return 0.5 * (log_variance2 - log_variance1 + ratio + distance - 1)
 
 
 def discretised_log_likelihood(x, mean, log_variance):
-    """Log-probability in nats of images in [-1, 1] with 256 levels under a Gaussian (Ho et al. 2020, eq. 13), elementwise."""
+    """Log-probability of 256-level images in [-1, 1] under a Gaussian, elementwise, in nats (Ho et al. 2020, eq. 13)."""
     inverse = jnp.exp(-0.5 * log_variance)
     upper = ndtr((x - mean + 1 / 255) * inverse)
     lower = ndtr((x - mean - 1 / 255) * inverse)
@@ -188,12 +183,12 @@ Process = Flow | DDPM
 
 
 def make_process(cfg: DiffusionConfig, learn_sigma: bool) -> Process:
-    """The process of a config; `learn_sigma` is the model's."""
+    """Process of a config; `learn_sigma` as in the model config."""
     if cfg.process == "flow":
         return Flow(cfg.time_law, cfg.logit_mean, cfg.logit_std)
     return DDPM(cfg.schedule, cfg.timesteps, learn_sigma)
 
 
 def describe(process: Process) -> dict:
-    """The process as plain values, for records."""
+    """Plain values of a process, for records."""
     return {"process": type(process).__name__.lower(), **dataclasses.asdict(process)}

@@ -1,8 +1,8 @@
-"""Samplers: one function each, over a denoiser and a grid of times from 1 (noise) to 0 (clean).
+"""Samplers: functions of a denoiser and a grid of times from 1 (noise) to 0 (clean).
 
-A sampler is `sampler(process, denoise, x, times, keys) -> images`: x (b, h, w, c) is noise, `times` a float64 array of
-steps + 1 values, `keys` (b,) one random key per image, so that image i depends on its key alone. The loop is one
-`lax.scan`; the coefficients of its steps are worked out beforehand in float64. SAMPLERS has one row for each.
+A sampler is `sampler(process, denoise, x, times, keys) -> images`: noise x (b, h, w, c), float64 `times` (steps + 1,), and one
+random key per image, `keys` (b,), so that image i depends on its key only. The loop is one `lax.scan` over coefficients computed
+beforehand in float64. SAMPLERS has a row for each.
 """
 
 from collections.abc import Callable
@@ -16,30 +16,24 @@ from dit_jax.diffusion.process import DDPM, Denoiser, Flow, Process
 
 
 def draw_noise(keys: jax.Array, index, shape: tuple) -> jax.Array:
-    """Standard normal (b, *shape): image i's draw number `index` depends on `keys[i]` and `index` alone."""
+    """Standard normal noise (b, *shape); image i's depends on `keys[i]` and `index` only."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
 def _grid(process: Process, times: np.ndarray, constants: Callable = lambda ends: {}) -> dict[str, np.ndarray]:
-    """Per step from time t to time s: alpha, sigma, scale and clock at both, and `constants` of these; float32."""
+    """Coefficients per step from time t to time s, float32: alpha, sigma, scale and clock at both, and `constants` of these."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        at = {
-            "": times,
-            "alpha_": process.alpha(times),
-            "sigma_": process.sigma(times),
-            "scale_": process.scale(times),
-            "clock_": process.clock(times),
-        }
-    ends = {f"{name}t": value[:-1] for name, value in at.items()} | {
-        f"{name}s": value[1:] for name, value in at.items()
-    }
+        at = {f"{name}_": getattr(process, name)(times) for name in ("alpha", "sigma", "scale", "clock")}
+    at[""] = times
+    ends = {f"{name}t": value[:-1] for name, value in at.items()}
+    ends |= {f"{name}s": value[1:] for name, value in at.items()}
     ends["noisy"] = (ends["sigma_s"] > 0).astype(np.float64)  # the step to the clean image adds no noise
     found = {name: value.astype(np.float32) for name, value in (ends | constants(ends)).items()}
     return found | {"index": np.arange(len(times) - 1, dtype=np.int32) + 1}
 
 
 def _walk(step, x: jax.Array, grid: dict[str, np.ndarray]) -> jax.Array:
-    """One `lax.scan` of `step(x, constants)` over the grid."""
+    """Scan of `step(x, coefficients)` over the grid."""
     return jax.lax.scan(lambda x, c: (step(x, c), None), x, grid)[0]
 
 
@@ -48,7 +42,7 @@ def _at(t: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _posterior(ends: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Coefficients of the posterior's mean, and the two bounds of its log variance (Ho et al. 2020, eq. 7)."""
+    """Coefficients of the posterior mean, and the two bounds of its log variance (Ho et al. 2020, eq. 7)."""
     signal = ends["alpha_t"] / ends["alpha_s"]
     variance = ends["sigma_t"] ** 2 - (signal * ends["sigma_s"]) ** 2  # of x_t given x_s
     share = (ends["sigma_s"] / ends["sigma_t"]) ** 2
@@ -61,7 +55,7 @@ def _posterior(ends: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def ddpm(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
-    """Ancestral sampling on a respaced chain (Ho et al. 2020, algorithm 2), with the learned variance where there is one."""
+    """Ancestral sampling on a respaced chain (Ho et al. 2020, algorithm 2), with the learned variance if there is one."""
 
     def step(x, c):
         out = denoise(x, _at(c["t"], x))
@@ -96,7 +90,7 @@ def euler(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, 
 
 
 def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1); its last step, to the clean image, is Euler's."""
+    """Heun's second-order method (Karras et al. 2022, algorithm 1); the last step, to the clean image, is Euler's."""
 
     def step(x, c):
         ahead, slope = _euler_step(process, denoise, x, c)
@@ -108,9 +102,9 @@ def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, k
 
 
 def _memory(ends: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weight h_i / (2 h_{i-1}), in log(alpha / sigma), of the previous step's x_0 in a DPM-Solver++ step.
+    """Weight h_i / (2 h_{i-1}) of the previous step's x_0 in a DPM-Solver++ step, with h in log(alpha / sigma).
 
-    It is 0 in the first step, in an infinite one (to the clean image) and after one (from pure noise): those are of first order.
+    It is 0, giving a first-order step, for the first step, an infinite h (to the clean image) and after one (from pure noise).
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         h = np.log(ends["alpha_s"] / ends["sigma_s"]) - np.log(ends["alpha_t"] / ends["sigma_t"])
@@ -121,7 +115,7 @@ def _memory(ends: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def dpmpp_2m(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
     """DPM-Solver++, second-order multistep, x_0-prediction (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    Its last step, to the clean image, is of first order (diffusers: `algorithm_type="dpmsolver++"`, `solver_order=2`,
+    The last step, to the clean image, is first-order (diffusers: `algorithm_type="dpmsolver++"`, `solver_order=2`,
     `solver_type="midpoint"`, `final_sigmas_type="zero"`).
     """
 
@@ -136,10 +130,9 @@ def dpmpp_2m(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarra
 
 
 def euler_maruyama(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
-    """Euler-Maruyama on the reverse SDE of a flow whose noise has variance 2 t dt, dx = (v + eps) dt + sqrt(2 t) dw.
+    """Euler-Maruyama on the reverse SDE of a flow, dx = (v + eps) dt + sqrt(2 t) dw.
 
-    It has the marginals of the ODE (Ma et al. 2024, SiT, eq. 6, w_t = 2 sigma_t); the step to the clean image is Euler's on
-    the ODE, without noise.
+    The SDE has the ODE's marginals (Ma et al. 2024, SiT, eq. 6, w_t = 2 sigma_t). The step to the clean image is Euler's on the ODE.
     """
 
     def step(x, c):
@@ -154,9 +147,9 @@ def euler_maruyama(process: Process, denoise: Denoiser, x: jax.Array, times: np.
 class Sampler(NamedTuple):
     """A row of SAMPLERS.
 
-    walk         the sampler itself; calling the row calls it
-    evaluations  grid of times -> the times at which it calls the denoiser, for the count of FLOPs
-    accepts      kinds of processes that it works for
+    walk         sampler function; calling the row calls it
+    evaluations  grid of times -> times of the denoiser calls, from which FLOPs are counted
+    accepts      supported kinds of processes
     """
 
     walk: Callable

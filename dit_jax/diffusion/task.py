@@ -1,4 +1,4 @@
-"""A sampling task: process, sampler and grid of times of a config, checked when it is built."""
+"""Sampling task of a config: process, sampler and grid of times, checked when it is built."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from dit_jax.error import UsageError, nearest, shown
 
 @dataclass(frozen=True)
 class Task:
-    """`times`: from noise to the clean image, ends included."""
+    """Process, sampler and `times` from noise to the clean image, both included."""
 
     process: Process
     sampler: Sampler
     times: tuple[float, ...]
 
     def walk(self, denoise: Callable, x: jax.Array, keys: jax.Array) -> jax.Array:
-        """Noise x (b, h, w, c) and one key per image -> images (b, h, w, c)."""
+        """Samples images (b, h, w, c) from noise x (b, h, w, c) with one key per image."""
         return self.sampler(self.process, denoise, x, np.array(self.times), keys)
 
     @property
     def evaluations(self) -> np.ndarray:
-        """The times at which the denoiser is called."""
+        """Times of the denoiser calls."""
         return self.sampler.evaluations(np.array(self.times))
 
 
 def make_task(cfg: Config) -> Task:
-    """The task of `cfg.sample`. Raises UsageError for a sampler, grid or guidance that this process or model cannot have."""
+    """Builds the task of `cfg.sample`. Raises UsageError if the process or model does not support its sampler, grid or guidance."""
     process, sample = make_process(cfg.diffusion, cfg.model.learn_sigma), cfg.sample
     if sample.sampler not in SAMPLERS:
         raise UsageError(f"sample.sampler: found {sample.sampler!r}{nearest(sample.sampler, SAMPLERS)}")
@@ -48,7 +48,7 @@ def make_task(cfg: Config) -> Task:
 
 
 def check_guidance(cfg: Config, key: str = "sample.guidance", found: float | None = None) -> None:
-    """Raises UsageError for guidance other than 1 of a model that was trained without "no condition"."""
+    """Raises UsageError for a guidance other than 1 if the model was trained without a null class."""
     found = cfg.sample.guidance if found is None else found
     if found != 1.0 and not (cfg.model.classes and cfg.train.label_dropout):
         why = "train.label_dropout is 0" if cfg.model.classes else "model.classes is 0"
@@ -56,7 +56,7 @@ def check_guidance(cfg: Config, key: str = "sample.guidance", found: float | Non
 
 
 def _times(process: Process, sample: SampleConfig) -> np.ndarray:
-    """`sample.times`, or else the grid of `sample.steps` and `spacing`; float64, falling to 0."""
+    """Grid `sample.times`, else by `sample.steps` and `sample.spacing`; float64, falling to 0."""
     if sample.times:
         times = np.array(sample.times, np.float64)
         if np.any(np.diff(process.sigma(times)) >= 0):

@@ -1,4 +1,4 @@
-"""Folders of sample metrics under way, `W/eval/partial/ID-STEP`: features of the images drawn so far (`sampling.parts.Store`)."""
+"""Folders of unfinished sample metrics, `W/eval/partial/ID-STEP`: features of the images drawn so far (`sampling.parts.Store`)."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from dit_jax.workdir.records import PARTIAL
 
 
 def partial_folder(workdir: str, step: int, identity: str) -> str:
-    """Where the features of an unfinished sample metric lie."""
+    """Folder for the features of an unfinished sample metric; `identity`: the protocol's id."""
     return os.path.join(workdir, PARTIAL, f"{identity}-{step}")
 
 
 def drop_partials(workdir: str, done: set[tuple[int, str]], there: list[int]) -> None:
-    """Remove the partials of the (step, protocol id) that are recorded, and of steps that are not among `there`."""
+    """Removes the folders of recorded pairs (step, protocol id), `done`, and of steps that are not in `there`."""
     root = os.path.join(workdir, PARTIAL)
     for name in os.listdir(root) if os.path.isdir(root) else []:
         match = re.fullmatch(r"([0-9a-f]{16})-(\d+)", name)
@@ -23,7 +23,7 @@ def drop_partials(workdir: str, done: set[tuple[int, str]], there: list[int]) ->
             with (
                 contextlib.suppress(JobError),
                 parts.locked(os.path.join(root, name)),
-            ):  # in use: its owner removes it
+            ):  # if in use, its owner removes it
                 parts.remove(os.path.join(root, name))
-    with contextlib.suppress(OSError):  # not there, or others are under way
+    with contextlib.suppress(OSError):  # absent, or not empty because others are unfinished
         os.rmdir(root)

@@ -1,4 +1,4 @@
-"""Evaluation protocols: every choice that a score depends on besides the checkpoint, and the record that states them."""
+"""Evaluation protocols: every choice that a score depends on besides the checkpoint; and the record that states them."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,6 @@ from dit_jax.data.source import Source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.process import make_process
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
@@ -21,7 +20,7 @@ from dit_jax.workdir.records import protocol_id
 
 
 def weights_protocol(cfg: Config) -> dict:
-    """Which weights are scored: raw, or which EMA."""
+    """The weights that are scored: raw, or an EMA with its decay or width."""
     if cfg.sample.weights == "params":
         return {"weights": "params (raw)"}
     width = {"constant": {"decay": cfg.optim.ema_decay}, "power": {"width": cfg.optim.ema_width}}[cfg.optim.ema]
@@ -30,7 +29,7 @@ def weights_protocol(cfg: Config) -> dict:
 
 def loss_protocol(cfg: Config, held_out: Source) -> dict:
     """Everything that the held-out loss depends on besides the checkpoint."""
-    process, data = make_process(cfg.diffusion, cfg.model.learn_sigma), held_out.describe()
+    process, data = make_objective(cfg).process, held_out.describe()
     return {
         "data": data | {"image_size": cfg.data.image_size},
         **weights_protocol(cfg),
@@ -43,18 +42,17 @@ def loss_protocol(cfg: Config, held_out: Source) -> dict:
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
         "process": processes.describe(process),
-        **({} if "autoencoder" in data else {"autoencoder": "none"}),  # that of latents is stated with the data
+        **({} if "autoencoder" in data else {"autoencoder": "none"}),  # for latents, the data name it
         "dtype": cfg.model.dtype,
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }
 
 
 def samplings(cfg: Config) -> list[SampleConfig]:
-    """Every combination of `eval.weights`, `samplers`, `steps` and `guidance`; an empty one is that of `sample`."""
+    """Every combination of `eval.weights`, `samplers`, `steps` and `guidance`; an empty one is taken from `sample`."""
     if cfg.sample.times and cfg.eval.steps:
-        raise UsageError(
-            f"eval.steps: found {cfg.eval.steps} beside sample.times, which says all times; leave out one of them"
-        )
+        beside = "beside sample.times, which says all times; leave out one of them"
+        raise UsageError(f"eval.steps: found {cfg.eval.steps} {beside}")
     names = {"weights": "weights", "samplers": "sampler", "steps": "steps", "guidance": "guidance"}
     choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in names.items()]
     found = []
@@ -65,7 +63,7 @@ def samplings(cfg: Config) -> list[SampleConfig]:
 
 
 def cells(cfg: Config) -> dict[str, Config]:
-    """The parts of an evaluation that may run apart, by name: the held-out loss, and each sampling."""
+    """Parts of an evaluation that can run separately, by name: the held-out loss, and each sampling."""
     found = {"loss": dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=0))} if cfg.eval.loss else {}
     if cfg.eval.samples:
         alone = dataclasses.replace(cfg.eval, loss=False, weights=(), samplers=(), steps=(), guidance=())
@@ -77,7 +75,7 @@ def cells(cfg: Config) -> dict[str, Config]:
 
 @dataclass(frozen=True)
 class Tools:
-    """What sample metrics need besides the model; opened once for all checkpoints and samplings."""
+    """What sample metrics need besides the weights; opened once for all checkpoints and samplings."""
 
     sampling: Sampling
     network: scores.Network
@@ -85,9 +83,8 @@ class Tools:
 
 
 def open_tools(cfg: Config, mesh) -> Tools:
-    """Raises UsageError where the autoencoder, the feature network or the reference does not fit."""
-    sampling = open_sampling(cfg, mesh)
-    network = scores.open_network(cfg, mesh)
+    """Opens the tools of `cfg.eval`. Raises UsageError if the autoencoder, the feature network or the reference does not fit."""
+    sampling, network = open_sampling(cfg, mesh), scores.open_network(cfg, mesh)
     scores.check_number(cfg, network)
     reference = scores.open_reference(cfg, network)
     scores.warn_of_few(cfg, network, reference)
@@ -115,9 +112,9 @@ def sample_protocol(cfg: Config, tools: Tools) -> dict:
 
 
 def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict) -> dict:
-    """The contract between training, evaluation and the scaling wing (one JSON line). `weights`: their SHA-256.
+    """The record, one JSON object: the contract between training, evaluation and `dit_jax.scaling`. `weights`: their SHA-256.
 
-    What the numbers depend on besides the protocol and the weights, the kind of device, stands beside them.
+    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states.
     """
     images = step * cfg.train.batch_size
     return {
@@ -140,12 +137,11 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
 
 
 def check_config(cfg: Config) -> None:
-    """Raises UsageError for a protocol that cannot be."""
+    """Raises UsageError for a protocol that is impossible or measures nothing."""
     for sample in samplings(cfg):
         make_task(dataclasses.replace(cfg, sample=sample))
     if not cfg.eval.loss and not cfg.eval.samples:
-        raise UsageError(
-            "eval.loss, eval.samples: found False and 0, expected at least one of them: nothing would be measured"
-        )
+        expected = "expected at least one of them: nothing would be measured"
+        raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
     if cfg.eval.samples:
         scores.check_config(cfg)

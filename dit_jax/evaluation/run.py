@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints: each protocol measured once and recorded, also after a kill or beside another evaluation."""
+"""Evaluates checkpoints: measures and records each protocol once, even after a kill or beside another evaluation."""
 
 import contextlib
 import dataclasses
@@ -28,18 +28,20 @@ from dit_jax.evaluation.protocol import (
     sample_protocol,
     samplings,
 )
+from dit_jax.job.launch import stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import weights_hash
+from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close
 from dit_jax.workdir.records import append_record, protocol_id, read_records
 
 
 @dataclass(frozen=True)
 class Task:
-    """A protocol, the config with its sampling (also which weights: ema | params), and a function from (step, weights) to metrics.
+    """A protocol, its config (`sample.weights`: ema | params), and a function from (step, weights) to metrics.
 
-    The function returns (metrics, what else the record shall say), or None when another evaluation recorded it meanwhile.
+    The function returns (metrics, further fields of the record), or None if another evaluation has recorded them meanwhile.
     """
 
     cfg: Config
@@ -61,7 +63,7 @@ def _check_stop(stop: list, what: str) -> None:
 
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
-    """The held-out loss of each kind of weights."""
+    """A task for the held-out loss of each kind of weights."""
     held_out = open_source(all_of(cfg.data), cfg.data.held_out_split)
     arrays = load_arrays(cfg.data, cfg.data.held_out_split, held_out)
     images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
@@ -81,12 +83,9 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
 
 
 def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: bool) -> Task:
-    """The sample metrics of one sampling, that of `cfg.sample`."""
-    protocol, network, sampling = (
-        sample_protocol(cfg, tools),
-        tools.network,
-        dataclasses.replace(tools.sampling, cfg=cfg),
-    )
+    """The task for the metrics of images drawn by `cfg.sample`."""
+    protocol, network = sample_protocol(cfg, tools), tools.network
+    sampling = dataclasses.replace(tools.sampling, cfg=cfg)
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
         for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
@@ -108,7 +107,7 @@ def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: boo
 
 
 def _timed(batches: Iterator[parts.Batch], times: list[float]) -> Iterator[parts.Batch]:
-    """The same batches; `times` gets the seconds an image of each took, but for the first, which compiles."""
+    """Yields the same batches and adds to `times` each one's seconds an image, without the first, which compiles."""
     began = None
     for batch in batches:
         if began is not None:
@@ -119,7 +118,7 @@ def _timed(batches: Iterator[parts.Batch], times: list[float]) -> Iterator[parts
 
 @contextlib.contextmanager
 def _alone_in(folder: str, stop: list) -> Iterator[None]:
-    """Holds the folder of a partial; waits while another evaluation does the same."""
+    """Locks the folder of an unfinished metric; waits while another evaluation holds the lock."""
     told = False
     with contextlib.ExitStack() as stack:
         while True:
@@ -135,7 +134,7 @@ def _alone_in(folder: str, stop: list) -> Iterator[None]:
 
 
 def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task]:
-    """What a config asks of every checkpoint. Raises UsageError for a protocol that cannot be."""
+    """The tasks of a config for every checkpoint. Raises UsageError for a protocol that is impossible."""
     check_config(cfg)
     found = _loss_tasks(cfg, mesh, workdir, stop) if cfg.eval.loss else []
     if cfg.eval.samples:
@@ -146,21 +145,46 @@ def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task
 
 
 def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
-    """Evaluate checkpoints (default: all on disk), each under each protocol, unless recorded already. Returns the records.
+    """Evaluates checkpoints (default: all on disk) under each protocol, unless recorded already. Returns the records.
 
-    Raises JobError at the end if checkpoints are damaged or their numbers not finite; nothing is recorded for them.
+    Raises JobError at the end if checkpoints are damaged or have numbers that are not finite; nothing is recorded for these.
     """
     failed: dict[int, str] = {}
     with _ledger(workdir, quiet, time.time()) as ledger:
         wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, [], quiet)
         records = _run(wanted, workdir, steps, quiet, [], failed, ledger)
-    _report_failed(failed)
+    report_failed(failed)
     return records
+
+
+def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, str]:
+    """Evaluate all checkpoints on disk; with `watch` also later ones, until the last training step is evaluated.
+
+    SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
+    """
+    failed: dict[int, str] = {}
+    with stop_flag() as stop, _ledger(workdir, False, since) as ledger:
+        wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, stop, False)
+        while True:
+            records = _run(wanted, workdir, None, False, stop, failed, ledger)
+            newest = max([*(record["step"] for record in records), *failed], default=0)
+            if not watch or newest >= read_config(workdir).train.steps:
+                break
+            with ledger.spend("wait"):
+                _wait(cfg.eval.poll_seconds, stop)
+    return failed
+
+
+def _wait(seconds: float, stop: list) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        _check_stop(stop, "what is recorded stays")
+        time.sleep(min(left, 0.2))
 
 
 @contextlib.contextmanager
 def _ledger(workdir: str, quiet: bool, since: float) -> Iterator[Ledger]:
-    """A ledger whose line is written at the end, if anything was measured."""
+    """Yields a ledger, and writes its line at the end if anything was measured."""
     ledger = Ledger("evaluate", since)
     try:
         yield ledger
@@ -178,7 +202,7 @@ def _run(
     failed: dict[int, str],
     ledger: Ledger,
 ) -> list[dict]:
-    """`run`, until `stop` fills; checkpoints that cannot be scored are put into `failed`, and the others are evaluated."""
+    """As `run`, until `stop` is not empty. Checkpoints that cannot be scored are put into `failed`; the others are evaluated."""
     done = read_records(workdir)
     drop_partials(workdir, set(done), checkpoint.steps(workdir))
     records = []
@@ -197,7 +221,7 @@ def _run(
 
 
 def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: bool) -> dict:
-    """Measure and record one protocol of one checkpoint; returns all records, by step and protocol."""
+    """Measures and records one protocol of one checkpoint; returns all records, by (step, protocol id)."""
     with ledger.spend("evaluation"):
         found = task.measure(step, params)
     if found is not None:
@@ -212,12 +236,12 @@ def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: 
 
 
 def describe(task: Task, metrics: dict) -> str:
-    """A record in a line: which sampling, if one, and its scores."""
+    """A record as one line: the sampling, if any, and the scores."""
     of = task.protocol.get("samples")
-    sampling = (
-        f"{task.weights}, {of['sampler']} {of['steps']}, guidance {of['guidance']:g}: " if of else f"{task.weights}: "
+    sampling = f", {of['sampler']} {of['steps']}, guidance {of['guidance']:g}" if of else ""
+    return f"{task.weights}{sampling}: " + "  ".join(
+        f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t")
     )
-    return sampling + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t"))
 
 
 def _fail(failed: dict[int, str], step: int, error: str) -> None:
@@ -227,7 +251,7 @@ def _fail(failed: dict[int, str], step: int, error: str) -> None:
 
 
 def _weights(cfg: Config, workdir: str, step: int, failed: dict[int, str]):
-    """The weights of a checkpoint; None if the training that goes on has pruned it meanwhile, or if it is damaged."""
+    """The weights of a checkpoint; None if a running training has pruned it meanwhile, or if it is damaged."""
     try:
         params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model)[1]
     except Exception as error:
@@ -237,11 +261,12 @@ def _weights(cfg: Config, workdir: str, step: int, failed: dict[int, str]):
             raise
         _fail(failed, step, str(error))
         return None
-    failed.pop(step, None)  # another evaluation of a live run may find it written anew
+    failed.pop(step, None)  # a training that restarted may have written the step anew
     return params
 
 
-def _report_failed(failed: dict[int, str]) -> None:
+def report_failed(failed: dict[int, str]) -> None:
+    """Raises JobError if a checkpoint failed."""
     if failed:
         steps = ", ".join(map(str, sorted(failed)))
         raise JobError(f"step {steps}: damaged or diverged and not evaluated, as said above; the others are")

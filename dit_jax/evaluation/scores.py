@@ -1,7 +1,7 @@
 """The metrics of drawn images: feature networks, the reference, and every row of `metrics.table` that these allow.
 
-A network makes one row of float32 of an image: its pooled features, its logits and, if it has them, spatial features. A
-score is named after its network: FID, sFID, KID and IS are measured with Inception; names on other networks say which.
+A network maps an image to a row of float32: pooled features, logits and, if it has them, spatial features. FID, sFID, KID and
+IS are measured with Inception; the name of a metric on another network ends with that network's name.
 """
 
 import math
@@ -26,23 +26,23 @@ from dit_jax.models import digit_features, inception
 from dit_jax.networks.folder import load_network
 from dit_jax.networks.reference import read_reference
 
-ROWS = 16  # images that a device looks at at a time: another number would round otherwise
-REFERENCE = ("gaussian", "spatial_gaussian", "features")  # what there may be of a reference
-BLOCK = 1024  # rows that enter the statistics at a time, whatever the parts were that they came in
+ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
+REFERENCE = ("gaussian", "spatial_gaussian", "features")  # what a reference may have
+BLOCK = 1024  # rows that enter the statistics at a time, so that the sizes of parts do not change the rounding
 
 
 @dataclass(frozen=True)
 class Network:
-    """A feature network on the mesh. `parts`: the name and width of what makes up a row."""
+    """A feature network on the mesh. `parts`: name and width of each part of a row."""
 
     name: str
     sha256: str
     parts: dict
     rows: Callable = field(repr=False)  # uint8 (b, h, w, c) -> float32 (b, width)
-    logits: str  # which, for records
-    shape: tuple | None = None  # (h, w, c) of the images that it takes; None: any
+    logits: str  # which ones, in words, for records
+    shape: tuple | None = None  # (h, w, c) of its input; None: any
     rules: dict = field(default_factory=dict)  # for records
-    images: tuple | None = None  # (h, w, c) of drawn images, which are kept behind their features; None: they are not
+    images: tuple | None = None  # (h, w, c) of drawn images to be kept behind their features; None: not kept
 
     @property
     def width(self) -> int:
@@ -50,33 +50,32 @@ class Network:
 
     @property
     def size(self) -> int:
-        """Bytes that `encode` makes of an image."""
+        """Bytes of an encoded image."""
         return 4 * self.width + math.prod(self.images or (0,))
 
     def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The parts of rows (b, width)."""
+        """Splits rows (b, width) into the parts, by name."""
         ends = np.cumsum(list(self.parts.values()))[:-1]
         parts = np.split(rows, ends, axis=1)
         return {name: np.ascontiguousarray(part) for name, part in zip(self.parts, parts, strict=True)}
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Bytes (b, size) of images uint8 (b, h, w, c): their rows and, if `images`, themselves."""
+        """Encodes images uint8 (b, h, w, c) as bytes (b, size): their rows and, if `images` is set, the images."""
         rows = self.rows(images).view(np.uint8)
         return np.concatenate([rows, images.reshape(len(images), -1)], axis=1) if self.images else rows
 
     def decode(self, coded: np.ndarray) -> dict[str, np.ndarray]:
-        """The parts of what `encode` made, and "images" if they are there."""
+        """Inverse of `encode`: the parts of the rows by name, and "images" if these were kept."""
         rows, images = np.split(coded, [4 * self.width], axis=1)
         parts = self.split(np.ascontiguousarray(rows).view("<f4"))
         return parts | ({"images": images.reshape(-1, *self.images)} if self.images else {})
 
 
 def _on_mesh(apply: Callable, params, mesh) -> Callable[[np.ndarray], np.ndarray]:
-    """`apply(params, images)` -> rows, a fixed number of images at a time on every device."""
+    """Compiles `apply(params, images)` -> rows for a fixed number of images at a time on every device."""
     whole, batch = replicated(mesh), batch_sharding(mesh)
     program = jax.jit(apply, in_shardings=(whole, batch), out_shardings=batch)
-    params = jax.device_put(params, whole)
-    count = ROWS * batch_split(mesh)
+    params, count = jax.device_put(params, whole), ROWS * batch_split(mesh)
 
     def rows(images: np.ndarray) -> np.ndarray:
         filled = np.concatenate([images, np.repeat(images[-1:], -len(images) % count, axis=0)])
@@ -92,8 +91,7 @@ def _digits(mesh) -> Network:
     def apply(params, images):
         return jnp.concatenate(digit_features.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
 
-    parts = {"pool": digit_features.WIDTH, "logits": 10}
-    rows = _on_mesh(apply, weights, mesh)
+    parts, rows = {"pool": digit_features.WIDTH, "logits": 10}, _on_mesh(apply, weights, mesh)
     return Network("digits", meta["sha256"], parts, rows, "of the last layer", shape=(8, 8, 1))
 
 
@@ -111,12 +109,12 @@ def _inception(folder: str, mesh) -> Network:
 
 
 def keeping(network: Network, shape: tuple) -> Network:
-    """The network, which keeps images of this shape (h, w, c) if any metric needs them."""
+    """The network, set to keep images of this shape (h, w, c) if any metric needs them."""
     return replace(network, images=shape if any("images" in m.needs for m in METRICS.values()) else None)
 
 
 def _measurable(network: Network, reference: dict) -> dict[str, Metric]:
-    """Name in records -> metric, of those whose needs are met by the network and the parts of the reference."""
+    """Name in records -> metric, for all metrics whose needs the network and the parts of the reference meet."""
     parts = set(network.parts)
     offered = {"images", network.name, *parts, *reference}
     found = {}
@@ -128,7 +126,7 @@ def _measurable(network: Network, reference: dict) -> dict[str, Metric]:
 
 
 def describe(network: Network) -> dict:
-    """The rules and constants that the metrics depend on, for records; the same for every reference."""
+    """Rules and constants of the metrics, for records; the same for every reference."""
     found = dict(network.rules)
     for metric in _measurable(network, dict.fromkeys(REFERENCE)).values():
         found |= {name: rule.format(logits=network.logits) for name, rule in metric.rules.items()}
@@ -136,7 +134,7 @@ def describe(network: Network) -> dict:
 
 
 def check_config(cfg: Config) -> None:
-    """Raises UsageError for sample metrics that cannot be."""
+    """Raises UsageError for sample metrics that are impossible."""
     if cfg.eval.features == "inception" and not cfg.eval.inception:
         raise UsageError(
             "eval.inception: empty, expected the folder of the Inception network; write it with `python -m dit_jax.convert "
@@ -155,7 +153,7 @@ def check_config(cfg: Config) -> None:
 
 
 def check_number(cfg: Config, network: Network) -> None:
-    """Raises UsageError for too few samples, and for more than are kept."""
+    """Raises UsageError if there are too few samples for a covariance or too many to keep."""
     num, width = cfg.eval.samples, network.parts["pool"]
     try:
         check_room(num, width)
@@ -169,7 +167,7 @@ def check_number(cfg: Config, network: Network) -> None:
 
 
 def warn_of_few(cfg: Config, network: Network, reference: "Reference") -> None:
-    """Says which metrics mislead with so few samples."""
+    """Warns of each metric that misleads with so few samples."""
     num, width = cfg.eval.samples, network.parts["pool"]
     for name, metric in _measurable(network, reference.parts).items():
         least, why = metric.few
@@ -178,15 +176,15 @@ def warn_of_few(cfg: Config, network: Network, reference: "Reference") -> None:
 
 
 def open_network(cfg: Config, mesh) -> Network:
-    """The network that `eval.features` names. Raises UsageError when its folder is not what it should be."""
+    """Opens the network named by `eval.features`. Raises UsageError if its folder is not an Inception network."""
     return _digits(mesh) if cfg.eval.features == "digits" else _inception(cfg.eval.inception, mesh)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: `source` says what, for records; `parts` holds those of REFERENCE that there are.
+    """What samples are compared with. `source`: its description for records; `parts`: those among REFERENCE that it has.
 
-    "gaussian" and "spatial_gaussian" are (mean (d,), covariance (d, d)), "features" the pooled ones (m, d) of its images.
+    "gaussian" and "spatial_gaussian" are (mean (d,), covariance (d, d)); "features" are the pooled ones (m, d) of its images.
     """
 
     source: object
@@ -194,7 +192,7 @@ class Reference:
 
 
 def open_reference(cfg: Config, network: Network) -> Reference:
-    """The npz of `eval.reference`, else the images of `data.split`. Raises UsageError when it is another network's."""
+    """Reads the npz of `eval.reference`, else the images of `data.split`. Raises UsageError if it does not fit the network."""
     if not cfg.eval.reference:
         split = open_source(all_of(cfg.data), cfg.data.split)
         rows = network.rows(as_uint8(load_arrays(cfg.data, cfg.data.split, split)[0]))
@@ -223,7 +221,7 @@ def _rows_of(network: Network, images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _of_rows(rows: Iterable[np.ndarray], network: Network, source: dict, where: str) -> Reference:
-    """Of `source["images"]` images."""
+    """The reference of `source["images"]` images, from their rows. Raises UsageError if they are too few or too many."""
     try:
         check_room(source["images"], network.parts["pool"])
     except ValueError as error:
@@ -245,12 +243,12 @@ def _of_rows(rows: Iterable[np.ndarray], network: Network, source: dict, where: 
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] as the data pipeline makes them of uint8, back to uint8 exactly."""
+    """Inverse of the data pipeline's map from uint8 to [-1, 1], exact."""
     return np.rint((images + 1) * 127.5).astype(np.uint8)
 
 
 def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same rows, BLOCK at a time, the last ones fewer."""
+    """Yields the same rows, BLOCK at a time; the last block may have fewer."""
     waiting: list[np.ndarray] = []
     for part in rows:
         waiting.append(part)
@@ -265,10 +263,10 @@ def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def measure(
     coded: Iterable[np.ndarray], network: Network, reference: Reference, evaluation: EvalConfig
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Every metric that the network and the reference allow, and the sign of each: +1 if more is better, else -1.
+    """Every metric that the network and the reference allow, and the sign of each: +1 if higher is better, else -1.
 
-    `coded` holds what `network.encode` made of `evaluation.samples` images; spreads (`_std`, `_se`) have no sign. Raises
-    UsageError on bad numbers.
+    `coded`: `evaluation.samples` images, encoded by `network.encode`. Spreads (`_std`, `_se`) have no sign. Raises UsageError on
+    bad numbers.
     """
     metrics, total = _measurable(network, reference.parts), evaluation.samples
     states, seen, found = dict.fromkeys(metrics), 0, {}
@@ -288,7 +286,7 @@ def measure(
 
 
 def real_scores(cfg: Config, network: Network) -> dict[str, float]:
-    """The metrics of the real held-out images: what a perfect sampler would score."""
+    """Metrics of the real held-out images, which a perfect sampler would reach."""
     images, _ = load_arrays(all_of(cfg.data), cfg.data.held_out_split)
     network, settings = keeping(network, images.shape[1:]), replace(cfg.eval, samples=len(images), bootstrap=0)
     return measure([network.encode(as_uint8(images))], network, open_reference(cfg, network), settings)[0]

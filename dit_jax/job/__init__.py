@@ -1,1 +1,1 @@
-"""What jobs share: the command line and its exit codes, `--help`, cells for a scheduler or for worker processes."""
+"""Shared by the jobs: the command line and its exit codes, `--help`, cells for a scheduler or for worker processes."""

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk: a job that starts again, or a cell of the same size, compiles nothing."""
+"""Compiled programs kept on disk, so that a restarted job, or a cell of the same size, compiles nothing."""
 
 import os
 
@@ -6,14 +6,14 @@ from absl import flags
 
 
 def define_flag() -> None:
-    """`--compilation_cache`."""
+    """Define `--compilation_cache`."""
     flags.DEFINE_string("compilation_cache", None, "folder in which compiled programs are kept for the next start")
 
 
 def keep_programs() -> None:
-    """Does what `--compilation_cache` asks for."""
-    if getattr(flags.FLAGS, "compilation_cache", None):
-        use_cache(flags.FLAGS.compilation_cache)
+    """Use the folder of `--compilation_cache`, if there is one."""
+    if folder := getattr(flags.FLAGS, "compilation_cache", None):
+        use_cache(folder)
 
 
 def use_cache(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""What a job answers to `--help`: what it does, its flags, and every key of the config with the comment beside it in config.py."""
+"""The `--help` of a job: its docstring, its flags, and every key of the config with the comment beside it in config.py."""
 
 import ast
 import dataclasses
@@ -19,19 +19,19 @@ ASKED = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
 
 def asked(arguments: list[str]) -> bool:
-    """Whether a command line asks for help."""
+    """Return whether a command line asks for help."""
     return any(argument in ASKED for argument in arguments)
 
 
 def own_flags() -> list[str]:
-    """Names of the flags that the job and this package define, and not those of the libraries it imports."""
+    """Names of the flags that the job and this package define, without flags of imported libraries."""
     ours = (sys.argv[0], "__main__")
     modules = {m: f for m, f in flags.FLAGS.flags_by_module_dict().items() if m in ours or m.startswith("dit_jax")}
     return [flag.name for found in modules.values() for flag in found]
 
 
 def text(doc: str, config: str) -> str:
-    """The help of a job with this docstring; `config` as in `command.launch`."""
+    """Return the help of a job with this docstring; `config` as in `dit_jax.job.launch.launch`."""
     parts = [doc.strip(), "flags:\n" + "\n".join(_flag(flags.FLAGS[name]) for name in own_flags())]
     if config in ("file", "optional"):
         parts[-1] += "\n" + _entry("--config=FILE[:ARG]", "a file of configs/, with :ARG where it takes one")
@@ -45,9 +45,7 @@ def text(doc: str, config: str) -> str:
 def _flag(flag) -> str:
     value = "" if flag.boolean else f"={KINDS.get(flag.flag_type(), 'LIST')}"
     said = " ".join((flag.help or "").split())
-    if any(
-        "other than None" in validator.message for validator in flag.validators
-    ):  # so absl says that a flag is required
+    if any("other than None" in validator.message for validator in flag.validators):  # absl's mark of a required flag
         said += " (required)"
     elif flag.default not in (None, "", [], False):
         said += " (default: {})".format(flag.default_as_str.strip("'"))
@@ -69,7 +67,7 @@ def _group(name: str, values) -> str:
 
 @functools.cache
 def comments() -> dict[str, dict[str, str]]:
-    """Class of a config -> field -> the comment beside it in config.py, "" without one."""
+    """Map config class -> field -> the comment beside it in config.py, or ""."""
     source = inspect.getsource(configs)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     beside = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
@@ -81,5 +79,5 @@ def comments() -> dict[str, dict[str, str]]:
 
 
 def _plain(value) -> str:
-    """A value as one would type it."""
+    """Format a value as one would type it."""
     return f"'{value}'" if isinstance(value, tuple) else str(value)

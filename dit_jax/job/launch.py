@@ -1,4 +1,4 @@
-"""The command line that all jobs share: absl flags, one line per error, and the exit codes.
+"""The command line of all jobs: absl flags, one line per error, and the exit codes.
 
 0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on).
 """
@@ -27,16 +27,15 @@ _asked: list[int] = []  # SIGTERM while no job had a handler of its own
 
 
 def launch(main: Callable[[], None], config: str = "") -> None:
-    """Parse the command line, run `main()`, exit with the documented code; or print the help that `--help` asks for.
+    """Parse the command line, run `main()` and exit with its code; or print the help for `--help`.
 
-    A job imports what takes seconds (jax, orbax, ...) in `main` alone, so that help and a wrong flag are answered at once.
-
-    `config` says where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
+    A job imports slow modules (jax, orbax, ...) in `main` only, so that help and wrong flags are answered at once.
+    `config`: where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
     config.json, with `--config.a.b=v` overrides), or "" (none).
     """
     sys.unraisablehook = _unraisable
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats, with a traceback, what a failed save met
-    signal.signal(signal.SIGTERM, _stopped)  # until the job says what to do
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats the error of a failed save, with a traceback
+    signal.signal(signal.SIGTERM, _stopped)  # until the job has a handler of its own
     sys.exit(_guarded(lambda: _run(main, config)))
 
 
@@ -50,7 +49,7 @@ def _run(main: Callable[[], None], config: str) -> None:
 
 
 def _unraisable(found) -> None:
-    """Leaves out what callbacks of TensorStore say, dozens of times, after a save failed: its error is told by `report`."""
+    """Omit the dozens of errors of TensorStore's callbacks after a failed save, whose own error `report` prints."""
     if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(found)
 
@@ -62,7 +61,7 @@ def _stopped(number: int, frame) -> None:
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[list]:
-    """A list that SIGTERM fills, for loops to look at. The old handler comes back at the end."""
+    """Yield a list that SIGTERM fills, for loops to check; the old handler is restored at the end."""
     stop = list(_asked)
     old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     try:
@@ -75,13 +74,13 @@ def _guarded(command: Callable[[], None]) -> int:
     try:
         return exit_code(command)
     except Exception:
-        if _asked:  # a library that `_stopped` interrupted made something else of it
+        if _asked:  # a library turned the Interrupted of `_stopped` into another exception
             return report(Interrupted(IDLE))
         raise
 
 
 def _make_room_for_virtual_devices() -> None:
-    """XLA's CPU threads must outnumber virtual devices: threads that wait for each other's sum would leave none to work."""
+    """Give XLA more CPU threads than virtual devices, because threads waiting in a collective leave none to compute."""
     found = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if found and int(found[1]) > 1:
         os.environ.setdefault("NPROC", str(4 * int(found[1])))
@@ -106,7 +105,7 @@ def _parse(config: str) -> None:
 
 @contextlib.contextmanager
 def _parsing(values: flags.FlagValues) -> Iterator[None]:
-    """What absl, ml_collections, a config file or Python's own parser say against the command line is a UsageError."""
+    """Turn errors of absl, ml_collections, a config file or Python's parser into UsageErrors."""
     try:
         yield
     except UsageError:
@@ -116,12 +115,12 @@ def _parsing(values: flags.FlagValues) -> Iterator[None]:
         raise unknown_flag(error.flagname, known) from None
     except (flags.Error, AttributeError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(_line(error)) from None
-    except (RecursionError, MemoryError):  # at a value of thousands of signs or brackets
+    except (RecursionError, MemoryError):  # a value of thousands of signs or brackets
         raise UsageError("--config: found a value nested too deeply, expected a number, a text or a list") from None
 
 
 def _line(error: BaseException) -> str:
-    """The one line of a parse error; what a config file raised lies under a traceback that ml_collections made a message."""
+    """Return the line of a parse error; ml_collections makes a message of the traceback of a config file's error."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "Error whilst parsing config file" not in lines[0]:
         return lines[0]
@@ -132,7 +131,7 @@ def _line(error: BaseException) -> str:
 
 
 def _early_value(name: str) -> str:
-    """The value of a flag before absl parses: the config flag's definition may depend on it."""
+    """Return a flag's value before absl parses, because the definition of `--config` may depend on it."""
     for i, argument in enumerate(sys.argv[1:], 1):
         if argument in (f"--{name}", f"-{name}"):
             return sys.argv[i + 1] if i + 1 < len(sys.argv) else ""
@@ -157,7 +156,7 @@ def _check_file(value: str, optional: bool = False) -> None:
 
 
 def _check_overrides() -> None:
-    """Name an unknown `--config.a.b` and the known key nearest to it: absl's own message does not."""
+    """Raises UsageError naming an unknown `--config.a.b` and the nearest known key, which absl's message does not."""
     for argument in sys.argv[1:]:
         if not argument.startswith(("--config.", "-config.")):
             continue
@@ -171,7 +170,7 @@ def _check_overrides() -> None:
 
 
 def _check_number(name: str, argument: str, default) -> None:
-    """A number where the default is one; absl's own message names no type."""
+    """Raises UsageError unless a value is a number if its default is one; absl's message names no type."""
     if type(default) not in (int, float) or "=" not in argument:
         return
     value = argument.split("=", 1)[1]
@@ -182,7 +181,7 @@ def _check_number(name: str, argument: str, default) -> None:
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:
-    """The ConfigDict of a config file, `configs/x.py` or `configs/x.py:ARG`, for notebooks and scripts."""
+    """Load the ConfigDict of a config file, `configs/x.py` or `configs/x.py:ARG`, for notebooks and scripts."""
     path, _, argument = value.partition(":")
     if not os.path.isfile(path):
         raise UsageError(f"no config file {path!r}")

@@ -1,7 +1,7 @@
-"""Hands the cells of a sweep or of an evaluation grid to a scheduler: a cell is this job's own command with `--cell`.
+"""Hands the cells of a sweep or of an evaluation grid to a scheduler; a cell is the job's own command with `--cell`.
 
-`local` runs them here; `print` writes one command a cell to standard output, for any scheduler; `slurm` submits an array through
-launch/slurm.sbatch, whose head names the variables it takes (TIME, CPUS and others).
+`local` runs them here; `print` writes a command per cell to standard output, for any scheduler; `slurm` submits an array
+through launch/slurm.sbatch, whose head lists its variables (TIME, CPUS and others).
 """
 
 import os
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -17,21 +18,18 @@ from dit_jax.error import USAGE, JobError, UsageError, nearest
 from dit_jax.log import say
 
 LAUNCHERS = ("local", "slurm", "print")
-SCRIPT = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "launch", "slurm.sbatch"
-)
+SCRIPT = str(Path(__file__).absolute().parents[2] / "launch" / "slurm.sbatch")
 
 
 def define_flags() -> None:
-    """`--launcher` and `--cell`."""
-    flags.DEFINE_enum(
-        "launcher", "local", LAUNCHERS, "who runs the cells: this process, a SLURM array, or who reads them"
-    )
+    """Define `--launcher` and `--cell`."""
+    runs = "who runs the cells: this process, a SLURM array, or who reads them"
+    flags.DEFINE_enum("launcher", "local", LAUNCHERS, runs)
     flags.DEFINE_string("cell", None, "run this cell alone: its name, or its number from 0")
 
 
 def find_cell(names: Sequence[str], asked: str) -> int:
-    """The number of the cell that `--cell` names. Raises UsageError."""
+    """Return the number of the cell that `--cell` names. Raises UsageError if there is none."""
     if asked in names:
         return list(names).index(asked)
     if not asked.isdecimal():
@@ -42,7 +40,7 @@ def find_cell(names: Sequence[str], asked: str) -> int:
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command's arguments without `--launcher` and `--cell`."""
+    """Remove `--launcher` and `--cell` from a command's arguments."""
     kept, skip = [], False
     for argument in arguments:
         name, equals, _ = argument.lstrip("-").partition("=")
@@ -56,7 +54,7 @@ def own_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Numbers in ascending order as SLURM writes them: 0-2,5."""
+    """Format ascending numbers as SLURM does: 0-2,5."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -67,9 +65,9 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def hand_over(launcher: str, job: str, names: Sequence[str], todo: Sequence[int], conclude: bool) -> None:
-    """Give the cells `todo` (numbers into `names`) to the scheduler. `conclude`: the job's own command follows them.
+    """Give the cells `todo` (numbers into `names`) to the scheduler. `conclude`: run the job's own command after them.
 
-    Raises UsageError where launch/slurm.sbatch lacks a variable, JobError where SLURM refuses the cells.
+    Raises UsageError if launch/slurm.sbatch lacks a variable, JobError if SLURM refuses the cells.
     """
     arguments = own_arguments(sys.argv[1:])
     if launcher == "print":
@@ -90,7 +88,7 @@ def hand_over(launcher: str, job: str, names: Sequence[str], todo: Sequence[int]
 
 
 def check_launcher(launcher: str, job: str) -> None:
-    """Raises UsageError where cells could not be handed over, before anything is written: launch/slurm.sbatch, dry, says what it lacks."""
+    """Raises UsageError if cells could not be handed over, by a dry run of launch/slurm.sbatch, before anything is written."""
     if launcher == "slurm":
         _submit("--dry-run", [job], {"ARRAY": "0"})
         if not shutil.which("sbatch"):
@@ -98,7 +96,7 @@ def check_launcher(launcher: str, job: str) -> None:
 
 
 def _submit(job: str, arguments: list[str], changes: dict[str, str]) -> str:
-    """The id of the job that launch/slurm.sbatch submitted."""
+    """Submit through launch/slurm.sbatch; returns the id of the job."""
     if not os.path.isfile(SCRIPT):
         raise UsageError(
             f"--launcher=slurm: no file {SCRIPT!r}, expected a checkout of the repository; or --launcher=print"

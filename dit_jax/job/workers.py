@@ -1,4 +1,4 @@
-"""Worker processes of a sweep on one machine: each kept to its share of the cores, and none taken down by another's death."""
+"""Worker processes of a sweep on one machine: each pinned to its cores, and none lost when another dies."""
 
 import concurrent.futures as futures
 import multiprocessing
@@ -12,7 +12,7 @@ from dit_jax.job.compiled import use_cache
 
 
 def _follow(parent: int) -> None:
-    """Save and stop when the sweep itself is gone, so that the same command finds no cell half in other hands."""
+    """Save and stop once the sweep is gone, so that the same command finds no cell still running."""
     while os.getppid() == parent:
         time.sleep(1.0)
     while True:  # the first SIGTERM makes a training save and stop; the next one ends the idle worker
@@ -21,7 +21,7 @@ def _follow(parent: int) -> None:
 
 
 def _start_worker(cores: list[int], counter, cache: str) -> None:
-    """A worker keeps to its own share of the cores: small models gain nothing from a second one."""
+    """Pin this worker to one core: small models gain nothing from a second one."""
     with counter.get_lock():
         index, counter.value = counter.value, counter.value + 1
     if cores:
@@ -32,7 +32,7 @@ def _start_worker(cores: list[int], counter, cache: str) -> None:
 
 
 def _pool(processes: int, cache: str) -> futures.ProcessPoolExecutor:
-    """Workers, each kept to a core of its own if there are several; virtual devices of one process need more than one."""
+    """Start workers, each on its own core if there are several; virtual devices need more than one core a process."""
     virtual = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     pin = processes > 1 and not virtual and hasattr(os, "sched_getaffinity")
     context = multiprocessing.get_context("spawn")
@@ -41,10 +41,10 @@ def _pool(processes: int, cache: str) -> futures.ProcessPoolExecutor:
 
 
 def run_cells(cells: list, processes: int, cache: str, job: Callable) -> Iterator[tuple[object, object]]:
-    """Yields (cell, record or exception) as cells end, and (None, running cells) about once a second in between.
+    """Yield (cell, record or exception) as cells end, and (None, running cells) about once a second in between.
 
-    A worker that dies (out of memory, say) takes the pool with it: the cells it may have been are run again, one at a
-    time, so that only the one that kills its process is lost.
+    A worker that dies (out of memory, say) breaks the pool. The cells that were running are then run again, one at a time,
+    so that only the one that kills its process is lost.
     """
     waiting, suspects = list(cells), []
     while waiting or suspects:

@@ -1,1 +1,1 @@
-"""Metrics of samples, as streamed statistics of features: arrays in, numbers out; no mesh, no files."""
+"""Metrics of samples from streamed features: arrays in, numbers out; no mesh, no files."""

@@ -1,6 +1,6 @@
-"""Features of a whole set, kept in memory for what cannot be streamed: kernel distance, precision and recall, resampling.
+"""Features of a whole set in memory, for metrics that cannot be streamed: kernel distance, precision and recall, resampling.
 
-50,000 samples of 2048 numbers take 410 MB as float32. What can be streamed is in `frechet` and `inception_score`.
+50,000 samples of 2048 numbers take 410 MB as float32. `frechet` and `inception_score` stream.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ MOST = 2**30  # bytes of kept features: 131,072 samples of 2048 numbers
 
 
 def check_room(samples: int, width: int) -> None:
-    """Raises ValueError where float32 features of so many samples take more than MOST bytes."""
+    """Raises ValueError if float32 features (samples, width) take more than MOST bytes."""
     if samples * width * 4 > MOST:
         raise ValueError(
             f"features: {samples:,} samples of {width} numbers take {samples * width * 4:,} bytes, expected at most "
@@ -19,12 +19,12 @@ def check_room(samples: int, width: int) -> None:
 
 
 def keep(state: tuple | None, batch: dict, total: int) -> tuple:
-    """The `update` of a metric of the whole set: its pooled features, batch after batch, for `np.concatenate`."""
+    """`Metric.update` for metrics of the whole set: collects the pooled features, a tuple of batches."""
     return (*(state or ()), batch["pool"])
 
 
 def checked(features: npt.ArrayLike, least: int = 1) -> np.ndarray:
-    """Features (n, d) as they are. Raises ValueError on other shapes, fewer than `least` and values that are not finite."""
+    """Returns features (n, d). Raises ValueError on other shapes, fewer than `least` samples and values that are not finite."""
     features = np.asarray(features)
     if features.ndim != 2 or not features.shape[1]:
         raise ValueError(f"features: found shape {features.shape}, expected (n, d)")
@@ -37,7 +37,7 @@ def checked(features: npt.ArrayLike, least: int = 1) -> np.ndarray:
 
 
 def checked_pair(a: npt.ArrayLike, b: npt.ArrayLike, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Both as they are. Raises ValueError as `checked`, and on widths that differ."""
+    """Returns both feature arrays. Raises ValueError as `checked`, and on different widths."""
     a, b = checked(a, least), checked(b, least)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"features: found widths {a.shape[1]} and {b.shape[1]}, expected the same")

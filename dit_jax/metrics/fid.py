@@ -1,4 +1,4 @@
-"""FID and sFID: the Fréchet distance of samples to a reference, with its spread and its limit for infinitely many samples."""
+"""FID and sFID: Fréchet distance of samples to a reference, with its interval and its limit for infinitely many samples."""
 
 import numpy as np
 
@@ -6,20 +6,20 @@ from dit_jax.metrics import extrapolate, frechet
 from dit_jax.metrics.features import keep
 from dit_jax.metrics.metric import Metric
 
-POINTS = 8  # numbers of samples at which the distance is taken, evenly in 1 / N, from a quarter of them, but not below
-LEAST = 2.5  # samples for each feature: with fewer the distance is no line in 1 / N
-FEW = 5  # samples for each feature below which there is a warning and no limit: about 10,000 for Inception's
+POINTS = 8  # sample counts for the limit, evenly spaced in 1 / N, from a quarter of the samples, but not below
+LEAST = 2.5  # samples per feature; with fewer the distance is not linear in 1 / N
+FEW = 5  # samples per feature below which there is a warning and no limit: about 10,000 for Inception
 
 
 def _update(state, batch: dict, total: int):
-    """(statistics of the pooled features, the features)."""
+    """State: (statistics of the pooled features, the features)."""
     stats, kept = state or (frechet.empty(batch["pool"].shape[1]), None)
     return frechet.update(stats, batch["pool"]), keep(kept, batch, total)
 
 
 def _finish(state, reference: dict, settings) -> dict[str, float]:
-    """The distance; its 95 % interval at this number of samples (`_low`, `_high`, by bootstrap); its values at smaller
-    numbers of samples (`_n1000`) and their limit for infinitely many (`_inf`), if there are samples enough for those."""
+    """Distance; its 95 % bootstrap interval at this number of samples (`_low`, `_high`); given enough samples, its values at
+    smaller numbers (`_n1000`) and their limit (`_inf`)."""
     features, gaussian = np.concatenate(state[1]), reference["gaussian"]
     count, width = features.shape
     found = {"": frechet.frechet_distance(*frechet.mean_cov(state[0]), *gaussian)}

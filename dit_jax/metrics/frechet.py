@@ -2,7 +2,7 @@
 
 d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))   (Heusel et al. 2017, eq. 6; Dowson & Landau 1982)
 
-The name of a score is that of its feature network: `fd_digits` here; "FID" is only the one on the Inception network.
+A score is named after its feature network, such as `fd_digits`; "FID" is the distance on the Inception network only.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the features seen: count, mean (d,), and scatter (d, d), the sum of squared deviations from that mean."""
+    """Count, mean (d,) and scatter (d, d), the sum of outer products of deviations from the mean."""
 
     count: int
     mean: np.ndarray
@@ -21,12 +21,12 @@ class Statistics:
 
 
 def empty(width: int) -> Statistics:
-    """Statistics of no features of `width` numbers each."""
+    """Statistics of no samples, for features of `width` numbers."""
     return Statistics(0, np.zeros(width), np.zeros((width, width)))
 
 
 def update(stats: Statistics, features: npt.ArrayLike) -> Statistics:
-    """Adds features (b, d), of any array kind (Chan, Golub & LeVeque 1983, eq. 2.1).
+    """Adds features (b, d) of any dtype (Chan, Golub & LeVeque 1983, eq. 2.1).
 
     Raises ValueError on another shape and on values that are not finite.
     """
@@ -35,8 +35,7 @@ def update(stats: Statistics, features: npt.ArrayLike) -> Statistics:
         raise ValueError(f"features: found shape {features.shape}, expected (b, {len(stats.mean)})")
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
-        row = stats.count + int(np.argmin(finite))
-        bad = np.sum(~finite)
+        row, bad = stats.count + int(np.argmin(finite)), np.sum(~finite)
         raise ValueError(f"features: sample {row} is not finite, one of {bad} in a batch of {len(features)}")
     if not len(features):
         return stats
@@ -55,11 +54,10 @@ def mean_cov(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """Squared distance d^2 of eq. 6 from means (d,) and covariances (d, d); at least 0.
+    """Squared distance d^2 (eq. 6) between Gaussians with means (d,) and covariances (d, d); at least 0.
 
-    tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), the square roots being symmetric: no
-    inverse and no complex root, so singular covariances (fewer samples than features) are exact. Raises ValueError on
-    shapes that do not match and on values that are not finite.
+    tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2) with symmetric roots. It needs no inverse or complex root, so
+    singular covariances (fewer samples than features) are exact. Raises ValueError on shapes that do not match and on values not finite.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(a, np.float64) for a in (mean1, cov1, mean2, cov2))
     width = mean1.size
@@ -74,9 +72,10 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
 
 
 class Distance:
-    """The distance to one reference, whose root is worked out once: `Distance(mean, cov)(mean2, cov2)` -> float.
+    """Distance to a fixed reference, whose root is computed once: `Distance(mean, cov)(mean2, cov2)` -> float.
 
-    The same number as `frechet_distance` from one symmetric eigenvalue problem instead of two and a singular value one.
+    Equals `frechet_distance`, by one symmetric eigendecomposition instead of two and a singular value decomposition. Raises ValueError
+    on shapes that do not match and on a reference that is not finite.
     """
 
     def __init__(self, mean: np.ndarray, cov: np.ndarray):
@@ -98,7 +97,7 @@ class Distance:
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root (d, d) of a covariance; eigenvalues within rounding of 0 are 0, lest their roots add up."""
+    """Symmetric square root of a covariance (d, d); eigenvalues within rounding of 0 are set to 0, or their roots would add up."""
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
     values[values < values[-1] * len(values) * np.finfo(np.float64).eps] = 0.0
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T

@@ -1,11 +1,11 @@
-"""Inception Score from logits, as sums that stream over batches in float64, a set of sums for each split.
+"""Inception Score from logits, by float64 sums that stream over batches, one set per split.
 
 IS = exp(E_x KL(p(y|x) || p(y)))   (Salimans et al. 2016, arXiv 1606.03498, section 4)
    = exp(E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y)),   p(y) = E_x p(y|x)
 
-within each split; the score is the mean over splits, its spread their standard deviation (divided by their number, not
-one less, as all published scores). In the second form only p(y|x) and the inner sum need adding up. A logit that
-underflows to p = 0 adds nothing. Which logits is for the caller to say: published scores leave out the last layer's bias.
+within each split. The score is the mean over splits, its spread their standard deviation (divided by their number, as in all
+published scores). The second form streams: it only sums p(y|x) and the inner sum. A logit that underflows to p = 0 adds nothing.
+The caller chooses the logits; published scores leave out the last layer's bias.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ SPLITS = 10
 
 @dataclass(frozen=True)
 class Sums:
-    """Over the samples of a split: their count, sum of p(y|x) (classes,), and sum of sum_y p(y|x) log p(y|x)."""
+    """Sums over the samples of a split: count, p(y|x) (classes,), and sum_y p(y|x) log p(y|x)."""
 
     count: int
     probabilities: np.ndarray
@@ -29,7 +29,7 @@ class Sums:
 
 
 def empty(classes: int) -> Sums:
-    """Sums over no samples."""
+    """Sums of no samples."""
     return Sums(0, np.zeros(classes), 0.0)
 
 
@@ -49,10 +49,9 @@ def update(sums: Sums, logits: npt.ArrayLike) -> Sums:
 
 
 def assign(total: int, splits: int = SPLITS) -> np.ndarray:
-    """The split (total,) of each sample, [s N/S, (s+1) N/S) in their order. Raises ValueError on fewer samples than splits.
+    """Split of each sample (total,): split s has samples [s N/S, (s+1) N/S). Raises ValueError on fewer samples than splits.
 
-    Papers and ADM's evaluator do the same; torch-fidelity shuffles the samples first. It matters only if samples come
-    ordered, by class for instance.
+    As in papers and ADM's evaluator. torch-fidelity shuffles first, which matters only for ordered samples (by class, say).
     """
     if not 1 <= splits <= total:
         raise ValueError(f"Inception Score: found {splits} splits of {total} samples, expected 1 to {total}")
@@ -61,10 +60,7 @@ def assign(total: int, splits: int = SPLITS) -> np.ndarray:
 
 
 def score(splits: Sequence[Sums]) -> tuple[float, float]:
-    """(mean, standard deviation) of the splits' scores, each within 1 and the number of classes.
-
-    Raises ValueError on a split without samples.
-    """
+    """Mean and standard deviation of the splits' scores (1 to the number of classes). Raises ValueError on an empty split."""
     if not splits or not all(s.count for s in splits):
         raise ValueError(f"Inception Score: found splits of {[s.count for s in splits]} samples, expected at least 1")
     scores = [_score(s) for s in splits]
@@ -78,7 +74,7 @@ def _score(sums: Sums) -> float:
 
 
 def _update(state, batch: dict, total: int) -> tuple[Sums, ...]:
-    """The sums of each split, or of as many splits as samples where these are fewer."""
+    """State: the sums of each split. There are at most as many splits as samples."""
     logits, splits = batch["logits"], min(SPLITS, total)
     state = state or (empty(logits.shape[1]),) * splits
     start = sum(sums.count for sums in state)

@@ -1,10 +1,10 @@
-"""Kernel distance of features: the squared maximum mean discrepancy with a cubic kernel, over random subsets.
+"""Kernel distance of features: squared maximum mean discrepancy with a cubic kernel, over random subsets.
 
 k(x, y) = (x . y / d + 1)^3   (Bińkowski et al. 2018, arXiv 1801.01401, section 4)
 MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-is unbiased (Gretton et al. 2012, eq. 3), unlike the Fréchet distance, and so may be slightly negative. "KID" is its name on
-the Inception network's pooled features.
+is unbiased (Gretton et al. 2012, eq. 3), unlike the Fréchet distance, and may be slightly negative. On the Inception network's pooled
+features it is called KID.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,14 @@ SUBSETS, SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
 
 @dataclass(frozen=True)
 class Estimate:
-    """Over random subsets: their mean, and standard deviation (of one subset, not of the mean)."""
+    """Mean over random subsets, and the standard deviation of one subset (not of the mean)."""
 
     mean: float
     std: float
-    subsets: int
-    size: int
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """k (n, m) of float64 features (n, d) and (m, d)."""
+    """Kernel matrix (n, m) of float64 features (n, d) and (m, d)."""
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
@@ -49,10 +47,10 @@ def _mean_of_others(k: np.ndarray) -> float:
 def distance(
     features: npt.ArrayLike, reference: npt.ArrayLike, subsets: int = SUBSETS, size: int = SIZE, seed: int = SEED
 ) -> Estimate:
-    """MMD^2 of `subsets` pairs of subsets, each of `size` samples drawn without replacement.
+    """MMD^2 of features (n, d) and (m, d) over `subsets` pairs of subsets of `size` samples, drawn without replacement.
 
-    The defaults, the generator and the order of its draws are torch-fidelity's, so that both see the same subsets; it works
-    them out in float32 and here it is float64. Raises ValueError as `mmd2`, and where there are fewer samples than `size`.
+    Defaults, generator and order of draws are torch-fidelity's, so the subsets are the same; it computes in float32, this in float64.
+    Raises ValueError as `mmd2`, and if there are fewer samples than `size`.
     """
     x, y = checked_pair(features, reference, size)
     if subsets < 1 or size < 2:
@@ -61,19 +59,16 @@ def distance(
     for _ in range(subsets):
         drawn = (a[rng.choice(len(a), size, replace=False)] for a in (x, y))
         values.append(mmd2(*drawn))
-    return Estimate(float(np.mean(values)), float(np.std(values)), subsets, size)
+    return Estimate(float(np.mean(values)), float(np.std(values)))
 
 
 def _finish(state, reference: dict, settings) -> dict[str, float]:
-    """By subsets of SIZE samples, or of all where they are fewer."""
+    """Distance over subsets of SIZE samples, or of all if there are fewer."""
     features, real = np.concatenate(state), reference["features"]
     least = min(len(features), len(real))
-    size = min(SIZE, least)
-    estimate = distance(features, real, size=size)
-    found = {"": estimate.mean}
-    if size < least:  # else the subsets are all of a set, and spread too little
-        found["_std"] = estimate.std
-    return found
+    estimate = distance(features, real, size=min(SIZE, least))
+    # A subset that is a whole set makes the spread too small.
+    return {"": estimate.mean} | ({"_std": estimate.std} if least > SIZE else {})
 
 
 KID = Metric(

@@ -1,9 +1,9 @@
-"""Precision and recall of generated features: how many lie within the manifold of the real ones, and the reverse.
+"""Precision and recall of generated features: the fraction within the manifold of the real ones, and the reverse.
 
-A set's manifold is the union of balls about its samples, each reaching to the sample's k-th nearest other one.
-Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2; they use VGG-16, published ImageNet scores Inception's pooled
-features and k = 3 (Dhariwal & Nichol 2021, arXiv 2105.05233). Distances are float64 and worked out block by block:
-n x m x d products, in all 3e13 operations for two sets of 50,000 x 2048, and about BLOCK^2 numbers of memory.
+A set's manifold is the union of balls around its samples; each radius is the distance to the sample's k-th nearest neighbour
+(Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2). They use VGG-16; published ImageNet scores use Inception's pooled features and
+k = 3 (Dhariwal & Nichol 2021, arXiv 2105.05233). Distances are float64, computed in blocks of about BLOCK^2 numbers; two sets of
+50,000 x 2048 take 3e13 operations.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,15 +19,15 @@ BLOCK = 2000  # samples a side
 
 
 def precision(generated: npt.ArrayLike, real: npt.ArrayLike, k: int = NEAREST, block: int = BLOCK) -> float:
-    """The fraction of the generated features (n, d) within the manifold of the real ones (m, d).
+    """Fraction of the generated features (n, d) within the manifold of the real ones (m, d).
 
-    Raises ValueError on other shapes, widths that differ, values that are not finite and sets of k samples or fewer.
+    Raises ValueError on other shapes, different widths, values that are not finite and sets of k samples or fewer.
     """
     return _fraction(generated, real, k, block, False)
 
 
 def recall(generated: npt.ArrayLike, real: npt.ArrayLike, k: int = NEAREST, block: int = BLOCK) -> float:
-    """The fraction of the real features (m, d) within the manifold of the generated ones (n, d); raises as `precision`."""
+    """Fraction of the real features (m, d) within the manifold of the generated ones (n, d); raises as `precision`."""
     return _fraction(generated, real, k, block, True)
 
 
@@ -35,7 +35,7 @@ def _fraction(generated: npt.ArrayLike, real: npt.ArrayLike, k: int, block: int,
     if k < 1 or block < 1:
         raise ValueError(f"precision and recall: found k = {k}, block = {block}, expected at least 1")
     generated, real = checked_pair(generated, real, k + 1)
-    center = real.mean(axis=0, dtype=np.float64)  # distances stay, |x|^2 shrinks: fewer digits cancel
+    center = real.mean(axis=0, dtype=np.float64)  # leaves distances and shrinks |x|^2, so fewer digits cancel
     x, y = (real, generated) if reverse else (generated, real)
     return _inside(x, y, _radii(y, k, block, center), block, center)
 
@@ -51,7 +51,7 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _radii(x: np.ndarray, k: int, block: int, center: np.ndarray) -> np.ndarray:
-    """Squared distance (n,) of each sample to its k-th nearest other one."""
+    """Squared distance of each sample to its k-th nearest neighbour, (n,)."""
     radii = np.empty(len(x))
     for rows, a in _blocks(x, block, center):
         nearest = np.full((len(a), k), np.inf)
@@ -65,7 +65,7 @@ def _radii(x: np.ndarray, k: int, block: int, center: np.ndarray) -> np.ndarray:
 
 
 def _inside(x: np.ndarray, y: np.ndarray, radii: np.ndarray, block: int, center: np.ndarray) -> float:
-    """The fraction of x within the ball of any y."""
+    """Fraction of x within the ball of any y."""
     inside = np.zeros(len(x), bool)
     for rows, a in _blocks(x, block, center):
         for columns, b in _blocks(y, block, center):

@@ -1,7 +1,7 @@
-"""What a DiT is conditioned on: timesteps, fixed 2-D positions and `cond` (Peebles & Xie 2023, section 3.2).
+"""Conditioning of a DiT: timesteps, fixed 2-D positions and `cond` (Peebles & Xie 2023, section 3.2).
 
-`cond` is a dict of arrays with a leading axis b, one array for each field in FIELDS that the model has: class labels now, {} for a
-model without classes. Only this file and the data that fill it know the fields; everything between passes `cond` on as a pytree.
+`cond` is a dict of arrays with a leading axis b, one for each field in FIELDS that the model has: class labels, or {} for a model
+without classes. Only this file and the data pipeline depend on the fields; all other code treats `cond` as an opaque pytree.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ small_normal = nn.initializers.normal(0.02)
 
 
 def timestep_features(t: jax.Array, size: int) -> jax.Array:
-    """Sinusoids of timesteps in the published models' units, 0 to 1000: t (b,) -> (b, size), cosines then sines, float32."""
+    """Sinusoidal embedding of timesteps t (b,), 0 to 1000 as in the published models -> (b, size) float32, cosines then sines."""
     half = size // 2
     frequencies = jnp.exp(-np.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None]
@@ -29,7 +29,7 @@ def timestep_features(t: jax.Array, size: int) -> jax.Array:
 
 
 def positions(side: int, width: int) -> np.ndarray:
-    """Fixed sin-cos table of a side x side grid: (n, d) float32. The first half of d encodes the column, the second the row."""
+    """Fixed sin-cos position table (n, d), float32, of a side x side grid. The first half of d encodes the column, the second the row."""
     quarter = width // 4
     frequencies = MAX_PERIOD ** -(np.arange(quarter, dtype=np.float64) / quarter)
 
@@ -42,7 +42,7 @@ def positions(side: int, width: int) -> np.ndarray:
 
 
 class TimeEmbedding(nn.Module):
-    """t (b,) -> (b, d): a 256-d sinusoid, then Linear, SiLU, Linear."""
+    """Embedding of t (b,) -> (b, d): sinusoids, then Linear, SiLU, Linear."""
 
     width: int
     frequencies: int
@@ -56,7 +56,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """Labels (b,) -> (b, d), from a table of K + 1 rows; the last row stands for "no class"."""
+    """Embedding of labels (b,) -> (b, d), a table of K + 1 rows; the last row is the null class."""
 
     classes: int
     width: int
@@ -69,12 +69,12 @@ class LabelEmbedding(nn.Module):
 
 
 class Field(NamedTuple):
-    """A field of `cond`: one row of FIELDS, and one of `flops.FIELDS` under the same name, which says which models have it.
+    """A field of `cond`: a row of FIELDS. The row of the same name in `flops.FIELDS` decides which models have the field.
 
     embed(cfg, name)   module that maps values (b, ...) to vectors (b, d); its parameters are named `name`
     example(cfg)       shape of one value, and dtype
-    null(cfg, values)  the values of "no condition", like `values`
-    draw(cfg, rule, keys, indices, wanted)   values (b, ...) for samples: `wanted` in turn if given, else by `rule` of SampleConfig.labels
+    null(cfg, values)  null values, in the shape of `values`
+    draw(cfg, rule, keys, indices, wanted)   values (b, ...) for samples: `wanted` in turn if given, else by the rule `sample.labels`
     """
 
     embed: Callable
@@ -83,11 +83,11 @@ class Field(NamedTuple):
     draw: Callable
 
 
-LABEL_DRAW = 2**31 - 1  # the draw that gives image i its label; the sampler's draws count from 0
+LABEL_DRAW = 2**31 - 1  # folded into image i's key for its label; samplers fold in 0, 1, ... for noise
 
 
 def draw_labels(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array, wanted: tuple = ()) -> jax.Array:
-    """Labels int32 (b,): `wanted` in turn if given; else class i modulo K (balanced), or uniformly random by image i's key."""
+    """Labels int32 (b,): `wanted` in turn if given, else class i modulo K (balanced) or uniformly random by image i's key."""
     if wanted:
         return jnp.asarray(wanted, jnp.int32)[indices % len(wanted)]
     if rule == "balanced":
@@ -111,7 +111,7 @@ def fields(cfg: ModelConfig) -> dict[str, Field]:
 
 
 def as_cond(cond) -> Mapping:
-    """`cond` itself; bare labels (b,) as {"label": labels}."""
+    """Returns a mapping unchanged, and bare labels (b,) as {"label": labels}."""
     return cond if isinstance(cond, Mapping) else {"label": cond}
 
 
@@ -122,39 +122,37 @@ def example(cfg: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def null(cfg: ModelConfig, cond: Mapping) -> dict:
-    """The `cond` of "no condition", of the same shapes."""
+    """Null condition in the shapes of `cond`."""
     return {name: field.null(cfg, cond[name]) for name, field in fields(cfg).items()}
 
 
 def drop(cfg: ModelConfig, key: jax.Array, cond: Mapping, rate: float) -> dict:
-    """`cond` with all fields of an image set to "no condition" with probability `rate`, image by image."""
+    """Replaces all fields of each image by the null condition with probability `rate`, independently over images."""
     if not cond:
         return {}
     dropped = jax.random.bernoulli(key, rate, jax.tree.leaves(cond)[0].shape[:1])
-    empty = null(cfg, cond)
 
-    def choose(nothing, values):
-        return jnp.where(dropped.reshape(-1, *[1] * (values.ndim - 1)), nothing, values)
+    def choose(empty, values):
+        return jnp.where(dropped.reshape(-1, *[1] * (values.ndim - 1)), empty, values)
 
-    return {name: choose(empty[name], cond[name]) for name in empty}
+    return {name: choose(empty, cond[name]) for name, empty in null(cfg, cond).items()}
 
 
 def draw(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array, wanted: Mapping) -> dict:
-    """The `cond` of samples `indices` (b,), image i's from `keys[i]` and i alone. `wanted`: values of a field, taken in turn."""
-    return {
-        name: field.draw(cfg, rule, keys, indices, tuple(wanted.get(name, ()))) for name, field in fields(cfg).items()
-    }
+    """Draws `cond` for samples `indices` (b,); image i depends on `keys[i]` and i only. `wanted`: field -> values taken in turn."""
+    found = fields(cfg).items()
+    return {name: field.draw(cfg, rule, keys, indices, tuple(wanted.get(name, ()))) for name, field in found}
 
 
 def labels(cond: Mapping, rows: int) -> jax.Array:
-    """Class labels int32 (rows,) of a `cond`, as files of images store them; zeros where there are none."""
+    """Class labels int32 (rows,) in `cond`, as stored beside images; zeros if the model has no labels."""
     return cond.get("label", jnp.zeros(rows, jnp.int32))
 
 
 def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> tuple[jax.Array | None, jax.Array | None]:
-    """(vector (b, d), None) with adaLN, else (None, tokens (b, m, d)): the embeddings of t (b,) and of each field, summed or in turn.
+    """Embeddings of t (b,) and of each field: summed as (vector (b, d), None) with adaLN, else stacked as (None, tokens (b, m, d)).
 
-    To be called inside a module: its parameters are `time_embedding` and `NAME_embedding`. Raises UsageError for a missing field.
+    Call it inside a flax module, which gets the parameters `time_embedding` and `NAME_embedding`. Raises UsageError if a field is missing.
     """
     wanted = fields(cfg)
     if missing := [name for name in wanted if name not in cond]:

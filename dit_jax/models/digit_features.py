@@ -1,7 +1,6 @@
-"""The feature network of `fd_digits`: a small convolutional classifier of 8 x 8 digits, trained by benchmarks/train_digit_features.py.
+"""Feature network of `fd_digits`: a small convolutional classifier of 8 x 8 digits, trained by benchmarks/train_digit_features.py.
 
-Its weights ship with the package, with the accuracy they reach on the held-out split and their checksum, so that a
-score names exactly the network that it was measured with.
+The package ships its weights with their held-out accuracy and their checksum, which identifies the network in a score's protocol.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ WIDTH = 64  # numbers in a feature
 
 
 class Network(nn.Module):
-    """The classifier; `apply` gives its last hidden layer and its logits."""
+    """Classifier that returns its last hidden layer and its logits."""
 
     @nn.compact
     def __call__(self, images):
@@ -33,14 +32,14 @@ class Network(nn.Module):
 
 
 def apply(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """images float32 (b, 8, 8, 1) in [-1, 1] -> features (b, 64), the last hidden layer, and class logits (b, 10)."""
+    """Features (b, 64), the last hidden layer, and class logits (b, 10) of images (b, 8, 8, 1), float32 in [-1, 1]."""
     return Network().apply({"params": params}, images)
 
 
 def load(folder: Path = Path(__file__).parent) -> tuple[dict, dict]:
-    """The shipped (params, meta); meta holds `sha256` of the weights, `accuracy`, `held_out`, `command`, `versions`.
+    """Loads the shipped (params, meta); meta holds `sha256` of the weights, `accuracy`, `held_out`, `command`, `versions`.
 
-    Raises UsageError where a file is missing or unreadable, or the weights are not those that meta describes.
+    Raises UsageError if a file is missing or unreadable, or if the weights' checksum is not the one in meta.
     """
     weights, notes = Path(folder) / f"{NAME}.safetensors", Path(folder) / f"{NAME}.json"
     try:

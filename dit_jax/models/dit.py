@@ -1,4 +1,4 @@
-"""The Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
+"""Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ def _attention(cls, cfg: ModelConfig, name: str):
 
 
 class AdaptiveBlock(nn.Module):
-    """One block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only the latter has gates, which start at zero."""
+    """Block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only `adaln_zero` has gates, which start at zero."""
 
     cfg: ModelConfig
     place: Callable = as_it_is
@@ -53,9 +53,9 @@ class AdaptiveBlock(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """One block of `in_context` or `cross_attention`, a standard pre-norm one: x (b, n, d), c (b, 2, d) -> x.
+    """Standard pre-norm block of `in_context` or `cross_attention`: x (b, n, d), c (b, 2, d) -> x.
 
-    In context c is already among the tokens x, and not looked at here.
+    With `in_context`, c is already among the tokens x and unused here.
     """
 
     cfg: ModelConfig
@@ -71,7 +71,7 @@ class PlainBlock(nn.Module):
 
 
 class Output(nn.Module):
-    """x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (or, with c as tokens, a plain norm), then a Linear; both start at zero."""
+    """Output layer, x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (a plain norm if c is tokens), then a Linear; both start at zero."""
 
     cfg: ModelConfig
     place: Callable = as_it_is
@@ -88,7 +88,7 @@ class Output(nn.Module):
 
 
 def _scanned_block(cfg: ModelConfig, place: Callable):
-    """`depth` blocks as one scan: their parameters carry a leading layer axis l, and XLA compiles one body."""
+    """Scan over `depth` blocks: parameters have a leading layer axis l, and XLA compiles one body."""
     block = AdaptiveBlock if cfg.adaptive else PlainBlock
     if place is not as_it_is:
         block = nn.map_variables(block, "params", trans_in_fn=functools.partial(place, "weights"))
@@ -106,7 +106,7 @@ def _scanned_block(cfg: ModelConfig, place: Callable):
 
 
 class DiT(nn.Module):
-    """x (b, h, w, c), t (b,), cond -> (b, h, w, c_out): patches, blocks, output."""
+    """Patch embedding, blocks and output layer: x (b, h, w, c), t (b,), cond -> (b, h, w, c_out)."""
 
     cfg: ModelConfig
     place: Callable = as_it_is
@@ -128,7 +128,7 @@ class DiT(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(cfg: ModelConfig, key: jax.Array) -> dict:
-    """Parameters as a plain nested dict of float32 arrays; the blocks' carry a leading layer axis."""
+    """Initial parameters, a plain nested dict of float32 arrays; those of the blocks have a leading layer axis."""
     x = jnp.zeros((1, cfg.input_size, cfg.input_size, cfg.channels))
     cond = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), conditioning.example(cfg, 1))
     return DiT(cfg).init(key, x, jnp.zeros((1,)), cond)["params"]
@@ -137,18 +137,18 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict:
 def apply(
     cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, cond: Mapping | jax.Array, place: Callable = as_it_is
 ) -> jax.Array:
-    """x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32.
+    """Runs the model: x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32.
 
-    `cond`: see `conditioning`; bare labels (b,) in 0 to K (K = no class) stand for {"label": labels}. With `cfg.learn_sigma` the
-    last half of c_out is the learned-range variance. In a program for several devices, `place(name, arrays)` lays out what is
-    named: "weights", a tree of a layer's weights; "condition", vectors (b, d) that meet weights which stay split.
+    `cond`: see `conditioning`; bare labels (b,) in 0 to K (K = null) stand for {"label": labels}. With `cfg.learn_sigma` the last half
+    of c_out is the learned-range variance. On several devices, `place(name, arrays)` lays out arrays by name: "weights", a tree of one
+    layer's weights; "condition", vectors (b, d) that are multiplied by weights which stay split. Raises UsageError if a field is missing.
     """
     ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}
     return DiT(cfg, place).apply({"params": params}, x, t, conditioning.as_cond(cond))
 
 
-# Modules of a block in the order in which they run.
+# Modules of a block in the order of execution.
 ORDER = (
     "modulation", "norm1", "attention/qkv", "attention/q_norm", "attention/k_norm", "attention/proj",
     "cross_norm", "cross_attention/q", "cross_attention/kv", "cross_attention/q_norm", "cross_attention/k_norm",
@@ -159,7 +159,7 @@ ORDER = (
 def activations(
     cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, cond: Mapping
 ) -> list[tuple[str, jax.Array]]:
-    """What the modules put out, in the order in which they run: ("patch_embedding", array), ("blocks[0]/mlp/fc1", array), ..."""
+    """Outputs of the modules in the order of execution: ("patch_embedding", array), ("blocks[0]/mlp/fc1", array), ..."""
     _, found = DiT(cfg).apply({"params": params}, x, t, cond, capture_intermediates=True, mutable=["intermediates"])
     outputs = {}
     for path, value in jax.tree_util.tree_flatten_with_path(found["intermediates"])[0]:

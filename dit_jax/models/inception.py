@@ -1,12 +1,11 @@
-"""The feature network of FID: Inception-v3 as the TensorFlow graph of 2015-12-05 has it, for inference, in Flax.
+"""Feature network of FID: Inception-v3 as in the TensorFlow graph of 2015-12-05, for inference.
 
-Szegedy et al. 2015, arXiv 1512.00567, with what that graph does otherwise: average pooling leaves the padding out of its
-counts, the last block pools by maximum, images are resized as TensorFlow 1 did, and there are 1008 classes. Blocks
-are named as in the published PyTorch conversions of it; `foreign.inception` reads those.
+Szegedy et al. 2015, arXiv 1512.00567, with the deviations of that graph: average pooling excludes padding from its counts, the last
+block max-pools, images are resized as in TensorFlow 1, and there are 1008 classes. Blocks have the names of the published PyTorch
+conversions, which `dit_jax.networks.inception` reads.
 
-Nothing is approximated for speed, but sums are taken in another order: batch normalisation is folded into the kernels,
-all 1 x 1 convolutions of the same tensor are one matrix product, and as average pooling and a 1 x 1 convolution commute,
-the narrower side is pooled.
+Only the order of summation differs: batch normalisation is folded into the kernels, all 1 x 1 convolutions of one tensor are one
+matrix product, and average pooling, which commutes with a 1 x 1 convolution, acts on the narrower side.
 """
 
 from typing import NamedTuple
@@ -21,16 +20,15 @@ WIDTH = 2048  # numbers in a pooled feature
 SPATIAL = 17 * 17 * 7  # numbers in a spatial feature
 CLASSES = 1008
 EPSILON = 1e-3  # of batch normalisation
-FULL = jax.lax.Precision.HIGHEST  # no tensor cores' or MXU's shorter products: scores are compared across machines
+FULL = jax.lax.Precision.HIGHEST  # no reduced-precision products: scores are compared across machines
 
 
 class Features(NamedTuple):
-    """Of b images, float32.
+    """Network outputs for b images, float32.
 
-    pool (b, 2048): `pool_3:0` of the graph, the features of FID, KID, precision and recall. spatial (b, 2023): the first
-    7 channels of `mixed_6/conv:0`, which is the rectified 1 x 1 branch of Mixed_6d, row by row, for sFID (Nash et al.
-    2021, arXiv 2103.03841, as the evaluator of ADM computes it). logits (b, 1008), and logits without the bias of the
-    last layer, of which torch-fidelity and ADM compute the Inception Score.
+    pool (b, 2048): `pool_3:0` of the graph, for FID, KID, precision and recall. spatial (b, 2023): the first 7 channels of
+    `mixed_6/conv:0`, the rectified 1 x 1 branch of Mixed_6d, row by row, for sFID (Nash et al. 2021, arXiv 2103.03841, as in ADM's
+    evaluator). logits (b, 1008), also without the last layer's bias, as torch-fidelity and ADM use them for the Inception Score.
     """
 
     pool: jax.Array
@@ -40,7 +38,7 @@ class Features(NamedTuple):
 
 
 class _Weights(nn.Module):
-    """A convolution and its batch normalisation, folded into kernel (h, w, in, out) and bias (out,)."""
+    """Convolution with its batch normalisation folded in: kernel (h, w, in, out) and bias (out,)."""
 
     width: int
     window: tuple[int, int] = (1, 1)
@@ -60,7 +58,7 @@ def _rectify(x, bias):
 
 
 def _conv(name: str, x, width: int, window: tuple[int, int], stride: int = 1, padding: str = "SAME"):
-    """Convolution, batch normalisation, rectifier; the weights are those of the module that calls, under this name."""
+    """Convolution, batch normalisation, rectifier, with the weights `name` of the calling module."""
     kernel, bias = _Weights(width, window, name=name)(x.shape[-1])
     crop = stride == 1 and padding == "VALID"  # on a CPU, XLA is 2 to 3 times as fast with padding as without
     layout, padding = ("NHWC", "HWIO", "NHWC"), "SAME" if crop else padding
@@ -69,7 +67,7 @@ def _conv(name: str, x, width: int, window: tuple[int, int], stride: int = 1, pa
 
 
 def _points(x, **widths: int) -> list:
-    """The 1 x 1 convolutions of x, by name and width, as one product: (what comes before the bias, bias) of each."""
+    """All 1 x 1 convolutions of x, by name and width, as one product: (output before the bias, bias) for each."""
     kernels, biases = zip(*(_Weights(width, name=name)(x.shape[-1]) for name, width in widths.items()), strict=True)
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), jnp.concatenate(kernels, -1)[0, 0], precision=FULL)
     parts = jnp.split(y.reshape(*x.shape[:3], -1), np.cumsum(list(widths.values()))[:-1], axis=-1)
@@ -77,7 +75,7 @@ def _points(x, **widths: int) -> list:
 
 
 def _pool(x, combine, stride: int):
-    """`combine` over windows of 3 x 3, an axis at a time: on a CPU slices are faster than `reduce_window`."""
+    """Pools windows of 3 x 3 by `combine`, one axis at a time; on a CPU slices are faster than `reduce_window`."""
     for axis in (1, 2):
         end = x.shape[axis] - 2
         parts = [jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(3)]
@@ -86,7 +84,7 @@ def _pool(x, combine, stride: int):
 
 
 def _average(x):
-    """Mean of the up to 9 pixels around each one: at the border those outside do not count."""
+    """Average over 3 x 3 windows with padding excluded from the counts."""
     h, w = (np.minimum(np.minimum(np.arange(n), n - 1 - np.arange(n)) + 2, 3) for n in x.shape[1:3])
     counts = np.outer(h, w).astype(np.float32).reshape(1, len(h), len(w), 1)
     return _pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), jnp.add, 1) / counts
@@ -123,7 +121,7 @@ class _Reduce35(nn.Module):
 
 
 class _Block17(nn.Module):
-    """Mixed_6b to 6e: (b, 17, 17, 768) -> the same; `width` channels inside the branches of 7 x 1 and 1 x 7."""
+    """Mixed_6b to 6e: (b, 17, 17, 768) -> the same; `width` channels inside the 7 x 1 and 1 x 7 branches."""
 
     width: int
 
@@ -154,7 +152,7 @@ class _Reduce17(nn.Module):
 
 
 class _Block8(nn.Module):
-    """Mixed_7b and 7c: (b, 8, 8, c) -> (b, 8, 8, 2048); the last of all pools by maximum."""
+    """Mixed_7b and 7c: (b, 8, 8, c) -> (b, 8, 8, 2048); the last one max-pools."""
 
     last: bool
 
@@ -163,7 +161,7 @@ class _Block8(nn.Module):
         widths = dict(branch1x1=320, branch3x3_1=384, branch3x3dbl_1=448)
         if self.last:
             one, three, double = _points(x, **widths)
-            around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # with zeros: x is rectified, nothing is less
+            around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros do: x is rectified
             ((pool, bias),) = _points(_pool(around, jnp.maximum, 1), branch_pool=192)
         else:
             one, three, double, (pool, bias) = _points(x, **widths, branch_pool=192)
@@ -217,7 +215,7 @@ class _Classifier(nn.Module):
 
 
 def _lerp(x, axis: int, size: int):
-    """One axis resized to `size` pixels: pixel i of the result lies at i * (old / new) of the old ones, the last repeated."""
+    """Resizes one axis linearly to `size` pixels; pixel i reads position i * old / new, the last pixel repeated."""
     old = x.shape[axis]
     place = np.arange(size, dtype=np.float32) * np.float32(old / size)
     low = np.minimum(place.astype(np.int32), old - 1)
@@ -228,9 +226,9 @@ def _lerp(x, axis: int, size: int):
 
 
 def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
-    """float32 (b, h, w, c) -> (b, size, size, c): TensorFlow 1's `resize_bilinear` with `align_corners=False`.
+    """Resizes float32 (b, h, w, c) -> (b, size, size, c) as TensorFlow 1's `resize_bilinear(align_corners=False)`.
 
-    Its pixels have no centres (pixel i of the result is read at i * old / new), and nothing is averaged when shrinking.
+    It uses no half-pixel centres (pixel i reads position i * old / new) and no antialiasing.
     """
     if images.shape[1:3] == (size, size):
         return images
@@ -238,13 +236,18 @@ def resize(images: jax.Array, size: int = SIZE) -> jax.Array:
 
 
 def shapes() -> dict:
-    """The parameters' tree, of shapes: the published names, each convolution with kernel (h, w, in, out), scale, bias, mean
-    and var of its batch normalisation; `fc` with kernel (2048, 1008) and bias."""
+    """Shapes of the parameters, under the published names.
+
+    A convolution has kernel (h, w, in, out) and its batch normalisation's scale, bias, mean and var; `fc` has kernel (2048, 1008) and bias.
+    """
     return jax.eval_shape(_Network().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
 
 
 def apply(params: dict, images: jax.Array) -> Features:
-    """images (b, h, w, 3), RGB, uint8 or floats in 0..255, of any size -> Features. To be compiled by the caller."""
+    """Features of images (b, h, w, 3): RGB, uint8 or floats in 0..255, any size. The caller compiles it.
+
+    Raises ValueError on another shape.
+    """
     if images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images: found shape {images.shape}, expected (b, h, w, 3)")
     x = resize(images.astype(jnp.float32))

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT = "kept"  # the name of what `remat = dots` keeps for the backward pass
+KEPT = "kept"  # checkpoint name of the residuals that `remat = dots` saves
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Marks what `remat = dots` keeps for the backward pass: what a matrix product puts out, or an expensive elementwise one."""
+    """Marks a residual that `remat = dots` saves: the output of a matrix product or of an expensive elementwise operation."""
     return checkpoint_name(x, KEPT)
 
 
@@ -18,8 +18,8 @@ def keep(x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """tanh-GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 
-    Its slope is computed and kept in the forward pass. The backward pass then multiplies by it, where TPUs would else evaluate
-    the tanh again inside the matrix products before and after, which wait for it.
+    The forward pass computes and saves the slope. Otherwise TPUs recompute the tanh inside the backward pass's matrix products,
+    which then wait for it.
     """
     return _gelu_forward(x)[0]
 
@@ -36,11 +36,11 @@ gelu.defvjp(_gelu_forward, lambda slope, gradient: (gradient * slope,))
 
 @jax.custom_vjp
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q (b, n, k, h), k and v (b, m, k, h) -> (b, n, k, h): softmax(q k^T / sqrt(h)) v, logits and softmax in float32.
+    """Attention softmax(q k^T / sqrt(h)) v: q (b, n, k, h), k and v (b, m, k, h) -> (b, n, k, h), logits and softmax in float32.
 
-    The backward pass uses the forward pass's weights, in v's dtype, and takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022,
-    arXiv 2205.14135, appendix B.2), so that it need not sum over m. With `remat = dots` they are computed again: the copies of
-    (b, k, n, m) into the loop's memory and back would take longer.
+    The backward pass uses the forward pass's weights, in v's dtype, and takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022, arXiv
+    2205.14135, appendix B.2). `remat = dots` recomputes the weights (b, k, n, m), because copying them to and from the scan's memory
+    takes longer.
     """
     return _attention_forward(q, k, v)[0]
 

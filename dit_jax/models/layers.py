@@ -1,4 +1,4 @@
-"""The parts of a transformer block and of its two ends: attention, MLP, patches, modulation."""
+"""Layers of the transformer: attention, MLP, norms, patches, modulation."""
 
 import math
 from collections.abc import Callable
@@ -14,19 +14,19 @@ zeros = nn.initializers.zeros_init()
 
 
 def as_it_is(name: str, x):
-    """The default `place`: arrays stay where they are."""
+    """Default `place`: returns the arrays unchanged."""
     return x
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (b, n, d), shift and scale (b, d): x (1 + scale) + shift (Perez et al. 2018, as in DiT's adaLN)."""
+    """Feature-wise x (1 + scale) + shift, for x (b, n, d), shift and scale (b, d) (Perez et al. 2018, as in DiT's adaLN)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
     """Layer normalisation over d without learned scale or shift, eps 1e-6, computed in float32 and returned in x's dtype.
 
-    The variance is the mean square less the squared mean, so that one pass over x gives both.
+    The variance is E[x^2] - E[x]^2, so one pass over x suffices.
     """
     h = x.astype(jnp.float32)
     mean = h.mean(axis=-1, keepdims=True)
@@ -35,21 +35,21 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
-    """(b, h, w, c) -> (b, n, p p c), rows first."""
+    """Cuts images (b, h, w, c) into patches (b, n, p p c), row by row."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // patch, patch, w // patch, patch, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
 def unpatchify(x: jax.Array, patch: int, side: int) -> jax.Array:
-    """(b, n, p p c) -> (b, h, w, c) for a square grid of `side` patches a side."""
+    """Inverse of `patchify`, (b, n, p p c) -> (b, h, w, c), for a grid of side x side patches."""
     b = x.shape[0]
     x = x.reshape(b, side, side, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, side * patch, side * patch, -1)
 
 
 class Norm(nn.Module):
-    """Layer normalisation with a learned scale and shift (b, n, d) -> (b, n, d), computed in float32."""
+    """Layer normalisation with learned scale and shift, (b, n, d) -> (b, n, d), computed in float32."""
 
     dtype: jnp.dtype
 
@@ -57,17 +57,14 @@ class Norm(nn.Module):
     def __call__(self, x):
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,), jnp.float32).astype(self.dtype)
-        return (
-            layer_norm(x) * scale[None, None]
-            + self.param("bias", zeros, (d,), jnp.float32).astype(self.dtype)[None, None]
-        )
+        bias = self.param("bias", zeros, (d,), jnp.float32).astype(self.dtype)
+        return layer_norm(x) * scale[None, None] + bias[None, None]
 
 
 class Heads(nn.Module):
-    """`parts` projections (b, n, d) -> (b, n, k, h) each, with one kernel (d, parts, k, h): a product for each part.
+    """Projections (b, n, d) -> `parts` arrays (b, n, k, h), one kernel (d, parts, k, h) but one matmul for each part.
 
-    One product for all would put out what attention has to take apart again, and its gradient what it has to put together, both by
-    copies.
+    A fused matmul would force copies to split its output and to concatenate its gradient.
     """
 
     parts: int
@@ -87,7 +84,7 @@ class Heads(nn.Module):
 
 
 class _Heads(nn.Module):
-    """What self- and cross-attention share: `qk_norm`, softmax in float32, and the projection of the heads' outputs.
+    """Common part of self- and cross-attention: `qk_norm`, softmax in float32, output projection.
 
     `qk_norm` applies an RMS norm with a learned scale per head dimension to queries and keys (Henry et al. 2020;
     Dehghani et al. 2023), which keeps logits bounded in reduced precision.
@@ -99,7 +96,7 @@ class _Heads(nn.Module):
     dtype: jnp.dtype
 
     def attend(self, q, k, v, d: int):
-        """q (b, n, k, h), k and v (b, m, k, h) -> (b, n, d)."""
+        """Attention and output projection: q (b, n, k, h), k and v (b, m, k, h) -> (b, n, d)."""
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
@@ -110,7 +107,7 @@ class _Heads(nn.Module):
         return keep(nn.DenseGeneral(d, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="proj")(h))
 
     def project(self, x, name: str):
-        """(b, n, d) -> (b, n, k, h)."""
+        """Linear projection to heads, (b, n, d) -> (b, n, k, h)."""
         shape = (self.heads, x.shape[-1] // self.heads)
         return keep(nn.DenseGeneral(shape, kernel_init=xavier, dtype=self.dtype, name=name)(x))
 
@@ -133,7 +130,7 @@ class CrossAttention(_Heads):
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear."""
+    """Linear, tanh-GELU, Linear: (b, n, d) -> (b, n, d)."""
 
     hidden: int
     dtype: jnp.dtype
@@ -145,11 +142,10 @@ class Mlp(nn.Module):
 
 
 class Modulation(nn.Module):
-    """c (b, d) -> `parts` vectors (b, d): SiLU then a Linear, by default one that starts at zero: with gates among the parts,
-    every block then starts as the identity.
+    """SiLU, then a Linear: c (b, d) -> `parts` vectors (b, d). The Linear starts at zero by default, so a gated block starts as identity.
 
-    A third of XL's weights act once an image. They stay split over devices: `place("condition", c)` gathers the conditions of all
-    images instead, which are far fewer bytes than the weights, and each device computes its columns for all of them.
+    These weights, a third of XL's, act once per image and stay split over devices. `place("condition", c)` gathers the conditions of
+    all images instead, which are far fewer bytes, and each device computes its columns for all images.
     """
 
     parts: int

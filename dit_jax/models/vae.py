@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: images to the moments of a Gaussian over latents, latents to images.
+"""Autoencoder of latent diffusion: images to the moments of a Gaussian over latents, latents to images.
 
 Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G, the variant with a KL penalty. The posterior of a
 latent is q(z|x) = N(mean, exp(log variance)); a diffusion model sees (z - shift) scale.
@@ -16,23 +16,18 @@ import numpy as np
 
 from dit_jax.error import UsageError, shown
 
-LOG_VARIANCE = (-30.0, 20.0)  # bounds, those that the published weights were trained with
+LOG_VARIANCE = (-30.0, 20.0)  # bounds in the training of the published weights
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """An autoencoder; the defaults are Stable Diffusion 1.x's, 83,653,863 parameters. Raises UsageError naming a field."""
+    """Sizes of an autoencoder, by default Stable Diffusion 1.x's (83,653,863 parameters). Raises UsageError on an invalid field."""
 
     channels: int = 3  # of an image
     latent_channels: int = 4
-    widths: tuple = (
-        128,
-        256,
-        512,
-        512,
-    )  # channels of each resolution, the finest first; each but the last halves the sides
-    blocks: int = 2  # residual blocks a resolution in the encoder; the decoder has one more
-    groups: int = 32  # of the group norms; no tensor's shape depends on it
+    widths: tuple = (128, 256, 512, 512)  # channels of each resolution, finest first; all but the last halve the sides
+    blocks: int = 2  # residual blocks per resolution in the encoder; the decoder has one more
+    groups: int = 32  # of the group norms; affects no tensor's shape
     dtype: str = "float32"  # of the compute; parameters, norms, softmax and results are always float32
 
     def __post_init__(self):
@@ -50,7 +45,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels of an image's side for each of a latent's."""
+        """Image pixels per latent pixel along a side."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -60,12 +55,12 @@ def _conv(cfg: VAEConfig, width: int, name: str, side: int = 3, **options):
 
 
 def _norm(cfg: VAEConfig, name: str):
-    """Group norm (Wu & He 2018) in float32, the variance as the mean squared deviation: E[x^2] - E[x]^2 cancels."""
+    """Group norm (Wu & He 2018) in float32; the variance is the mean squared deviation, as E[x^2] - E[x]^2 would cancel."""
     return nn.GroupNorm(cfg.groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 class Block(nn.Module):
-    """A residual block, (b, h, w, c) -> (b, h, w, width): twice norm, SiLU and convolution; a 1 x 1 shortcut if c is not width."""
+    """Residual block, (b, h, w, c) -> (b, h, w, width): norm, SiLU, convolution, twice; a 1 x 1 shortcut if c differs from width."""
 
     cfg: VAEConfig
     width: int
@@ -81,7 +76,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all positions with one head as wide as x, added to x: (b, h, w, c) -> (b, h, w, c)."""
+    """Residual single-head self-attention over all positions, (b, h, w, c) -> (b, h, w, c)."""
 
     cfg: VAEConfig
 
@@ -109,7 +104,7 @@ class Middle(nn.Module):
 
 
 class Stage(nn.Module):
-    """`blocks` blocks of one resolution, then `resample`: "down" halves the sides, "up" doubles them, "" keeps them."""
+    """Residual blocks at one resolution, then `resample`: "down" halves the sides, "up" doubles them, "" keeps them."""
 
     cfg: VAEConfig
     width: int
@@ -120,7 +115,7 @@ class Stage(nn.Module):
     def __call__(self, x):
         for j in range(self.blocks):
             x = Block(self.cfg, self.width, name=f"block_{j}")(x)
-        if self.resample == "down":  # zeros below and at the right only
+        if self.resample == "down":  # pads below and at the right only
             return _conv(self.cfg, self.width, "downsample", strides=2, padding=((0, 1), (0, 1)))(x)
         if self.resample == "up":
             return _conv(self.cfg, self.width, "upsample")(_doubled(x))
@@ -128,13 +123,13 @@ class Stage(nn.Module):
 
 
 def _doubled(x: jax.Array) -> jax.Array:
-    """(b, h, w, c) -> (b, 2h, 2w, c), every pixel four times."""
+    """Nearest-neighbour upsampling, (b, h, w, c) -> (b, 2h, 2w, c)."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 class Encoder(nn.Module):
-    """Images (b, h, w, c) -> mean and log variance beside each other, (b, h / factor, w / factor, 2 z), float32."""
+    """Images (b, h, w, c) -> concatenated mean and log variance (b, h / factor, w / factor, 2 z), float32."""
 
     cfg: VAEConfig
 
@@ -168,7 +163,7 @@ class Decoder(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(cfg: VAEConfig, key: jax.Array) -> dict:
-    """Parameters {"encoder": ..., "decoder": ...} as nested dicts of float32 arrays."""
+    """Initial parameters {"encoder": ..., "decoder": ...}, nested dicts of float32 arrays."""
     first, second = jax.random.split(key)
     images = jnp.zeros((1, cfg.factor, cfg.factor, cfg.channels))
     latents = jnp.zeros((1, 1, 1, cfg.latent_channels))
@@ -179,15 +174,15 @@ def init(cfg: VAEConfig, key: jax.Array) -> dict:
 
 
 def shapes(cfg: VAEConfig) -> dict:
-    """What `init` gives, as jax.ShapeDtypeStruct, without computing it."""
+    """Shapes of the parameters from `init`, as jax.ShapeDtypeStruct."""
     return jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
 
 
 def encode(cfg: VAEConfig, params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """images (b, h, w, channels) in [-1, 1] -> mean and log variance of the posterior, (b, h / 8, w / 8, z) float32 each.
+    """Posterior of images (b, h, w, channels) in [-1, 1]: mean and log variance, each (b, h / factor, w / factor, z) float32.
 
-    The log variance is clipped to LOG_VARIANCE; 8 is `cfg.factor`. Raises UsageError where the factor does not divide
-    height and width, or the channels are others.
+    The log variance is clipped to LOG_VARIANCE. Raises UsageError on a wrong number of channels, or if `cfg.factor` does not divide
+    height and width.
     """
     _check("images", images, cfg.channels)
     if images.shape[1] % cfg.factor or images.shape[2] % cfg.factor:
@@ -200,9 +195,9 @@ def encode(cfg: VAEConfig, params: dict, images: jax.Array) -> tuple[jax.Array, 
 
 
 def decode(cfg: VAEConfig, params: dict, latents: jax.Array) -> jax.Array:
-    """latents (b, h, w, z), as the posterior has them and not normalised -> images (b, 8h, 8w, channels) float32.
+    """Images (b, factor h, factor w, channels), float32 near [-1, 1] but not clipped, of unnormalised latents (b, h, w, z).
 
-    The images are near [-1, 1], not clipped to it. Raises UsageError where the channels are others.
+    Raises UsageError on a wrong number of channels.
     """
     _check("latents", latents, cfg.latent_channels)
     return Decoder(cfg).apply({"params": params["decoder"]}, latents)
@@ -215,9 +210,9 @@ def _check(name: str, x: jax.Array, channels: int) -> None:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a diffusion model sees of a latent z: (z - shift) scale, numbers for all channels or tuples of one a channel.
+    """Latents for the diffusion model, (z - shift) scale; each is a number, or a tuple with one number per channel.
 
-    Raises UsageError where a number is not finite, a scale not positive, or the two tuples' lengths differ.
+    Raises UsageError if a number is not finite, a scale is not positive, or the two tuples differ in length.
     """
 
     shift: float | tuple
@@ -238,32 +233,25 @@ class Normalisation:
 
     def describe(self) -> dict:
         """Plain values for a record."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in (("shift", self.shift), ("scale", self.scale))
-        }
+        values = {"shift": self.shift, "scale": self.scale}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def denormalise(by: Normalisation, latents: jax.Array) -> jax.Array:
-    """Latents (b, h, w, z) of the diffusion model -> the autoencoder's. Raises UsageError on other channels."""
-    shift, scale = _rows(by, latents)
-    return latents / scale + shift
-
-
-def _rows(by: Normalisation, latents: jax.Array) -> list:
-    """Shift and scale in the shape in which they meet the latents: (1, 1, 1, z), or numbers."""
+    """Latents of the autoencoder from those of the diffusion model (b, h, w, z). Raises UsageError on a wrong number of channels."""
     channels, rows = latents.shape[-1], []
     for name, value in (("shift", by.shift), ("scale", by.scale)):
         if isinstance(value, tuple) and len(value) != channels:
             raise UsageError(f"normalisation.{name}: found {len(value)} channels, expected the latents' {channels}")
         rows.append(jnp.asarray(value, latents.dtype).reshape(1, 1, 1, -1) if isinstance(value, tuple) else value)
-    return rows
+    shift, scale = rows
+    return latents / scale + shift
 
 
 def whitening(batches: Iterable) -> Normalisation:
-    """Mean 0 and standard deviation 1 in each channel, over all batches of latents (b, h, w, z), summed in float64.
+    """Normalisation to mean 0 and standard deviation 1 per channel over batches of latents (b, h, w, z), in float64.
 
-    Raises UsageError where there are none, one is not finite, or a channel never changes.
+    Raises UsageError if there are no latents, one is not finite, or a channel is constant.
     """
     count, mean, scatter = 0, 0.0, 0.0
     for batch in batches:

@@ -1,1 +1,1 @@
-"""Other projects' weights in and out, and folders of converted networks."""
+"""Weights of other projects, in and out, and folders of converted networks."""

@@ -1,8 +1,7 @@
-"""From images to the latents that a model sees, and back: a converted autoencoder, compiled for the mesh.
+"""Images to latents and back: a converted autoencoder, compiled for the mesh.
 
-How a run's latents are normalised, (z - shift) scale, is what the notes of the latents it is trained on say. Training writes
-it into the run's config (`follow_latents`), so that sampling knows it where the latents are not; where they are, sampling
-compares the two.
+The notes of a run's training latents set their normalisation, (z - shift) scale. Training copies it to the run's config
+(`follow_latents`) for sampling without the latents; if the latents are present, sampling compares the two.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ from dit_jax.error import UsageError
 from dit_jax.models import vae
 from dit_jax.networks.folder import load_network
 
-AT_ONCE = 4  # images that a device encodes or decodes at a time: at 512 px each takes 134 MB in every one of the widest layers
+AT_ONCE = 4  # images that a device encodes or decodes at a time; one of 512 px takes 134 MB in a widest layer
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A network with its weights, how a model's latents are normalised, and the checksum of the weights."""
+    """A network with its weights, their checksum, and the normalisation of a model's latents."""
 
     cfg: vae.VAEConfig
     params: dict
@@ -36,22 +35,21 @@ class Autoencoder:
     source: dict
 
     def describe(self) -> dict:
-        """Which weights, of which file, and which normalisation; a file of the same bytes is the same under any name."""
+        """Return checksums of the weights and their source file (not its name), and the normalisation."""
         of = {"sha256": self.sha256, "source_sha256": self.source["sha256"]}
         return of | {"latents": self.normalisation.describe(), "images_at_once": AT_ONCE}
 
 
 def normalisation(cfg: AutoencoderConfig) -> vae.Normalisation:
-    """One number for all channels, or one per channel."""
+    """Return the config's normalisation: one number for all channels, or one per channel."""
     shift, scale = (value[0] if len(value) == 1 else tuple(value) for value in (cfg.shift, cfg.scale))
     return vae.Normalisation(shift, scale)
 
 
 def follow_latents(cfg: Config) -> Config:
-    """The config of a run on latents, with `autoencoder.scale` and `shift` of their notes; any other config as it is.
+    """Set `autoencoder.scale` and `shift` of a run on latents from their notes; other configs are returned as they are.
 
-    A config that leaves both at their defaults takes them from the notes; one that states others must agree with them, or
-    UsageError is raised.
+    Raises UsageError if the config sets other values than the notes, unless both are its defaults.
     """
     info = _notes_of(cfg)
     if info is None:
@@ -60,21 +58,18 @@ def follow_latents(cfg: Config) -> Config:
     if (cfg.autoencoder.scale, cfg.autoencoder.shift) != (default.scale, default.shift):
         _check_normalisation(cfg, info)
         return cfg
-    taken = {
-        name: value if isinstance(value, tuple) else (value,)
-        for name, value in (("scale", info.scale), ("shift", info.shift))
-    }
+    taken = {name: _by_channel(getattr(info, name), 1) for name in ("scale", "shift")}
     return dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, **taken))
 
 
 def _notes_of(cfg: Config) -> LatentInfo | None:
-    """The notes of the latents of `data.split`; None where the config names none, or they are not here."""
+    """Read the notes of the latents of `data.split`; None if the config names none, or they are not present."""
     folder = os.path.join(cfg.data.latents, cfg.data.split)
     return read_info(folder) if cfg.data.latents and os.path.isfile(os.path.join(folder, NOTES)) else None
 
 
 def _check_normalisation(cfg: Config, info: LatentInfo) -> None:
-    """Raises UsageError unless the config normalises each channel as the latents are."""
+    """Raises UsageError unless the config and the notes normalise each channel alike."""
     for name in ("scale", "shift"):
         found, expected = getattr(cfg.autoencoder, name), getattr(info, name)
         if _by_channel(found, info.shape[-1]) != _by_channel(expected, info.shape[-1]):
@@ -90,10 +85,9 @@ def _by_channel(value: float | tuple, channels: int) -> tuple:
 
 
 def open_autoencoder(cfg: Config) -> Autoencoder | None:
-    """The autoencoder of a model of latents; None for a model of pixels.
+    """Load the autoencoder of a model of latents; None for a model of pixels.
 
-    Raises UsageError when it does not fit the model, or the config normalises latents otherwise than `data.latents`, where
-    those are here.
+    Raises UsageError if it does not fit the model, or if `data.latents` are present and normalised otherwise.
     """
     folder, model = cfg.autoencoder.folder, cfg.model
     if not folder:
@@ -122,15 +116,15 @@ def open_autoencoder(cfg: Config) -> Autoencoder | None:
 
 
 def images_at_once(mesh) -> int:
-    """Images that the whole mesh encodes or decodes at a time."""
+    """Return the number of images that the whole mesh encodes or decodes at a time."""
     return AT_ONCE * batch_split(mesh)
 
 
 def make_encoder(autoencoder: Autoencoder, mesh) -> Callable[[np.ndarray], jax.Array]:
-    """Images (b, H, W, C) in [-1, 1] -> mean and log variance (rows, 2, h, w, c) of their posteriors, not normalised.
+    """Return a function: images (b, H, W, C) in [-1, 1] -> mean and log variance (rows, 2, h, w, c), not normalised.
 
-    b is at most rows = `images_at_once`; rows from b on are filling. The array may still be under way on the devices. A
-    device always encodes AT_ONCE images at a time, so that a latent is the same for every number of devices.
+    b is at most rows = `images_at_once`; rows from b on are padding. The call is asynchronous. A device always encodes
+    AT_ONCE images at a time, so that a latent does not depend on the number of devices.
     """
     program = _encoder(autoencoder.cfg, mesh)
     params = jax.device_put({"encoder": autoencoder.params["encoder"]}, replicated(mesh))
@@ -144,9 +138,9 @@ def make_encoder(autoencoder: Autoencoder, mesh) -> Callable[[np.ndarray], jax.A
 
 
 def make_decoder(autoencoder: Autoencoder | None, mesh) -> Callable[[np.ndarray], np.ndarray]:
-    """What a model drew (b, h, w, c) -> images (b, H, W, C) near [-1, 1], both on the host: latents are small.
+    """Return a function: a model's samples (b, h, w, c) -> images (b, H, W, C) near [-1, 1], both on the host.
 
-    A device always decodes AT_ONCE images at a time, so that an image is the same for every batch and number of devices.
+    A device always decodes AT_ONCE images at a time, so that an image does not depend on batch size or number of devices.
     """
     if autoencoder is None:
         return lambda latents: latents

@@ -1,9 +1,9 @@
 """The DiT of diffusers (`DiTTransformer2DModel`, a folder of config.json and weights) as our parameters.
 
-It holds the published tensors under other names: queries, keys and values apart, and the embedders of time and label once
-per block, all copies being equal. Two constants are not the published model's: the timestep frequencies, 10000^(-i/127)
-where the paper's code has 10000^(-i/128), and, unless its config says otherwise, the eps of the norm before the MLP, 1e-5
-where that has 1e-6. The weights were trained with the published ones, which we keep.
+It holds the published tensors under other names: separate queries, keys and values, and equal copies of the time and label
+embedders in every block. Two of its constants differ from the published model's: timestep frequencies 10000^(-i/127) instead
+of 10000^(-i/128), and, by default, eps 1e-5 instead of 1e-6 in the norm before the MLP. We keep the published constants,
+because the weights were trained with them.
 """
 
 import re
@@ -16,8 +16,8 @@ from dit_jax.error import UsageError, shown
 from dit_jax.networks import dit
 from dit_jax.networks.tensors import Tensors
 
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in folders from before the former existed
-# What decides the computation and must be so; a key that is missing has the first value.
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the latter in older folders
+# Allowed values of keys that change the computation; the first is the default.
 FIXED = {
     "norm_type": ("ada_norm_zero",),
     "activation_fn": ("gelu-approximate",),
@@ -51,14 +51,14 @@ EMBEDDERS = {
     "t_embedder.mlp.2": f"{TIME}.linear_2",
     "y_embedder.embedding_table": LABEL,
 }
-POSITIONS = "pos_embed.pos_embed"  # in some files, worked out anew in others
+POSITIONS = "pos_embed.pos_embed"  # stored in some files only
 
 
 def read(tensors: Tensors, config: Mapping) -> tuple[ModelConfig, dict]:
-    """(model config, parameters as NumPy arrays) of a folder's tensors and its config.json; every tensor is used.
+    """Read (model config, parameters as NumPy arrays) from a folder's tensors, all of which are used, and its config.json.
 
-    Raises UsageError naming the key of the config, the tensor (see `dit_jax.networks.dit.read`), or the block whose copy of
-    an embedder is not that of block 0.
+    Raises UsageError naming the config key, the tensor (see `dit_jax.networks.dit.read`), or the block whose copy of an
+    embedder differs from block 0.
     """
     cfg = _config(config, tensors.where)
     found = dit.count_blocks(tensors, r"transformer_blocks\.(\d+)\.")
@@ -69,7 +69,7 @@ def read(tensors: Tensors, config: Mapping) -> tuple[ModelConfig, dict]:
         for part in parts:
             wanted = (shape[0] // len(parts), *shape[1:])
             if tensors.shape(part) != wanted:
-                tensors.take(part, wanted)  # says what is wrong, before the arrays are made
+                tensors.take(part, wanted)  # raises before the arrays are made
     _check_copies(tensors, cfg)
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -85,13 +85,13 @@ def read(tensors: Tensors, config: Mapping) -> tuple[ModelConfig, dict]:
 
 
 def _embedder(name: str) -> str:
-    """Where in a block the copy of an embedder's tensor is; "" for other tensors."""
+    """Return the name inside a block of an embedder's tensor; "" for other tensors."""
     module, _, kind = name.rpartition(".")
     return f"{EMBEDDERS[module]}.{kind}" if module in EMBEDDERS else ""
 
 
 def _places(name: str, copies: int) -> list[str]:
-    """Where a published tensor is: of embedders in the first `copies` blocks, of a block's qkv in three parts."""
+    """Return the names that hold a published tensor: the first `copies` of an embedder, or the three parts of a qkv."""
     module, _, kind = name.rpartition(".")
     if place := _embedder(name):
         return [f"transformer_blocks.{i}.{place}" for i in range(copies)]
@@ -130,9 +130,8 @@ def _config(values: Mapping, where: str) -> ModelConfig:
             raise UsageError(f"{where}: config.json: {key}: found {shown(value)}, expected a number of at least 1")
     channels, out = sizes["in_channels"], sizes["out_channels"]
     if out not in (channels, 2 * channels):
-        raise UsageError(
-            f"{where}: config.json: out_channels: found {out}, expected {channels} or, with a variance, {2 * channels}"
-        )
+        expected = f"expected {channels} or, with a variance, {2 * channels}"
+        raise UsageError(f"{where}: config.json: out_channels: found {out}, {expected}")
     return dit.make_config(
         f"{where}: config.json",
         depth=sizes["num_layers"],

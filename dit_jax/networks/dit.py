@@ -1,7 +1,7 @@
-"""The published DiT's tensors (Peebles & Xie 2023, the PyTorch names of its checkpoints) and our parameters, both ways.
+"""The published DiT's tensors (Peebles & Xie 2023, PyTorch names) to our parameters, and back.
 
-A Linear's weight is (out, in) there and (in, out) here; blocks are separate tensors there and one leading layer axis here.
-The patch embedding is a convolution (d, c, p, p) there, and here a Linear of rows (p p c).
+Their Linear weights are (out, in), ours (in, out). Their blocks are separate tensors, ours one leading layer axis. Their patch
+embedding is a convolution (d, c, p, p), ours a Linear of rows (p p c).
 """
 
 import re
@@ -16,38 +16,55 @@ from dit_jax.flops import TIME_FREQUENCIES
 from dit_jax.models.conditioning import positions
 from dit_jax.networks.tensors import Tensors
 
-TABLE = 1e-5  # how far a file's table of positions may lie from ours: it is fixed, not learned
-Take = Callable[[str, tuple[int, ...]], np.ndarray]  # the values of the tensor of that name and shape
+LABELS = "y_embedder.embedding_table.weight"
+TABLE = 1e-5  # largest difference of a file's position table, which is fixed, from ours
+Take = Callable[[str, tuple[int, ...]], np.ndarray]  # (name, shape) -> values of the tensor
 Linear = tuple[str, str, tuple[int, ...], tuple[int, ...]]  # our name, the published one, axes in, axes out
 
 
 def read(tensors: Tensors, heads: int = 0) -> tuple[ModelConfig, dict]:
-    """(model config, parameters as NumPy arrays) of a published checkpoint; every tensor is used.
+    """Read (model config, parameters as NumPy arrays) from a published checkpoint, all of whose tensors are used.
 
-    All sizes are read off the shapes but the number of heads, which no shape shows: it is that of the published size of
-    this depth and width unless `heads` says otherwise. Raises UsageError naming the tensor that is missing, too many, of
-    another shape, not finite, or (`pos_embed`) another table than the model's.
+    Sizes are inferred from the shapes, which do not show `heads`: by default the published number for this depth and width.
+    Raises UsageError naming a tensor that is missing, unknown, of a wrong shape, not finite, or (`pos_embed`) not our table.
     """
     cfg = _infer(tensors, heads)
     for name, shape in shapes(cfg).items():
         if tensors.shape(name) != shape:
-            tensors.take(name, shape)  # says what is wrong, before the arrays are made
+            tensors.take(name, shape)  # raises before the arrays are made
     params = assemble(cfg, tensors.take)
     check_positions(tensors, "pos_embed", cfg)
     tensors.done()
     return cfg, params
 
 
-def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
-    """Our parameters under their published names, in C order, with the table of positions.
+def add_null_row(tensors: Tensors, classes: int) -> bool:
+    """Return whether the label table has a null row; to a table without one, a row of zeros, never used, is added.
 
-    Raises UsageError for a model without such names.
+    `classes`: their number; 0 = one fewer than rows. Raises UsageError if the table has another number of rows.
+    """
+    if LABELS not in tensors:
+        return True  # the reader says what is missing
+    rows, width = _sizes(tensors, LABELS, 2)
+    if classes not in (0, rows, rows - 1) or rows + classes == 1:
+        with_one = f", or {rows - 1} with one" if rows > 1 else ""
+        raise UsageError(
+            f"--classes: found {classes or 'none'}, expected {rows} without a null row{with_one}: {tensors.where}: {LABELS} has "
+            f"{rows} row{'s'[: rows > 1]}"
+        )
+    if classes == rows:
+        table = tensors.arrays[LABELS]
+        tensors.arrays[LABELS] = np.concatenate([table, np.zeros((1, width), table.dtype)])
+    return classes != rows
+
+
+def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
+    """Return our parameters under their published names, in C order, with the position table.
+
+    Raises UsageError if the model is no published kind.
     """
     _check_published(cfg)
-    found = {
-        "pos_embed": _table(cfg),
-        "y_embedder.embedding_table.weight": _get(params, "label_embedding/table/embedding"),
-    }
+    found = {"pos_embed": _table(cfg), LABELS: _get(params, "label_embedding/table/embedding")}
     kernel = _get(params, "patch_embedding/kernel").reshape(cfg.patch, cfg.patch, cfg.channels, cfg.width)
     found["x_embedder.proj.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
     found["x_embedder.proj.bias"] = _get(params, "patch_embedding/bias")
@@ -63,13 +80,12 @@ def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
 
 
 def assemble(cfg: ModelConfig, take: Take) -> dict:
-    """Our parameters from the published tensors that `take(name, shape)` gives."""
+    """Assemble our parameters from published tensors; `take(name, shape)` returns one."""
     params, d = {}, cfg.width
     weight = take("x_embedder.proj.weight", (d, cfg.channels, cfg.patch, cfg.patch))
     _put(params, "patch_embedding/kernel", np.ascontiguousarray(weight.transpose(2, 3, 1, 0)).reshape(-1, d))
     _put(params, "patch_embedding/bias", take("x_embedder.proj.bias", (d,)))
-    table = take("y_embedder.embedding_table.weight", (cfg.classes + 1, d))
-    _put(params, "label_embedding/table/embedding", table)
+    _put(params, "label_embedding/table/embedding", take(LABELS, (cfg.classes + 1, d)))
     for ours, theirs, into, out in _linears(cfg):
         layers = cfg.depth if ours.startswith("blocks/") else 1
         kernels, biases = np.empty((layers, *into, *out), np.float32), np.empty((layers, *out), np.float32)
@@ -84,12 +100,12 @@ def assemble(cfg: ModelConfig, take: Take) -> dict:
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a published checkpoint."""
+    """Map the name of every tensor of a published checkpoint to its shape."""
     found = {
         "pos_embed": (1, cfg.tokens, cfg.width),
         "x_embedder.proj.weight": (cfg.width, cfg.channels, cfg.patch, cfg.patch),
         "x_embedder.proj.bias": (cfg.width,),
-        "y_embedder.embedding_table.weight": (cfg.classes + 1, cfg.width),
+        LABELS: (cfg.classes + 1, cfg.width),
     }
     for ours, theirs, into, out in _linears(cfg):
         for name in [theirs.format(i) for i in range(cfg.depth)] if ours.startswith("blocks/") else [theirs]:
@@ -98,7 +114,7 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_positions(tensors: Tensors, name: str, cfg: ModelConfig) -> None:
-    """Raises UsageError unless the file's table of positions is the model's."""
+    """Raises UsageError unless the file's position table is the model's."""
     difference = np.abs(tensors.take(name, (1, cfg.tokens, cfg.width)) - _table(cfg)).max()
     if difference > TABLE:
         raise UsageError(
@@ -109,7 +125,7 @@ def check_positions(tensors: Tensors, name: str, cfg: ModelConfig) -> None:
 
 
 def known_heads(where: str, depth: int, width: int, heads: int) -> int:
-    """`heads`, or if 0 those of the published size of this depth and width. Raises UsageError when there is none."""
+    """Return `heads`; if 0, the heads of the published size of this depth and width. Raises UsageError without one."""
     known = {(d, w): h for d, w, h in SIZES.values()}
     if not heads and (depth, width) not in known:
         raise UsageError(
@@ -122,7 +138,7 @@ def known_heads(where: str, depth: int, width: int, heads: int) -> int:
 
 def _infer(tensors: Tensors, heads: int) -> ModelConfig:
     width, channels, patch, _ = _sizes(tensors, "x_embedder.proj.weight", 4)
-    rows, _ = _sizes(tensors, "y_embedder.embedding_table.weight", 2)
+    rows, _ = _sizes(tensors, LABELS, 2)
     _, tokens, _ = _sizes(tensors, "pos_embed", 3)
     hidden, _ = _sizes(tensors, "blocks.0.mlp.fc1.weight", 2)
     out, _ = _sizes(tensors, "final_layer.linear.weight", 2)
@@ -154,7 +170,7 @@ def _infer(tensors: Tensors, heads: int) -> ModelConfig:
 
 
 def make_config(where: str, **values) -> ModelConfig:
-    """The config of a file's model; what is wrong with it is an error about the file."""
+    """Make a ModelConfig. Raises UsageError naming the file `where` if a value is invalid."""
     try:
         return ModelConfig(**values)
     except UsageError as error:
@@ -162,7 +178,7 @@ def make_config(where: str, **values) -> ModelConfig:
 
 
 def count_blocks(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number of a block. Raises UsageError when there are fewer tensors than that."""
+    """Return the largest block number + 1. Raises UsageError if that exceeds the number of tensors."""
     numbers = [(int(m[1][:9]), name) for name in tensors.arrays if (m := re.match(pattern, name, re.ASCII))]
     number, name = max(numbers, default=(0, ""))
     if number > len(tensors.arrays):
@@ -178,7 +194,7 @@ def _sizes(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
 
 
 def _linears(cfg: ModelConfig) -> Iterator[Linear]:
-    """Every Linear but the patch embedding; {} stands for the number of the block."""
+    """Yield every Linear except the patch embedding; {} stands for the block number."""
     d, hidden, heads = (cfg.width,), (cfg.mlp_ratio * cfg.width,), (cfg.heads, cfg.width // cfg.heads)
     yield "time_embedding/fc1", "t_embedder.mlp.0", (TIME_FREQUENCIES,), d
     yield "time_embedding/fc2", "t_embedder.mlp.2", d, d
@@ -197,6 +213,8 @@ def _check_published(cfg: ModelConfig) -> None:
             f"model: found conditioning {cfg.conditioning!r} and qk_norm {cfg.qk_norm}; only 'adaln_zero' without qk_norm "
             "has published names"
         )
+    if not cfg.classes:
+        raise UsageError("model.classes: found 0; only a model with classes has published names")
 
 
 def _table(cfg: ModelConfig) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Images to latents on disk: each split encoded once, whole or not at all."""
+"""Encodes the images of splits to latents on disk, each split whole or not at all."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encod
 
 @dataclass(frozen=True)
 class Job:
-    """What the latents of all splits are made of and how. `cfg` names images, not latents."""
+    """Settings shared by all splits. `cfg` names images, not latents."""
 
     cfg: Config
     autoencoder: Autoencoder
@@ -32,7 +32,7 @@ class Job:
     whiten: bool
 
     def describe(self, by: vae.Normalisation) -> dict:
-        """The fields of LatentInfo that the splits share."""
+        """Return the fields of LatentInfo that the splits share."""
         side = self.cfg.data.image_size // self.autoencoder.cfg.factor
         return {
             "shape": (side, side, self.autoencoder.cfg.latent_channels),
@@ -48,7 +48,7 @@ class Job:
 
 
 def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
-    """Raises UsageError where there is no autoencoder, or it does not fit image size and model."""
+    """Make a Job. Raises UsageError if there is no autoencoder, or it does not fit image size and model."""
     if not cfg.autoencoder.folder:
         raise UsageError(
             "--autoencoder: not given, expected a folder that `python -m dit_jax.convert --source=sd-vae` wrote"
@@ -58,10 +58,10 @@ def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
 
 
 def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:
-    """Make OUT/SPLIT of each split, or find it done.
+    """Make `out`/SPLIT for each split, unless it is done.
 
-    Raises UsageError, among others where OUT holds other latents, before anything is written; JobError where the disk
-    fails; Interrupted when `stop` fills.
+    Raises UsageError before anything is written, for example if `out` holds other latents; JobError if writing fails;
+    Interrupted when `stop` fills.
     """
     first = job.cfg.data.split
     sources = {split: _open_images(job, split) for split in sorted(dict.fromkeys(splits), key=lambda s: s != first)}
@@ -91,7 +91,7 @@ def encode_split(
     shard_bytes: int,
     stop: list,
 ) -> LatentRecords:
-    """Encode the images of `source` into `folder`. `settle`: as in `continue_latents`."""
+    """Encode the images of `source` into `folder`. `settle` as in `continue_latents`."""
     data, size = job.cfg.data, len(source)
     say(f"{folder}: the checksum of {size:,} images ...")
     info = LatentInfo(
@@ -116,7 +116,7 @@ def encode_split(
 
 
 def encoded(encode: Callable, batches: Iterable, mirrored: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """(label, float32 (copies, 2, h, w, c)) of each image in `batches`, pairs (images, cond); without labels 0.
+    """Yield (label or 0, float32 (copies, 2, h, w, c)) for each image in `batches`, pairs (images, cond).
 
     The devices work on the next batch while one is fetched.
     """
@@ -138,9 +138,9 @@ def _fetched(labels: np.ndarray, copies: list[jax.Array]) -> Iterator[tuple[int,
 
 
 def whitened(records: LatentRecords) -> LatentInfo:
-    """The notes with the shift and scale for which draws from the posteriors have mean 0 and variance 1 in each channel.
+    """Return the notes with the shift and scale that give posterior samples mean 0 and variance 1 in each channel.
 
-    Nothing is drawn: the two points mean - deviation and mean + deviation have the mean and variance of a posterior.
+    Computed without sampling: the points mean - deviation and mean + deviation have the posterior's mean and variance.
     """
 
     def points() -> Iterator[np.ndarray]:
@@ -154,7 +154,7 @@ def whitened(records: LatentRecords) -> LatentInfo:
 
 
 def _watched(batches: Iterable, folder: str, first: int, size: int, stop: list) -> Iterator:
-    """The same batches, with progress and ETA on standard error. Raises Interrupted when `stop` fills."""
+    """Yield the batches, logging progress and ETA. Raises Interrupted when `stop` fills."""
     report, done = drawing_progress(0, size), first
     for images, cond in batches:
         if stop:
@@ -165,28 +165,25 @@ def _watched(batches: Iterable, folder: str, first: int, size: int, stop: list) 
 
 
 def _open_images(job: Job, split: str) -> Source:
-    """Raises UsageError where the images cannot be opened, or the autoencoder is of images with other channels."""
+    """Open images. Raises UsageError if that fails, or the autoencoder expects another number of channels."""
     source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
     if source.image_shape[-1] != channels:
         found = f"found {job.cfg.data.dataset!r} with images of {source.image_shape[-1]} channels"
-        raise UsageError(
-            f"data.dataset: {found}, expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
-        )
+        expected = f"expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
+        raise UsageError(f"data.dataset: {found}, {expected}")
     return source
 
 
 def _held(out: str, splits: list[str]) -> dict[str, LatentInfo]:
-    """What the complete latents in `out` are."""
-    folders = {split: os.path.join(out, split) for split in splits}
-    return {
-        split: read_info(folder) for split, folder in folders.items() if os.path.lexists(os.path.join(folder, NOTES))
-    }
+    """Read the descriptions of the complete latents in `out`."""
+    found = [split for split in splits if os.path.lexists(os.path.join(out, split, NOTES))]
+    return {split: read_info(os.path.join(out, split)) for split in found}
 
 
 def _normalisation(job: Job, out: str, held: dict[str, LatentInfo], splits: list[str]) -> vae.Normalisation:
-    """The config's; with --whiten that of the whitened latents of `data.split`, once they are there.
+    """Return the config's normalisation or, with --whiten, the one of complete whitened latents of `data.split`.
 
-    Raises UsageError where they are neither there nor to be made, or too late for other splits.
+    Raises UsageError if those neither exist nor are to be made now, or if other splits were made without them.
     """
     first, others = job.cfg.data.split, [split for split in held if split != job.cfg.data.split]
     if not job.whiten:
@@ -208,7 +205,7 @@ def _normalisation(job: Job, out: str, held: dict[str, LatentInfo], splits: list
 
 
 def _refuse_other(folder: str, info: LatentInfo, wanted: dict) -> None:
-    """Raises UsageError unless complete latents are what this command makes."""
+    """Raises UsageError unless complete latents match this command."""
     for key, value in wanted.items():
         if getattr(info, key) != value:
             raise UsageError(

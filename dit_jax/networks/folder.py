@@ -1,4 +1,4 @@
-"""Folders of other people's networks, converted: `weights.safetensors`, our parameters, and `meta.json`, what they are.
+"""Folders of converted networks: our parameters in `weights.safetensors`, and their description, `meta.json`.
 
 meta: `kind`, `config`, `parameters` (their number), `sha256` of the weights, `source` (`file`, `sha256`, `format`).
 """
@@ -22,24 +22,18 @@ KEYS = {"kind": str, "config": dict, "parameters": int, "sha256": str, "source":
 def save_network(folder: str, kind: str, config: dict, params: Mapping, source: dict) -> dict:
     """Write a network's folder, whole or not at all; returns its meta. `folder` must be new, or empty.
 
-    `params`: nested dicts of arrays, any depth, keys without "/". `config`, `source`: plain values, as JSON gives them back.
-    Raises JobError when the disk does not take it.
+    `params`: nested dicts of arrays, keys without "/". `config`, `source`: JSON values. Raises JobError if writing fails.
     """
     try:
-        # in C order: safetensors writes the memory of an array as it lies there
+        # in C order, because safetensors writes the memory of an array
         flat = {name: np.asarray(value, order="C") for name, value in flatten(params, "/").items()}
         with new_folder(folder) as unfinished:
             weights = os.path.join(unfinished, WEIGHTS)
             save_file(flat, weights)
             sync(weights)
             count = sum(value.size for value in flat.values())
-            meta = {
-                "kind": kind,
-                "config": config,
-                "parameters": count,
-                "sha256": file_sha256(weights),
-                "source": source,
-            }
+            digest = file_sha256(weights)
+            meta = {"kind": kind, "config": config, "parameters": count, "sha256": digest, "source": source}
             write_file(os.path.join(unfinished, META), json.dumps(meta, indent=1) + "\n")
     except Exception as error:  # safetensors raises its own
         raise JobError(f"{folder}: the network could not be written: {error}") from error
@@ -47,9 +41,9 @@ def save_network(folder: str, kind: str, config: dict, params: Mapping, source: 
 
 
 def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
-    """(config, parameters as nested dicts of NumPy arrays, meta) of a folder of `save_network`.
+    """Load (config, parameters as nested dicts of NumPy arrays, meta) from a folder of `save_network`.
 
-    Raises UsageError when there is none, it is of another kind, or its weights are not those that its meta describes.
+    Raises UsageError if there is none, it is of another kind, or its weights do not match its meta.
     """
     meta = read_meta(folder)
     if meta["kind"] != kind:
@@ -58,9 +52,8 @@ def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
     if not os.path.isfile(weights):
         raise UsageError(f"{weights}: missing; convert the network again")
     if (found := file_sha256(weights)) != meta["sha256"]:
-        raise UsageError(
-            f"{weights}: found sha256 {found}, expected {meta['sha256']} of {META}; damaged: convert the network again"
-        )
+        expected = f"expected {meta['sha256']} of {META}; damaged: convert the network again"
+        raise UsageError(f"{weights}: found sha256 {found}, {expected}")
     flat = read_arrays(weights)
     count = sum(value.size for value in flat.values())
     if count != meta["parameters"]:
@@ -69,7 +62,7 @@ def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
 
 
 def read_meta(folder: str) -> dict:
-    """The meta of a network's folder. Raises UsageError when it is none."""
+    """Read the meta of a network's folder. Raises UsageError if it is invalid."""
     path = os.path.join(folder, META)
     try:
         meta = read_json(path)

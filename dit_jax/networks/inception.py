@@ -1,4 +1,4 @@
-"""The published weights of the FID network, as PyTorch's conversions of the TensorFlow graph name them.
+"""The published weights of the FID network, under the names of PyTorch's conversions of the TensorFlow graph.
 
 `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity and `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid:
 `Mixed_5b.branch1x1.conv.weight` (out, in, h, w), `.bn.weight`, `.bn.bias`, `.bn.running_mean`, `.bn.running_var`;
@@ -17,9 +17,9 @@ NORM = {"scale": "bn.weight", "bias": "bn.bias", "mean": "bn.running_mean", "var
 
 
 def read(tensors: Tensors) -> dict:
-    """The parameters of `models.inception`, NumPy float32, from a state dict of the published names.
+    """Read the parameters of `dit_jax.models.inception`, NumPy float32, from a state dict of the published names.
 
-    Raises UsageError where a tensor is missing, unknown, of another shape or not finite, or a variance is negative.
+    Raises UsageError if a tensor is missing, unknown, of a wrong shape or not finite, or a variance is negative.
     """
     params = {}
     for path, shapes in _layers(inception.shapes()):
@@ -33,7 +33,7 @@ def read(tensors: Tensors) -> dict:
 
 
 def _layers(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """(path, layer) of all that have a kernel."""
+    """Yield (path, layer) of all layers with a kernel."""
     if "kernel" in tree:
         yield path, tree
         return

@@ -1,4 +1,4 @@
-"""Reference statistics and reference images of other codebases, checked before they become half of a score.
+"""Reference statistics and images of other codebases, checked before a score uses them.
 
 | keys | written by |
 |---|---|
@@ -7,7 +7,7 @@
 | mu, sigma | pytorch-fid, EDM |
 | arr_0, uint8 images (n, h, w, 3) | samples as ADM and DiT write them |
 
-`sigma` is in all of them the unbiased covariance (divided by n - 1), as `metrics.frechet.mean_cov` gives.
+`sigma` is always the unbiased covariance (divided by n - 1), as in `dit_jax.metrics.frechet.mean_cov`.
 """
 
 import os
@@ -21,12 +21,12 @@ from dit_jax.models import inception
 from dit_jax.networks.weights import read_arrays
 
 KINDS = {"adm": ("mu", "sigma", "mu_s", "sigma_s"), "jax-fid": ("ref_mu", "ref_sigma"), "pytorch-fid": ("mu", "sigma")}
-ROUNDING = 1e-5  # of the largest entry or eigenvalue: covariances that were once float32
+ROUNDING = 1e-5  # relative to the largest entry or the norm, for covariances that were once float32
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`kind` is "adm", "jax-fid", "pytorch-fid" or "images"; what a file does not hold is None.
+    """Contents of a reference file of `kind` "adm", "jax-fid", "pytorch-fid" or "images"; None for what it lacks.
 
     mean (2048,), cov (2048, 2048) of pooled features and mean_spatial (2023,), cov_spatial (2023, 2023), float64;
     images uint8 (n, h, w, 1 or 3), for the caller to run through the network.
@@ -43,10 +43,10 @@ class Reference:
 
 
 def read_reference(path: str | os.PathLike, pool: int = inception.WIDTH, spatial: int = inception.SPATIAL) -> Reference:
-    """The reference in an npz file, for a network with `pool` pooled and `spatial` spatial features. Nothing is unpickled.
+    """Read an npz of references for a network with `pool` pooled and `spatial` spatial features. Nothing is unpickled.
 
-    Raises UsageError on other keys, widths of another feature network, and covariances that are not symmetric, have
-    eigenvalues below 0 beyond rounding, or hold values that are not finite.
+    Raises UsageError on unknown keys, widths of another feature network, and covariances that are not symmetric, not
+    finite, or have negative eigenvalues beyond rounding.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -73,33 +73,29 @@ def _images(images: np.ndarray, where: str) -> np.ndarray:
 
 
 def _gaussian(arrays: dict, mean_name: str, cov_name: str, width: int, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(mean (width,), covariance (width, width)), float64, checked."""
+    """Check and return (mean (width,), covariance (width, width)), float64."""
     for name, shape in ((mean_name, (width,)), (cov_name, (width, width))):
         found = arrays[name]
         if found.shape != shape:
-            raise UsageError(
-                f"{path}: {name}: found shape {found.shape}, expected {shape}; "
-                "these are statistics of another feature network or layer"
-            )
+            why = "these are statistics of another feature network or layer"
+            raise UsageError(f"{path}: {name}: found shape {found.shape}, expected {shape}; {why}")
         if not np.issubdtype(found.dtype, np.floating) or not np.isfinite(found).all():
             raise UsageError(f"{path}: {name}: found {found.dtype} with values that are no finite floats")
     mean, cov = (np.asarray(arrays[name], np.float64) for name in (mean_name, cov_name))
     skew, most = np.abs(cov - cov.T).max(), np.abs(cov).max()
     if skew > ROUNDING * most:
-        raise UsageError(
-            f"{path}: {cov_name}: found entries that differ by {skew:.3g} from their mirror image, expected 0"
-        )
+        found = f"found entries that differ by {skew:.3g} from their mirror image"
+        raise UsageError(f"{path}: {cov_name}: {found}, expected 0")
     cov = (cov + cov.T) / 2
     if not _nonnegative(cov):
         values = np.linalg.eigvalsh(cov)
-        raise UsageError(
-            f"{path}: {cov_name}: found the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}, expected none below 0"
-        )
+        found = f"found the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}"
+        raise UsageError(f"{path}: {cov_name}: {found}, expected none below 0")
     return mean, cov
 
 
 def _nonnegative(cov: np.ndarray) -> bool:
-    """Whether no eigenvalue is below -ROUNDING times the matrix's Frobenius norm: then, shifted, it has a Cholesky factor."""
+    """Test that no eigenvalue is below -ROUNDING |cov|_F, by a Cholesky factor of the shifted matrix."""
     if (np.diag(cov) < 0).any():
         return False
     shift = ROUNDING * np.linalg.norm(cov) or 1.0

@@ -1,4 +1,4 @@
-"""Tensors by name, each of which must be there, have its shape, and be used once."""
+"""Named tensors of a file, which must all be present, have their shapes, and be used."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from dit_jax.error import UsageError, alike
 
 
 class Tensors:
-    """A file's arrays, taken one by one; `done` raises when some were never asked for.
+    """A file's arrays, taken one by one; `done` raises if some were not taken.
 
-    `where` names the file in errors, all of which are UsageError.
+    `where` names the file in errors, which are UsageErrors.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], where: str):
@@ -18,11 +18,11 @@ class Tensors:
         return name in self.arrays
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that must be there, without taking it: sizes are read off the shapes."""
+        """Return the shape of a tensor without taking it."""
         return self._find(name).shape
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The float32 values of a tensor of floats, in their own layout."""
+        """Return the float32 values of a tensor of floats, in their own layout."""
         found = self._find(name)
         if found.shape != tuple(shape):
             raise UsageError(f"{self.where}: {name}: found shape {found.shape}, expected {tuple(shape)}")
@@ -35,7 +35,7 @@ class Tensors:
         return values
 
     def skip(self, *names: str) -> None:
-        """Tensors that may be there and say nothing (counters, tables worked out anew)."""
+        """Ignore tensors if they are present (counters, tables that are recomputed)."""
         self.left.difference_update(names)
 
     def done(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights in and out: other projects' files as run folders or network folders, and runs as files under the published names."""
+"""Converts other projects' files to run folders or network folders, and runs to files with the published names."""
 
 import dataclasses
 import json
@@ -24,8 +24,11 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 IN_FOLDERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers names them
 
 
-def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 0) -> None:
-    """A DiT of a file or a folder as a run folder. Raises UsageError, and JobError when the disk does not take it."""
+def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 0, classes: int = 0) -> None:
+    """Convert a DiT in a file or folder to a run folder. `classes`: see `dit.add_null_row`.
+
+    Raises UsageError if the weights or `out` do not fit, JobError if writing fails.
+    """
     file, config = find_files(weights)
     if source == "diffusers" and not config:
         raise UsageError(
@@ -33,34 +36,37 @@ def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 
         )
     origin = describe_source(file, source)
     if os.path.isdir(out) and os.listdir(out):
-        _check_done(out, origin, step, heads)
+        _check_done(out, origin, step, heads, classes)
         say(f"{out}: done before, from the same {file}")
         return
-    tensors = Tensors(read_arrays(file), file)
+    tensors, null = Tensors(read_arrays(file), file), True
     if source == "diffusers":
         model, params = diffusers_dit.read(tensors, read_json(config))
     else:
+        null = dit.add_null_row(tensors, classes)
         model, params = dit.read(tensors, heads)
     del tensors
-    cfg = run_config(model)
+    cfg = run_config(model, null)
     with new_folder(out) as unfinished:
         notes = provenance()
-        write_file(
-            os.path.join(unfinished, "config.json"), json.dumps({"config": to_dict(cfg), **notes}, indent=1) + "\n"
-        )
+        text = json.dumps({"config": to_dict(cfg), **notes}, indent=1) + "\n"
+        write_file(os.path.join(unfinished, "config.json"), text)
         os.makedirs(checkpoint.folder(unfinished))
         checkpoint.write_weights(unfinished, step, model, params, {**notes, "source": origin})
     say(f"{out}: {sum(p.size for p in flatten(params).values()):,} parameters of {_name(model)}, step {step}")
+    say(f"{model.classes} classes, " + ("and a null class" if null else "no null class: it is sampled at guidance 1"))
 
 
 def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = None) -> None:
-    """The weights of a run as a safetensors file under the published names. An existing file is not overwritten."""
+    """Write a run's weights as safetensors under the published names; never overwrites a file."""
     if not out.endswith(".safetensors"):
         raise UsageError(f"--out: found {out!r}, expected a name that ends in .safetensors")
     if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
         raise UsageError(f"--out: {out}: its folder does not exist")
     model, params = checkpoint.load(workdir, step, item)
     arrays = dit.write(model, params)
+    if not read_config(workdir).train.label_dropout:  # its null row was never trained
+        arrays[dit.LABELS] = arrays[dit.LABELS][:-1]
     unfinished = f"{out}.unfinished"
     try:
         save_file(arrays, unfinished)
@@ -80,7 +86,7 @@ def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = Non
 
 
 def import_network(source: str, weights: str, out: str) -> None:
-    """Another network as a folder of `dit_jax.networks`."""
+    """Convert another network to a folder of `dit_jax.networks.folder`."""
     file, _ = find_files(weights)
     origin = describe_source(file, source)
     if os.path.isdir(out) and os.listdir(out):
@@ -111,7 +117,7 @@ READ: dict[str, Callable[[Tensors], tuple[dict, dict]]] = {"sd-vae": _read_vae, 
 
 
 def find_files(weights: str) -> tuple[str, str]:
-    """(the file of weights, the config.json beside it or "") of a file or a folder."""
+    """Find (file of weights, config.json beside it or "") for a file or a folder."""
     if not os.path.isdir(weights):
         if not os.path.isfile(weights):
             raise UsageError(f"--weights: no file or folder {weights!r}")
@@ -124,21 +130,26 @@ def find_files(weights: str) -> tuple[str, str]:
 
 
 def describe_source(file: str, form: str) -> dict:
-    """Where weights came from, as a checkpoint or a network's folder keeps it."""
+    """Return the origin of weights, as kept in checkpoints and network folders."""
     return {"file": os.path.basename(file), "sha256": file_sha256(file), "format": form}
 
 
-def run_config(model: ModelConfig) -> Config:
-    """The config of the paper's ImageNet run at the model's resolution (8 pixels a latent), with this model."""
+def run_config(model: ModelConfig, null: bool = True) -> Config:
+    """Return the paper's ImageNet config at the model's resolution (8 pixels a latent), with this model.
+
+    Without a trained `null` class, label dropout is 0.
+    """
     pixels = 8 * model.input_size
     values = load_config(str(CONFIGS / ("imagenet512.py" if pixels == 512 else "imagenet256.py")))
     values.data.image_size = pixels
     values.model.update(to_dict(model))
+    if not null:
+        values.train.label_dropout = 0.0
     return resolve(values)
 
 
-def _check_done(out: str, origin: dict, step: int, heads: int) -> None:
-    """Raises UsageError unless the folder is what this command makes, JobError if it is damaged."""
+def _check_done(out: str, origin: dict, step: int, heads: int, classes: int) -> None:
+    """Raises UsageError unless the folder matches this command, JobError if it is damaged."""
     if not os.path.isfile(os.path.join(out, "config.json")):
         raise UsageError(
             f"--out: {out!r} is not empty and holds no run; expected a new folder, or one made by this command"
@@ -155,6 +166,8 @@ def _check_done(out: str, origin: dict, step: int, heads: int) -> None:
     if source is None:
         raise UsageError(f"--out: {out!r} holds a run that was trained; use another --out")
     _check_same(out, source, origin)
+    if classes not in (0, model.classes):
+        raise UsageError(f"--out: {out!r} was made with {model.classes} classes, not {classes}; use another --out")
     if heads not in (0, model.heads):
         raise UsageError(f"--out: {out!r} was made with {model.heads} heads, not {heads}; use another --out")
 

@@ -1,4 +1,4 @@
-"""The autoencoder's tensors as other people's files name and lay them out: diffusers' AutoencoderKL, and latent diffusion's own.
+"""The autoencoder's tensors in files of diffusers (AutoencoderKL) and of latent diffusion, to our parameters.
 
 Ours are the paths of `dit_jax.models.vae`, kernels (h, w, in, out) and (in, out); theirs are (out, in, h, w) and (out, in).
 """
@@ -14,8 +14,8 @@ from dit_jax.models import vae
 from dit_jax.models.vae import VAEConfig
 from dit_jax.networks.tensors import Tensors
 
-PREFIX = "first_stage_model."  # of the autoencoder in a checkpoint of latent diffusion that holds other networks too
-# Each table: a part of our path -> of theirs, {} being its number. A part that is not here is the same in both.
+PREFIX = "first_stage_model."  # of the autoencoder in a whole checkpoint of latent diffusion
+# Each table: part of our path -> part of theirs, {} being its number. Parts not listed are the same in both.
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 _DIFFUSERS = _LEAVES | {
     "down_": "down_blocks.{}",
@@ -52,14 +52,12 @@ _LATENT_DIFFUSION = _LEAVES | {
 
 
 def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
-    """The config that the tensors' shapes say, and parameters as `vae.init` gives them, in NumPy.
+    """Read (config inferred from the shapes, parameters as in `vae.init`, in NumPy). Shapes do not show `groups`.
 
-    Either family's names are known by themselves, attention of either age, as linear or 1 x 1 weights. Shapes do not say
-    the number of `groups`. Only beside names with PREFIX are others ignored. Raises UsageError naming what is missing,
-    left over or misshapen.
+    Both families' names, old and new names of attention, and linear or 1 x 1 attention weights are recognised. Names
+    without PREFIX are ignored if any has it. Raises UsageError naming a tensor that is missing, unknown or misshapen.
     """
-    latent_diffusion = any(name.startswith((PREFIX, "encoder.down.")) for name in tensors.arrays)
-    if latent_diffusion:
+    if any(name.startswith((PREFIX, "encoder.down.")) for name in tensors.arrays):
         words = _LATENT_DIFFUSION
     else:
         old = "encoder.mid_block.attentions.0.query.weight" in tensors
@@ -75,7 +73,7 @@ def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
 
 
 def _config(tensors: Tensors, prefix: str, words: dict, groups: int) -> VAEConfig:
-    """Sizes, read off the shapes of a few convolutions."""
+    """Infer sizes from the shapes of a few convolutions."""
     block = f"{prefix}encoder.{words['down_']}.{words['block_']}.conv1.weight".format  # of (stage, block)
     widths, blocks = [_size(tensors, block(0, 0), 0)], 1
     while block(len(widths), 0) in tensors:
@@ -91,7 +89,7 @@ def _config(tensors: Tensors, prefix: str, words: dict, groups: int) -> VAEConfi
 
 
 def _size(tensors: Tensors, name: str, axis: int) -> int:
-    """Of one axis of a convolution's weight."""
+    """Return the size of one axis of a convolution's weight."""
     shape = tensors.shape(name)
     if len(shape) != 4:
         raise UsageError(f"{tensors.where}: {name}: found shape {shape}, expected (out, in, h, w)")
@@ -99,7 +97,7 @@ def _size(tensors: Tensors, name: str, axis: int) -> int:
 
 
 def _namer(cfg: VAEConfig, prefix: str, words: dict) -> Callable[[tuple], str]:
-    """From a path in our parameters to their name."""
+    """Return a function: path in our parameters -> their name."""
 
     def word(part: str) -> str:
         numbered = re.fullmatch(r"([a-z]+_)(\d+)", part)
@@ -112,7 +110,7 @@ def _namer(cfg: VAEConfig, prefix: str, words: dict) -> Callable[[tuple], str]:
 
     def name_of(path: tuple) -> str:
         parts = [part.key for part in path]
-        if parts[1] in ("quant_conv", "post_quant_conv"):  # theirs are neither the encoder's nor the decoder's
+        if parts[1] in ("quant_conv", "post_quant_conv"):  # theirs are outside encoder and decoder
             parts = parts[1:]
         return prefix + ".".join(map(word, parts))
 
@@ -120,7 +118,7 @@ def _namer(cfg: VAEConfig, prefix: str, words: dict) -> Callable[[tuple], str]:
 
 
 def _ours(tensors: Tensors, name: str, leaf: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Their tensor of that name in the layout and shape of our leaf."""
+    """Take their tensor `name` in the layout and shape of our leaf."""
     if leaf == "kernel" and len(shape) == 4:
         found = tensors.take(name, (shape[3], shape[2], shape[0], shape[1])).transpose(2, 3, 1, 0)
     elif leaf == "kernel":

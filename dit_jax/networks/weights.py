@@ -1,7 +1,7 @@
-"""Arrays from other people's files: safetensors, npz, npy and PyTorch checkpoints, read so that nothing in them is run.
+"""Reads arrays from untrusted files (safetensors, npz, npy, PyTorch checkpoints) without running anything in them.
 
-No byte is unpickled here; of a `.pt` file only torch's reader of plain tensors sees the pickle, after the archive around it
-has been checked. What a file declares is held against its true size before anything is allocated.
+Nothing is unpickled here. Only torch's reader of plain tensors sees the pickle in a `.pt` file, after a check of the archive.
+Declared sizes are compared with the true size of a file before anything is allocated.
 """
 
 import ast
@@ -24,9 +24,9 @@ import safetensors
 from dit_jax.error import UsageError
 from dit_jax.files import parse_json
 
-MAX_BYTES = 2**36  # of all arrays of a file, unless the caller says otherwise
+MAX_BYTES = 2**36  # of all arrays of a file, by default
 EXPANSION = 200, 2**28  # a compressed archive may hold this many times its size, or this many bytes
-LISTING = 2**23  # bytes of a zip archive's table of contents, or of the header of a safetensors file beside its data
+LISTING = 2**23  # bytes of a zip archive's table of contents, or of a safetensors header
 HEADER = 10_000  # bytes of an npy header
 CHUNK = 2**20
 DTYPE = re.compile(r"[<>|](b1|[iu][1248]|f[248]|c8|c16)")
@@ -35,16 +35,16 @@ SAFETENSORS = {
     "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "b1", "C64": "<c8", "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
-ALIEN = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # numpy's own types do not have these
+ALIEN = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # dtypes that NumPy lacks
 NODES, DEEPEST, KEY = 1_000_000, 32, 1000  # values in a .pt file, their nesting, the length of a key
-SHARED = 4  # tensors of a .pt file may share memory: together they are at most this many times the file
+SHARED = 4  # tensors of a .pt file may share memory, but take at most this many times the file
 
 
 def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
-    """Name -> array of a .safetensors, .npz, .npy (its one array is "") or .pt/.pth/.bin file.
+    """Read {name: array} from a .safetensors, .npz, .npy (its one array is "") or .pt/.pth/.bin file.
 
-    Arrays come in native byte order and C order. Of a .pt file, dicts and lists of any depth are walked, names joined by
-    dots ("ema.x"), and what is not a tensor is left out. Raises UsageError naming the file and what is wrong with it.
+    Arrays have native byte order and C order. Nested dicts and lists of a .pt file give names joined by dots ("ema.x");
+    values that are not tensors are left out. Raises UsageError naming the file and the problem.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
@@ -64,14 +64,14 @@ def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str
 
 
 def _check_name(name: str, where: str) -> None:
-    """Whoever writes an array to a file of its name must stay in his folder."""
+    """Raises UsageError if a file named after an array would lie outside its folder."""
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or ".." in parts or name.startswith("/") or re.match("[A-Za-z]:", name):
         raise UsageError(f"{where}: found the name {name!r}, expected a relative one without '..' and backslashes")
 
 
 def _check_shape(shape, itemsize: int, most: int, where: str) -> int:
-    """Bytes of an array; `most` bounds it also where another dimension is 0."""
+    """Return the bytes of an array. Raises UsageError above `most`, with sizes of 0 counted as 1."""
     if not isinstance(shape, (tuple, list)) or len(shape) > 32 or not all(type(n) is int and n >= 0 for n in shape):
         raise UsageError(f"{where}: found the shape {str(shape)[:200]}, expected up to 32 sizes, none below 0")
     if math.prod(max(n, 1) for n in shape) * itemsize > most:
@@ -91,7 +91,7 @@ def _bytes(file: IO[bytes], count: int, where: str) -> np.ndarray:
 
 
 def _native(flat: np.ndarray, dtype, shape, order: str = "C") -> np.ndarray:
-    """Raw bytes as an array in this machine's byte order and in C order."""
+    """Turn raw bytes into an array in native byte order and C order."""
     array = flat.view(dtype).reshape(shape, order=order)
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(shape)
 
@@ -122,12 +122,11 @@ def _read_npz(path: str, max_bytes: int) -> dict[str, np.ndarray]:
 
 
 def _array(file: IO[bytes], size: int, max_bytes: int, where: str) -> np.ndarray:
-    """The array in npy format that fills a file of `size` bytes. Raises UsageError before anything large is allocated."""
+    """Read the npy array that fills a file of `size` bytes. Raises UsageError before anything large is allocated."""
     start, (descr, fortran, shape) = _npy_header(file, where)
     if not isinstance(descr, str) or not DTYPE.fullmatch(descr):
-        raise UsageError(
-            f"{where}: found the dtype {str(descr)[:200]!r}, expected plain numbers; objects are never unpickled"
-        )
+        expected = "expected plain numbers; objects are never unpickled"
+        raise UsageError(f"{where}: found the dtype {str(descr)[:200]!r}, {expected}")
     if not isinstance(fortran, bool):
         raise UsageError(f"{where}: found fortran_order {str(fortran)[:200]!r}, expected True or False")
     dtype = np.dtype(descr)
@@ -138,7 +137,7 @@ def _array(file: IO[bytes], size: int, max_bytes: int, where: str) -> np.ndarray
 
 
 def _npy_header(file: IO[bytes], where: str) -> tuple[int, tuple]:
-    """(bytes of the header, (descr, fortran_order, shape)), the latter as found."""
+    """Read (bytes of the header, (descr, fortran_order, shape)), the latter unchecked."""
     start = file.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\x01\0", b"\x02\0", b"\x03\0"):
         raise UsageError(f"{where}: found {start!r} at its start, expected an array in npy format, version 1 to 3")
@@ -159,7 +158,7 @@ def _npy_header(file: IO[bytes], where: str) -> tuple[int, tuple]:
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which little is read at once: zipfile reads a table of contents whole, however long it says it is."""
+    """A file with bounded reads, because zipfile reads a table of contents of any declared length."""
 
     def read(self, size: int | None = -1) -> bytes:
         asked = size if size is not None and size >= 0 else LISTING + 1
@@ -171,7 +170,7 @@ class _Bounded(io.BufferedReader):
 
 @contextlib.contextmanager
 def _archive(path: str) -> Iterator[zipfile.ZipFile]:
-    """An open zip archive; whatever is wrong with it is a UsageError."""
+    """Open a zip archive. Raises UsageError if it is damaged."""
     try:
         with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             yield archive
@@ -182,7 +181,7 @@ def _archive(path: str) -> Iterator[zipfile.ZipFile]:
 
 
 def _members(archive: zipfile.ZipFile, path: str, methods: tuple) -> list[zipfile.ZipInfo]:
-    """The members of an archive, checked: safe names, each once, plain files, none over another, of known compression."""
+    """Return the checked members of an archive: unique safe names, plain files, no overlaps, known compression."""
     seen, end = set(), 0
     members = sorted(archive.infolist(), key=lambda m: m.header_offset)
     for m in members:
@@ -218,9 +217,7 @@ def _read_safetensors(path: str, max_bytes: int) -> dict[str, np.ndarray]:
             )
         try:
             header = parse_json(file.read(length), LISTING)
-            with safetensors.safe_open(
-                path, "numpy"
-            ):  # refuses offsets with overlaps, holes or other sizes than the shapes
+            with safetensors.safe_open(path, "numpy"):  # refuses offsets with overlaps, holes or wrong sizes
                 pass
         except (ValueError, safetensors.SafetensorError) as error:
             raise UsageError(f"{path}: damaged or no safetensors: {error}") from None
@@ -243,13 +240,13 @@ def _tensor(file: IO[bytes], start: int, entry: dict, max_bytes: int, where: str
 def _read_torch(path: str, max_bytes: int) -> dict[str, np.ndarray]:
     _check_torch_archive(path)
     try:
-        import torch  # an extra: large, and needed for these files only
+        import torch  # an extra, because it is large and only these files need it
     except ImportError:
         advice = "pip install torch==2.13.0 (the extra `torch`), or convert the file to .safetensors"
         raise UsageError(f"{path}: found a PyTorch checkpoint, which needs torch; {advice}") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's unpickler runs a program of the file's author: any error is possible
+    except Exception as error:  # the unpickler follows the file, so any error is possible
         found = re.search(r"(Unsupported|Trying to)[^\n]*?\.(?= |$)", str(error), re.M)
         what = found[0] if found else str(error).split("\n")[0] or type(error).__name__
         advice = "expected tensors in dicts and lists only; where the file is trusted, save its tensors alone"
@@ -268,7 +265,7 @@ def _read_torch(path: str, max_bytes: int) -> dict[str, np.ndarray]:
 
 
 def _check_torch_archive(path: str) -> None:
-    """Raises UsageError unless the file is a zip archive as torch.save writes it."""
+    """Raises UsageError unless the file is a zip archive of torch.save."""
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"PK\x03\x04":
@@ -287,7 +284,7 @@ def _check_torch_archive(path: str) -> None:
 
 
 def _tensors(torch, loaded, path: str) -> Iterator[tuple]:
-    """(name, tensor) of nested dicts and lists, in order; they may hold themselves, or each other many times."""
+    """Yield (name, tensor) of nested dicts and lists, which may contain themselves, in order."""
     stack, nodes = [("", 0, loaded)], 1
     while stack:
         name, depth, value = stack.pop()
@@ -309,7 +306,7 @@ def _is_key(key) -> bool:
 
 
 def _from_torch(torch, tensor, where: str) -> np.ndarray:
-    """A copy: the tensor's memory is the file's."""
+    """Copy a tensor, whose memory is mapped from the file, to NumPy."""
     plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise UsageError(f"{where}: found a sparse, quantized or repeating tensor, expected plain ones")
@@ -326,7 +323,5 @@ READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".npy": _read_npy,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-    ".bin": _read_torch,  # as diffusers names them
+    **dict.fromkeys((".pt", ".pth", ".bin"), _read_torch),  # .bin in diffusers
 }

@@ -1,1 +1,1 @@
-"""What a run would be on a slice that is not there: its real program, compiled by the slice's own compiler."""
+"""Preflight: compile a job's real program for a slice that is not there, and report memory, collectives and time."""

@@ -1,11 +1,11 @@
-"""What a run would be on a slice that is not there: its real step, compiled by the slice's own compiler.
+"""Compile a job's real step for a slice that is not there, and report its memory, collectives and time.
 
     python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2,v3-256 [--job=sample --num=50000] [--price=2.0] [--json=OUT]
     python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2 --topology=v3-256 --search=4,8,16,32
 
-TPU programs are compiled by libtpu, on any x86-64 Linux machine; programs for `cpux8` and the like here; of GPUs only what needs no
-compiler is given. Memory and collectives are those of the program that would run. The step time is the compiler's own estimate,
-made to compare layouts: it leaves out collectives, whose bytes over the links' bandwidth therefore stand beside it.
+libtpu compiles TPU programs on any x86-64 Linux machine. Programs for `cpux8` and the like are compiled by this machine's XLA. For
+GPUs only what needs no compiler is reported. Memory and collectives are those of the program that would run. The step time is the
+compiler's own estimate, made to compare layouts. It omits collectives, so their bytes over the links' bandwidth stand beside it.
 """
 
 import json
@@ -20,7 +20,7 @@ from dit_jax.job.launch import launch
 
 
 def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
-    """The sizes of fsdp to search. Raises UsageError for a mesh, batch, file or size that cannot be."""
+    """The sizes of fsdp to search. Raises UsageError for an impossible mesh, batch, file or size."""
     from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch
     from dit_jax.preflight.search import check_sizes
 
@@ -55,7 +55,7 @@ def main() -> None:
     values = flags.FLAGS
     cfg, slice_, job = resolve(values.config), _topology(values), values.job
     if job == "sample":
-        cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the job does
+        cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the sample job does
     sizes = _check(cfg, job, slice_, values)
     if sizes:
         found = reports = search(cfg, slice_, sizes)
@@ -74,11 +74,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "topology", None, "v3-8 to v6e-256, h100x8, cpux8, ...; default: the slice that the config names"
-    )
+    flags.DEFINE_string("topology", None, "v3-8 to v6e-256, h100x8, cpux8, ...; default: the slice of the config")
     flags.DEFINE_enum("job", "train", ("train", "sample"), "the step of a training, or the sampling of one batch")
-    flags.DEFINE_integer("num", 0, "with --job=sample: images to say hours of; default: eval.samples", lower_bound=0)
+    flags.DEFINE_integer(
+        "num", 0, "with --job=sample: images to estimate hours for; default: eval.samples", lower_bound=0
+    )
     flags.DEFINE_list("search", [], "values of mesh.fsdp: compile the step with each and each remat, and rank them")
     flags.DEFINE_float("price", None, "of a chip-hour", lower_bound=0.0)
     flags.DEFINE_string("json", "", "write the report here")

@@ -1,4 +1,4 @@
-"""A job's program for a mesh, compiled; and a report of what the compiler says of its memory, collectives and time."""
+"""Compiles a job's program for a mesh and reports its memory, collectives and estimated time."""
 
 import math
 import re
@@ -19,22 +19,22 @@ from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
 from dit_jax.training.state import abstract_batch, abstract_state
 from dit_jax.training.step import make_train_step
 
-FULL = 0.9  # of a device's memory: beyond it a program counts as one that does not fit
+FULL = 0.9  # share of a device's memory above which a program counts as one that does not fit
 
 
 @dataclass(frozen=True)
 class Program:
-    """A job's program for a mesh. `arguments`: abstract arrays; `flops` and `images`: of one call on all devices."""
+    """A job's program for a mesh. `arguments`: abstract arrays; `flops`, `images`: of one call on all devices together."""
 
     make: Callable  # () -> the jitted function
     arguments: tuple
     flops: int
     images: int
-    state: int  # arrays, the first of the arguments, that a call takes and gives back
+    state: int  # number of leading argument arrays that a call donates and returns
 
 
 def program(cfg: Config, job: str, mesh) -> Program:
-    """The train step, or the sampler of one batch with the run's `sample` config."""
+    """The train step, or the sampler of one batch by `cfg.sample`."""
     if job == "train":
         state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
         rows, held = cfg.train.batch_size, len(jax.tree.leaves(state))
@@ -44,14 +44,12 @@ def program(cfg: Config, job: str, mesh) -> Program:
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
-    count = image_flops(cfg) * rows
-    return Program(
-        lambda: make_sampler(cfg.model, make_task(cfg), cfg.sample, mesh), (params, seed, indices), count, rows, 0
-    )
+    arguments, count = (params, seed, indices), image_flops(cfg) * rows
+    return Program(lambda: make_sampler(cfg.model, make_task(cfg), cfg.sample, mesh), arguments, count, rows, 0)
 
 
 def compiled(found: Program) -> tuple:
-    """(executable or None, "" or the compiler's message that it does not fit, seconds, seconds of all cores together)."""
+    """Compiles: (executable or None if it does not fit, the compiler's message or "", wall seconds, CPU seconds)."""
     start, computing = time.perf_counter(), time.process_time()
     try:
         executable, message = found.make().lower(*found.arguments).compile(), ""
@@ -63,7 +61,7 @@ def compiled(found: Program) -> tuple:
 
 
 def temporaries_of(message: str, arguments: int) -> int | None:
-    """The temporaries that did not fit, as the TPU compiler's message gives them: alone, or with the arguments."""
+    """Bytes of temporaries in the TPU compiler's message that they do not fit; it states them alone or with the arguments."""
     alone = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
     whole = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     if not (found := alone or whole):
@@ -73,7 +71,7 @@ def temporaries_of(message: str, arguments: int) -> int | None:
 
 
 def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
-    """What needs no compiler."""
+    """The report without compiling: None for all that only a compiler can tell."""
     found = program(cfg, job, mesh)
     return {
         "topology": topology.name,
@@ -110,7 +108,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
 
 
 def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -> dict:
-    """All of it, by compiling the job for a mesh of `devices`."""
+    """The whole report, by compiling the job for a mesh of `devices`."""
     mesh = make_mesh(cfg.mesh, devices)
     found, report = program(cfg, job, mesh), analysis(cfg, job, topology, mesh)
     executable, report["message"], report["compile_seconds"], report["compile_cpu_seconds"] = compiled(found)
@@ -129,7 +127,7 @@ def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -
 
 
 def too_large(used: int, memory: int | None) -> str:
-    """Why a program that was compiled counts as one that does not fit, "" for one that does."""
+    """Why a compiled program counts as one that does not fit; "" if it fits."""
     if not memory or used <= FULL * memory:
         return ""
     if used > memory:
@@ -138,7 +136,7 @@ def too_large(used: int, memory: int | None) -> str:
 
 
 def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> dict:
-    """The collectives, the compiler's estimate and what follows from them."""
+    """Collectives by kind, the compiler's estimate of the step, and the time and MFU that follow from them."""
     moved, sent = {}, 0.0
     for one in hlo.collectives(module, topology.devices):
         entry = moved.setdefault("reduce-scatter-edge" if one.edge else one.kind, {"count": 0, "bytes": 0, "sent": 0.0})
@@ -159,14 +157,14 @@ def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> d
 
 
 def no_estimate(topology: hardware.Topology) -> str:
-    """Why a compiled program of a slice has no estimate of its time."""
+    """Why the compiled program of a slice has no estimate of its time."""
     if topology.platform == "tpu" and math.isnan(topology.chip.clock):
         return f"the clock of {topology.generation} is not published"
     return f"the compiler of {topology.platform.upper()} programs gives none"
 
 
 def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | None) -> list[str]:
-    """What the report leaves out, and why. `wanted`: images of the run; `tried`: layouts compiled in search of one that fits."""
+    """What the report omits, and why. `wanted`: images of the run; `tried`: number of layouts compiled in search of one that fits."""
     found = []
     if tried is not None and not report["suggestion"]:
         none = "none was tried: no other layout of this batch should take less memory"
@@ -182,13 +180,13 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
 
 
 def bounds(report: dict) -> list[float]:
-    """Seconds of a step: [collectives hidden behind the compute, nothing hidden]."""
+    """Seconds of a step: [collectives fully overlapped with compute, no overlap]."""
     seconds, moved = report["estimated_step_seconds"] or 0.0, report["collective_seconds"] or 0.0
     return [max(seconds, moved), seconds + moved]
 
 
 def run_costs(report: dict, images: int, price: float | None) -> dict | None:
-    """Hours, chip-hours and money of so many images: [collectives hidden behind the compute, nothing hidden]. None of no image."""
+    """Hours, chip-hours and price of `images`, each as in `bounds`; None without an estimate or without images."""
     steps = -(-images // report["images"])
     if report["estimated_step_seconds"] is None or not steps:
         return None

@@ -1,8 +1,8 @@
-"""What an optimised HLO module says of one step: which instructions run and how often, their cycles, and the collectives.
+"""Reads from an optimised HLO module which instructions a step runs, how often, their cycles, and the collectives.
 
-XLA prints a module as computations, each a list of `name = shape opcode(operands), attributes`. A `while` loop's body runs as
-often as its trip count, so counting begins at the entry computation and multiplies on the way down. The TPU compiler writes
-its own `estimated_cycles` on most instructions; those inside a fusion belong to the fusion's.
+XLA prints a module as computations, each a list of `name = shape opcode(operands), attributes`. The body of a `while` loop runs
+trip-count times, so counts are multiplied on the way down from the entry computation. The TPU compiler writes `estimated_cycles`
+on most instructions; the cycles of a fusion include those of the instructions inside it.
 """
 
 import math
@@ -11,12 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {
-    "pred": 8,
-    "bf16": 16,
-    "c64": 64,
-    "c128": 128,
-}  # other dtypes end their letters with their bits: f32, s8, u4, ...
+# Instructions whose called computation works on single numbers and is not counted.
+SCALAR = ("all-reduce", "reduce", "reduce-scatter", "scatter", "sort", "map", "select-and-scatter")
+BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # other dtypes are letters and bits: f32, s8, u4, ...
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -45,24 +42,24 @@ class Module:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective of one step. `bytes`: of the whole array that is gathered, reduced or moved, at one execution."""
+    """A collective of one step. `bytes`: size of the whole array that one execution gathers, reduces or moves."""
 
     kind: str
     bytes: int
     group: int  # devices that take part
     count: int  # executions in a step
-    operation: str  # the operation of the program that it serves
-    edge: bool = False  # a collective-permute that moves the edges of what a reduce-scatter put out
+    operation: str  # op_name in the program
+    edge: bool = False  # a collective-permute that moves the edges of a reduce-scatter's output
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step, if the group forms a ring (Patarasu & Yuan 2009)."""
+        """Bytes that a device sends in a step by ring algorithms (Patarasu & Yuan 2009)."""
         share = {"all-reduce": 2 * (self.group - 1) / self.group, "collective-permute": 1.0}
         return self.count * self.bytes * share.get(self.kind, (self.group - 1) / self.group)
 
 
 def parse(text: str) -> Module:
-    """The computations of a printed module. Raises ValueError when none is the entry."""
+    """Parses a printed module. Raises ValueError if it has no entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", None
     for line in text.splitlines():
@@ -78,7 +75,7 @@ def parse(text: str) -> Module:
 
 
 def _parts(text: str) -> tuple[str, str, str]:
-    """`shape opcode(rest` -> opcode, shape, rest; a tuple's shape stands in parentheses."""
+    """Splits `shape opcode(rest` into opcode, shape, rest. The shape of a tuple is in parentheses."""
     end = _closing(text) if text.startswith("(") else text.index(" ")
     opcode, _, rest = text[end:].lstrip().partition("(")
     return opcode, text[:end], rest
@@ -94,26 +91,15 @@ def _closing(text: str) -> int:
 
 
 def executed(module: Module) -> Iterator[tuple[Instruction, int, bool]]:
-    """(instruction, executions in a step, whether it is inside a fusion), from the entry down.
-
-    Of a conditional's branches all are given.
-    """
+    """Yields (instruction, executions in a step, whether it is inside a fusion), with all branches of a conditional."""
     yield from _walk(module, module.entry, 1, False)
 
 
 def _walk(module: Module, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, int, bool]]:
     for instruction in module.computations.get(name, ()):
         yield instruction, times, fused
-        if instruction.opcode in (
-            "all-reduce",
-            "reduce",
-            "reduce-scatter",
-            "scatter",
-            "sort",
-            "map",
-            "select-and-scatter",
-        ):
-            continue  # what they apply works on single numbers
+        if instruction.opcode in SCALAR:
+            continue
         inner = fused or instruction.opcode == "fusion"
         trips = trip_count(module, instruction) if instruction.opcode == "while" else 1
         branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
@@ -123,9 +109,9 @@ def _walk(module: Module, name: str, times: int, fused: bool) -> Iterator[tuple[
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a `while` runs its body: as XLA notes it, else the number that its condition compares the counter with.
+    """Trip count of a `while`: as XLA notes it, else the constant in its condition, as `lax.scan` counts from 0 by 1.
 
-    Loops made by `lax.scan` count from 0 by 1. Raises ValueError for a loop whose condition compares with no constant.
+    Raises ValueError unless the condition has exactly one such constant.
     """
     known = _TRIPS.search(loop.attributes)
     if known:
@@ -143,27 +129,24 @@ def _is_counter(instruction: Instruction) -> bool:
 
 
 def estimated_cycles(module: Module) -> int:
-    """The compiler's own estimate of the cycles of a step; 0 of a compiler that writes none. Most collectives carry none."""
+    """The compiler's estimate of the cycles of a step; 0 if it writes none. Most collectives have no estimate."""
     return sum(times * cycles(instruction) for instruction, times, fused in executed(module) if not fused)
 
 
 def cycles(instruction: Instruction) -> int:
-    """`estimated_cycles` of one execution, 0 where there is none."""
+    """`estimated_cycles` of one execution; 0 if there is none."""
     found = _CYCLES.search(instruction.attributes)
     return int(found[1]) if found else 0
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective of a step. The TPU compiler's fusion of an all-reduce and the slice of it is a reduce-scatter.
+    """Every collective of a step. The TPU compiler's fusion of an all-reduce with a slice counts as a reduce-scatter.
 
-    A collective that v5e's and v6e's compiler spreads over several fusions, so that they compute while it runs, counts where it begins.
+    The compiler of v5e and v6e may spread a collective over several fusions to overlap it with compute; it counts once, at its start.
     """
     found, started = [], _started(module)
-    scatters = {
-        name
-        for name in module.computations
-        if name.startswith(("all-reduce-scatter", "reduce-scatter", "_reduce_scatter"))
-    }
+    prefixes = ("all-reduce-scatter", "reduce-scatter", "_reduce_scatter")
+    scatters = {name for name in module.computations if name.startswith(prefixes)}
     inside = {i.name for name in scatters for i in module.computations[name]}
     for instruction, times, fused in executed(module):
         kind = instruction.opcode.removesuffix("-start")
@@ -186,7 +169,7 @@ def collectives(module: Module, devices: int) -> list[Collective]:
 
 
 def _started(module: Module) -> dict[str, set[str]]:
-    """channel -> the collectives that begin on it, of those spread over fusions: each of them repeats the instruction."""
+    """Channel -> names of the first instruction of each collective that is spread over fusions; every fusion repeats it."""
     lines = [line for lines in module.computations.values() for line in lines]
     starts = (line for line in lines if 'custom_call_target="AsyncCollectiveStart"' in line.attributes)
     names = {name for line in starts for name in _operands(line)}
@@ -198,7 +181,7 @@ def _started(module: Module) -> dict[str, set[str]]:
 
 
 def _channel(instruction: Instruction) -> str:
-    """The collective's channel, "" where it has none."""
+    """The collective's channel; "" if it has none."""
     found = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
     return found[1] if found else ""
 
@@ -208,7 +191,7 @@ def _operands(instruction: Instruction) -> list[str]:
 
 
 def _scattered(instruction: Instruction, module: Module, scatters: set[str]) -> bool:
-    """Whether what an instruction takes comes straight from a reduce-scatter: through parts, copies and views only."""
+    """Whether an instruction's operand comes from a reduce-scatter through slices, copies and views only."""
     lines = next(lines for lines in module.computations.values() if instruction in lines)
     by_name = {line.name: line for line in lines}
     while True:
@@ -223,7 +206,7 @@ def _scattered(instruction: Instruction, module: Module, scatters: set[str]) -> 
 
 
 def _sizes(shape: str) -> list[int]:
-    """Bytes of each array of a shape."""
+    """Bytes of each array in a printed shape."""
     found = []
     for dtype, sides in _ARRAY.findall(shape):
         numbers = [int(side.removeprefix("<=")) for side in sides.split(",") if side]
@@ -235,13 +218,8 @@ def _bits(dtype: str) -> int:
     return BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
 
 
-def size(shape: str) -> int:
-    """Bytes of a printed shape, all arrays of a tuple together."""
-    return sum(_sizes(shape))
-
-
 def _group(attributes: str, devices: int) -> int:
-    """Devices of one replica group, in any of XLA's three ways to write them."""
+    """Devices in one replica group, which XLA writes in three ways; all devices if it writes none."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     if listed:
         return listed[1].count(",") + 1
@@ -257,14 +235,14 @@ def _group(attributes: str, devices: int) -> int:
 
 
 def argument_bytes(text: str) -> list[int]:
-    """Bytes of each of a printed module's arguments as they lie in memory, in whole tiles."""
+    """Bytes of each argument of a printed module in memory, padded to whole tiles."""
     head = text.partition("\n")[0]
     layout = head.partition("entry_computation_layout={(")[2].partition(")->")[0]
     return [_laid_out(*found) for found in _LAID_OUT.findall(layout)]
 
 
 def _laid_out(dtype: str, sides: str, layout: str) -> int:
-    """Bytes of an array `f32[28,72]{1,0:T(8,128)}`: the sides of a tile are those of the axes that vary fastest."""
+    """Bytes of an array such as `f32[28,72]{1,0:T(8,128)}`. Tile sides belong to the fastest-varying axes."""
     order, _, tiles = layout.partition(":")
     lengths = [int(side) for side in sides.split(",") if side]
     found = re.match(r"T\(([\d,]+)\)", tiles)

@@ -1,4 +1,4 @@
-"""Other layouts of a train step, compiled: the first that fits where the given one does not, and all of them ranked."""
+"""Compiles other layouts of a train step: finds one that fits if the given one does not, or ranks them all."""
 
 import dataclasses
 import itertools
@@ -14,11 +14,11 @@ from dit_jax.log import say
 from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.text import row
 
-TRIES = 4  # compilations in search of what fits; the first mostly does
+TRIES = 4  # most compilations in search of a layout that fits; mostly the first one does
 
 
 def changed(cfg: Config, changes: dict) -> Config:
-    """A config with {"group.key": value} set."""
+    """A copy of a config with {"group.key": value} set."""
     for key, value in changes.items():
         group, name = key.split(".")
         cfg = dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **{name: value})})
@@ -26,21 +26,21 @@ def changed(cfg: Config, changes: dict) -> Config:
 
 
 def layout_of(cfg: Config, devices: int) -> Layout:
-    """The layout that a config makes of so many devices."""
+    """The layout of a config on so many devices."""
     return Layout(*mesh_shape(cfg.mesh, devices), cfg.model.remat, cfg.optim.accumulate)
 
 
 def flags_of(layout: Layout, present: Layout) -> str:
-    """The flags that turn one layout into another."""
+    """The flags that turn the layout `present` into `layout`."""
     old = present.keys()
     return " ".join(f"--config.{key}={value}" for key, value in layout.keys().items() if value != old[key])
 
 
 def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dict) -> tuple[str, int]:
-    """(flags of the first layout tried with which the train step fits, which it does not in `report`, or ""; how many were tried).
+    """Searches a layout in which the train step fits, given the `report` of one that does not: (its flags or "", number tried).
 
-    Of the layouts that are expected to fit the fastest is tried. What to expect is a rough rule, set right by what the compiler
-    said of the layouts before.
+    Tries the fastest layout that is expected to fit. The expectation is a rough rule, rescaled by the compiler's figure for the
+    last layout tried.
     """
     batch, present = cfg.train.batch_size, layout_of(cfg, topology.devices)
     left = [o for o in options(cfg.model, batch, topology, present) if o != present]
@@ -66,7 +66,7 @@ def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dic
 
 
 def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, price: float | None) -> dict:
-    """The report of a job's program, with a layout that fits where the config's does not. `images` 0: as many as eval.samples."""
+    """The report of a job's program, with a suggested layout if the config's does not fit. `images`: 0 means eval.samples."""
     if missing := why_not_compiled(topology):
         report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
         return report | {"message": f"not compiled: {missing}"}
@@ -80,7 +80,7 @@ def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, pri
 
 
 def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -> list[int]:
-    """The values of mesh.fsdp that `--search` names; `split`: devices that split a batch. Raises UsageError for what cannot be."""
+    """Values of mesh.fsdp for `--search`. `split`: devices that split a batch. Raises UsageError for values that are impossible."""
     sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
     for size in asked:
         if not size.isdecimal() or int(size) not in sizes:
@@ -97,7 +97,7 @@ def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -
 
 
 def show_ranks(reports: list[dict], topology: hardware.Topology) -> None:
-    """Prints the reports of `search`, a row each."""
+    """Prints the reports of `search`, one row each."""
     for one in reports:
         print(row(one))
     if any(one["fits"] and not one["estimated_step_seconds"] for one in reports):
@@ -105,9 +105,9 @@ def show_ranks(reports: list[dict], topology: hardware.Topology) -> None:
 
 
 def search(cfg: Config, topology: hardware.Topology, sizes: list[int]) -> list[dict]:
-    """Reports of the train step for each of `sizes` as mesh.fsdp and each remat, with the least accumulation that may fit.
+    """Reports of the train step for each mesh.fsdp in `sizes` and each remat, with the least accumulation that may fit.
 
-    The fastest first, by the estimate of the step (where there is one) and its collectives, nothing hidden; those that do not fit last.
+    Sorted by the estimated step, if there is one, plus its collectives without overlap; layouts that do not fit come last.
     """
     devices = devices_ahead(topology)
     batch, tensor, reports = cfg.train.batch_size, layout_of(cfg, topology.devices).tensor, []

@@ -1,4 +1,4 @@
-"""Reports as text."""
+"""Prints preflight reports as text."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ def _number(value: float) -> str:
 
 
 def show(report: dict) -> None:
-    """The report for people."""
+    """Prints a report, one figure a line."""
     for name, text in _lines(report):
         print(f"{name:12} {text}")
 
@@ -52,25 +52,20 @@ def _speed(report: dict) -> Iterator[tuple[str, str]]:
         yield what, f"{1e3 * seconds:.1f} ms ({often}), MFU {report['estimated_mfu']:.1%}: the compiler's estimate"
     if report["collective_seconds"] is not None:
         beside = " beside it" if seconds else ""
-        yield (
-            "links",
-            f"{1e3 * report['collective_seconds']:.1f} ms{beside}, for the collectives at the links' full rate",
-        )
+        links = f"{1e3 * report['collective_seconds']:.1f} ms{beside}"
+        yield "links", f"{links}, for the collectives at the links' full rate"
     if run := report["run"]:
-        spans = {
-            name: " to ".join(dict.fromkeys(map(_number, run[name])))
-            for name in ("hours", "chip_hours", "price")
-            if run[name]
-        }
+        known = [name for name in ("hours", "chip_hours", "price") if run[name]]
+        spans = {name: " to ".join(dict.fromkeys(map(_number, run[name]))) for name in known}
         what = f"{run['steps']:,} steps" if report["job"] == "train" else f"{run['images']:,} images"
         price = f", price {spans['price']}" if run["price"] else ""
         yield "run", f"{what} {spans['hours']} hours, {spans['chip_hours']} chip-hours{price}"
 
 
 def row(report: dict) -> str:
-    """A report of `search` as one line."""
+    """A report as one line of `search`."""
     sizes = report["bytes"]
-    used = f"{gib(sizes['arguments'] + sizes['temporaries'])}" if sizes["temporaries"] is not None else ""
+    used = gib(sizes["arguments"] + sizes["temporaries"]) if sizes["temporaries"] is not None else ""
     layout = f"fsdp {report['mesh']['fsdp']:3}, remat {report['remat']:4}, accumulate {report['accumulate']:2}"
     if not report["fits"]:
         return f"{layout}  does not fit: {used or report['message']}"

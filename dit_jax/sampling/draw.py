@@ -1,4 +1,4 @@
-"""Images drawn from a model: image i depends on (seed, i) only, whatever the batch size or the number of devices."""
+"""Draws images from a model. Image i depends on (seed, i) only, not on batch size or number of devices."""
 
 import dataclasses
 import functools
@@ -20,12 +20,12 @@ from dit_jax.error import NotFiniteError
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
 
-ROWS = 16  # images that a device computes at a time: another number would round otherwise
+ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
 UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
 
 
 def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> Callable:
-    """The denoiser that a sampler walks with: plain at guidance 1, else guided in `cfg.interval`, both halves in one batch."""
+    """Denoiser (x, t) for a sampler: plain at guidance 1, else guided within `cfg.interval`, both halves in one batch."""
 
     def apply(x, t, cond):
         return model.apply(params, x, task.process.model_time(t), cond)
@@ -48,9 +48,9 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = ()) -> Callable:
-    """One compiled program: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels int32 (b,).
+    """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32.
 
-    `wanted`: pairs (field of cond, its values in turn); other fields are drawn.
+    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn.
     """
     shape, bound = (model.input_size, model.input_size, model.channels), bind(model)
 
@@ -65,7 +65,7 @@ def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0 to 255 as the published DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
+    """Maps [-1, 1] to 0..255 as the published DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
     return np.clip(127.5 * images + 128.0, 0, 255).astype(np.uint8)
 
 
@@ -81,7 +81,7 @@ def weights_hash(params) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn, bound once: `cfg` with its `sample`, the devices, the decoder of latents, and values of `cond` asked for."""
+    """Everything that drawing needs besides weights: config, devices, decoder of latents, and the values of `cond` asked for."""
 
     cfg: Config
     mesh: object
@@ -91,7 +91,7 @@ class Sampling:
 
     @functools.cached_property
     def task(self) -> Task:
-        """Process, sampler and times. Raises UsageError for what cannot be."""
+        """Process, sampler and times. Raises UsageError if they do not fit together."""
         return make_task(self.cfg)
 
     @property
@@ -107,11 +107,11 @@ class Sampling:
         return image_flops(self.cfg)
 
     def images(self, params, seed: int, num: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32).
+        """Yields images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32). Raises NotFiniteError.
 
-        A device always computes ROWS images at a time, and what is too many is dropped, so that on one kind of device images are
-        the same, bit for bit, for every batch size and number of devices. (With the batch as the shape of the program, float32
-        images differed by up to 7e-7 and 1 of 15,360 pixels by one level; in bfloat16 a quarter of all pixels, by up to 5.)
+        A device always computes ROWS images at a time and drops the surplus. On one kind of device the images are therefore the
+        same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
+        7e-7 in float32 and by one level in 1 of 15,360 pixels; in bfloat16 by up to 5 levels in a quarter of all pixels.)
         """
         draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, tuple(self.wanted.items()))
         rows = ROWS * batch_split(self.mesh)
@@ -126,16 +126,12 @@ class Sampling:
         drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
         images = self.decode(drawn)
         if not np.isfinite(images).all():
-            raise NotFiniteError(
-                f"samples {start} to {end - 1}: found values that are not finite; is the model trained?"
-            )
+            which = f"samples {start} to {end - 1}"
+            raise NotFiniteError(f"{which}: found values that are not finite; is the model trained?")
         return to_uint8(images), labels
 
     def describe(self, params, step: int, seed: int) -> dict:
-        """Everything that image i depends on besides the kind of device, flat and as JSON gives it back.
-
-        Neither batch size nor number of devices is among it: they change nothing.
-        """
+        """Everything that image i depends on besides the kind of device: a flat dict that survives JSON unchanged."""
         model, settings = to_dict(self.cfg.model), describe_sample(self.cfg.sample)
         del model["remat"], model["unroll"]
         asked = tuple(self.wanted.get("label", ()))
@@ -149,14 +145,14 @@ class Sampling:
 
 
 def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None) -> Sampling:
-    """The sampling of `cfg.sample`. Raises UsageError for what cannot be, or an autoencoder that does not fit."""
+    """Binds `cfg.sample`. Raises UsageError for settings that exclude each other or an autoencoder that does not fit."""
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
     return Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, mesh), wanted or {})
 
 
 def describe_sample(cfg: SampleConfig) -> dict:
-    """The settings that images depend on. Stated times stand in place of `steps` and `spacing`, and are left out otherwise."""
+    """The settings that images depend on. `times`, if given, replaces `steps` and `spacing`, else it is left out."""
     settings = dataclasses.asdict(cfg)
     del settings["batch_size"]
     if cfg.times:

@@ -1,11 +1,11 @@
-"""Drawn images, or what a network says of them, on the disk: parts in a folder as they come; of images one npz at the end.
+"""Drawn images, or their features, on the disk: parts in a folder while they are drawn; for images one npz at the end.
 
     job.json             what the images depend on; a folder holds the images of one job only
-    START-END.part       images START to END - 1: a SHA-256 of job, range and content, then the content: images, labels
+    START-END.part       SHA-256 of job, range and content, then the content: images START to END - 1, labels
     lock                 held by the process that draws
 
-A part is whole and verified, or its images are drawn again. An image may be any row of bytes of one shape.
-The npz is the ADM layout with the job as its comment.
+The images of an incomplete or damaged part are drawn again. An image may be any uint8 array of fixed shape.
+The npz has the ADM layout, with the job as its comment.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from dit_jax.files import delete, lock, names, parse_json, read, read_json, whol
 from dit_jax.log import drawing_progress, notice, say, warn
 
 Batch = tuple[np.ndarray, np.ndarray]  # images uint8 (b, h, w, c), labels int32 (b,)
-PART_BYTES = 1 << 26  # of images that wait in memory at most
-PART_SECONDS = 0.25  # of drawing that a part holds at least, but for the last one
+PART_BYTES = 1 << 26  # most bytes of images that wait in memory
+PART_SECONDS = 0.25  # least seconds of drawing in a part, except in the last one
 NAME = re.compile(r"(\d{10})-(\d{10})\.part")
 JOB, LOCK = "job.json", "lock"
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of parts: of which job, and the shape (h, w, c) of its images."""
+    """A folder of parts, its job, and the shape (h, w, c) of its images."""
 
     folder: str
     job: dict
@@ -42,10 +42,10 @@ class Store:
 
 
 def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callable, stop: list) -> None:
-    """Make `out` the npz of images 0..num-1 of `job`, from what its file or its parts hold already and from `draw`.
+    """Makes `out` the npz of images 0..num-1 of `job`: reuses those in `out` and its parts, and draws the rest.
 
-    `draw(first, end)` gives batches of those images in order. When `stop` fills, the running batch is kept and Interrupted
-    raised. Raises UsageError if `out` or the parts are another job's, JobError if another process draws into `out`.
+    `draw(first, end)` yields batches of those images in order. Once `stop` is not empty, the current batch is kept and Interrupted
+    is raised. Raises UsageError if `out` or the parts are another job's, JobError if another process draws into `out`.
     """
     store = Store(f"{out}.parts", job, shape)
     with locked(store.folder):
@@ -63,7 +63,7 @@ def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callab
 
 
 def gather(store: Store, num: int, draw: Callable, stop: list, quiet: bool = False) -> Iterator[Batch]:
-    """Rows 0..num-1 of the job in order, from the parts that are there and from `draw`; the folder must be `locked`.
+    """Yields rows 0..num-1 of the job in order, from existing parts and from `draw`; the folder must be `locked`.
 
     The parts stay until `remove`. Raises as `complete` does.
     """
@@ -73,7 +73,7 @@ def gather(store: Store, num: int, draw: Callable, stop: list, quiet: bool = Fal
 
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; it goes at the end if it is empty. Raises JobError if it is in use."""
+    """Makes and locks `folder`, and removes it at the end if it is empty. Raises JobError if another process holds the lock."""
     busy = JobError(f"{folder}: another process draws into it; wait for its end, or use another --out")
     try:
         with lock(os.path.join(folder, LOCK), busy, keep=False):
@@ -84,7 +84,7 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def refuse_other(where: str, found: object, job: dict, advice: str) -> None:
-    """Raises UsageError unless `found` is `job`, naming what differs."""
+    """Raises UsageError, which names what differs, unless `found` equals `job`."""
     if found == job:
         return
     found = found if isinstance(found, dict) else {}
@@ -95,9 +95,9 @@ def refuse_other(where: str, found: object, job: dict, advice: str) -> None:
 
 
 def images_held(out: str, job: dict, num: int) -> int:
-    """How many images the npz `out` of this job holds, 0 if there is none or it is damaged.
+    """Number of images of this job in the npz `out`; 0 if it is absent or damaged.
 
-    Raises UsageError if it is anything else, or holds more than `num`: nothing that was drawn is ever overwritten.
+    Raises UsageError for any other file and for more than `num` images, so that nothing drawn is ever overwritten.
     """
     if not os.path.exists(out):
         return 0
@@ -119,7 +119,7 @@ def images_held(out: str, job: dict, num: int) -> int:
 
 
 def begun(out: str) -> dict:
-    """The job whose parts lie beside `out`; {} without any, or where they do not say."""
+    """The job whose parts lie beside `out`; {} if there is none or its job.json cannot be read."""
     try:
         return read_json(os.path.join(f"{out}.parts", JOB))
     except (OSError, UsageError):
@@ -127,22 +127,21 @@ def begun(out: str) -> dict:
 
 
 def find_step(workdir: str, step: int | None, out: str, weights: str) -> int:
-    """The checkpoint asked for; else the one of the images that `out` has begun with, which training may have left behind."""
+    """Step of the checkpoint: `step`, else the one that the parts of `out` were drawn from, if it is kept, else the newest."""
     asked = begun(out).get("step") if out and step is None else None
     return checkpoint.find_step(workdir, asked if asked in checkpoint.steps(workdir) else step, weights)
 
 
 def _prepare(store: Store) -> None:
-    """Write job.json, or check that the folder is this job's."""
+    """Writes job.json, or checks that it is this job's."""
     path = os.path.join(store.folder, JOB)
     advice = "go on with that job's command, remove the folder, or let this one write elsewhere"
     if os.path.exists(path):
         try:
             found = parse_json(read(path))
         except ValueError as error:
-            raise JobError(
-                f"{path}: damaged ({error}); remove {store.folder}, its images are then drawn again"
-            ) from None
+            redo = f"remove {store.folder}, its images are then drawn again"
+            raise JobError(f"{path}: damaged ({error}); {redo}") from None
         refuse_other(store.folder, found, store.job, advice)
     else:
         write_file(path, json.dumps(store.job, indent=1) + "\n")
@@ -160,7 +159,7 @@ def _digest(store: Store, start: int, end: int, *content) -> bytes:
 
 
 def save_part(store: Store, start: int, images: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
-    """Write images (b, h, w, c) and labels (b,) from number `start` on, whole or not at all. Returns their range."""
+    """Writes images (b, h, w, c) and labels (b,), numbered from `start`, whole or not at all. Returns their range."""
     end = start + len(labels)
     path, content = _path(store, start, end), (images.tobytes(), labels.astype("<i4").tobytes())
     with whole(path) as unfinished, open(unfinished, "wb") as f:
@@ -169,7 +168,7 @@ def save_part(store: Store, start: int, images: np.ndarray, labels: np.ndarray) 
 
 
 def load_part(store: Store, start: int, end: int) -> Batch:
-    """Images (b, h, w, c) and labels (b,) of a part. Raises ValueError if it is damaged."""
+    """Reads images (b, h, w, c) and labels (b,) of a part. Raises ValueError if it is damaged."""
     with open(_path(store, start, end), "rb") as f:
         digest, content = f.read(32), f.read()
     if digest != _digest(store, start, end, content):
@@ -180,7 +179,7 @@ def load_part(store: Store, start: int, end: int) -> Batch:
 
 
 def kept_parts(store: Store) -> list[tuple[int, int]]:
-    """Ranges of the parts that verify, ascending and apart; what does not is removed, with a notice."""
+    """Ranges of the parts that verify, ascending and disjoint. Other parts are removed with a warning."""
     found: list[tuple[int, int]] = []
     for name in names(store.folder):
         path, match = os.path.join(store.folder, name), NAME.fullmatch(name)
@@ -203,14 +202,14 @@ def kept_parts(store: Store) -> list[tuple[int, int]]:
 
 
 def missing(kept: list[tuple[int, int]], num: int) -> list[tuple[int, int]]:
-    """What the ascending ranges `kept` leave of 0..num-1."""
+    """Ranges of 0..num-1 that the ascending ranges `kept` do not cover."""
     starts, ends = [start for start, _ in kept], [end for _, end in kept]
     gaps = zip([0, *ends], [*starts, num], strict=True)
     return [(start, min(end, num)) for start, end in gaps if start < min(end, num)]
 
 
 def _take_over(store: Store, out: str, kept: list, held: int) -> list[tuple[int, int]]:
-    """Make parts of the images of a finished, smaller npz that are in no part yet."""
+    """Writes parts for the images of a finished, smaller npz that are in no part yet."""
     say(f"{out}: its {held} images are kept")
     at = 0
     for images, labels in read_npz(out):
@@ -225,10 +224,10 @@ def _take_over(store: Store, out: str, kept: list, held: int) -> list[tuple[int,
 def _draw_missing(
     store: Store, num: int, kept: list, draw: Callable, stop: list, quiet: bool = False
 ) -> list[tuple[int, int]]:
-    """Draw what is missing; returns the ranges of all parts, ascending.
+    """Draws what is missing; returns the ranges of all parts, ascending.
 
-    A part is written when PART_SECONDS and 1% of the time so far have passed since the last one: the work that a kill loses
-    stays small, and so does the number of files, however small the batches are.
+    A part is written once PART_SECONDS and 1% of the time so far have passed since the last one. A kill then loses little work,
+    and the number of files stays small even for small batches.
     """
     gaps = missing(kept, num)
     done = num - sum(end - start for start, end in gaps)
@@ -238,9 +237,8 @@ def _draw_missing(
         batches, waiting = draw(start, end), []
         while start < end:
             if stop and not waiting:
-                raise Interrupted(
-                    f"{done} of {num} images are kept in {store.folder}; the same command goes on from there"
-                )
+                where = f"kept in {store.folder}; the same command goes on from there"
+                raise Interrupted(f"{done} of {num} images are {where}")
             waiting.append(next(batches))
             images, labels = waiting[-1]
             done += len(labels)
@@ -254,12 +252,12 @@ def _draw_missing(
 
 
 def pause(seconds: float) -> float:
-    """Seconds of work after which it is kept, in a job that has run for `seconds`."""
+    """Seconds of work between two parts, in a job that has run for `seconds`."""
     return max(PART_SECONDS, 0.01 * seconds)
 
 
 def _in_order(store: Store, kept: list[tuple[int, int]], num: int) -> Iterator[Batch]:
-    """The parts, one after another, up to image num - 1. Raises JobError if one was damaged since it was written."""
+    """Yields the parts in order, up to image num - 1. Raises JobError if one was damaged after it was written."""
     for start, end in kept:
         if start >= num:
             return
@@ -272,9 +270,10 @@ def _in_order(store: Store, kept: list[tuple[int, int]], num: int) -> Iterator[B
 
 
 def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts: Iterable[Batch], job: dict) -> None:
-    """The ADM layout: arr_0 uint8 (num, *shape), arr_1 labels (num,), and `job` as the archive's comment. Whole or not at all.
+    """Writes the ADM layout, whole or not at all: arr_0 uint8 (num, *shape), arr_1 labels (num,), `job` as the archive's comment.
 
-    `parts` gives images 0 to num - 1 in order, and only one part is in memory. The bytes depend on the arrays and the job.
+    `parts` yields images 0 to num - 1 in order; one part at a time is in memory. The bytes depend on the arrays and the job only.
+    Raises JobError for another number of images.
     """
     labels = [np.zeros(0, np.int32)]
     with whole(path, temporary):
@@ -288,14 +287,12 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
                     labels.append(part_labels)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as f:
                 np.lib.format.write_array(f, np.concatenate(labels), allow_pickle=False)
-        if sum(map(len, labels)) != num:
-            raise JobError(
-                f"{path}: found {sum(map(len, labels))} images in the parts, expected {num}; nothing is written"
-            )
+        if (found := sum(map(len, labels))) != num:
+            raise JobError(f"{path}: found {found} images in the parts, expected {num}; nothing is written")
 
 
 def read_npz(path: str, most: int = PART_BYTES) -> Iterator[Batch]:
-    """Images and labels of an npz that `write_npz` wrote, in order, about `most` bytes of images at a time."""
+    """Yields images and labels of an npz from `write_npz` in order, about `most` bytes of images at a time."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
         with archive.open("arr_1.npy") as g:
             labels = np.lib.format.read_array(g, allow_pickle=False)
@@ -313,7 +310,7 @@ def _npy_shape(f) -> tuple[int, ...]:
 
 
 def remove(folder: str) -> None:
-    """Remove what this module wrote; `locked` removes the folder when nothing else is in it."""
+    """Removes what this module wrote; `locked` then removes the folder if nothing else is in it."""
     for name in names(folder):
         if name == JOB or ".tmp" in name or NAME.fullmatch(name):
             delete(os.path.join(folder, name))

@@ -7,14 +7,13 @@ from PIL import Image
 
 from dit_jax.sampling import parts
 
-GRID = 400  # images of a grid at most
+GRID = 400  # most images in a grid
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 0) -> Image.Image:
-    """uint8 (n, h, w, c) as one picture, row by row, enlarged by whole pixels when small."""
+    """Images uint8 (n, h, w, c) as one picture, row by row, enlarged by whole pixels if they are small."""
     n, h, w, c = images.shape
-    rows = -(-n // columns)
-    scale = scale or max(1, 48 // h)
+    rows, scale = -(-n // columns), scale or max(1, 48 // h)
     canvas = np.full((rows * columns, h + 2, w + 2, 3), 255, np.uint8)
     canvas[:n, 1:-1, 1:-1] = images[..., :3] if c >= 3 else images[..., :1]
     canvas = canvas.reshape(rows, columns, h + 2, w + 2, 3).transpose(0, 2, 1, 3, 4).reshape(rows * (h + 2), -1, 3)
@@ -22,7 +21,7 @@ def grid(images: np.ndarray, columns: int, scale: int = 0) -> Image.Image:
 
 
 def save_grid(path: str, batches: Iterator[parts.Batch]) -> None:
-    """A PNG of the first GRID images, sorted by class; no more of them are held in memory."""
+    """Writes a PNG of the first GRID images, sorted by class; no more of them are held in memory."""
     images, labels, count = [], [], 0
     for some, classes in batches:
         images.append(some[: GRID - count])

@@ -1,1 +1,1 @@
-"""An isoFLOP ladder: trained, evaluated, fitted, and tested on a larger model."""
+"""The isoFLOP ladder: train it, evaluate it, fit its law, and test the law on a larger model."""

@@ -2,9 +2,9 @@
 
     python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=runs/demo
 
-Cells run side by side in `sweep.processes` processes, each an ordinary run in `W/cells/<name>`. Finished cells are skipped;
-a cell that fails is reported, costs the others nothing, and makes the exit code 1. `--launcher=slurm|print` hands the cells to
-a scheduler instead (dit_jax.job.launcher), and `--cell` runs one alone.
+Cells run side by side in `sweep.processes` processes, each as an ordinary run in `W/cells/<name>`. Finished cells are skipped.
+A cell that fails is reported and does not stop the others; the exit code is then 1. `--launcher=slurm|print` hands the cells to
+a scheduler instead (dit_jax.job.launcher), and `--cell` runs one of them alone.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""The ladder of a sweep: its cells, run side by side, the law fitted to them and tested on a larger model."""
+"""The ladder of a sweep: runs its cells side by side, fits the law and tests it on a larger model."""
 
 import dataclasses
 import os
@@ -29,8 +29,7 @@ from dit_jax.workdir.records import protocol_id as identify
 from dit_jax.workdir.records import read_records
 from dit_jax.workdir.scalars import METRICS, read_lines
 
-STEP_SECONDS = 1.5e-3  # a step's fixed cost, for the ETA before anything was measured
-FLOP_RATE = 5e9
+STEP_SECONDS, FLOP_RATE = 1.5e-3, 5e9  # a step's fixed cost and FLOP/s, to weigh cells before anything was measured
 
 
 @dataclass(frozen=True)
@@ -44,30 +43,25 @@ class Cell:
 
     @property
     def weight(self) -> float:
-        """Expected seconds, up to a factor that the run itself reveals."""
-        return self.cfg.train.steps * (STEP_SECONDS + self.step_flops / FLOP_RATE) + 2.0
-
-    @property
-    def step_flops(self) -> int:
-        return flops.train_flops(self.cfg.model, self.cfg.train.batch_size)
+        """Expected seconds, up to a factor that is common to all cells of a machine."""
+        step_flops = flops.train_flops(self.cfg.model, self.cfg.train.batch_size)
+        return self.cfg.train.steps * (STEP_SECONDS + step_flops / FLOP_RATE) + 2.0
 
 
 def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
-    """The run of `size` = (width, depth, heads) that spends `budget` training FLOPs; the learning rate scales with width."""
+    """The run of `size` = (width, depth, heads) for `budget` training FLOPs. Its learning rate scales with a power of width."""
     width, depth, heads = size
     model = dataclasses.replace(cfg.model, width=width, depth=depth, heads=heads)
     rate = cfg.optim.learning_rate * (cfg.sweep.base_width / width) ** cfg.sweep.width_power
     steps = round(budget / flops.train_flops(model, cfg.train.batch_size))
     if steps < 1:
         raise UsageError(f"sweep.budgets: found {budget:g} FLOPs, less than one step of the model of width {width}")
-    log_every = max(steps // 20, 1)
+    every = {"log_every": max(steps // 20, 1), "checkpoint_every": min(cfg.train.checkpoint_every, steps)}
     cell = dataclasses.replace(
         cfg,
         model=model,
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
-        train=dataclasses.replace(
-            cfg.train, steps=steps, log_every=log_every, checkpoint_every=min(cfg.train.checkpoint_every, steps), keep=1
-        ),
+        train=dataclasses.replace(cfg.train, steps=steps, keep=1, **every),
         sweep=SweepConfig(),
         eval=dataclasses.replace(cfg.eval, samples=0),
     )
@@ -76,7 +70,7 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
 
 
 def make_cells(cfg: Config, workdir: str) -> list[Cell]:
-    """All cells of the ladder, in W/cells; they cost time in proportion to their FLOPs, so the largest come first."""
+    """All cells of the ladder, in W/cells; the slowest come first, so that processes end at about the same time."""
     if not cfg.sweep.budgets:
         raise UsageError("sweep.budgets: found none, expected training FLOPs; start from configs/digits_isoflop.py")
     cells = [
@@ -92,7 +86,7 @@ def make_cells(cfg: Config, workdir: str) -> list[Cell]:
 
 
 def run_cell(cell: Cell, quiet: bool = True) -> dict:
-    """Train and evaluate one cell; returns its record."""
+    """Trains and evaluates one cell; returns its record."""
     loop.run(cell.cfg, cell.workdir, quiet)
     return evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet)[0]
 
@@ -103,22 +97,21 @@ def finished(cell: Cell, protocol_id: str) -> bool:
 
 
 def share_done(cell: Cell) -> float:
-    """The share of a running cell's steps that its scalars show."""
+    """Share of its steps that a running cell has logged."""
     lines = read_lines(os.path.join(cell.workdir, METRICS))
     return lines[-1]["step"] / cell.cfg.train.steps if lines else 0.0
 
 
 def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) -> list[Cell]:
-    """Run what is not finished, with one progress display; returns the cells that failed."""
+    """Runs the cells that are not finished, with one progress display; returns those that failed."""
     todo = [cell for cell in cells if not finished(cell, protocol_id)]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished")
     if not todo:
         return []
     say(f"{len(todo)} cells to train, {sum(c.budget for c in todo):.2g} FLOPs, in {processes} process(es)")
-    failed, done = [], 0.0
-    total, count = sum(cell.weight for cell in todo), 0
-    with bar("ladder", total) as move:
+    failed, done, count = [], 0.0, 0
+    with bar("ladder", sum(cell.weight for cell in todo)) as move:
         for cell, outcome in run_cells(todo, processes, cache, run_cell):
             if cell is None:
                 move(done + sum(c.weight * share_done(c) for c in outcome))
@@ -134,12 +127,12 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
 
 
 def score(record: dict) -> str:
-    """A cell's held-out loss, for people."""
+    """A cell's held-out loss and its standard error, as text."""
     return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
 
 
 def prepare(cfg: Config, workdir: str) -> Source:
-    """Make W with the sweep's config as sweep.json, or check that W holds this sweep; returns the held-out split."""
+    """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
     _, held_out = loop.open_data(cfg)
     check_config(cfg)
     if cfg.sweep.extrapolate:
@@ -158,7 +151,7 @@ def prepare(cfg: Config, workdir: str) -> Source:
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:
-    """Rows (name, active parameters, forward FLOPs of an image) that a plan may choose from: all sizes of the sweep."""
+    """Rows (name, active parameters, forward FLOPs of an image) of all sizes of the sweep, for a plan to choose from."""
     rows = []
     for width, depth, heads in cfg.sweep.sizes:
         model = dataclasses.replace(cfg.model, width=width, depth=depth, heads=heads)
@@ -176,7 +169,7 @@ def recommended_cell(cfg: Config, workdir: str, law: fit.IsoflopFit) -> Cell:
 
 
 def check_law(cell: Cell, law: fit.IsoflopFit, protocol_id: str) -> predict.Extrapolation:
-    """Say what the law predicts for a cell beyond the ladder, train it on all cores, and measure."""
+    """Prints the law's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
     said = predict.predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
     low, high = said["L_run_interval"]
     beyond, expected = f"{said['beyond']:.1f}x beyond the ladder", f"{said['L_run']:.4f} ({low:.4f} to {high:.4f})"
@@ -187,12 +180,12 @@ def check_law(cell: Cell, law: fit.IsoflopFit, protocol_id: str) -> predict.Extr
 
 
 def grid_settings(cfg: Config) -> SampleConfig:
-    """How the report's grid is sampled."""
+    """Settings that sample the report's grid."""
     return dataclasses.replace(cfg.sample, labels="balanced", guidance=cfg.sweep.grid_guidance)
 
 
 def draw_grid(cfg: Config, cell: Cell) -> str:
-    """Guided samples of a run, one row a class: the PNG's path. Drawn once."""
+    """Draws guided samples of a run, one row a class, unless they exist; returns the path of the PNG."""
     settings, classes = grid_settings(cfg), max(cfg.model.classes, 1)
     name = f"grid-{settings.sampler}{settings.steps}-guidance{settings.guidance:g}-{cfg.sweep.grid}.png"
     path = os.path.join(cell.workdir, "samples", name)
@@ -208,7 +201,7 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
 
 
 def notes(cfg: Config, cell: Cell) -> list[str]:
-    """Sentences for the report: what the recommended model is, how its samples score and how the grid was drawn."""
+    """Sentences for the report on the recommended model, its samples' scores and how the grid was drawn."""
     model, count, drawn = cell.cfg.model, cell.cfg.train.steps * cell.cfg.train.batch_size, grid_settings(cfg)
     found = [
         f"The recommended model: width {model.width}, depth {model.depth}, {flops.active_parameters(model):,} active of "
@@ -229,10 +222,9 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
 
 
 def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cell]]:
-    """Fit the ladder, test the law if the config asks for it, print the tables; returns the report's path and what failed."""
+    """Fits the ladder, tests the law if `sweep.extrapolate` is set, prints tables; returns the report's path and failed cells."""
     ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id)
-    law = fit.fit_isoflop(ladder)
-    held = predict.holdout_largest(ladder)
+    law, held = fit.fit_isoflop(ladder), predict.holdout_largest(ladder)
     failed, tested, picture, said = [], None, None, []
     if cfg.sweep.extrapolate:
         cell = recommended_cell(cfg, workdir, law)
@@ -249,13 +241,12 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))
     print(table.answer(law, tested))
     path, title = os.path.join(workdir, "report.html"), f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
-    return report.write_report(
-        path, law, ladder, held, title=title, extrapolation=tested, grid_png=picture, notes=said
-    ), failed
+    more = {"title": title, "extrapolation": tested, "grid_png": picture, "notes": said}
+    return report.write_report(path, law, ladder, held, **more), failed
 
 
 def run(cfg: Config, workdir: str) -> list[Cell]:
-    """The ladder, its law and the report; returns the cells that failed."""
+    """Runs the ladder, fits its law and writes the report; returns the cells that failed."""
     cfg = follow_latents(cfg)
     cells = make_cells(cfg, workdir)
     cache, protocol_id = os.path.join(workdir, "compiled"), identify(loss_protocol(cfg, prepare(cfg, workdir)))
@@ -273,7 +264,7 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
 
 
 def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> None:
-    """One cell alone, here; or none: all that are not finished are handed to the launcher."""
+    """Runs the cell `asked` here; or, if None, hands all cells that are not finished to the launcher."""
     cfg = follow_latents(cfg)
     cells = make_cells(cfg, workdir)
     names = [cell.name for cell in cells]

@@ -1,4 +1,4 @@
-"""Which layer a bad step comes from: asked once, when a run stops for its numbers."""
+"""Finds the layer that a bad step comes from, once, when a run stops because of its numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +7,21 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.process import make_process
 from dit_jax.models import dit
 from dit_jax.training.state import TrainState
 from dit_jax.training.step import gradients, step_key
 
 
 def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
-    """A clause naming the layer for the batch of the last, skipped step: `state` is the one after it.
+    """Returns a clause that names the layer at fault in the last, skipped step. `state`: after that step; `batch`: its batch.
 
-    The first layer whose output is not finite; else, for gradients, the last one (the backward pass meets it first); else the
-    layer with the largest gradient.
+    It names the first layer whose output is not finite; else the last whose gradient is not finite, because the backward pass
+    reaches it first; else the layer with the largest gradient.
     """
     names: list[str] = []
 
-    model, objective, process = bind(cfg.model), make_objective(cfg), make_process(cfg.diffusion, cfg.model.learn_sigma)
+    model, objective = bind(cfg.model), make_objective(cfg)
+    process = objective.process
 
     def examine(params, extras, batch):
         points = objective.draw(model, step_key(cfg, state.step - 1), batch)
@@ -33,7 +33,7 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
 
     try:
         finite, norms = jax.device_get(jax.jit(examine)(state.params, state.extras, batch))
-    except jax.errors.JaxRuntimeError as error:  # keeping every layer's output takes much memory
+    except jax.errors.JaxRuntimeError as error:  # it keeps every layer's output and may run out of memory
         return f"which layer it is could not be found ({str(error).splitlines()[0][:100]})"
     for name, good in zip(names, finite, strict=True):
         if not good:
@@ -42,7 +42,7 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
 
 
 def _norms(path: tuple, grad: jax.Array) -> jax.Array:
-    """A leaf's norm; of the blocks' leaves one per layer."""
+    """Norm of a leaf; one per layer if the leaf stacks the blocks."""
     axes = tuple(range(1 if _blocks(path) else 0, grad.ndim))
     return jnp.sqrt(jnp.square(grad).sum(axes))
 

@@ -1,5 +1,4 @@
-"""What keeps bad numbers out of a run: steps whose loss or gradients are not finite or spike are skipped, and a step can be
-computed twice and compared bit for bit."""
+"""Safeguards of a training step: skip it if loss or gradients are not finite or spike; compute it twice and compare the bits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,17 +15,17 @@ from dit_jax.error import JobError
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Guard:
-    """Rolling statistics of loss and gradients' norm, and counts of the skipped steps."""
+    """Rolling statistics of the loss and the gradient norm, and counts of skipped steps."""
 
     count: Any  # int32, steps in the statistics
-    mean: Any  # float32 (2,): of the loss and of the gradients' norm
+    mean: Any  # float32 (2,): loss, gradient norm
     variance: Any  # float32 (2,)
-    skipped: Any  # int32, all of them
-    streak: Any  # int32, skipped in a row up to now
+    skipped: Any  # int32, in total
+    streak: Any  # int32, skipped in a row so far
 
 
 def init_guard() -> Guard:
-    """A guard that has seen nothing. (No two of its arrays are one: the state that holds it is donated.)"""
+    """The guard before the first step. Its arrays share no buffer because the state that holds it is donated."""
     return Guard(_zero(), jnp.zeros(2), jnp.zeros(2), _zero(), _zero())
 
 
@@ -35,13 +34,13 @@ def _zero() -> jax.Array:
 
 
 def judge(cfg: TrainConfig, guard: Guard, loss, grad_norm, param_norm) -> tuple[jax.Array, Guard]:
-    """(whether the step is accepted, the guard after it).
+    """Decides on a step: (bool scalar, whether it is accepted; the guard after it).
 
-    A step is refused when the loss, the gradients' norm or the new parameters' norm is not finite or, once
-    `train.spike_window` steps were seen, when loss or gradients' norm lies more than `train.spike` standard deviations above
-    its rolling mean. The deviations are of an exponential window of `train.spike_window` steps, in which a refused spike
-    counts as a value at the limit: with 20 deviations and 100 steps the limit more than doubles with every refusal, so that
-    a loss that has moved for good is accepted after a few steps, and one that runs away reaches `train.skips_in_a_row`.
+    A step is refused if the loss, the gradient norm or the norm of the new parameters is not finite. After `train.spike_window`
+    steps it is also refused if loss or gradient norm exceeds its rolling mean by more than `train.spike` standard deviations.
+    Both are exponential averages over `train.spike_window` steps, in which a refused spike counts as a value at the limit. With
+    20 deviations and 100 steps the limit more than doubles at every refusal: a loss that has moved for good is accepted after a
+    few steps, and one that diverges reaches `train.skips_in_a_row`.
     """
     x = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     finite = jnp.isfinite((x - guard.mean) ** 2).all() & jnp.isfinite(param_norm)  # squared, as the variance needs it
@@ -59,26 +58,25 @@ def judge(cfg: TrainConfig, guard: Guard, loss, grad_norm, param_norm) -> tuple[
 
 
 def choose(condition: jax.Array, new, old):
-    """The tree `new` where the scalar condition holds, else `old`, bit for bit."""
+    """The tree `new` if the scalar condition holds, else `old`, bit for bit."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 @jax.jit
 def all_finite(tree) -> jax.Array:
-    """Whether every float of a tree is finite."""
+    """Whether every float in a tree is finite."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
 def fingerprint(tree) -> jax.Array:
-    """uint32 sum of all bits of a tree's floats, modulo 2^32: any single flipped bit changes it, no order of summing does."""
+    """Sum (uint32, modulo 2^32) of the bits of all floats in a tree. A single flipped bit changes it; the order of summing does not."""
     return sum((_bits(leaf).astype(jnp.uint32).sum(dtype=jnp.uint32) for leaf in jax.tree.leaves(tree)), jnp.uint32(0))
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(
-        x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
-    )
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+    return jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize])
 
 
 @jax.jit
@@ -92,19 +90,17 @@ def _same(a, b):
 
 
 def _everywhere(value: jax.Array) -> bool:
-    """Whether a replicated truth holds on every device of this process: each compared what itself computed."""
+    """Whether a replicated bool is true on every device of this process. Each device compared its own results."""
     return all(np.asarray(shard.data).all() for shard in value.addressable_shards)
 
 
 def run_twice(step: Callable, state, batch: dict, number: int):
-    """What `step(state, batch)` returns, computed twice by the same program and compared bit for bit.
+    """Computes `step(state, batch)` twice with the same program and compares the results bit for bit; returns the first.
 
-    Takes the memory of a second state. Raises JobError naming the leaves that differ; the state that was passed is used up,
-    and neither result is returned.
+    Needs memory for a second state; `state` is donated. Raises JobError, which names a leaf that differs.
     """
     spare = _copy(state)
-    first = step(state, batch)
-    second = step(spare, batch)
+    first, second = step(state, batch), step(spare, batch)
     same, _ = jax.tree_util.tree_flatten_with_path(_same(first, second))
     wrong = [jax.tree_util.keystr(path) for path, equal in same if not _everywhere(equal)]
     if wrong:

@@ -1,4 +1,4 @@
-"""The training loop: open the data, restore or begin, step, log, save."""
+"""The training loop: open the data, restore or initialise the state, step, log, save."""
 
 import contextlib
 import math
@@ -8,19 +8,12 @@ import time
 import jax
 
 from dit_jax import checkpoint, flops
+from dit_jax.bind import bind
 from dit_jax.config import Config, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
-from dit_jax.devices.processes import (
-    asked_to_stop,
-    check_folder,
-    compare,
-    everyone_is_here,
-    gather,
-    leader,
-    together,
-)
+from dit_jax.devices.processes import asked_to_stop, check_folder, compare, everyone_is_here, gather, leader, together
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import Interrupted, JobError, UsageError
@@ -37,7 +30,7 @@ from dit_jax.workdir.scalars import open_scalars
 
 
 def prepare_workdir(cfg: Config, workdir: str) -> None:
-    """Make the run's folder and write config.json, or check that the folder is this run's; more steps are written down."""
+    """Makes the run's folder with config.json, or checks that it belongs to this run; a larger train.steps is written there."""
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(path):
         checkpoint.check_trained(workdir)
@@ -48,9 +41,9 @@ def prepare_workdir(cfg: Config, workdir: str) -> None:
 
 
 def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
-    """The training split and the held-out split.
+    """Opens the training split and the held-out split.
 
-    Raises UsageError unless they fit the model, are two splits of the same kind, and the run can be sampled.
+    Raises UsageError unless they fit the model and share no images, and unless the sampler fits the process.
     """
     data, model = cfg.data, cfg.model
     source, held_out = sources.open_source(data, data.split), sources.open_source(data, data.held_out_split)
@@ -79,23 +72,24 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
 
 
 def _check_same_data(source: sources.Source) -> None:
-    """Raises CommonError on all processes unless each has opened the same records, wherever they lie."""
+    """Raises CommonError on all processes unless all opened the same records, wherever these are stored."""
     if jax.process_count() > 1:
         found = gather({f"{source.key}: {name}": value for name, value in source.identity.items()})
         compare(found, "give every host the same data")
 
 
 def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = None) -> int:
-    """Train to `train.steps`, resuming what the folder holds. Returns the steps done now (0: nothing was left to do).
+    """Trains to `train.steps` from the folder's newest checkpoint, if any. Returns the steps done now (0: none was left).
 
-    `since` is when the job began (seconds since the epoch; None: now). Raises UsageError, JobError, and Interrupted when
-    SIGTERM made it save and stop.
+    `since`: start of the job, in seconds since the epoch (None: now). Raises UsageError, JobError, and Interrupted after SIGTERM
+    made it save and stop.
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
         (source, _), cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
+        bind(cfg.model, mesh)  # says now if these devices lack its attention
         batches = make_batches(
             cfg.data,
             batch_size=cfg.train.batch_size,
@@ -118,7 +112,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
 
 
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
-    """Restore or begin, then the loop."""
+    """Restores or initialises the state, then trains."""
     first = checkpoint.newest_verified(workdir)
     if first >= cfg.train.steps:
         say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
@@ -138,7 +132,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
         write, close_scalars = (lambda step, values: None), (lambda: None)
     try:
         with ledger.spend("step"):
-            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, first, quiet)))
+            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, quiet)))
     finally:
         close_scalars()
         if leader():
@@ -149,13 +143,8 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
 
 
 def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
-    """The steps; returns the last one, saved. Scalars of a step are read after the next one is under way, so that the
-    device never waits for the host."""
-    step, meta, cap = (
-        make_train_step(cfg, mesh),
-        {"model": to_dict(cfg.model), **provenance()},
-        cfg.train.skips_in_a_row,
-    )
+    """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
+    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()
@@ -175,7 +164,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
             pending = (i, scalars)
         recent.append((i, scalars))
         stopping = asked_to_stop(i) if jax.process_count() > 1 else bool(stop)
-        if i % cap == 0:
+        if i % cfg.train.skips_in_a_row == 0:
             _check_streaks(cfg, recent[:-1], state, batch)
             recent = recent[-1:]
         if i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping:
@@ -195,7 +184,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
 
 
 def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str) -> None:
-    """Start the save of a state that is finite; the ledger's line follows when it counts."""
+    """Starts saving the state and writes the ledger's line once the checkpoint is complete. Raises JobError if it is not finite."""
     if not all_finite(state):
         raise JobError(
             f"step {int(state.step)}: the state holds numbers that are not finite, though no step was accepted that made "
@@ -205,27 +194,26 @@ def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str
     saver.save(int(state.step), state.items(), position, meta, after=lambda: write_entry(entry, workdir))
 
 
-def _reporter(cfg: Config, first: int, quiet: bool):
-    """What to do with the scalars of a logged step besides writing them."""
+def _reporter(cfg: Config, quiet: bool):
+    """A function (step, scalars) -> more scalars that prints progress; if `quiet`, it does nothing."""
     if quiet:
         return lambda step, scalars: {}
     peak, source = peak_flops()
-    say(
-        f"{flops.parameters(cfg.model):,} parameters; MFU is against {peak / 1e12:.3g} TFLOP/s ({source}); compiling ..."
-    )
+    count, against = flops.parameters(cfg.model), f"{peak / 1e12:.3g} TFLOP/s ({source})"
+    say(f"{count:,} parameters; MFU is against {against}; compiling ...")
     step_flops = make_objective(cfg).flops * cfg.train.batch_size
-    return progress(first, cfg.train.steps, cfg.train.batch_size, step_flops, peak)
+    return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak)
 
 
 def _log(outputs: tuple, step: int, scalars: dict) -> None:
-    """Write a step's scalars."""
+    """Writes and reports a step's scalars."""
     (write, report), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
     del values["streak"]
     write(step, {**values, **report(step, values), "time": time.time()})
 
 
 def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:
-    """Stop a run whose steps are all skipped. `recent`: (step, scalars); `state` and `batch` are of the newest step."""
+    """Raises JobError if too many steps in a row were skipped. `recent`: (step, scalars); `state`, `batch`: of the newest step."""
     streaks = jax.device_get([scalars["streak"] for _, scalars in recent])
     for (step, scalars), streak in zip(recent, streaks, strict=True):
         if streak >= cfg.train.skips_in_a_row:
@@ -251,5 +239,5 @@ def _reason(values: dict) -> str:
 
 
 def _stop_flag():
-    """`stop_flag`; of several processes, all must stop at one step: `asked_to_stop` has a handler of its own, which stays."""
+    """`stop_flag` if there is one process. Several must stop at the same step: `asked_to_stop` installs its own handler."""
     return stop_flag() if jax.process_count() == 1 else contextlib.nullcontext([])

@@ -1,4 +1,4 @@
-"""What training carries from step to step, born already sharded."""
+"""The training state, created already sharded."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,25 +20,24 @@ from dit_jax.training.optim import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """`step`: steps done; `params` raw weights; `ema` their average; `opt` the optimizer's state; `guard`: see training.guard;
-    `extras`: what the objective keeps."""
+    """Everything that training carries from step to step."""
 
-    step: Any  # int32 scalar
-    params: Any
-    ema: Any
-    opt: Any
+    step: Any  # int32 scalar, steps done
+    params: Any  # raw weights
+    ema: Any  # their moving average
+    opt: Any  # of the optimizer
     guard: Guard
-    extras: Any
+    extras: Any  # of the objective
 
     def items(self) -> dict:
-        """The parts as a checkpoint stores them."""
+        """Items of a checkpoint by name; `step` is not among them."""
         opt = {"optimizer": self.opt, "guard": dataclasses.asdict(self.guard)}
         extras = {"extras": self.extras} if jax.tree.leaves(self.extras) else {}
         return {"params": self.params, "ema": self.ema, "opt": opt, **extras}
 
 
 def init_state(cfg: Config) -> TrainState:
-    """A pure function of the config: weights from train.seed, the EMA equal to them, empty moments."""
+    """Initial state, a pure function of the config: weights from train.seed, EMA equal to them, zero moments."""
     params = bind(cfg.model).init(jax.random.key(cfg.train.seed))
     opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
     extras = make_objective(cfg).init_extras(params)
@@ -56,7 +55,7 @@ def abstract_state(cfg: Config, mesh) -> TrainState:
 
 
 def abstract_batch(cfg: Config, mesh) -> dict:
-    """Shapes, dtypes and shardings of a training batch, as the data pipeline gives it."""
+    """Shapes, dtypes and shardings of a training batch."""
     model, rows, sharding = cfg.model, cfg.train.batch_size, batch_sharding(mesh)
     shape = (rows, model.input_size, model.input_size, model.channels)
     batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32), "cond": conditioning.example(model, rows)}
@@ -64,13 +63,13 @@ def abstract_batch(cfg: Config, mesh) -> dict:
 
 
 def make_state(cfg: Config, mesh) -> TrainState:
-    """The first state, each leaf made on the devices that keep it."""
+    """Initial state, each leaf created on the devices that keep it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
     return jax.jit(lambda: init_state(cfg), out_shardings=shardings)()
 
 
 def restored_state(step: int, items: dict, like: TrainState) -> TrainState:
-    """The state of a checkpoint's items, `step` laid out as in `like`: the step function then compiles once."""
+    """State from a checkpoint's items. `step` is placed as in `like`, so that the step function compiles once."""
     opt, guard = items["opt"]["optimizer"], Guard(**items["opt"]["guard"])
     number, extras = jax.device_put(np.int32(step), like.step.sharding), items.get("extras", like.extras)
     return TrainState(number, items["params"], items["ema"], opt, guard, extras)

@@ -1,4 +1,4 @@
-"""One training step as a pure function, and its compiled, sharded form."""
+"""One training step: a pure function, and its compiled, sharded form."""
 
 from collections.abc import Callable
 
@@ -16,18 +16,18 @@ from dit_jax.training.state import TrainState, abstract_state
 
 
 def mean_loss(objective: Objective, model: Model, params, extras, points: dict):
-    """Mean loss of a batch's points, and the means of its parts."""
+    """Mean loss over a batch of points, and the mean of each of its parts."""
     losses, parts = objective.losses(model, params, extras, points)
     return losses.mean(), {name: part.mean() for name, part in parts.items()}
 
 
 def gradients(objective: Objective, model: Model, params, extras, points: dict, accumulate: int = 1):
-    """(loss, parts), gradients: over the whole batch, or the mean over `accumulate` microbatches, one after another."""
+    """((loss, parts), gradients) of the whole batch, or their mean over `accumulate` microbatches, computed in sequence."""
     loss = jax.value_and_grad(lambda p, points: mean_loss(objective, model, p, extras, points), has_aux=True)
     if accumulate == 1:
         return loss(params, points)
 
-    # Image i goes to microbatch i mod accumulate: every device keeps its own images.
+    # Image i goes to microbatch i mod accumulate, so that every device keeps its own images.
     def split(x):
         return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
 
@@ -42,9 +42,10 @@ def gradients(objective: Objective, model: Model, params, extras, points: dict, 
 
 
 def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    """One update. batch: `image` (b, h, w, c) in [-1, 1] and `cond`. The randomness depends on (train.seed, step) only.
+    """One update: (new state, scalars). `batch`: `image` (b, h, w, c) in [-1, 1] and `cond`.
 
-    A step that the guard refuses counts as a step and leaves parameters, EMA, optimizer and extras as they were, bit for bit.
+    Randomness depends on (train.seed, step) only. A step that the guard refuses still counts as a step, but leaves parameters,
+    EMA, optimizer state and extras unchanged, bit for bit.
     """
     objective = make_objective(cfg)
     points = objective.draw(model, step_key(cfg, state.step), batch)
@@ -72,15 +73,19 @@ def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tup
 
 
 def step_key(cfg: Config, step: jax.Array) -> jax.Array:
-    """The key of all random numbers of the step that follows `step` others."""
+    """Random key of the step that follows `step` others."""
     return jax.random.fold_in(jax.random.key(cfg.train.seed), step)
 
 
 def make_train_step(cfg: Config, mesh) -> Callable:
-    """`train_step` compiled for a mesh: (state, batch) -> (state, scalars); the old state's memory is reused."""
+    """Compiles `train_step` for a mesh: (state, batch) -> (state, scalars). The old state is donated."""
     shardings, model = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh)), bind(cfg.model, mesh)
+
+    def step(state, batch):
+        return train_step(cfg, model, state, batch)
+
     return jax.jit(
-        lambda state, batch: train_step(cfg, model, state, batch),
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -1,1 +1,1 @@
-"""What a run folder holds besides checkpoints: config, scalars, goodput, manifests, records."""
+"""Files of a run folder besides checkpoints: config, scalars, goodput, manifests, records."""

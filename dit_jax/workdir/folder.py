@@ -1,4 +1,4 @@
-"""A run folder: its config.json, what may change when a run goes on, and the versions that wrote it."""
+"""A run folder: its config.json, the keys that may change on resuming, and the versions that wrote it."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ from dit_jax.files import read_json, write_file
 
 
 def read_config(workdir: str, name: str = "config.json") -> Config:
-    """The config of a run folder. Raises UsageError when the folder is missing or is not a run's."""
+    """Read the config of a run folder. Raises UsageError if the folder is missing or holds no run."""
     path = os.path.join(workdir, name)
     if not os.path.isdir(workdir):
         raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
@@ -25,7 +25,7 @@ def read_config(workdir: str, name: str = "config.json") -> Config:
 
 
 def provenance() -> dict:
-    """Versions and commit of what computes."""
+    """Return the versions of the libraries and the commit of this code."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     here = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", here, "rev-parse", "HEAD"]
@@ -43,7 +43,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-# What a resumed run may change: where and how it runs and is looked at, never what it computes.
+# Keys that a resumed run may change: none of them changes what training computes.
 FREE = (
     "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.latents", "data.cache", "data.workers", "data.prefetch", "data.skip_bad",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.skips_in_a_row", "train.replay_every",
@@ -52,7 +52,7 @@ FREE = (
 
 
 def flatten(values: Mapping, separator: str = ".") -> dict:
-    """Nested mappings, of config values or arrays -> {"a.b": value}. Raises ValueError for a key that would not come back."""
+    """Flatten nested mappings to {"a.b": value}. Raises ValueError for a key that could not be split again."""
     flat = {}
     for key, value in values.items():
         if not isinstance(key, str) or not key or separator in key:
@@ -63,7 +63,7 @@ def flatten(values: Mapping, separator: str = ".") -> dict:
 
 
 def check_same_run(cfg: Config, workdir: str) -> None:
-    """Raises UsageError if the folder holds another run: a config that differs in what is computed."""
+    """Raises UsageError if the folder's config differs in a key that changes what is computed."""
     old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(cfg))
     free = [*FREE, "train.steps"] if cfg.optim.schedule == "constant" else list(FREE)
     changed = [key for key in new if new[key] != old[key] and not key.startswith(tuple(free))]

@@ -1,7 +1,7 @@
-"""Where the wall time of a run goes: `W/goodput.jsonl`, one line for every start of a job.
+"""Wall time of a run by kind: `W/goodput.jsonl`, one line for every start of a job.
 
 set-up  imports, data, restoring    compile  tracing and compiling     data  waiting for a batch    step  the training steps
-save    checkpoints, records        evaluation  scoring, sampling      lost  steps of the start before, which a kill undid
+save    checkpoints, records        evaluation  scoring, sampling      lost  steps of the previous start undone by a kill
 wait    for the next checkpoint (`evaluate --watch`)
 """
 
@@ -17,12 +17,12 @@ from dit_jax.log import say, warn
 from dit_jax.workdir.scalars import METRICS, parse_lines, read_lines, stream_lines
 
 GOODPUT = "goodput.jsonl"
-LINE = {"job": str, "since": float, "wall": float, "seconds": dict}  # what a line holds at least
+LINE = {"job": str, "since": float, "wall": float, "seconds": dict}  # required in a line
 KINDS = ("set-up", "compile", "data", "step", "save", "evaluation", "wait", "lost")
 
 
 def process_start() -> float:
-    """When this process began (seconds since the epoch), as the kernel says; now, where it does not."""
+    """Return when this process began (seconds since the epoch) according to the kernel, or else now."""
     try:
         with open("/proc/self/stat") as f:
             ticks = int(f.read().rsplit(")", 1)[1].split()[19])
@@ -43,7 +43,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
-        """What runs inside is booked as `kind`, and not as what it interrupts."""
+        """Book the time inside as `kind` instead of the kind it interrupts."""
         before = self._switch(kind)
         try:
             yield
@@ -57,7 +57,7 @@ class Ledger:
         return before
 
     def entry(self) -> dict:
-        """This start's line: `wall` is measured from `since`, apart from the kinds; `lost` belongs to the start before."""
+        """Return this start's line. `wall` is measured since `since`, not summed; `lost` is time of the previous start."""
         self._switch(self._kind)
         return {
             "job": self.job,
@@ -71,23 +71,23 @@ class Ledger:
 
 
 def lose(ledger: Ledger, workdir: str, restored: int) -> None:
-    """Book the steps that the scalars show beyond the restored checkpoint; call it before they are forgotten.
+    """Book the steps in the scalars beyond the restored checkpoint as lost; call it before `scalars.drop_after`.
 
-    What an error, and not a kill, undid stays booked with the start that did it; `lost_steps` counts it all the same.
+    Time of steps undone by an error, not a kill, stays booked with its start; `lost_steps` counts them all the same.
     """
     ledger.first = ledger.last = restored
     with _warned(workdir):
         beyond = [line for line in stream_lines(os.path.join(workdir, METRICS)) if line["step"] > restored]
         trainings = [line for line in read_lines(os.path.join(workdir, GOODPUT), LINE) if line["job"] == "train"]
         if beyond and trainings:
-            booked = trainings[-1]["since"] + trainings[-1]["wall"]  # what that start spent up to its last line
+            booked = trainings[-1]["since"] + trainings[-1]["wall"]  # that start's time up to its last line
             ledger.lost_steps = beyond[-1]["step"] - restored
             ledger.seconds["lost"] += max(beyond[-1]["time"] - booked, 0.0)
 
 
 @contextlib.contextmanager
 def _warned(workdir: str) -> Iterator[None]:
-    """No run ends because of its ledger: what is wrong with it is said."""
+    """Log errors of the ledger as warnings, so that none ends a run."""
     try:
         yield
     except (UsageError, OSError) as error:
@@ -95,7 +95,7 @@ def _warned(workdir: str) -> Iterator[None]:
 
 
 def write_entry(entry: dict, workdir: str) -> None:
-    """Write or renew a start's line, whole or not at all, also beside another job on the same run; never by an older one."""
+    """Write or renew a start's line atomically, also beside other jobs on the run; an older line never replaces a newer."""
     path, this = os.path.join(workdir, GOODPUT), (entry["job"], entry["since"])
 
     def renewed(old: bytes | None) -> str:
@@ -108,7 +108,7 @@ def write_entry(entry: dict, workdir: str) -> None:
 
 
 def note(ledger: Ledger, workdir: str) -> dict:
-    """Write the line as it is now, in case of a kill; returns it."""
+    """Write the current line, in case of a kill; returns it."""
     entry = ledger.entry()
     with _warned(workdir):
         write_entry(entry, workdir)
@@ -116,7 +116,7 @@ def note(ledger: Ledger, workdir: str) -> dict:
 
 
 def totals(workdir: str) -> dict[str, float]:
-    """Seconds of all starts of a run's training, by kind: what a record says of it. {} where there is no ledger."""
+    """Sum the seconds of all starts of a run's training by kind, for its records; {} without a ledger."""
     found: dict[str, float] = {}
     with _warned(workdir):
         for line in read_lines(os.path.join(workdir, GOODPUT), LINE):
@@ -126,7 +126,7 @@ def totals(workdir: str) -> dict[str, float]:
 
 
 def summary(entry: dict) -> str:
-    """An entry in one line: the share of the time, lost work included, that went into steps (or scoring), and where the rest went."""
+    """Format an entry: the share of steps and scoring in the time (lost work included), and the seconds of every kind."""
     total = entry["wall"] + entry["seconds"]["lost"]
     useful = entry["seconds"]["step"] + entry["seconds"]["evaluation"]
     parts = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in entry["seconds"].items() if seconds >= 0.05)
@@ -134,7 +134,7 @@ def summary(entry: dict) -> str:
 
 
 def close(ledger: Ledger, workdir: str, quiet: bool = False) -> None:
-    """The last entry, and the same entry as a line for people."""
+    """Write the last entry, and log it unless `quiet`."""
     entry = note(ledger, workdir)
     if not quiet:
         say(summary(entry))

@@ -1,4 +1,4 @@
-"""`manifest.json`: the size and SHA-256 of every file of a folder, so that a changed, missing or added file is noticed."""
+"""`manifest.json`: size and SHA-256 of every file in a folder, to detect changed, missing or added files."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dit_jax.files import file_sha256, parse_json, read, sync, write_file
 
 NAME = "manifest.json"
-LARGEST = 64 << 20  # bytes of a manifest that is read
+LARGEST = 64 << 20  # bytes of a manifest
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def write_manifest(folder: str) -> None:
-    """Bring the files of `folder` to the disk, hash them and write its manifest, whole or not at all."""
+    """Sync and hash the files of `folder` and write its manifest, whole or not at all."""
     files = {name: _entry(os.path.join(folder, name)) for name in _files(folder)}
     for path in (*(os.path.join(folder, name) for name in files), *(root for root, _, _ in os.walk(folder))):
         sync(path)
@@ -20,10 +20,10 @@ def write_manifest(folder: str) -> None:
 
 
 def problems(folder: str, parts: tuple[str, ...] = ("",)) -> list[str]:
-    """What is wrong with a folder, a line each; nothing when it is as its manifest says.
+    """List the differences of a folder from its manifest, a line each.
 
-    Names and sizes are compared everywhere, contents of the files whose names begin like one of `parts`. Raises OSError where
-    a file is there but cannot be read now: that does not make it damaged.
+    Compares all names and sizes, and contents of files whose names begin with one of `parts`. Raises OSError if an existing
+    file cannot be read now, because that does not make it damaged.
     """
     try:
         wanted = _read(os.path.join(folder, NAME))
@@ -52,7 +52,7 @@ def _compare(folder: str, name: str, wanted: dict, hashes: bool) -> Iterator[str
 
 
 def _files(folder: str) -> list[str]:
-    """Paths of all files below, relative and with forward slashes, but for the manifest itself. Links are not followed."""
+    """List all files below, relative with forward slashes, without the manifest. Links are not followed."""
     found = []
     for root, _, names in os.walk(folder):
         found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
@@ -68,7 +68,7 @@ def _text(manifest: dict) -> str:
 
 
 def _read(path: str) -> dict:
-    """{file: {bytes, sha256}}. Raises ValueError unless the text is, byte for byte, one that `write_manifest` writes."""
+    """Read {file: {bytes, sha256}}. Raises ValueError unless the bytes are as `write_manifest` writes them."""
     if os.path.getsize(path) > LARGEST:
         raise ValueError(f"larger than {LARGEST:,} bytes")
     text = read(path, LARGEST)

@@ -11,18 +11,18 @@ RECORDS, PARTIAL = os.path.join("eval", "records.jsonl"), os.path.join("eval", "
 
 
 def protocol_id(protocol: dict) -> str:
-    """16 hex digits that stand for a protocol."""
+    """Hash a protocol to 16 hex digits."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_records(workdir: str) -> dict[tuple[int, str], dict]:
-    """(step, protocol id) -> record."""
+    """Read {(step, protocol id): record}."""
     lines = read_lines(os.path.join(workdir, RECORDS), RECORD)
     return {(line["step"], line["protocol_id"]): line for line in lines}
 
 
 def append_record(workdir: str, record: dict) -> None:
-    """Add a line, whole or not at all, also beside another evaluation of the same run; what a kill cut short goes."""
+    """Add a record atomically, also beside other evaluations of the run; a line cut short by a kill is removed."""
     path = os.path.join(workdir, RECORDS)
 
     def longer(old: bytes | None) -> str | None:

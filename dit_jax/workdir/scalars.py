@@ -1,4 +1,4 @@
-"""Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events through clu where TensorFlow is installed."""
+"""Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events (clu) if TensorFlow is installed."""
 
 import io
 import json
@@ -12,27 +12,27 @@ from dit_jax.files import LARGEST, numbered, parse_json, whole
 from dit_jax.log import notice
 
 METRICS = "metrics.jsonl"
-STEP = {"step": int}  # what a line of scalars holds at least
-RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # and a record
+STEP = {"step": int}  # required in a line of scalars
+RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # required in a record
 
 
 def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
-    """The objects of a JSONL file; a last line that a kill cut short is left out. A missing file has none.
+    """Read the objects of a JSONL file ([] if missing), without a last line that a kill cut short.
 
-    Raises UsageError naming the line of a damaged file: one that is no object, or lacks one of `fields`.
+    Raises UsageError naming the line that is no object, or lacks one of `fields`.
     """
     return list(stream_lines(path, fields, LARGEST))
 
 
 def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
-    """The same, one by one, of a file of any size."""
+    """Yield the objects as `read_lines` does, from a file of any size."""
     if os.path.exists(path):
         with open(path, "rb") as f:
             yield from _objects(f, path, fields, most)
 
 
 def parse_lines(data: bytes | None, path: str, fields: Mapping[str, type]) -> list[dict]:
-    """The same of what the file `path` holds, None if there is none."""
+    """Parse the content of `path` (None: no file) as `read_lines` does."""
     return list(_objects(io.BytesIO(data or b""), path, fields, LARGEST))
 
 
@@ -58,7 +58,7 @@ def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
 
 
 def drop_after(path: str, step: int) -> None:
-    """Forget the lines of a JSONL file beyond `step`: a resumed run writes them again."""
+    """Delete the lines of a JSONL file beyond `step`, which a resumed run writes again."""
     if os.path.exists(path):
         with whole(path) as unfinished, open(unfinished, "w") as f:
             f.writelines(json.dumps(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
@@ -67,7 +67,7 @@ def drop_after(path: str, step: int) -> None:
 def open_scalars(
     workdir: str, step: int, tensorboard: bool = True
 ) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
-    """(write(step, scalars), close()) for a run that stands at `step`."""
+    """Return (write(step, scalars), close()) for a run at `step`."""
     path = os.path.join(workdir, METRICS)
     drop_after(path, step)
     file = open(path, "a")  # noqa: SIM115
@@ -89,7 +89,7 @@ def open_scalars(
 
 
 def _tensorboard(workdir: str):
-    """clu's summary writer, or None with one notice: importing it needs TensorFlow."""
+    """Return clu's summary writer, or None with a notice if TensorFlow, which it needs, is missing."""
     try:
         from clu import metric_writers
     except ImportError:

@@ -1,6 +1,6 @@
 """Our DiT beside diffusers' DiTTransformer2DModel with the same random weights, every one of them away from its initial value.
 
-Two constants of diffusers' model are not the published ones (see dit_jax/foreign/diffusers_dit.py); here both are set to
+Two constants of diffusers' model are not the published ones (see dit_jax/networks/diffusers_dit.py); here both are set to
 what the paper's code has: the eps of the norm before the MLP by its config, the timestep frequencies by hand.
 """
 

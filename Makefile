@@ -62,7 +62,7 @@ test-slow: dev
 $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@echo "installing the peers ..."
 	@rm -rf $(PEERS)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(PEERS) -r requirements-peers.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile --target $(PEERS) -r requirements-peers.lock
 	@touch $@
 
 peers: $(PEERS)/.done
@@ -78,7 +78,7 @@ parity-quick: peers
 $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@echo "installing libtpu ..."
 	@rm -rf $(TPU)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(TPU) -r requirements-tpu.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile --target $(TPU) -r requirements-tpu.lock
 	@touch $@
 
 tpu: $(TPU)/.done

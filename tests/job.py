@@ -19,7 +19,7 @@ QUICK_XLA = (
 TINY = [  # overrides of configs/digits.py that train in seconds
     "--config.model.depth=2", "--config.model.width=16", "--config.model.heads=2", "--config.train.batch_size=16",
     "--config.train.log_every=1", "--config.train.checkpoint_every=10", "--config.eval.samples=0",
-    "--config.optim.warmup_steps=5",
+    "--config.optim.warmup_steps=5", "--config.sample.steps=4",
 ]  # fmt: skip
 
 

@@ -54,7 +54,7 @@ demo: setup
 	@$(BIN)/python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=$(DEMO)
 
 test: dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
 	$(BIN)/python -m pytest -m "slow and not tpu and not parity"

@@ -35,7 +35,14 @@ from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
+SLICED_FROM = 1 << 20  # bytes of a replicated array that the replicas write in parts
 FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
+
+# Orbax would have every replica slice, copy and write its share of every array, however small: for those of a small model, or of
+# biases, a compiled program each and more time than the writing.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICED_FROM), override=True
+)
 
 
 def folder(workdir: str) -> str:

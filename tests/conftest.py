@@ -9,6 +9,9 @@ from job import QUICK_XLA
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_XLA}"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: as many as cores would deadlock where 8 devices meet on 2 cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # two test processes share the cores: more threads wait for each other
 
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook

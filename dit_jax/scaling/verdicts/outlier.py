@@ -18,8 +18,8 @@ import numpy as np
 from scipy import stats
 
 from dit_jax.error import UsageError
-from dit_jax.scaling import inference, newton, parabola
-from dit_jax.scaling.bias import fit_sane
+from dit_jax.scaling.fits import newton, parabola
+from dit_jax.scaling.fits.surface import located
 from dit_jax.scaling.runs import Run
 
 CHANCE = 0.05  # that a clean study has an outlier
@@ -108,16 +108,16 @@ def _about_parabolas(runs, left, groups) -> tuple | None:
 def _about_surface(runs, left) -> tuple | None:
     """The same about a surface through all runs; None where there is none."""
     try:
-        fit = fit_sane([runs[i] for i in left])
+        design, theta = located([runs[i] for i in left])
     except UsageError:
         return None
-    if fit.freedom < 3 or not set(fit.bounds) <= {"E"}:
+    gone = design.vanished(theta)
+    free = int((~gone).sum())
+    determined = not gone[1:].any() and (theta < design.problem.upper - 1e-9).all()
+    if len(left) - len(theta) < 3 or not determined:
         return None
-    problem = fit.design.problem
-    free = ~inference.vanished(problem, fit.theta)
-    basis = np.linalg.qr(newton.jacobian(problem, fit.theta)[:, free])[0]
-    residual = -newton.residuals(problem, fit.theta[None])[0]
-    return _judged(runs, left, residual, (basis**2).sum(1), len(left) - int(free.sum()))
+    residual = -newton.residuals(design.problem, theta[None])[0]
+    return _judged(runs, left, residual, design.leverage(theta), len(left) - free)
 
 
 def _judged(runs, rows, residual, leverage, freedom: int) -> tuple:

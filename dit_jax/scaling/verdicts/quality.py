@@ -16,9 +16,10 @@ import numpy as np
 from scipy import stats
 
 from dit_jax.error import UsageError
-from dit_jax.scaling import outlier, parabola
+from dit_jax.scaling.fits import parabola
 from dit_jax.scaling.names import DROPPED
 from dit_jax.scaling.runs import Run, budgets, scattered
+from dit_jax.scaling.verdicts import outlier
 
 MOST = 0.2  # of the runs that may be left out, duplicates not counted
 OFF = 0.5  # of the half-width of the sizes: a vertex farther than this from their middle is off-centre, or has drifted

@@ -21,7 +21,7 @@ from dit_jax.error import UsageError
 from dit_jax.hardware import topology
 from dit_jax.scaling import study as parametric
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.conventions import Convention
+from dit_jax.scaling.runs.conventions import Convention
 from dit_jax.scaling.design import Cell, next_cells
 from dit_jax.scaling.family import DIT, Family, family_of, sized
 from dit_jax.scaling.fit import fit_isoflop

@@ -6,9 +6,9 @@ import os
 import sys
 
 from dit_jax.error import UsageError, one_line
-from dit_jax.scaling import stated
-from dit_jax.scaling.columns import parse_names
-from dit_jax.scaling.conventions import check_units, training_flops
+from dit_jax.scaling.runs import stated
+from dit_jax.scaling.runs.columns import parse_names
+from dit_jax.scaling.runs.conventions import check_units, training_flops
 from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans import commands as plans

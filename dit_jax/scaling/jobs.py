@@ -9,8 +9,8 @@ from dit_jax.error import UsageError, one_line
 from dit_jax.scaling import compare as ladders
 from dit_jax.scaling import serving
 from dit_jax.scaling.choice import choose, one_guidance
-from dit_jax.scaling.columns import parse_names
-from dit_jax.scaling.conventions import check_units, of_record, training_flops
+from dit_jax.scaling.runs.columns import parse_names
+from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.fit import fit_isoflop
 from dit_jax.scaling.frontier import Frontier, fit_frontier
 from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset

@@ -47,6 +47,9 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         _add_quality(one, name)
         _add_convention(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
+        one.add_argument(
+            "--curves", action="store_true", help="every evaluated step of a run is a row, not the last alone (sweep.curves)"
+        )
         _add_table(one)
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -120,7 +123,10 @@ def _add_convention(parser: argparse.ArgumentParser) -> None:
 def _add_quality(parser: argparse.ArgumentParser, command: str) -> None:
     """The options of one of the commands `fit`, `predict`, `plan` and `report`."""
     parser.add_argument(
-        "--unbias", action="store_true", default=None, help="isoflop: subtract the bias that a surface predicts"
+        "--unbias",
+        action="store_true",
+        default=None,
+        help="isoflop: subtract the bias that a surface predicts (else: where it is material)",
     )
     kinds = ",".join(DROPPED)
     parser.add_argument("--drop", metavar="KINDS", help=f"leave these runs out: any of {kinds}, or all")

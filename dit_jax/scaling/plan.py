@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.conventions import TRAIN_OVER_FORWARD
+from dit_jax.scaling.runs.conventions import TRAIN_OVER_FORWARD
 from dit_jax.scaling.fit import Fit
 from dit_jax.scaling.predict import predict
 

@@ -13,8 +13,8 @@ from scipy import stats
 
 from dit_jax.error import UsageError, shown
 from dit_jax.files import numbered
-from dit_jax.scaling.cells import agrees, check_name, condition, finite, opened, positive
-from dit_jax.scaling.columns import Columns, Expected, read_rows
+from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, opened, positive
+from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
 from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, _files, _parse, flatten
 

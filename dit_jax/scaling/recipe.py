@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
-from dit_jax.scaling.conventions import Convention
+from dit_jax.scaling.runs.conventions import Convention
 from dit_jax.scaling.family import sized
 from dit_jax.scaling.fit import Fit
 from dit_jax.scaling.overhead import FACTOR, off_by

@@ -225,9 +225,10 @@ def _weights(used: Sequence[Budget], found: Minima) -> tuple:
 
 
 def _noise(used: Sequence[Budget]) -> bootstrap.Noise | None:
-    parts = [(b.losses, b.fitted, b.curve.leverage) for b in used]
+    """The noise of the runs about the parabolas; where those go through all runs, the evaluation's standard error."""
+    parts, runs = [(b.losses, b.fitted, b.curve.leverage) for b in used], [r for b in used for r in b.runs]
     losses, fitted, leverage = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return bootstrap.noise(losses, fitted, leverage, bootstrap.clusters([r for b in used for r in b.runs]))
+    return bootstrap.noise(losses, fitted, leverage, bootstrap.clusters(runs)) or bootstrap.stated(runs, fitted)
 
 
 def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int, level: float) -> Fit:
@@ -263,6 +264,9 @@ def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int
         fit = _redrawn(fit, laws, noise, fitted, surface, rng)
     elif resamples:
         fit = replace(fit, notes=("no interval: no budget has a fourth run; train one more size per budget",))
+    if noise and noise.freedom == 0 and resamples:
+        text = "3 runs per budget leave no residual: intervals hold the evaluation's standard error only"
+        fit = replace(fit, notes=(*fit.notes, text))
     fit = replace(fit, **_losses(fit, found))
     return replace(fit, reasons=_reasons(fit), notes=(*fit.notes, *_notes(fit, used, math.sqrt(tau))))
 
@@ -324,7 +328,8 @@ def _losses(fit: Fit, found: Minima) -> dict:
     def drawn(params, tokens):
         c, count_ = fit.k * params * tokens, len(fit.noise_draws)
         bend = np.maximum(curvature + spread * np.random.default_rng(2).standard_t(count - 1, count_), 0.0)
-        return fit.draws["L_opt"](c) + bend * np.log(params / fit.draws["N_opt"](c)) ** 2
+        with np.errstate(all="ignore"):  # of resamples that determine no law
+            return fit.draws["L_opt"](c) + bend * np.log(params / fit.draws["N_opt"](c)) ** 2
 
     return {"loss": loss, "loss_draws": drawn if fit.draws else None}
 
@@ -376,7 +381,9 @@ def _bias(surface: Reference, used: Sequence[Budget], fit: Fit) -> dict | None:
     if told.sum() < 2:
         return None
     C = np.array([b.flops for b in used])
-    weight = np.where(told, 1.0, 0.0)[None]
+    error = np.array([p.n_se for p in fit.used])
+    known = np.isfinite(error).all() and (error > 0).all()
+    weight = np.where(told, 1 / (error**2 + fit.details["tau"] ** 2) if known else 1.0, 0.0)[None]
     factor = fit_power(C, np.exp(np.where(told, shift[0], 0.0))[None], weight)
     last = np.flatnonzero(told)[-1]
     found = {

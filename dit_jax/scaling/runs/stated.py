@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.conventions import CHOICES, Convention, word
+from dit_jax.scaling.runs.conventions import CHOICES, Convention, word
 
 COLUMNS = {  # of a CSV -> field of a Convention
     "counted": "counted",

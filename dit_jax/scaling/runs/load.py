@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from dit_jax.error import UsageError
 from dit_jax.files import DEEPEST, numbered, parse_json
-from dit_jax.scaling.cells import agrees, check_name, condition, nearest, opened, positive
-from dit_jax.scaling.columns import Columns, Expected, read_rows
-from dit_jax.scaling.conventions import Convention, of_record, require_same
-from dit_jax.scaling.stated import COLUMNS as STATED
-from dit_jax.scaling.stated import of_cells, of_table, require_stated
+from dit_jax.scaling.runs.cells import agrees, check_name, condition, nearest, opened, positive
+from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
+from dit_jax.scaling.runs.conventions import Convention, of_record, require_same
+from dit_jax.scaling.runs.stated import COLUMNS as STATED
+from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
 
 TABLE = Expected(("params", "loss"), ("images", "run", "group", "loss_se", *STATED), (("tokens", "flops"),))
 RECORD = {  # field of a record -> field of a Run

@@ -7,7 +7,7 @@ from itertools import chain, zip_longest
 
 from dit_jax.error import UsageError, alike
 from dit_jax.files import numbered
-from dit_jax.scaling.cells import COLUMNS, agrees, condition, nearest, opened
+from dit_jax.scaling.runs.cells import COLUMNS, agrees, condition, nearest, opened
 
 
 @dataclass(frozen=True)

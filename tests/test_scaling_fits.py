@@ -8,16 +8,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted import BUDGETS, DESIGNS, EQUAL, L_LAW, LAW, N_LAW, coverage, ladder, scatter, study
+from planted import BUDGETS, DESIGNS, EQUAL, L_LAW, LAW, N_LAW, coverage, ladder, repeated, scatter, study
 from scipy.optimize import approx_fprime, minimize
 from scipy.special import huber, logsumexp
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.fits import METHODS, fit_akima, fit_best, fit_gadre, fit_isoflop, fit_surface, fit_varpro, newton
-from dit_jax.scaling.fits import bootstrap
+from dit_jax.scaling.fits import (
+    METHODS,
+    bootstrap,
+    fit_akima,
+    fit_best,
+    fit_gadre,
+    fit_isoflop,
+    fit_surface,
+    fit_varpro,
+    newton,
+)
 from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.fits.law import PowerLaw, fit_irreducible, fit_power
-from dit_jax.scaling.fits.surface import _design
+from dit_jax.scaling.fits.surface import make_design
 from dit_jax.scaling.runs import Run
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
@@ -248,7 +257,7 @@ def test_the_optimum_is_the_lowest_loss_of_its_compute():
 
 @pytest.mark.parametrize(("residual", "loss"), KINDS)
 def test_gradient_and_hessian_are_those_of_the_loss(residual, loss):
-    problem = _design(scatter(noise=0.002), residual, loss).problem
+    problem = make_design(scatter(noise=0.002), residual, loss).problem
     theta = np.array([-0.5, -1.7, -1.9, 0.3, 0.4])
     here = newton.local(problem, theta[None])
     slope = approx_fprime(theta, lambda t: newton.local(problem, t[None]).loss[0], 1e-7)
@@ -456,7 +465,9 @@ def test_gadre_predicts_its_7b_run_from_five_small_ones():
     numbers = [[float(r[k]) for k in ("params", "tokens", "loss_c4_val")] for r in small]
     fit = fit_gadre([Run("", n, d, 6 * n * d, y) for n, d, y in numbers], resamples=0)
     (large,) = [r for r in rows if float(r["params"]) > 5e9]
-    assert fit.loss(float(large["params"]), float(large["tokens"])) == pytest.approx(float(large["loss_c4_val"]), rel=0.01)
+    assert fit.loss(float(large["params"]), float(large["tokens"])) == pytest.approx(
+        float(large["loss_c4_val"]), rel=0.01
+    )
 
 
 # --- coverage
@@ -473,3 +484,17 @@ def test_intervals_cover_in_500_studies_or_the_fit_declines(name):
     if found["identified"] > 0.1:
         for quantity in DESIGNS[name].truth:
             assert math.isnan(found[quantity]) or 0.9 <= found[quantity] <= 0.98, (quantity, found)
+
+
+def test_repeated_data_are_worth_what_was_planted():
+    """R* = 15.4; without the column the same runs fit no surface."""
+    runs = ladder(repeated(1e9), noise=0.002, seed=1, budgets=5, high=1e20)
+    fit = fit_varpro([replace(r, unique=1e9) for r in runs], resamples=60)
+    low, high = fit.interval(fit.parameter_draws["R_star"])
+    assert low <= 15.39 * 1.2 and high >= 15.39 / 1.2 and high / low < 4 and fit.form > 0.01
+    said, truth = predict(fit, 1e21), LAW.optimum(6.0)["L_opt"](1e21)
+    assert said["L_opt_interval"][0] < truth < said["L_opt_interval"][1]
+    assert any("data that are always new" in n for n in fit.notes)
+    assert "R_star" not in fit_varpro(runs, resamples=0).parameters and fit_varpro(runs, resamples=0).form < 0.01
+    plenty = [replace(r, unique=1e15) for r in ladder(noise=0.003)]
+    assert "R_star" not in fit_varpro(plenty, resamples=0).parameters

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from planted import BUDGETS, LAW, N_LAW, L_LAW, UNIQUE, interacting, ladder, repeated, scatter, study
+from planted import BUDGETS, L_LAW, LAW, N_LAW, UNIQUE, interacting, ladder, repeated, scatter, study
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import METHODS, fit_isoflop, fit_varpro
@@ -115,7 +115,9 @@ def test_a_trained_model_is_judged_at_its_own_size():
 
 def test_methods_that_disagree_are_named_and_a_premise_is_no_disagreement():
     other = type(LAW)(1.8, 5000.0, 900.0, 0.5, 0.3)
-    found = fit_methods(ladder(law=other, noise=0.0005), 1e21, ("isoflop", "varpro", "gadre"), lambda m: {"resamples": 100})
+    found = fit_methods(
+        ladder(law=other, noise=0.0005), 1e21, ("isoflop", "varpro", "gadre"), lambda m: {"resamples": 100}
+    )
     assert set(found.fits) == {"isoflop", "varpro", "gadre"}
     assert not any(d.startswith("a: ") and "gadre" in d for d in found.disagreements)
     assert values(found.fits["gadre"], 1e21)["a"][1] == (0.5, 0.5)

@@ -6,9 +6,6 @@ import os
 import sys
 
 from dit_jax.error import UsageError, one_line
-from dit_jax.scaling.runs import stated
-from dit_jax.scaling.runs.columns import parse_names
-from dit_jax.scaling.runs.conventions import check_units, training_flops
 from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans import commands as plans
@@ -25,7 +22,9 @@ from dit_jax.scaling.report.text import (
     span,
     to_json,
 )
-from dit_jax.scaling.runs import load_runs, require_varied
+from dit_jax.scaling.runs import load_runs, require_varied, stated
+from dit_jax.scaling.runs.columns import parse_names
+from dit_jax.scaling.runs.conventions import check_units, training_flops
 from dit_jax.scaling.verdicts import holdout, quality
 from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods, fit_one

@@ -48,7 +48,9 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         _add_convention(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
         one.add_argument(
-            "--curves", action="store_true", help="every evaluated step of a run is a row, not the last alone (sweep.curves)"
+            "--curves",
+            action="store_true",
+            help="every evaluated step of a run is a row, not the last alone (sweep.curves)",
         )
         _add_table(one)
         one.add_argument("--resamples", type=int, default=1000)

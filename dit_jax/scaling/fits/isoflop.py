@@ -200,9 +200,7 @@ class _Laws:
             else:
                 weight_n, weight_l = minima.inside / minima.var_n, minima.inside / minima.var_loss
             weight_n = np.where(weight_n > 0, 1 / (1 / weight_n + self.tau), 0.0)
-        n, d = (
-            np.exp(np.where(weight_n > 0, np.clip(v, -WIDEST, WIDEST), 0.0)) for v in (minima.log_n, minima.log_d)
-        )
+        n, d = (np.exp(np.where(weight_n > 0, np.clip(v, -WIDEST, WIDEST), 0.0)) for v in (minima.log_n, minima.log_d))
         laws = {"N_opt": fit_power(self.C, n, weight_n), "D_opt": fit_power(self.C, d, weight_n)}
         if len(self.used) >= IRREDUCIBLE_FROM:
             return laws | {"L_opt": fit_irreducible(self.C, minima.loss, weight_l)}
@@ -311,7 +309,9 @@ def _redrawn(fit: Fit, laws: _Laws, noise: bootstrap.Noise, fitted: np.ndarray, 
         return fit
     spread = np.sqrt(np.mean(added[kept] ** 2, axis=1))
     pairs = iter(errors.T.tolist())  # what simulation finds, the surface's own error in it
-    points = tuple(p if p.problem else replace(p, **dict(zip(("n_se", "loss_se"), next(pairs), strict=True))) for p in fit.points)
+    points = tuple(
+        p if p.problem else replace(p, **dict(zip(("n_se", "loss_se"), next(pairs), strict=True))) for p in fit.points
+    )
     return replace(fit, draws=laws.through(minima[kept], redrawn=True), noise_draws=spread, points=points)
 
 

@@ -13,7 +13,7 @@ from dit_jax.scaling.runs.conventions import Convention, of_record, require_same
 from dit_jax.scaling.runs.stated import COLUMNS as STATED
 from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
 
-TABLE = Expected(("params", "loss"), ("images", "run", "group", "loss_se", *STATED), (("tokens", "flops"),))
+TABLE = Expected(("params", "loss"), ("images", "run", "group", "loss_se", "unique_tokens", "unique_images", *STATED), (("tokens", "flops"),))
 RECORD = {  # field of a record -> field of a Run
     "params_active": "params",
     "params": "params_total",
@@ -40,6 +40,7 @@ class Run:
     loss_se: float = 0.0  # of the evaluation; 0 = not recorded
     params_total: float = math.nan  # nan = not recorded
     images: float = math.nan  # nan = not recorded
+    unique: float = math.nan  # different tokens that the run could see, in the unit of `tokens`; nan = not recorded
     group: str = ""  # budget label; "" = runs are grouped by their FLOPs
     protocol: dict = field(default_factory=dict)
     protocol_id: str = ""
@@ -229,8 +230,12 @@ def _run(record: dict, metric: str, where: str) -> Run:
         convention = of_record(record["protocol"])
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+    unique = record.get("unique_images")
+    if unique is not None:
+        unique = positive(unique, "unique_images", where) * values["tokens"] / values["images"]
     return Run(
         name=record["run"],
+        unique=math.nan if unique is None else unique,
         loss=_metric(record, metric, where),
         loss_se=_metric(record, f"{metric}_se", where, 0.0),
         protocol=record["protocol"],
@@ -277,6 +282,11 @@ def _csv_run(row: dict, where: str, index: int) -> Run:
     params = number("params")
     derived = "tokens" not in row
     tokens = positive(number("flops") / (6.0 * params), "flops / (6 params)", where) if derived else number("tokens")
+    images, unique = number("images", math.nan), number("unique_tokens", math.nan)
+    if math.isnan(unique) and (row.get("unique_images") or "").strip():
+        if math.isnan(images):
+            raise UsageError(f"{where}: found unique_images and no images, expected both, or unique_tokens")
+        unique = number("unique_images") * tokens / images
     return Run(
         name=text("run", f"row{index + 1}"),
         params=params,
@@ -284,7 +294,8 @@ def _csv_run(row: dict, where: str, index: int) -> Run:
         flops=positive(number("flops", 6.0 * params * tokens), "flops", where),
         loss=number("loss"),
         loss_se=number("loss_se", 0.0, zero=True),
-        images=number("images", math.nan),
+        images=images,
+        unique=unique,
         group=text("group"),
         source=where,
     )

@@ -84,9 +84,7 @@ def bending_of_loss(fit: Fit) -> Trial | None:
     if found is None:
         return None
     bend, p = found
-    text = (
-        f"the exponent of the reducible loss changes by {2 * bend * math.log(10):+.3f} a decade of compute (log^2 C, p = {p:.1g})"
-    )
+    text = f"the exponent of the reducible loss changes by {2 * bend * math.log(10):+.3f} a decade of compute (log^2 C, p = {p:.1g})"
     return Trial("bending of L_opt", text, p < CHANCE)
 
 
@@ -177,4 +175,6 @@ def extrapolate(fit: Fit, run: Run) -> Extrapolation:
     said = predict(fit, run.flops, run.params)
     names = {"n_opt": "N_opt", "n_interval": "N_opt_interval", "predicted": "L_run", "interval": "L_run_interval"}
     found = {ours: said[theirs] for ours, theirs in names.items()}
-    return Extrapolation(run.flops, run.params, **found, measured=run.loss, measured_se=run.loss_se, multiple=said["beyond"])
+    return Extrapolation(
+        run.flops, run.params, **found, measured=run.loss, measured_se=run.loss_se, multiple=said["beyond"]
+    )

@@ -83,7 +83,13 @@ class Holdout:
     def to_json(self) -> dict:
         items = [{**vars(i), "error": i.error, "inside": i.inside} for i in self.items]
         refused = [{"left": label, "why": why} for label, why in self.refused]
-        return {"method": self.method, "split": self.split, "items": items, "summary": self.summary(), "refused": refused}
+        return {
+            "method": self.method,
+            "split": self.split,
+            "items": items,
+            "summary": self.summary(),
+            "refused": refused,
+        }
 
 
 def hold_out(fit: Fit, refit: Callable[[Sequence[Run]], Fit], split: str, runs: Sequence[Run]) -> Holdout:
@@ -124,7 +130,9 @@ def _folds(runs: Sequence[Run], split: str, measured: tuple) -> list[tuple]:
         parts = [(f"{n:.4g} params", [r for r in runs if r.params == n]) for n in sizes]
     elif scattered(groups):
         if split == "budgets":
-            raise UsageError("--holdout: the runs are scattered over compute and form no budgets; use models or largest")
+            raise UsageError(
+                "--holdout: the runs are scattered over compute and form no budgets; use models or largest"
+            )
         cut = sorted(r.flops for r in runs)[-max(1, math.ceil(FIFTH * len(runs)))]
         parts = [(f"from {cut:.3g}", [r for r in runs if r.flops >= cut])]
     else:
@@ -151,7 +159,9 @@ def _optima(label: str, left: Sequence[Run], fit: Fit, measured: tuple) -> list[
             continue
         between, draws = NO_INTERVAL, fit.draws.get(name)
         if draws:
-            own = np.random.default_rng(1).standard_normal(len(draws.exponent)) * (error if math.isfinite(error) else 0.0)
+            own = np.random.default_rng(1).standard_normal(len(draws.exponent)) * (
+                error if math.isfinite(error) else 0.0
+            )
             drawn = draws(point.flops)
             between = fit.interval(drawn * np.exp(own) if name == "N_opt" else drawn + own)
         params = value if name == "N_opt" else math.nan

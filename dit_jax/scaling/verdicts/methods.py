@@ -92,6 +92,9 @@ def _disagreements(fits: dict, flops: float) -> list[str]:
                 (x, (low, high)), (y, (lower, higher)) = table[one][name], table[two][name]
                 if low < high and lower < higher and (high < lower or higher < low):
                     d = ".4g" if name == "N_opt" else ".4f"
-                    sides = (f"{m} finds {v:{d}} ({p:{d}} to {q:{d}})" for m, v, p, q in ((one, x, low, high), (two, y, lower, higher)))
+                    sides = (
+                        f"{m} finds {v:{d}} ({p:{d}} to {q:{d}})"
+                        for m, v, p, q in ((one, x, low, high), (two, y, lower, higher))
+                    )
                     found.append(f"{name}: {', '.join(sides)}")
     return found

@@ -165,8 +165,8 @@ DESIGNS = {
 
 
 def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
-    """quantity -> share of the studies whose interval holds the truth, of those that give one; "identified": share of studies whose fit says
-    that it may speak of the target, and "half": the median half-width of the exponent of N_opt."""
+    """quantity -> share of the studies whose interval holds the truth, of those that give one; "identified": share of studies whose fit
+    says that it may speak of the target, and "half": the median half-width of the exponent of N_opt."""
     hits: dict = {name: [] for name in design.truth}
     identified, widths, why = [], [], {}
     for seed in range(studies):

@@ -235,8 +235,13 @@ def test_budgets_are_clusters_of_flops_or_labels():
 @pytest.mark.parametrize(("residual", "loss"), KINDS)
 @pytest.mark.parametrize(
     ("fit", "law", "make"),
-    [(fit_surface, LAW, scatter), (fit_surface, LAW, ladder), (fit_varpro, LAW, scatter), (fit_varpro, LAW, ladder)]
-    + [(fit_gadre, EQUAL, ladder)],
+    [
+        (fit_surface, LAW, scatter),
+        (fit_surface, LAW, ladder),
+        (fit_varpro, LAW, scatter),
+        (fit_varpro, LAW, ladder),
+        (fit_gadre, EQUAL, ladder),
+    ],
 )
 def test_a_planted_surface_is_recovered(fit, law, make, residual, loss):
     found = fit(make(law=law), residual=residual, loss=loss, resamples=20)

@@ -81,7 +81,7 @@ def test_exact_laws_predict_what_is_held_out(method, split):
     found = hold_out(fit, again(method, resamples=0), split, runs)
     assert len({i.left for i in found.items}) == (1 if split == "largest" else 6 if method == "varpro" else 5)
     limit = {"varpro": 0.02, "akima": 0.05, "isoflop": 1e-3}[method]
-    assert all(abs(i.error) < limit for i in found.items if i.quantity == "L_opt"), [i for i in found.items]
+    assert all(abs(i.error) < limit for i in found.items if i.quantity == "L_opt")
     assert rows(found) and found.to_json()["summary"]
 
 

@@ -57,8 +57,8 @@ def effective(tokens, unique, again: float):
 def _repeated(
     fit: Fit, runs: Sequence[Run], residual: str, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Fit | None:
-    """The surface in tokens that count less when they are repeated, where that describes the runs better than `fit` does (F test at 1 %); None
-    where it does not, or where no run repeats data. It has R_star too, and its laws are those of data that are always new."""
+    """The surface in tokens that count less when they are repeated, where that describes the runs better than `fit` does (F test
+    at 1 %); None where it does not, or where no run repeats data. It has R_star too, and its laws are those of data that are always new."""
     tokens, unique = (np.array([getattr(r, k) for r in runs]) for k in ("tokens", "unique"))
     freedom = int(bootstrap.clusters(runs).max()) + 1 - 6
     if not (unique < 0.99 * tokens).any() or freedom < 1:
@@ -72,7 +72,7 @@ def _repeated(
     if stats.f.sf(max(gain, 0.0), 1, freedom) > CHANCE:
         return None
     design, theta, objective = tried[best]
-    near = [tried[again][:2] + (again,) for again in AGAIN if best / NEAR <= again <= best * NEAR]
+    near = [(*tried[again][:2], again) for again in AGAIN if best / NEAR <= again <= best * NEAR]
     losses, fitted = np.array([r.loss for r in runs]), design.fitted(theta)
     noise = bootstrap.noise(losses, fitted, design.leverage(theta), bootstrap.clusters(runs))
     added = noise.draw(np.random.default_rng(seed), resamples) if resamples and noise else np.zeros((0, len(runs)))

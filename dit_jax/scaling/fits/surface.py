@@ -19,6 +19,7 @@ from dit_jax.error import UsageError
 from dit_jax.scaling.fits import bootstrap, newton
 from dit_jax.scaling.fits.fit import Fit, per_parameter_and_token, plain
 from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.fits.projection import grid_minima, project
 from dit_jax.scaling.names import LOSSES, RESIDUALS
 from dit_jax.scaling.runs import Run
 
@@ -26,7 +27,6 @@ DELTA = 1e-3  # of the Huber loss: relative to the loss, whatever the residual
 NOTHING = 25.0  # a term e^25 times smaller than the smallest loss is none: the lower bound of log E, log A and log B
 LIFT = 18.0  # above that bound: where a search may leave a term that is nothing
 STEEPEST = 5.0  # upper bound of the exponents
-SHARE = 1e-3  # of the loss that a start gives a term whose best coefficient is 0, so that a search may find it again
 ONE_BUDGET = 0.05  # runs whose compute differs by less are one budget
 WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
 CHANCE = 0.01  # of the test of a surface's form
@@ -124,7 +124,7 @@ def fit_surface(runs: Sequence[Run], *, residual: str = "log", loss: str = "hube
     exponents, half = np.arange(5) / 2, np.arange(-2, 3) / 2
     starts = np.array(list(itertools.product(half, 5.0 * np.arange(6), 5.0 * np.arange(6), exponents, exponents)))
     design = make_design(runs, residual, loss)
-    return _fit("surface", design, runs, _project(design, np.unique(starts[:, 3:], axis=0))[0], **options)
+    return _fit("surface", design, runs, project(design.problem, np.unique(starts[:, 3:], axis=0))[0], **options)
 
 
 def fit_new(runs: Sequence[Run], *, residual: str = "log", loss: str = "mse", **options) -> Fit:
@@ -143,7 +143,7 @@ def fit_gadre(runs: Sequence[Run], *, residual: str = "linear", loss: str = "mse
     The paper fits the losses themselves by least squares, hence the defaults. Options as of `fit_new`."""
     design = make_design(runs, residual, loss, shared=True)
     line = np.geomspace(0.02, 3.0, 33)
-    starts = np.delete(_project(design, np.stack([line, line], axis=-1))[0], 4, axis=1)
+    starts = np.delete(project(design.problem, np.stack([line, line], axis=-1))[0], 4, axis=1)
     return _fit("gadre", design, runs, starts, **options)
 
 
@@ -232,8 +232,8 @@ def grid_starts(design: Design) -> np.ndarray:
     """The minima of the squared error over a grid of exponents, as points (m, 5)."""
     line = np.geomspace(0.02, 3.0, 33)
     grid = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
-    starts, errors = _project(design, grid)
-    return starts[_grid_minima(errors.reshape(33, 33)).ravel()]
+    starts, errors = project(design.problem, grid)
+    return starts[grid_minima(errors.reshape(33, 33)).ravel()]
 
 
 def search(design: Design, starts: np.ndarray) -> tuple:
@@ -342,8 +342,8 @@ def _errors(design: Design, theta: np.ndarray) -> np.ndarray:
 
 
 def form(design: Design, theta: np.ndarray) -> float:
-    """The chance of residuals as systematic as these, were the surface's form right: an F test of squares and the product of log N and log D
-    in what it leaves (Ramsey 1969). 1 where too few runs are left to test it."""
+    """The chance of residuals as systematic as these, were the surface's form right: an F test of squares and the product of log N
+    and log D in what it leaves (Ramsey 1969). 1 where too few runs are left to test it."""
     x, z = -design.problem.terms[1, :, 3], -design.problem.terms[2, :, -1]
     slope = newton.jacobian(design.problem, theta)[:, ~design.vanished(theta)]
     r = newton.residuals(design.problem, theta[None])[0]
@@ -371,47 +371,3 @@ def notes_of(fit: Fit) -> tuple:
             f"{fit.k:.3g}"
         )
     return tuple(found)
-
-
-def _project(design: Design, exponents: np.ndarray) -> tuple:
-    """The best non-negative (E, A, B) for each pair of exponents (m, 2), as points (m, 5), and their squared errors (m,).
-
-    The error is relative, (law - loss) / loss, where residuals are logarithms, so that it is linear in (E, A, B) too.
-    """
-    problem = design.problem
-    x, z = -problem.terms[1, :, 3], -problem.terms[2, :, -1]
-    loss = np.exp(problem.log_loss)
-    unit = np.ones_like(loss) if problem.linear else loss
-    columns = np.stack(
-        [np.ones((len(exponents), len(x))), np.exp(-exponents[:, :1] * x), np.exp(-exponents[:, 1:] * z)], axis=1
-    )
-    columns = columns / unit
-    scale = np.sqrt((columns**2).sum(-1))
-    columns /= scale[:, :, None]
-    coefficients, errors = _nonnegative(columns, loss / unit)
-    coefficients = coefficients / scale
-    least = SHARE * coefficients.sum(1, keepdims=True)
-    return np.concatenate([np.log(np.maximum(coefficients, least)), exponents], axis=1), errors
-
-
-def _nonnegative(columns: np.ndarray, target: np.ndarray) -> tuple:
-    """Least squares target = c . columns with c >= 0, columns (m, 3, n): the best of all subsets of columns that are feasible."""
-    gram = np.einsum("min,mjn->mij", columns, columns) + 1e-12 * np.eye(3)
-    right = columns @ target
-    best, lowest = np.zeros((len(columns), 3)), np.full(len(columns), math.inf)
-    for subset in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
-        part = list(subset)
-        found = np.zeros_like(best)
-        found[:, part] = np.linalg.solve(gram[:, part][:, :, part], right[:, part, None])[..., 0]
-        error = ((target - np.einsum("mi,min->mn", found, columns)) ** 2).sum(1)
-        better = (found >= 0).all(1) & (error < lowest)
-        best[better], lowest[better] = found[better], error[better]
-    return best, lowest
-
-
-def _grid_minima(errors: np.ndarray) -> np.ndarray:
-    """Which cells of a grid are no higher than any neighbour."""
-    padded = np.pad(errors, 1, constant_values=math.inf)
-    rows, columns = errors.shape
-    around = [padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
-    return errors <= np.min(around, axis=0)

@@ -13,7 +13,8 @@ from dit_jax.scaling.runs.conventions import Convention, of_record, require_same
 from dit_jax.scaling.runs.stated import COLUMNS as STATED
 from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
 
-TABLE = Expected(("params", "loss"), ("images", "run", "group", "loss_se", "unique_tokens", "unique_images", *STATED), (("tokens", "flops"),))
+OPTIONAL = ("images", "run", "group", "loss_se", "unique_tokens", "unique_images", *STATED)
+TABLE = Expected(("params", "loss"), OPTIONAL, (("tokens", "flops"),))
 RECORD = {  # field of a record -> field of a Run
     "params_active": "params",
     "params": "params_total",

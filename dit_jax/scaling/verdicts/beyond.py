@@ -4,6 +4,7 @@ A power law that bends is still a good description of the budgets it was fitted 
 
 * bending: the coefficient of log^2 C in log N_opt, and in the reducible part of L_opt, through the optima of the budgets, each weighed by
   the noise of its runs and by the scatter between budgets that is left about the bent law (a random effect: what scatters does not bend);
+* repeated data, where a column of unique data tells of them (`fits.repeated`);
 * systematic residuals, where one surface describes all runs (`Fit.form`);
 * its ends: the laws without the smallest and without the largest budget must agree at the target within their intervals.
 
@@ -18,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.fits import bootstrap
+from dit_jax.scaling.fits import bootstrap, fit_varpro
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.runs import Run, budgets, scattered
 
@@ -48,7 +49,7 @@ def examine(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float = 0.0)
 
 def trials(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float = 0.0) -> list[Trial]:
     """Every test that this fit allows."""
-    found = [bending_of_size(fit), bending_of_loss(fit), form(fit)]
+    found = [bending_of_size(fit), bending_of_loss(fit), form(fit), repetition(fit)]
     if fit.draws:
         found += ends(fit, refit, max(flops, FAR * fit.largest))
     return [t for t in found if t is not None]
@@ -116,6 +117,19 @@ def form(fit: Fit) -> Trial | None:
         return None
     text = f"the residuals are systematic (F test of squares and a product of log N and log D, p = {fit.form:.1g})"
     return Trial("form of the surface", text, fit.form < CHANCE)
+
+
+def repetition(fit: Fit) -> Trial | None:
+    """Data that were seen more than once, and lost their worth, where the fit counts all as new."""
+    if not any(r.unique < 0.99 * r.tokens for r in fit.runs) or "R_star" in fit.parameters:
+        return None
+    try:
+        better = "R_star" in fit_varpro(fit.runs, resamples=0).parameters
+    except UsageError:
+        return None
+    most = max(r.tokens / r.unique for r in fit.runs if r.unique > 0)
+    text = f"the runs repeat their data up to {most:.3g} times, and repeated data count for less in them; fit --method=varpro"
+    return Trial("repeated data", text, better)
 
 
 def ends(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float) -> list[Trial]:

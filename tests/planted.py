@@ -4,13 +4,29 @@ import math
 
 import numpy as np
 
-from dit_jax.scaling import study
+from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.fits.surface import Surface
 from dit_jax.scaling.predict import interval, predict
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.surface import Surface
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024, arXiv 2404.10102
 EQUAL = Surface(1.6, 350.0, 1100.0, 0.33, 0.33)
+N_LAW, L_LAW = PowerLaw(0.09, 0.52), PowerLaw(22.0, -0.22, 0.38)
+BUDGETS = np.geomspace(4e9, 1.3e11, 5)
+
+
+def study(noise=0.0, seed=0, budgets=BUDGETS, sizes=5, width=6.0, curvature=0.02, loss=L_LAW, se=0.0) -> list[Run]:
+    """Runs whose isoFLOP curves are exactly quadratic in log N, off-centre by a random shift, plus noise."""
+    rng = np.random.default_rng(seed)
+    runs = []
+    for c in budgets:
+        shift = rng.uniform(-0.4, 0.4)
+        for i, u in enumerate(np.linspace(-1, 1, sizes) * math.log(width) + shift):
+            value = loss(c) + curvature * u**2 + noise * rng.standard_normal()
+            n = N_LAW(c) * math.exp(u)
+            d = c / (6 * n)
+            runs.append(Run(f"{c:.2g}_{i}", float(n), float(d), float(c), float(value), se, images=float(d / 16)))
+    return runs
 
 
 def ladder(law=LAW, noise=0.0, seed=0, budgets=6, sizes=8) -> list[Run]:

@@ -12,7 +12,7 @@ import numpy as np
 from dit_jax.config import Config, ModelConfig, model_config, resolve, to_dict
 from dit_jax.error import UsageError
 from dit_jax.job.launch import load_config
-from dit_jax.scaling.family import DIT, Family, family_of
+from dit_jax.scaling.plans.family import DIT, Family, family_of
 from dit_jax.scaling.runs import Run, flatten
 from dit_jax.workdir.folder import read_config
 

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
-from dit_jax.scaling.design import Cell, Proposal, next_cells
-from dit_jax.scaling.family import DIT, sized
-from dit_jax.scaling.fit import Fit
+from dit_jax.scaling.plans.design import Cell, Proposal, next_cells
+from dit_jax.scaling.plans.family import DIT, sized
+from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.options import MODEL, chip_rate
-from dit_jax.scaling.overhead import Off
-from dit_jax.scaling.plan import ladder_of
-from dit_jax.scaling.recipe import Recipe, count_of, counted_flops, make_recipe
+from dit_jax.scaling.plans.overhead import Off
+from dit_jax.scaling.plans.plan import ladder_of
+from dit_jax.scaling.plans.recipe import Recipe, count_of, counted_flops, make_recipe
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.settings import Settings, settings
+from dit_jax.scaling.plans.settings import Settings, settings
 from dit_jax.scaling.table import DASH, finite, print_table, span
 
 HOUR = 3600.0

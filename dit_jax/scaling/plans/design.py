@@ -1,19 +1,17 @@
 """Which runs to train next: the cells (budget, size) after which log N_opt at a target compute would be known best, within a cost.
 
-The resamples of a fit are draws of all that the runs leave open: each has its own log N_opt at the target and its own loss at any cell. A
-run of a cell measures that loss with the noise of a run, sigma, and what is then known of log N_opt is its linear regression on the measured
-losses y (c-optimality: Atkinson, Donev & Tobias 2007, "Optimum Experimental Designs", chapter 10; linearised as by Chernoff 1953, Annals of
-Mathematical Statistics 24),
+The resamples of a fit are draws of all that its runs leave open: each has its own log N_opt at the target and its own loss at any cell. A
+run of a cell measures that loss with the noise of a run, sigma. What is then known of log N_opt is its linear regression on the losses y,
 
-    var(log N_opt | y) = var(log N_opt) - c' (S + sigma^2)^-1 c,   c = cov(y, log N_opt), S = cov(y).
+    var(log N_opt | y) = var(log N_opt) - c' (S + sigma^2)^-1 c,   c = cov(y, log N_opt), S = cov(y)
 
-So every method that tells the loss of any size is treated alike. The variance counts the noise of runs, and nothing of a law that bends.
+(c-optimality: Atkinson, Donev & Tobias 2007, "Optimum Experimental Designs", chapter 10; linearised as by Chernoff 1953, Annals of
+Mathematical Statistics 24). The variance counts the noise of runs, and nothing of a law that bends.
 
-A method that reads budgets one by one takes an old budget's runs with two more sizes on either side of N_opt, and a new one with 3 or 5: the
-level and the bend of a budget, which such a method fits anew, cancel in these. For other methods each cell stands alone. Cells are added
-while they lower the logarithm of the variance, each time those that lower it most per FLOP; again per square root of FLOPs, and again
-whatever they cost. The best of the three sets is taken. Every cell is a new size at its budget: the optimum on paper repeats few cells many
-times, which tests nothing of the law's shape.
+A fit that is made of budgets gets two more sizes at an old budget, one on either side of N_opt, or a new budget of 3 or 5: the level and the
+bend of a budget, which such a fit finds anew for each, cancel in these. Elsewhere each cell stands alone. Cells are added that lower the
+logarithm of the variance most per FLOP; again per square root of FLOPs, and again whatever they cost. The best of the three sets is taken.
+Every cell is a new size at its budget: the optimum on paper repeats few cells many times, which tests nothing of the law's shape.
 """
 
 import functools
@@ -55,7 +53,7 @@ class Option:
     cells: tuple
     cost: float
     deviation: float  # after them
-    gain: float  # fall of the logarithm of the variance per FLOP
+    gain_per_flop: float  # fall of the logarithm of the variance per FLOP
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def next_cells(
         cost=_cost(cells),
         before=math.sqrt(now),
         after=math.sqrt(variance(cells)),
-        ranking=tuple(sorted(ranking, key=lambda o: -o.gain)),
+        ranking=tuple(sorted(ranking, key=lambda o: -o.gain_per_flop)),
         variance=variance,
     )
 
@@ -145,7 +143,9 @@ def _variance(fit: Fit, target: float) -> Callable:
     """cells -> variance of log N_opt at the target after they are trained."""
     unknown = one_size(fit)
     if unknown:
-        raise UsageError(f"--next_flops: {unknown} and says nothing of single runs; use another, such as isoflop or varpro")
+        raise UsageError(
+            f"--next_flops: {unknown} and says nothing of single runs; use another, such as isoflop or varpro"
+        )
     if not fit.draws or fit.loss_draws is None or not fit.noise > 0:
         raise UsageError(
             "--next_flops: the noise of a run is not known, so neither is what another run would tell; found no resamples of the fit, "
@@ -156,7 +156,9 @@ def _variance(fit: Fit, target: float) -> Callable:
         low, middle, high = np.nanquantile(drawn, [0.16, 0.5, 0.84])
         kept = np.abs(drawn - middle) <= FAR * (high - low) / 2
     if kept.sum() < FEWEST:
-        raise UsageError(f"--next_flops: found {kept.sum()} resamples of N_opt, expected at least {FEWEST} (--resamples)")
+        raise UsageError(
+            f"--next_flops: found {kept.sum()} resamples of N_opt, expected at least {FEWEST} (--resamples)"
+        )
     aim = drawn[kept] - drawn[kept].mean()
 
     @functools.cache
@@ -182,7 +184,9 @@ def _options(fit: Fit, target: float, limit: float) -> list[tuple]:
     half = float(np.quantile([abs(math.log(r.params / law(r.flops))) for r in fit.runs], 0.9))
     old = [p.flops for p in fit.used]
     top = max(min(target, limit / 3 if old else limit), min(flops))
-    new = [c for c in np.geomspace(min(flops), top, GRID).tolist() if all(abs(math.log(c / o)) > 2 * APART for o in old)]
+    new = [
+        c for c in np.geomspace(min(flops), top, GRID).tolist() if all(abs(math.log(c / o)) > 2 * APART for o in old)
+    ]
     tried = [(c, where) for c in new for where in (CURVES if old else SINGLE)]
     tried += [(c, where) for c in old if c <= target for where in PAIRS]
     return [tuple((c, float(law(c) * math.exp(half * u))) for u in where) for c, where in tried]

@@ -16,9 +16,6 @@ class Plan:
     flops: float  # training
     beyond: float  # multiple of the largest budget fitted
     n_opt: float  # parameters active per token
-    n_interval: tuple
-    d_opt: float  # tokens
-    d_interval: tuple
     loss: float
     loss_interval: tuple
     name: str
@@ -50,16 +47,15 @@ def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
         raise UsageError("ladder: found no size, expected (name, params_active, flops_image) rows")
     for name, params, cost in rows:
         if not (math.isfinite(params) and math.isfinite(cost) and params > 0 and cost > 0):
-            raise UsageError(f"ladder: {name!r} has params_active {params} and flops_image {cost}, expected both above 0")
+            raise UsageError(
+                f"ladder: {name!r} has params_active {params} and flops_image {cost}, expected both above 0"
+            )
     name, params, cost = nearest(rows, predict(fit, flops)["N_opt"])
     said = predict(fit, flops, params)
     return Plan(
         flops=said["flops"],
         beyond=said["beyond"],
         n_opt=said["N_opt"],
-        n_interval=said["N_opt_interval"],
-        d_opt=said["D_opt"],
-        d_interval=said["D_opt_interval"],
         loss=said["L_run"],
         loss_interval=said["L_run_interval"],
         name=str(name),

@@ -8,8 +8,8 @@ run of a cell measures that loss with the noise of a run, sigma. What is then kn
 (c-optimality: Atkinson, Donev & Tobias 2007, "Optimum Experimental Designs", chapter 10; linearised as by Chernoff 1953, Annals of
 Mathematical Statistics 24). The variance counts the noise of runs, and nothing of a law that bends.
 
-A fit that is made of budgets gets two more sizes at an old budget, one on either side of N_opt, or a new budget of 3 or 5: the level and the
-bend of a budget, which such a fit finds anew for each, cancel in these. Elsewhere each cell stands alone. Cells are added that lower the
+A fit that is made of budgets gets two more sizes at an old budget, one on either side of N_opt, or a new budget of 3 or 5: the level and
+the bend of a budget, which such a fit finds anew for each, cancel in these. Other fits get single cells. Cells are added that lower the
 logarithm of the variance most per FLOP; again per square root of FLOPs, and again whatever they cost. The best of the three sets is taken.
 Every cell is a new size at its budget: the optimum on paper repeats few cells many times, which tests nothing of the law's shape.
 """
@@ -31,6 +31,7 @@ GRID = 24  # budgets looked at
 APART = 0.1  # in log C: nearer budgets are one
 NEAR = 0.15  # in log N: nearer sizes of a budget are one
 FAR = 6.0  # times half the middle 68 %: resamples of log N_opt farther from the median are no guide to a variance
+LEAST = 1e-30  # variance that is none
 PRICES = (1.0, 0.5, 0.0)  # powers of the cost that a gain is divided by
 # sizes that are looked at, in units of how far the runs reach from N_opt: at old budgets, at new ones, and those of single cells
 PAIRS = tuple((-u, u) for u in (0.25, 0.5, 0.75, 1.0))
@@ -143,37 +144,31 @@ def _variance(fit: Fit, target: float) -> Callable:
     """cells -> variance of log N_opt at the target after they are trained."""
     unknown = one_size(fit)
     if unknown:
-        raise UsageError(
-            f"--next_flops: {unknown} and says nothing of single runs; use another, such as isoflop or varpro"
-        )
+        raise UsageError(f"--next_flops: {unknown} and nothing of single runs; use another, such as isoflop or varpro")
     if not fit.draws or fit.loss_draws is None or not fit.noise > 0:
         raise UsageError(
-            "--next_flops: the noise of a run is not known, so neither is what another run would tell; found no resamples of the fit, "
-            f"expected at least {FEWEST} (--resamples)"
+            f"--next_flops: the fit has no resamples, expected runs that show their noise, and --resamples={FEWEST} or more"
         )
     with np.errstate(all="ignore"):
         drawn = np.log(fit.draws["N_opt"](target))
         low, middle, high = np.nanquantile(drawn, [0.16, 0.5, 0.84])
         kept = np.abs(drawn - middle) <= FAR * (high - low) / 2
     if kept.sum() < FEWEST:
-        raise UsageError(
-            f"--next_flops: found {kept.sum()} resamples of N_opt, expected at least {FEWEST} (--resamples)"
-        )
+        raise UsageError(f"--next_flops: {kept.sum()} resamples have an N_opt, expected {FEWEST} or more (--resamples)")
     aim = drawn[kept] - drawn[kept].mean()
 
     @functools.cache
     def losses(cell: Cell) -> np.ndarray:
         with np.errstate(all="ignore"):
             found = fit.loss_draws(cell.params, cell.flops / (fit.k * cell.params))[kept]
-        return found - found.mean()
+        known = np.isfinite(found)
+        return np.where(known, found - found[known].mean(), 0.0) if known.any() else np.zeros(len(found))
 
     def variance(cells) -> float:
-        if not cells:
-            return float(np.mean(aim**2))
-        y = np.stack([losses(c) for c in cells])
+        y = np.stack([losses(c) for c in cells]) if cells else np.zeros((0, len(aim)))
         covariance = y @ y.T / len(aim) + fit.noise**2 * np.eye(len(cells))
         shared = y @ aim / len(aim)
-        return float(np.mean(aim**2) - shared @ np.linalg.solve(covariance, shared))
+        return max(float(np.mean(aim**2) - shared @ np.linalg.solve(covariance, shared)), LEAST)
 
     return variance
 
@@ -184,9 +179,10 @@ def _options(fit: Fit, target: float, limit: float) -> list[tuple]:
     half = float(np.quantile([abs(math.log(r.params / law(r.flops))) for r in fit.runs], 0.9))
     old = [p.flops for p in fit.used]
     top = max(min(target, limit / 3 if old else limit), min(flops))
-    new = [
-        c for c in np.geomspace(min(flops), top, GRID).tolist() if all(abs(math.log(c / o)) > 2 * APART for o in old)
-    ]
+    new: list[float] = []
+    for c in np.geomspace(min(flops), top, GRID).tolist():
+        if all(abs(math.log(c / other)) > 2 * APART for other in (*old, *new)):
+            new.append(c)
     tried = [(c, where) for c in new for where in (CURVES if old else SINGLE)]
     tried += [(c, where) for c in old if c <= target for where in PAIRS]
     return [tuple((c, float(law(c) * math.exp(half * u))) for u in where) for c, where in tried]

@@ -155,7 +155,7 @@ def _variance(fit: Fit, target: float) -> Callable:
         kept = np.abs(drawn - middle) <= FAR * (high - low) / 2
     if kept.sum() < FEWEST:
         raise UsageError(f"--next_flops: {kept.sum()} resamples have an N_opt, expected {FEWEST} or more (--resamples)")
-    aim = drawn[kept] - drawn[kept].mean()
+    aim, noise = drawn[kept] - drawn[kept].mean(), float(np.mean(fit.noise_draws[kept] ** 2))
 
     @functools.cache
     def losses(cell: Cell) -> np.ndarray:
@@ -166,7 +166,7 @@ def _variance(fit: Fit, target: float) -> Callable:
 
     def variance(cells) -> float:
         y = np.stack([losses(c) for c in cells]) if cells else np.zeros((0, len(aim)))
-        covariance = y @ y.T / len(aim) + fit.noise**2 * np.eye(len(cells))
+        covariance = y @ y.T / len(aim) + noise * np.eye(len(cells))
         shared = y @ aim / len(aim)
         return max(float(np.mean(aim**2) - shared @ np.linalg.solve(covariance, shared)), LEAST)
 

@@ -60,10 +60,11 @@ def _check_units(fit: Fit, c: float) -> None:
     """Raise UsageError if N_opt at `c` FLOPs is no size of a model."""
     n, sizes = predict(fit, c)["N_opt"], [r.params for r in fit.runs]
     if not SIZES[0] <= n <= SIZES[1]:
+        why = "".join(f"; nor is the law identified: {reason}" for reason in fit.reasons[:1])
         raise UsageError(
             f"RUNS: N_opt is {n:.3g} parameters at {c:.3g} FLOPs, expected {SIZES[0]:g} to {SIZES[1]:g}: params ({min(sizes):.4g} to "
             f"{max(sizes):.4g} in RUNS), flops or the budget are in other units; give the factor with the column, such as "
-            "--column 'params=1e6*NAME' for millions, and tokens and flops likewise"
+            f"--column 'params=1e6*NAME' for millions, and tokens and flops likewise{why}"
         )
 
 

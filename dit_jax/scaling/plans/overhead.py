@@ -44,9 +44,10 @@ def one_size(fit: Fit) -> str:
 
 def off_by(fit: Fit, budget: float | int, factor: float) -> Off:
     """What a model of `factor` x N_opt costs at `budget` training FLOPs. The fit must have a law of N_opt."""
-    said, law, laws = predict(fit, budget), fit.laws["L_opt"], fit.draws.get("L_opt")
+    said, law, laws = predict(fit, budget), fit.laws.get("L_opt"), fit.draws.get("L_opt")
     params, unknown = factor * said["N_opt"], said.get("L_opt_reason") or one_size(fit)
-    if unknown:
+    if unknown or law is None:
+        unknown = unknown or f"method {fit.method} has no law of the loss"
         return Off(factor, params, math.nan, math.nan, NO_INTERVAL, math.nan, NO_INTERVAL, unknown)
     at = [p.flops for p in fit.used] or [float(budget)]
     share, rises, computes = _share(fit.loss, fit.laws, fit.k, at, factor), None, None

@@ -43,9 +43,9 @@ def study(
 
 def ladder(law=LAW, noise=0.0, seed=0, budgets=6, sizes=8, low=1e18, high=1e21, wide=4.0) -> list[Run]:
     """IsoFLOP runs: `budgets` from 1e18 to 1e21 FLOPs, sizes within a factor 4 of a somewhat drifting centre."""
-    rng, runs = np.random.default_rng(seed), []
+    rng, runs, centres = np.random.default_rng(seed), [], getattr(law, "optimum", LAW.optimum)(6.0)["N_opt"]
     for c in np.geomspace(low, high, budgets):
-        centre = float(LAW.optimum(6.0)["N_opt"](c)) * math.exp(rng.uniform(-0.3, 0.3))
+        centre = float(centres(c)) * math.exp(rng.uniform(-0.3, 0.3))
         for i, u in enumerate(np.linspace(-1, 1, sizes) * math.log(wide)):
             n = centre * math.exp(u)
             d = float(c / (6 * n))

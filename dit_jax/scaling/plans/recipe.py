@@ -5,21 +5,21 @@ N and D are those of the fit's convention; FLOPs of the run are exact (`dit_jax.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
 from dit_jax.scaling.runs.conventions import Convention
-from dit_jax.scaling.family import sized
-from dit_jax.scaling.fit import Fit
-from dit_jax.scaling.overhead import FACTOR, off_by
-from dit_jax.scaling.predict import predict
+from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.plans.family import sized
+from dit_jax.scaling.plans.overhead import FACTOR, off_by
+from dit_jax.scaling.plans.settings import Settings, command
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.settings import Settings, command
 
 ROUNDED = 1e-3  # of the tokens an image, as far as rounded numbers of images may be off
 UNLIKE = 1.25  # FLOPs per parameter and token, planned over fitted, above which the two are not the same study
+ROUNDS = 4  # of finding the model of an exact budget, whose C in 6ND depends on the model
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,23 @@ def counted_flops(convention: Convention, model: ModelConfig, images: float | in
 def make_recipe(fit: Fit, budget: float | int, given: Settings, runs: Sequence[Run], exact: bool = False) -> Recipe:
     """The run that the fit recommends for `budget`: FLOPs as the fit's C counts them, or `exact` ones, of a machine.
 
-    Raises UsageError where the budget does not buy one step.
+    Raises UsageError if the budget does not buy one step.
     """
-    convention, model = runs[0].convention, given.model
-    count, c = count_of(convention), float(budget)
-    for _ in range(
-        4 if exact and convention.counted != "exact" else 1
-    ):  # C in 6ND of an exact budget depends on the model
+    convention, model, c = runs[0].convention, given.model, float(budget)
+    count = count_of(convention)
+    for _ in range(ROUNDS if exact and convention.counted != "exact" else 1):
         model = sized(given.family, predict(fit, c)["N_opt"], given.model, count)
         per_image = counted_flops(convention, model, 1)
-        if exact:
-            c = float(budget) / flops.train_flops(model) * per_image
-    images = c / per_image
-    steps = round(images / given.batch)
+        c = float(budget) / flops.train_flops(model) * per_image if exact else c
+    steps = round(c / per_image / given.batch)
     if steps < 1:
         raise UsageError(
-            f"--batch: {budget:.3g} FLOPs buy {images:.3g} images of the recommended model, less than a batch of {given.batch}"
+            f"--batch: {budget:.3g} FLOPs buy {c / per_image:.3g} images of the recommended model, less than a batch of {given.batch}"
         )
-    steps = max(steps, 1)
-    images = steps * given.batch
-    said = predict(fit, c, float(count(model)))
-    name = f"w{model.width}-d{model.depth}"
-    recipe = Recipe(
+    images, n = steps * given.batch, float(count(model))
+    said, workdir = predict(fit, c, n), f"runs/C{c:.2e}-w{model.width}-d{model.depth}".replace("+", "")
+    silent = said.get("L_opt_reason")
+    return Recipe(
         flops=c,
         flops_train=float(flops.train_flops(model, images)),
         beyond=said["beyond"],
@@ -105,7 +100,7 @@ def make_recipe(fit: Fit, budget: float | int, given: Settings, runs: Sequence[R
         d_opt=said["D_opt"],
         d_interval=said["D_opt_interval"],
         model=model,
-        n=float(count(model)),
+        n=n,
         params=flops.parameters(model),
         params_active=flops.active_parameters(model),
         steps=steps,
@@ -115,15 +110,18 @@ def make_recipe(fit: Fit, budget: float | int, given: Settings, runs: Sequence[R
         loss=said["L_run"],
         loss_interval=said["L_run_interval"],
         off=tuple(off_by(fit, c, factor) for factor in (1 / FACTOR, FACTOR)),
-        command=command(given, model, steps, f"runs/C{c:.2e}-{name}".replace("+", "")),
-        warnings=given.warnings,
+        command=command(given, model, steps, workdir),
+        warnings=(
+            *given.warnings,
+            *((f"no loss is expected of this run: {silent}",) if silent else ()),
+            *_cautions(c, model, n, said, runs),
+        ),
     )
-    return replace(recipe, warnings=(*recipe.warnings, *_cautions(recipe, runs, convention)))
 
 
-def _cautions(recipe: Recipe, runs: Sequence[Run], convention: Convention) -> list[str]:
-    """Where the planned run is unlike those that were fitted."""
-    found, model = [], recipe.model
+def _cautions(c: float, model: ModelConfig, n: float, said: dict, runs: Sequence[Run]) -> list[str]:
+    """How the planned run is unlike those that were fitted."""
+    found, convention, over = [], runs[0].convention, n / said["N_opt"]
     known = [r for r in runs if r.images == r.images] if convention.data == "tokens" else []
     per_image = sorted({float(f"{r.tokens / r.images:.3g}") for r in known})
     if any(abs(r.tokens / r.images / model.tokens - 1) > ROUNDED for r in known):
@@ -131,13 +129,13 @@ def _cautions(recipe: Recipe, runs: Sequence[Run], convention: Convention) -> li
         found.append(
             f"the planned model has {model.tokens} tokens an image, RUNS {seen}: name their model, --config or --model"
         )
-    d = recipe.tokens if convention.data == "tokens" else recipe.images
-    ratio = (recipe.flops / recipe.n / d) / (recipe.flops / recipe.n_opt / recipe.d_opt)
+    a_datum = counted_flops(convention, model, 1) / n / (model.tokens if convention.data == "tokens" else 1)
+    ratio = a_datum / (c / said["N_opt"] / said["D_opt"])
     if abs(math.log(ratio)) > math.log(UNLIKE):
         found.append(
             f"the planned model spends {ratio:.2f} times the FLOPs per parameter and {convention.data[:-1]} of RUNS: the law may not "
             "be its own"
         )
-    if abs(math.log(recipe.over)) > math.log(1.1):
-        found.append(f"no model of the family is nearer to N_opt than {recipe.over:.2f} times it")
+    if abs(math.log(over)) > math.log(1.1):
+        found.append(f"no model of the family is nearer to N_opt than {over:.2f} times it")
     return found

@@ -12,14 +12,16 @@ import numpy as np
 from dit_jax.config import Config, ModelConfig, model_config, resolve, to_dict
 from dit_jax.error import UsageError
 from dit_jax.job.launch import load_config
-from dit_jax.scaling.family import DIT, Family, family_of
+from dit_jax.scaling.plans.family import DIT, Family, family_of
 from dit_jax.scaling.runs import Run, flatten
 from dit_jax.workdir.folder import read_config
 
-ASSUMED = "DiT-XL/2"
+ASSUMED, BATCH = "DiT-XL/2", 256
 FILES = {("digits", 8): "configs/digits.py", ("imagenet2012", 256): "configs/imagenet256.py"}  # (dataset, pixels)
 FILES[("imagenet2012", 512)] = "configs/imagenet512.py"
 SIZE = ("depth", "width", "heads", "unroll")  # what a plan changes in a model
+STUDY = ("model.", "diffusion.", "data.", "optim.", "autoencoder.", "train.label_dropout")  # settings that make a run
+LOCAL = ("data.data_dir", "data.workers", "data.prefetch", "data.cache")  # of these, what belongs to a machine
 SAME_RATE = 0.01  # learning rates this near to a power of the width are one
 
 
@@ -39,15 +41,16 @@ class Settings:
 
 def configs_of(runs: Sequence[Run]) -> list[tuple[Run, Config]]:
     """The runs whose folder holds their config.json, with it. Raises UsageError where one cannot be read."""
-    found, read = [], {}
+    found, configs = [], {}
     for run in runs:
-        folder = os.path.dirname(os.path.dirname(run.source.rpartition(":")[0]))
-        if not run.source.rpartition(":")[0].endswith(os.path.join("eval", "records.jsonl")):
+        file = run.source.rpartition(":")[0]
+        folder = os.path.dirname(os.path.dirname(file))
+        if not file.endswith(os.path.join("eval", "records.jsonl")):
             continue
-        if folder not in read:
-            read[folder] = read_config(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
-        if read[folder] is not None:
-            found.append((run, read[folder]))
+        if folder not in configs:
+            configs[folder] = read_config(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
+        if configs[folder] is not None:
+            found.append((run, configs[folder]))
     return found
 
 
@@ -59,7 +62,8 @@ def settings(
     `changes` are fields of the model, and image_size, in pixels of a published model; `batch` 0 = that of the config, else 256.
     """
     changes, known = dict(changes or {}), configs_of(runs)
-    family = family_of([config.model for _, config in known]) if _sizes(known) > 1 else DIT
+    models = [config.model for _, config in known]
+    family = family_of(models) if len({(m.width, m.depth) for m in models}) > 1 else DIT
     if file and name:
         raise UsageError("--config, --model: found both, expected one")
     size = changes.pop("image_size", 0)
@@ -100,75 +104,55 @@ def _published(name: str, size: int, family: Family) -> Settings:
     """A model of the DiT paper, and its config file if that is at hand."""
     model, file = model_config(name or ASSUMED, size), FILES.get(("imagenet2012", size), "")
     file = f"{file}:{name or ASSUMED}" if file else ""
-    source = f"{name or ASSUMED} at {size} pixels" + (
-        "" if name else ", since neither RUNS nor --config nor --model say otherwise"
-    )
-    config = at_hand(file)
+    assumed = "" if name else ", since neither RUNS nor --config nor --model say otherwise"
+    source, config = f"{name or ASSUMED} at {size} pixels{assumed}", at_hand(file)
     if config is None:
-        return Settings(model, 256, family, source, file)
+        return Settings(model, BATCH, family, source, file)
     return Settings(config.model, config.train.batch_size, family, source, file, config)
 
 
-def _sizes(known: list[tuple[Run, Config]]) -> int:
-    return len({(c.model.width, c.model.depth) for _, c in known})
-
-
 def _of_runs(known: list[tuple[Run, Config]], family: Family) -> Settings:
+    """The settings of the largest of these runs."""
     run, config = max(known, key=lambda pair: pair[0].flops)
-    warnings, fixed = [], {"dtype", "attention", "remat", *SIZE}
+    rate, warnings, fixed = _rate(known), [], {"dtype", "attention", "remat", *SIZE}
     for other, theirs in known:
         differs = [k for k, v in vars(theirs.model).items() if k not in fixed and v != getattr(config.model, k)]
-        if differs:
-            warnings.append(
-                f"RUNS differ in model.{differs[0]}; the plan takes that of {run.name}, not of {other.name}"
-            )
-            break
-    rate = _rate(known)
+        if differs and not warnings:
+            text = f"RUNS differ in model.{differs[0]}; the plan takes that of {run.name}, not of {other.name}"
+            warnings.append(text)
     if not rate:
         warnings.append(f"the learning rates of RUNS follow no power of the width; the plan takes that of {run.name}")
-    place = (config.data.dataset, config.data.image_size)
-    source = f"config.json of RUNS ({run.name})"
-    return Settings(
-        config.model, config.train.batch_size, family, source, FILES.get(place, ""), config, rate, tuple(warnings)
-    )
+    file = FILES.get((config.data.dataset, config.data.image_size), "")
+    source, batch = f"config.json of RUNS ({run.name})", config.train.batch_size
+    return Settings(config.model, batch, family, source, file, config, rate, tuple(warnings))
 
 
 def _rate(known: list[tuple[Run, Config]]) -> tuple:
-    """(coefficient, power) of the learning rate in the width; () where the runs' follow none."""
-    width, rate = (
-        np.log([value(c) for _, c in known])
-        for value in (lambda c: c.model.width, lambda c: c.optim.learning_rate or 1e-30)
-    )
+    """(coefficient, power) of the learning rate in the width; () if the runs' follow none."""
+    width = np.log([c.model.width for _, c in known])
+    rate = np.log([c.optim.learning_rate or 1e-30 for _, c in known])
     if np.ptp(rate) < SAME_RATE:
         return math.exp(rate.mean()), 0.0
     if np.ptp(width) == 0:
         return ()
     power, start = np.polyfit(width, rate, 1)
-    if np.abs(rate - start - power * width).max() > SAME_RATE:
-        return ()
-    return math.exp(start), float(power)
-
-
-def planned(given: Settings, model: ModelConfig, steps: int) -> Config:
-    """The whole config of a planned run."""
-    config = given.config or Config()
-    rate = config.optim.learning_rate
-    if given.rate:
-        rate = float(f"{given.rate[0] * model.width ** given.rate[1]:.4g}")
-    train = replace(config.train, steps=steps, batch_size=given.batch)
-    return replace(config, model=model, train=train, optim=replace(config.optim, learning_rate=rate))
+    off = np.abs(rate - start - power * width).max()
+    return () if off > SAME_RATE else (math.exp(start), float(power))
 
 
 def command(given: Settings, model: ModelConfig, steps: int, workdir: str) -> str:
     """The command that trains a planned run. Settings that the config file has already are left out, if it is at hand to be compared."""
-    wanted = flatten(to_dict(planned(given, model, steps)))
+    config = given.config or Config()
+    optim, train = config.optim, replace(config.train, steps=steps, batch_size=given.batch)
+    if given.rate:
+        rate = given.rate[0] * model.width ** given.rate[1]
+        optim = replace(optim, learning_rate=float(f"{rate:.4g}"))
+    wanted = flatten(to_dict(replace(config, model=model, train=train, optim=optim)))
     keys = [f"model.{name}" for name in SIZE[:3]] + ["train.steps", "train.batch_size"]
     file = at_hand(given.file) if given.config else None
     if file:
         have = flatten(to_dict(file))
-        groups = ("model.", "diffusion.", "data.", "optim.", "autoencoder.", "train.label_dropout")
-        local = ("data.data_dir", "data.workers", "data.prefetch", "data.cache")
-        changed = [k for k in wanted if k.startswith(groups) and not k.startswith(local) and wanted[k] != have[k]]
+        changed = [k for k in wanted if k.startswith(STUDY) and not k.startswith(LOCAL) and wanted[k] != have[k]]
         keys += [k for k in changed if k not in keys]
     else:
         keys += ["optim.learning_rate"] if given.rate else []
@@ -179,4 +163,4 @@ def command(given: Settings, model: ModelConfig, steps: int, workdir: str) -> st
 
 def _plain(value) -> str:
     """A value as ml_collections reads it from a command line."""
-    return value if isinstance(value, str) else json.dumps(value) if isinstance(value, float) else str(value)
+    return json.dumps(value) if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""From a fit and a budget to a model one can train: the nearest real size to N_opt and the images its budget buys."""
+"""From a fit and a budget to a size: the nearest of a ladder to N_opt, and the images that the budget buys."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.runs.conventions import TRAIN_OVER_FORWARD
-from dit_jax.scaling.fit import Fit
-from dit_jax.scaling.predict import predict
+from dit_jax.scaling.fits.fit import Fit, predict
 
 
 @dataclass(frozen=True)
@@ -17,9 +16,6 @@ class Plan:
     flops: float  # training
     beyond: float  # multiple of the largest budget fitted
     n_opt: float  # parameters active per token
-    n_interval: tuple
-    d_opt: float  # tokens
-    d_interval: tuple
     loss: float
     loss_interval: tuple
     name: str
@@ -32,8 +28,20 @@ class Plan:
         return self.params / self.n_opt
 
 
+def require_sizes(fit: Fit) -> None:
+    """Raise UsageError if the fit says nothing of the best size."""
+    if "N_opt" not in fit.laws:
+        raise UsageError(
+            f"--method: {fit.method} says nothing of N_opt, for it has no law of the best size in compute; plan with another"
+        )
+
+
 def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
-    """The row of `ladder`, (name, parameters active per token, forward FLOPs of one image), nearest to N_opt in log N."""
+    """The row of `ladder`, (name, parameters active per token, forward FLOPs of one image), nearest to N_opt in log N.
+
+    `flops` are training FLOPs. Raises UsageError on a ladder without sizes, and if the fit says nothing of N_opt.
+    """
+    require_sizes(fit)
     rows = list(ladder)
     if not rows:
         raise UsageError("ladder: found no size, expected (name, params_active, flops_image) rows")
@@ -42,16 +50,12 @@ def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
             raise UsageError(
                 f"ladder: {name!r} has params_active {params} and flops_image {cost}, expected both above 0"
             )
-    n_opt = predict(fit, flops)["N_opt"]
-    name, params, cost = min(rows, key=lambda row: abs(math.log(row[1] / n_opt)))
+    name, params, cost = nearest(rows, predict(fit, flops)["N_opt"])
     said = predict(fit, flops, params)
     return Plan(
         flops=said["flops"],
         beyond=said["beyond"],
         n_opt=said["N_opt"],
-        n_interval=said["N_opt_interval"],
-        d_opt=said["D_opt"],
-        d_interval=said["D_opt_interval"],
         loss=said["L_run"],
         loss_interval=said["L_run_interval"],
         name=str(name),
@@ -60,8 +64,13 @@ def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
     )
 
 
+def nearest(ladder: Sequence[tuple], n_opt: float) -> tuple:
+    """The row of a ladder nearest to `n_opt` parameters in log N."""
+    return min(ladder, key=lambda row: abs(math.log(row[1] / n_opt)))
+
+
 def ladder_of(runs) -> list[tuple]:
-    """The distinct sizes of `runs` as ladder rows; empty where images were not recorded."""
+    """The distinct sizes of `runs` as ladder rows; empty if images were not recorded."""
     rows = {
         r.params: (r.name, r.params, r.flops / r.images / TRAIN_OVER_FORWARD)
         for r in sorted(runs, key=lambda r: -r.flops)

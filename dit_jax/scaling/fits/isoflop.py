@@ -166,7 +166,7 @@ def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int
         runs=tuple(runs),
         laws=estimate,
         draws={},
-        loss=math.nan,
+        loss=lambda params, tokens: math.nan,
         loss_draws=None,
         noise=noise.scale if noise else math.nan,
         noise_draws=np.zeros(0),

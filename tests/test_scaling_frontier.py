@@ -13,9 +13,9 @@ from test_scaling_runs import record, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.frontier import fit_frontier
-from dit_jax.scaling.points import Point, higher_is_better, load_points
-from dit_jax.scaling.serving import front, serve, within
+from dit_jax.scaling.frontier.frontier import fit_frontier
+from dit_jax.scaling.frontier.points import Point, higher_is_better, load_points
+from dit_jax.scaling.frontier.serving import front, serve, within
 
 STEPS = (4, 8, 16, 32, 64, 128, 256)
 SAMPLING = {"sampler": "ddim", "steps": 20, "guidance": 1.5, "spacing": "linspace", "channels": "all", "num": 1000}

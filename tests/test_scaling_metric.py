@@ -13,12 +13,13 @@ from test_scaling_runs import record, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.choice import choose
-from dit_jax.scaling.compare import compare, ladder_of_fit, ladder_of_metric
-from dit_jax.scaling.fit import fit_isoflop
-from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
-from dit_jax.scaling.points import Point
+from dit_jax.scaling.fits import METHODS
+from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.frontier.choice import choose
+from dit_jax.scaling.frontier.compare import compare, ladder_of_fit, ladder_of_metric
+from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
+from dit_jax.scaling.frontier.points import Point
+from dit_jax.scaling.frontier.relation import correlate, fit_offset
 
 LIANG = PowerLaw(2.2566e6, -0.234)  # FID of Liang et al. 2024 (arXiv 2410.08184), table of laws
 COMPUTE = np.geomspace(1e17, 6e18, 6)
@@ -37,7 +38,7 @@ def ladder(law=LIANG, noise=0.0, seed=0, compute=COMPUTE) -> list[Point]:
 
 
 def side(name="a", law=A_LAW, noise=0.003, seed=0, protocol=None, **options):
-    found = ladder_of_fit(name, fit_isoflop(study(noise=noise, seed=seed, loss=law), resamples=300, **options))
+    found = ladder_of_fit(name, METHODS["isoflop"](study(noise=noise, seed=seed, loss=law), resamples=300, **options))
     return found if protocol is None else type(found)(**vars(found) | {"protocol": protocol})
 
 
@@ -53,7 +54,7 @@ def test_fit_recovers_a_planted_law_of_a_metric():
         2.2566e6, rel=1e-8
     )
     law = PowerLaw(9e5, -0.25, 3.0)
-    fit = fit_metric(ladder(law), irreducible=True)
+    fit = fit_metric(ladder(law), form="irreducible")
     for part in ("coefficient", "exponent", "irreducible"):
         assert getattr(fit.law, part) == pytest.approx(getattr(law, part), rel=1e-5)
     said = fit.predict(6e19)
@@ -92,10 +93,10 @@ def test_the_best_model_of_each_budget_is_used():
 
 
 def guided() -> list[Point]:
-    """FID = law x (1 + distance of log guidance to the best of the model), the best one moving with the model."""
+    """FID = law x exp of the squared distance of log guidance to the best of the model, the best one moving with the model."""
     best = [1.5, 1.5, 2.0, 2.0, 3.0, 3.0]
     return [
-        Point(p.name, p.score * (1 + abs(math.log(g / b))), 0.01, guidance=g, sampler="ddim", steps=250, train=p.train)
+        Point(p.name, p.score * math.exp(math.log(g / b) ** 2), 0.01, guidance=g, sampler="ddim", steps=250, train=p.train)
         for p, b in zip(ladder(), best, strict=True)
         for g in (1.0, 1.5, 2.0, 3.0, 4.0)
     ]
@@ -265,7 +266,7 @@ def _comparisons_cover(studies: int, resamples: int, two: PowerLaw = B_LAW) -> d
         sides = [
             ladder_of_fit(
                 name,
-                fit_isoflop(study(0.003, 2 * seed + i, loss=law), resamples=resamples, seed=10**6 + 2 * seed + i),
+                METHODS["isoflop"](study(0.003, 2 * seed + i, loss=law), resamples=resamples, seed=10**6 + 2 * seed + i),
             )
             for i, (name, law) in pair
         ]
@@ -321,8 +322,9 @@ def test_ladders_of_a_metric_compare_too():
     found = compare(a, b)
     truth = (4e7 / 2.2566e6) ** (1 / 0.066)
     assert found.steeper == "b" and found.crossing.interval[0] < truth < found.crossing.interval[1]
-    with pytest.raises(UsageError, match="a: too few budgets for a law with an irreducible term"):
-        compare(a, b, form="irreducible")
+    few = ladder_of_metric("few", fit_metric(ladder(compute=COMPUTE[:2])))
+    with pytest.raises(UsageError, match="few: too few budgets for a law with an irreducible term"):
+        compare(few, b, form="irreducible")
 
 
 def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
@@ -363,7 +365,7 @@ def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
 def test_the_metric_command_from_records(tmp_path, capsys):
     for p in ladder(noise=0.01):
         for guidance in (1.0, 1.5, 2.0):
-            fid = p.score * (1 + abs(math.log(guidance / 1.5)))
+            fid = p.score * math.exp(math.log(guidance / 1.5) ** 2)
             metrics = {"fid": fid, "fid_low": fid * 0.99, "fid_high": fid * 1.01}
             protocol = PROTOCOL | {"samples": SAMPLING | {"guidance": guidance}}
             records = [record(run=p.name, metrics=metrics, protocol=protocol, flops_train=p.train, flops_sample=1e9)]

@@ -71,6 +71,7 @@ class Fit:
     degenerate: int = 0  # resamples that gave no laws
     reasons: tuple = ()  # why the runs do not identify the laws; () = they do
     notes: tuple = ()  # what a reader should know besides
+    form: float = math.nan  # the chance of residuals as systematic as these, were the curve of the right form; nan = not tested
     beyond: str = ""  # why L_opt beyond the data may not be given; "" = it may
     tables: tuple = ()  # (title, head, rows) of text that the method prints
     details: dict = field(default_factory=dict)  # what the method adds to the JSON

@@ -246,7 +246,7 @@ def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int
         runs=tuple(runs),
         laws=estimate,
         draws={},
-        loss=math.nan,
+        loss=lambda params, tokens: math.nan,
         loss_draws=None,
         noise=noise.scale if noise else math.nan,
         noise_draws=np.zeros(0),
@@ -284,8 +284,9 @@ def _redrawn(fit: Fit, laws: _Laws, noise: bootstrap.Noise, fitted: np.ndarray, 
     minima = _minima(used, fitted + added)
     inside = minima.inside.mean(0)
     if surface:
-        shift = _shift(surface, used, surface.fitted + added[:, surface.order])
+        shift = _shift(surface, used, surface.fitted + added)
         minima = minima.less(np.where(np.isfinite(shift), shift, _shift(surface, used)))
+    errors = np.diff(np.quantile(np.stack([minima.log_n, minima.loss]), [0.1587, 0.8413], axis=1), axis=0)[0] / 2
     if laws.tau:
         freedom = len(used) - 2
         tau = noise.scale * math.sqrt(laws.tau) * np.sqrt(freedom / rng.chisquare(freedom, (resamples, 1)))
@@ -305,7 +306,9 @@ def _redrawn(fit: Fit, laws: _Laws, noise: bootstrap.Noise, fitted: np.ndarray, 
     if kept.sum() < bootstrap.FEWEST:
         return fit
     spread = np.sqrt(np.mean(added[kept] ** 2, axis=1))
-    return replace(fit, draws=laws.through(minima[kept], redrawn=True), noise_draws=spread)
+    pairs = iter(errors.T.tolist())  # what simulation finds, the surface's own error in it
+    points = tuple(p if p.problem else replace(p, **dict(zip(("n_se", "loss_se"), next(pairs), strict=True))) for p in fit.points)
+    return replace(fit, draws=laws.through(minima[kept], redrawn=True), noise_draws=spread, points=points)
 
 
 def _losses(fit: Fit, found: Minima) -> dict:

@@ -160,19 +160,22 @@ class Reference:
         return self.design.law(self.design.refit(self.theta, losses))
 
 
+def located(runs: Sequence[Run]) -> tuple:
+    """(Design, parameters (p,)) of the surface of least squares of log losses. Raises UsageError on runs that span more than float64 can
+    take to the powers that are tried, or that no search can mend."""
+    for name in ("params", "tokens", "loss"):
+        values = [getattr(r, name) for r in runs]
+        if max(values) > WIDEST * min(values):
+            raise UsageError(f"RUNS: {name} from {min(values):.3g} to {max(values):.3g}, too wide for a surface")
+    design = _design(runs, "log", "mse")
+    return design, _search(design, _grid_starts(design))[0]
+
+
 def reference(runs: Sequence[Run], needed: bool = False) -> Reference | None:
     """The surface through the runs if they identify one and its form is not refuted; else None, or a UsageError where it is `needed`."""
     try:
-        for name in ("params", "tokens", "loss"):
-            values = [getattr(r, name) for r in runs]
-            if max(values) > WIDEST * min(values):
-                raise UsageError(f"RUNS: {name} from {min(values):.3g} to {max(values):.3g}, too wide for a surface")
-        design = _design(runs, "log", "mse")
-        theta = _search(design, _grid_starts(design))[0]
+        design, theta = located(runs)
         reasons = _reasons(design, theta, runs)
-        p = form(design, theta)
-        if not needed and not reasons and p < CHANCE:
-            return None
         if reasons:
             raise UsageError(
                 f"RUNS: a parabola's bias is predicted from a surface, which these runs do not identify: {reasons[0]}"
@@ -180,6 +183,8 @@ def reference(runs: Sequence[Run], needed: bool = False) -> Reference | None:
     except UsageError:
         if needed:
             raise
+        return None
+    if not needed and form(design, theta) < CHANCE:
         return None
     return Reference(plain(design.law(theta[None])), design.fitted(theta), design, theta)
 
@@ -283,8 +288,9 @@ def _fit(
     bound = tuple(n for n, hit in zip(design.names, design.vanished(theta), strict=True) if hit)
     rows = [(n + (" (at its bound)" if n in bound else ""), f"{v:.6g}", _span(fit, n)) for n, v in parameters.items()]
     title = f"L = E + A / N^alpha + B / D^beta, C = {k:.4g} N D, a run scatters by {fit.noise:.3g} about it"
-    details = {"flops_per_parameter_and_token": k, "bounds": list(bound), "form_p": form(design, theta)}
-    return replace(fit, tables=((title, HEAD, tuple(rows)),), details=details, notes=_notes(fit, design, theta, runs))
+    details = {"flops_per_parameter_and_token": k, "bounds": list(bound)}
+    fit = replace(fit, tables=((title, HEAD, tuple(rows)),), details=details, form=form(design, theta))
+    return replace(fit, notes=_notes(fit))
 
 
 def _span(fit: Fit, name: str) -> str:
@@ -350,16 +356,13 @@ def form(design: Design, theta: np.ndarray) -> float:
     return float(stats.f.sf((left[0] - left[1]) / added / max(left[1] / freedom, 1e-300), added, freedom))
 
 
-def _notes(fit: Fit, design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
+def _notes(fit: Fit) -> tuple:
     """What a reader should know about a law that is identified."""
     found = []
     low, high = fit.interval(fit.parameter_draws.get("E"))
-    if fit.parameters["E"] <= 1e-3 * min(r.loss for r in runs) or low <= 1e-3 * high:
+    if fit.parameters["E"] <= 1e-3 * min(r.loss for r in fit.runs) or low <= 1e-3 * high:
         found.append("the irreducible loss E is not pinned down: its interval reaches 0")
-    p = form(design, theta)
-    if p < CHANCE:
-        found.append(f"the residuals are systematic (F test of squares and a product of log N and log D, p = {p:.1g})")
-    ratio = [r.flops / (r.params * r.tokens) for r in runs]
+    ratio = [r.flops / (r.params * r.tokens) for r in fit.runs]
     if max(ratio) > 1.05 * min(ratio):
         found.append(
             f"flops / (params x tokens) varies {max(ratio) / min(ratio):.2f}-fold over the runs; the optimum of compute takes their mean, "

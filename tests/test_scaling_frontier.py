@@ -351,7 +351,7 @@ def test_records_state_which_metrics_are_better_when_higher(tmp_path):
 
 def test_the_metric_is_the_one_that_the_runs_have(tmp_path):
     def folder(name, **metrics):
-        return workdir(tmp_path / name, record(), record(metrics=metrics))
+        return workdir(tmp_path / name, record(metrics={"loss": 0.5, "loss_se": 0.1}), record(metrics=metrics))
 
     assert find_metric([folder("a", fd_digits=2.0, fd_digits_low=1.0, fd_digits_high=3.0)]) == "fd_digits"
     assert find_metric([folder("b", fid=2.0, sfid=3.0), str(tmp_path / "a")]) == "fid"

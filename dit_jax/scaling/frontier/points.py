@@ -122,13 +122,16 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     found: set = set()
     for file in (file for path in paths for file in _files(os.fspath(path))):
         found |= _columns(file, where, columns or {}) if file.endswith(".csv") else _metrics(file, where)
-    spread = {name for name in found if re.sub("_(se|std|low|high)$", "", name) in found - {name}}
-    found = {name for name in found - spread if name != "loss" and not name.startswith("loss_")}
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"
     if len(found) > 1:
         raise UsageError(f"--metric: found none, expected one of {', '.join(sorted(found))}")
     return found.pop()
+
+
+def _values(names: set) -> set:
+    """Those of the names that are neither the loss nor the spread of another."""
+    return {n for n in names if n.split("_")[0] != "loss" and re.sub("_(se|std|low|high)$", "", n) not in names - {n}}
 
 
 def _metrics(file: str, where: Sequence[str]) -> set:
@@ -139,15 +142,15 @@ def _metrics(file: str, where: Sequence[str]) -> set:
             if line.strip():
                 record = _parse(line, at := f"{file}:{number}")
                 found |= set(record["metrics"]) if agrees(flatten(record["protocol"]), wanted, at) else set()
-    return found
+    return _values(found)
 
 
 def _columns(file: str, where: Sequence[str], names: Mapping) -> set:
     """Columns of numbers of a CSV, under our names, that are none of ours."""
     ours, found = {theirs: name for name, theirs in names.items()}, set()
     for row, _ in read_rows(file, Expected((), ()), Columns({}, where)):
-        found |= {ours.get(column, column) for column, cell in row.items() if _number(cell)}
-    return {name for name in found if name.lower() not in KNOWN}
+        found |= {column for column, cell in row.items() if _number(cell)}
+    return {name for column in _values(found) if (name := ours.get(column, column)).lower() not in KNOWN}
 
 
 def _number(cell: str | None) -> bool:

@@ -134,7 +134,7 @@ def _predictions_cover(law: PowerLaw, noise: float, points: int, studies: int = 
 @pytest.mark.parametrize("noise", [0.02, 0.05])
 @pytest.mark.parametrize("law", [FLOOR, PowerLaw(30 * 1e18**0.234, -0.234)], ids=["floor", "pure"])
 def test_predictions_of_a_metric_cover_in_200_studies(law, noise, points):
-    """docs/coverage.md, "Comparisons, metrics and frontiers"."""
+    """Floor of 2.5: 93.5 to 97.5 % (the pure law alone 0 to 15 %); pure laws: 92.5 to 96.5 % (94.5 to 95.5 %). docs/coverage.md."""
     found = _predictions_cover(law, noise, points)
     print(law.irreducible, noise, points, found)
     assert 0.89 <= found["chosen"] <= 0.985, found
@@ -248,7 +248,7 @@ def test_the_lowest_of_noisy_scores_is_too_low_and_the_interpolated_one_is_not()
     ("bend", "noise"), [(0.2, 0.02), (0.2, 0.05), (0.5, 0.02), (0.5, 0.05), (1.5, 0.02), (1.5, 0.05)]
 )
 def test_the_winners_curse_in_400_studies(bend, noise):
-    """docs/coverage.md, "Comparisons, metrics and frontiers"."""
+    """At noise of 5 %: the lowest is 4.9, 3.7 and 2.0 % too low, the interpolated one 1.9, 1.0 and 0.5 %. docs/coverage.md."""
     lowest, interpolated = _curse(bend, noise, 400)
     print(bend, noise, lowest, interpolated)
     assert abs(interpolated) < max(0.5 * abs(lowest), 0.003)

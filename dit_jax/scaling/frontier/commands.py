@@ -267,25 +267,18 @@ def _print_frontier(fit: Frontier, at: list) -> None:
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
     rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
     print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
-    rows = []
-    for h in fit.handovers:
-        cost = "at or below " * h.censored + f"{h.cost:.4g}"
-        rows.append((h.model, h.then, cost, reach(h.interval, "", "never within the data")))
+    costs = ["at or below " * h.censored + f"{h.cost:.4g}" for h in fit.handovers]
+    reached = [reach(h.interval, "", "never within the data") for h in fit.handovers]
+    rows = [(h.model, h.then, c, r) for h, c, r in zip(fit.handovers, costs, reached, strict=True)]
     if rows:
         head = ("model", "stops winning to", f"at ({unit})", f"{fit.level:.0%} interval")
         print_table("Where a model stops winning", head, rows)
     if at:
-        rows = []
-        for cost in at:
-            model, score, part = fit.best(cost)
-            rows.append(
-                (
-                    f"{cost:.4g}",
-                    model or "none is this cheap",
-                    DASH if model is None else f"{score:.4g}",
-                    _percent(part),
-                )
-            )
+        found = [(cost, *fit.best(cost)) for cost in at]
+        rows = [
+            (f"{c:.4g}", m or "none is this cheap", f"{score:.4g}" if m else DASH, _percent(s))
+            for c, m, score, s in found
+        ]
         print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
 
 

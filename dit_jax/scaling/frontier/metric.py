@@ -90,7 +90,7 @@ class MetricLaw:
         `both_laws`: the data do not tell the law's form, so the intervals reach over those of the pure law and of the law with a floor.
         """
         score, law, run = self.laws[self.form].at(flops, self.level)
-        both = self.undecided and len(self.laws) > 1 and flops > INSIDE * self.largest
+        both = self.undecided and self.draws is not None and flops > INSIDE * self.largest
         if both:
             others = [f.at(flops, self.level) for f in self.laws.values()]
             law, run = (_around([other[0] for other in others], [other[i] for other in others]) for i in (1, 2))

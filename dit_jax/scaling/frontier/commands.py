@@ -145,6 +145,8 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
         kept = [Point(r.name, r.loss, r.loss_se, train=r.flops, protocol=r.protocol, source=r.source) for r in runs]
         fit = fit_metric(best_of_budgets(kept), form=args.law, **options)
         ladder = ladders.ladder_of_metric(name, fit)
+        if fit.undecided:
+            warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
     else:
         fit = METHODS["isoflop"](runs, window=args.window, **options)
         ladder = ladders.ladder_of_fit(name, fit)

@@ -4,8 +4,8 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from dit_jax.scaling.figure import LINES, MARKERS, _figure, _loss_axis, _png, _shade
-from dit_jax.scaling.frontier import Frontier, cost_of
-from dit_jax.scaling.serving import front
+from dit_jax.scaling.frontier.frontier import Frontier, cost_of
+from dit_jax.scaling.frontier.serving import front
 
 UNITS = {"flops": "FLOPs of one sampled image", "seconds": "seconds of one sampled image"}
 

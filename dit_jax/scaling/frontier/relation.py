@@ -1,8 +1,7 @@
-"""Laws of a metric of samples: against training compute, against a second data set, and against the held-out loss.
+"""How a metric relates to a second data set and to the held-out loss of the same models.
 
-FID = k C^x: Liang et al. 2024 (arXiv 2410.08184), section 3, on features of their own; here of any metric, each model at its best
-guidance (`choice`). Their study of a second data set finds the same trend with an offset, constant for the losses, growing
-with compute for FID: `fit_offset` tests which. Laws are fitted to logarithms; an offset is a ratio unless asked for as a difference.
+Liang et al. 2024 (arXiv 2410.08184), section 3, find the same trend on a second data set with an offset, constant for the losses, growing
+with compute for FID: `fit_offset` tests which. An offset is a ratio unless asked for as a difference.
 """
 
 import math
@@ -13,52 +12,12 @@ import numpy as np
 from scipy import stats
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.law import PowerLaw, fit_irreducible, fit_power
-from dit_jax.scaling.points import Point
-from dit_jax.scaling.predict import NO_INTERVAL, interval
+from dit_jax.scaling.fits.fit import NO_INTERVAL, interval
+from dit_jax.scaling.frontier.metric import training
+from dit_jax.scaling.frontier.points import Point
 
 FEWEST = 400  # simulated sets of ranks
 LAST, ROUNDS = 6.0, 14  # artanh of the strongest correlation looked at, and halvings of what is left of the range
-
-
-@dataclass(frozen=True)
-class MetricLaw:
-    """score = irreducible + coefficient C^exponent through the points used; `draws` holds a law per resample, or None."""
-
-    used: tuple  # points, by compute
-    law: PowerLaw
-    draws: PowerLaw | None
-    noise: float  # standard deviation of log score about the law; nan without
-    freedom: int
-    level: float
-    warnings: tuple
-
-    @property
-    def smallest(self) -> float:
-        return self.used[0].train
-
-    @property
-    def largest(self) -> float:
-        """Training FLOPs of the largest point used."""
-        return self.used[-1].train
-
-    def span(self, part: str) -> tuple:
-        """Interval of "coefficient", "exponent" or "irreducible"."""
-        return interval(None if self.draws is None else getattr(self.draws, part), self.level)
-
-    def predict(self, flops: float | int) -> dict:
-        """The score at these training FLOPs, with the law's interval and that of one model, and the distance from the data."""
-        law = run = None
-        if self.draws is not None:
-            law = self.draws(flops)
-            run = law * np.exp(self.noise * np.random.default_rng(0).standard_normal(len(law)))
-        return {
-            "flops": float(flops),
-            "beyond": float(flops / self.largest),
-            "score": float(self.law(flops)),
-            "interval": interval(law, self.level),
-            "run_interval": interval(run, self.level),
-        }
 
 
 @dataclass(frozen=True)
@@ -96,86 +55,6 @@ class Correlation:
     spearman: float
     spearman_interval: tuple
     level: float
-
-
-def best_of_budgets(points: Sequence[Point], tolerance: float = 0.05, higher: bool = False) -> list[Point]:
-    """The best point of each budget: training FLOPs within `tolerance` of the budget's smallest. By compute, ascending."""
-    found: list[Point] = []
-    start = -math.inf
-    for point in sorted(points, key=training):
-        if not found or point.train > start * (1 + tolerance):
-            start = point.train
-            found.append(point)
-        elif (point.score > found[-1].score) == higher and point.score != found[-1].score:
-            found[-1] = point
-    return found
-
-
-def training(point: Point) -> float | int:
-    """Training FLOPs. Raises UsageError where they are not recorded."""
-    if math.isnan(point.train):
-        raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
-    return point.train
-
-
-def fit_metric(
-    points: Sequence[Point],
-    *,
-    irreducible: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> MetricLaw:
-    """The law of the points' scores in training compute; every point counts once, so choose first (`choose`, `best_of_budgets`).
-
-    Least squares of log score; with `irreducible`, of the score relative to itself. Intervals: parametric bootstrap with normal
-    errors of log score, the scale redrawn from its chi-squared so that few points give the width of Student's t. The scatter holds
-    what the evaluation and the choices add. Raises UsageError on fewer distinct budgets than the law has parameters.
-    """
-    used = sorted(points, key=training)
-    C, y = np.array([p.train for p in used]), np.array([p.score for p in used])
-    wanted = 3 if irreducible else 2
-    if len(np.unique(C)) < wanted:
-        raise UsageError(f"RUNS: found {len(np.unique(C))} budget(s), expected at least {wanted} for this law")
-    fit = _irreducible if irreducible else _pure
-    law = fit(C, y[None])[0]
-    freedom = len(used) - wanted
-    residuals = np.log(y / law(C))
-    warnings, draws, noise = [], None, math.nan
-    if freedom > 0:
-        noise = math.sqrt(np.sum(residuals**2) / freedom)
-        rng = np.random.default_rng(seed)
-        scale = noise * np.sqrt(freedom / rng.chisquare(freedom, resamples))
-        drawn = law(C) * np.exp(scale[:, None] * rng.standard_normal((resamples, len(C))))
-        draws = fit(C, drawn) if resamples >= 20 else None
-        warnings += _cautions(law, draws, irreducible, level)
-    else:
-        warnings.append(
-            f"no interval: {len(used)} points and {wanted} parameters leave nothing to judge the scatter by"
-        )
-    return MetricLaw(tuple(used), law, draws, noise, freedom, level, tuple(warnings))
-
-
-def _pure(C: np.ndarray, y: np.ndarray) -> PowerLaw:
-    return fit_power(C, y, np.ones_like(y))
-
-
-def _irreducible(C: np.ndarray, y: np.ndarray) -> PowerLaw:
-    return fit_irreducible(C, y, 1 / y**2)
-
-
-def _cautions(law: PowerLaw, draws: PowerLaw | None, irreducible: bool, level: float) -> list[str]:
-    if draws is None:
-        return []
-    low, high = interval(draws.exponent, level)
-    found = []
-    if low <= 0 <= high and not irreducible:
-        found.append(
-            f"the data do not show that the metric depends on compute: its exponent is {low:.3f} to {high:.3f}"
-        )
-    if irreducible and interval(draws.irreducible, level)[0] == 0:
-        found.append("the irreducible term is not pinned down: its interval reaches 0")
-    return found
 
 
 def fit_offset(one: Sequence[Point], other: Sequence[Point], *, linear: bool = False, level: float = 0.95) -> Offset:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.choice import Choice, choices, log_scores, one_guidance, sampling_key
-from dit_jax.scaling.points import Point, higher_is_better
+from dit_jax.scaling.frontier.choice import Choice, choices, log_scores, one_guidance, sampling_key
+from dit_jax.scaling.frontier.points import Point, higher_is_better
 
 GRID = 4001  # costs, evenly in the logarithm, at which the best model is looked for
 

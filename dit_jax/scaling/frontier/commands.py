@@ -6,21 +6,24 @@ import re
 import sys
 
 from dit_jax.error import UsageError, one_line
-from dit_jax.scaling import compare as ladders
-from dit_jax.scaling import serving
-from dit_jax.scaling.choice import choose, one_guidance
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
-from dit_jax.scaling.fit import fit_isoflop
-from dit_jax.scaling.frontier import Frontier, fit_frontier
-from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
-from dit_jax.scaling.points import SAMPLING, Point, higher_is_better, load_points
+from dit_jax.scaling.fits import METHODS
+from dit_jax.scaling.frontier import compare as ladders
+from dit_jax.scaling.frontier import serving
+from dit_jax.scaling.frontier.choice import choose, one_guidance
+from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
+from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
+from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
+from dit_jax.scaling.frontier.relation import correlate, fit_offset
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.table import DASH, finite, law_text, print_table, span
 
 
 def run(args) -> dict:
     """The JSON of the command that `args` names; its warnings go to standard error, and into the JSON."""
+    if args.metric is None:
+        args.metric = find_metric(args.runs, args.where, parse_names(args.column))
     result, warnings = COMMANDS[args.command](args)
     for warning in warnings:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
@@ -47,7 +50,8 @@ def _json_of(point: Point) -> dict:
 
 def _json_of_choice(choice) -> dict:
     shares = {f"{guidance:g}": share for guidance, share in choice.shares.items()}
-    return _json_of(choice.best) | {"tried": len(choice.tried), "edge": choice.edge, "guidance_shares": shares}
+    told = {"interpolated": choice.interpolated, "guidance_se": choice.guidance_se, "lowest": choice.lowest.score}
+    return _json_of(choice.best) | {"tried": len(choice.tried), "edge": choice.edge, "guidance_shares": shares} | told
 
 
 def _print_choices(found: list, metric: str) -> None:
@@ -62,8 +66,10 @@ def run_metric(args) -> tuple[dict, list]:
     """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
     found, warnings = _chosen(_points(args, args.runs), args)
     best = [c.best for c in found]
-    used = best if args.each else best_of_budgets(best, higher=higher_is_better(args.metric, best))
-    fit = fit_metric(used, irreducible=args.irreducible, resamples=args.resamples, seed=args.seed)
+    higher = higher_is_better(args.metric, best)
+    used = best if args.each else best_of_budgets(best, higher=higher)
+    form = "irreducible" if args.irreducible else "pure" if args.pure else ""
+    fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
     _print_choices(found, args.metric)
     scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
     law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), scatter)
@@ -76,6 +82,8 @@ def run_metric(args) -> tuple[dict, list]:
         "law": {part: float(getattr(fit.law, part)) for part in ("coefficient", "exponent", "irreducible")},
         "intervals": {part: fit.span(part) for part in ("coefficient", "exponent", "irreducible")},
         "noise": fit.noise,
+        "form": fit.form,
+        "bending_p": fit.bending_p,
         "predictions": [fit.predict(c) for c in args.flops],
     }
     if args.flops:
@@ -86,7 +94,8 @@ def run_metric(args) -> tuple[dict, list]:
         result["correlation"] = _correlation(best, args)
     if args.against:
         result["offset"] = _offset(best, args, warnings)
-    return result, [*warnings, *fit.warnings]
+    doubt = fit.doubt(args.flops)
+    return result, [*warnings, *fit.warnings, *([doubt] if doubt else [])]
 
 
 def _correlation(best: list[Point], args) -> dict:
@@ -134,10 +143,12 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
         runs = [c.best.run() for c in found]
     if args.through == "best":
         kept = [Point(r.name, r.loss, r.loss_se, train=r.flops, protocol=r.protocol, source=r.source) for r in runs]
-        fit = fit_metric(best_of_budgets(kept), irreducible=args.law == "irreducible", **options)
+        fit = fit_metric(best_of_budgets(kept), form=args.law, **options)
         ladder = ladders.ladder_of_metric(name, fit)
+        if fit.undecided:
+            warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
     else:
-        fit = fit_isoflop(runs, window=args.window, **options)
+        fit = METHODS["isoflop"](runs, window=args.window, **options)
         ladder = ladders.ladder_of_fit(name, fit)
     warnings += [f"{name}: {text}" for text in fit.warnings]
     return ladder
@@ -258,25 +269,18 @@ def _print_frontier(fit: Frontier, at: list) -> None:
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
     rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
     print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
-    rows = []
-    for h in fit.handovers:
-        cost = "at or below " * h.censored + f"{h.cost:.4g}"
-        rows.append((h.model, h.then, cost, reach(h.interval, "", "never within the data")))
+    costs = ["at or below " * h.censored + f"{h.cost:.4g}" for h in fit.handovers]
+    reached = [reach(h.interval, "", "never within the data") for h in fit.handovers]
+    rows = [(h.model, h.then, c, r) for h, c, r in zip(fit.handovers, costs, reached, strict=True)]
     if rows:
         head = ("model", "stops winning to", f"at ({unit})", f"{fit.level:.0%} interval")
         print_table("Where a model stops winning", head, rows)
     if at:
-        rows = []
-        for cost in at:
-            model, score, part = fit.best(cost)
-            rows.append(
-                (
-                    f"{cost:.4g}",
-                    model or "none is this cheap",
-                    DASH if model is None else f"{score:.4g}",
-                    _percent(part),
-                )
-            )
+        found = [(cost, *fit.best(cost)) for cost in at]
+        rows = [
+            (f"{c:.4g}", m or "none is this cheap", f"{score:.4g}" if m else DASH, _percent(s))
+            for c, m, score, s in found
+        ]
         print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
 
 

@@ -6,6 +6,7 @@ differs beyond that (data set, weights, reference, number of samples, convention
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from dit_jax.scaling.runs import Run, _files, _parse, flatten
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
+KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
 
@@ -110,6 +112,52 @@ def load_points(
         _same(found[0], point, "loss_protocol")
     _check_distinct(points)
     return points
+
+
+def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | None = None) -> str:
+    """The metric that records or CSVs have: "fid" if it is among them, else the only one besides the loss.
+
+    Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
+    """
+    found: set = set()
+    for file in (file for path in paths for file in _files(os.fspath(path))):
+        found |= _columns(file, where, columns or {}) if file.endswith(".csv") else _metrics(file, where)
+    if not found or any(name.lower() == "fid" for name in found):
+        return "fid"
+    if len(found) > 1:
+        raise UsageError(f"--metric: found none, expected one of {', '.join(sorted(found))}")
+    return found.pop()
+
+
+def _values(names: set) -> set:
+    """Those of the names that are neither the loss nor the spread of another."""
+    return {n for n in names if n.split("_")[0] != "loss" and re.sub("_(se|std|low|high)$", "", n) not in names - {n}}
+
+
+def _metrics(file: str, where: Sequence[str]) -> set:
+    """Names of the metrics in records that agree with `where`."""
+    found, wanted = set(), [condition(text) for text in where]
+    with opened(file, "rb") as lines:
+        for number, line in numbered(lines, file):
+            if line.strip():
+                record = _parse(line, at := f"{file}:{number}")
+                found |= set(record["metrics"]) if agrees(flatten(record["protocol"]), wanted, at) else set()
+    return _values(found)
+
+
+def _columns(file: str, where: Sequence[str], names: Mapping) -> set:
+    """Columns of numbers of a CSV, under our names, that are none of ours."""
+    ours, found = {theirs: name for name, theirs in names.items()}, set()
+    for row, _ in read_rows(file, Expected((), ()), Columns({}, where)):
+        found |= {column for column, cell in row.items() if _number(cell)}
+    return {name for column in _values(found) if (name := ours.get(column, column)).lower() not in KNOWN}
+
+
+def _number(cell: str | None) -> bool:
+    try:
+        return math.isfinite(float(cell or ""))
+    except ValueError:
+        return False
 
 
 def _check_distinct(points: list[Point]) -> None:

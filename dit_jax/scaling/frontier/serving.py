@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.frontier import cost_of
-from dit_jax.scaling.metric import training
-from dit_jax.scaling.points import Point
+from dit_jax.scaling.frontier.frontier import cost_of
+from dit_jax.scaling.frontier.metric import training
+from dit_jax.scaling.frontier.points import Point
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.predict import interval
+from dit_jax.scaling.fits.bootstrap import scatter
+from dit_jax.scaling.fits.fit import Fit, interval
+from dit_jax.scaling.fits.law import PowerLaw, fit_power
+from dit_jax.scaling.fits.points import IRREDUCIBLE_FROM
+from dit_jax.scaling.frontier.metric import MetricLaw
 from dit_jax.scaling.runs import flatten
 
 FAR = 1e6  # times beyond the data at which laws are still looked at
@@ -31,6 +34,7 @@ class Ladder:
     smallest: float
     largest: float
     protocol: dict
+    form: str = "pure"  # of its loss law, if nobody asks for another
 
 
 @dataclass(frozen=True)
@@ -88,27 +92,43 @@ class Comparison:
         return "" if not first.known else self.b if first.difference < 0 else self.a
 
 
-def ladder_of_fit(name: str, fit) -> Ladder:
-    """The ladder of an isoFLOP fit."""
-    C = [b.flops for b in fit.used]
-    protocol = fit.used[0].runs[0].protocol
-    return Ladder(name, dict(fit.laws), dict(fit.draws), min(C), max(C), protocol)
+def ladder_of_fit(name: str, fit: Fit) -> Ladder:
+    """The ladder of a fit of losses.
+
+    With an irreducible term from 4 budgets on. The pure power law goes through the losses of the same points, with the intervals that their
+    scatter about it gives.
+    """
+    C, loss = np.array([p.flops for p in fit.used]), np.array([[p.loss for p in fit.used]])
+    laws, draws, protocol = dict(fit.laws), dict(fit.draws), fit.used[0].runs[0].protocol
+    form = "irreducible" if len(C) >= IRREDUCIBLE_FROM else "pure"
+    laws[LOSS[form]] = laws.pop("L_opt")
+    if "L_opt" in draws:
+        draws[LOSS[form]] = draws.pop("L_opt")
+    if form == "irreducible":
+        pure = laws[LOSS["pure"]] = fit_power(C, loss, np.ones_like(loss))[0]
+        if draws:
+            off, count = np.log(loss / pure(C)), len(draws["N_opt"].exponent) if "N_opt" in draws else fit.resamples
+            drawn = pure(C) * np.exp(scatter(np.random.default_rng(0), off, [len(C) - 2], count)[0])
+            draws[LOSS["pure"]] = fit_power(C, drawn, np.ones_like(drawn))
+    return Ladder(name, laws, draws, min(C), max(C), protocol, form)
 
 
-def ladder_of_metric(name: str, fit) -> Ladder:
-    """The ladder of a law through the best model of each budget (`MetricLaw`)."""
-    form = "L_opt_irreducible" if np.any(fit.law.irreducible) else "L_opt_pure"
-    draws = {} if fit.draws is None else {form: fit.draws}
-    return Ladder(name, {form: fit.law}, draws, fit.smallest, fit.largest, fit.used[0].protocol)
+def ladder_of_metric(name: str, fit: MetricLaw) -> Ladder:
+    """The ladder of a law through the best model of each budget."""
+    laws = {LOSS[form]: f.law for form, f in fit.laws.items()}
+    draws = {LOSS[form]: f.draws for form, f in fit.laws.items() if f.draws is not None}
+    return Ladder(name, laws, draws, fit.smallest, fit.largest, fit.used[0].protocol, fit.form)
 
 
 def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "") -> Comparison:
-    """Compares two ladders. `form` of the loss laws: pure, irreducible, or "" = irreducible where both have enough budgets for it.
+    """Compares two ladders. `form` of the loss laws: pure, irreducible, or "" = irreducible if either side takes it and both have it.
 
     Raises UsageError where the conventions of FLOPs differ, or where a side has no law of that form.
     """
     warnings, comparable = _protocols(a, b)
-    form = form or ("irreducible" if all(LOSS["irreducible"] in side.laws for side in (a, b)) else "pure")
+    if not form:
+        floor = any(s.form == "irreducible" for s in (a, b)) and all(LOSS["irreducible"] in s.laws for s in (a, b))
+        form = "irreducible" if floor else "pure"
     for side in (a, b):
         if LOSS[form] not in side.laws:
             raise UsageError(f"{side.name}: too few budgets for a law with an irreducible term; use the pure power law")

@@ -18,6 +18,8 @@ from dit_jax.scaling.runs import Run
 from dit_jax.scaling.verdicts.beyond import examine
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024, arXiv 2404.10102
+CHINCHILLA = Surface(1.69, 406.4, 410.7, 0.34, 0.28)  # Hoffmann et al. 2022, as printed
+SKEW = Surface(1.7, 900.0, 60.0, 0.42, 0.21)
 EQUAL = Surface(1.6, 350.0, 1100.0, 0.33, 0.33)
 N_LAW, L_LAW = PowerLaw(0.09, 0.52), PowerLaw(22.0, -0.22, 0.38)
 BUDGETS = np.geomspace(4e9, 1.3e11, 5)
@@ -52,6 +54,38 @@ def ladder(law=LAW, noise=0.0, seed=0, budgets=6, sizes=8, low=1e18, high=1e21, 
             loss = law(n, d) * math.exp(noise * rng.standard_normal())
             runs.append(Run(f"{c:.2g}_{i}", n, d, float(c), float(loss)))
     return runs
+
+
+def grid(law, factor, points=15, offset=0.0, drift=0.0, budgets=None, noise=0.0, seed=0) -> list[Run]:
+    """`points` sizes within `factor` of a centre that lies `offset` above the optimum (log N) and drifts by `drift` in all."""
+    rng, runs = np.random.default_rng(seed), []
+    budgets = np.geomspace(1e17, 1e21, 5) if budgets is None else budgets
+    for j, c in enumerate(budgets.tolist()):
+        centre = float(law.optimum(6.0)["N_opt"](c)) * math.exp(offset + drift * j / (len(budgets) - 1))
+        for i, u in enumerate(np.linspace(-1, 1, points) * math.log(factor)):
+            n = centre * math.exp(u)
+            d = c / (6 * n)
+            runs.append(Run(f"{j}_{i}", n, d, c, float(law(n, d)) * math.exp(noise * rng.standard_normal())))
+    return runs
+
+
+def curves(law=LAW, noise=0.0, ratio=2.0, sizes=8, points=40, seed=0) -> list[Run]:
+    """Training curves whose every checkpoint follows the surface, as without a schedule."""
+    rng, runs = np.random.default_rng(seed), []
+    for i in range(sizes):
+        n = 5e7 * ratio**i
+        shift = noise * rng.standard_normal()
+        for d in np.geomspace(1, 1000, points) * n:
+            loss = float(law(n, d)) * math.exp(shift)
+            runs.append(Run(f"n{i}", n, float(d), float(6 * n * d), loss))
+    return runs
+
+
+def sheet(path, runs) -> str:
+    """A CSV of the runs."""
+    rows = [f"{r.name},{r.params!r},{r.tokens!r},{r.loss!r}" for r in runs]
+    path.write_text("\n".join(["run,params,tokens,loss", *rows]) + "\n")
+    return str(path)
 
 
 def ragged(noise=0.003, seed=0, budgets=5) -> list[Run]:

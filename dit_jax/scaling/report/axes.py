@@ -99,7 +99,7 @@ def scale(axis, which: str, label: str, firm, soft=(), log: bool = True) -> None
     getattr(axis, f"set_{which}scale")("log" if log else "linear")
     ends = (10**low, 10**high) if log else (low, high)
     getattr(axis, f"set_{which}lim")(*ends)
-    getattr(axis, f"set_{which}label")(label)
+    getattr(axis, f"set_{which}label")(label, labelpad=6)
     values, texts = ticks(*ends, log)
     side = getattr(axis, f"{which}axis")
     side.set_major_locator(FixedLocator(values))
@@ -134,13 +134,13 @@ def ticks(low: float, high: float, log: bool = True) -> tuple[list, list]:
     return values, texts
 
 
-def legend(axis, **options) -> None:
-    """A legend below the panel, if anything has a label."""
+def legend(axis) -> None:
+    """A legend below the figure, if anything in this panel has a label."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         columns = 2 if len(handles) > 2 and max(map(len, labels)) < 34 else 1
-        place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns)
-        axis.legend(handles, labels, frameon=False, fontsize=8.5, handlelength=3.2, **(place | options))
+        look = dict(ncols=columns, frameon=False, fontsize=8.5, handlelength=3.2)
+        axis.figure.legend(handles, labels, loc="outside lower center", **look)
 
 
 def png(figure: Figure) -> bytes:

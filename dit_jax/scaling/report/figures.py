@@ -22,6 +22,7 @@ from dit_jax.scaling.report.axes import (
     thin,
     ticks,
 )
+from dit_jax.scaling.report.text import expected
 from dit_jax.scaling.runs import Run, budgets
 
 __all__ = ["frontier", "isoflop", "law", "plane", "reducible", "residuals", "save", "tested"]
@@ -140,14 +141,17 @@ def plane(fit: Fit, runs: Sequence[Run], flops: Sequence[float] = ()) -> Figure:
     return figure
 
 
-def residuals(fit: Fit, runs: Sequence[Run]) -> Figure:
-    """Measured loss over the expected one, less 1, against N, D and C; a heavy line joins medians of fifths of the runs."""
-    figure, axes = panels(3, 1, 2.3)
+def residuals(fit: Fit, runs: Sequence[Run]) -> Figure | None:
+    """Measured loss over the expected one, less 1, against N, D and C; a heavy line joins medians of fifths of the runs. None if the fit
+    tells no two sizes of one compute apart."""
     n, d, c, loss = (np.array([getattr(r, name) for r in runs]) for name in ("params", "tokens", "flops", "loss"))
-    off = 100 * (loss / fit.loss(n, d) - 1)
+    off = 100 * (loss / expected(fit, runs) - 1)
+    if not np.isfinite(off).any():
+        return None
+    figure, axes = panels(3, 1, 2.3)
     for axis, x, label in zip(axes[:, 0], (n, d, c), (N_LABEL, D_LABEL, C_LABEL), strict=True):
         order = np.argsort(x, kind="stable")
-        kept = np.array(thin(order))
+        kept = np.array(thin(order.tolist()))
         axis.axhline(0, color="0.5", linewidth=0.8)
         axis.plot(
             x[kept], off[kept], linestyle="", marker="o", markersize=3.5, color="#0072b2", alpha=0.7, label="a run"
@@ -158,7 +162,7 @@ def residuals(fit: Fit, runs: Sequence[Run]) -> Figure:
             axis.plot(*np.transpose(middle), color="black", linewidth=1.8, label="median of a fifth of the runs")
         scale(axis, "x", label, [x])
         scale(axis, "y", "loss / law \N{MINUS SIGN} 1 (%)", [off, [0.0]], log=False)
-    legend(axes[-1, 0], bbox_to_anchor=(0.5, -0.3), ncols=2)
+    legend(axes[-1, 0])
     return figure
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dit_jax.log import table
-from dit_jax.scaling.fits.fit import NO_INTERVAL, Fit, predict
+from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.runs import Run
 
 DASH = "\N{EN DASH}"
 LAW_HEAD = ("law", "coefficient", "interval", "exponent", "interval", "irreducible", "interval")
@@ -28,7 +29,6 @@ METHOD_HEAD = (
     "identified",
 )
 TESTED_HEAD = ("model trained at (FLOPs)", "beyond the data", "N", "predicted loss", "interval", "measured", "error")
-SURFACE = ("E", "A", "B", "alpha", "beta")
 
 
 def finite(value):
@@ -70,12 +70,19 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
     table(head, rows, title)
 
 
+def expected(fit: Fit, runs: Sequence[Run]) -> np.ndarray:
+    """The loss (n,) that a fit expects of each run; nan if the fit tells no two sizes of one compute apart."""
+    n, d = (np.array([getattr(r, name) for r in runs]) for name in ("params", "tokens"))
+    law, other = (np.broadcast_to(fit.loss(n * f, d / f), n.shape) for f in (1.0, 2.0))
+    return np.full(n.shape, math.nan) if np.allclose(law, other, rtol=1e-9, atol=0.0) else law
+
+
 def law_rows(fit: Fit) -> list[tuple]:
     """Give a row of LAW_HEAD for each law."""
     rows = []
     for name, law in fit.laws.items():
         draws, cells = fit.draws.get(name), [name]
-        for part, digits in (("coefficient", ".3g"), ("exponent", ".4f"), ("irreducible", ".4f")):
+        for part, digits in (("coefficient", ".4g"), ("exponent", ".4f"), ("irreducible", ".4f")):
             if part == "irreducible" and not law.irreducible:
                 cells += ["", ""]
                 continue
@@ -148,6 +155,18 @@ def answer(fit: Fit, test=None) -> str:
     return " ".join(parts)
 
 
+def opening(report) -> str:
+    """The result of a `Report` in plain words: the answer of its main fit, and whether the methods agree."""
+    text = answer(report.fits[report.main], report.test)
+    if len(report.fits) < 2:
+        return text
+    many = len(report.disagreements)
+    agree = (
+        f"they disagree beyond their intervals in {many} place(s)" if many else "no two disagree beyond their intervals"
+    )
+    return f"{text} {len(report.fits)} methods were fitted; {agree}."
+
+
 def to_json(fit: Fit, predictions: Iterable[Mapping] = ()) -> dict:
     """The public JSON of a fit; numbers that do not exist are null, and so are intervals."""
     laws = {name: _law(law, name) for name, law in fit.laws.items()}
@@ -158,7 +177,7 @@ def to_json(fit: Fit, predictions: Iterable[Mapping] = ()) -> dict:
         intervals[letter] = intervals.get(f"{name}.exponent")
     intervals |= {name: _interval(fit, v) for name, v in fit.parameter_draws.items()}
     own = (
-        {"law": {k: v for k, v in fit.parameters.items() if k in SURFACE}, "optimum": laws}
+        {"law": {k: v for k, v in fit.parameters.items() if k not in ("a", "b")}, "optimum": laws}
         if fit.parameters
         else {"law": laws}
     )
@@ -189,7 +208,7 @@ def _law(law, name: str) -> dict:
 
 def _interval(fit: Fit, values) -> tuple | None:
     found = fit.interval(values)
-    return None if found is NO_INTERVAL or math.isnan(found[0]) else found
+    return None if math.isnan(found[0]) else found
 
 
 def _point(point) -> dict:

@@ -12,7 +12,7 @@ from test_scaling_runs import PROTOCOL, record, table, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.conventions import (
+from dit_jax.scaling.runs.conventions import (
     Convention,
     check_units,
     factor,

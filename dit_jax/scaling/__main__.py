@@ -20,10 +20,11 @@ def main(argv=None) -> int:
 
 def _run(argv) -> None:
     args = options.parse(argv, __doc__)
-    from dit_jax.scaling import commands, jobs  # numpy and scipy take a second
+    from dit_jax.scaling import commands  # numpy and scipy take a second
+    from dit_jax.scaling.frontier import commands as frontier
     from dit_jax.scaling.report import write
 
-    result = commands.run(args) if args.command in options.FITTED else jobs.run(args)
+    result = commands.run(args) if args.command in options.FITTED else frontier.run(args)
     if args.json:
         write(args.json, (json.dumps(result, indent=1) + "\n").encode())
 

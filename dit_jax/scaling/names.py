@@ -1,6 +1,6 @@
 """The words that options and results share: methods, losses, residuals, what is dropped or held out, and what samplings differ in."""
 
-METHODS = ("isoflop", "akima", "surface", "varpro", "gadre", "envelope", "power")  # in the order of `fit.METHODS`
+METHODS = ("isoflop", "varpro", "surface", "akima", "gadre", "power")  # in the order of `fits.METHODS`
 RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
 DROPPED = ("duplicates", "diverged", "outliers")  # in the order in which they are looked for
 SPLITS = ("largest", "budgets", "models")

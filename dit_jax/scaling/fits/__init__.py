@@ -2,7 +2,8 @@
 
 from dit_jax.scaling.fits.isoflop import fit_isoflop
 from dit_jax.scaling.fits.points import fit_akima, fit_best
-from dit_jax.scaling.fits.surface import fit_gadre, fit_surface, fit_varpro
+from dit_jax.scaling.fits.repeated import fit_varpro
+from dit_jax.scaling.fits.surface import fit_gadre, fit_surface
 
 METHODS = {
     "isoflop": fit_isoflop,

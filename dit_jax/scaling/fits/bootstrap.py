@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from dit_jax.scaling.fits.noise import Power, power
 from dit_jax.scaling.runs import Run
@@ -72,6 +73,18 @@ def noise(losses: np.ndarray, fitted: np.ndarray, leverage: np.ndarray, groups: 
         freedom = max(1, min(freedom, runs - round(float(leverage.sum()))))
         found = Power(found.log_loss, found.chance, found.squares * freedom / found.freedom, freedom)
     return Noise(scale, freedom, found, pooled, shared, groups)
+
+
+def stated(runs: Sequence[Run], fitted: np.ndarray) -> Noise | None:
+    """Noise that no residual tells: the evaluation's standard error, which stands in where every run has one; else None."""
+    errors = [r.loss_se for r in runs]
+    if min(errors) <= 0:
+        return None
+    scale, many = math.sqrt(np.mean(np.square(errors))), 10**6
+    flat = power(np.full(len(runs), scale**2), np.zeros(len(runs)), np.ones(len(runs)))
+    known = Power(np.zeros(len(runs)), flat.chance, np.full(len(flat.chance), scale**2 * many), many)
+    normal = stats.norm.ppf((np.arange(200) + 0.5) / 200)
+    return Noise(scale, 0, known, normal / normal.std(), 0.0, clusters(runs))
 
 
 def _shared(residual: np.ndarray, groups: np.ndarray) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.runs import Run
 
 INSIDE = 1.05  # times the largest compute of the fit, up to which a prediction counts as inside the data
@@ -71,6 +70,9 @@ class Fit:
     degenerate: int = 0  # resamples that gave no laws
     reasons: tuple = ()  # why the runs do not identify the laws; () = they do
     notes: tuple = ()  # what a reader should know besides
+    form: float = (
+        math.nan
+    )  # the chance of residuals as systematic as these, were the curve of the right form; nan = not tested
     beyond: str = ""  # why L_opt beyond the data may not be given; "" = it may
     tables: tuple = ()  # (title, head, rows) of text that the method prints
     details: dict = field(default_factory=dict)  # what the method adds to the JSON
@@ -153,5 +155,3 @@ def per_parameter_and_token(runs: Sequence[Run]) -> float:
 def plain(law):
     """A law of arrays of one element, as a law of floats."""
     return type(law)(**{name: float(np.asarray(value).ravel()[0]) for name, value in vars(law).items()})
-
-

@@ -26,67 +26,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.fits import bootstrap, parabola
+from dit_jax.scaling.fits import bootstrap
 from dit_jax.scaling.fits.fit import Fit, Point, per_parameter_and_token, plain
 from dit_jax.scaling.fits.law import EXPONENTS, fit_irreducible, fit_power
+from dit_jax.scaling.fits.minima import WIDEST, Budget, Minima, make_budget, minima_of, no_parabola
 from dit_jax.scaling.fits.points import IRREDUCIBLE_FROM, left_out, three_budgets
 from dit_jax.scaling.fits.surface import Reference, reference
-from dit_jax.scaling.runs import ROUNDING, Run, budgets, scattered
+from dit_jax.scaling.runs import Run, budgets, scattered
 
 MOST_DEGENERATE = 0.5  # of the resamples of laws that the data identify
-WIDEST = 700.0  # log N and log D of a resampled minimum, at most: what float64 holds
 MATERIAL = 0.25  # of a half-width, from which a predicted bias is subtracted
 ROUNDS = 3  # of finding the places of the minima with the weights that follow from them
 HEAD = ("budget (FLOPs)", "runs", "sizes", "N_opt", "D_opt", "L_opt", "curvature", "check")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The runs of one compute budget and the parabola through them. `problem` says why it is not used; "" = used."""
-
-    label: str
-    flops: float  # geometric mean of its runs
-    runs: tuple
-    problem: str = ""
-    curve: parabola.Curve | None = None
-    coefficients: np.ndarray | None = None  # of loss in u = log N - curve.centre
-
-    @property
-    def losses(self) -> np.ndarray:
-        return np.array([r.loss for r in self.runs])
-
-    @property
-    def fitted(self) -> np.ndarray:
-        """The parabola's losses at the runs."""
-        return self.curve.basis @ self.coefficients
-
-    @property
-    def tokens(self) -> np.ndarray:
-        return np.array([r.tokens for r in self.runs])
-
-
-@dataclass(frozen=True)
-class Minima:
-    """Minima of all used budgets for m sets of losses, (m, budgets) each; variances per unit of loss variance."""
-
-    log_n: np.ndarray
-    log_d: np.ndarray
-    loss: np.ndarray
-    curvature: np.ndarray
-    var_n: np.ndarray
-    var_loss: np.ndarray
-    inside: np.ndarray
-
-    def less(self, shift: np.ndarray) -> "Minima":
-        """The minima less a shift (3, m or 1, budgets) of log N, log D and loss."""
-        moved = {name: getattr(self, name) - s for name, s in zip(("log_n", "log_d", "loss"), shift, strict=True)}
-        return replace(self, **moved)
-
-    def __getitem__(self, kept: np.ndarray) -> "Minima":
-        return Minima(**{name: values[kept] for name, values in vars(self).items()})
 
 
 def fit_isoflop(
@@ -108,7 +61,7 @@ def fit_isoflop(
     budgets, or if `unbias` is asked for and no surface tells the bias.
     """
     groups = budgets(runs, tolerance)
-    every = sorted((_budget(label, members, window) for label, members in groups), key=lambda b: b.flops)
+    every = sorted((make_budget(label, members, window) for label, members in groups), key=lambda b: b.flops)
     used = [b for b in every if not b.problem]
     notes = left_out([(b.label, b.problem) for b in every if b.problem])
     if len(used) < 2:
@@ -120,46 +73,14 @@ def fit_isoflop(
     if told and (unbias or (unbias is None and told["material"])):
         plain_fit, fit = fit, _fit(every, used, surface, np.random.default_rng(seed), resamples, level)
         text = (
-            f"the parabolas' bias is subtracted ({told['a']:+.4f} on the exponent of N_opt, {math.expm1(told['N_opt']):+.1%} on N_opt at the "
-            f"largest budget, as a surface through the same runs predicts); without that a = {plain_fit.laws['N_opt'].exponent:.4f}"
+            f"the parabolas' bias is subtracted ({told['a']:+.4f} on the exponent of N_opt, {math.expm1(told['N_opt']):+.1%} on N_opt "
+            f"at the largest budget, as a surface through the same runs predicts); without that a = {plain_fit.laws['N_opt'].exponent:.4f}"
         )
         fit = replace(fit, notes=(*fit.notes, text))
     details = fit.details | {"bias": told | {"corrected": any("bias is sub" in n for n in fit.notes)} if told else None}
     why = scattered(groups, tolerance)
     reasons = (f"{why}; fit a surface (--method=varpro), or name the budgets in a column 'group'",) if why else ()
     return replace(fit, reasons=(*reasons, *fit.reasons), notes=(*notes, *fit.notes), details=details)
-
-
-def _budget(label: str, members: tuple, window: float) -> Budget:
-    """A budget with its parabola, or with the problem that keeps it out of the laws."""
-    flops = float(np.exp(np.mean([math.log(r.flops) for r in members])))
-    best = min(members, key=lambda r: r.loss).params
-    runs = tuple(r for r in members if best / window <= r.params <= best * window)
-    budget, sizes = Budget(label, flops, runs), sorted({r.params for r in runs})
-    if len(sizes) < 3:
-        return replace(budget, problem=f"{len(sizes)} distinct size(s), a parabola needs 3")
-    tokens = [r.tokens * flops / r.flops for r in runs]  # at the budget's compute, not a little off it
-    curve = parabola.curve(np.array([r.params for r in runs]), np.array(tokens))
-    vertex = parabola.vertex(curve, budget.losses[None])
-    budget = replace(budget, curve=curve, coefficients=curve.solve @ budget.losses)
-    bend = float(budget.coefficients[2])
-    if bend * np.abs(curve.log_n - curve.centre).max() ** 2 <= ROUNDING * budget.losses.max():
-        return replace(budget, problem=f"the parabola has no minimum (curvature {bend:.2g})")
-    if not vertex.inside[0]:
-        n, span = math.exp(min(float(vertex.log_n[0]), WIDEST)), f"{sizes[0]:.3g} to {sizes[-1]:.3g}"
-        return replace(
-            budget, problem=f"minimum at {n:.3g} parameters, at or beyond the edge of the sizes tried ({span})"
-        )
-    return budget
-
-
-def _minima(used: Sequence[Budget], losses: np.ndarray) -> Minima:
-    """Minima for sets of losses (m, runs of all used budgets)."""
-    found, place = [], 0
-    for b in used:
-        found.append(parabola.vertex(b.curve, losses[:, place : place + len(b.runs)]))
-        place += len(b.runs)
-    return Minima(**{name: np.stack([getattr(v, name) for v in found], axis=-1) for name in Minima.__annotations__})
 
 
 def _shift(surface: Reference, used: Sequence[Budget], losses: np.ndarray | None = None) -> np.ndarray:
@@ -169,7 +90,7 @@ def _shift(surface: Reference, used: Sequence[Budget], losses: np.ndarray | None
     n, d = (np.concatenate(v) for v in ([np.exp(b.curve.log_n) for b in used], [b.tokens for b in used]))
     at = {name: np.asarray(v)[..., None] for name, v in vars(law).items()}
     drawn = np.atleast_2d(type(law)(**at)(n, d))
-    found, C = _minima(used, drawn), np.array([b.flops for b in used])
+    found, C = minima_of(used, drawn), np.array([b.flops for b in used])
     k = np.array([math.exp(np.mean(np.log([r.flops / (r.params * r.tokens) for r in b.runs]))) for b in used])
     with np.errstate(all="ignore"):
         laws = [type(law)(**at).optimum(k)[name](C) for name in ("N_opt", "D_opt", "L_opt")]
@@ -200,9 +121,7 @@ class _Laws:
             else:
                 weight_n, weight_l = minima.inside / minima.var_n, minima.inside / minima.var_loss
             weight_n = np.where(weight_n > 0, 1 / (1 / weight_n + self.tau), 0.0)
-        n, d = (
-            np.exp(np.where(weight_n > 0, np.clip(v, -WIDEST, WIDEST), 0.0)) for v in (minima.log_n, minima.log_d)
-        )
+        n, d = (np.exp(np.where(weight_n > 0, np.clip(v, -WIDEST, WIDEST), 0.0)) for v in (minima.log_n, minima.log_d))
         laws = {"N_opt": fit_power(self.C, n, weight_n), "D_opt": fit_power(self.C, d, weight_n)}
         if len(self.used) >= IRREDUCIBLE_FROM:
             return laws | {"L_opt": fit_irreducible(self.C, minima.loss, weight_l)}
@@ -225,16 +144,17 @@ def _weights(used: Sequence[Budget], found: Minima) -> tuple:
 
 
 def _noise(used: Sequence[Budget]) -> bootstrap.Noise | None:
-    parts = [(b.losses, b.fitted, b.curve.leverage) for b in used]
+    """The noise of the runs about the parabolas; where those go through all runs, the evaluation's standard error."""
+    parts, runs = [(b.losses, b.fitted, b.curve.leverage) for b in used], [r for b in used for r in b.runs]
     losses, fitted, leverage = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return bootstrap.noise(losses, fitted, leverage, bootstrap.clusters([r for b in used for r in b.runs]))
+    return bootstrap.noise(losses, fitted, leverage, bootstrap.clusters(runs)) or bootstrap.stated(runs, fitted)
 
 
 def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int, level: float) -> Fit:
     """The fit, its minima less the bias that `surface` predicts, if there is one."""
     noise, runs = _noise(used), [r for b in used for r in b.runs]
     losses, fitted = np.array([r.loss for r in runs]), np.concatenate([b.fitted for b in used])
-    found = _minima(used, losses[None])
+    found = minima_of(used, losses[None])
     h, weight_loss = _weights(used, found)
     if surface:
         found = found.less(_shift(surface, used))
@@ -246,7 +166,7 @@ def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int
         runs=tuple(runs),
         laws=estimate,
         draws={},
-        loss=math.nan,
+        loss=lambda params, tokens: math.nan,
         loss_draws=None,
         noise=noise.scale if noise else math.nan,
         noise_draws=np.zeros(0),
@@ -263,6 +183,9 @@ def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int
         fit = _redrawn(fit, laws, noise, fitted, surface, rng)
     elif resamples:
         fit = replace(fit, notes=("no interval: no budget has a fourth run; train one more size per budget",))
+    if noise and noise.freedom == 0 and resamples:
+        text = "3 runs per budget leave no residual: intervals hold the evaluation's standard error only"
+        fit = replace(fit, notes=(*fit.notes, text))
     fit = replace(fit, **_losses(fit, found))
     return replace(fit, reasons=_reasons(fit), notes=(*fit.notes, *_notes(fit, used, math.sqrt(tau))))
 
@@ -281,11 +204,12 @@ def _redrawn(fit: Fit, laws: _Laws, noise: bootstrap.Noise, fitted: np.ndarray, 
     """The fit with its resampled laws."""
     used, resamples = laws.used, fit.resamples
     added = noise.draw(rng, resamples)
-    minima = _minima(used, fitted + added)
+    minima = minima_of(used, fitted + added)
     inside = minima.inside.mean(0)
     if surface:
-        shift = _shift(surface, used, surface.fitted + added[:, surface.order])
+        shift = _shift(surface, used, surface.fitted + added)
         minima = minima.less(np.where(np.isfinite(shift), shift, _shift(surface, used)))
+    errors = np.diff(np.quantile(np.stack([minima.log_n, minima.loss]), [0.1587, 0.8413], axis=1), axis=0)[0] / 2
     if laws.tau:
         freedom = len(used) - 2
         tau = noise.scale * math.sqrt(laws.tau) * np.sqrt(freedom / rng.chisquare(freedom, (resamples, 1)))
@@ -305,7 +229,11 @@ def _redrawn(fit: Fit, laws: _Laws, noise: bootstrap.Noise, fitted: np.ndarray, 
     if kept.sum() < bootstrap.FEWEST:
         return fit
     spread = np.sqrt(np.mean(added[kept] ** 2, axis=1))
-    return replace(fit, draws=laws.through(minima[kept], redrawn=True), noise_draws=spread)
+    pairs = iter(errors.T.tolist())  # what simulation finds, the surface's own error in it
+    points = tuple(
+        p if p.problem else replace(p, **dict(zip(("n_se", "loss_se"), next(pairs), strict=True))) for p in fit.points
+    )
+    return replace(fit, draws=laws.through(minima[kept], redrawn=True), noise_draws=spread, points=points)
 
 
 def _losses(fit: Fit, found: Minima) -> dict:
@@ -321,7 +249,8 @@ def _losses(fit: Fit, found: Minima) -> dict:
     def drawn(params, tokens):
         c, count_ = fit.k * params * tokens, len(fit.noise_draws)
         bend = np.maximum(curvature + spread * np.random.default_rng(2).standard_t(count - 1, count_), 0.0)
-        return fit.draws["L_opt"](c) + bend * np.log(params / fit.draws["N_opt"](c)) ** 2
+        with np.errstate(all="ignore"):  # of resamples that determine no law
+            return fit.draws["L_opt"](c) + bend * np.log(params / fit.draws["N_opt"](c)) ** 2
 
     return {"loss": loss, "loss_draws": drawn if fit.draws else None}
 
@@ -373,7 +302,9 @@ def _bias(surface: Reference, used: Sequence[Budget], fit: Fit) -> dict | None:
     if told.sum() < 2:
         return None
     C = np.array([b.flops for b in used])
-    weight = np.where(told, 1.0, 0.0)[None]
+    error = np.array([p.n_se for p in fit.used])
+    known = np.isfinite(error).all() and (error > 0).all()
+    weight = np.where(told, 1 / (error**2 + fit.details["tau"] ** 2) if known else 1.0, 0.0)[None]
     factor = fit_power(C, np.exp(np.where(told, shift[0], 0.0))[None], weight)
     last = np.flatnonzero(told)[-1]
     found = {
@@ -431,20 +362,3 @@ def _notes(fit: Fit, used: Sequence[Budget], tau: float) -> tuple:
         if -law.exponent > 0.99 * EXPONENTS[1] or -law.exponent < 1.01 * EXPONENTS[0]:
             found.append(f"the exponent of the reducible loss is at the bound of its search ({law.exponent:.3g})")
     return tuple(found)
-
-
-def no_parabola(used: Sequence[Budget]) -> float:
-    """The chance of scatter about parabolas as systematic as this, were they true: an F test of two more powers at each budget."""
-    simple, more, powers, freedom = 0.0, 0.0, 0, 0
-    for b in used:
-        u, residual = b.curve.log_n - b.curve.centre, b.losses - b.fitted
-        if len(set(u)) < 6:
-            continue
-        design = np.stack([(u / np.abs(u).max()) ** i for i in range(5)], axis=1)
-        left = residual - design @ np.linalg.lstsq(design, residual, rcond=None)[0]
-        simple += float(np.sum(residual**2))
-        more += float(np.sum(left**2))
-        powers, freedom = powers + 2, freedom + len(u) - 5
-    if not freedom or simple < 1e-18:
-        return 1.0
-    return float(stats.f.sf((simple - more) / powers / max(more / freedom, 1e-300), powers, freedom))

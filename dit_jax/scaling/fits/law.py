@@ -50,7 +50,8 @@ def fit_power(C: np.ndarray, y: np.ndarray, weight: np.ndarray) -> PowerLaw:
     y_mean = (weight * y).sum(-1) / total
     x = log_c - centre - x_mean[:, None]
     slope = (weight * x * (y - y_mean[:, None])).sum(-1) / (weight * x**2).sum(-1)
-    return PowerLaw(np.exp(y_mean - slope * (x_mean + centre)), slope, np.zeros_like(slope))
+    with np.errstate(over="ignore"):  # of a resample that determines no law
+        return PowerLaw(np.exp(y_mean - slope * (x_mean + centre)), slope, np.zeros_like(slope))
 
 
 def fit_irreducible(C: np.ndarray, y: np.ndarray, weight: np.ndarray) -> PowerLaw:

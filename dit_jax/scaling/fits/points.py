@@ -1,7 +1,7 @@
 """`akima` and `power`: laws through one point a budget, as two papers take them; named checks of published numbers.
 
-`akima` takes the lowest point of a curve of log loss against log N through every run (Akima 1970), as Porian et al. 2024 (arXiv 2406.19146),
-section 2.2, do. It assumes no shape, so a wide or lopsided grid of sizes does not bias it as it does a parabola; in return it takes each
+`akima` takes the lowest point of a curve of log loss against log N through every run (Akima 1970), as Porian et al. 2024
+(arXiv 2406.19146), section 2.2, do. It assumes no shape, so a wide or lopsided grid of sizes does not bias it as it does a parabola; in return it takes each
 run at its word, so noise moves its minima more, and always downwards in loss.
 
 `power` takes the best run of each budget and says nothing of N_opt: L = k C^x of Liang et al. 2024 (arXiv 2410.08184), section 3.2, and
@@ -98,9 +98,7 @@ def _minimum(label: str, runs: Sequence[Run]) -> Point:
     if best in (u[0], u[-1]):
         where = f"the edge of the sizes tried ({sizes[0]:.3g} to {sizes[-1]:.3g})"
         return replace(point, problem=f"minimum at {math.exp(best):.3g} parameters, {where}")
-    return replace(
-        point, n_opt=math.exp(best), d_opt=math.exp(float(np.interp(best, u, tokens))), loss=math.exp(low)
-    )
+    return replace(point, n_opt=math.exp(best), d_opt=math.exp(float(np.interp(best, u, tokens))), loss=math.exp(low))
 
 
 def lowest(u: np.ndarray, losses: np.ndarray) -> tuple:
@@ -125,12 +123,21 @@ def _laws(C: np.ndarray, values: dict) -> dict:
 
 
 def _through(
-    method: str, runs, points: Sequence[Point], names: tuple, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    method: str,
+    runs,
+    points: Sequence[Point],
+    names: tuple,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Fit:
     """A fit of the laws `names` through the points."""
     used, notes = [p for p in points if not p.problem], left_out([(p.label, p.problem) for p in points if p.problem])
     if len(used) < 2:
-        raise UsageError(f"RUNS: {len(used)} usable point(s) for method {method}, expected at least 2. " + "; ".join(notes))
+        raise UsageError(
+            f"RUNS: {len(used)} usable point(s) for method {method}, expected at least 2. " + "; ".join(notes)
+        )
     fields = dict(zip(NAMES, ("n_opt", "d_opt", "loss"), strict=True))
     C = np.array([p.flops for p in used])
     values = {name: np.array([[getattr(p, fields[name]) for p in used]]) for name in names}

@@ -19,6 +19,7 @@ from dit_jax.error import UsageError
 from dit_jax.scaling.fits import bootstrap, newton
 from dit_jax.scaling.fits.fit import Fit, per_parameter_and_token, plain
 from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.fits.projection import grid_minima, project
 from dit_jax.scaling.names import LOSSES, RESIDUALS
 from dit_jax.scaling.runs import Run
 
@@ -26,7 +27,6 @@ DELTA = 1e-3  # of the Huber loss: relative to the loss, whatever the residual
 NOTHING = 25.0  # a term e^25 times smaller than the smallest loss is none: the lower bound of log E, log A and log B
 LIFT = 18.0  # above that bound: where a search may leave a term that is nothing
 STEEPEST = 5.0  # upper bound of the exponents
-SHARE = 1e-3  # of the loss that a start gives a term whose best coefficient is 0, so that a search may find it again
 ONE_BUDGET = 0.05  # runs whose compute differs by less are one budget
 WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
 CHANCE = 0.01  # of the test of a surface's form
@@ -116,34 +116,34 @@ class Design:
 
 def fit_surface(runs: Sequence[Run], *, residual: str = "log", loss: str = "huber", **options) -> Fit:
     """The five-parameter surface from the customary 4,500 starts: alpha, beta in {0, .5, 1, 1.5, 2}, log E in {-1, ..., 1}, log A and
-    log B in {0, 5, ..., 25}. Options as of `fit_varpro`.
+    log B in {0, 5, ..., 25}. Options as of `fit_new`.
 
     Before a search, a start's E, A and B are replaced by the best ones for its exponents, so starts that share their exponents are one
     point and are searched once.
     """
     exponents, half = np.arange(5) / 2, np.arange(-2, 3) / 2
     starts = np.array(list(itertools.product(half, 5.0 * np.arange(6), 5.0 * np.arange(6), exponents, exponents)))
-    design = _design(runs, residual, loss)
-    return _fit("surface", design, runs, _project(design, np.unique(starts[:, 3:], axis=0))[0], **options)
+    design = make_design(runs, residual, loss)
+    return _fit("surface", design, runs, project(design.problem, np.unique(starts[:, 3:], axis=0))[0], **options)
 
 
-def fit_varpro(runs: Sequence[Run], *, residual: str = "log", loss: str = "mse", **options) -> Fit:
+def fit_new(runs: Sequence[Run], *, residual: str = "log", loss: str = "mse", **options) -> Fit:
     """The five-parameter surface by variable projection: the squared error over a grid of exponents, each with its best non-negative
-    (E, A, B); then a search of the loss asked for from every minimum of that grid.
+    (E, A, B); then a search of the loss asked for from every minimum of that grid. All data count as new.
 
     `residual` is log law - log loss ("log") or law - loss ("linear"), `loss` a Huber loss of delta 1e-3 ("huber") or squares ("mse").
     `options`: `resamples`, `seed` and `level` of the intervals. Raises UsageError on runs that no search can mend.
     """
-    design = _design(runs, residual, loss)
-    return _fit("varpro", design, runs, _grid_starts(design), **options)
+    design = make_design(runs, residual, loss)
+    return _fit("varpro", design, runs, grid_starts(design), **options)
 
 
 def fit_gadre(runs: Sequence[Run], *, residual: str = "linear", loss: str = "mse", **options) -> Fit:
     """L = E + A N^-b + B D^-b: four parameters, so N_opt and D_opt both grow as the square root of compute by assumption.
-    The paper fits the losses themselves by least squares, hence the defaults. Options as of `fit_varpro`."""
-    design = _design(runs, residual, loss, shared=True)
+    The paper fits the losses themselves by least squares, hence the defaults. Options as of `fit_new`."""
+    design = make_design(runs, residual, loss, shared=True)
     line = np.geomspace(0.02, 3.0, 33)
-    starts = np.delete(_project(design, np.stack([line, line], axis=-1))[0], 4, axis=1)
+    starts = np.delete(project(design.problem, np.stack([line, line], axis=-1))[0], 4, axis=1)
     return _fit("gadre", design, runs, starts, **options)
 
 
@@ -160,19 +160,22 @@ class Reference:
         return self.design.law(self.design.refit(self.theta, losses))
 
 
+def located(runs: Sequence[Run]) -> tuple:
+    """(Design, parameters (p,)) of the surface of least squares of log losses. Raises UsageError on runs that span more than float64 can
+    take to the powers that are tried, or that no search can mend."""
+    for name in ("params", "tokens", "loss"):
+        values = [getattr(r, name) for r in runs]
+        if max(values) > WIDEST * min(values):
+            raise UsageError(f"RUNS: {name} from {min(values):.3g} to {max(values):.3g}, too wide for a surface")
+    design = make_design(runs, "log", "mse")
+    return design, search(design, grid_starts(design))[0]
+
+
 def reference(runs: Sequence[Run], needed: bool = False) -> Reference | None:
     """The surface through the runs if they identify one and its form is not refuted; else None, or a UsageError where it is `needed`."""
     try:
-        for name in ("params", "tokens", "loss"):
-            values = [getattr(r, name) for r in runs]
-            if max(values) > WIDEST * min(values):
-                raise UsageError(f"RUNS: {name} from {min(values):.3g} to {max(values):.3g}, too wide for a surface")
-        design = _design(runs, "log", "mse")
-        theta = _search(design, _grid_starts(design))[0]
-        reasons = _reasons(design, theta, runs)
-        p = form(design, theta)
-        if not needed and not reasons and p < CHANCE:
-            return None
+        design, theta = located(runs)
+        reasons = reasons_of(design, theta, runs)
         if reasons:
             raise UsageError(
                 f"RUNS: a parabola's bias is predicted from a surface, which these runs do not identify: {reasons[0]}"
@@ -180,6 +183,8 @@ def reference(runs: Sequence[Run], needed: bool = False) -> Reference | None:
     except UsageError:
         if needed:
             raise
+        return None
+    if not needed and form(design, theta) < CHANCE:
         return None
     return Reference(plain(design.law(theta[None])), design.fitted(theta), design, theta)
 
@@ -205,7 +210,7 @@ def _check(runs: Sequence[Run], parameters: int, residual: str, loss: str) -> No
         )
 
 
-def _design(runs: Sequence[Run], residual: str, loss: str, shared: bool = False) -> Design:
+def make_design(runs: Sequence[Run], residual: str, loss: str, shared: bool = False) -> Design:
     """The problem in logarithms about the means of the runs; `shared`: one exponent for both terms."""
     _check(runs, 4 if shared else 5, residual, loss)
     n, d, y = (np.log([getattr(r, name) for r in runs]) for name in ("params", "tokens", "loss"))
@@ -223,15 +228,15 @@ def _design(runs: Sequence[Run], residual: str, loss: str, shared: bool = False)
     return Design(problem, centre, ("E", "A", "B", "beta") if shared else ("E", "A", "B", "alpha", "beta"))
 
 
-def _grid_starts(design: Design) -> np.ndarray:
+def grid_starts(design: Design) -> np.ndarray:
     """The minima of the squared error over a grid of exponents, as points (m, 5)."""
     line = np.geomspace(0.02, 3.0, 33)
     grid = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
-    starts, errors = _project(design, grid)
-    return starts[_grid_minima(errors.reshape(33, 33)).ravel()]
+    starts, errors = project(design.problem, grid)
+    return starts[grid_minima(errors.reshape(33, 33)).ravel()]
 
 
-def _search(design: Design, starts: np.ndarray) -> tuple:
+def search(design: Design, starts: np.ndarray) -> tuple:
     """(the best parameters (p,) reached from the starts, what was made least there)."""
     found = newton.minimize(design.problem, starts)
     return found.theta[found.loss.argmin()], float(found.loss.min())
@@ -248,7 +253,7 @@ def _fit(
     level: float = 0.95,
 ) -> Fit:
     """The best of all starts, and its resamples."""
-    theta, objective = _search(design, starts)
+    theta, objective = search(design, starts)
     fitted, losses = design.fitted(theta), np.array([r.loss for r in runs])
     surface, k = plain(design.law(theta[None])), per_parameter_and_token(runs)
     noise = bootstrap.noise(losses, fitted, design.leverage(theta), bootstrap.clusters(runs))
@@ -258,7 +263,7 @@ def _fit(
         thetas = design.refit(theta, fitted + added)
         kept = np.isfinite(thetas).all(1)
         drawn, spread = design.law(thetas[kept]), np.sqrt(np.mean(added[kept] ** 2, axis=1))
-    reasons = _reasons(design, theta, runs)
+    reasons = reasons_of(design, theta, runs)
     if drawn is None and resamples and not reasons:
         reasons = (f"{len(runs)} runs for {design.problem.width} parameters: nothing is left to test the law",)
     parameters = {name: float(getattr(surface, name)) for name in ("E", "A", "B", "alpha", "beta", "a", "b")}
@@ -281,18 +286,19 @@ def _fit(
         reasons=reasons,
     )
     bound = tuple(n for n, hit in zip(design.names, design.vanished(theta), strict=True) if hit)
-    rows = [(n + (" (at its bound)" if n in bound else ""), f"{v:.6g}", _span(fit, n)) for n, v in parameters.items()]
+    rows = [(n + (" (at its bound)" if n in bound else ""), f"{v:.6g}", span_of(fit, n)) for n, v in parameters.items()]
     title = f"L = E + A / N^alpha + B / D^beta, C = {k:.4g} N D, a run scatters by {fit.noise:.3g} about it"
-    details = {"flops_per_parameter_and_token": k, "bounds": list(bound), "form_p": form(design, theta)}
-    return replace(fit, tables=((title, HEAD, tuple(rows)),), details=details, notes=_notes(fit, design, theta, runs))
+    details = {"flops_per_parameter_and_token": k, "bounds": list(bound)}
+    fit = replace(fit, tables=((title, HEAD, tuple(rows)),), details=details, form=form(design, theta))
+    return replace(fit, notes=notes_of(fit))
 
 
-def _span(fit: Fit, name: str) -> str:
+def span_of(fit: Fit, name: str) -> str:
     low, high = fit.interval(fit.parameter_draws.get(name))
     return "\N{EN DASH}" if math.isnan(low) else f"{low:.5g} to {high:.5g}"
 
 
-def _reasons(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
+def reasons_of(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
     """Why the data do not identify the law; empty when they do."""
     n, d = (np.log([getattr(r, name) for r in runs]) for name in ("params", "tokens"))
     for name, values in (("params", n), ("tokens", d)):
@@ -314,7 +320,9 @@ def _reasons(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
         )
     freedom = int(bootstrap.clusters(runs).max()) + 1 - design.problem.width
     if freedom <= 0:
-        return (f"{freedom + design.problem.width} runs for {design.problem.width} parameters: nothing is left to test the law",)
+        return (
+            f"{freedom + design.problem.width} runs for {design.problem.width} parameters: nothing is left to test the law",
+        )
     half = _errors(design, theta) * stats.t.ppf(0.975, freedom)
     return tuple(
         f"{name} is {value:.3g} plus or minus {error:.2g}: its interval reaches 0, so the exponent is not determined"
@@ -334,8 +342,8 @@ def _errors(design: Design, theta: np.ndarray) -> np.ndarray:
 
 
 def form(design: Design, theta: np.ndarray) -> float:
-    """The chance of residuals as systematic as these, were the surface's form right: an F test of squares and the product of log N and log D
-    in what it leaves (Ramsey 1969). 1 where too few runs are left to test it."""
+    """The chance of residuals as systematic as these, were the surface's form right: an F test of squares and the product of log N
+    and log D in what it leaves (Ramsey 1969). 1 where too few runs are left to test it."""
     x, z = -design.problem.terms[1, :, 3], -design.problem.terms[2, :, -1]
     slope = newton.jacobian(design.problem, theta)[:, ~design.vanished(theta)]
     r = newton.residuals(design.problem, theta[None])[0]
@@ -350,63 +358,16 @@ def form(design: Design, theta: np.ndarray) -> float:
     return float(stats.f.sf((left[0] - left[1]) / added / max(left[1] / freedom, 1e-300), added, freedom))
 
 
-def _notes(fit: Fit, design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
+def notes_of(fit: Fit) -> tuple:
     """What a reader should know about a law that is identified."""
     found = []
     low, high = fit.interval(fit.parameter_draws.get("E"))
-    if fit.parameters["E"] <= 1e-3 * min(r.loss for r in runs) or low <= 1e-3 * high:
+    if fit.parameters["E"] <= 1e-3 * min(r.loss for r in fit.runs) or low <= 1e-3 * high:
         found.append("the irreducible loss E is not pinned down: its interval reaches 0")
-    p = form(design, theta)
-    if p < CHANCE:
-        found.append(f"the residuals are systematic (F test of squares and a product of log N and log D, p = {p:.1g})")
-    ratio = [r.flops / (r.params * r.tokens) for r in runs]
+    ratio = [r.flops / (r.params * r.tokens) for r in fit.runs]
     if max(ratio) > 1.05 * min(ratio):
         found.append(
             f"flops / (params x tokens) varies {max(ratio) / min(ratio):.2f}-fold over the runs; the optimum of compute takes their mean, "
             f"{fit.k:.3g}"
         )
     return tuple(found)
-
-
-def _project(design: Design, exponents: np.ndarray) -> tuple:
-    """The best non-negative (E, A, B) for each pair of exponents (m, 2), as points (m, 5), and their squared errors (m,).
-
-    The error is relative, (law - loss) / loss, where residuals are logarithms, so that it is linear in (E, A, B) too.
-    """
-    problem = design.problem
-    x, z = -problem.terms[1, :, 3], -problem.terms[2, :, -1]
-    loss = np.exp(problem.log_loss)
-    unit = np.ones_like(loss) if problem.linear else loss
-    columns = np.stack(
-        [np.ones((len(exponents), len(x))), np.exp(-exponents[:, :1] * x), np.exp(-exponents[:, 1:] * z)], axis=1
-    )
-    columns = columns / unit
-    scale = np.sqrt((columns**2).sum(-1))
-    columns /= scale[:, :, None]
-    coefficients, errors = _nonnegative(columns, loss / unit)
-    coefficients = coefficients / scale
-    least = SHARE * coefficients.sum(1, keepdims=True)
-    return np.concatenate([np.log(np.maximum(coefficients, least)), exponents], axis=1), errors
-
-
-def _nonnegative(columns: np.ndarray, target: np.ndarray) -> tuple:
-    """Least squares target = c . columns with c >= 0, columns (m, 3, n): the best of all subsets of columns that are feasible."""
-    gram = np.einsum("min,mjn->mij", columns, columns) + 1e-12 * np.eye(3)
-    right = columns @ target
-    best, lowest = np.zeros((len(columns), 3)), np.full(len(columns), math.inf)
-    for subset in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
-        part = list(subset)
-        found = np.zeros_like(best)
-        found[:, part] = np.linalg.solve(gram[:, part][:, :, part], right[:, part, None])[..., 0]
-        error = ((target - np.einsum("mi,min->mn", found, columns)) ** 2).sum(1)
-        better = (found >= 0).all(1) & (error < lowest)
-        best[better], lowest[better] = found[better], error[better]
-    return best, lowest
-
-
-def _grid_minima(errors: np.ndarray) -> np.ndarray:
-    """Which cells of a grid are no higher than any neighbour."""
-    padded = np.pad(errors, 1, constant_values=math.inf)
-    rows, columns = errors.shape
-    around = [padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
-    return errors <= np.min(around, axis=0)

@@ -151,7 +151,7 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
     }
 
 
-def check_config(cfg: Config) -> None:
+def check_config(cfg: Config, key: str = "eval.samples") -> None:
     """Raises UsageError for a protocol that is impossible or measures nothing."""
     for sample in samplings(cfg):
         make_task(dataclasses.replace(cfg, sample=sample))
@@ -159,4 +159,4 @@ def check_config(cfg: Config) -> None:
         expected = "expected at least one of them: nothing would be measured"
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
     if cfg.eval.samples:
-        scores.check_config(cfg)
+        scores.check_config(cfg, key)

@@ -133,8 +133,8 @@ def describe(network: Network) -> dict:
     return found | {"rows": ROWS}
 
 
-def check_config(cfg: Config) -> None:
-    """Raises UsageError for sample metrics that are impossible."""
+def check_config(cfg: Config, key: str) -> None:
+    """Raises UsageError for sample metrics that are impossible. `key`: the config key of the number of samples, for the message."""
     if cfg.eval.features == "inception" and not cfg.eval.inception:
         raise UsageError(
             "eval.inception: empty, expected the folder of the Inception network; write it with `python -m dit_jax.convert "
@@ -150,20 +150,20 @@ def check_config(cfg: Config) -> None:
             "eval.reference: empty, expected an npz of reference statistics or images: the data set is too large to be held "
             "in memory, or is of latents"
         )
-    check_number(cfg)
+    check_number(cfg, key)
 
 
-def check_number(cfg: Config) -> None:
+def check_number(cfg: Config, key: str) -> None:
     """Raises UsageError if there are too few samples for a covariance or too many to keep."""
     num, name = cfg.eval.samples, cfg.eval.features
     width = {"digits": digit_features.WIDTH, "inception": INCEPTION["pool"]}[name]
     try:
         check_room(num, width)
     except ValueError as error:
-        raise UsageError(f"eval.samples: found {num}: {error}") from None
+        raise UsageError(f"{key}: found {num}: {error}") from None
     if num <= width:
         raise UsageError(
-            f"eval.samples: found {num}, expected more than the {width} features of the network {name!r}: a "
+            f"{key}: found {num}, expected more than the {width} features of the network {name!r}: a "
             "covariance of fewer samples is singular"
         )
 

@@ -165,8 +165,10 @@ def score(record: dict) -> str:
 def prepare(cfg: Config, workdir: str) -> Source:
     """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
     _, held_out = loop.open_data(cfg)
-    for samples in (cfg.eval.samples, cfg.sweep.samples):
-        check_config(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=samples)))
+    check_config(cfg)
+    check_config(
+        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)), "sweep.samples"
+    )
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
     old = read_config(workdir, "sweep.json") if os.path.isfile(os.path.join(workdir, "sweep.json")) else cfg

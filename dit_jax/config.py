@@ -161,6 +161,7 @@ class TrainConfig:
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones
+    keep_at: tuple = ()  # rising steps at which a checkpoint is saved that is never pruned
     spike: float = 20.0  # standard deviations above the mean loss or gradient norm that skip a step; 0 = off
     spike_window: int = 100  # steps of the rolling mean and deviation, and steps before the first skipped spike
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
@@ -172,6 +173,10 @@ class TrainConfig:
         in_range("train.seed", self.seed, 0, 2**31 - 1)
         _at_least(0, self, "spike", "replay_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
+        marks, whole = self.keep_at, all(type(step) is int for step in self.keep_at)
+        if not whole or any(a >= b for a, b in itertools.pairwise((0, *marks))) or (marks and marks[-1] > self.steps):
+            expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"
+            raise UsageError(f"train.keep_at: found {shown(marks)}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -299,6 +304,10 @@ class SweepConfig:
     budgets: tuple = ()  # training FLOPs per run
     sizes: tuple = ()  # all (width, depth, heads) of the ladder, smallest first
     windows: tuple = ()  # per budget, (first, last + 1) of its indices into `sizes`
+    curves: bool = (
+        False  # one run per size, evaluated at the step of each budget; needs a constant rate and a power-law EMA
+    )
+    samples: int = 0  # images drawn from every evaluated checkpoint for eval.features, at eval.guidance; 0 = none
     base_width: int = 64  # width for which optim.learning_rate is meant
     width_power: float = 1.0  # the learning rate scales as (base_width / width) ** width_power
     extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = no
@@ -325,7 +334,7 @@ class SweepConfig:
                 f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
             )
         _at_least(1, self, "processes", "base_width", "grid")
-        _at_least(0, self, "extrapolate")
+        _at_least(0, self, "extrapolate", "samples")
         in_range("sweep.grid_guidance", self.grid_guidance, 0.0, 1000.0)
 
 
@@ -350,6 +359,10 @@ class Config:
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
+        for name, needed in (("schedule", "constant"), ("ema", "power")):
+            if self.sweep.curves and (found := getattr(self.optim, name)) != needed:
+                why = "else a run stopped at a budget's step is not the run of that budget"
+                raise UsageError(f"optim.{name}: found {found!r}, expected {needed!r} with sweep.curves: {why}")
 
 
 def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:

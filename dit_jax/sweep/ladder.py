@@ -1,19 +1,20 @@
 """The ladder of a sweep: runs its cells side by side, fits the law and tests it on a larger model."""
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from dit_jax import checkpoint, flops
-from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, to_dict
+from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, SampleConfig, SweepConfig, to_dict
 from dit_jax.data.source import Source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
-from dit_jax.error import UsageError
+from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation import scores
-from dit_jax.evaluation.protocol import check_config, loss_protocol
+from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
@@ -34,12 +35,17 @@ STEP_SECONDS, FLOP_RATE = 1.5e-3, 5e9  # a step's fixed cost and FLOP/s, to weig
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the ladder: a size at a budget."""
+    """One run of the ladder: a size at a budget; with `sweep.curves` at its largest one, the others on its way."""
 
     name: str
     workdir: str
     budget: float
     cfg: Config
+
+    @property
+    def steps(self) -> tuple:
+        """The steps that are evaluated, one for each budget."""
+        return self.cfg.train.keep_at or (self.cfg.train.steps,)
 
     @property
     def weight(self) -> float:
@@ -61,9 +67,9 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
         cfg,
         model=model,
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
-        train=dataclasses.replace(cfg.train, steps=steps, keep=1, **every),
+        train=dataclasses.replace(cfg.train, steps=steps, keep=1, keep_at=(), **every),
         sweep=SweepConfig(),
-        eval=dataclasses.replace(cfg.eval, samples=0),
+        eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples, loss=True),
     )
     name = f"C{budget:.2e}-w{width}-d{depth}".replace("+", "")
     return Cell(name, os.path.join(workdir, name), budget, cell)
@@ -78,22 +84,47 @@ def make_cells(cfg: Config, workdir: str) -> list[Cell]:
         for budget, window in zip(cfg.sweep.budgets, cfg.sweep.windows, strict=True)
         for size in cfg.sweep.sizes[window[0] : window[1]]
     ]
+    cells = join_budgets(cells) if cfg.sweep.curves else cells
     names = [cell.name for cell in cells]
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"sweep.sizes, sweep.budgets: found {double} twice, expected every size once a budget")
+    if double := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"sweep.sizes, sweep.budgets: found {double[0]} twice, expected every size once a budget")
     return sorted(cells, key=lambda cell: -cell.weight)
 
 
+def join_budgets(cells: list[Cell]) -> list[Cell]:
+    """One cell per size: the run of its largest budget, which keeps and evaluates the steps of the others on its way."""
+    found: dict[ModelConfig, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.budget):
+        model, train, name = cell.cfg.model, cell.cfg.train, cell.name.partition("-")[2]
+        marks = {*found[model].steps, train.steps} if model in found else {train.steps}
+        cfg = dataclasses.replace(cell.cfg, train=dataclasses.replace(train, keep_at=tuple(sorted(marks))))
+        found[model] = Cell(name, os.path.join(os.path.dirname(cell.workdir), name), cell.budget, cfg)
+    return list(found.values())
+
+
+@functools.lru_cache(maxsize=1)  # so that a worker opens them once for all its cells
+def open_shared(data: DataConfig, evaluation: EvalConfig) -> Shared:
+    return Shared(Config(data=data, eval=evaluation), make_mesh(MeshConfig()))
+
+
 def run_cell(cell: Cell, quiet: bool = True) -> dict:
-    """Trains and evaluates one cell; returns its record."""
+    """Trains and evaluates one cell; returns the record of the loss at its last step."""
     loop.run(cell.cfg, cell.workdir, quiet)
-    return evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet)[0]
+    shared = open_shared(cell.cfg.data, cell.cfg.eval)
+    losses = [r for r in evaluate(cell.cfg, cell.workdir, cell.steps, quiet, shared) if "loss" in r["metrics"]]
+    if gone := sorted({*cell.steps} - {record["step"] for record in losses}):
+        done = f"{cell.workdir}: found no checkpoint of steps {gone}, which the run has passed, expected one for each budget"
+        raise JobError(f"{done}; remove this folder, and the same command trains it anew")
+    return losses[-1]
 
 
 def finished(cell: Cell, protocol_id: str) -> bool:
-    """Whether the cell's last step has its record."""
-    return (cell.cfg.train.steps, protocol_id) in read_records(cell.workdir)
+    """Whether every step of the cell has the record of its loss, and of each sampling if there are samples."""
+    records, asked = read_records(cell.workdir), samplings(cell.cfg) if cell.cfg.eval.samples else []
+    wanted = [protocol_id, *(identify(draws_protocol(dataclasses.replace(cell.cfg, sample=one))) for one in asked)]
+    parts = {at: {key: record["protocol"].get(key) for key in ("weights", "samples")} for at, record in records.items()}
+    done = {*records, *((step, identify(part)) for (step, _), part in parts.items())}
+    return {(step, one) for step in cell.steps for one in wanted} <= done
 
 
 def share_done(cell: Cell) -> float:
@@ -135,18 +166,21 @@ def prepare(cfg: Config, workdir: str) -> Source:
     """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
     _, held_out = loop.open_data(cfg)
     check_config(cfg)
+    check_config(
+        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)), "sweep.samples"
+    )
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
-    path = os.path.join(workdir, "sweep.json")
-    if not os.path.isfile(path):
-        make_folder(workdir, "sweep.json", cfg)
-        return held_out
-    old, new = (flatten(to_dict(c)) for c in (read_config(workdir, "sweep.json"), cfg))
-    free = ("sweep.processes", "sweep.grid", "data.data_dir")
-    changed = [k for k in new if new[k] != old[k] and not k.startswith(free)]
-    if changed:
+    old = read_config(workdir, "sweep.json") if os.path.isfile(os.path.join(workdir, "sweep.json")) else cfg
+    free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir"]
+    rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
+    free += ["sweep.budgets", "sweep.windows"] * (cfg.sweep.curves and rungs >= known)  # runs go on to further budgets
+    before, now = flatten(to_dict(old)), flatten(to_dict(cfg))
+    if changed := [k for k in now if now[k] != before[k] and not k.startswith(tuple(free))]:
         key = changed[0]
-        raise UsageError(f"{workdir} holds another sweep: {key} is {old[key]!r} there, {new[key]!r} in the command")
+        raise UsageError(f"{workdir} holds another sweep: {key} is {before[key]!r} there, {now[key]!r} in the command")
+    if old is cfg or rungs > known:
+        make_folder(workdir, "sweep.json", cfg)
     return held_out
 
 
@@ -223,7 +257,7 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
 
 def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cell]]:
     """Fits the ladder, tests the law if `sweep.extrapolate` is set, prints tables; returns the report's path and failed cells."""
-    ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id)
+    ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id, curves=cfg.sweep.curves)
     law, held = fit.fit_isoflop(ladder), predict.holdout_largest(ladder)
     failed, tested, picture, said = [], None, None, []
     if cfg.sweep.extrapolate:

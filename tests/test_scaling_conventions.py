@@ -12,6 +12,7 @@ from test_scaling_runs import PROTOCOL, record, table, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.runs import Run, load_runs
 from dit_jax.scaling.runs.conventions import (
     Convention,
     check_units,
@@ -20,7 +21,6 @@ from dit_jax.scaling.runs.conventions import (
     require_same,
     training_flops,
 )
-from dit_jax.scaling.runs import Run, load_runs
 
 OURS = Convention()
 MACS = Convention(unit="MACs", passes="forward")

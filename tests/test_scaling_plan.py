@@ -18,7 +18,6 @@ from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, model_
 from dit_jax.error import UsageError
 from dit_jax.hardware import topology
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.runs.conventions import Convention
 from dit_jax.scaling.fits import METHODS, fit_akima, fit_gadre, fit_isoflop, fit_varpro
 from dit_jax.scaling.plans.design import Cell, next_cells
 from dit_jax.scaling.plans.family import DIT, Family, family_of, sized
@@ -26,6 +25,7 @@ from dit_jax.scaling.plans.plan import plan
 from dit_jax.scaling.plans.recipe import make_recipe
 from dit_jax.scaling.plans.settings import Settings, settings
 from dit_jax.scaling.runs import Run, load_runs
+from dit_jax.scaling.runs.conventions import Convention
 
 ROOT = Path(__file__).parent.parent
 XL = model_config("DiT-XL/2")

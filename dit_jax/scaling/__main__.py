@@ -10,6 +10,7 @@ import json
 import sys
 
 from dit_jax.error import exit_code
+from dit_jax.files import write_file
 from dit_jax.scaling import options
 
 
@@ -22,11 +23,10 @@ def _run(argv) -> None:
     args = options.parse(argv, __doc__)
     from dit_jax.scaling import commands  # numpy and scipy take a second
     from dit_jax.scaling.frontier import commands as frontier
-    from dit_jax.scaling.report import write
 
     result = commands.run(args) if args.command in options.FITTED else frontier.run(args)
     if args.json:
-        write(args.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_file(args.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ from dit_jax.log import bar, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.picture import grid
-from dit_jax.scaling import fit, plan, predict, report, runs, table
+from dit_jax.scaling import report, runs
+from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.plans.plan import plan
+from dit_jax.scaling.report import text
+from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.training import loop
 from dit_jax.workdir.folder import flatten, make_folder, read_config
 from dit_jax.workdir.records import protocol_id as identify
@@ -193,24 +198,24 @@ def ladder_sizes(cfg: Config) -> list[tuple]:
     return rows
 
 
-def recommended_cell(cfg: Config, workdir: str, law: fit.IsoflopFit) -> Cell:
+def recommended_cell(cfg: Config, workdir: str, law: Fit) -> Cell:
     """The run that the law recommends at `sweep.extrapolate` times the largest budget."""
     budget = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
     names = [row[0] for row in ladder_sizes(cfg)]
-    chosen = plan.plan(law, budget, ladder_sizes(cfg))
+    chosen = plan(law, budget, ladder_sizes(cfg))
     cell = make_cell(cfg, os.path.join(workdir, "extrapolation"), budget, cfg.sweep.sizes[names.index(chosen.name)])
     return dataclasses.replace(cell, cfg=dataclasses.replace(cell.cfg, eval=cfg.eval))
 
 
-def check_law(cell: Cell, law: fit.IsoflopFit, protocol_id: str) -> predict.Extrapolation:
+def check_law(cell: Cell, law: Fit, protocol_id: str) -> Extrapolation:
     """Prints the law's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
-    said = predict.predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
-    low, high = said["L_run_interval"]
-    beyond, expected = f"{said['beyond']:.1f}x beyond the ladder", f"{said['L_run']:.4f} ({low:.4f} to {high:.4f})"
+    said = predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
+    expected = f"{text.written(said['L_run'], '.4f')} ({text.span(said['L_run_interval'], '.4f')})"
+    beyond = f"{said['beyond']:.1f}x beyond the ladder"
     say(f"the law recommends {cell.name}, {beyond}; predicted loss {expected}")
     loop.run(cell.cfg, cell.workdir)
     evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps])
-    return predict.extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
+    return extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
 
 
 def grid_settings(cfg: Config) -> SampleConfig:
@@ -258,25 +263,41 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
 def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cell]]:
     """Fits the ladder, tests the law if `sweep.extrapolate` is set, prints tables; returns the report's path and failed cells."""
     ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id, curves=cfg.sweep.curves)
-    law, held = fit.fit_isoflop(ladder), predict.holdout_largest(ladder)
-    failed, tested, picture, said = [], None, None, []
+    target = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
+    found = fit_methods(ladder, target, ("isoflop", "varpro"))
+    law, failed, tested, picture, said = found.main, [], None, None, []
     if cfg.sweep.extrapolate:
         cell = recommended_cell(cfg, workdir, law)
         try:
             tested = check_law(cell, law, protocol_id)
-            picture, said = draw_grid(cfg, cell), notes(cfg, cell)
+            said = notes(cfg, cell)
+            with open(draw_grid(cfg, cell), "rb") as file:
+                picture = file.read()
         except (UsageError, RuntimeError, OSError) as error:
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)
-    for warning in law.warnings:
-        warn(warning)
-    table.print_table("Budgets", table.BUDGET_HEAD, table.budget_rows(law))
-    table.print_table(f"Laws of compute, {law.level:.0%} intervals", table.LAW_HEAD, table.law_rows(law))
-    table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))
-    print(table.answer(law, tested))
-    path, title = os.path.join(workdir, "report.html"), f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
-    more = {"title": title, "extrapolation": tested, "grid_png": picture, "notes": said}
-    return report.write_report(path, law, ladder, held, **more), failed
+    for method, fit in found.fits.items():
+        for warning in fit.warnings:
+            warn(f"{method}: {warning}")
+    for title, head, rows in law.tables:
+        text.print_table(title, head, rows)
+    text.print_table(f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))
+    if tested:
+        text.print_table("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))
+    made = report.Report(
+        title=f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs",
+        fits=found.fits,
+        main=law.method,
+        runs=tuple(ladder),
+        findings=tuple(said),
+        refused=found.refused,
+        disagreements=found.disagreements,
+        test=tested,
+        grid=picture,
+        flops=(target,) if target else (),
+    )
+    print(report.opening(made))
+    return report.save(os.path.join(workdir, "report.html"), made), failed
 
 
 def run(cfg: Config, workdir: str) -> list[Cell]:

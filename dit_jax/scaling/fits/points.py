@@ -1,8 +1,8 @@
 """`akima` and `power`: laws through one point a budget, as two papers take them; named checks of published numbers.
 
 `akima` takes the lowest point of a curve of log loss against log N through every run (Akima 1970), as Porian et al. 2024
-(arXiv 2406.19146), section 2.2, do. It assumes no shape, so a wide or lopsided grid of sizes does not bias it as it does a parabola; in return it takes each
-run at its word, so noise moves its minima more, and always downwards in loss.
+(arXiv 2406.19146), section 2.2, do. It assumes no shape, so a wide or lopsided grid of sizes does not bias it as it does a parabola; in
+return it takes each run at its word, so noise moves its minima more, and always downwards in loss.
 
 `power` takes the best run of each budget and says nothing of N_opt: L = k C^x of Liang et al. 2024 (arXiv 2410.08184), section 3.2, and
 from 4 budgets on E + k C^x. Runs alike in params and tokens (seeds) count as one, by their mean.

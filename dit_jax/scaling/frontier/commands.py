@@ -6,8 +6,6 @@ import re
 import sys
 
 from dit_jax.error import UsageError, one_line
-from dit_jax.scaling.runs.columns import parse_names
-from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier import serving
@@ -16,8 +14,10 @@ from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
 from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
 from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
 from dit_jax.scaling.frontier.relation import correlate, fit_offset
+from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
 from dit_jax.scaling.runs import load_runs
-from dit_jax.scaling.table import DASH, finite, law_text, print_table, span
+from dit_jax.scaling.runs.columns import parse_names
+from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 
 
 def run(args) -> dict:
@@ -232,10 +232,9 @@ def run_frontier(args) -> tuple[dict, list]:
         result["totals"] = [_served_json(s) for s in best]
         result["within"] = [{"total": t, "models": [_served_json(s) for s in rows]} for t, rows in within.items()]
     if args.out:
-        from dit_jax.scaling import frontier_figure
-        from dit_jax.scaling.report import write
+        from dit_jax.scaling.report import axes, figures
 
-        write(args.out, frontier_figure.frontier(fit, points, served))
+        axes.save(figures.frontier(fit, points, served), args.out)
         print(args.out)
     return result, list(fit.warnings)
 

@@ -14,10 +14,11 @@ from scipy import stats
 
 from dit_jax.error import UsageError, shown
 from dit_jax.files import numbered
+from dit_jax.scaling.names import SAMPLING
+from dit_jax.scaling.runs import Run, flatten
+from dit_jax.scaling.runs.load import files_of, parse_record
 from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, opened, positive
 from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
-from dit_jax.scaling.names import SAMPLING
-from dit_jax.scaling.runs import Run, _files, _parse, flatten
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
@@ -93,7 +94,7 @@ def load_points(
     wanted, table = [condition(text) for text in where], Columns(columns or {}, where)
     points, seen = [], set()
     for path in map(os.fspath, paths):
-        for file in _files(path):
+        for file in files_of(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
                 if file.endswith(".csv"):
@@ -120,7 +121,7 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
     found: set = set()
-    for file in (file for path in paths for file in _files(os.fspath(path))):
+    for file in (file for path in paths for file in files_of(os.fspath(path))):
         found |= _columns(file, where, columns or {}) if file.endswith(".csv") else _metrics(file, where)
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"
@@ -140,7 +141,7 @@ def _metrics(file: str, where: Sequence[str]) -> set:
     with opened(file, "rb") as lines:
         for number, line in numbered(lines, file):
             if line.strip():
-                record = _parse(line, at := f"{file}:{number}")
+                record = parse_record(line, at := f"{file}:{number}")
                 found |= set(record["metrics"]) if agrees(flatten(record["protocol"]), wanted, at) else set()
     return _values(found)
 
@@ -207,7 +208,7 @@ def _read_records(file: str, metric: str, wanted: list) -> list[Point]:
             if not line.strip():
                 continue
             where = f"{file}:{number}"
-            record = _parse(line, where)
+            record = parse_record(line, where)
             if "loss" in record["metrics"]:
                 losses[record["run"], record["step"], _weights(record)] = record
             if metric not in record["metrics"]:

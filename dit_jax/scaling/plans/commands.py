@@ -15,8 +15,8 @@ from dit_jax.scaling.plans.overhead import Off
 from dit_jax.scaling.plans.plan import ladder_of, nearest, require_sizes
 from dit_jax.scaling.plans.recipe import Recipe, count_of, counted_flops, make_recipe
 from dit_jax.scaling.plans.settings import Settings, settings
+from dit_jax.scaling.report.text import DASH, finite, print_table, span
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.table import DASH, finite, print_table, span
 
 HOUR = 3600.0
 SIZES = (500.0, 1e15)  # parameters: an N_opt outside these is in other units

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.runs.conventions import TRAIN_OVER_FORWARD
 from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.runs.conventions import TRAIN_OVER_FORWARD
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
-from dit_jax.scaling.runs.conventions import Convention
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans.family import sized
 from dit_jax.scaling.plans.overhead import FACTOR, off_by
 from dit_jax.scaling.plans.settings import Settings, command
 from dit_jax.scaling.runs import Run
+from dit_jax.scaling.runs.conventions import Convention
 
 ROUNDED = 1e-3  # of the tokens an image, as far as rounded numbers of images may be off
 UNLIKE = 1.25  # FLOPs per parameter and token, planned over fitted, above which the two are not the same study

@@ -74,7 +74,7 @@ def load_runs(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, seen = [], set()
     for path in map(os.fspath, paths):
-        for file in _files(path):
+        for file in files_of(path):
             if os.path.realpath(file) not in seen:
                 seen.add(os.path.realpath(file))
                 if file.endswith(".csv"):
@@ -151,7 +151,7 @@ def _moved(runs: Sequence[Run], most: float) -> list[Run]:
     return [replace(run, flops=run.flops * math.exp(most * u)) for run, u in zip(ordered, steps, strict=True)]
 
 
-def _files(path: str) -> list[str]:
+def files_of(path: str) -> list[str]:
     if os.path.isfile(path):
         if not path.endswith((".csv", ".jsonl")):
             raise UsageError(f"{path}: found a file, expected a workdir, a .csv or a records.jsonl")
@@ -183,7 +183,7 @@ def _read_records(
             if not line.strip():
                 continue
             at = f"{file}:{number}"
-            record = _parse(line, at)
+            record = parse_record(line, at)
             if protocol_id not in (None, record["protocol_id"]):
                 continue
             if metric not in record["metrics"]:
@@ -200,7 +200,7 @@ def _read_records(
     return [_run(record, metric, at) for _, record, at in last.values()]
 
 
-def _parse(line: bytes, where: str) -> dict:
+def parse_record(line: bytes, where: str) -> dict:
     try:
         record = parse_json(line)
     except ValueError as error:

@@ -294,6 +294,7 @@ def _fit(
 
 
 def span_of(fit: Fit, name: str) -> str:
+    """The interval of a parameter as text."""
     low, high = fit.interval(fit.parameter_draws.get(name))
     return "\N{EN DASH}" if math.isnan(low) else f"{low:.5g} to {high:.5g}"
 

@@ -152,6 +152,7 @@ def _moved(runs: Sequence[Run], most: float) -> list[Run]:
 
 
 def files_of(path: str) -> list[str]:
+    """The files of runs that a path names: itself, or every `eval/records.jsonl` below it."""
     if os.path.isfile(path):
         if not path.endswith((".csv", ".jsonl")):
             raise UsageError(f"{path}: found a file, expected a workdir, a .csv or a records.jsonl")

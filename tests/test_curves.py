@@ -18,7 +18,7 @@ from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
 from dit_jax.workdir.records import protocol_id, read_records
 
-BUDGETS, SIZES = (2e8, 4e8), ((4, 1, 1), (8, 2, 1), (12, 3, 1))
+BUDGETS, SIZES = (1.05e8, 2.1e8), ((4, 1, 1), (8, 2, 1), (12, 3, 1))
 
 
 def config(sweep=None, **groups):
@@ -95,7 +95,7 @@ def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cap
     assert ladder.run(cfg, workdir) == []
     said = capsys.readouterr()
     assert "3 of 3 cells are finished" in said.err and "Laws of compute" in said.out
-    sweep = dataclasses.replace(cfg.sweep, budgets=(*BUDGETS, 6e8), windows=(*cfg.sweep.windows, (2, 3)))
+    sweep = dataclasses.replace(cfg.sweep, budgets=(*BUDGETS, 3.15e8), windows=(*cfg.sweep.windows, (2, 3)))
     more = dataclasses.replace(cfg, sweep=sweep)
     identity = protocol_id(loss_protocol(more, ladder.prepare(more, workdir)))
     todo = [cell for cell in ladder.make_cells(more, workdir) if not ladder.finished(cell, identity)]
@@ -114,7 +114,7 @@ def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cap
 def test_a_budget_that_a_run_has_passed_is_an_error(curves, tmp_path):
     cfg, workdir, _ = curves
     workdir = str(shutil.copytree(workdir, tmp_path / "sweep"))
-    sweep = dataclasses.replace(cfg.sweep, budgets=(*BUDGETS, 3e8), windows=(*cfg.sweep.windows, (0, 1)))
+    sweep = dataclasses.replace(cfg.sweep, budgets=(*BUDGETS, 1.6e8), windows=(*cfg.sweep.windows, (0, 1)))
     more = dataclasses.replace(cfg, sweep=sweep)
     (cell,) = [cell for cell in ladder.make_cells(more, workdir) if cell.name == "w4-d1"]
     with pytest.raises(JobError, match=rf"w4-d1: found no checkpoint of steps \[{cell.steps[1]}\], which the run has"):

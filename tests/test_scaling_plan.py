@@ -387,7 +387,7 @@ def test_where_no_loss_is_known_beyond_the_data_the_plan_says_so():
         (["--flops=1e13", "--config=none.py"], "no config file 'none.py'"),
         (["--flops=1e13", "--config=bad.py"], "--config: bad.py cannot be read: KeyError: 'get_config'"),
         (["--flops=1e13", "--model=DiT-XXL/2"], "model name: found 'DiT-XXL/2', expected one of"),
-        (["--flops=1e13", "--model=DiT-XL/2", "--patch=3"], "model.patch: found 3, expected a divisor of input_size = 32"),
+        (["--flops=1e13", "--model=DiT-XL/2", "--patch=3"], "model.patch: found 3, expected a divisor of model.input_size = 32"),
         (["--flops=1e13", "--image_size=256"], "--image_size: found it with the settings of a config"),
         (["--flops=1e13", "--batch=-4"], "--batch: found -4, expected at least 1"),
         (["--flops=1e13", "--batch=100000000"], "less than a batch of 100000000"),

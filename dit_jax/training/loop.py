@@ -116,9 +116,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
     first = checkpoint.newest_verified(workdir)
     missing = sorted({step for step in cfg.train.keep_at if step <= first} - {*checkpoint.steps(workdir)})
     if missing and not quiet:
-        warn(
-            f"train.keep_at: {workdir} is at step {first} already, and its checkpoints of steps {missing} are gone for good"
-        )
+        warn(f"train.keep_at: {workdir} is at step {first}, past the steps {missing}, and has no checkpoint of them")
     if first >= cfg.train.steps:
         say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
         return 0

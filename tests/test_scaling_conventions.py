@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_scaling_fit import DATA, study
+from planted import DATA, study
 from test_scaling_runs import PROTOCOL, record, table, workdir
 
 from dit_jax.error import UsageError

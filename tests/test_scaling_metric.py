@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 from scipy import stats
-from test_scaling_fit import BUDGETS, study
+from planted import BUDGETS, study
 from test_scaling_frontier import PROTOCOL, SAMPLING
 from test_scaling_runs import record, workdir
 

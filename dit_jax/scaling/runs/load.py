@@ -202,6 +202,7 @@ def _read_records(
 
 
 def parse_record(line: bytes, where: str) -> dict:
+    """A line of records.jsonl with the fields that a run needs, checked."""
     try:
         record = parse_json(line)
     except ValueError as error:

@@ -93,8 +93,9 @@ def stands_alone(page: str) -> Balanced:
 def shown(page: str) -> str:
     """The words of a page, powers as the terminal writes them."""
     page = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
-    page = re.sub(r"(?<![\d.])10<sup>(.*?)</sup>", r"1e+\1", page)
-    page = re.sub(r"\N{MULTIPLICATION SIGN}10<sup>(.*?)</sup>", r"e+\1", page)
+    sup = re.compile(r"(?:(?<![\d.])|(?P<x>\N{MULTIPLICATION SIGN}))10<sup>(.*?)</sup>")
+    page = sup.sub(lambda f: f"{'' if f['x'] else '1'}e{int(f[2].replace(chr(0x2212), '-')):+03d}", page)
+    page = re.sub(r"<sup>(.*?)</sup>", lambda f: "^" + f[1].replace(chr(0x2212), "-"), page)
     return re.sub(r"<[^>]*>", " ", page)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 
 from dit_jax.error import UsageError
 from dit_jax.files import LARGEST, check_json, read, write_file
@@ -27,7 +28,11 @@ CAPTIONS = {
 def save(path: str, report: Report) -> str:
     """Write the page, its figures and its JSON (see `report.save`)."""
     check_json(path, "--out", makes_folders=True)
-    folder, pictures = os.path.dirname(os.path.abspath(path)), draw(report)
+    folder = os.path.dirname(os.path.abspath(path))
+    _refuse_others(
+        [path, *(os.path.join(folder, name) for name in ("fit.json", "report.json"))]
+    )  # soon, before the figures
+    pictures = draw(report)
     main = report.fits[report.main]
     predictions = [predict(main, c) for c in computes(report)]
     if report.test is not None:
@@ -36,15 +41,19 @@ def save(path: str, report: Report) -> str:
     for name, value in (("fit", to_json(main, predictions)), ("report", report_json(report))):
         content[os.path.join(folder, f"{name}.json")] = json.dumps({"generator": GENERATOR} | value, indent=1).encode()
     content[os.path.abspath(path)] = page(report, pictures).encode()
-    for file in content:
-        if os.path.lexists(file) and not _ours(file):
-            raise UsageError(
-                f"--out: {file} was not written by a report, expected another folder, or that file moved away"
-            )
+    _refuse_others(content)
     os.makedirs(folder, exist_ok=True)
     for file, data in content.items():
         write_file(file, data)
     return path
+
+
+def _refuse_others(paths: Iterable[str]) -> None:
+    for file in paths:
+        if os.path.lexists(file) and not _ours(file):
+            raise UsageError(
+                f"--out: {file} was not written by a report, expected another folder, or that file moved away"
+            )
 
 
 def _ours(path: str) -> bool:

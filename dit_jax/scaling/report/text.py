@@ -97,7 +97,7 @@ def prediction_rows(predictions: Iterable[Mapping]) -> list[tuple]:
     for said in predictions:
         cells = [f"{said['flops']:.3g}", far(said["beyond"])]
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
-            cells += [written(said[name], digits), span(said[f"{name}_interval"], digits)]
+            cells += [written(said[name], digits), span(said[f"{name}_interval"], digits.replace("4g", "3g"))]
         rows.append((*cells, span(said["L_run_interval"], ".4f")))
     return rows
 
@@ -162,7 +162,9 @@ def opening(report) -> str:
         return text
     many = len(report.disagreements)
     agree = (
-        f"they disagree beyond their intervals in {many} place(s)" if many else "no two disagree beyond their intervals"
+        f"they disagree beyond their intervals on {many} quantit{'y' if many == 1 else 'ies'}"
+        if many
+        else "no two disagree beyond their intervals"
     )
     return f"{text} {len(report.fits)} methods were fitted; {agree}."
 

@@ -25,9 +25,8 @@ from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dit_jax.scaling.fits.surface import DELTA, Surface, fit_surface
-
 from dit_jax.scaling.fits import newton
+from dit_jax.scaling.fits.surface import DELTA, Surface, fit_surface
 from dit_jax.scaling.runs import Run
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024

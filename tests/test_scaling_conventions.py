@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted import DATA, study
+from planted import study
 from test_scaling_runs import PROTOCOL, record, table, workdir
 
 from dit_jax.error import UsageError
@@ -25,6 +25,8 @@ from dit_jax.scaling.runs.conventions import (
 OURS = Convention()
 MACS = Convention(unit="MACs", passes="forward")
 RUN = Run("a", 100.0, 1600.0, 2e6, 0.5, params_total=150.0, images=100.0)
+
+DATA = os.path.join(os.path.dirname(__file__), "data")
 
 
 def test_the_gflops_of_the_dit_paper_are_a_sixth_of_training_flops():

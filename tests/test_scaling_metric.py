@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 import pytest
-from scipy import stats
 from planted import BUDGETS, study
+from scipy import stats
 from test_scaling_frontier import PROTOCOL, SAMPLING
 from test_scaling_runs import record, workdir
 

@@ -80,7 +80,8 @@ def fit_isoflop(
     details = fit.details | {"bias": told | {"corrected": any("bias is sub" in n for n in fit.notes)} if told else None}
     why = scattered(groups, tolerance)
     reasons = (f"{why}; fit a surface (--method=varpro), or name the budgets in a column 'group'",) if why else ()
-    return replace(fit, reasons=(*reasons, *fit.reasons), notes=(*notes, *fit.notes), details=details)
+    every_run = tuple(runs)
+    return replace(fit, runs=every_run, reasons=(*reasons, *fit.reasons), notes=(*notes, *fit.notes), details=details)
 
 
 def _shift(surface: Reference, used: Sequence[Budget], losses: np.ndarray | None = None) -> np.ndarray:

@@ -16,9 +16,9 @@ from dit_jax.error import UsageError, shown
 from dit_jax.files import numbered
 from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, flatten
-from dit_jax.scaling.runs.load import files_of, parse_record
 from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, opened, positive
 from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
+from dit_jax.scaling.runs.load import files_of, parse_record
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")

@@ -284,18 +284,9 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     text.print_table(f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))
     if tested:
         text.print_table("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))
-    made = report.Report(
-        title=f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs",
-        fits=found.fits,
-        main=law.method,
-        runs=tuple(ladder),
-        findings=tuple(said),
-        refused=found.refused,
-        disagreements=found.disagreements,
-        test=tested,
-        grid=picture,
-        flops=(target,) if target else (),
-    )
+    title, flops_ = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs", (target,) if target else ()
+    rest = (found.refused, found.disagreements, tested, picture, flops_)
+    made = report.Report(title, found.fits, law.method, tuple(ladder), tuple(said), *rest)
     print(report.opening(made))
     return report.save(os.path.join(workdir, "report.html"), made), failed
 

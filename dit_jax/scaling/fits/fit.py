@@ -116,7 +116,7 @@ def interval(values, level: float) -> tuple:
     return float(low), float(high)
 
 
-def predict(fit: Fit, flops: float, params: float | None = None) -> dict:
+def predict(fit: Fit, flops: float | int, params: float | int | None = None) -> dict:
     """N_opt, D_opt, L_opt and D/N at `flops` with intervals, and the expected loss of one run there of `params` (None = N_opt).
 
     `L_run_interval` holds the noise of a run as well. `beyond` is the multiple of the largest compute fitted. L_opt and L_run are nan where

@@ -40,14 +40,14 @@ class Trial:
     fails: bool
 
 
-def examine(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float = 0.0) -> Fit:
+def examine(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float | int = 0.0) -> Fit:
     """The fit with a reason for each trial that failed. `refit` fits other runs in the same way, `flops` is the farthest compute asked for
     (0: ten times the data)."""
     failed = tuple(NOT + t.found for t in trials(fit, refit, flops) if t.fails)
     return replace(fit, reasons=(*fit.reasons, *failed)) if failed else fit
 
 
-def trials(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float = 0.0) -> list[Trial]:
+def trials(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float | int = 0.0) -> list[Trial]:
     """Every test that this fit allows."""
     found = [bending_of_size(fit), bending_of_loss(fit), form(fit), repetition(fit)]
     if fit.draws:
@@ -132,7 +132,7 @@ def repetition(fit: Fit) -> Trial | None:
     return Trial("repeated data", text, better)
 
 
-def ends(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float) -> list[Trial]:
+def ends(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float | int) -> list[Trial]:
     """The laws at `flops` without the smallest and without the largest budget."""
     parts = _parts(fit)
     if len(parts) < 4:

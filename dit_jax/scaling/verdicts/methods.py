@@ -30,7 +30,7 @@ class Methods:
         return next((fit for fit in self.fits.values() if fit.identified), next(iter(self.fits.values())))
 
 
-def fit_one(runs: Sequence[Run], method: str, flops: float = 0.0, **options) -> Fit:
+def fit_one(runs: Sequence[Run], method: str, flops: float | int = 0.0, **options) -> Fit:
     """The fit of one method, examined for what it says beyond its data, as far as `flops`. `options` are those of its function."""
     fit = METHODS[method](runs, **options)
     return examine(fit, again(method, **options), flops)
@@ -44,7 +44,7 @@ def again(method: str, most: int = 200, **options) -> Callable[[Sequence[Run]], 
 
 def fit_methods(
     runs: Sequence[Run],
-    flops: float = 0.0,
+    flops: float | int = 0.0,
     names: Sequence[str] = tuple(METHODS),
     options: Callable[[str], dict] = lambda method: {},
 ) -> Methods:
@@ -63,7 +63,7 @@ def fit_methods(
     return Methods(fits, refused, at, tuple(_disagreements(fits, at)))
 
 
-def values(fit: Fit, flops: float) -> dict:
+def values(fit: Fit, flops: float | int) -> dict:
     """name -> (value, interval) of what methods have in common: a, b, irreducible, and N_opt and L_opt at `flops`."""
     out = {}
     for name, ours in (("a", "N_opt"), ("b", "D_opt")):
@@ -80,7 +80,7 @@ def values(fit: Fit, flops: float) -> dict:
     return out
 
 
-def _disagreements(fits: dict, flops: float) -> list[str]:
+def _disagreements(fits: dict, flops: float | int) -> list[str]:
     """Where the intervals of two methods do not overlap; an interval of no width is a method's premise, not its finding."""
     table, found = {method: values(fit, flops) for method, fit in fits.items()}, []
     methods = list(table)

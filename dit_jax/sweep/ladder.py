@@ -211,8 +211,7 @@ def check_law(cell: Cell, law: Fit, protocol_id: str) -> Extrapolation:
     """Prints the law's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
     said = predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
     expected = f"{text.written(said['L_run'], '.4f')} ({text.span(said['L_run_interval'], '.4f')})"
-    beyond = f"{said['beyond']:.1f}x beyond the ladder"
-    say(f"the law recommends {cell.name}, {beyond}; predicted loss {expected}")
+    say(f"the law recommends {cell.name}, {said['beyond']:.1f}x beyond the ladder; predicted loss {expected}")
     loop.run(cell.cfg, cell.workdir)
     evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps])
     return extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
@@ -276,14 +275,12 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
         except (UsageError, RuntimeError, OSError) as error:
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)
-    for method, fit in found.fits.items():
-        for warning in fit.warnings:
-            warn(f"{method}: {warning}")
-    for title, head, rows in law.tables:
-        text.print_table(title, head, rows)
-    text.print_table(f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))
-    if tested:
-        text.print_table("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))
+    for warning in (f"{method}: {w}" for method, fit in found.fits.items() for w in fit.warnings):
+        warn(warning)
+    tables = [*law.tables, (f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))]
+    tables += [("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))] if tested else []
+    for table in tables:
+        text.print_table(*table)
     title, flops_ = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs", (target,) if target else ()
     rest = (found.refused, found.disagreements, tested, picture, flops_)
     made = report.Report(title, found.fits, law.method, tuple(ladder), tuple(said), *rest)

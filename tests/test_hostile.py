@@ -411,6 +411,22 @@ def test_a_report_shows_hostile_names_as_text_and_writes_its_files_only(tmp_path
         f"<{t}"
         for t in [
             "html",
+            *(
+                "dl",
+                "dt",
+                "dd",
+                "sup",
+                "sub",
+                "thead",
+                "tbody",
+                "caption",
+                "details",
+                "summary",
+                "nav",
+                "main",
+                "section",
+                "fieldset",
+            ),
             "head",
             "meta",
             "title",

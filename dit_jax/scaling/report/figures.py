@@ -93,7 +93,7 @@ def law(fits: Mapping[str, Fit], name: str, flops: Sequence[float] = ()) -> Figu
             lines += [y, best]
         _edge(axis, largest)
         scale(axis, "x", C_LABEL, [grid])
-        wide = np.array([np.nanmax(high - low) for low, high in bands] or [0.0])
+        wide = np.array([np.max(np.nan_to_num(high - low)) for low, high in bands] or [0.0])
         usual = [edges for edges, w in zip(bands, wide, strict=False) if w <= 2 * np.median(wide)]
         scale(
             axis, "y", name if axis is axes[0, 0] else f"{name} over {plain(first.method)}'s", [*lines, *usual], bands

@@ -13,6 +13,7 @@ CORE = [
     "importlib_resources",
     "jax>=0.10,<0.13",
     "jaxtyping",
+    "jinja2",
     "matplotlib",
     "ml_collections",
     "numpy",
@@ -54,7 +55,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dit_jax", "dit_jax.*"]),
-    package_data={"dit_jax": ["**/*.safetensors", "**/*.json", "**/*.css", "**/*.js"]},
+    package_data={"dit_jax": ["**/*.safetensors", "**/*.json", "**/*.jinja"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

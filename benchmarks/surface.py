@@ -25,9 +25,9 @@ from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dit_jax.scaling import newton
+from dit_jax.scaling.fits import newton
+from dit_jax.scaling.fits.surface import DELTA, Surface, fit_surface, make_design
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.surface import DELTA, Surface, fit_surface
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024
 TIGHT = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 15_000, "maxfun": 15_000}
@@ -87,26 +87,34 @@ def scipy_row(name, exact: bool, options: dict, data, starts, weights, best) -> 
     return {"name": name, **seconds, "found": np.array(found), "again": np.array(again)}
 
 
+def theta_of(fit) -> np.ndarray:
+    """log E, log A, log B, alpha and beta of a fit."""
+    p = fit.parameters
+    return np.array([*np.log([p["E"], p["A"], p["B"]]), p["alpha"], p["beta"]])
+
+
 def ours_row(name, runs, project: bool, resamples: int, weights) -> dict:
     """The same with ours. The bootstraps' objectives are for SciPy's weights, not for the timed resamples."""
     fit_surface(runs[:20], resamples=20)
     begin = time.process_time()
-    fit = fit_surface(runs, resamples=0)
+    fit, design = fit_surface(runs, resamples=0), make_design(runs, "log", "huber")
+    c = design.centre
     if project:
-        found, reached = np.array([fit.objective]), fit.starts.reached
+        found, reached = np.array([fit.objective]), 1.0
     else:
         begin = time.process_time()
-        c = fit.design.centre
         starts = make_starts()
         starts[:, 0] -= c[2]
         starts[:, 1] -= starts[:, 3] * c[0] + c[2]
         starts[:, 2] -= starts[:, 4] * c[1] + c[2]
-        found = newton.minimize(fit.design.problem, starts).loss
+        found = newton.minimize(design.problem, starts).loss
         reached = np.mean(found <= found.min() * (1 + 1e-6))
     middle = time.process_time()
     fit_surface(runs, resamples=resamples) if project else None
     end = time.process_time()
-    again = newton.minimize(fit.design.problem, np.tile(fit.theta, (len(weights), 1)), weights).loss
+    e, a, b, alpha, beta = theta_of(fit)
+    theta = np.array([e - c[2], a - alpha * c[0] - c[2], b - beta * c[1] - c[2], alpha, beta])
+    again = newton.minimize(design.problem, np.tile(theta, (len(weights), 1)), weights).loss
     extra = middle - begin if project else 0.0  # the second fit searched the starts again
     seconds = {"starts": middle - begin, "resamples": end - middle - extra}
     return {"name": name, **seconds, "found": found, "again": again, "reached": reached, "fit": fit}
@@ -127,7 +135,7 @@ def main() -> None:
     ours = ours_row("ours", runs, True, args.resamples, weights)
     raw = ours_row("ours, starts as they are", runs, False, 0, weights)
     fit = ours["fit"]
-    best = np.array([*np.log([fit.surface.E, fit.surface.A, fit.surface.B]), fit.surface.alpha, fit.surface.beta])
+    best = theta_of(fit)
     rows = [
         scipy_row(name, exact, options, data, chosen, weights, best)
         for name, exact, options in (

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 import jax
@@ -62,14 +62,15 @@ def steps(workdir: str) -> list[int]:
 
 
 class Saver:
-    """Saves in the background, one at a time, and keeps the `keep` newest checkpoints. For the job that trains only.
+    """Saves in the background, one at a time, and prunes as `prune` does. For the job that trains only.
 
     Opening removes half-written saves of a killed process. The next `check`, `save` or `close` raises the error of a
     failed save, as a JobError.
     """
 
-    def __init__(self, workdir: str, keep: int):
-        self.workdir, self.keep, self._lock = workdir, keep, contextlib.ExitStack()
+    def __init__(self, workdir: str, keep: int, keep_at: Collection[int] = ()):
+        self.workdir, self._lock = workdir, contextlib.ExitStack()
+        self._prune = functools.partial(prune, workdir, keep, keep_at)
         self._pending: tuple[int, futures.Future] | None = None
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -124,7 +125,7 @@ class Saver:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             publish(target, path_of(self.workdir, step))
-            for what, action in (("the goodput", after), ("older checkpoints", lambda: prune(self.workdir, self.keep))):
+            for what, action in (("the goodput", after), ("older checkpoints", self._prune)):
                 try:
                     action()
                 except (OSError, UsageError) as error:  # the checkpoint is saved all the same
@@ -149,12 +150,12 @@ def publish(unfinished: str, final: str) -> None:
     rename(unfinished, final)
 
 
-def prune(workdir: str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, unless the newest does not verify."""
+def prune(workdir: str, keep: int, keep_at: Collection[int] = ()) -> None:
+    """Remove all but the `keep` newest checkpoints and those of the steps `keep_at`, unless the newest does not verify."""
     found = steps(workdir)
     if len(found) <= keep or manifest.problems(path_of(workdir, found[-1])):
         return
-    for step in found[:-keep]:
+    for step in sorted({*found[:-keep]} - {*keep_at}):
         old = path_of(workdir, step)
         aside = _free_name(old + REMOVING)
         rename(old, aside)  # so that a removal cut short leaves no half checkpoint
@@ -244,14 +245,20 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
         raise JobError(f"{at}: the checkpoint could not be written ({_cause(error)})") from error
 
 
-def read_meta(workdir: str, step: int) -> dict:
-    """Read a checkpoint's meta. Raises JobError if it is damaged."""
+def read_meta(workdir: str, step: int, item: str = "meta") -> dict:
+    """Read a checkpoint's item of JSON values, "meta" or "data". Raises JobError if it is damaged."""
     at = path_of(workdir, step)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return dict(reader.restore(os.path.join(at, "meta")))
+            return dict(reader.restore(os.path.join(at, item)))
     except (OSError, ValueError, TypeError) as error:
-        raise JobError(f"{at}: its meta cannot be read ({_cause(error)}); restore the folder from a copy") from None
+        raise JobError(f"{at}: its {item} cannot be read ({_cause(error)}); restore the folder from a copy") from None
+
+
+def unique_images(workdir: str, step: int) -> int | None:
+    """Return the number of different images that a checkpoint's training had; None if only weights were converted."""
+    trained = os.path.isdir(os.path.join(path_of(workdir, step), "data"))
+    return read_meta(workdir, step, "data").get("source", {}).get("records") if trained else None
 
 
 def check_trained(workdir: str) -> None:

@@ -53,16 +53,13 @@ class ModelConfig:
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         choice("model.remat", self.remat, ("none", "dots", "full"))
-        if self.width % self.heads:
-            raise UsageError(f"model.heads: found {self.heads}, expected a divisor of model.width = {self.width}")
+        for name, of in (("heads", "width"), ("patch", "input_size"), ("unroll", "depth")):
+            if getattr(self, of) % (found := getattr(self, name)):
+                raise UsageError(f"model.{name}: found {found}, expected a divisor of model.{of} = {getattr(self, of)}")
         if self.width % 4:
             raise UsageError(
                 f"model.width: found {self.width}, expected a multiple of 4 (two sines and two cosines a position)"
             )
-        if self.input_size % self.patch:
-            raise UsageError(f"model.patch: found {self.patch}, expected a divisor of input_size = {self.input_size}")
-        if self.depth % self.unroll:
-            raise UsageError(f"model.unroll: found {self.unroll}, expected a divisor of model.depth = {self.depth}")
 
     @property
     def tokens(self) -> int:
@@ -161,6 +158,7 @@ class TrainConfig:
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones
+    keep_at: tuple = ()  # rising steps whose checkpoints are saved and never pruned
     spike: float = 20.0  # standard deviations above the mean loss or gradient norm that skip a step; 0 = off
     spike_window: int = 100  # steps of the rolling mean and deviation, and steps before the first skipped spike
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
@@ -172,6 +170,9 @@ class TrainConfig:
         in_range("train.seed", self.seed, 0, 2**31 - 1)
         _at_least(0, self, "spike", "replay_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
+        if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
+            expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"
+            raise UsageError(f"train.keep_at: found {shown(self.keep_at)}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,8 @@ class SweepConfig:
     budgets: tuple = ()  # training FLOPs per run
     sizes: tuple = ()  # all (width, depth, heads) of the ladder, smallest first
     windows: tuple = ()  # per budget, (first, last + 1) of its indices into `sizes`
+    curves: bool = False  # one run per size, evaluated at each budget's step; for a constant rate and a power EMA
+    samples: int = 0  # images drawn from each evaluated checkpoint and scored as by `evaluate`; 0 = none
     base_width: int = 64  # width for which optim.learning_rate is meant
     width_power: float = 1.0  # the learning rate scales as (base_width / width) ** width_power
     extrapolate: float = 0.0  # train the recommended model at this multiple of the largest budget; 0 = no
@@ -307,6 +310,7 @@ class SweepConfig:
     grid_guidance: float = 2.0  # guidance scale of that grid
 
     def __post_init__(self):
+        budgets, sizes, windows = len(self.budgets), len(self.sizes), len(self.windows)
         for budget in self.budgets:
             if not number(budget) or budget <= 0:
                 raise UsageError(f"sweep.budgets: found {shown(budget)}, expected training FLOPs above 0")
@@ -316,16 +320,12 @@ class SweepConfig:
                 if not whole or (name == "sizes" and min(row) < 1):
                     raise UsageError(f"sweep.{name}: found {shown(row)}, expected {form} in whole numbers")
         for window in self.windows:
-            if not 0 <= window[0] < window[1] <= len(self.sizes):
-                raise UsageError(
-                    f"sweep.windows: found {shown(window)}, expected (first, end) within {len(self.sizes)} sizes"
-                )
-        if len(self.windows) != len(self.budgets):
-            raise UsageError(
-                f"sweep.windows: found {len(self.windows)}, expected one per budget, so {len(self.budgets)}"
-            )
+            if not 0 <= window[0] < window[1] <= sizes:
+                raise UsageError(f"sweep.windows: found {shown(window)}, expected (first, end) within {sizes} sizes")
+        if windows != budgets:
+            raise UsageError(f"sweep.windows: found {windows}, expected one per budget, so {budgets}")
         _at_least(1, self, "processes", "base_width", "grid")
-        _at_least(0, self, "extrapolate")
+        _at_least(0, self, "extrapolate", "samples")
         in_range("sweep.grid_guidance", self.grid_guidance, 0.0, 1000.0)
 
 
@@ -350,6 +350,10 @@ class Config:
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
+        for name, needed in (("schedule", "constant"), ("ema", "power")):
+            if self.sweep.curves and (found := getattr(self.optim, name)) != needed:
+                why = "else a run stopped at a budget's step is not the run of that budget"
+                raise UsageError(f"optim.{name}: found {found!r}, expected {needed!r} with sweep.curves: {why}")
 
 
 def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:

@@ -1,29 +1,234 @@
-"""Tables of runs that follow a planted surface, and how often intervals hold it."""
+"""Tables of runs that follow planted laws, and how often intervals hold them: the designs of docs/coverage.md.
+
+`python tests/planted.py [STUDIES] [DESIGN ...]` prints the coverage of each design.
+"""
 
 import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dit_jax.scaling import study
-from dit_jax.scaling.predict import interval, predict
+from dit_jax.scaling.fits import fit_isoflop, fit_surface, fit_varpro
+from dit_jax.scaling.fits.fit import Fit, interval, predict
+from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.fits.surface import Surface
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.surface import Surface
+from dit_jax.scaling.verdicts.beyond import examine
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024, arXiv 2404.10102
+CHINCHILLA = Surface(1.69, 406.4, 410.7, 0.34, 0.28)  # Hoffmann et al. 2022, as printed
+SKEW = Surface(1.7, 900.0, 60.0, 0.42, 0.21)
 EQUAL = Surface(1.6, 350.0, 1100.0, 0.33, 0.33)
+N_LAW, L_LAW = PowerLaw(0.09, 0.52), PowerLaw(22.0, -0.22, 0.38)
+BUDGETS = np.geomspace(4e9, 1.3e11, 5)
 
 
-def ladder(law=LAW, noise=0.0, seed=0, budgets=6, sizes=8) -> list[Run]:
-    """IsoFLOP runs: `budgets` from 1e18 to 1e21 FLOPs, sizes within a factor 4 of a somewhat drifting centre."""
+def study(
+    noise=0.0, seed=0, budgets=BUDGETS, sizes=5, width=6.0, curvature=0.02, loss=L_LAW, se=0.0, scatter=0.0, bend=0.0
+) -> list[Run]:
+    """Runs whose isoFLOP curves are exactly quadratic in log N, off-centre by a random shift, plus noise. The minimum of each budget is
+    moved by `scatter` (of log N) by chance; the exponent of N_opt changes by `bend` a decade of compute."""
     rng, runs = np.random.default_rng(seed), []
-    for c in np.geomspace(1e18, 1e21, budgets):
-        centre = float(law.optimum(6.0)["N_opt"](c)) * math.exp(rng.uniform(-0.3, 0.3))
-        for i, u in enumerate(np.linspace(-1, 1, sizes) * math.log(4)):
+    middle = math.sqrt(budgets[0] * budgets[-1])
+    for c in budgets:
+        shift, decades = rng.uniform(-0.4, 0.4), math.log10(c / middle)
+        moved = (scatter * rng.standard_normal() if scatter else 0.0) + bend / 2 * decades**2 * math.log(10)
+        for i, u in enumerate(np.linspace(-1, 1, sizes) * math.log(width) + shift):
+            value = loss(c) + curvature * u**2 + noise * rng.standard_normal()
+            n = N_LAW(c) * math.exp(u + moved)
+            d = c / (6 * n)
+            runs.append(Run(f"{c:.2g}_{i}", float(n), float(d), float(c), float(value), se, images=float(d / 16)))
+    return runs
+
+
+def ladder(law=LAW, noise=0.0, seed=0, budgets=6, sizes=8, low=1e18, high=1e21, wide=4.0) -> list[Run]:
+    """IsoFLOP runs: `budgets` from 1e18 to 1e21 FLOPs, sizes within a factor 4 of a somewhat drifting centre."""
+    rng, runs, centres = np.random.default_rng(seed), [], getattr(law, "optimum", LAW.optimum)(6.0)["N_opt"]
+    for c in np.geomspace(low, high, budgets):
+        centre = float(centres(c)) * math.exp(rng.uniform(-0.3, 0.3))
+        for i, u in enumerate(np.linspace(-1, 1, sizes) * math.log(wide)):
             n = centre * math.exp(u)
             d = float(c / (6 * n))
             loss = law(n, d) * math.exp(noise * rng.standard_normal())
             runs.append(Run(f"{c:.2g}_{i}", n, d, float(c), float(loss)))
     return runs
+
+
+def grid(law, factor, points=15, offset=0.0, drift=0.0, budgets=None, noise=0.0, seed=0) -> list[Run]:
+    """`points` sizes within `factor` of a centre that lies `offset` above the optimum (log N) and drifts by `drift` in all."""
+    rng, runs = np.random.default_rng(seed), []
+    budgets = np.geomspace(1e17, 1e21, 5) if budgets is None else budgets
+    for j, c in enumerate(budgets.tolist()):
+        centre = float(law.optimum(6.0)["N_opt"](c)) * math.exp(offset + drift * j / (len(budgets) - 1))
+        for i, u in enumerate(np.linspace(-1, 1, points) * math.log(factor)):
+            n = centre * math.exp(u)
+            d = c / (6 * n)
+            runs.append(Run(f"{j}_{i}", n, d, c, float(law(n, d)) * math.exp(noise * rng.standard_normal())))
+    return runs
+
+
+def curves(law=LAW, noise=0.0, ratio=2.0, sizes=8, points=40, seed=0) -> list[Run]:
+    """Training curves whose every checkpoint follows the surface, as without a schedule."""
+    rng, runs = np.random.default_rng(seed), []
+    for i in range(sizes):
+        n = 5e7 * ratio**i
+        shift = noise * rng.standard_normal()
+        for d in np.geomspace(1, 1000, points) * n:
+            loss = float(law(n, d)) * math.exp(shift)
+            runs.append(Run(f"n{i}", n, float(d), float(6 * n * d), loss))
+    return runs
+
+
+def sheet(path, runs) -> str:
+    """A CSV of the runs."""
+    rows = [f"{r.name},{r.params!r},{r.tokens!r},{r.loss!r}" for r in runs]
+    path.write_text("\n".join(["run,params,tokens,loss", *rows]) + "\n")
+    return str(path)
+
+
+def ragged(noise=0.003, seed=0, budgets=5) -> list[Run]:
+    """A ladder of 4 to 9 sizes a budget, a quarter of the cells missing, each C up to 3 % off."""
+    rng, runs = np.random.default_rng(seed), []
+    for c in np.geomspace(1e18, 1e21, budgets):
+        count = int(rng.integers(4, 10))
+        centre = float(LAW.optimum(6.0)["N_opt"](c)) * math.exp(rng.uniform(-0.3, 0.3))
+        places = np.linspace(-1, 1, count) * math.log(4)
+        kept = [u for u in places if rng.uniform() > 0.25]
+        for i, u in enumerate(kept if len(kept) > 2 else places):
+            n, at = centre * math.exp(u), c * math.exp(rng.uniform(-0.03, 0.03))
+            loss = LAW(n, at / (6 * n)) * math.exp(noise * rng.standard_normal())
+            runs.append(Run(f"{c:.2g}_{i}", float(n), float(at / (6 * n)), float(at), float(loss), group=f"{c:.2g}"))
+    return runs
+
+
+def interacting(n, d):
+    """A surface with a term of N and D together, a third of the reducible loss at the optimum of 3e19 FLOPs."""
+    at = {name: float(law(3e19)) for name, law in LAW.optimum(6.0).items()}
+    share = (at["L_opt"] - LAW.E) / 3
+    return LAW.E + 2 / 3 * (LAW(n, d) - LAW.E) + share * (n / at["N_opt"]) ** -0.1 * (d / at["D_opt"]) ** -0.22
+
+
+def repeated(unique: float, most: float = 15.39):
+    """Muennighoff et al. 2023 (arXiv 2305.16264), eq. 5: tokens beyond `unique` count less and less."""
+
+    def law(n, d):
+        again = np.maximum(d / unique - 1, 0.0)
+        return LAW(n, np.minimum(d, unique) + unique * most * (1 - np.exp(-again / most)))
+
+    return law
+
+
+def of_surface(far: float) -> tuple:
+    laws = LAW.optimum(6.0)
+    return {"a": float(LAW.a), "N_opt": float(laws["N_opt"](far)), "L_opt": float(laws["L_opt"](far))}, far
+
+
+def of_study(far: float) -> tuple:
+    return {"a": 0.52, "N_opt": float(N_LAW(far)), "L_opt": float(L_LAW(far))}, far
+
+
+def best_of(law, far: float) -> tuple:
+    """The optimum of any law of (N, D) at `far`."""
+    n = np.exp(np.linspace(math.log(1e7), math.log(1e12), 200001))
+    loss = law(n, far / (6 * n))
+    return {"N_opt": float(n[loss.argmin()]), "L_opt": float(loss.min())}, far
+
+
+@dataclass(frozen=True)
+class Design:
+    """Planted studies: how to make one of a seed, how to fit it, and what is true at which compute; {} = nothing to be held."""
+
+    make: Callable
+    fit: Callable
+    truth: dict
+    far: float
+
+
+def tried(fit, **options) -> Callable:
+    """A fit with the trials of `verdicts.beyond`."""
+
+    def run(runs, far: float, resamples: int, seed: int) -> Fit:
+        found = fit(runs, resamples=resamples, seed=seed, **options)
+        return examine(found, lambda some: fit(some, resamples=100, seed=seed, **options), far)
+
+    return run
+
+
+ISO, VARPRO, SURFACE = tried(fit_isoflop), tried(fit_varpro), tried(fit_surface)
+FAR = 4 * float(BUDGETS[-1])
+UNIQUE = 2e9
+DESIGNS = {
+    "isoflop, study": Design(lambda s: study(noise=0.003, seed=s), ISO, *of_study(FAR)),
+    "isoflop, 10x": Design(lambda s: study(noise=0.002, seed=s, sizes=7), ISO, *of_study(10 * float(BUDGETS[-1]))),
+    "isoflop, scattered 20 %": Design(
+        lambda s: study(noise=0.002 * 0.5, seed=s, sizes=7, scatter=0.2), ISO, *of_study(10 * float(BUDGETS[-1]))
+    ),
+    "isoflop, ladder": Design(lambda s: ladder(noise=0.003, seed=s), ISO, *of_surface(1e22)),
+    "varpro, ladder": Design(lambda s: ladder(noise=0.005, seed=s), VARPRO, *of_surface(1e22)),
+    "surface, ladder": Design(lambda s: ladder(noise=0.005, seed=s), SURFACE, *of_surface(1e22)),
+    "isoflop, 3 budgets x 5": Design(
+        lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2]), ISO, *of_study(10 * float(BUDGETS[-1]))
+    ),
+    "isoflop, 3 budgets x 8": Design(
+        lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2], sizes=8), ISO, *of_study(10 * float(BUDGETS[-1]))
+    ),
+    "varpro, 3 budgets x 8": Design(lambda s: ladder(noise=0.003, seed=s, budgets=3), VARPRO, *of_surface(1e22)),
+    "isoflop, N-D interaction": Design(
+        lambda s: ladder(interacting, noise=0.003, seed=s), ISO, *best_of(interacting, 1e22)
+    ),
+    "varpro, N-D interaction": Design(
+        lambda s: ladder(interacting, noise=0.003, seed=s), VARPRO, *best_of(interacting, 1e22)
+    ),
+    "isoflop, ragged": Design(lambda s: ragged(seed=s), ISO, *of_surface(1e22)),
+    "varpro, ragged": Design(lambda s: ragged(seed=s), VARPRO, *of_surface(1e22)),
+    "isoflop, unscaled rates": Design(
+        lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=np.geomspace(4e9, 4e11, 5)), ISO, {}, 4e12
+    ),
+    "varpro, unscaled rates": Design(
+        lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=np.geomspace(4e9, 4e11, 5)), VARPRO, {}, 4e12
+    ),
+    "isoflop, repeated data": Design(
+        lambda s: ladder(repeated(UNIQUE), noise=0.003, seed=s, budgets=5, low=1e18, high=1e20), ISO, {}, 1e21
+    ),
+    "varpro, repeated data": Design(
+        lambda s: ladder(repeated(UNIQUE), noise=0.003, seed=s, budgets=5, low=1e18, high=1e20), VARPRO, {}, 1e21
+    ),
+}
+
+
+def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
+    """quantity -> share of the studies whose interval holds the truth, of those that give one; "identified": share of studies whose fit
+    says that it may speak of the target, and "half": the median half-width of the exponent of N_opt."""
+    hits: dict = {name: [] for name in design.truth}
+    identified, widths, why = [], [], {}
+    for seed in range(studies):
+        fit = design.fit(design.make(seed), design.far, resamples, 10**6 + seed)
+        identified.append(fit.identified)
+        for reason in fit.reasons:
+            key = " ".join(reason.split()[5:9])
+            why[key] = why.get(key, 0) + 1
+        low, high = fit.exponent("N_opt")[1]
+        widths.append((high - low) / 2)
+        said = predict(fit, design.far) | {"a_interval": (low, high)}
+        for name, value in design.truth.items():
+            between = said[f"{name}_interval"]
+            if math.isfinite(between[0]):
+                hits[name].append(between[0] - 1e-12 <= value <= between[1] + 1e-12)
+    found = {name: float(np.mean(h)) if h else math.nan for name, h in hits.items()}
+    return found | {"identified": float(np.mean(identified)), "half": float(np.nanmedian(widths)), "why": why}
+
+
+def held(fit, make, truth: dict, far: float, studies: int, resamples: int) -> dict:
+    """quantity of `truth` (a: exponent of N_opt; N_opt and L_opt at `far`) -> share of the studies make(seed) whose interval holds it."""
+    hits: dict = {name: [] for name in truth}
+    for seed in range(studies):
+        draws = fit(make(seed), resamples=resamples, seed=10**6 + seed).draws
+        for name, value in truth.items():
+            low, high = interval(draws["N_opt"].exponent if name == "a" else draws[name](far), 0.95)
+            hits[name].append(low - 1e-12 <= value <= high + 1e-12)
+    return {name: float(np.mean(h)) for name, h in hits.items()}
 
 
 def scatter(law=LAW, noise=0.0, seed=0, count=40) -> list[Run]:
@@ -36,33 +241,19 @@ def scatter(law=LAW, noise=0.0, seed=0, count=40) -> list[Run]:
     return [Run(f"r{i}", n, d, 6 * n * d, y) for i, (n, d, y) in enumerate(rows)]
 
 
-def coverage(fit, make, law, studies: int, resamples: int, far: float = 1e22) -> dict:
-    """quantity -> share of studies whose (bootstrap, delta-method) interval holds the truth; E also by its profile."""
-    truth = {name: getattr(law, name) for name in ("E", "A", "B", "alpha", "beta", "a")}
-    optimum = {name: float(value(far)) for name, value in law.optimum(6.0).items()}
-    optimum["D_over_N"] = optimum["D_opt"] / optimum["N_opt"]
-    hits: dict = {name: [] for name in [*truth, *optimum, "E, profile"]}
-    for seed in range(studies):
-        found = fit(make(law=law, noise=0.005, seed=seed), resamples=resamples, seed=10**6 + seed)
-        for name, value in truth.items():
-            hits[name].append([_holds(i[name], value) for i in (found.intervals, found.delta_intervals)])
-        said, delta = predict(found, far), study.delta_at(found, far)
-        for name, value in optimum.items():
-            hits[name].append([_holds(said[f"{name}_interval"], value), _holds(delta[name], value)])
-        hits["E, profile"].append([_holds(found.profile.interval, law.E)] * 2)
-    return {name: tuple(np.mean(h, axis=0).tolist()) for name, h in hits.items()}
+DESIGNS["varpro, scatter"] = Design(lambda s: scatter(noise=0.005, seed=s), VARPRO, *of_surface(1e22))
 
 
-def held(fit, make, truth: dict, far: float, studies: int, resamples: int) -> dict:
-    """quantity of `truth` (a: exponent of N_opt; N_opt and L_opt at `far`) -> share of the studies make(seed) whose interval holds it."""
-    hits: dict = {name: [] for name in truth}
-    for seed in range(studies):
-        draws = fit(make(seed), resamples=resamples, seed=10**6 + seed).draws
-        for name, value in truth.items():
-            drawn = draws["N_opt"].exponent if name == "a" else draws[name](far)
-            hits[name].append(_holds(interval(drawn, 0.95), value))
-    return {name: float(np.mean(h)) for name, h in hits.items()}
+def diverged(runs, seed: int, share: float = 0.03) -> list[Run]:
+    """The runs, of which this share (at least one) ends with a loss 5 to 40 % too high."""
+    rng = np.random.default_rng(seed + 7)
+    chosen = set(rng.choice(len(runs), max(1, round(share * len(runs))), replace=False).tolist())
+    return [replace(r, loss=r.loss * rng.uniform(1.05, 1.4)) if i in chosen else r for i, r in enumerate(runs)]
 
 
-def _holds(between, value: float) -> bool:
-    return between[0] - 1e-12 <= value <= between[1] + 1e-12
+if __name__ == "__main__":
+    studies = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    for name in sys.argv[2:] or DESIGNS:
+        found = coverage(DESIGNS[name], studies)
+        why = found.pop("why")
+        print(f"{name:28}", {k: round(v, 4) for k, v in found.items()}, why, flush=True)

@@ -167,7 +167,7 @@ def test_floats_are_finite(key, value):
         ("model.width", -4, "at least 1"),
         ("model.width", 390, "a multiple of 4"),
         ("model.heads", 7, "a divisor of model.width = 384"),
-        ("model.patch", 5, "a divisor of input_size = 32"),
+        ("model.patch", 5, "a divisor of model.input_size = 32"),
         ("model.unroll", 5, "a divisor of model.depth = 12"),
         ("model.dtype", "bfloat", "did you mean 'bfloat16'?"),
         ("model.remat", "dot", "did you mean 'dots'?"),

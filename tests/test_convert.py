@@ -243,7 +243,7 @@ def test_heads_are_asked_for_where_no_size_has_them():
         ("activation_fn", "gelu", "'gelu-approximate'"), ("attention_bias", False, "True"), ("norm_eps", 1e-3, "1e-05 or 1e-06"),
         ("norm_elementwise_affine", True, "False"), ("out_channels", 5, "3 or, with a variance, 6"), ("num_layers", 3, "num_layers = 3"),
         ("num_attention_heads", "two", "a number of at least 1"), ("sample_size", 0, "a number of at least 1"),
-        ("sample_size", 9, "a divisor of input_size = 9"), ("attention_head_dim", 2**70, "a number of at least 1"),
+        ("sample_size", 9, "a divisor of model.input_size = 9"), ("attention_head_dim", 2**70, "a number of at least 1"),
         ("cross_attention_dim", 768, "None"),
     ],
 )  # fmt: skip

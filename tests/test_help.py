@@ -16,7 +16,7 @@ from dit_jax.data import latent_notes, latent_writer
 from dit_jax.diffusion.samplers import SAMPLERS
 from dit_jax.job.help import comments
 from dit_jax.sampling import draw, picture
-from dit_jax.scaling import fit, names, options
+from dit_jax.scaling import fits, names, options
 
 JOBS = ("train", "sample", "evaluate", "sweep", "encode", "convert", "preflight", "bench")
 HEAVY = {
@@ -99,7 +99,7 @@ def test_the_text_of_a_key_stands_in_the_help():
 def test_what_help_and_choices_name_is_what_there_is():
     """They are written where nothing heavy is imported, so a second time."""
     assert comments()["SampleConfig"]["sampler"].split(" | ") == list(SAMPLERS)
-    assert tuple(fit.METHODS) == names.METHODS
+    assert tuple(fits.METHODS) == names.METHODS
     assert f"in multiples of {draw.ROWS} per device" in source("sample")
     assert f"of the first {picture.GRID} if there are more" in source("sample")
     assert str(tuple(latent_notes.DTYPES)).replace("'", '"') in source("encode")

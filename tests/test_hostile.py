@@ -404,13 +404,29 @@ def test_a_report_shows_hostile_names_as_text_and_writes_its_files_only(tmp_path
     page = (out / "report.html").read_text()
     assert (
         page.count("<script") == 1
-        and page.count("sha256-") == 1
-        and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 12
+        and page.count("sha256-") == 2
+        and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 11
     )
     assert set(re.findall(r"<\w+", page)) <= {
         f"<{t}"
         for t in [
             "html",
+            *(
+                "dl",
+                "dt",
+                "dd",
+                "sup",
+                "sub",
+                "thead",
+                "tbody",
+                "caption",
+                "details",
+                "summary",
+                "nav",
+                "main",
+                "section",
+                "fieldset",
+            ),
             "head",
             "meta",
             "title",
@@ -442,8 +458,10 @@ def test_a_report_shows_hostile_names_as_text_and_writes_its_files_only(tmp_path
             "text",
         ]
     }
-    pictures = ["isoflop.png", "laws.png", "methods.png", "residuals.png"]
-    assert sorted(os.listdir(out)) == sorted(["fit.json", "report.html", "report.json", *pictures])
+    known = ("isoflop", "plane", "N_opt", "D_opt", "L_opt", "reducible", "residuals")
+    names = {name.partition(".")[0].partition("-")[0] for name in os.listdir(out) if name.endswith(".png")}
+    assert {"isoflop", "N_opt", "L_opt", "residuals"} <= names <= set(known)
+    assert sorted(n for n in os.listdir(out) if not n.endswith(".png")) == ["fit.json", "report.html", "report.json"]
     assert sorted(os.listdir(tmp_path)) == ["here", "report", "w"]
     assert all(line.isprintable() for line in (said + err).split("\n"))
 

@@ -120,7 +120,7 @@ def test_devices_are_named_in_the_mesh_only():
     "modules",
     [
         "dit_jax.models.dit, dit_jax.diffusion.samplers, dit_jax.data.pipeline, dit_jax.train",
-        "dit_jax.scaling.fit",
+        "dit_jax.scaling.fits",
     ],
 )
 def test_imports_without_tensorflow_and_torch(modules):

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_scaling_fit import DATA, study
+from planted import study
 from test_scaling_runs import PROTOCOL, record, table, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.conventions import (
+from dit_jax.scaling.runs import Run, load_runs
+from dit_jax.scaling.runs.conventions import (
     Convention,
     check_units,
     factor,
@@ -20,11 +21,12 @@ from dit_jax.scaling.conventions import (
     require_same,
     training_flops,
 )
-from dit_jax.scaling.runs import Run, load_runs
 
 OURS = Convention()
 MACS = Convention(unit="MACs", passes="forward")
 RUN = Run("a", 100.0, 1600.0, 2e6, 0.5, params_total=150.0, images=100.0)
+
+DATA = os.path.join(os.path.dirname(__file__), "data")
 
 
 def test_the_gflops_of_the_dit_paper_are_a_sixth_of_training_flops():

@@ -13,9 +13,9 @@ from test_scaling_runs import record, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.frontier import fit_frontier
-from dit_jax.scaling.points import Point, higher_is_better, load_points
-from dit_jax.scaling.serving import front, serve, within
+from dit_jax.scaling.frontier.frontier import fit_frontier
+from dit_jax.scaling.frontier.points import Point, find_metric, higher_is_better, load_points
+from dit_jax.scaling.frontier.serving import front, serve, within
 
 STEPS = (4, 8, 16, 32, 64, 128, 256)
 SAMPLING = {"sampler": "ddim", "steps": 20, "guidance": 1.5, "spacing": "linspace", "channels": "all", "num": 1000}
@@ -347,3 +347,19 @@ def test_records_state_which_metrics_are_better_when_higher(tmp_path):
     for wrong in (2, {"light": "up"}):
         with pytest.raises(UsageError, match=r"records.jsonl:1: metric_signs: found .* for light, expected 1 or -1"):
             loaded("light", metric_signs=wrong)
+
+
+def test_the_metric_is_the_one_that_the_runs_have(tmp_path):
+    def folder(name, **metrics):
+        return workdir(tmp_path / name, record(metrics={"loss": 0.5, "loss_se": 0.1}), record(metrics=metrics))
+
+    assert find_metric([folder("a", fd_digits=2.0, fd_digits_low=1.0, fd_digits_high=3.0)]) == "fd_digits"
+    assert find_metric([folder("b", fid=2.0, sfid=3.0), str(tmp_path / "a")]) == "fid"
+    with pytest.raises(UsageError, match="--metric: found none, expected one of kid, sfid"):
+        find_metric([folder("c", kid=2.0, kid_std=1.0, sfid=3.0)])
+    one = table(tmp_path / "x.csv", "name,flops_sample,steps,clip,clip_se,note", "a,1,2,3,4,x")
+    assert find_metric([one]) == "clip" and find_metric([one], columns={"kid": "clip"}) == "kid"
+    assert find_metric([table(tmp_path / "y.csv", "name,flops_sample,FID,kid", "a,1,2,3")]) == "fid"
+    with pytest.raises(UsageError, match="--metric: found none, expected one of clip, kid"):
+        find_metric([table(tmp_path / "z.csv", "name,clip,kid", "a,2,3")])
+    assert main(["frontier", one]) == 0

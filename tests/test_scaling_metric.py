@@ -6,19 +6,20 @@ import os
 
 import numpy as np
 import pytest
+from planted import BUDGETS, study
 from scipy import stats
-from test_scaling_fit import BUDGETS, study
 from test_scaling_frontier import PROTOCOL, SAMPLING
 from test_scaling_runs import record, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.choice import choose
-from dit_jax.scaling.compare import compare, ladder_of_fit, ladder_of_metric
-from dit_jax.scaling.fit import fit_isoflop
-from dit_jax.scaling.law import PowerLaw
-from dit_jax.scaling.metric import best_of_budgets, correlate, fit_metric, fit_offset
-from dit_jax.scaling.points import Point
+from dit_jax.scaling.fits import METHODS
+from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.frontier.choice import choose
+from dit_jax.scaling.frontier.compare import compare, ladder_of_fit, ladder_of_metric
+from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
+from dit_jax.scaling.frontier.points import Point
+from dit_jax.scaling.frontier.relation import correlate, fit_offset
 
 LIANG = PowerLaw(2.2566e6, -0.234)  # FID of Liang et al. 2024 (arXiv 2410.08184), table of laws
 COMPUTE = np.geomspace(1e17, 6e18, 6)
@@ -37,7 +38,7 @@ def ladder(law=LIANG, noise=0.0, seed=0, compute=COMPUTE) -> list[Point]:
 
 
 def side(name="a", law=A_LAW, noise=0.003, seed=0, protocol=None, **options):
-    found = ladder_of_fit(name, fit_isoflop(study(noise=noise, seed=seed, loss=law), resamples=300, **options))
+    found = ladder_of_fit(name, METHODS["isoflop"](study(noise=noise, seed=seed, loss=law), resamples=300, **options))
     return found if protocol is None else type(found)(**vars(found) | {"protocol": protocol})
 
 
@@ -53,7 +54,7 @@ def test_fit_recovers_a_planted_law_of_a_metric():
         2.2566e6, rel=1e-8
     )
     law = PowerLaw(9e5, -0.25, 3.0)
-    fit = fit_metric(ladder(law), irreducible=True)
+    fit = fit_metric(ladder(law), form="irreducible")
     for part in ("coefficient", "exponent", "irreducible"):
         assert getattr(fit.law, part) == pytest.approx(getattr(law, part), rel=1e-5)
     said = fit.predict(6e19)
@@ -68,6 +69,75 @@ def test_intervals_of_a_metric_law_cover():
         hits.append((fit.span("exponent")[0] < -0.234 < fit.span("exponent")[1], low < LIANG(6e19) < high))
     for share in np.mean(hits, axis=0):
         assert 0.89 <= share <= 0.99
+
+
+FLOOR = PowerLaw(27.5 * 1e18**0.35, -0.35, 2.5)  # 30 at 1e18 FLOPs, and never below 2.5
+
+
+def planted(law, noise, points, seed) -> list[Point]:
+    return ladder(law, noise, seed, np.geomspace(1e18, 10**20.5, points))
+
+
+def test_a_floor_is_taken_where_the_scores_bend_towards_it():
+    fit = fit_metric(planted(FLOOR, 0.01, 8, 0))
+    said, pure = fit.predict(3e21), fit_metric(planted(FLOOR, 0.01, 8, 0), form="pure")
+    assert fit.form == "irreducible" and fit.bending_p < 0.05 and not said["both_laws"] and not fit.doubt([3e21])
+    assert said["interval"][0] < FLOOR(3e21) < said["interval"][1] and fit.span("irreducible")[0] < 2.5
+    assert pure.predict(3e21)["interval"][1] < FLOOR(3e21) and any("bend above a power law" in w for w in pure.warnings)
+    assert fit_metric(ladder(noise=0.01)).form == "pure"
+
+
+def test_where_points_do_not_tell_a_floor_intervals_span_both_laws():
+    fit = fit_metric(planted(FLOOR, 0.05, 6, 4))
+    assert fit.form == "pure" and fit.undecided and fit.bending_p > 0.05
+    said, inside = fit.predict(3e21), fit.predict(1e20)
+    ends = [law.at(3e21, fit.level)[1] for law in fit.laws.values()]
+    assert said["both_laws"] and said["interval"] == (min(e[0] for e in ends), max(e[1] for e in ends))
+    assert not inside["both_laws"] and "do not tell whether the score has a floor (test of a bend: p = " in fit.doubt(
+        [3e21]
+    )
+    assert fit.doubt([1e20]) == "" and "4 points are too few" in fit_metric(planted(FLOOR, 0.001, 4, 0)).doubt([3e21])
+    assert fit_metric(planted(FLOOR, 0.05, 6, 4), form="pure").doubt([3e21]) == ""
+
+
+def test_a_metric_of_which_more_is_better_has_no_floor():
+    points = planted(PowerLaw(0.01, 0.1), 0.01, 8, 0)
+    fit = fit_metric(points, higher=True)
+    assert fit.form == "pure" and not fit.undecided and "irreducible" not in fit.laws
+    with pytest.raises(UsageError, match="--irreducible: found a metric of which more is better"):
+        fit_metric(points, higher=True, form="irreducible")
+
+
+def test_scores_weigh_by_their_errors_if_all_have_them():
+    points = [Point(p.name, p.score, 0.002 * p.score, train=p.train) for p in ladder()]
+    off = [*points[:-1], Point("last", 1.3 * points[-1].score, 0.3 * points[-1].score, train=points[-1].train)]
+    weighed, alike = (
+        fit_metric(off, form="pure"),
+        fit_metric([Point(p.name, p.score, train=p.train) for p in off], form="pure"),
+    )
+    assert abs(weighed.law.exponent + 0.234) < 1e-3 < 0.02 < abs(alike.law.exponent + 0.234)
+
+
+def _predictions_cover(law: PowerLaw, noise: float, points: int, studies: int = 200) -> dict:
+    """How often the interval of the score at 10x the data holds it: of the pure law alone, and of the law that the data choose."""
+    hits, at = [], 10**21.5
+    for seed in range(studies):
+        used = planted(law, noise, points, seed)
+        fits = [fit_metric(used, form=form, resamples=400, seed=10**6 + seed) for form in ("pure", "")]
+        spans = [fit.predict(at)["interval"] for fit in fits]
+        hits.append([low <= law(at) <= high for low, high in spans])
+    return dict(zip(("pure", "chosen"), np.mean(hits, axis=0).tolist(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [6, 8])
+@pytest.mark.parametrize("noise", [0.02, 0.05])
+@pytest.mark.parametrize("law", [FLOOR, PowerLaw(30 * 1e18**0.234, -0.234)], ids=["floor", "pure"])
+def test_predictions_of_a_metric_cover_in_200_studies(law, noise, points):
+    """Floor of 2.5: 93.5 to 97.5 % (the pure law alone 0 to 15 %); pure laws: 92.5 to 96.5 % (94.5 to 95.5 %). docs/coverage.md."""
+    found = _predictions_cover(law, noise, points)
+    print(law.irreducible, noise, points, found)
+    assert 0.89 <= found["chosen"] <= 0.985, found
 
 
 def test_a_law_without_scatter_to_judge_by_has_no_interval():
@@ -92,10 +162,12 @@ def test_the_best_model_of_each_budget_is_used():
 
 
 def guided() -> list[Point]:
-    """FID = law x (1 + distance of log guidance to the best of the model), the best one moving with the model."""
+    """FID = law x exp of the squared distance of log guidance to the best of the model, the best one moving with the model."""
     best = [1.5, 1.5, 2.0, 2.0, 3.0, 3.0]
     return [
-        Point(p.name, p.score * (1 + abs(math.log(g / b))), 0.01, guidance=g, sampler="ddim", steps=250, train=p.train)
+        Point(
+            p.name, p.score * math.exp(math.log(g / b) ** 2), 0.01, guidance=g, sampler="ddim", steps=250, train=p.train
+        )
         for p, b in zip(ladder(), best, strict=True)
         for g in (1.0, 1.5, 2.0, 3.0, 4.0)
     ]
@@ -104,12 +176,82 @@ def guided() -> list[Point]:
 def test_guidance_is_chosen_per_model_before_the_law():
     found = choose(guided())
     assert [c.best.guidance for c in found] == [1.5, 1.5, 2.0, 2.0, 3.0, 3.0] and all(c.share == 1 for c in found)
-    assert fit_metric([c.best for c in found]).law.exponent == pytest.approx(-0.234, rel=1e-9)
+    assert all(c.interpolated for c in found) and fit_metric([c.best for c in found]).law.exponent == pytest.approx(
+        -0.234, rel=1e-6
+    )
     fixed = fit_metric([p for p in guided() if p.guidance == 3.0]).law.exponent
     assert fixed < -0.3  # at one guidance for all the law is another one
     short = choose([p for p in guided() if p.guidance < 2.5])
     assert [c.edge for c in short] == ["", "", "highest", "highest", "highest", "highest"]
     assert "the best guidance is the highest tried" in short[-1].warning
+
+
+def grid(
+    bend=0.5, noise=0.0, seed=0, known=True, higher=False, tried=(1.0, 1.5, 2.0, 3.0, 4.0), best=1.8
+) -> list[Point]:
+    """Scores whose logarithm is quadratic in log guidance, 10 at the best guidance."""
+    rng = np.random.default_rng(seed)
+    off = [bend * math.log(g / best) ** 2 + noise * rng.standard_normal() for g in tried]
+    scores = [10 * math.exp(-v if higher else v) for v in off]
+    return [
+        Point("m", s, (noise or 1e-3) * s * known, guidance=g, train=1e18) for s, g in zip(scores, tried, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("higher", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_best_guidance_lies_between_those_tried(higher, known):
+    (found,) = choose(grid(higher=higher, known=known), higher=higher)
+    assert found.interpolated and found.lowest.guidance in (1.5, 2.0) and found.edge == ""
+    assert found.best.guidance == pytest.approx(1.8) and found.best.score == pytest.approx(10, rel=1e-5)
+    assert (found.best.score_se > 0) == known and (found.guidance_se > 1e-6) == known
+
+
+def test_unguided_is_a_guidance_like_the_others():
+    (found,) = choose(grid(tried=(1.0, 1.4, 2.0), best=1.2))
+    assert found.best.guidance == pytest.approx(1.2) and found.best.score == pytest.approx(10, rel=1e-5)
+
+
+def test_too_few_guidances_or_no_minimum_inside_take_the_lowest():
+    two, edge = (choose(grid(tried=tried))[0] for tried in ((1.5, 2.0), (1.0, 1.3, 1.5)))
+    assert not two.interpolated and two.best is two.lowest and two.best.guidance == 2.0
+    assert not edge.interpolated and edge.edge == "highest" and "highest tried" in edge.warning
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_curve_that_is_no_quadratic_is_followed_near_its_minimum_only(known):
+    """FID of guidance is steep below the best one: five guidances through such a curve would miss its minimum by far."""
+    scores = {1.0: 9.6, 1.5: 2.3, 2.0: 4.3, 3.0: 9.0, 4.0: 13.0}
+    (found,) = choose([Point("m", s, 0.01 * s * known, guidance=g, train=1e18) for g, s in scores.items()])
+    assert 1.4 < found.best.guidance < 1.8 and 2.0 < found.best.score <= 2.3
+
+
+def _curse(bend: float, noise: float, studies: int) -> tuple:
+    """Mean error of log score at the best guidance: of the lowest score, and of the interpolated one."""
+    rng, errors = np.random.default_rng(0), []
+    for seed in range(studies):
+        best = math.exp(rng.uniform(math.log(1.4), math.log(2.6)))
+        (found,) = choose(
+            grid(bend, noise, seed, tried=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0), best=best), resamples=0
+        )
+        errors.append([math.log(found.lowest.score / 10), math.log(found.best.score / 10)])
+    return tuple(np.mean(errors, axis=0).tolist())
+
+
+def test_the_lowest_of_noisy_scores_is_too_low_and_the_interpolated_one_is_not():
+    lowest, interpolated = _curse(0.5, 0.05, 100)
+    assert lowest < -0.025 and abs(interpolated) < abs(lowest) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bend", "noise"), [(0.2, 0.02), (0.2, 0.05), (0.5, 0.02), (0.5, 0.05), (1.5, 0.02), (1.5, 0.05)]
+)
+def test_the_winners_curse_in_400_studies(bend, noise):
+    """At noise of 5 %: the lowest is 4.9, 3.7 and 2.0 % too low, the interpolated one 1.9, 1.0 and 0.5 %. docs/coverage.md."""
+    lowest, interpolated = _curse(bend, noise, 400)
+    print(bend, noise, lowest, interpolated)
+    assert abs(interpolated) < max(0.5 * abs(lowest), 0.003)
 
 
 def test_steps_are_chosen_only_when_asked():
@@ -265,7 +407,9 @@ def _comparisons_cover(studies: int, resamples: int, two: PowerLaw = B_LAW) -> d
         sides = [
             ladder_of_fit(
                 name,
-                fit_isoflop(study(0.003, 2 * seed + i, loss=law), resamples=resamples, seed=10**6 + 2 * seed + i),
+                METHODS["isoflop"](
+                    study(0.003, 2 * seed + i, loss=law), resamples=resamples, seed=10**6 + 2 * seed + i
+                ),
             )
             for i, (name, law) in pair
         ]
@@ -321,8 +465,9 @@ def test_ladders_of_a_metric_compare_too():
     found = compare(a, b)
     truth = (4e7 / 2.2566e6) ** (1 / 0.066)
     assert found.steeper == "b" and found.crossing.interval[0] < truth < found.crossing.interval[1]
-    with pytest.raises(UsageError, match="a: too few budgets for a law with an irreducible term"):
-        compare(a, b, form="irreducible")
+    few = ladder_of_metric("few", fit_metric(ladder(compute=COMPUTE[:2])))
+    with pytest.raises(UsageError, match="few: too few budgets for a law with an irreducible term"):
+        compare(few, b, form="irreducible")
 
 
 def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
@@ -338,6 +483,16 @@ def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
     far = sheet(tmp_path / "far.csv", PowerLaw(22.0 * 1.3e12**0.03, -0.18), 2, noise=1e-5)
     assert main(["compare", a, far, "--law=pure"]) == 0
     assert "x beyond the data; interval" in capsys.readouterr().out
+
+
+def test_compare_says_why_a_fit_is_not_identified(tmp_path, capsys):
+    runs = study(noise=0.003, seed=0, budgets=BUDGETS[:2], loss=A_LAW)
+    rows = [f"{r.name},{r.params},{r.tokens},{r.flops},{r.loss}" for r in runs]
+    (tmp_path / "two.csv").write_text("\n".join(["run,params,tokens,flops,loss", *rows]))
+    a, out = sheet(tmp_path / "a.csv", B_LAW, 1), tmp_path / "out.json"
+    assert main(["compare", a, str(tmp_path / "two.csv"), "--resamples=100", f"--json={out}"]) == 0
+    text = "two.csv: two budgets: any two minima lie on a power law"
+    assert text in capsys.readouterr().err and any(text in w for w in json.loads(out.read_text())["warnings"])
 
 
 def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
@@ -363,7 +518,7 @@ def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
 def test_the_metric_command_from_records(tmp_path, capsys):
     for p in ladder(noise=0.01):
         for guidance in (1.0, 1.5, 2.0):
-            fid = p.score * (1 + abs(math.log(guidance / 1.5)))
+            fid = p.score * math.exp(math.log(guidance / 1.5) ** 2)
             metrics = {"fid": fid, "fid_low": fid * 0.99, "fid_high": fid * 1.01}
             protocol = PROTOCOL | {"samples": SAMPLING | {"guidance": guidance}}
             records = [record(run=p.name, metrics=metrics, protocol=protocol, flops_train=p.train, flops_sample=1e9)]
@@ -396,6 +551,7 @@ def test_the_metric_command_from_records(tmp_path, capsys):
         (["metric", "A"], "no column 'name'; nearest found"),
         (["metric", "A", "--choose=scale"], "--choose: found 'scale', expected names among sampler, steps"),
         (["metric", "A", "--flops=-1"], "--flops: found -1"),
+        (["metric", "A", "--pure", "--irreducible"], "--pure: found it with --irreducible, expected one of them"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_2(arguments, message, tmp_path, capsys, monkeypatch):

@@ -10,25 +10,22 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 from ml_collections import config_flags
-from planted import LAW, ladder
-from scipy import stats
-from test_scaling_fit import BUDGETS, L_LAW, N_LAW, study
+from planted import BUDGETS, L_LAW, LAW, N_LAW, ladder, study
 from test_scaling_runs import record, workdir
 
 from dit_jax import flops
 from dit_jax.config import Config, ModelConfig, OptimConfig, TrainConfig, model_config, resolve, to_dict
 from dit_jax.error import UsageError
 from dit_jax.hardware import topology
-from dit_jax.scaling import study as parametric
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.conventions import Convention
-from dit_jax.scaling.design import Cell, next_cells
-from dit_jax.scaling.family import DIT, Family, family_of, sized
-from dit_jax.scaling.fit import fit_isoflop
-from dit_jax.scaling.recipe import make_recipe
+from dit_jax.scaling.fits import METHODS, fit_akima, fit_gadre, fit_isoflop, fit_varpro
+from dit_jax.scaling.plans.design import Cell, next_cells
+from dit_jax.scaling.plans.family import DIT, Family, family_of, sized
+from dit_jax.scaling.plans.plan import plan
+from dit_jax.scaling.plans.recipe import make_recipe
+from dit_jax.scaling.plans.settings import Settings, settings
 from dit_jax.scaling.runs import Run, load_runs
-from dit_jax.scaling.settings import Settings, settings
-from dit_jax.scaling.surface import fit_varpro
+from dit_jax.scaling.runs.conventions import Convention
 
 ROOT = Path(__file__).parent.parent
 XL = model_config("DiT-XL/2")
@@ -241,40 +238,40 @@ def others(proposal, runs, seed: int) -> tuple:
 def proposed(noise: float) -> tuple:
     """(runs of a study, cells for as many FLOPs again that tell N_opt at 10x best, that compute)."""
     runs, target = study(noise=noise, seed=1), 10 * float(BUDGETS[-1])
-    return runs, next_cells(fit_isoflop(runs, resamples=0), runs, target, sum(r.flops for r in runs)), target
+    return runs, next_cells(fit_isoflop(runs), runs, target, sum(r.flops for r in runs)), target
 
 
 def narrowed(studies: int, rivals: int) -> tuple:
-    """(standard deviation of log N_opt at 10x with no cells, with those chosen, with rivals; the one predicted)."""
+    """(standard deviation of log N_opt at 10x with no cells, with those chosen, with rivals; the share predicted to be left)."""
     noise, found = 0.003, []
     runs, proposal, target = proposed(noise)
     for cells in [(), proposal.cells, *(others(proposal, runs, seed) for seed in range(rivals))]:
         assert sum(c.flops for c in cells) <= proposal.cost * (1 + 1e-9)
-        fits = [fit_isoflop(drawn([*runs, *trained(cells)], s, noise), resamples=0) for s in range(studies)]
-        found.append(float(np.std([math.log(f.laws["N_opt"](target)) for f in fits])))
-    return found[0], found[1], found[2:], noise * math.sqrt(proposal.variance(proposal.cells))
+        drawn_ = (drawn([*runs, *trained(cells)], s, noise) for s in range(studies))
+        found.append(float(np.std([math.log(fit_isoflop(r, resamples=0).laws["N_opt"](target)) for r in drawn_])))
+    return found[0], found[1], found[2:], proposal.after / proposal.before
 
 
 def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
     runs, proposal, _ = proposed(0.003)
     chosen = proposal.variance(proposal.cells)
-    assert chosen < 0.7 * proposal.variance(())
+    assert chosen < 0.5 * proposal.variance(())
     assert all(chosen < proposal.variance(others(proposal, runs, seed)) for seed in range(10))
-    before, after, _, predicted = narrowed(24, 0)
-    assert after < 0.9 * before and after == pytest.approx(predicted, rel=0.35)
+    before, after, _, predicted = narrowed(48, 0)
+    assert after < 0.9 * before and after / before == pytest.approx(predicted, rel=0.35)
 
 
 @pytest.mark.slow
 def test_the_chosen_cells_narrow_the_interval_more_in_300_studies():
     before, chosen, rivals, predicted = narrowed(300, 10)
     assert chosen < 0.65 * before and chosen < min(rivals) and chosen < 0.8 * np.median(rivals)
-    assert chosen == pytest.approx(predicted, rel=0.12)
+    assert chosen / before == pytest.approx(predicted, rel=0.2)
 
 
-def narrowed_surface(studies: int, rivals: int) -> tuple:
+def narrowed_surface(method, studies: int, rivals: int) -> tuple:
     """As `narrowed`, of a surface's N_opt at 1e22; rivals are cells at random of the same cost."""
     noise, base = 0.005, ladder(noise=0.005, seed=1, budgets=4, sizes=5)
-    fit = fit_varpro(base, resamples=0)
+    fit = method(base)
     proposal = next_cells(fit, base, 1e22, 0.5 * sum(r.flops for r in base))
     sets, rng = [(), proposal.cells], np.random.default_rng(0)
     for _ in range(rivals):
@@ -293,38 +290,85 @@ def narrowed_surface(studies: int, rivals: int) -> tuple:
             runs = [
                 replace(r, loss=float(LAW(r.params, r.tokens)) * math.exp(noise * rng.standard_normal())) for r in runs
             ]
-            values.append(math.log(fit_varpro(runs, resamples=0).laws["N_opt"](1e22)))
+            values.append(math.log(method(runs, resamples=0).laws["N_opt"](1e22)))
         found.append(float(np.std(values)))
-    return found[0], found[1], found[2:], proposal.after / fit.noise * noise * math.exp(fit.design.centre[2])
+    return found[0], found[1], found[2:], proposal.after / proposal.before
 
 
-@pytest.mark.slow
-def test_the_cells_chosen_for_a_surface_narrow_the_interval_more():
-    before, chosen, rivals, predicted = narrowed_surface(100, 8)
-    assert chosen < 0.85 * before and chosen < np.median(rivals)
-    assert chosen == pytest.approx(predicted, rel=0.25)
+@pytest.mark.parametrize("method", [fit_varpro, fit_gadre])
+@pytest.mark.parametrize(("studies", "rivals"), [(12, 0), pytest.param(100, 8, marks=pytest.mark.slow)])
+def test_the_cells_chosen_for_a_surface_narrow_the_interval_more(method, studies, rivals):
+    before, chosen, others_, predicted = narrowed_surface(method, studies, rivals)
+    assert chosen < 0.85 * before and chosen < np.median([*others_, before])
+    assert chosen / before == pytest.approx(predicted, rel=0.25 if rivals else 0.4)
 
 
-@pytest.mark.parametrize("residual", ["log", "linear"])
-def test_the_deviation_of_a_surface_is_that_of_its_delta_method(residual):
-    runs = ladder(noise=0.005, seed=2)
-    fit = fit_varpro(runs, resamples=0, residual=residual)
-    proposal = next_cells(fit, runs, 1e22, sum(r.flops for r in runs), most=5)
-    low, high = parametric.delta_at(fit, 1e22)["N_opt"]
-    half = float(stats.t.ppf(0.975, fit.freedom))
-    assert proposal.before == pytest.approx(math.log(high / low) / 2 / half, rel=0.05)
-    assert proposal.after < 0.95 * proposal.before and proposal.cost <= proposal.limit
-    fewer = next_cells(fit, runs, 1e22, sum(r.flops for r in runs), most=2)
-    assert len(fewer.cells) <= 2 and proposal.after < fewer.after < fewer.before
-    assert [o.gain for o in fewer.ranking] == sorted((o.gain for o in fewer.ranking), reverse=True)
+@pytest.mark.parametrize("method", ["isoflop", "varpro", "gadre"])
+def test_the_deviation_is_that_of_the_resamples_and_more_cells_lower_it(method):
+    runs = ladder(noise=0.005, seed=2, budgets=4, sizes=6)
+    fit = METHODS[method](runs, resamples=300)
+    limit = 3 * sum(r.flops for r in runs)
+    proposal, fewer = (next_cells(fit, runs, 1e22, limit, most=most) for most in (6, 3))
+    assert proposal.before == pytest.approx(float(np.std(np.log(fit.draws["N_opt"](1e22)))), rel=0.1)
+    assert len(fewer.cells) <= 3 and proposal.after < fewer.after < fewer.before and proposal.cost <= limit
+    assert [o.gain_per_flop for o in fewer.ranking] == sorted((o.gain_per_flop for o in fewer.ranking), reverse=True)
+    assert fewer.after == pytest.approx(math.sqrt(fewer.variance(fewer.cells)))
 
 
-def test_the_deviation_of_an_isoflop_fit_is_that_of_its_resamples():
-    """Curves centred on the law and wide for the noise: little is left for the bootstrap to add but Student's t."""
-    runs = [Run(r.name, r.params, r.tokens, r.flops, r.loss) for r in study(noise=0.0005, sizes=7, seed=4)]
-    fit = fit_isoflop(runs, resamples=2000)
-    found = next_cells(fit, runs, 1e12, 1e12).before
-    assert found == pytest.approx(float(np.std(np.log(fit.draws["N_opt"](1e12)))), rel=0.2)
+def test_a_new_budget_of_a_fit_by_budgets_gets_three_sizes_or_more():
+    runs, proposal, _ = proposed(0.003)
+    old = {r.flops for r in runs}
+    for c in {c.flops for c in proposal.cells} - old:
+        assert sum(cell.flops == c for cell in proposal.cells) >= 3
+
+
+def test_a_fit_of_the_best_sizes_alone_proposes_no_cell():
+    runs = ladder(noise=0.002)
+    with pytest.raises(UsageError, match="--next_flops: method akima tells the loss of the best size alone"):
+        next_cells(fit_akima(runs), runs, 1e22, 1e21)
+    with pytest.raises(UsageError, match="--next_flops: the fit has no resamples, expected runs that show their noise"):
+        next_cells(fit_isoflop(runs, resamples=0), runs, 1e22, 1e21)
+
+
+# Sizes and units
+
+
+def test_a_plan_takes_the_nearest_size_of_a_ladder():
+    fit = fit_isoflop(study(), resamples=0)
+    n = float(N_LAW(1e12))
+    chosen = plan(fit, 1e12, [("small", n / 3, 1e5), ("near", 1.2 * n, 4e5), ("large", 3 * n, 1e6)])
+    assert chosen.name == "near" and chosen.off == pytest.approx(1.2, rel=1e-6)
+    assert chosen.images == pytest.approx(1e12 / (3 * 4e5))
+    assert chosen.loss == pytest.approx(L_LAW(1e12) + 0.02 * math.log(1.2) ** 2, rel=1e-6)
+    with pytest.raises(UsageError, match="ladder: found no size"):
+        plan(fit, 1e12, [])
+    with pytest.raises(UsageError, match="--method: power says nothing of N_opt"):
+        plan(METHODS["power"](study(), resamples=0), 1e12, [("a", 1e5, 1e5)])
+
+
+def in_units(runs, params: float, tokens: float) -> str:
+    rows = [f"{r.params / params},{r.tokens / tokens},{r.loss}" for r in runs]
+    return "\n".join(["params,tokens,loss", *rows])
+
+
+@pytest.mark.parametrize(("params", "tokens", "flops_"), [(1e6, 1e6, "1e21"), (1e9, 1.0, "1e21"), (1.0, 1.0, "1e36")])
+def test_sizes_in_other_units_are_refused_with_the_column_and_the_factor(tmp_path, capsys, params, tokens, flops_):
+    path = tmp_path / "runs.csv"
+    runs = ladder(noise=0.002, seed=3)
+    path.write_text(in_units(runs, params, tokens))
+    assert main(["plan", str(path), f"--flops={flops_}", "--resamples=20", "--method=varpro"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "RUNS: " in said
+    if params == tokens:
+        assert "parameters at" in said and "expected 500 to 1e+15" in said and "--column 'params=1e6*NAME'" in said
+
+
+def test_where_no_loss_is_known_beyond_the_data_the_plan_says_so():
+    runs = [replace(r, convention=Convention(counted="6ND")) for r in study(noise=0.002, budgets=BUDGETS[::2])]
+    given = Settings(DIGITS, 32, DIT, "test")
+    recipe = make_recipe(fit_isoflop(runs, resamples=50), 10 * float(BUDGETS[-1]), given, runs)
+    assert math.isnan(recipe.loss) and all(math.isnan(o.rise) and "3 budgets" in o.source for o in recipe.off)
+    assert any(w.startswith("no loss is expected of this run: 3 budgets") for w in recipe.warnings)
 
 
 # Bad use
@@ -343,14 +387,14 @@ def test_the_deviation_of_an_isoflop_fit_is_that_of_its_resamples():
         (["--flops=1e13", "--config=none.py"], "no config file 'none.py'"),
         (["--flops=1e13", "--config=bad.py"], "--config: bad.py cannot be read: KeyError: 'get_config'"),
         (["--flops=1e13", "--model=DiT-XXL/2"], "model name: found 'DiT-XXL/2', expected one of"),
-        (["--flops=1e13", "--model=DiT-XL/2", "--patch=3"], "model.patch: found 3, expected a divisor of input_size = 32"),
+        (["--flops=1e13", "--model=DiT-XL/2", "--patch=3"], "model.patch: found 3, expected a divisor of model.input_size = 32"),
         (["--flops=1e13", "--image_size=256"], "--image_size: found it with the settings of a config"),
         (["--flops=1e13", "--batch=-4"], "--batch: found -4, expected at least 1"),
         (["--flops=1e13", "--batch=100000000"], "less than a batch of 100000000"),
         (["--flops=1e13", "--conditioning=none"], "model.conditioning: found 'none'"),
-        (["--flops=1e13", "--next_flops=3"], "--next_flops: 3 FLOPs buy no cell; the cheapest is 1e+10"),
-        (["--flops=1e13", "--next_flops=1e12", "--method=akima"], "--next_flops: method akima says nothing of single runs"),
-        (["--flops=1e13", "--method=power"], "power says nothing of N_opt: it takes the best run of each budget, whatever its size"),
+        (["--flops=1e13", "--next_flops=3"], "--next_flops: 3 FLOPs buy no cell; the cheapest is 2e+10"),
+        (["--flops=1e13", "--next_flops=1e12", "--method=akima"], "--next_flops: method akima tells the loss of the best size alone"),
+        (["--flops=1e13", "--method=power"], "--method: power says nothing of N_opt, for it has no law of the best size in compute"),
     ],
 )  # fmt: skip
 def test_bad_use_is_one_line_exit_2_and_no_file(swept, tmp_path, monkeypatch, capsys, arguments, message):

@@ -8,17 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted import LAW, ladder, scatter
-from test_scaling_bias import CHINCHILLA, SKEW, grid
-from test_scaling_fit import study
-from test_scaling_methods import curves
+from planted import CHINCHILLA, LAW, SKEW, curves, grid, ladder, scatter, study
 
 from dit_jax.error import UsageError
-from dit_jax.scaling import outlier, quality
 from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.fit import fit_isoflop
-from dit_jax.scaling.methods import fit_methods
+from dit_jax.scaling.fits import fit_isoflop
 from dit_jax.scaling.runs import Run, budgets, scattered
+from dit_jax.scaling.verdicts import outlier, quality
+from dit_jax.scaling.verdicts.methods import fit_methods
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 
@@ -70,7 +67,7 @@ def test_runs_scattered_so_densely_that_some_share_a_compute_are_no_grid(seed):
     found = [f for f in quality.findings(bad) if f.kind in ("outliers", "diverged")]
     assert {row for f in found for row in f.rows} == {7, 77, 177}
     fit = fit_isoflop(runs, resamples=20)
-    assert not fit.identifiable and "the runs share no compute budgets" in fit.warnings[0]
+    assert not fit.identified and "the runs share no compute budgets" in fit.warnings[0]
     assert len([w for w in fit.warnings if "a parabola needs 3" in w]) == 1  # and not one for each of a hundred
     main = fit_methods(runs, names=("isoflop", "surface"), options=lambda method: {"resamples": 20}).main
     assert main.method == "surface"

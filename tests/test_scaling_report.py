@@ -1,345 +1,294 @@
-"""Facts about what leaves the wing: the report, the JSON and the command line."""
+"""Facts about what leaves the wing: texts, the public JSON, figures, and the report in its folder."""
 
 import base64
 import hashlib
 import json
+import math
 import os
 import re
-import subprocess
-import sys
+import time
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.path import Path as MatplotlibPath
 from PIL import Image
-from planted import LAW, ladder, scatter
-from test_scaling_fit import BUDGETS, L_LAW, N_LAW, study
-from test_scaling_methods import curves
-from test_scaling_runs import record, workdir
+from planted import ladder
 
-from dit_jax.scaling import plane
-from dit_jax.scaling.__main__ import main
-from dit_jax.scaling.chart import Axis, ticks
-from dit_jax.scaling.clouds import region
-from dit_jax.scaling.fit import METHODS, fit_isoflop
-from dit_jax.scaling.methods import fit_methods
-from dit_jax.scaling.page import page
-from dit_jax.scaling.predict import extrapolate, holdout_largest
-from dit_jax.scaling.report import Report, make_charts, report_json, write_report
-from dit_jax.scaling.runs import Run
-from dit_jax.scaling.surface import fit_surface
+from dit_jax.error import UsageError
+from dit_jax.scaling import names
+from dit_jax.scaling.fits import METHODS, fit_akima, fit_best, fit_isoflop, fit_varpro
+from dit_jax.scaling.report import Report, figures, opening, save, text
+from dit_jax.scaling.report.axes import panels, power, scale, thin, ticks
+from dit_jax.scaling.report.page import typeset
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac$"
 
 
-def stands_alone(text: str) -> None:
-    """A page names no address, runs its own script only, and is well-formed."""
-    page = re.sub(r"base64,[^\"]*", "", text)
-    assert "http" not in page and "url(" not in page and "<link" not in page and "@import" not in page
-    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'" in text
-    assert not re.search(r"<[^>]* on\w+=", page)
-    balanced = Balanced()
-    balanced.feed(page)
-    assert not balanced.open and balanced.count > 100
+@dataclass(frozen=True)
+class Beyond:
+    """A model trained beyond the data."""
+
+    flops: float = 1e22
+    params: float = 9e9
+    predicted: float = 2.14
+    interval: tuple = (2.12, 2.16)
+    measured: float = 2.15
+    measured_se: float = 0.002
+    multiple: float = 10.0
+    inside: bool = True
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return tuple(ladder(noise=0.002))
+
+
+@pytest.fixture(scope="module")
+def fits(runs):
+    options = dict(resamples=60)
+    return {
+        "isoflop": fit_isoflop(runs, unbias=False, **options),
+        "varpro": fit_varpro(runs, **options),
+        "akima": fit_akima(runs, **options),
+        "power": fit_best(runs, **options),
+    }
 
 
 class Balanced(HTMLParser):
-    """Every element that is opened is closed, in order."""
+    """Every element that is opened is closed, in order; the tags and attributes that there are."""
 
     def __init__(self):
         super().__init__()
-        self.open, self.count = [], 0
+        self.open, self.tags, self.attributes = [], [], []
 
     def handle_starttag(self, tag, attrs):
-        self.count += 1
+        self.tags.append(tag)
+        self.attributes += attrs
         if tag not in ("meta", "img", "input"):
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.count += 1
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, self.getpos()
 
 
-@pytest.fixture(scope="module")
-def runs():
-    return study(noise=0.003, se=0.002)
+def stands_alone(page: str) -> Balanced:
+    """A page names no address, allows its own script and style only, and is well-formed."""
+    bare = re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"https?:|url\(|<link|@import", bare)
+    for tag in ("script", "style"):
+        (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", bare, re.DOTALL)
+        allowed = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{allowed}'" in page
+    assert "default-src 'none'" in page
+    found = Balanced()
+    found.feed(page)
+    assert not found.open and len(found.tags) > 100
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name == "style"]
+    assert all(value.startswith("data:image/png;base64,") for name, value in found.attributes if name == "src")
+    return found
 
 
-@pytest.fixture
-def sheet(tmp_path, runs):
-    path = tmp_path / "runs.csv"
-    lines = [f"{r.name},{r.params},{r.tokens},{r.images},{r.flops},{r.loss}" for r in runs]
-    path.write_text("\n".join(["run,params,tokens,images,flops,loss", *lines]))
-    return str(path)
+def shown(page: str) -> str:
+    """The words of a page, powers as the terminal writes them."""
+    page = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    sup = re.compile(r"(?:(?<![\d.])|(?P<x>\N{MULTIPLICATION SIGN}))10<sup>(.*?)</sup>")
+    page = sup.sub(lambda f: f"{'' if f['x'] else '1'}e{int(f[2].replace(chr(0x2212), '-')):+03d}", page)
+    page = re.sub(r"<sup>(.*?)</sup>", lambda f: "^" + f[1].replace(chr(0x2212), "-"), page)
+    return re.sub(r"<[^>]*>", " ", page)
 
 
-def sweep(path, runs) -> str:
-    """A sweep folder with one workdir per run, and the model that tests the law beyond them."""
-    far = 4 * float(BUDGETS[-1])
-    test = Run("far", float(N_LAW(far)), 1e7, far, float(L_LAW(far)), 0.002, images=6e5)
-    for r in [*runs, test]:
-        values = dict(
-            images_seen=int(r.images), tokens_seen=int(r.tokens), params_active=int(r.params), flops_train=r.flops
-        )
-        folder = path / ("extrapolation" if r is test else f"cells/{r.name}")
-        workdir(folder, record(run=r.name, metrics={"loss": r.loss, "loss_se": r.loss_se}, **values))
-    return str(path)
-
-
-def test_the_report_is_one_self_contained_file(tmp_path, runs):
-    fit = fit_isoflop(runs, resamples=100)
-    far = Run("far", 6e4, 1e7, 5.2e11, 0.44, 0.002)
-    grid = tmp_path / "grid.bin"
-    grid.write_bytes(b"\x89PNG....")
+def test_a_report_is_a_page_its_figures_and_two_files_of_json(tmp_path, runs, fits):
     path = str(tmp_path / "out" / "report.html")
-    options = dict(extrapolation=extrapolate(fit, far), grid_png=str(grid), notes=("a <note>",))
-    write_report(
-        path, fit, runs, holdout_largest(runs), title="Digits", protocol={"data": {"name": "d<igits"}}, **options
+    grid = figures.plane(fits["varpro"], runs)
+    figures.save(grid, str(tmp_path / "grid.png"))
+    made = Report(
+        "Digits", fits, "isoflop", runs, test=Beyond(), grid=(tmp_path / "grid.png").read_bytes(), flops=(1e22,)
     )
-    text = Path(path).read_text(encoding="utf-8")
-    stands_alone(text)
-    sources = re.findall(r'src="([^"]{0,22})', text)
-    assert sources == ["data:image/png;base64,"]  # the samples; figures are drawn in the page
-    for part in (
-        "Tested 4.0x beyond",
-        "95% interval",
-        "a &lt;note&gt;",
-        "d&lt;igits",
-        "data.name",
-        "curvature",
-    ):
-        assert part in text
-    pictures = ["clouds.png", "isoflop.png", "laws.png", "residuals.png"]
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*pictures, "fit.json", "report.html", "report.json"])
-    assert (tmp_path / "out" / "laws.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((tmp_path / "out" / "fit.json").read_text())["predictions"][0]["beyond"] == pytest.approx(
-        4, rel=0.01
-    )
-
-
-def test_the_report_stands_without_intervals_samples_or_protocol(tmp_path):
-    exact = study(sizes=3)
-    path = write_report(str(tmp_path / "r.html"), fit_isoflop(exact), exact, None, title="t")
-    text = Path(path).read_text(encoding="utf-8")
-    assert "Warnings" in text and "no interval" in text
-    assert not re.search(r"\bnan\b|\binf\b", re.sub(r"base64,[^\"]*|<script>.*", "", text, flags=re.DOTALL))
-
-
-def test_a_missing_grid_leaves_nothing_behind(tmp_path, runs):
-    with pytest.raises(FileNotFoundError):
-        write_report(str(tmp_path / "r.html"), fit_isoflop(runs, resamples=0), runs, None, title="t", grid_png="no.png")
-    assert os.listdir(tmp_path) == []
-
-
-def test_fit_prints_tables_and_writes_the_public_json(sheet, tmp_path, capsys):
-    out = tmp_path / "fit.json"
-    assert main(["fit", sheet, f"--json={out}", "--seed=1", "--flops=1e12"]) == 0
-    printed = capsys.readouterr().out
-    for part in ("N_opt", "D_opt", "L_opt, irreducible (chosen)", "fit without the largest budget", "7.7x beyond"):
-        assert part in printed
-    result = json.loads(out.read_text())
-    keys = "method n_runs law objective exponents intervals identifiable warnings predictions bias quality convention"
-    assert set(result) == set(keys.split())
-    assert result["method"] == "isoflop" and result["n_runs"] == 25 and result["identifiable"] is True
-    assert set(result["law"]["N_opt"]) == {"coefficient", "exponent"} and set(result["exponents"]) == {"a", "b"}
-    assert {"D_opt", "L_opt"} <= set(result["law"])
-    low, high = result["intervals"]["a"]
-    assert low < result["exponents"]["a"] < high
-    assert result["predictions"][0]["flops"] == 1e12
-
-
-def test_predict_and_plan_print_their_distance_from_the_data(sheet, capsys):
-    assert main(["predict", sheet, "--flops=5.2e11"]) == 0
-    assert "4.0x beyond" in capsys.readouterr().out
-    assert main(["plan", sheet, "--flops=2e11"]) == 0
-    assert "images" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_report_command_finds_the_test_of_the_law(tmp_path, runs, capsys):
-    out = tmp_path / "out" / "report.html"
-    assert main(["report", sweep(tmp_path / "sweep", runs), f"--out={out}"]) == 0
-    assert "Tested 4.0x beyond" in capsys.readouterr().out
-    text = out.read_text()
-    assert "held_out.seed" in text and "1234" in text
-
-
-def table(path, runs) -> str:
-    """A CSV of runs without images."""
-    lines = [f"{r.name},{r.params!r},{r.tokens!r},{r.flops!r},{r.loss!r}" for r in runs]
-    path.write_text("\n".join(["run,params,tokens,flops,loss", *lines]))
-    return str(path)
-
-
-def drawn(runs, names=tuple(METHODS), rows=None) -> tuple:
-    """(the page, the JSON) of a report, without its pictures."""
-    found = fit_methods(runs, rows, names=names, options=lambda method: {"resamples": 40})
-    made = Report("t", found, tuple(runs), rows)
-    charts = make_charts(made)
-    text = page(made, charts)
-    stands_alone(text)
-    return text, json.loads(json.dumps(report_json(made, charts), allow_nan=False))
-
-
-def test_the_report_of_all_methods_holds_each_of_them(tmp_path, capsys):
-    out = tmp_path / "out" / "report.html"
-    sheet = table(tmp_path / "runs.csv", ladder(noise=0.002))
-    assert main(["report", sheet, f"--out={out}", "--resamples=40", "--flops=1e22"]) == 0
-    text, said = out.read_text(), json.loads((out.parent / "report.json").read_text())
-    stands_alone(text)
-    methods = ["isoflop", "akima", "surface", "varpro", "gadre", "power"]
-    assert list(said["methods"]) == methods and list(said["refused"]) == ["envelope"]
-    assert list(said["charts"]) == ["isoflop", "laws", "methods", "residuals", "clouds"]
-    for name in said["charts"]:
+    assert save(path, made) == path
+    pictures = ["D_opt", "L_opt", "N_opt", "isoflop", "plane", "reducible", "residuals", "residuals-varpro", "tested"]
+    expected = [*(f"{name}.png" for name in pictures), "fit.json", "report.html", "report.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(expected)
+    for name in pictures:
         picture = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
         assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 20
-    for method in methods:
-        assert f'data-method="{method}"' in text and f'value="{method}"' in text
-    assert (
-        "10.0x beyond" in text
-        and "What the numbers count" in text
-        and "assumed, not stated: params, data, loss" in text
+    found = stands_alone(Path(path).read_text())
+    assert found.tags.count("img") == len(pictures) + 1
+    said = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(said["methods"]) == list(fits) and len(said["runs"]) == len(runs) and said["test"]["inside"] is True
+    assert said["runs"][0]["law"]["power"] is None  # it tells no two sizes of one compute apart
+    assert json.loads((tmp_path / "out" / "fit.json").read_text())["predictions"][0]["params"] == Beyond.params
+
+
+def test_the_numbers_of_the_page_are_those_of_the_fits(tmp_path, runs, fits):
+    path = save(str(tmp_path / "report.html"), Report("t", fits, "isoflop", runs, test=Beyond(), flops=(3e22,)))
+    page = " ".join(shown(Path(path).read_text()).split())
+    for fit in fits.values():
+        for row in (*text.law_rows(fit), *(row for _, _, rows in fit.tables for row in rows)):
+            assert " ".join(cell for cell in row if cell) in page
+    assert f"a = {fits['isoflop'].laws['N_opt'].exponent:.3f}" in page
+    assert "Tested 10.0x beyond" in page and "2.1500 ± 0.0020, inside the interval" in page
+    assert "4 methods were fitted; no two disagree" in page and "30.0x beyond" in page
+    for method in fits:
+        assert names.EXPLAINED[method].split("^")[0] in page
+
+
+def test_hostile_names_are_text(tmp_path, runs, fits):
+    odd = (replace(runs[0], name=HOSTILE), *runs[1:])
+    fit = replace(fits["varpro"], notes=(HOSTILE,), tables=((HOSTILE, (HOSTILE,), ((HOSTILE,),)),))
+    texts = (HOSTILE,)
+    made = Report(
+        HOSTILE, {HOSTILE: fit}, HOSTILE, odd, texts, {HOSTILE: HOSTILE}, texts, dropped=texts, tables=((HOSTILE,) * 3,)
     )
-    figure = said["charts"]["methods"]["panels"][0]  # the forest of a: gadre's is a premise, power has none
-    assert sorted(m["method"] for m in figure["marks"]) == sorted(methods[:-1])
-    assert said["methods"]["varpro"]["predictions"][0]["beyond"] == pytest.approx(10)
-    assert capsys.readouterr().out.count("report.html") == 1
+    page = Path(save(str(tmp_path / "report.html"), made)).read_text()
+    found = stands_alone(page)
+    assert page.count("&lt;script&gt;alert(1)") > 8 and page.count("{{ 7*7 }}") > 8
+    assert found.tags.count("script") == 1
 
 
-def test_figures_are_read_without_colour_and_without_a_script():
-    text, said = drawn(ladder(noise=0.002))
-    looks = {m: re.search(rf'value="{m}">(<svg.*?</svg>)', text).group(1) for m in said["methods"]}
-    grey = {re.sub(r"#\w{6}", "", look) for look in looks.values()}
-    assert len(grey) == len(looks)  # dashes and markers tell them apart
-    titles = re.findall(r'<g class="p" data-run="1e\+18_0"><title>(.*?)</title>', text, re.DOTALL)
-    assert len(titles) >= 5 and all("loss" in t and "varpro: law" in t and "C 1e+18 FLOPs" in t for t in titles)
-    axes = re.findall(r'data-names="([^"]*)"', text)
-    assert len(axes) > 20 and all(name.split("|")[0] for name in axes)
+def test_a_report_overwrites_only_reports(tmp_path, runs, fits):
+    made = Report("t", {"varpro": fits["varpro"]}, "varpro", runs)
+    path = save(str(tmp_path / "report.html"), made)
+    save(path, replace(made, title="again"))
+    assert "again" in Path(path).read_text()
+    for name, content in (("N_opt.png", b"\x89PNG mine"), ("fit.json", b'{"mine": 1}'), ("report.html", b"<html>mine")):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=f"--out: .*{name} was not written by a report"):
+            save(path, replace(made, title="third"))
+        assert (tmp_path / name).read_bytes() == content and "third" not in Path(path).read_text()
+        (tmp_path / name).write_bytes(before)
+    with pytest.raises(UsageError, match="--out: found the folder"):
+        save(str(tmp_path), made)
 
 
-def test_the_residuals_are_those_of_the_runs():
-    runs = ladder(noise=0.002)
-    _, said = drawn(runs, ("varpro",))
-    law = said["methods"]["varpro"]["law"]
-    (marks,) = [
-        [m for m in p["marks"] if m["kind"] == "points"]
-        for p in said["charts"]["residuals"]["panels"]
-        if "by C" in p["title"]
-    ]
-    for r, off in zip(runs, marks[0]["y"], strict=True):
-        expected = law["E"] + law["A"] / r.params ** law["alpha"] + law["B"] / r.tokens ** law["beta"]
-        assert off == pytest.approx(100 * (r.loss / expected - 1), abs=1e-6)
-    assert [r["law"]["varpro"] for r in said["runs"]] == pytest.approx(
-        [r.loss / (1 + y / 100) for r, y in zip(runs, marks[0]["y"], strict=True)]
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_has_a_report_of_its_own(method, tmp_path, runs):
+    options = {"unbias": False} if method == "isoflop" else {}
+    fit = METHODS[method](runs, resamples=0, **options)
+    page = Path(save(str(tmp_path / "report.html"), Report("t", {method: fit}, method, runs))).read_text()
+    stands_alone(page)
+    assert not re.search(r"\b(nan|inf)\b", shown(page))
+
+
+def test_a_report_of_5000_rows_is_small_and_quick(tmp_path):
+    many = tuple(ladder(noise=0.002, budgets=8, sizes=625))
+    fit = fit_isoflop(many, resamples=20, unbias=False)
+    start = time.perf_counter()
+    path = save(str(tmp_path / "report.html"), Report("many", {"isoflop": fit}, "isoflop", many))
+    assert time.perf_counter() - start < 30 and os.path.getsize(path) < 2e6
+    page = Path(path).read_text()
+    assert "300 of 5,000 runs are drawn" in page and "300 of 5000 runs; report.json holds all" in page
+
+
+def test_the_public_json_of_a_law_and_of_a_surface(fits):
+    said = json.loads(json.dumps(text.to_json(fits["isoflop"]), allow_nan=False))
+    keys = "method n_runs law objective exponents intervals identifiable warnings predictions points"
+    assert set(keys.split()) <= set(said)
+    assert set(said["law"]["N_opt"]) == {"coefficient", "exponent"} and "irreducible" in said["law"]["L_opt"]
+    assert said["intervals"]["a"] == said["intervals"]["N_opt.exponent"]
+    low, high = said["intervals"]["a"]
+    assert low < said["exponents"]["a"] < high and said["identifiable"] is True
+    said = text.to_json(fits["varpro"])
+    assert list(said["law"]) == ["E", "A", "B", "alpha", "beta"] and set(said["optimum"]) == {"N_opt", "D_opt", "L_opt"}
+    assert said["optimum"]["N_opt"]["exponent"] == pytest.approx(said["exponents"]["a"])
+    said = text.to_json(fits["power"])
+    assert said["exponents"] == {"a": None, "b": None} and said["intervals"]["a"] is None
+
+
+def test_numbers_that_do_not_exist_are_null_or_a_dash():
+    assert text.finite({"a": (math.nan, np.float64(1.5), np.inf), "b": np.arange(2)}) == {
+        "a": [None, 1.5, None],
+        "b": [0, 1],
+    }
+    assert text.span((math.nan, math.nan)) == text.written(math.nan) == text.DASH
+
+
+def test_a_fit_that_is_not_identified_says_so_first(runs, fits):
+    unsure = replace(fits["varpro"], reasons=("nothing tests it",))
+    assert "do not identify this law: nothing tests it" in opening(Report("t", {"varpro": unsure}, "varpro", runs))
+
+
+def test_powers_are_typeset_alike_and_names_are_left_alone():
+    assert typeset("3e+18 FLOPs, C^-0.18, N^alpha, 1e+18") == (
+        "3×10<sup>18</sup> FLOPs, C<sup>−0.18</sup>, N<sup>α</sup>, 10<sup>18</sup>"  # noqa: RUF001
     )
+    assert typeset("1e+18_0 <b>") == "1e+18_0 &lt;b&gt;" and typeset("a1e5") == "a1e5"
+    assert power(3e18) == r"$3\times10^{18}$" and power(1e-7) == "$10^{-7}$" and power(2.5) == "2.5"
 
 
-def test_the_region_of_a_cloud_holds_its_share():
-    rng = np.random.default_rng(0)
-    x, y = rng.multivariate_normal([3, 5], [[1, 0.9], [0.9, 1]], 4000).T
-    for u, v in ((x, y), (x, y + x**2), (1e9 * x, 1e-9 * y)):
-        lines, closed = region(u, v, 0.95)
-        assert closed
-        inside = np.zeros(len(u), bool)
-        scale = np.ptp(u), np.ptp(v)
-        for line in lines:
-            inside ^= MatplotlibPath(np.stack([line[0] / scale[0], line[1] / scale[1]], 1)).contains_points(
-                np.stack([u / scale[0], v / scale[1]], 1)
-            )
-        assert inside.mean() == pytest.approx(0.95, abs=0.01)
-    (line,), closed = region(x, 1 - x, 0.95)
-    assert not closed and np.ptp(line[0]) == pytest.approx(np.ptp(np.quantile(x, [0.025, 0.975])), rel=1e-6)
-    assert region(np.full(100, 0.5), np.full(100, 0.5), 0.95) == ([], False)
+def test_an_axis_has_at_least_4_ticks_and_no_two_alike():
+    for low in np.geomspace(1e-3, 1e21, 30):
+        for ratio in (1.001, 1.3, 3.0, 30.0, 1e3, 1e9, 1e20):
+            for log in (True, False):
+                values, texts = ticks(low, low * ratio, log)
+                assert 4 <= len(values) <= 12 and len(set(texts)) == len(texts), (low, ratio, log, texts)
+    figure, ((axis,),) = panels()
+    scale(axis, "y", "loss", [[2.0, 2.0]], [[np.inf]])
+    figure.canvas.draw()
+    assert len([t for t in axis.get_yticklabels() if t.get_text()]) >= 4
 
 
-@pytest.mark.parametrize("method", ["isoflop", "akima", "surface", "varpro", "gadre", "power"])
-def test_any_method_has_a_report_of_its_own(method):
-    text, said = drawn(ladder(noise=0.002, budgets=4), (method,))
-    assert list(said["methods"]) == [method] and "methods" not in said["charts"] and 'type="checkbox"' not in text
-    assert {"laws", "residuals"} <= set(said["charts"])
+def test_figures_are_told_apart_without_colour(fits):
+    figure = figures.law(fits, "L_opt", (1e24,))
+    for axis in figure.axes:
+        laws = [line for line in axis.lines if line.get_label() in fits]
+        assert len({(str(line.get_linestyle()), line.get_marker()) for line in laws}) == len(fits)
+        assert axis.get_xlim()[1] > 1e24
+        assert len([t for t in axis.get_xticklabels() if t.get_text()]) >= 4
 
 
-def test_runs_of_no_budgets_are_shown_by_their_size():
-    made = [(r, float(10 ** (round(2 * np.log10(r.params)) / 2))) for r in scatter()]  # 7 sizes
-    runs = [Run(r.name, n, r.tokens, 6 * n * r.tokens, float(LAW(n, r.tokens))) for r, n in made]
-    text, said = drawn(runs)
-    assert said["charts"]["isoflop"]["title"] == "Loss against data at each size" and "isoflop" in said["refused"]
-    assert "By surface, the best loss" in text
+def test_the_curves_of_a_fit_pass_through_what_it_expects(runs, fits):
+    figure = figures.isoflop(fits["varpro"], runs)
+    curve = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == figures.CURVE)
+    n = curve.get_xdata()
+    law, c = fits["varpro"].parameters, runs[0].flops
+    d = c / (fits["varpro"].k * n)
+    assert curve.get_ydata() == pytest.approx(law["E"] + law["A"] / n ** law["alpha"] + law["B"] / d ** law["beta"])
+    flat = figures.isoflop(fits["power"], runs)  # only marks: it says nothing of sizes
+    assert not [line for line in flat.axes[0].lines if len(line.get_xdata()) == figures.CURVE]
 
 
-def test_runs_of_no_budgets_and_no_sizes_are_shown_with_lines_of_equal_loss():
-    runs = scatter(count=60)
-    fit = fit_surface(runs, resamples=0)
-    found = plane.panel(fit, runs, {}, {"C": "FLOPs", "N": "parameters"})
-    lines = [m for m in found.marks if m.kind == "line"]
-    edges = np.quantile([r.loss for r in runs], np.arange(1, 6) / 6)
-    assert len(lines) == 6 and sum(len(m.x) for m in found.marks if m.kind == "points") == 60
-    for mark, loss in zip(lines[:-1], edges, strict=True):  # on the planted law, to what the fit has found of it
-        n, c = np.array(mark.y), np.array(mark.x)
-        assert len(n) > 20 and LAW(n, c / (6 * n)) == pytest.approx(loss, rel=1e-6)
-    text, said = drawn(runs, ("surface",))
-    assert said["charts"]["isoflop"]["title"] == "Lines of equal loss" and "loss 2." in text
+def test_many_marks_are_thinned_to_their_ends():
+    kept = thin(range(5000))
+    assert len(kept) == 300 and kept[0] == 0 and kept[-1] == 4999 and thin([1, 2]) == [1, 2]
 
 
-def test_training_curves_and_their_envelope_are_shown():
-    rows = tuple(curves(points=12, sizes=6))
-    text, said = drawn(rows, ("envelope",), rows)
-    marks = said["charts"]["training"]["panels"][0]["marks"]
-    assert len([m for m in marks if m["kind"] == "line"]) == 7 and "Training curves and their envelope" in text
-    assert [len(m["x"]) for m in marks if m["method"] == "envelope" and m["kind"] == "points"] == [5]
+@dataclass(frozen=True)
+class Front:
+    """What `figures.frontier` reads of a frontier, and of a sampling."""
+
+    metric: str = "fid"
+    higher: bool = False
+    unit: str = "flops"
+    front: tuple = ()
+    handovers: tuple = ()
+    costs: dict = None
+    curves: dict = None
 
 
-def test_one_log_axis_or_another_has_ticks():
-    for low in np.geomspace(1e-3, 1e21, 40):
-        for ratio in (1.001, 1.3, 3.0, 30.0, 1e3, 1e9):
-            for axis in (Axis("x"), Axis("x", kind="count"), Axis("x", kind="flops"), Axis("x", log=False)):
-                found = ticks(axis, low, low * ratio)
-                texts = [text for _, text in found]
-                assert 2 <= len(found) <= 12 and len(set(texts)) == len(texts), (low, ratio, axis)
+@dataclass(frozen=True)
+class Sampling:
+    name: str
+    flops: float
+    score: float
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fit", "SHEET", "--method=surfac"], "invalid choice: 'surfac'"),
-        (["fit"], "required: RUNS"),
-        (["fits", "SHEET"], "invalid choice: 'fits'"),
-        (["fit", "nowhere.csv"], "nowhere.csv: no such file or folder"),
-        (["predict", "SHEET"], "required: --flops"),
-        (["predict", "SHEET", "--flops=-3"], "--flops: found -3.0, expected a number above 0"),
-        (["fit", "SHEET", "--window=0.5"], "--window: found 0.5"),
-        (["report", "SHEET", "--grid=no.png"], "--grid: no.png: no such file"),
-        (["report", "nowhere.csv", "--method=all"], "nowhere.csv: no such file or folder"),
-        (["report", "SHEET", "--method=al"], "invalid choice: 'al'"),
-        (["report", "SHEET", "--method=envelope"], "expected at least 3 runs"),
-        (["report", "SHEET", "--out=."], "--out: found the folder '.', expected a file"),
-    ],
-)
-def test_bad_use_is_one_line_and_exit_2(arguments, message, sheet, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = sorted(os.listdir(tmp_path))
-    assert main([sheet if a == "SHEET" else a for a in arguments] + ["--json=out.json"] * ("SHEET" in arguments)) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == before
+def test_a_frontier_has_no_marker_where_nothing_was_measured():
+    points = [Sampling("S", 10.0**i, y) for i, y in enumerate((50.0, 20.0, 22.0, 15.0, 16.0))]
+    costs = {"S": np.array([p.flops for p in points])}
+    curves = {"S": np.minimum.accumulate([[p.score for p in points]], axis=1)}
+    figure = figures.frontier(Front(front=tuple(points[:2]), costs=costs, curves=curves), points)
+    (step,) = [line for line in figure.axes[0].lines if line.get_markevery()]
+    assert step.get_markevery() == [0, 1, 3]
 
 
-def test_exit_code_reaches_the_shell_and_the_wing_needs_neither_jax_nor_tensorflow(sheet, tmp_path):
-    bad = tmp_path / "bad.csv"
-    bad.write_text("params,tokens,los\n1,2,3\n")
-    command = [sys.executable, "-m", "dit_jax.scaling", "fit"]
-    done = subprocess.run([*command, str(bad)], capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr
-        == f"error: {bad}: no column 'loss'; nearest found 'los'; --column loss=NAME says that another one is it\n"
-    )
-    script = (
-        "import sys; from dit_jax.scaling.__main__ import main; import dit_jax.scaling.figure; "
-        f"main(['fit', {sheet!r}]); sys.exit(bool({{'jax', 'flax', 'tensorflow', 'torch'}} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+def test_a_figure_is_saved_by_its_ending(tmp_path, runs, fits):
+    figure = figures.plane(fits["varpro"], runs)
+    for ending, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")):
+        figures.save(figure, str(tmp_path / f"plane{ending}"))
+        assert (tmp_path / f"plane{ending}").read_bytes().startswith(start)
+    with pytest.raises(UsageError, match=r"--out: found .*plane.jpg', expected .* \.png, \.svg or \.pdf"):
+        figures.save(figure, str(tmp_path / "plane.jpg"))
+    assert not (tmp_path / "plane.jpg").exists()

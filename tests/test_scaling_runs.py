@@ -6,8 +6,8 @@ import os
 import pytest
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.columns import parse_names
 from dit_jax.scaling.runs import load_runs
+from dit_jax.scaling.runs.columns import parse_names
 
 PROTOCOL = {"data": {"name": "digits", "split": "test"}, "held_out": {"seed": 1234}, "weights": "ema"}
 

@@ -105,7 +105,7 @@ def test_the_loop_is_closed(swept):
     report = (workdir / "report.html").read_text()
     for part in ("IsoFLOP", "Predicted against measured", "data:image/png;base64", "fd_digits of 100 samples"):
         assert part in report
-    assert "http" not in report.replace("http://www.w3.org", "")
+    assert "http:" not in report and "https:" not in report
     assert (workdir / "extrapolation" / name / "samples" / "grid-euler4-guidance2-2.png").stat().st_size > 1000
 
 

@@ -13,9 +13,7 @@ from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import NotFiniteError
 
-PAIRS = (
-    64  # (image, time) pairs that a device computes at a time; fixed, because another batch shape rounds differently
-)
+PAIRS = 64  # (image, time) that a device computes at a time; fixed, because another batch shape rounds differently
 
 
 def stratified(seed: int, indices: jax.Array, times_per_image: int) -> jax.Array:

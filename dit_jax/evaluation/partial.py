@@ -20,10 +20,7 @@ def drop_partials(workdir: str, done: set[tuple[int, str]], there: list[int]) ->
     for name in os.listdir(root) if os.path.isdir(root) else []:
         match = re.fullmatch(r"([0-9a-f]{16})-(\d+)", name)
         if match and ((int(match[2]), match[1]) in done or int(match[2]) not in there):
-            with (
-                contextlib.suppress(JobError),
-                parts.locked(os.path.join(root, name)),
-            ):  # if in use, its owner removes it
+            with contextlib.suppress(JobError), parts.locked(os.path.join(root, name)):  # if used, its owner removes it
                 parts.remove(os.path.join(root, name))
     with contextlib.suppress(OSError):  # absent, or not empty because others are unfinished
         os.rmdir(root)

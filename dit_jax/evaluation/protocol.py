@@ -1,20 +1,23 @@
 """Evaluation protocols: every choice that a score depends on besides the checkpoint; and the record that states them."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from dataclasses import dataclass
 
 from dit_jax import flops
+from dit_jax.checkpoint import unique_images
 from dit_jax.config import Config, SampleConfig
-from dit_jax.data.source import Source
+from dit_jax.data.pipeline import load_arrays
+from dit_jax.data.source import Source, all_of, open_source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
-from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops, open_sampling
+from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
 from dit_jax.workdir.goodput import totals
 from dit_jax.workdir.records import protocol_id
 
@@ -74,37 +77,48 @@ def cells(cfg: Config) -> dict[str, Config]:
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What sample metrics need besides the weights; opened once for all checkpoints and samplings."""
+class Shared:
+    """What evaluations of several runs may share: the held-out split, the feature network, the reference. Opened when first used."""
 
-    sampling: Sampling
-    network: scores.Network
-    reference: scores.Reference
+    cfg: Config
+    mesh: object
+
+    @functools.cached_property
+    def held_out(self) -> tuple[Source, tuple]:
+        """The held-out split and its arrays (images, cond)."""
+        source = open_source(all_of(self.cfg.data), self.cfg.data.held_out_split)
+        return source, load_arrays(self.cfg.data, self.cfg.data.held_out_split, source)
+
+    @functools.cached_property
+    def network(self) -> scores.Network:
+        return scores.open_network(self.cfg, self.mesh)
+
+    @functools.cached_property
+    def reference(self) -> scores.Reference:
+        reference = scores.open_reference(self.cfg, self.network)
+        scores.warn_of_few(self.cfg, self.network, reference)
+        return reference
 
 
-def open_tools(cfg: Config, mesh) -> Tools:
-    """Opens the tools of `cfg.eval`. Raises UsageError if the autoencoder, the feature network or the reference does not fit."""
-    sampling, network = open_sampling(cfg, mesh), scores.open_network(cfg, mesh)
-    scores.check_number(cfg, network)
-    reference = scores.open_reference(cfg, network)
-    scores.warn_of_few(cfg, network, reference)
-    return Tools(sampling, scores.keeping(network, sampling.shape), reference)
-
-
-def sample_protocol(cfg: Config, tools: Tools) -> dict:
-    """Everything that the sample metrics depend on besides the checkpoint."""
-    sample, autoencoder = describe_sample(cfg.sample), tools.sampling.autoencoder
+def draws_protocol(cfg: Config) -> dict:
+    """The part of `sample_protocol` that can be told from the config: which images are drawn, and from which weights."""
+    sample = describe_sample(cfg.sample)
     del sample["weights"]
+    return {**weights_protocol(cfg), "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed}}
+
+
+def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
+    """Everything that the sample metrics depend on besides the checkpoint."""
+    network, autoencoder = shared.network, sampling.autoencoder
     return {
         "data": {"dataset": cfg.data.dataset, "image_size": cfg.data.image_size},
-        **weights_protocol(cfg),
-        "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed},
-        "process": processes.describe(tools.sampling.task.process),
+        **draws_protocol(cfg),
+        "process": processes.describe(sampling.task.process),
         "uint8": UINT8,
         "autoencoder": autoencoder.describe() if autoencoder else "none",
-        "features": f"{tools.network.name} {tools.network.sha256}",
-        "reference": tools.reference.source,
-        "metrics": scores.describe(tools.network) | {"bootstrap": cfg.eval.bootstrap},
+        "features": f"{network.name} {network.sha256}",
+        "reference": shared.reference.source,
+        "metrics": scores.describe(network) | {"bootstrap": cfg.eval.bootstrap},
         "dtype": cfg.model.dtype,
         "attention": cfg.model.attention,
         "flops": "exact, 2 x MACs, training = 3 x forward, of the diffusion model alone",
@@ -116,12 +130,13 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
 
     Metrics depend on the protocol, the weights and the kind of device, which the record therefore states.
     """
-    images = step * cfg.train.batch_size
+    images, unique = step * cfg.train.batch_size, unique_images(workdir, step)
     return {
         "run": os.path.basename(os.path.abspath(workdir)),
         "step": step,
         "images_seen": images,
         "tokens_seen": images * cfg.model.tokens,
+        **({} if unique is None else {"unique_images": unique}),
         "params": flops.parameters(cfg.model),
         "params_active": flops.active_parameters(cfg.model),
         "flops_train": make_objective(cfg).flops * images,
@@ -136,7 +151,7 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
     }
 
 
-def check_config(cfg: Config) -> None:
+def check_config(cfg: Config, key: str = "eval.samples") -> None:
     """Raises UsageError for a protocol that is impossible or measures nothing."""
     for sample in samplings(cfg):
         make_task(dataclasses.replace(cfg, sample=sample))
@@ -144,4 +159,4 @@ def check_config(cfg: Config) -> None:
         expected = "expected at least one of them: nothing would be measured"
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
     if cfg.eval.samples:
-        scores.check_config(cfg)
+        scores.check_config(cfg, key)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,26 +12,16 @@ import numpy as np
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
-from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.loss import held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
-from dit_jax.evaluation.protocol import (
-    Tools,
-    check_config,
-    loss_protocol,
-    make_record,
-    open_tools,
-    sample_protocol,
-    samplings,
-)
+from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
-from dit_jax.sampling.draw import weights_hash
+from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close
 from dit_jax.workdir.records import append_record, protocol_id, read_records
@@ -62,10 +52,9 @@ def _check_stop(stop: list, what: str) -> None:
         raise Interrupted(f"{what}; the same command goes on from there")
 
 
-def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
+def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list, shared: Shared) -> list[Task]:
     """A task for the held-out loss of each kind of weights."""
-    held_out = open_source(all_of(cfg.data), cfg.data.held_out_split)
-    arrays = load_arrays(cfg.data, cfg.data.held_out_split, held_out)
+    held_out, arrays = shared.held_out
     images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
 
     def look() -> None:
@@ -82,10 +71,10 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list) -> list[Task]:
     return found
 
 
-def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: bool) -> Task:
+def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quiet: bool, shared: Shared) -> Task:
     """The task for the metrics of images drawn by `cfg.sample`."""
-    protocol, network = sample_protocol(cfg, tools), tools.network
-    sampling = dataclasses.replace(tools.sampling, cfg=cfg)
+    sampling = dataclasses.replace(sampling, cfg=cfg)
+    protocol, network = sample_protocol(cfg, sampling, shared), scores.keeping(shared.network, sampling.shape)
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
         for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
@@ -100,7 +89,7 @@ def _sample_task(cfg: Config, tools: Tools, workdir: str, stop: list, quiet: boo
                 return None
             times: list[float] = []
             found = parts.gather(store, cfg.eval.samples, functools.partial(draw, params, times), stop, quiet)
-            metrics, signs = scores.measure((part for part, _ in found), network, tools.reference, cfg.eval)
+            metrics, signs = scores.measure((part for part, _ in found), network, shared.reference, cfg.eval)
             return metrics, {"metric_signs": signs} | ({"seconds_sample": float(np.median(times))} if times else {})
 
     return Task(cfg, protocol, measure)
@@ -133,25 +122,30 @@ def _alone_in(folder: str, stop: list) -> Iterator[None]:
         yield
 
 
-def tasks(cfg: Config, mesh, workdir: str, stop: list, quiet: bool) -> list[Task]:
+def tasks(cfg: Config, workdir: str, stop: list, quiet: bool, shared: Shared | None = None) -> list[Task]:
     """The tasks of a config for every checkpoint. Raises UsageError for a protocol that is impossible."""
     check_config(cfg)
-    found = _loss_tasks(cfg, mesh, workdir, stop) if cfg.eval.loss else []
+    mesh = make_mesh(MeshConfig())
+    shared = shared or Shared(cfg, mesh)
+    found = _loss_tasks(cfg, mesh, workdir, stop, shared) if cfg.eval.loss else []
     if cfg.eval.samples:
-        tools = open_tools(cfg, mesh)
+        sampling = open_sampling(cfg, mesh)
         for sample in samplings(cfg):
-            found.append(_sample_task(dataclasses.replace(cfg, sample=sample), tools, workdir, stop, quiet))
+            found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
     return found
 
 
-def run(cfg: Config, workdir: str, steps: list[int] | None = None, quiet: bool = False) -> list[dict]:
+def run(
+    cfg: Config, workdir: str, steps: Sequence[int] | None = None, quiet: bool = False, shared: Shared | None = None
+) -> list[dict]:
     """Evaluates checkpoints (default: all on disk) under each protocol, unless recorded already. Returns the records.
 
-    Raises JobError at the end if checkpoints are damaged or have numbers that are not finite; nothing is recorded for these.
+    `shared`: what was opened for another run with the same `data` and `eval`. Raises JobError at the end if checkpoints are damaged
+    or have numbers that are not finite; nothing is recorded for these.
     """
     failed: dict[int, str] = {}
     with _ledger(workdir, quiet, time.time()) as ledger:
-        wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, [], quiet)
+        wanted = tasks(cfg, workdir, [], quiet, shared)
         records = _run(wanted, workdir, steps, quiet, [], failed, ledger)
     report_failed(failed)
     return records
@@ -164,7 +158,7 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, st
     """
     failed: dict[int, str] = {}
     with stop_flag() as stop, _ledger(workdir, False, since) as ledger:
-        wanted = tasks(cfg, make_mesh(MeshConfig()), workdir, stop, False)
+        wanted = tasks(cfg, workdir, stop, False)
         while True:
             records = _run(wanted, workdir, None, False, stop, failed, ledger)
             newest = max([*(record["step"] for record in records), *failed], default=0)
@@ -194,13 +188,7 @@ def _ledger(workdir: str, quiet: bool, since: float) -> Iterator[Ledger]:
 
 
 def _run(
-    wanted: list[Task],
-    workdir: str,
-    steps: list[int] | None,
-    quiet: bool,
-    stop: list,
-    failed: dict[int, str],
-    ledger: Ledger,
+    wanted: list[Task], workdir: str, steps: Sequence[int] | None, quiet: bool, stop: list, failed: dict, ledger: Ledger
 ) -> list[dict]:
     """As `run`, until `stop` is not empty. Checkpoints that cannot be scored are put into `failed`; the others are evaluated."""
     done = read_records(workdir)

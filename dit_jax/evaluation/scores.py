@@ -28,6 +28,7 @@ from dit_jax.networks.reference import read_reference
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
 REFERENCE = ("gaussian", "spatial_gaussian", "features")  # what a reference may have
+INCEPTION = {"pool": 2048, "spatial": 2023, "logits": 1008}  # width of each part of its rows
 BLOCK = 1024  # rows that enter the statistics at a time, so that the sizes of parts do not change the rounding
 
 
@@ -103,9 +104,8 @@ def _inception(folder: str, mesh) -> Network:
         found = inception.apply(params, rgb)
         return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
 
-    parts = {"pool": 2048, "spatial": 2023, "logits": 1008}
     logits, rules = "without the bias of the last layer", {"resize": "TensorFlow 1 bilinear, 299"}
-    return Network("inception", meta["sha256"], parts, _on_mesh(apply, weights, mesh), logits, rules=rules)
+    return Network("inception", meta["sha256"], INCEPTION, _on_mesh(apply, weights, mesh), logits, rules=rules)
 
 
 def keeping(network: Network, shape: tuple) -> Network:
@@ -133,8 +133,8 @@ def describe(network: Network) -> dict:
     return found | {"rows": ROWS}
 
 
-def check_config(cfg: Config) -> None:
-    """Raises UsageError for sample metrics that are impossible."""
+def check_config(cfg: Config, key: str) -> None:
+    """Raises UsageError for sample metrics that are impossible. `key`: the config key of the number of samples, for the message."""
     if cfg.eval.features == "inception" and not cfg.eval.inception:
         raise UsageError(
             "eval.inception: empty, expected the folder of the Inception network; write it with `python -m dit_jax.convert "
@@ -150,18 +150,20 @@ def check_config(cfg: Config) -> None:
             "eval.reference: empty, expected an npz of reference statistics or images: the data set is too large to be held "
             "in memory, or is of latents"
         )
+    check_number(cfg, key)
 
 
-def check_number(cfg: Config, network: Network) -> None:
+def check_number(cfg: Config, key: str) -> None:
     """Raises UsageError if there are too few samples for a covariance or too many to keep."""
-    num, width = cfg.eval.samples, network.parts["pool"]
+    num, name = cfg.eval.samples, cfg.eval.features
+    width = {"digits": digit_features.WIDTH, "inception": INCEPTION["pool"]}[name]
     try:
         check_room(num, width)
     except ValueError as error:
-        raise UsageError(f"eval.samples: found {num}: {error}") from None
+        raise UsageError(f"{key}: found {num}: {error}") from None
     if num <= width:
         raise UsageError(
-            f"eval.samples: found {num}, expected more than the {width} features of the network {network.name!r}: a "
+            f"{key}: found {num}, expected more than the {width} features of the network {name!r}: a "
             "covariance of fewer samples is singular"
         )
 

@@ -10,6 +10,7 @@ import json
 import sys
 
 from dit_jax.error import exit_code
+from dit_jax.files import write_file
 from dit_jax.scaling import options
 
 
@@ -20,12 +21,12 @@ def main(argv=None) -> int:
 
 def _run(argv) -> None:
     args = options.parse(argv, __doc__)
-    from dit_jax.scaling import commands, jobs  # numpy and scipy take a second
-    from dit_jax.scaling.report import write
+    from dit_jax.scaling import commands  # numpy and scipy take a second
+    from dit_jax.scaling.frontier import commands as frontier
 
-    result = commands.run(args) if args.command in options.FITTED else jobs.run(args)
+    result = commands.run(args) if args.command in options.FITTED else frontier.run(args)
     if args.json:
-        write(args.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_file(args.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,39 +1,41 @@
 """The commands `fit`, `predict`, `plan` and `report`: their tables and their JSON."""
 
 import inspect
+import math
 import os
 import sys
 
-from dit_jax.error import UsageError
-from dit_jax.scaling import planning, quality, stated, trust
-from dit_jax.scaling.columns import parse_names
-from dit_jax.scaling.conventions import check_units, training_flops
-from dit_jax.scaling.fit import METHODS
-from dit_jax.scaling.methods import Methods, fit_methods, predictions
-from dit_jax.scaling.page import opening
-from dit_jax.scaling.predict import extrapolate, holdout_largest, predict
-from dit_jax.scaling.report import Report, report_json, save
-from dit_jax.scaling.runs import load_runs, require_varied
-from dit_jax.scaling.study import SurfaceFit
-from dit_jax.scaling.summary import METHOD_HEAD, SURFACE_HEAD, method_rows, search_text, surface_rows, to_json
-from dit_jax.scaling.table import (
-    BUDGET_HEAD,
-    CHECK_HEAD,
+from dit_jax.error import UsageError, one_line
+from dit_jax.scaling.fits import METHODS
+from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.plans import commands as plans
+from dit_jax.scaling.report import Report, opening, save
+from dit_jax.scaling.report.text import (
     LAW_HEAD,
+    METHOD_HEAD,
     PREDICT_HEAD,
-    budget_rows,
-    check_rows,
     far,
     finite,
     law_rows,
+    method_rows,
     print_table,
     span,
+    to_json,
 )
+from dit_jax.scaling.runs import load_runs, require_varied, stated
+from dit_jax.scaling.runs.columns import parse_names
+from dit_jax.scaling.runs.conventions import check_units, training_flops
+from dit_jax.scaling.verdicts import holdout, quality
+from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods, fit_one
+
+PRINTED = 8  # findings of one kind
+OF_A_GRID = ("sizes", "budgets", "edge", "curvature")  # kinds of findings that a fit of budgets says itself
 
 
 def _options(args, method: str, strict: bool = True) -> dict:
     """The options of a method; one that it does not have is refused, or left out where not `strict`."""
-    known = inspect.signature(METHODS[method]).parameters
+    known = set(inspect.signature(METHODS[method]).parameters)
     names = ("window", "residual", "loss", "unbias")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given:
@@ -42,128 +44,192 @@ def _options(args, method: str, strict: bool = True) -> dict:
     return {"seed": args.seed, "resamples": args.resamples} | {k: v for k, v in given.items() if k in known}
 
 
-def run_fit(args, runs, fit) -> dict:
-    """Fit the laws and print them with their intervals."""
-    if fit.method == "isoflop":
-        print_table("Budgets", _counting(BUDGET_HEAD, runs), budget_rows(fit))
-    if isinstance(fit, SurfaceFit):
-        print_table("L = E + A / N^alpha + B / D^beta", SURFACE_HEAD, surface_rows(fit))
-        print(search_text(fit) + "\n")
+def run(args) -> dict:
+    """The JSON of the command that `args` names."""
+    runs, said = _loaded(args)
+    convention = runs[0].convention
+    print(f"Convention: {convention}\n")
+    said |= {"convention": convention.to_json(), "quality": _tell_quality(runs, args.method)}
+    if args.command == "report":
+        return _report(args, runs) | said
+    if args.method == "all":
+        return _fit_all(args, runs) | said
+    fit = fit_one(runs, args.method, max(args.flops, default=0.0), **_options(args, args.method))
+    _warn(fit)
+    return {"fit": _fit, "predict": _predict, "plan": _plan}[args.command](args, runs, fit) | said
+
+
+def _loaded(args) -> tuple:
+    """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
+    options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
+    options |= dict(columns=parse_names(args.column), where=args.where)
+    runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=args.curves, **options))
+    check_units(runs)
+    kept, said = _without(runs, args.drop)
+    require_varied(kept)
+    return kept, said
+
+
+def _without(runs: list, drop: str | None) -> tuple:
+    """(the runs, {"dropped": those that --drop has left out}), which are printed too."""
+    if drop is None:
+        return runs, {}
+    kinds = quality.DROPPED if drop == "all" else tuple(drop.split(","))
+    for kind in kinds:
+        if kind not in quality.DROPPED:
+            raise UsageError(f"--drop: found {kind!r}, expected {', '.join(quality.DROPPED)} or all")
+    kept = quality.drop(runs, kinds)
+    for f, _ in kept.dropped:
+        print(one_line(f"dropped ({f.kind}): {f.what}"), file=sys.stderr)
+    print(f"{len(runs) - len(kept.runs)} of {len(runs)} runs dropped", file=sys.stderr)
+    for note in kept.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    dropped = [{"kind": f.kind, "run": r.name, "source": r.source, "text": f.what} for f, r in kept.dropped]
+    return kept.runs, {"dropped": dropped, "dropped_notes": list(kept.notes)}
+
+
+def _tell_quality(runs: list, method: str) -> list:
+    """Warns of what is wrong with the runs, as far as the fits do not; returns all of it for the JSON."""
+    found = quality.findings(runs)
+    for kind in dict.fromkeys(f.kind for f in found if f.kind not in OF_A_GRID):
+        same = [f for f in found if f.kind == kind]
+        for f in same[:PRINTED]:
+            print(one_line(f"warning: {f.text}"), file=sys.stderr)
+        if len(same) > PRINTED:
+            print(f"warning: {kind}: {len(same) - PRINTED} more; --json lists them all", file=sys.stderr)
+    return [{"kind": f.kind, "runs": f.runs, "budgets": f.budgets, "text": f.text} for f in found]
+
+
+def _warn(fit: Fit, prefix: str = "") -> None:
+    for warning in fit.warnings:
+        print(one_line(f"warning: {prefix}{warning}"), file=sys.stderr)
+
+
+def _fit(args, runs: list, fit: Fit) -> dict:
+    """Print the laws with their intervals."""
+    for title, head, rows in fit.tables:
+        print_table(title, head, rows)
     print_table(f"Laws of compute, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
-    if fit.method == "isoflop":
-        rows = check_rows(fit, holdout_largest(runs, **_options(args, "isoflop")), None)
-        if rows:
-            print_table("Predicted against measured", CHECK_HEAD, rows)
     if args.flops and "N_opt" in fit.laws:
         _print_predictions(fit, args.flops, runs)
-    said = trust.tell_bias(runs, fit) if fit.method == "isoflop" else {}
-    said |= trust.tell_quality(runs, [fit.method])
-    said |= trust.tell_holdouts(args.holdout, {fit.method: (runs, _options(args, fit.method))})
-    return to_json(fit, predictions(fit, args.flops)) | said
+    return to_json(fit, _predictions(fit, args.flops)) | _tell_holdouts(args, runs, {fit.method: fit})
 
 
-def run_all(args, runs) -> dict:
-    """Every method that these runs allow, side by side."""
-    curves = _curves(args)
-    found = _every(args, runs, curves)
-    head = (*METHOD_HEAD[:8], f"L_opt at {found.flops:.3g}", *METHOD_HEAD[9:])
-    level = found.main.level
-    print_table(f"Methods, {level:.0%} intervals", head, method_rows(found.fits, found.flops))
-    differ = [str(d) for d in found.disagreements]
-    print(
-        "\n".join(f"The methods disagree on {text}." for text in differ)
-        or "No two methods disagree beyond their intervals."
-    )
-    for test in found.tests:
-        if test.fails:
-            print(f"{test.method}: {test.reason}: {test.found}")
-    _say(found)
-    said = trust.tell_quality(runs, list(found.fits))
-    rows = {method: curves if method == "envelope" and curves else runs for method in found.fits}
-    options = {method: _options(args, method, strict=False) for method in found.fits}
-    said |= trust.tell_holdouts(args.holdout, {method: (rows[method], options[method]) for method in found.fits})
-    return {
-        "method": "all",
-        "n_runs": len(runs),
-        "methods": {method: to_json(fit, predictions(fit, args.flops)) for method, fit in found.fits.items()},
-        "refused": found.refused,
-        "disagreements": differ,
-        "tests": finite([vars(test) for test in found.tests]),
-    } | said
-
-
-def _every(args, runs, curves) -> Methods:
-    """All methods, or the one asked for, with the tests of their premises."""
-    names = tuple(METHODS) if args.method == "all" else (args.method,)
-    flops = max(args.flops, default=None)
-    return fit_methods(runs, curves, flops, names, lambda method: _options(args, method, strict=len(names) == 1))
-
-
-def _curves(args) -> tuple | None:
-    """Every evaluated step of the runs; None where these cannot be taken together."""
-    try:
-        return tuple(_loaded(args, curves=True, quiet=True)[0])
-    except UsageError as error:
-        print(f"warning: training curves are left out: {error}", file=sys.stderr)
-        return None
-
-
-def _say(found: Methods) -> None:
-    """What was refused, and every warning."""
-    for method, why in found.refused.items():
-        print(f"{method}: not fitted: {why}")
-    for method, fit in found.fits.items():
-        for warning in fit.warnings:
-            print(f"warning: {method}: {warning}", file=sys.stderr)
-
-
-def run_predict(args, runs, fit) -> dict:
+def _predict(args, runs: list, fit: Fit) -> dict:
     """Predict the best size, data and loss at --flops."""
     if "N_opt" not in fit.laws:
         raise UsageError(f"--method: {fit.method} says nothing of N_opt; predict with another")
     _print_predictions(fit, args.flops, runs)
-    return to_json(fit, predictions(fit, args.flops))
+    return to_json(fit, _predictions(fit, args.flops))
 
 
-def run_plan(args, runs, fit) -> dict:
-    """What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next."""
-    return to_json(fit) | planning.run(args, runs, fit)
+def _plan(args, runs: list, fit: Fit) -> dict:
+    """What to train for --flops or --chip_hours."""
+    return to_json(fit) | plans.run(args, runs, fit)
 
 
-def run_report(args, runs) -> dict:
+def _predictions(fit: Fit, flops) -> list[dict]:
+    return [predict(fit, c) for c in flops] if "N_opt" in fit.laws else []
+
+
+def _print_predictions(fit: Fit, flops, runs: list) -> None:
+    rows = []
+    for said in (predict(fit, c) for c in flops):
+        row = [f"{said['flops']:.3g}", far(said["beyond"])]
+        for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
+            row += ["" if math.isnan(said[name]) else f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
+        rows.append((*row, span(said["L_run_interval"], ".4f")))
+        if "L_opt_reason" in said:
+            print(f"warning: no loss at {said['flops']:.3g} FLOPs: {said['L_opt_reason']}", file=sys.stderr)
+    head = tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in PREDICT_HEAD)
+    print_table(f"Predictions, {fit.level:.0%} intervals", head, rows)
+
+
+def _every(args, runs: list) -> Methods:
+    """All methods, or the one asked for."""
+    names = tuple(METHODS) if args.method == "all" else (args.method,)
+    options = {method: _options(args, method, strict=len(names) == 1) for method in names}
+    return fit_methods(runs, max(args.flops, default=0.0), names, options.__getitem__)
+
+
+def _fit_all(args, runs: list) -> dict:
+    """Every method that these runs allow, side by side."""
+    found = _every(args, runs)
+    head = (*METHOD_HEAD[:8], f"L_opt at {found.flops:.3g}", *METHOD_HEAD[9:])
+    print_table(f"Methods, {found.main.level:.0%} intervals", head, method_rows(found.fits, found.flops))
+    for text in found.disagreements or ("no two methods disagree beyond their intervals",):
+        print(text)
+    for method, why in found.refused.items():
+        print(f"{method}: not fitted: {why}")
+    for method, fit in found.fits.items():
+        _warn(fit, f"{method}: ")
+    return {
+        "method": "all",
+        "n_runs": len(runs),
+        "methods": {method: to_json(fit, _predictions(fit, args.flops)) for method, fit in found.fits.items()},
+        "refused": found.refused,
+        "disagreements": list(found.disagreements),
+    } | _tell_holdouts(args, runs, found.fits)
+
+
+def _tell_holdouts(args, runs: list, fits: dict) -> dict:
+    """Print the errors of the fits on what --holdout leaves out; {"holdout": their JSON}, of several methods by name; {} without."""
+    split = getattr(args, "holdout", None)
+    if split is None:
+        return {}
+    found, refused = {}, {}
+    for method, fit in fits.items():
+        most = args.resamples if split == "largest" else 200
+        try:
+            refit = again(method, most, **_options(args, method, strict=False))
+            found[method] = holdout.hold_out(fit, refit, split, runs)
+        except UsageError as error:
+            if len(fits) == 1:
+                raise
+            refused[method] = str(error)
+    if len(found) == len(fits) == 1:
+        (one,) = found.values()
+        print_table(f"Held out: {split}", holdout.HEAD, holdout.rows(one))
+        for label, why in one.refused:
+            print(f"{label} cannot be held out: {why}")
+    title = f"Errors on what is held out ({split})"
+    print_table(title, holdout.SUMMARY_HEAD, holdout.summary_rows(list(found.values())))
+    for method, why in refused.items():
+        print(f"{method}: {why}")
+    said = {method: finite(one.to_json()) for method, one in found.items()}
+    return {"holdout": said if len(fits) > 1 else next(iter(said.values()))}
+
+
+def _report(args, runs: list) -> dict:
     """Write a self-contained report.html, with its figures, fit.json and report.json beside it."""
-    curves = _curves(args)
-    found = _every(args, runs, curves)
-    law, held, test, grid = found.fits.get("isoflop"), None, None, None
-    if law is not None:
-        held = holdout_largest(runs, **_options(args, "isoflop", strict=False))
-    if "N_opt" in found.main.laws:
-        test = _extrapolation(args.runs, runs, found.main)
+    found, grid = _every(args, runs), None
     if args.grid:
         with open(args.grid, "rb") as file:
             grid = file.read()
     made = Report(
-        args.title,
-        found,
-        tuple(runs),
-        curves,
-        held,
-        test,
-        grid,
+        title=args.title,
+        fits=found.fits,
+        main=found.main.method,
+        runs=tuple(runs),
         findings=tuple(f.text for f in quality.findings(runs)),
+        refused=found.refused,
+        disagreements=found.disagreements,
+        test=_extrapolation(args.runs, runs, found.main) if "N_opt" in found.main.laws else None,
+        grid=grid,
         flops=tuple(args.flops),
     )
     path = save(args.out, made)
     print(opening(made))
-    _say(found)
+    for method, fit in found.fits.items():
+        _warn(fit, f"{method}: ")
     print(path)
-    return to_json(found.main, predictions(found.main, args.flops)) if args.method != "all" else report_json(made, [])
+    if args.method != "all":
+        return to_json(found.main, _predictions(found.main, args.flops))
+    methods = {m: to_json(f, _predictions(f, args.flops)) for m, f in found.fits.items()}
+    return {"method": "all", "n_runs": len(runs), "main": found.main.method, "methods": methods}
 
 
-COMMANDS = {"fit": run_fit, "predict": run_predict, "plan": run_plan}
-
-
-def _extrapolation(paths, runs, fit):
+def _extrapolation(paths, runs: list, fit: Fit) -> Extrapolation | None:
     """The largest run in the `extrapolation` folder of a sweep, if there is one, against the fit."""
     for path in paths:
         folder = os.path.join(path, "extrapolation")
@@ -176,45 +242,3 @@ def _extrapolation(paths, runs, fit):
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None
-
-
-def _counting(head: tuple, runs) -> tuple:
-    """A head whose D counts what the runs' does."""
-    return tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in head)
-
-
-def _print_predictions(fit, flops, runs) -> None:
-    rows = []
-    for said in (predict(fit, c) for c in flops):
-        row = [f"{said['flops']:.3g}", far(said["beyond"])]
-        for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
-            row += [f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
-        rows.append((*row, span(said["L_run_interval"], ".4f")))
-    print_table(f"Predictions, {fit.level:.0%} intervals", _counting(PREDICT_HEAD, runs), rows)
-
-
-def _loaded(args, curves: bool, quiet: bool = False) -> tuple:
-    """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
-    options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
-    options |= dict(columns=parse_names(args.column), where=args.where)
-    runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=curves, **options))
-    check_units(runs)
-    kept, said = trust.without(runs, args.drop, curves, quiet)
-    require_varied(kept)
-    return kept, said
-
-
-def run(args) -> dict:
-    """The JSON of the command that `args` names, after its fit."""
-    runs, said = _loaded(args, curves=args.method == "envelope")
-    convention = runs[0].convention
-    print(f"Convention: {convention}\n")
-    said |= {"convention": convention.to_json()}
-    if args.command == "report":
-        return run_report(args, runs) | said
-    if args.method == "all":
-        return run_all(args, runs) | said
-    fit = METHODS[args.method](runs, **_options(args, args.method))
-    for warning in fit.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return COMMANDS[args.command](args, runs, fit) | said

@@ -21,6 +21,7 @@ COMMANDS = {
     "frontier": "Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning.",
 }
 FITTED = ("fit", "predict", "plan", "report")  # those that fit laws of the loss with `--method`
+METRIC = "any metric of the records, or a column of the CSV (default: fid, else the only one that RUNS have)"
 MODEL = ("patch", "channels", "classes", "input_size", "image_size")
 
 
@@ -47,6 +48,11 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         _add_quality(one, name)
         _add_convention(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
+        one.add_argument(
+            "--curves",
+            action="store_true",
+            help="every evaluated step of a run is a row, not the last alone (sweep.curves)",
+        )
         _add_table(one)
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -120,7 +126,10 @@ def _add_convention(parser: argparse.ArgumentParser) -> None:
 def _add_quality(parser: argparse.ArgumentParser, command: str) -> None:
     """The options of one of the commands `fit`, `predict`, `plan` and `report`."""
     parser.add_argument(
-        "--unbias", action="store_true", default=None, help="isoflop: subtract the bias that a surface predicts"
+        "--unbias",
+        action="store_true",
+        default=None,
+        help="isoflop: subtract the bias that a surface predicts (else: where it is material)",
     )
     kinds = ",".join(DROPPED)
     parser.add_argument("--drop", metavar="KINDS", help=f"leave these runs out: any of {kinds}, or all")
@@ -133,8 +142,11 @@ def _add_commands(commands) -> None:
     """Adds `metric`, `compare` and `frontier`."""
     one = commands.add_parser("metric", help=COMMANDS["metric"])
     one.add_argument("runs", nargs="+", metavar="RUNS")
-    one.add_argument("--metric", default="fid", help="any metric of the records, or a column of the CSV")
-    one.add_argument("--irreducible", action="store_true", help="E + k C^x instead of k C^x")
+    one.add_argument("--metric", help=METRIC)
+    one.add_argument(
+        "--irreducible", action="store_true", help="E + k C^x (default: if the scores bend towards a floor)"
+    )
+    one.add_argument("--pure", action="store_true", help="k C^x, even if the scores bend")
     one.add_argument("--each", action="store_true", help="every model is a point, not the best of each budget")
     one.add_argument(
         "--flops", type=float, action="append", default=[], help="training FLOPs to predict at; repeatable"
@@ -157,7 +169,7 @@ def _add_commands(commands) -> None:
     _add_choice(two)
     three = commands.add_parser("frontier", help=COMMANDS["frontier"])
     three.add_argument("runs", nargs="+", metavar="RUNS")
-    three.add_argument("--metric", default="fid", help="any metric of the records, or a column of the CSV")
+    three.add_argument("--metric", help=METRIC)
     three.add_argument("--cost", default="flops", choices=("flops", "seconds"), help="of one image")
     three.add_argument(
         "--at", type=float, action="append", default=[], help="name the best model at this cost; repeatable"
@@ -260,7 +272,9 @@ def chip_rate(args) -> tuple[Topology, float]:
 
 
 def _check_numbers(args) -> None:
-    """Raises UsageError on numbers that cannot be."""
+    """Raises UsageError on numbers that cannot be, and on options that do not go together."""
+    if getattr(args, "pure", False) and args.irreducible:
+        raise UsageError("--pure: found it with --irreducible, expected one of them")
     for name in ("flops", "at", "total", "images_served"):
         found = getattr(args, name, None)
         for value in found if isinstance(found, list) else [] if found is None else [found]:

@@ -1,19 +1,20 @@
 """The ladder of a sweep: runs its cells side by side, fits the law and tests it on a larger model."""
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from dit_jax import checkpoint, flops
-from dit_jax.config import Config, MeshConfig, SampleConfig, SweepConfig, to_dict
+from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, SampleConfig, SweepConfig, to_dict
 from dit_jax.data.source import Source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
-from dit_jax.error import UsageError
+from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation import scores
-from dit_jax.evaluation.protocol import check_config, loss_protocol
+from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
@@ -22,7 +23,12 @@ from dit_jax.log import bar, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.picture import grid
-from dit_jax.scaling import fit, plan, predict, report, runs, table
+from dit_jax.scaling import report, runs
+from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.plans.plan import plan
+from dit_jax.scaling.report import text
+from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.training import loop
 from dit_jax.workdir.folder import flatten, make_folder, read_config
 from dit_jax.workdir.records import protocol_id as identify
@@ -34,12 +40,17 @@ STEP_SECONDS, FLOP_RATE = 1.5e-3, 5e9  # a step's fixed cost and FLOP/s, to weig
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the ladder: a size at a budget."""
+    """One run of the ladder: a size at a budget; with `sweep.curves` at its largest one, the others on its way."""
 
     name: str
     workdir: str
     budget: float
     cfg: Config
+
+    @property
+    def steps(self) -> tuple:
+        """The steps that are evaluated, one for each budget."""
+        return self.cfg.train.keep_at or (self.cfg.train.steps,)
 
     @property
     def weight(self) -> float:
@@ -61,9 +72,9 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
         cfg,
         model=model,
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
-        train=dataclasses.replace(cfg.train, steps=steps, keep=1, **every),
+        train=dataclasses.replace(cfg.train, steps=steps, keep=1, keep_at=(), **every),
         sweep=SweepConfig(),
-        eval=dataclasses.replace(cfg.eval, samples=0),
+        eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples, loss=True),
     )
     name = f"C{budget:.2e}-w{width}-d{depth}".replace("+", "")
     return Cell(name, os.path.join(workdir, name), budget, cell)
@@ -78,22 +89,47 @@ def make_cells(cfg: Config, workdir: str) -> list[Cell]:
         for budget, window in zip(cfg.sweep.budgets, cfg.sweep.windows, strict=True)
         for size in cfg.sweep.sizes[window[0] : window[1]]
     ]
+    cells = join_budgets(cells) if cfg.sweep.curves else cells
     names = [cell.name for cell in cells]
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"sweep.sizes, sweep.budgets: found {double} twice, expected every size once a budget")
+    if double := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"sweep.sizes, sweep.budgets: found {double[0]} twice, expected every size once a budget")
     return sorted(cells, key=lambda cell: -cell.weight)
 
 
+def join_budgets(cells: list[Cell]) -> list[Cell]:
+    """One cell per size: the run of its largest budget, which keeps and evaluates the steps of the others on its way."""
+    found: dict[ModelConfig, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: cell.budget):
+        model, train, name = cell.cfg.model, cell.cfg.train, cell.name.partition("-")[2]
+        marks = {*found[model].steps, train.steps} if model in found else {train.steps}
+        cfg = dataclasses.replace(cell.cfg, train=dataclasses.replace(train, keep_at=tuple(sorted(marks))))
+        found[model] = Cell(name, os.path.join(os.path.dirname(cell.workdir), name), cell.budget, cfg)
+    return list(found.values())
+
+
+@functools.lru_cache(maxsize=1)  # so that a worker opens them once for all its cells
+def open_shared(data: DataConfig, evaluation: EvalConfig) -> Shared:
+    return Shared(Config(data=data, eval=evaluation), make_mesh(MeshConfig()))
+
+
 def run_cell(cell: Cell, quiet: bool = True) -> dict:
-    """Trains and evaluates one cell; returns its record."""
+    """Trains and evaluates one cell; returns the record of the loss at its last step."""
     loop.run(cell.cfg, cell.workdir, quiet)
-    return evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps], quiet)[0]
+    shared = open_shared(cell.cfg.data, cell.cfg.eval)
+    losses = [r for r in evaluate(cell.cfg, cell.workdir, cell.steps, quiet, shared) if "loss" in r["metrics"]]
+    if gone := sorted({*cell.steps} - {record["step"] for record in losses}):
+        done = f"{cell.workdir}: found no checkpoint of steps {gone}, which the run has passed, expected one for each budget"
+        raise JobError(f"{done}; remove this folder, and the same command trains it anew")
+    return losses[-1]
 
 
 def finished(cell: Cell, protocol_id: str) -> bool:
-    """Whether the cell's last step has its record."""
-    return (cell.cfg.train.steps, protocol_id) in read_records(cell.workdir)
+    """Whether every step of the cell has the record of its loss, and of each sampling if there are samples."""
+    records, asked = read_records(cell.workdir), samplings(cell.cfg) if cell.cfg.eval.samples else []
+    wanted = [protocol_id, *(identify(draws_protocol(dataclasses.replace(cell.cfg, sample=one))) for one in asked)]
+    parts = {at: {key: record["protocol"].get(key) for key in ("weights", "samples")} for at, record in records.items()}
+    done = {*records, *((step, identify(part)) for (step, _), part in parts.items())}
+    return {(step, one) for step in cell.steps for one in wanted} <= done
 
 
 def share_done(cell: Cell) -> float:
@@ -135,18 +171,21 @@ def prepare(cfg: Config, workdir: str) -> Source:
     """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
     _, held_out = loop.open_data(cfg)
     check_config(cfg)
+    check_config(
+        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)), "sweep.samples"
+    )
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
-    path = os.path.join(workdir, "sweep.json")
-    if not os.path.isfile(path):
-        make_folder(workdir, "sweep.json", cfg)
-        return held_out
-    old, new = (flatten(to_dict(c)) for c in (read_config(workdir, "sweep.json"), cfg))
-    free = ("sweep.processes", "sweep.grid", "data.data_dir")
-    changed = [k for k in new if new[k] != old[k] and not k.startswith(free)]
-    if changed:
+    old = read_config(workdir, "sweep.json") if os.path.isfile(os.path.join(workdir, "sweep.json")) else cfg
+    free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir"]
+    rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
+    free += ["sweep.budgets", "sweep.windows"] * (cfg.sweep.curves and rungs >= known)  # runs go on to further budgets
+    before, now = flatten(to_dict(old)), flatten(to_dict(cfg))
+    if changed := [k for k in now if now[k] != before[k] and not k.startswith(tuple(free))]:
         key = changed[0]
-        raise UsageError(f"{workdir} holds another sweep: {key} is {old[key]!r} there, {new[key]!r} in the command")
+        raise UsageError(f"{workdir} holds another sweep: {key} is {before[key]!r} there, {now[key]!r} in the command")
+    if old is cfg or rungs > known:
+        make_folder(workdir, "sweep.json", cfg)
     return held_out
 
 
@@ -159,24 +198,23 @@ def ladder_sizes(cfg: Config) -> list[tuple]:
     return rows
 
 
-def recommended_cell(cfg: Config, workdir: str, law: fit.IsoflopFit) -> Cell:
+def recommended_cell(cfg: Config, workdir: str, law: Fit) -> Cell:
     """The run that the law recommends at `sweep.extrapolate` times the largest budget."""
     budget = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
     names = [row[0] for row in ladder_sizes(cfg)]
-    chosen = plan.plan(law, budget, ladder_sizes(cfg))
+    chosen = plan(law, budget, ladder_sizes(cfg))
     cell = make_cell(cfg, os.path.join(workdir, "extrapolation"), budget, cfg.sweep.sizes[names.index(chosen.name)])
     return dataclasses.replace(cell, cfg=dataclasses.replace(cell.cfg, eval=cfg.eval))
 
 
-def check_law(cell: Cell, law: fit.IsoflopFit, protocol_id: str) -> predict.Extrapolation:
+def check_law(cell: Cell, law: Fit, protocol_id: str) -> Extrapolation:
     """Prints the law's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
-    said = predict.predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
-    low, high = said["L_run_interval"]
-    beyond, expected = f"{said['beyond']:.1f}x beyond the ladder", f"{said['L_run']:.4f} ({low:.4f} to {high:.4f})"
-    say(f"the law recommends {cell.name}, {beyond}; predicted loss {expected}")
+    said = predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
+    expected = f"{text.written(said['L_run'], '.4f')} ({text.span(said['L_run_interval'], '.4f')})"
+    say(f"the law recommends {cell.name}, {said['beyond']:.1f}x beyond the ladder; predicted loss {expected}")
     loop.run(cell.cfg, cell.workdir)
     evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps])
-    return predict.extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
+    return extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
 
 
 def grid_settings(cfg: Config) -> SampleConfig:
@@ -223,26 +261,31 @@ def notes(cfg: Config, cell: Cell) -> list[str]:
 
 def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cell]]:
     """Fits the ladder, tests the law if `sweep.extrapolate` is set, prints tables; returns the report's path and failed cells."""
-    ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id)
-    law, held = fit.fit_isoflop(ladder), predict.holdout_largest(ladder)
-    failed, tested, picture, said = [], None, None, []
+    ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id, curves=cfg.sweep.curves)
+    target = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
+    found = fit_methods(ladder, target, ("isoflop", "varpro"))
+    law, failed, tested, picture, said = found.main, [], None, None, []
     if cfg.sweep.extrapolate:
         cell = recommended_cell(cfg, workdir, law)
         try:
             tested = check_law(cell, law, protocol_id)
-            picture, said = draw_grid(cfg, cell), notes(cfg, cell)
+            said = notes(cfg, cell)
+            with open(draw_grid(cfg, cell), "rb") as file:
+                picture = file.read()
         except (UsageError, RuntimeError, OSError) as error:
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)
-    for warning in law.warnings:
+    for warning in (f"{method}: {w}" for method, fit in found.fits.items() for w in fit.warnings):
         warn(warning)
-    table.print_table("Budgets", table.BUDGET_HEAD, table.budget_rows(law))
-    table.print_table(f"Laws of compute, {law.level:.0%} intervals", table.LAW_HEAD, table.law_rows(law))
-    table.print_table("Predicted against measured", table.CHECK_HEAD, table.check_rows(law, held, tested))
-    print(table.answer(law, tested))
-    path, title = os.path.join(workdir, "report.html"), f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
-    more = {"title": title, "extrapolation": tested, "grid_png": picture, "notes": said}
-    return report.write_report(path, law, ladder, held, **more), failed
+    tables = [*law.tables, (f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))]
+    tables += [("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))] if tested else []
+    for table in tables:
+        text.print_table(*table)
+    title, flops_ = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs", (target,) if target else ()
+    rest = (found.refused, found.disagreements, tested, picture, flops_)
+    made = report.Report(title, found.fits, law.method, tuple(ladder), tuple(said), *rest)
+    print(report.opening(made))
+    return report.save(os.path.join(workdir, "report.html"), made), failed
 
 
 def run(cfg: Config, workdir: str) -> list[Cell]:

@@ -104,7 +104,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
             prepare_workdir(cfg, workdir)
         everyone_is_here("workdir")
         try:
-            with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep)) as saver, together():
+            with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep, cfg.train.keep_at)) as saver, together():
                 return _train(cfg, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
@@ -114,6 +114,9 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
     """Restores or initialises the state, then trains."""
     first = checkpoint.newest_verified(workdir)
+    missing = sorted({step for step in cfg.train.keep_at if step <= first} - {*checkpoint.steps(workdir)})
+    if missing and not quiet:
+        warn(f"train.keep_at: {workdir} is at step {first}, past the steps {missing}, and has no checkpoint of them")
     if first >= cfg.train.steps:
         say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
         return 0
@@ -167,7 +170,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         if i % cfg.train.skips_in_a_row == 0:
             _check_streaks(cfg, recent[:-1], state, batch)
             recent = recent[-1:]
-        if i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping:
+        if i % cfg.train.checkpoint_every == 0 or i in (*cfg.train.keep_at, cfg.train.steps) or stopping:
             if pending:
                 _log(outputs, *pending)
                 pending = None

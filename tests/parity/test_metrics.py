@@ -129,4 +129,4 @@ def test_a_converted_network_gives_the_evaluation_job_these_features(torch, weig
     gray = images[0][:2, :, :, :1]
     np.testing.assert_array_equal(network.rows(gray), network.rows(np.repeat(gray, 3, axis=3)))
     with pytest.raises(UsageError, match="found 2048, expected more than the 2048 features"):
-        scores.check_number(Config(eval=EvalConfig(samples=2048)), network)
+        scores.check_number(Config(eval=EvalConfig(samples=2048, features="inception")), "eval.samples")

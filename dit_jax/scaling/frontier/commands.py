@@ -1,0 +1,292 @@
+"""The commands `metric`, `compare` and `frontier`: their tables and their JSON."""
+
+import math
+import os
+import re
+import sys
+
+from dit_jax.error import UsageError, one_line
+from dit_jax.scaling.fits import METHODS
+from dit_jax.scaling.frontier import compare as ladders
+from dit_jax.scaling.frontier import serving
+from dit_jax.scaling.frontier.choice import choose, one_guidance
+from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
+from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
+from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
+from dit_jax.scaling.frontier.relation import correlate, fit_offset
+from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
+from dit_jax.scaling.runs import load_runs
+from dit_jax.scaling.runs.columns import parse_names
+from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
+
+
+def run(args) -> dict:
+    """The JSON of the command that `args` names; its warnings go to standard error, and into the JSON."""
+    if args.metric is None:
+        args.metric = find_metric(args.runs, args.where, parse_names(args.column))
+    result, warnings = COMMANDS[args.command](args)
+    for warning in warnings:
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
+    return finite(result | {"warnings": warnings})
+
+
+def _points(args, paths, where: list | None = None, sampled: bool = False) -> list[Point]:
+    chosen = args.where if where is None else where
+    return load_points(paths, args.metric, chosen, sampled, parse_names(args.column))
+
+
+def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
+    """The choice of each model and what is to be said about it."""
+    options = dict(higher=higher_is_better(args.metric, points), resamples=args.resamples, seed=args.seed)
+    found = choose(points, args.choose.split(","), **options)
+    single = "" if args.metric == "loss" else one_guidance(found)
+    return found, [w for w in (single, *(c.warning for c in found)) if w]
+
+
+def _json_of(point: Point) -> dict:
+    fields = ("name", "score", "score_se", "flops", "seconds", *SAMPLING, "train", "params", "loss")
+    return {name: getattr(point, name) for name in fields}
+
+
+def _json_of_choice(choice) -> dict:
+    shares = {f"{guidance:g}": share for guidance, share in choice.shares.items()}
+    told = {"interpolated": choice.interpolated, "guidance_se": choice.guidance_se, "lowest": choice.lowest.score}
+    return _json_of(choice.best) | {"tried": len(choice.tried), "edge": choice.edge, "guidance_shares": shares} | told
+
+
+def _print_choices(found: list, metric: str) -> None:
+    rows = []
+    for c in found:
+        cells = (str(len(c.tried)), f"{c.best.score:.4g}", _percent(c.share), c.edge)
+        rows.append((c.best.name, c.best.sampling or DASH, *cells))
+    print_table(f"Best sampling of each model, by {metric}", ("model", "best", "tried", metric, "share", "edge"), rows)
+
+
+def run_metric(args) -> tuple[dict, list]:
+    """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
+    found, warnings = _chosen(_points(args, args.runs), args)
+    best = [c.best for c in found]
+    higher = higher_is_better(args.metric, best)
+    used = best if args.each else best_of_budgets(best, higher=higher)
+    form = "irreducible" if args.irreducible else "pure" if args.pure else ""
+    fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
+    _print_choices(found, args.metric)
+    scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
+    law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), scatter)
+    head = ("metric", "law, C in training FLOPs", "exponent, interval", "points", "scatter")
+    print_table(f"Law of compute, {fit.level:.0%} intervals", head, [law])
+    result = {
+        "metric": args.metric,
+        "choices": [_json_of_choice(c) for c in found],
+        "used": [p.name for p in fit.used],
+        "law": {part: float(getattr(fit.law, part)) for part in ("coefficient", "exponent", "irreducible")},
+        "intervals": {part: fit.span(part) for part in ("coefficient", "exponent", "irreducible")},
+        "noise": fit.noise,
+        "form": fit.form,
+        "bending_p": fit.bending_p,
+        "predictions": [fit.predict(c) for c in args.flops],
+    }
+    if args.flops:
+        rows = [(f"{p['flops']:.3g}", _far(p["beyond"]), f"{p['score']:.4g}", span(p["interval"], ".4g"),
+                 span(p["run_interval"], ".4g")) for p in result["predictions"]]  # fmt: skip
+        print_table("Predictions", ("C (FLOPs)", "beyond the data", args.metric, "interval", "of one model"), rows)
+    if args.metric != "loss" and sum(not math.isnan(p.loss) for p in best) >= 4:
+        result["correlation"] = _correlation(best, args)
+    if args.against:
+        result["offset"] = _offset(best, args, warnings)
+    doubt = fit.doubt(args.flops)
+    return result, [*warnings, *fit.warnings, *([doubt] if doubt else [])]
+
+
+def _correlation(best: list[Point], args) -> dict:
+    c = correlate(best, resamples=max(args.resamples, 20), seed=args.seed)
+    rows = [
+        ("Pearson, logarithms", f"{c.pearson:.3f}", span(c.pearson_interval, ".3f"), str(c.models)),
+        ("Spearman", f"{c.spearman:.3f}", span(c.spearman_interval, ".3f"), str(c.models)),
+    ]
+    print_table(f"Held-out loss with {args.metric}", ("correlation", "value", "interval", "models"), rows)
+    return vars(c)
+
+
+def _offset(best: list[Point], args, warnings: list) -> dict:
+    theirs, said = _chosen(_points(args, args.against, args.against_where), args)
+    warnings += said
+    o = fit_offset(best, [c.best for c in theirs], linear=args.difference)
+    what = "difference" if o.linear else "log ratio"
+    cells = (f"{o.offset:.4g}", span(o.offset_interval, ".4g"), f"{o.growth:.3g}", span(o.growth_interval))
+    rows = [(what, *cells, f"{o.p_value:.2g}", o.verdict)]
+    head = ("offset", f"at {o.centre:.3g} FLOPs", "interval", "per decade of C", "interval", "p of none", "verdict")
+    print_table(f"The second data set, {o.models} models", head, rows)
+    return vars(o)
+
+
+def _far(beyond: float) -> str:
+    return f"{beyond:.3g}x beyond" if beyond > 1 else "inside"
+
+
+def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
+    if higher_is_better(metric, points):
+        raise UsageError(f"--metric: found {metric}, expected a metric of which less is better")
+
+
+def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
+    """One side of a comparison."""
+    options = dict(resamples=args.resamples, seed=args.seed)
+    if args.metric == "loss":
+        runs = training_flops(load_runs([path], columns=parse_names(args.column), where=args.where))
+        check_units(runs)
+    else:
+        points = _points(args, path)
+        _check_lower(args.metric, points)
+        found, said = _chosen(points, args)
+        warnings += [f"{name}: {text}" for text in said]
+        runs = [c.best.run() for c in found]
+    if args.through == "best":
+        kept = [Point(r.name, r.loss, r.loss_se, train=r.flops, protocol=r.protocol, source=r.source) for r in runs]
+        fit = fit_metric(best_of_budgets(kept), form=args.law, **options)
+        ladder = ladders.ladder_of_metric(name, fit)
+        if fit.undecided:
+            warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
+    else:
+        fit = METHODS["isoflop"](runs, window=args.window, **options)
+        ladder = ladders.ladder_of_fit(name, fit)
+    warnings += [f"{name}: {text}" for text in fit.warnings]
+    return ladder
+
+
+def _side(path: str, name: str, args, warnings: list) -> ladders.Ladder:
+    """The same; a message about runs says which side's they are."""
+    try:
+        return _ladder(path, name, args, warnings)
+    except UsageError as error:
+        raise UsageError(re.sub(r"^RUNS: ", f"{path}: ", str(error))) from None
+
+
+def run_compare(args) -> tuple[dict, list]:
+    """Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower."""
+    _check_lower(args.metric)
+    names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
+    names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
+    warnings: list = []
+    a, b = (_side(path, name, args, warnings) for path, name in zip((args.runs_a, args.runs_b), names, strict=True))
+    c = ladders.compare(a, b, form=args.law)
+    rows = [(d.law, f"{d.a:.4f}", span(d.a_interval, ".4f"), f"{d.b:.4f}", span(d.b_interval, ".4f"), f"{d.difference:+.4f}",
+             span(d.interval, "+.4f")) for d in c.exponents]  # fmt: skip
+    head = ("exponent of", "A", "interval", "B", "interval", "B - A", "interval")
+    print_table(f"A = {c.a}, B = {c.b}; {c.form} law of the {args.metric}, {c.level:.0%} intervals", head, rows)
+    print(f"{_verdict(c)}\n{_level(c, args.metric)}\n{_crossing(c)}")
+    result = vars(c) | {"metric": args.metric, "steeper": c.steeper, "exponents": [vars(d) for d in c.exponents]}
+    result |= {"crossing": vars(c.crossing) if c.crossing else None}
+    result["convention"] = str(of_record(a.protocol)) if a.protocol else None  # a CSV does not say
+    return result, [*warnings, *c.warnings]
+
+
+def _verdict(c: ladders.Comparison) -> str:
+    d = c.exponents[0]
+    if not c.steeper:
+        return f"Which scales better: the data do not say, the exponents differ by {span(d.interval, '+.4f')}."
+    return f"Which scales better: {c.steeper}, its exponent is {abs(d.difference):.4f} steeper ({span(d.interval, '+.4f')})."
+
+
+def _level(c: ladders.Comparison, metric: str) -> str:
+    text = (
+        f"At {c.common:.3g} FLOPs, the most that both reach, the {metric} of {c.b} is {c.ratio:.4f} times that of {c.a}"
+    )
+    return f"{text} (interval {span(c.ratio_interval, '.4f')})."
+
+
+def _crossing(c: ladders.Comparison) -> str:
+    x = c.crossing
+    if x is None:
+        return "No crossing: the two are not measured alike."
+    if x.flops == 0:
+        text = f"{x.lower} is the lower one at all compute looked at"
+    else:
+        beyond = f"{x.beyond:.3g}x beyond the data" if x.beyond > 1 else f"{x.beyond:.2g} of the largest budget"
+        text = f"{x.lower} is the lower one from {x.flops:.3g} FLOPs on, {beyond}"
+    return f"{text}; interval {reach(x.interval, 'always', 'never, as far as one can say')}."
+
+
+def reach(ends: tuple, none: str, never: str) -> str:
+    """An interval of costs in words: 0 is `none`, inf is `never`, a dash where there is none."""
+    if math.isnan(ends[0]):
+        return DASH
+    low, high = (never if math.isinf(v) else none if v == 0 else f"{v:.3g}" for v in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def run_frontier(args) -> tuple[dict, list]:
+    """Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning."""
+    points = _points(args, args.runs, sampled=args.cost == "flops")
+    fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
+    served = serving.serve(points, args.images_served) if args.images_served else []
+    within = {total: serving.within(served, total, fit.higher) for total in args.total}
+    _print_frontier(fit, args.at)
+    result = _frontier_json(fit, args.at)
+    if served:
+        best = serving.front(served, fit.higher)
+        _print_served(f"Training and {args.images_served:g} images", best, fit.metric)
+        for total, rows in within.items():
+            _print_served(f"Best of each model within {total:g} FLOPs in all", rows, fit.metric)
+        result["images_served"] = args.images_served
+        result["totals"] = [_served_json(s) for s in best]
+        result["within"] = [{"total": t, "models": [_served_json(s) for s in rows]} for t, rows in within.items()]
+    if args.out:
+        from dit_jax.scaling.report import axes, figures
+
+        axes.save(figures.frontier(fit, points, served), args.out)
+        print(args.out)
+    return result, list(fit.warnings)
+
+
+def _served_json(s: serving.Served) -> dict:
+    return _json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share}
+
+
+def _frontier_json(fit: Frontier, at: list) -> dict:
+    best = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in at]
+    return {
+        "metric": fit.metric,
+        "cost": fit.unit,
+        "front": [_json_of(p) | {"share": s} for p, s in zip(fit.front, fit.front_shares, strict=True)],
+        "winners": [vars(w) for w in fit.winners],
+        "handovers": [vars(h) for h in fit.handovers],
+        "best_at": best,
+        "choices": [_json_of_choice(c) for c in fit.choices],
+        "warnings": list(fit.warnings),
+    }
+
+
+def _percent(share: float) -> str:
+    return DASH if math.isnan(share) else f"{share:.0%}"
+
+
+def _print_frontier(fit: Frontier, at: list) -> None:
+    unit = {"flops": "FLOPs an image", "seconds": "seconds an image"}[fit.unit]
+    rows = [(p.name, p.sampling or DASH, f"{getattr(p, fit.unit):.4g}", f"{p.score:.4g}", _percent(s))
+            for p, s in zip(fit.front, fit.front_shares, strict=True)]  # fmt: skip
+    print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
+    rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
+    print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
+    costs = ["at or below " * h.censored + f"{h.cost:.4g}" for h in fit.handovers]
+    reached = [reach(h.interval, "", "never within the data") for h in fit.handovers]
+    rows = [(h.model, h.then, c, r) for h, c, r in zip(fit.handovers, costs, reached, strict=True)]
+    if rows:
+        head = ("model", "stops winning to", f"at ({unit})", f"{fit.level:.0%} interval")
+        print_table("Where a model stops winning", head, rows)
+    if at:
+        found = [(cost, *fit.best(cost)) for cost in at]
+        rows = [
+            (f"{c:.4g}", m or "none is this cheap", f"{score:.4g}" if m else DASH, _percent(s))
+            for c, m, score, s in found
+        ]
+        print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
+
+
+def _print_served(title: str, rows: list, metric: str) -> None:
+    cells = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
+              f"{s.point.score:.4g}") for s in rows]  # fmt: skip
+    print_table(title, ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", metric), cells)
+
+
+COMMANDS = {"metric": run_metric, "compare": run_compare, "frontier": run_frontier}

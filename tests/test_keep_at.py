@@ -1,0 +1,81 @@
+"""Checkpoints at stated steps (train.keep_at): never pruned, the same bits after kills; and how many images a run had."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from job import Job, run, wait_for_step
+from runs import STEPS, assert_same_run, saved, train
+
+from dit_jax import checkpoint
+from dit_jax.config import TrainConfig, resolve
+from dit_jax.error import UsageError
+
+KEPT = (7, 20, 33)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, data_dir, cache_dir):
+    """The small run with `keep_at`, killed twice: before its second step of these and after its last."""
+    workdir = tmp_path_factory.mktemp("keep_at") / "run"
+    command = train(workdir, f"--config.train.keep_at={KEPT}", "--config.train.keep=1")
+    for step in (12, 41):
+        process = Job("train", *command, cache_dir=cache_dir)
+        wait_for_step(process, workdir, step)
+        process.send_signal(signal.SIGKILL)
+        while process.poll() is None:
+            pass
+    code, _, said = run("train", *command, cache_dir=cache_dir)
+    assert code == 0, said
+    return workdir
+
+
+def test_stated_steps_are_saved_and_never_pruned(kept, uninterrupted):
+    assert checkpoint.steps(str(kept)) == [*KEPT, STEPS]
+    assert_same_run(uninterrupted, kept)
+
+
+@pytest.mark.parametrize("step", KEPT[:2])
+def test_a_stated_step_holds_the_bits_of_a_run_of_that_many_steps(kept, step, tmp_path, cache_dir):
+    code, _, said = run("train", *train(tmp_path / "run", steps=step), cache_dir=cache_dir)
+    assert code == 0, said
+    alone, on_the_way = saved(tmp_path / "run", step), saved(kept, step)
+    for name in ("params", "ema", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, alone[name], on_the_way[name])
+    assert alone["data"] == on_the_way["data"]
+
+
+def test_a_run_may_be_given_steps_later_and_says_which_are_gone(uninterrupted, tmp_path, cache_dir):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    command = train(workdir, "--config.train.keep_at=(33,50,64)", "--config.train.keep=1", steps=70)
+    code, _, said = run("train", *command, cache_dir=cache_dir)
+    assert code == 0, said
+    assert f"train.keep_at: {workdir} is at step 60, past the steps [33], and has no checkpoint of them" in said
+    assert checkpoint.steps(str(workdir)) == [50, 64, 70]
+
+
+@pytest.mark.parametrize("found", [(0, 5), (5, 5), (9, 3), (5, 101), (2.5,), (True,), ("7",)])
+def test_stated_steps_rise_within_the_run(found):
+    with pytest.raises(UsageError) as error:
+        resolve({"train": {"steps": 100, "keep_at": found}})
+    expected = "expected strictly rising whole numbers from 1 to train.steps = 100"
+    assert str(error.value) == f"train.keep_at: found {found!r}, {expected}"
+    assert TrainConfig(steps=100, keep_at=(1, 100)).keep_at == (1, 100)
+
+
+def test_a_record_counts_the_images_that_the_run_had(kept, tmp_path, cache_dir):
+    """Read from the checkpoint, so that a machine without the training split can tell it too. Flips make no image."""
+    few = tmp_path / "few"
+    split = ("--config.data.split=train[:25%]", "--config.data.flip=True")
+    code, _, said = run("train", *train(few, *split, steps=10), cache_dir=cache_dir)
+    assert code == 0, said
+    for workdir, images, steps in ((kept, 1442, 4), (few, 360, 1)):
+        code, _, said = run("evaluate", f"--workdir={workdir}", "--config.eval.max_images=16", cache_dir=cache_dir)
+        assert code == 0, said
+        lines = [json.loads(line) for line in (workdir / "eval" / "records.jsonl").read_text().splitlines()]
+        assert [line["unique_images"] for line in lines] == [images] * steps
+    shutil.rmtree(few / "checkpoints" / "10" / "data")  # as in weights that were converted
+    assert checkpoint.unique_images(str(few), 10) is None

@@ -35,14 +35,10 @@ from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
-SLICED_FROM = 1 << 20  # bytes of a replicated array that the replicas write in parts
+# Replicas write their parts of large arrays alone: each slice of a small one would cost a compiled program and a copy.
+WHOLE = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+ocp.type_handlers.register_type_handler(jax.Array, WHOLE, override=True)
 FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
-
-# Orbax would have every replica slice, copy and write its share of every array, however small: for those of a small model, or of
-# biases, a compiled program each and more time than the writing.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICED_FROM), override=True
-)
 
 
 def folder(workdir: str) -> str:
@@ -56,8 +52,7 @@ def path_of(workdir: str, step: int) -> str:
 
 def steps(workdir: str) -> list[int]:
     """List the steps of the checkpoints on disk (folders with a manifest), ascending; contents are verified when read."""
-    root = folder(workdir)
-    found = [name for name in names(root) if name.isdecimal()]
+    root, found = folder(workdir), [name for name in names(folder(workdir)) if name.isdecimal()]
     return sorted(int(name) for name in found if os.path.isfile(os.path.join(root, name, manifest.NAME)))
 
 

@@ -26,7 +26,6 @@ from dit_jax.sampling.picture import grid
 from dit_jax.scaling import report, runs
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans.plan import plan
-from dit_jax.scaling.report import text
 from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.training import loop
@@ -163,7 +162,7 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
 
 
 def score(record: dict) -> str:
-    """A cell's held-out loss and its standard error, as text."""
+    """A cell's held-out loss and its standard error, as report.text."""
     return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
 
 
@@ -210,8 +209,7 @@ def recommended_cell(cfg: Config, workdir: str, law: Fit) -> Cell:
 def check_law(cell: Cell, law: Fit, protocol_id: str) -> Extrapolation:
     """Prints the law's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
     said = predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
-    expected = f"{text.written(said['L_run'], '.4f')} ({text.span(said['L_run_interval'], '.4f')})"
-    say(f"the law recommends {cell.name}, {said['beyond']:.1f}x beyond the ladder; predicted loss {expected}")
+    say(f"the law recommends {cell.name}, {said['beyond']:.1f}x beyond the ladder; predicted loss {said['L_run']:.4f}")
     loop.run(cell.cfg, cell.workdir)
     evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps])
     return extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
@@ -277,10 +275,15 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
             failed.append(cell)
     for warning in (f"{method}: {w}" for method, fit in found.fits.items() for w in fit.warnings):
         warn(warning)
-    tables = [*law.tables, (f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))]
-    tables += [("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))] if tested else []
+    tables = [
+        *law.tables,
+        (f"Laws of compute, {law.level:.0%} intervals", report.text.LAW_HEAD, report.text.law_rows(law)),
+    ]
+    tables += (
+        [("Predicted against measured", report.text.TESTED_HEAD, report.text.tested_rows(tested))] if tested else []
+    )
     for table in tables:
-        text.print_table(*table)
+        report.text.print_table(*table)
     title, flops_ = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs", (target,) if target else ()
     rest = (found.refused, found.disagreements, tested, picture, flops_)
     made = report.Report(title, found.fits, law.method, tuple(ladder), tuple(said), *rest)

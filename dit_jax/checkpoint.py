@@ -11,6 +11,7 @@ does not verify is never restored; training sets it aside as `<step>.damaged`.
 import concurrent.futures as futures
 import contextlib
 import functools
+import logging
 import os
 import re
 import shutil
@@ -37,7 +38,9 @@ ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
 # Replicas write their parts of large arrays alone: each slice of a small one would cost a compiled program and a copy.
 WHOLE = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+logging.disable(logging.WARNING)  # it warns that it overrides, which is what is asked for
 ocp.type_handlers.register_type_handler(jax.Array, WHOLE, override=True)
+logging.disable(logging.NOTSET)
 FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
 
 

@@ -12,7 +12,6 @@ seconds of the whole process, all threads, after a first call of each.
 
 import argparse
 import itertools
-import math
 import os
 import sys
 import time
@@ -24,22 +23,13 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dit_jax.scaling.fits import newton
-from dit_jax.scaling.fits.surface import DELTA, Surface, fit_surface, make_design
-from dit_jax.scaling.runs import Run
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "tests")]
+from planted import scatter  # noqa: E402
 
-LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024
+from dit_jax.scaling.fits import newton  # noqa: E402
+from dit_jax.scaling.fits.surface import DELTA, fit_surface, make_design  # noqa: E402
+
 TIGHT = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 15_000, "maxfun": 15_000}
-
-
-def make_runs(count: int, noise: float, seed: int) -> list[Run]:
-    rng = np.random.default_rng(seed)
-    n = np.exp(rng.uniform(math.log(4e7), math.log(1.6e10), count))
-    d = np.exp(rng.uniform(math.log(5e9), math.log(5e11), count))
-    loss = LAW(n, d) * np.exp(noise * rng.standard_normal(count))
-    rows = zip(n.tolist(), d.tolist(), loss.tolist(), strict=True)
-    return [Run(f"r{i}", n, d, 6 * n * d, y) for i, (n, d, y) in enumerate(rows)]
 
 
 def make_starts() -> np.ndarray:
@@ -126,7 +116,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--noise", type=float, default=0.01)
     args = parser.parse_args()
-    runs, rng = make_runs(args.runs, args.noise, args.seed), np.random.default_rng(args.seed + 1)
+    runs, rng = scatter(noise=args.noise, seed=args.seed, count=args.runs), np.random.default_rng(args.seed + 1)
     data = tuple(np.log([getattr(r, k) for r in runs]) for k in ("params", "tokens", "loss"))
     starts, sample = make_starts(), args.sample
     chosen = starts if sample == 0 else rng.permutation(starts)[:sample]

@@ -55,7 +55,8 @@ def path_of(workdir: str, step: int) -> str:
 
 def steps(workdir: str) -> list[int]:
     """List the steps of the checkpoints on disk (folders with a manifest), ascending; contents are verified when read."""
-    root, found = folder(workdir), [name for name in names(folder(workdir)) if name.isdecimal()]
+    root = folder(workdir)
+    found = [name for name in names(root) if name.isdecimal()]
     return sorted(int(name) for name in found if os.path.isfile(os.path.join(root, name, manifest.NAME)))
 
 

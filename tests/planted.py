@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dit_jax.scaling.fits import fit_isoflop, fit_surface, fit_varpro
-from dit_jax.scaling.fits.fit import Fit, interval, predict
+from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.fits.surface import Surface
 from dit_jax.scaling.runs import Run
+from dit_jax.scaling.verdicts import quality
 from dit_jax.scaling.verdicts.beyond import examine
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024, arXiv 2404.10102
@@ -220,17 +221,6 @@ def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
     return found | {"identified": float(np.mean(identified)), "half": float(np.nanmedian(widths)), "why": why}
 
 
-def held(fit, make, truth: dict, far: float, studies: int, resamples: int) -> dict:
-    """quantity of `truth` (a: exponent of N_opt; N_opt and L_opt at `far`) -> share of the studies make(seed) whose interval holds it."""
-    hits: dict = {name: [] for name in truth}
-    for seed in range(studies):
-        draws = fit(make(seed), resamples=resamples, seed=10**6 + seed).draws
-        for name, value in truth.items():
-            low, high = interval(draws["N_opt"].exponent if name == "a" else draws[name](far), 0.95)
-            hits[name].append(low - 1e-12 <= value <= high + 1e-12)
-    return {name: float(np.mean(h)) for name, h in hits.items()}
-
-
 def scatter(law=LAW, noise=0.0, seed=0, count=40) -> list[Run]:
     """Runs of any size on any data: N from 4e7 to 1.6e10, D from 5e9 to 5e11."""
     rng = np.random.default_rng(seed)
@@ -241,14 +231,27 @@ def scatter(law=LAW, noise=0.0, seed=0, count=40) -> list[Run]:
     return [Run(f"r{i}", n, d, 6 * n * d, y) for i, (n, d, y) in enumerate(rows)]
 
 
-DESIGNS["varpro, scatter"] = Design(lambda s: scatter(noise=0.005, seed=s), VARPRO, *of_surface(1e22))
-
-
 def diverged(runs, seed: int, share: float = 0.03) -> list[Run]:
     """The runs, of which this share (at least one) ends with a loss 5 to 40 % too high."""
     rng = np.random.default_rng(seed + 7)
     chosen = set(rng.choice(len(runs), max(1, round(share * len(runs))), replace=False).tolist())
     return [replace(r, loss=r.loss * rng.uniform(1.05, 1.4)) if i in chosen else r for i, r in enumerate(runs)]
+
+
+def dropped(runs) -> list[Run]:
+    """What `--drop=diverged,outliers` leaves of the runs."""
+    return quality.drop(runs, ("diverged", "outliers")).runs
+
+
+DESIGNS |= {
+    "varpro, scatter": Design(lambda s: scatter(noise=0.005, seed=s), VARPRO, *of_surface(1e22)),
+    "isoflop, 3 % diverged": Design(
+        lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), ISO, *of_surface(1e22)
+    ),
+    "varpro, 3 % diverged": Design(
+        lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), VARPRO, *of_surface(1e22)
+    ),
+}
 
 
 if __name__ == "__main__":

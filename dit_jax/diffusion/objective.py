@@ -84,10 +84,7 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
     return Objective(process, draw, losses, flops.train_flops(cfg.model))
 
 
-OBJECTIVES = {
-    "ddpm": lambda cfg: denoising(cfg, noise_prediction),
-    "flow": lambda cfg: denoising(cfg, velocity),
-}
+OBJECTIVES = {"ddpm": lambda cfg: denoising(cfg, noise_prediction), "flow": lambda cfg: denoising(cfg, velocity)}
 
 
 def make_objective(cfg: Config) -> Objective:

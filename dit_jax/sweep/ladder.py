@@ -26,6 +26,7 @@ from dit_jax.sampling.picture import grid
 from dit_jax.scaling import report, runs
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans.plan import plan
+from dit_jax.scaling.report import text
 from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.training import loop
@@ -152,17 +153,15 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
                 move(done + sum(c.weight * share_done(c) for c in outcome))
                 continue
             count, done = count + 1, done + cell.weight
-            if isinstance(outcome, BaseException):
-                failed.append(cell)
-                line = f"FAILED: {type(outcome).__name__}: {outcome}"
-            else:
-                line = score(outcome)
+            bad = isinstance(outcome, BaseException)
+            failed += [cell] * bad
+            line = f"FAILED: {type(outcome).__name__}: {outcome}" if bad else score(outcome)
             say(f"[{count}/{len(todo)}] {cell.name}  {line}  {move(done)}")
     return failed
 
 
 def score(record: dict) -> str:
-    """A cell's held-out loss and its standard error, as report.text."""
+    """A cell's held-out loss and its standard error, as text."""
     return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
 
 
@@ -170,9 +169,8 @@ def prepare(cfg: Config, workdir: str) -> Source:
     """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
     _, held_out = loop.open_data(cfg)
     check_config(cfg)
-    check_config(
-        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)), "sweep.samples"
-    )
+    sampled = dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)
+    check_config(dataclasses.replace(cfg, eval=sampled), "sweep.samples")
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
     old = read_config(workdir, "sweep.json") if os.path.isfile(os.path.join(workdir, "sweep.json")) else cfg
@@ -275,18 +273,14 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
             failed.append(cell)
     for warning in (f"{method}: {w}" for method, fit in found.fits.items() for w in fit.warnings):
         warn(warning)
-    tables = [
-        *law.tables,
-        (f"Laws of compute, {law.level:.0%} intervals", report.text.LAW_HEAD, report.text.law_rows(law)),
-    ]
-    tables += (
-        [("Predicted against measured", report.text.TESTED_HEAD, report.text.tested_rows(tested))] if tested else []
-    )
+    tables = [*law.tables, (f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))]
+    tables += [("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))] if tested else []
     for table in tables:
-        report.text.print_table(*table)
-    title, flops_ = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs", (target,) if target else ()
-    rest = (found.refused, found.disagreements, tested, picture, flops_)
-    made = report.Report(title, found.fits, law.method, tuple(ladder), tuple(said), *rest)
+        text.print_table(*table)
+    how = {"refused": found.refused, "disagreements": found.disagreements, "test": tested, "grid": picture}
+    how |= {"notes": tuple(said), "flops": (target,) * bool(target)}
+    title = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
+    made = report.Report(title, found.fits, law.method, tuple(ladder), **how)
     print(report.opening(made))
     return report.save(os.path.join(workdir, "report.html"), made), failed
 

@@ -6,7 +6,6 @@ import re
 import sys
 
 from dit_jax.error import UsageError, one_line
-from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier import serving
 from dit_jax.scaling.frontier.choice import choose, one_guidance
@@ -18,6 +17,7 @@ from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, spa
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
+from dit_jax.scaling.verdicts.methods import fit_one
 
 
 def run(args) -> dict:
@@ -148,7 +148,7 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
         if fit.undecided:
             warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
     else:
-        fit = METHODS["isoflop"](runs, window=args.window, **options)
+        fit = fit_one(runs, "isoflop", window=args.window, **options)
         ladder = ladders.ladder_of_fit(name, fit)
     warnings += [f"{name}: {text}" for text in fit.warnings]
     return ladder

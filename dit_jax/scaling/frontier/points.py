@@ -92,15 +92,12 @@ def load_points(
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     wanted, table = [condition(text) for text in where], Columns(columns or {}, where)
-    points, seen = [], set()
-    for path in map(os.fspath, paths):
-        for file in files_of(path):
-            if os.path.realpath(file) not in seen:
-                seen.add(os.path.realpath(file))
-                if file.endswith(".csv"):
-                    points += _read_csv(file, metric, table)
-                else:
-                    points += _own_names(_read_records(file, metric, wanted), file, {p.name for p in points})
+    points: list = []
+    for file in files_of(paths):
+        if file.endswith(".csv"):
+            points += _read_csv(file, metric, table)
+        else:
+            points += _own_names(_read_records(file, metric, wanted), file, {p.name for p in points})
     if not points:
         raise UsageError(f"RUNS: found no {metric} in {', '.join(map(str, paths))}{_which(where)}")
     for point in points:
@@ -121,7 +118,7 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
     found: set = set()
-    for file in (file for path in paths for file in files_of(os.fspath(path))):
+    for file in files_of(paths):
         found |= _columns(file, where, columns or {}) if file.endswith(".csv") else _metrics(file, where)
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"

@@ -18,7 +18,7 @@ class Report:
     fits: dict[str, Fit]
     main: str  # the fit that answers
     runs: tuple
-    findings: tuple = ()
+    findings: tuple = ()  # what is wrong with the runs
     refused: dict = field(default_factory=dict)  # method -> why it was not fitted
     disagreements: tuple = ()
     test: object = None
@@ -26,6 +26,7 @@ class Report:
     flops: tuple = ()
     dropped: tuple = ()
     tables: tuple = ()
+    notes: tuple = ()  # sentences on the model that was trained beyond the data
 
 
 def save(path: str, report: Report) -> str:

@@ -110,7 +110,10 @@ def report_json(report: Report) -> dict:
             "main": report.main,
             "convention": report.runs[0].convention.to_json() if report.runs else None,
             "methods": {method: to_json(fit, [predict(fit, c) for c in at]) for method, fit in fits.items()},
-            **{name: getattr(report, name) for name in ("refused", "disagreements", "findings", "dropped", "tables")},
+            **{
+                name: getattr(report, name)
+                for name in ("refused", "disagreements", "findings", "notes", "dropped", "tables")
+            },
             "flops": at,
             "test": vars(report.test) | {"inside": report.test.inside} if report.test is not None else None,
             "runs": runs,

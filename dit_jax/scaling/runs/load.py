@@ -72,17 +72,14 @@ def load_runs(
     """
     stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    runs, seen = [], set()
-    for path in map(os.fspath, paths):
-        for file in files_of(path):
-            if os.path.realpath(file) not in seen:
-                seen.add(os.path.realpath(file))
-                if file.endswith(".csv"):
-                    runs += _read_csv(file, table, stated, tokens_per_image)
-                else:
-                    found = _read_records(file, metric, protocol_id, curves, where)
-                    require_stated(found[-1:], stated)
-                    runs += found
+    runs = []
+    for file in files_of(paths):
+        if file.endswith(".csv"):
+            runs += _read_csv(file, table, stated, tokens_per_image)
+        else:
+            found = _read_records(file, metric, protocol_id, curves, where)
+            require_stated(found[-1:], stated)
+            runs += found
     if not runs:
         chosen = f" with {', '.join(where)}" if where else ""
         raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}{chosen}")
@@ -151,8 +148,13 @@ def _moved(runs: Sequence[Run], most: float) -> list[Run]:
     return [replace(run, flops=run.flops * math.exp(most * u)) for run, u in zip(ordered, steps, strict=True)]
 
 
-def files_of(path: str) -> list[str]:
-    """The files of runs that a path names: itself, or every `eval/records.jsonl` below it."""
+def files_of(paths: Iterable) -> list[str]:
+    """The files of runs that paths name, each once: a file itself, or every `eval/records.jsonl` below a folder."""
+    found = [file for path in paths for file in _below(os.fspath(path))]
+    return list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
+
+
+def _below(path: str) -> list[str]:
     if os.path.isfile(path):
         if not path.endswith((".csv", ".jsonl")):
             raise UsageError(f"{path}: found a file, expected a workdir, a .csv or a records.jsonl")

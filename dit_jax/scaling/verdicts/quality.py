@@ -207,15 +207,15 @@ def _conflicts(runs) -> list[Finding]:
 
 
 def _checkpoints(runs) -> list[Finding]:
-    """Rows of one name and size on several amounts of data are one training: what is fitted to each row takes them for many."""
+    """Rows of one name and size on several amounts of data are one training, which laws through points take for many."""
     data: dict = {}
     for r in runs:
         data.setdefault((r.name, r.params), set()).add(r.tokens)
     trainings = [key for key, tokens in data.items() if len(tokens) > 2]
     if not trainings:
         return []
-    what = f"{len(runs)} rows are checkpoints of {len(data)} runs: isoflop, akima and power take each for a run: too narrow intervals"
-    advice = "use --method=envelope or a surface (whose bootstrap draws whole runs), or keep the last row of each run"
+    what = f"{len(runs)} rows are checkpoints of {len(data)} runs: akima and power take each for a run of its own: too narrow intervals"
+    advice = "use another method, which knows that rows of one run share its noise, or keep the last row of each run"
     return [_finding("checkpoints", what, advice)]
 
 

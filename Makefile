@@ -14,8 +14,8 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: help setup dev peers tpu demo test test-slow parity parity-quick preflight preflight-quick slurm torture lint lock clean
 
 help:
-	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 5 minutes)"
-	@echo "make test       the tests (about 10 minutes on 2 cores)"
+	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 8 minutes)"
+	@echo "make test       the tests (about 14 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"

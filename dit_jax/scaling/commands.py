@@ -59,9 +59,16 @@ def run(args) -> dict:
         return _report(args, runs, found, made) | said
     if args.method == "all":
         return _fit_all(args, runs, found) | said
+    silent = made.silent if made and not args.method else ""
+    if silent and args.command in ("predict", "plan"):
+        raise UsageError(
+            f"RUNS: at {made.flops:.3g} FLOPs, {made.beyond:.3g}x the largest budget, {silent}; train what the reasons ask for, or "
+            f"see what one method says with --method={made.method}"
+        )
     fit = found.fits[args.method or (made.method if made else found.main.method)]
     for reason in fit.reasons if args.method else ():  # else the verdict has said them
         print(one_line(f"warning: {fit.method}: {reason}"), file=sys.stderr)
+    args.flops = [c for c in args.flops if not silent or c <= fit.largest]
     return {"fit": _fit, "predict": _predict, "plan": _plan}[args.command](args, runs, fit) | said
 
 

@@ -30,7 +30,6 @@ from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods, fit_one
 
 PRINTED = 8  # findings of one kind
-OF_A_GRID = ("sizes", "budgets", "edge", "curvature")  # kinds of findings that a fit of budgets says itself
 
 
 def _options(args, method: str, strict: bool = True) -> dict:
@@ -51,7 +50,7 @@ def run(args) -> dict:
     print(f"Convention: {convention}\n")
     said |= {"convention": convention.to_json(), "quality": _tell_quality(runs, args.method)}
     if args.command == "report":
-        return _report(args, runs) | said
+        return _report(args, runs, said) | said
     if args.method == "all":
         return _fit_all(args, runs) | said
     fit = fit_one(runs, args.method, max(args.flops, default=0.0), **_options(args, args.method))
@@ -62,24 +61,20 @@ def run(args) -> dict:
 def _loaded(args) -> tuple:
     """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
     options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
-    options |= dict(columns=parse_names(args.column), where=args.where)
+    kinds = quality.kinds_of(args.drop)
+    missing = "missing" in kinds or args.best_of is not None
+    options |= dict(columns=parse_names(args.column), where=args.where, best_of=args.best_of, missing=missing)
     runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=args.curves, **options))
     check_units(runs)
-    kept, said = _without(runs, args.drop)
+    kept, said = _without(runs, kinds) if kinds or args.best_of else (runs, {})
     require_varied(kept)
     return kept, said
 
 
-def _without(runs: list, drop: str | None) -> tuple:
-    """(the runs, {"dropped": those that --drop has left out}), which are printed too."""
-    if drop is None:
-        return runs, {}
-    kinds = quality.DROPPED if drop == "all" else tuple(drop.split(","))
-    for kind in kinds:
-        if kind not in quality.DROPPED:
-            raise UsageError(f"--drop: found {kind!r}, expected {', '.join(quality.DROPPED)} or all")
+def _without(runs: list, kinds: tuple) -> tuple:
+    """(the runs, {"dropped": those that --drop and --best_of have left out}), which are printed too."""
     kept = quality.drop(runs, kinds)
-    for f, _ in kept.dropped:
+    for f in dict.fromkeys(f for f, _ in kept.dropped):
         print(one_line(f"dropped ({f.kind}): {f.what}"), file=sys.stderr)
     print(f"{len(runs) - len(kept.runs)} of {len(runs)} runs dropped", file=sys.stderr)
     for note in kept.notes:
@@ -89,9 +84,9 @@ def _without(runs: list, drop: str | None) -> tuple:
 
 
 def _tell_quality(runs: list, method: str) -> list:
-    """Warns of what is wrong with the runs, as far as the fits do not; returns all of it for the JSON."""
+    """Warns of what is wrong with the runs; returns all of it for the JSON."""
     found = quality.findings(runs)
-    for kind in dict.fromkeys(f.kind for f in found if f.kind not in OF_A_GRID):
+    for kind in dict.fromkeys(f.kind for f in found):
         same = [f for f in found if f.kind == kind]
         for f in same[:PRINTED]:
             print(one_line(f"warning: {f.text}"), file=sys.stderr)
@@ -200,7 +195,7 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
     return {"holdout": said if len(fits) > 1 else next(iter(said.values()))}
 
 
-def _report(args, runs: list) -> dict:
+def _report(args, runs: list, said: dict) -> dict:
     """Write a self-contained report.html, with its figures, fit.json and report.json beside it."""
     found, grid = _every(args, runs), None
     if args.grid:
@@ -211,7 +206,8 @@ def _report(args, runs: list) -> dict:
         fits=found.fits,
         main=found.main.method,
         runs=tuple(runs),
-        findings=tuple(f.text for f in quality.findings(runs)),
+        findings=tuple(f["text"] for f in said["quality"]),
+        dropped=tuple(dict.fromkeys([d["text"] for d in said.get("dropped", ())] + said.get("dropped_notes", []))),
         refused=found.refused,
         disagreements=found.disagreements,
         test=_extrapolation(args.runs, runs, found.main) if "N_opt" in found.main.laws else None,

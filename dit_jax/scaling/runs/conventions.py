@@ -34,6 +34,7 @@ SUSPECT = {  # C / 6ND of every run, what that looks like, and how to say so
 }
 FAR = (1 / 12, 30.0)  # times 6ND: below and above that no way to count is known
 PF_DAY = 8.64e19  # FLOPs
+LEAST = {"params": 500, "flops": 1e7, "tokens": 1e-3}  # of a training, if all runs have less; tokens for each parameter
 EXACTLY = "exact, 2 x MACs, training = 3 x forward"  # how the protocol of a record begins to say it
 
 
@@ -123,22 +124,33 @@ def training_flops(runs: Sequence) -> list:
 
 
 def check_units(runs: Sequence, tolerance: float = 0.02) -> None:
-    """Raises UsageError where C is, in every run, what MACs or forward passes would be beside N and D: 6ND / 2, / 3 or / 6.
+    """Raises UsageError where C, N and D are in units that cannot be meant, and says which they look like.
 
-    Exact FLOPs of training lie above 6ND and vary with the size, so they do not meet this by chance. Refused too: a C that is FAR from 6ND
-    in every run, or as many times 6ND as an image has tokens. D in images is not judged.
+    C may be, in every run, what MACs or forward passes would be beside N and D: 6ND / 2, / 3 or / 6. Exact FLOPs of training lie above 6ND
+    and vary with the size, so they do not meet this by chance. C may be FAR from 6ND in every run, or as many times 6ND as an image has
+    tokens. A table may count in thousands, millions or billions, and have fewer parameters, tokens or FLOPs than any training (LEAST).
     """
-    if runs[0].convention.data == "images":
-        return
-    ratios = _over_6nd(runs)
-    for expected, (what, option) in SUSPECT.items():
-        if len(ratios) > 1 and _all_near(ratios, expected, tolerance):
-            raise UsageError(
-                f"{runs[0].source}: flops is {expected:.3g} x 6 x params x tokens in all {len(runs)} runs, which looks like "
-                f"{what}; expected FLOPs of training: multiply it by {round(1 / expected)}, or say {option}"
-            )
-
-    _check_far(runs, ratios, tolerance)
+    if runs[0].convention.data != "images":
+        ratios = _over_6nd(runs)
+        for expected, (what, option) in SUSPECT.items():
+            if len(ratios) > 1 and _all_near(ratios, expected, tolerance):
+                raise UsageError(
+                    f"{runs[0].source}: flops is {expected:.3g} x 6 x params x tokens in all {len(runs)} runs, which looks like "
+                    f"{what}; expected FLOPs of training: multiply it by {round(1 / expected)}, or say {option}"
+                )
+        _check_far(runs, ratios, tolerance)
+    if runs[0].protocol:
+        return  # records count in ones
+    values = {name: [getattr(run, name) for run in runs] for name in ("params", "flops", "tokens")}
+    ratio = max(d / n for d, n in zip(values["tokens"], values["params"], strict=True))
+    few = [name for name in ("params", "flops") if (min if name == "params" else max)(values[name]) < LEAST[name]]
+    few += ["tokens"] if ratio < LEAST["tokens"] and runs[0].convention.data == "tokens" else []
+    if few:
+        found = f"{few[0]} is {min(values[few[0]]):,.4g} to {max(values[few[0]]):,.4g}"
+        raise UsageError(
+            f"{runs[0].source}: {found} in these {len(runs)} runs, which no training can have; params, tokens or flops seem to be counted "
+            "in thousands, millions or billions: give the factor of each, such as --column 'params=1e6*NAME' --column 'tokens=1e6*NAME'"
+        )
 
 
 def _check_far(runs: Sequence, ratios: np.ndarray, tolerance: float) -> None:

@@ -98,7 +98,7 @@ def hold_out(fit: Fit, refit: Callable[[Sequence[Run]], Fit], split: str, runs: 
         raise UsageError(f"--holdout: found {split!r}, expected one of {', '.join(SPLITS)}")
     items, refused = [], []
     measured = _measured(fit, runs)
-    for label, left, rest in _folds(runs, split, measured):
+    for label, left, rest in folds(runs, split, measured):
         try:
             again = refit(rest)
         except UsageError as error:
@@ -122,7 +122,7 @@ def _measured(fit: Fit, runs: Sequence[Run]) -> tuple:
         return ()
 
 
-def _folds(runs: Sequence[Run], split: str, measured: tuple) -> list[tuple]:
+def folds(runs: Sequence[Run], split: str, measured: tuple = ()) -> list[tuple]:
     """(label, runs left out, the rest) of each part."""
     groups = sorted(budgets(runs), key=lambda g: g[1][0].flops)
     if split == "models":

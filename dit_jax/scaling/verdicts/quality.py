@@ -1,8 +1,9 @@
 """The quality of a table of runs, whatever the method: what is wrong with the runs or the grid, in words that say what to do.
 
 Checks of single runs: losses that are missing, duplicates, conflicts (one run, two losses), seeds (one size and data, several runs),
-diverged runs and outliers. Checks of a grid of budgets: budgets that scatter, and sizes that lie off the minimum or drift along it. Runs
-that are `scattered` have the checks of single runs only; training curves (rows of one name) those of duplicates and conflicts.
+diverged runs and outliers. Checks of a grid of budgets: budgets that scatter, too few sizes, a minimum at the edge or none, and sizes that
+lie off their minimum or drift along it. Runs that are `scattered` have the checks of single runs only; training curves (rows of one name)
+those of duplicates and conflicts.
 
 Nothing is left out unless asked, and only what is in DROPPED can be; runs with a `setting` are a sweep, of which the best is kept.
 """
@@ -26,6 +27,7 @@ MOST = 0.2  # of the runs that may be left out as diverged or outliers
 OFF = 0.5  # of the half-width of the sizes: a vertex farther than this from their middle is off-centre, or has drifted
 NAMED = 5  # runs named in one text
 APART = 3  # tolerances between two budgets, at least, where C scatters
+FULL = 0.8  # of the runs are in budgets of 3 sizes or more, if these are budgets
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def findings(runs: Sequence[Run], tolerance: float = 0.05, curves: bool = False)
         return (*bad, *_conflicts(runs))
     split = _split(runs, tolerance)
     grids = [] if split else _grids(runs, tolerance)
-    of_grids = (*_untested(grids), *_off_centre(grids), *_drifting(grids))
+    of_grids = (*_few(runs, grids), *_edges(grids), *_off_centre(grids), *_drifting(grids))
     return (*split, *bad, *_conflicts(runs), *_seeds(runs), *_checkpoints(runs), *of_grids)
 
 
@@ -209,6 +211,8 @@ def _split(runs, tolerance: float) -> list[Finding]:
     widths = [math.log(group[-1].flops / group[0].flops) for group in groups if group]
     if len(groups) < 2 or all(r.group for r in runs) or max(widths) > min(steps[cut - 1] for cut in cuts[1:-1]):
         return []
+    if sum(len(group) for group in groups if len({r.params for r in group}) > 2) < FULL * len(runs):
+        return []
     parts = [len(budgets([replace(r, group="") for r in group], tolerance)) for group in groups]
     wide = [i for i, count in enumerate(parts) if count > 1 and len({r.params for r in groups[i]}) > 2]
     if not wide:
@@ -223,7 +227,8 @@ def _split(runs, tolerance: float) -> list[Finding]:
 
 @dataclass(frozen=True)
 class _Grid:
-    """A budget's rows, its sizes, the middle and half-width of their logarithms, and its parabola's vertex in log N (nan = none inside)."""
+    """A budget's rows and sizes, the middle and half-width of its log sizes, and its parabola's curvature (nan = fewer than 3 sizes) and
+    vertex in log N, wherever it lies."""
 
     label: str
     rows: tuple
@@ -231,7 +236,12 @@ class _Grid:
     sizes: tuple
     middle: float
     half: float
+    curvature: float
     place: float
+
+    @property
+    def inside(self) -> bool:
+        return self.curvature > 0 and abs(self.place - self.middle) < self.half
 
 
 def _grids(runs, tolerance: float) -> list[_Grid]:
@@ -245,25 +255,43 @@ def _grids(runs, tolerance: float) -> list[_Grid]:
 
 def _grid(label: str, members, rows: tuple) -> _Grid:
     n, d, c, loss = (np.array([getattr(r, name) for r in members]) for name in ("params", "tokens", "flops", "loss"))
-    log_n, sizes, place = np.log(n), tuple(sorted({r.params for r in members})), math.nan
-    middle, half = float(log_n.max() + log_n.min()) / 2, float(np.ptp(log_n)) / 2
+    log_n, sizes, curvature, place = np.log(n), tuple(sorted({r.params for r in members})), math.nan, math.nan
     if len(sizes) > 2:
         vertex = parabola.vertex(parabola.curve(n, d), loss[None])
-        if vertex.curvature[0] > 0 and abs(vertex.log_n[0] - middle) < half:
-            place = float(vertex.log_n[0])
-    return _Grid(label, rows, math.exp(np.mean(np.log(c))), sizes, middle, half, place)
+        curvature, place = float(vertex.curvature[0]), float(vertex.log_n[0])
+    middle, half = float(log_n.max() + log_n.min()) / 2, float(np.ptp(log_n)) / 2
+    return _Grid(label, rows, math.exp(np.mean(np.log(c))), sizes, middle, half, curvature, place)
 
 
-def _untested(grids) -> list[Finding]:
+def _few(runs, grids) -> list[Finding]:
+    found = []
+    for g in grids:
+        if len(g.sizes) < 3:
+            what = f"budget {g.label}: {len(g.sizes)} distinct size(s) ({_names([runs[i] for i in g.rows])}), a parabola needs 3"
+            found.append(Finding("sizes", what, "train more sizes there", budgets=(g.label,)))
     bare = tuple(g.label for g in grids if len(g.sizes) == 3 == len(g.rows))
     what = f"budget(s) {', '.join(bare)}: 3 runs leave nothing to test a parabola by"
-    return [Finding("untested", what, "train one more size there", budgets=bare)] if bare else []
+    return found + [Finding("untested", what, "train one more size there", budgets=bare)] * bool(bare)
+
+
+def _edges(grids) -> list[Finding]:
+    found = []
+    for g in grids:
+        if g.curvature <= 0:
+            what = f"budget {g.label}: its parabola bends down (curvature {g.curvature:.2g}), too narrow for its noise"
+            found.append(Finding("curvature", what, "train sizes farther apart", budgets=(g.label,)))
+        elif g.curvature > 0 and not g.inside:
+            end, where = (g.sizes[0], "smaller") if g.place < g.middle else (g.sizes[-1], "larger")
+            what = f"budget {g.label}: its minimum lies at or beyond {end:.3g} parameters, the edge of the sizes"
+            found.append(Finding("edge", what, f"train {where} ones", budgets=(g.label,)))
+    return found
 
 
 def _off_centre(grids) -> list[Finding]:
     found = []
     for sign, where in ((1, "larger"), (-1, "smaller")):
-        off = {g.label: (g.place - g.middle) / g.half for g in grids if sign * (g.place - g.middle) > OFF * g.half}
+        off = {g.label: (g.place - g.middle) / g.half for g in grids if g.inside}
+        off = {label: share for label, share in off.items() if sign * share > OFF}
         what = (
             "off-centre grid: the minimum lies off the middle of the sizes (log N, share of the half-width) at budget "
             f"{', '.join(f'{label} ({share:+.0%})' for label, share in off.items())}, which biases N_opt"
@@ -274,7 +302,7 @@ def _off_centre(grids) -> list[Finding]:
 
 def _drifting(grids) -> list[Finding]:
     """Whether the middle of the sizes, relative to the minimum, follows log C by more than OFF of the half-width over the budgets."""
-    used = [g for g in grids if not math.isnan(g.place)]
+    used = [g for g in grids if g.inside]
     if len(used) < 3:
         return []
     log_c = np.log([g.flops for g in used])

@@ -64,7 +64,7 @@ def findings(runs: Sequence[Run], tolerance: float = 0.05, curves: bool = False)
         return (*bad, *_conflicts(runs))
     split = _split(runs, tolerance)
     grids = [] if split else _grids(runs, tolerance)
-    of_grids = (*_few(runs, grids), *_edges(grids), *_off_centre(grids), *_drifting(grids))
+    of_grids = (*_single(runs, grids), *_off_centre(grids), *_drifting(grids))
     return (*split, *bad, *_conflicts(runs), *_seeds(runs), *_checkpoints(runs), *of_grids)
 
 
@@ -263,28 +263,27 @@ def _grid(label: str, members, rows: tuple) -> _Grid:
     return _Grid(label, rows, math.exp(np.mean(np.log(c))), sizes, middle, half, curvature, place)
 
 
-def _few(runs, grids) -> list[Finding]:
+def _single(runs, grids) -> list[Finding]:
+    """Budgets of too few sizes, or without a minimum inside them."""
     found = []
     for g in grids:
+        kind, what, advice = "edge", "", ""
         if len(g.sizes) < 3:
-            what = f"budget {g.label}: {len(g.sizes)} distinct size(s) ({_names([runs[i] for i in g.rows])}), a parabola needs 3"
-            found.append(Finding("sizes", what, "train more sizes there", budgets=(g.label,)))
+            what = f"{len(g.sizes)} distinct size(s) ({_names([runs[i] for i in g.rows])}), a parabola needs 3"
+            kind, advice = "sizes", "train more sizes there"
+        elif g.curvature <= 0:
+            what = f"its parabola bends down (curvature {g.curvature:.2g}), too narrow for its noise"
+            kind, advice = "curvature", "train sizes farther apart"
+        elif not g.inside:
+            end, where = (g.sizes[0], "smaller") if g.place < g.middle else (g.sizes[-1], "larger")
+            what, advice = (
+                f"its minimum lies at or beyond {end:.3g} parameters, the edge of the sizes",
+                f"train {where} ones",
+            )
+        found += [Finding(kind, f"budget {g.label}: {what}", advice, budgets=(g.label,))] if what else []
     bare = tuple(g.label for g in grids if len(g.sizes) == 3 == len(g.rows))
     what = f"budget(s) {', '.join(bare)}: 3 runs leave nothing to test a parabola by"
     return found + [Finding("untested", what, "train one more size there", budgets=bare)] * bool(bare)
-
-
-def _edges(grids) -> list[Finding]:
-    found = []
-    for g in grids:
-        if g.curvature <= 0:
-            what = f"budget {g.label}: its parabola bends down (curvature {g.curvature:.2g}), too narrow for its noise"
-            found.append(Finding("curvature", what, "train sizes farther apart", budgets=(g.label,)))
-        elif g.curvature > 0 and not g.inside:
-            end, where = (g.sizes[0], "smaller") if g.place < g.middle else (g.sizes[-1], "larger")
-            what = f"budget {g.label}: its minimum lies at or beyond {end:.3g} parameters, the edge of the sizes"
-            found.append(Finding("edge", what, f"train {where} ones", budgets=(g.label,)))
-    return found
 
 
 def _off_centre(grids) -> list[Finding]:

@@ -27,7 +27,7 @@ from dit_jax.scaling.runs import budgets, load_runs, require_varied, stated
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, training_flops
 from dit_jax.scaling.verdicts import holdout, quality, verdict
-from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.beyond import Extrapolation
 from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods
 
 
@@ -231,7 +231,7 @@ def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
         dropped=tuple(dict.fromkeys([d["text"] for d in said.get("dropped", ())] + said.get("dropped_notes", []))),
         refused=found.refused,
         disagreements=found.disagreements,
-        test=_extrapolation(args.runs, runs, main) if "N_opt" in main.laws else None,
+        test=_extrapolation(args.runs, runs, found, made),
         grid=grid,
         flops=tuple(args.flops),
     )
@@ -244,16 +244,16 @@ def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
     return {"method": "all", "n_runs": len(runs), "main": main.method, "methods": methods}
 
 
-def _extrapolation(paths, runs: list, fit: Fit) -> Extrapolation | None:
-    """The largest run in the `extrapolation` folder of a sweep, if there is one, against the fit."""
-    for path in paths:
+def _extrapolation(paths, runs: list, found: Methods, made) -> Extrapolation | None:
+    """The largest run in the `extrapolation` folder of a sweep, if there is one, against the verdict."""
+    for path in paths if made else ():
         folder = os.path.join(path, "extrapolation")
         if os.path.isdir(folder):
             try:
                 loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
                 largest = max(loaded, key=lambda run: run.flops)
                 if largest.source not in {r.source for r in runs}:  # else the user made it part of the fit
-                    return extrapolate(fit, largest)
+                    return verdict.foretold(made, found.fits, largest)
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None

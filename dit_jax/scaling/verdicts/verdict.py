@@ -15,6 +15,7 @@ import numpy as np
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import NO_INTERVAL, Fit, interval, predict
 from dit_jax.scaling.runs import Run, budgets, scattered
+from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.holdout import folds
 
 ANSWER = ("isoflop", "varpro", "surface")  # the methods that answer; the others check published numbers
@@ -134,14 +135,30 @@ def _total(score: tuple) -> float:
 
 
 def _pooled(fits: Sequence[Fit], name: str, at: float) -> tuple:
-    """The interval of the resamples of all fits that tell `name`, as many of each."""
+    """The interval of the resamples of all fits that tell `name`."""
     told = [f for f in fits if math.isfinite(predict(f, at)[f"{name}_interval"][0])]
-    if not told:
-        return NO_INTERVAL
-    drawn = [np.sort(np.asarray(f.draws[name](at))) for f in told]
-    most = max(map(len, drawn))
-    even = [d[np.linspace(0, len(d) - 1, most).round().astype(int)] for d in drawn]
-    return interval(np.concatenate(even), told[0].level)
+    return _spanning([f.draws[name](at) for f in told], told[0].level) if told else NO_INTERVAL
+
+
+def _spanning(draws: Sequence, level: float) -> tuple:
+    """The interval of the resamples of several fits, as many of each."""
+    drawn = [np.sort(np.asarray(d)) for d in draws]
+    most = max(map(len, drawn), default=0)
+    even = [d[np.linspace(0, len(d) - 1, most).round().astype(int)] for d in drawn if len(d)]
+    return interval(np.concatenate(even), level) if even else NO_INTERVAL
+
+
+def foretold(made: Verdict, fits: Mapping[str, Fit], run: Run) -> Extrapolation:
+    """A trained run against the verdict: the expected loss of a run of its size by the method believed, and the interval of all that pass,
+    with the noise of a run."""
+    found = extrapolate(fits[made.method], run)
+    draws = []
+    for fit in (fits[m] for m in made.passes):
+        if fit.loss_draws is not None and not (fit.beyond and run.flops > fit.largest):
+            noise = fit.noise_draws * np.random.default_rng(0).standard_normal(len(fit.noise_draws))
+            draws.append(fit.loss_draws(run.params, run.flops / (fit.k * run.params)) + noise)
+    size = _pooled([fits[m] for m in made.passes], "N_opt", run.flops)
+    return replace(found, n_interval=size, interval=_spanning(draws, fits[made.method].level))
 
 
 def _reason(order: Sequence[str], scores: dict, able: Mapping[str, Fit], passes: tuple) -> str:

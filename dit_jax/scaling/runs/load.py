@@ -24,7 +24,7 @@ RECORD = {  # field of a record -> field of a Run
     "tokens_seen": "tokens",
     "flops_train": "flops",
 }
-FIELDS = {"run": str, "step": int} | dict.fromkeys(RECORD, (int, float)) | {"metrics": dict, "protocol": dict}
+NEEDED = {"run": str, "step": int} | dict.fromkeys(RECORD, (int, float)) | {"metrics": dict, "protocol": dict}
 BLANK = ("", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf")  # losses that are not there
 STUDY = 5, 3, 1.5  # runs, sizes and the ratio of the largest to the smallest compute, at least, of a study by itself
 
@@ -141,7 +141,7 @@ def parse_record(line: bytes, where: str) -> dict:
         raise UsageError(f"{where}: not a JSON line ({error})") from None
     if not isinstance(record, dict):
         raise UsageError(f"{where}: found {type(record).__name__}, expected a JSON object")
-    for name, kind in FIELDS.items():
+    for name, kind in NEEDED.items():
         if name not in record:
             raise UsageError(f"{where}: no field {name!r}; {nearest(name, record)}")
         if not isinstance(record[name], kind) or isinstance(record[name], bool):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from argparse import Namespace
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.frontier import compare as ladders
@@ -30,9 +31,8 @@ def run(args) -> dict:
     return finite(result | {"warnings": warnings})
 
 
-def _points(args, paths, where: list | None = None, sampled: bool = False) -> list[Point]:
-    chosen = args.where if where is None else where
-    return load_points(paths, args.metric, chosen, sampled, parse_names(args.column))
+def _points(args, paths, sampled: bool = False) -> list[Point]:
+    return load_points(paths, args.metric, args.where, sampled, parse_names(args.column))
 
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
@@ -109,7 +109,8 @@ def _correlation(best: list[Point], args) -> dict:
 
 
 def _offset(best: list[Point], args, warnings: list) -> dict:
-    theirs, said = _chosen(_points(args, args.against, args.against_where), args)
+    other = {"where": args.against_where, "column": args.column + args.against_column}
+    theirs, said = _chosen(_points(Namespace(**vars(args) | other), args.against), args)
     warnings += said
     o = fit_offset(best, [c.best for c in theirs], linear=args.difference)
     what = "difference" if o.linear else "log ratio"
@@ -154,8 +155,10 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     return ladder
 
 
-def _side(path: str, name: str, args, warnings: list) -> ladders.Ladder:
-    """The same; a message about runs says which side's they are."""
+def _side(side: str, path: str, name: str, args, warnings: list) -> ladders.Ladder:
+    """The same with the side's own columns and choices; a message about runs says which side's they are."""
+    own = {option: getattr(args, option) + getattr(args, f"{side}_{option}") for option in ("column", "where")}
+    args = Namespace(**vars(args) | own)
     try:
         return _ladder(path, name, args, warnings)
     except UsageError as error:
@@ -168,7 +171,8 @@ def run_compare(args) -> tuple[dict, list]:
     names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []
-    a, b = (_side(path, name, args, warnings) for path, name in zip((args.runs_a, args.runs_b), names, strict=True))
+    sides = zip("ab", (args.runs_a, args.runs_b), names, strict=True)
+    a, b = (_side(side, path, name, args, warnings) for side, path, name in sides)
     c = ladders.compare(a, b, form=args.law)
     rows = [(d.law, f"{d.a:.4f}", span(d.a_interval, ".4f"), f"{d.b:.4f}", span(d.b_interval, ".4f"), f"{d.difference:+.4f}",
              span(d.interval, "+.4f")) for d in c.exponents]  # fmt: skip

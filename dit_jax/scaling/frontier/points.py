@@ -16,8 +16,8 @@ from dit_jax.error import UsageError, shown
 from dit_jax.files import numbered
 from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, flatten
-from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, opened, positive
-from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
+from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, opened, positive
+from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows, scaled
 from dit_jax.scaling.runs.load import files_of, parse_record
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
@@ -94,7 +94,7 @@ def load_points(
     wanted, table = [condition(text) for text in where], Columns(columns or {}, where)
     points: list = []
     for file in files_of(paths):
-        if file.endswith(".csv"):
+        if not is_records(file):
             points += _read_csv(file, metric, table)
         else:
             points += _own_names(_read_records(file, metric, wanted), file, {p.name for p in points})
@@ -119,7 +119,7 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     """
     found: set = set()
     for file in files_of(paths):
-        found |= _columns(file, where, columns or {}) if file.endswith(".csv") else _metrics(file, where)
+        found |= _metrics(file, where) if is_records(file) else _columns(file, where, columns or {})
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"
     if len(found) > 1:
@@ -145,17 +145,10 @@ def _metrics(file: str, where: Sequence[str]) -> set:
 
 def _columns(file: str, where: Sequence[str], names: Mapping) -> set:
     """Columns of numbers of a CSV, under our names, that are none of ours."""
-    ours, found = {theirs: name for name, theirs in names.items()}, set()
+    ours, found = {scaled(theirs)[1]: name for name, theirs in names.items()}, set()
     for row, _ in read_rows(file, Expected((), ()), Columns({}, where)):
-        found |= {column for column, cell in row.items() if _number(cell)}
+        found |= {column for column, cell in row.items() if is_number(cell)}
     return {name for column in _values(found) if (name := ours.get(column, column)).lower() not in KNOWN}
-
-
-def _number(cell: str | None) -> bool:
-    try:
-        return math.isfinite(float(cell or ""))
-    except ValueError:
-        return False
 
 
 def _check_distinct(points: list[Point]) -> None:

@@ -23,6 +23,7 @@ from dit_jax.scaling.fits.noise import Power, power
 from dit_jax.scaling.runs import Run
 
 FEWEST = 20  # resamples that make an interval
+LEAST = 0.5  # degrees of freedom that tell a variance
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ def clusters(runs: Sequence[Run]) -> np.ndarray:
     return np.array([found.setdefault((r.name, r.params) if r.name else id(r), len(found)) for r in runs])
 
 
-def noise(losses: np.ndarray, fitted: np.ndarray, leverage: np.ndarray, groups: np.ndarray) -> Noise | None:
+def noise(
+    losses: np.ndarray, fitted: np.ndarray, leverage: np.ndarray, groups: np.ndarray, absorbed: float
+) -> Noise | None:
     """The noise of `losses` (n,) about a curve `fitted` to them; None where it goes through all of them. `leverage` (n,) is the share of
-    each residual that the curve has absorbed."""
+    each residual that the curve has absorbed, `absorbed` how many of the means of the runs (`absorbed_means`)."""
     residual, free = losses - fitted, np.clip(1 - leverage, 0.0, 1.0)
     freedom = round(float(free.sum()))
     if freedom < 1:
@@ -67,12 +70,19 @@ def noise(losses: np.ndarray, fitted: np.ndarray, leverage: np.ndarray, groups: 
     spread = math.sqrt(np.mean(pooled**2))
     pooled = pooled / spread if spread > 0 else pooled
     scale = math.sqrt(float((residual**2).sum()) / float(free.sum()))
-    shared = _shared(residual / found.relative, groups)
-    if shared:  # what a run's rows have in common is told by as many numbers as there are runs
-        runs = int(groups.max()) + 1
-        freedom = max(1, min(freedom, runs - round(float(leverage.sum()))))
+    shared, known = _shared(residual / found.relative, groups, freedom, int(groups.max()) + 1 - absorbed)
+    if shared:
+        freedom = max(1, min(freedom, round(known)))
         found = Power(found.log_loss, found.chance, found.squares * freedom / found.freedom, freedom)
     return Noise(scale, freedom, found, pooled, shared, groups)
+
+
+def absorbed_means(basis: np.ndarray, groups: np.ndarray) -> float:
+    """How many of the means of the runs a linear fit absorbs: the trace of its projection, of orthonormal `basis` (n, p), within the
+    space of vectors that are constant in each run. With one row a run, p."""
+    sums = np.zeros((int(groups.max()) + 1, basis.shape[1]))
+    np.add.at(sums, groups, basis)
+    return float((sums**2 / np.bincount(groups)[:, None]).sum())
 
 
 def stated(runs: Sequence[Run], fitted: np.ndarray) -> Noise | None:
@@ -87,18 +97,23 @@ def stated(runs: Sequence[Run], fitted: np.ndarray) -> Noise | None:
     return Noise(scale, 0, known, normal / normal.std(), 0.0, clusters(runs))
 
 
-def _shared(residual: np.ndarray, groups: np.ndarray) -> float:
-    """The share of the variance that rows of one run have in common, from 0 to 1."""
+def _shared(residual: np.ndarray, groups: np.ndarray, freedom: int, free_runs: float) -> tuple:
+    """(the share of the variance that rows of one run have in common, from 0 to 1; the degrees of freedom of the whole by Satterthwaite
+    1946). Of the `freedom` of all residuals, `free_runs` are of the means of the runs, the others of the rows within them."""
     count = np.bincount(groups)
     rows, runs = len(groups), len(count)
-    if rows == runs or runs < 2:
-        return 0.0
+    free_rows = freedom - free_runs
+    if rows == runs or free_runs < LEAST or free_rows < LEAST:
+        return 0.0, float(freedom)
     mean = np.bincount(groups, residual) / count
-    within = float(((residual - mean[groups]) ** 2).sum()) / (rows - runs)
-    between = float((count * (mean - residual.mean()) ** 2).sum()) / (runs - 1)
+    within = float(((residual - mean[groups]) ** 2).sum()) / free_rows
+    between = float((count * mean**2).sum()) / free_runs
     size = (rows - float((count**2).sum()) / rows) / (runs - 1)
-    common = max((between - within) / size, 0.0)
-    return common / (common + within) if common + within > 0 else 0.0
+    common = (between - within) / size
+    if common <= 0:
+        return 0.0, float(freedom)
+    part = between / size, (1 - 1 / size) * within
+    return common / (common + within), sum(part) ** 2 / (part[0] ** 2 / free_runs + part[1] ** 2 / free_rows)
 
 
 def between(y: np.ndarray, design: np.ndarray, variance: np.ndarray) -> float:

@@ -148,7 +148,9 @@ def _noise(used: Sequence[Budget]) -> bootstrap.Noise | None:
     """The noise of the runs about the parabolas; where those go through all runs, the evaluation's standard error."""
     parts, runs = [(b.losses, b.fitted, b.curve.leverage) for b in used], [r for b in used for r in b.runs]
     losses, fitted, leverage = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return bootstrap.noise(losses, fitted, leverage, bootstrap.clusters(runs)) or bootstrap.stated(runs, fitted)
+    groups = bootstrap.clusters(runs)
+    absorbed = float((np.bincount(groups, leverage) / np.bincount(groups)).sum())  # a run has one row in each parabola
+    return bootstrap.noise(losses, fitted, leverage, groups, absorbed) or bootstrap.stated(runs, fitted)
 
 
 def _fit(every: list, used: list, surface: Reference | None, rng, resamples: int, level: float) -> Fit:

@@ -73,8 +73,7 @@ def _repeated(
         return None
     design, theta, objective = tried[best]
     near = [(*tried[again][:2], again) for again in AGAIN if best / NEAR <= again <= best * NEAR]
-    losses, fitted = np.array([r.loss for r in runs]), design.fitted(theta)
-    noise = bootstrap.noise(losses, fitted, design.leverage(theta), bootstrap.clusters(runs))
+    fitted, noise = design.fitted(theta), design.noise(theta, runs)
     added = noise.draw(np.random.default_rng(seed), resamples) if resamples and noise else np.zeros((0, len(runs)))
     drawn, stars = _redrawn(near, fitted + added) if len(added) else (None, None)
     k, surface = per_parameter_and_token(runs), plain(design.law(theta[None]))

@@ -108,10 +108,20 @@ class Design:
         lower = self.problem.lower
         return theta <= lower + np.where(lower < -LIFT / 2, LIFT / 2, 1e-9)
 
+    def basis(self, theta: np.ndarray) -> np.ndarray:
+        """An orthonormal basis (n, p) of the changes of the law's losses that its free parameters make."""
+        return np.linalg.qr(newton.jacobian(self.problem, theta)[:, ~self.vanished(theta)])[0]
+
     def leverage(self, theta: np.ndarray) -> np.ndarray:
         """The share (n,) of each residual that the law has absorbed."""
-        free = ~self.vanished(theta)
-        return (np.linalg.qr(newton.jacobian(self.problem, theta)[:, free])[0] ** 2).sum(1)
+        return (self.basis(theta) ** 2).sum(1)
+
+    def noise(self, theta: np.ndarray, runs: Sequence[Run]) -> bootstrap.Noise | None:
+        """The noise of the runs about the law."""
+        basis, groups, losses = self.basis(theta), bootstrap.clusters(runs), np.array([r.loss for r in runs])
+        return bootstrap.noise(
+            losses, self.fitted(theta), (basis**2).sum(1), groups, bootstrap.absorbed_means(basis, groups)
+        )
 
 
 def fit_surface(runs: Sequence[Run], *, residual: str = "log", loss: str = "huber", **options) -> Fit:
@@ -254,9 +264,9 @@ def _fit(
 ) -> Fit:
     """The best of all starts, and its resamples."""
     theta, objective = search(design, starts)
-    fitted, losses = design.fitted(theta), np.array([r.loss for r in runs])
+    fitted = design.fitted(theta)
     surface, k = plain(design.law(theta[None])), per_parameter_and_token(runs)
-    noise = bootstrap.noise(losses, fitted, design.leverage(theta), bootstrap.clusters(runs))
+    noise = design.noise(theta, runs)
     drawn, spread = None, np.zeros(0)
     if noise and resamples:
         added = noise.draw(np.random.default_rng(seed), resamples)
@@ -319,11 +329,12 @@ def reasons_of(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
             f"{name} is at the bound of its search ({getattr(surface, name):.3g}): its term is not determined"
             for name in at_bound
         )
-    freedom = int(bootstrap.clusters(runs).max()) + 1 - design.problem.width
-    if freedom <= 0:
-        return (
-            f"{freedom + design.problem.width} runs for {design.problem.width} parameters: nothing is left to test the law",
-        )
+    groups = bootstrap.clusters(runs)
+    freedom = int(groups.max()) + 1 - bootstrap.absorbed_means(design.basis(theta), groups)
+    if freedom < bootstrap.LEAST:
+        return (f"{groups.max() + 1} runs for {design.problem.width} parameters: nothing is left to test the law",)
+    noise = design.noise(theta, runs)
+    freedom = noise.freedom if noise else freedom
     half = _errors(design, theta) * stats.t.ppf(0.975, freedom)
     return tuple(
         f"{name} is {value:.3g} plus or minus {error:.2g}: its interval reaches 0, so the exponent is not determined"

@@ -30,10 +30,10 @@ STEPS = (
 OVERHANG = 0.35  # of the range of points and lines, at most given to their bands
 
 
-def panels(rows: int = 1, columns: int = 1, height: float = SIZE[1], on: FigureBase | None = None) -> tuple:
-    """(a figure outside of pyplot, or the part `on` of one, its axes (rows, columns))."""
-    figure = on or Figure(figsize=(SIZE[0] * columns, height * rows), layout="constrained", dpi=130)
-    axes = figure.subplots(rows, columns, squeeze=False)
+def panels(heights: Sequence[float] = SIZE[1:], columns: int = 1, on: FigureBase | None = None) -> tuple:
+    """(a figure outside of pyplot, or the part `on` of one, its axes (rows, columns)), with rows of `heights` inches."""
+    figure = on or Figure(figsize=(SIZE[0] * columns, sum(heights)), layout="constrained", dpi=130)
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.grid(True, color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -98,7 +98,7 @@ def scale(axis, which: str, label: str, firm, soft=(), log: bool = True) -> None
 def legend(figure: FigureBase) -> None:
     """A legend below the figure of all that has a label in one of its panels."""
     named: dict = {}
-    for axis in figure.axes:
+    for axis in reversed(figure.axes):
         named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) | named
     if named:
         columns = 2 if len(named) > 2 and max(map(len, named)) < 40 else 1

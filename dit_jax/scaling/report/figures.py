@@ -77,7 +77,7 @@ def law(
         views.append((f"{name} over {plain(first.method)}'s", lambda fit, c, y: y / first.laws[name](c)))
     if any(f.laws[name].irreducible > 0 for f in fits.values()):
         views.append((f"{name} \N{MINUS SIGN} E", lambda fit, c, y: y - fit.laws[name].irreducible))
-    figure, axes = panels(len(views), 1, SIZE[1] if len(views) == 1 else 2.6, on)
+    figure, axes = panels([2.6] * len(views) if len(views) > 1 else SIZE[1:], on=on)
     grid = np.geomspace(min([smallest / 1.3, *flops]), max([largest * 1.3, *flops]), CURVE)
     dots = np.array([(r.flops, getattr(r, field)) for r in thin(sorted(runs, key=lambda r: r.flops))]).reshape(-1, 2).T
     for axis, (label, view) in zip(axes[:, 0], views, strict=True):
@@ -142,7 +142,7 @@ def residuals(fit: Fit, runs: Sequence[Run]) -> Figure | None:
     off = 100 * (loss / expected(fit, runs) - 1)
     if not np.isfinite(off).any():
         return None
-    figure, axes = panels(3, 1, 2.3)
+    figure, axes = panels([2.3] * 3)
     for axis, x, label in zip(axes[:, 0], (n, d, c), (N_LABEL, D_LABEL, C_LABEL), strict=True):
         order = np.argsort(x, kind="stable")
         kept = np.array(thin(order.tolist()))
@@ -173,9 +173,9 @@ def frontier(fit, points: Sequence, served: Sequence = ()) -> Figure:
     """Score against the cost of an image: every sampling, each model's best within a cost as a line with a marker where that best was
     measured, the Pareto front, and the costs at which a model stops winning. `served` adds a panel over training and all images."""
     stops = [h for h in fit.handovers if np.isfinite(h.cost)]
-    figure, axes = panels(1, 2 if served else 1, SIZE[1] + 0.2 * len(stops))
+    figure, axes = panels([0.2 * len(stops)] * bool(stops) + [SIZE[1]], 2 if served else 1)
     metric = f"{plain(fit.metric)} ({'higher' if fit.higher else 'lower'} is better)"
-    axis, models = axes[0, 0], {name: shaded(i, len(fit.costs) + 1) for i, name in enumerate(fit.costs)}
+    axis, models = axes[-1, 0], {name: shaded(i, len(fit.costs) + 1) for i, name in enumerate(fit.costs)}
     _cloud(axis, [(p.name, getattr(p, fit.unit), p.score) for p in points], models, UNITS[fit.unit], metric)
     for name, look in models.items():
         score = np.asarray(fit.curves[name][0])
@@ -184,10 +184,11 @@ def frontier(fit, points: Sequence, served: Sequence = ()) -> Figure:
             fit.costs[name], score, linewidth=1.2, markersize=5, markevery=marked.tolist(), label=plain(name), **look
         )
     _front(axis, [(getattr(p, fit.unit), p.score) for p in fit.front])
-    for i, stop in enumerate(stops):
-        _handover(axis, stop, max(np.max(c) for c in fit.costs.values()), 1.04 + 0.055 * i)
+    if stops:
+        _handovers(axes[0, 0], axis, stops)
+        [above.set_axis_off() for above in axes[0]]
     if served:
-        axis, totals = axes[0, 1], [(s.point.name, s.total, s.point.score) for s in served]
+        axis, totals = axes[-1, 1], [(s.point.name, s.total, s.point.score) for s in served]
         _cloud(axis, totals, models, raised(f"training FLOPs + FLOPs of {served[0].images:.4g} images"), metric)
         sign, best = (-1 if fit.higher else 1), []
         for _, total, score in sorted(totals, key=lambda t: (t[1], sign * t[2])):
@@ -217,16 +218,16 @@ def _front(axis, best: Sequence[tuple]) -> None:
         axis.plot(*np.transpose(best), linestyle="", **RING, zorder=5)
 
 
-def _handover(axis, stop, right: float, height: float) -> None:
-    """A vertical line at the cost, and its interval as a bar with caps above the axes, at `height` of them."""
-    end, above = stop.cost, dict(transform=axis.get_xaxis_transform(), clip_on=False)
-    axis.plot([stop.cost] * 2, [0, height], color="0.55", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1, **above)
-    if np.isfinite(stop.interval[0]):
-        end = min(stop.interval[1], right)
-        axis.plot([max(stop.interval[0], axis.get_xlim()[0]), end], [height] * 2, **BAR, **above)
-    axis.plot(stop.cost, height, "o", color="0.2", markersize=3.5, **above)
-    look = dict(xycoords=above["transform"], textcoords="offset points", va="center", fontsize=7.5)
-    text = plain(f"{stop.model} to {stop.then}") + " or earlier" * stop.censored
-    left = end > np.prod(axis.get_xlim()) ** 0.5  # room for the words is on the side of the middle
-    start = (min(stop.interval[0], stop.cost) if np.isfinite(stop.interval[0]) else stop.cost) if left else end
-    axis.annotate(text, (start, height), (-6 if left else 6, 0), ha="right" if left else "left", **look)
+def _handovers(above, axis, stops: Sequence) -> None:
+    """Vertical lines at the costs where models stop winning, and `above` them a bar with caps for each interval, and names."""
+    above.set(xscale="log", xlim=axis.get_xlim(), ylim=(-0.5, len(stops) - 0.5))
+    ends = axis.get_xlim()
+    for i, stop in enumerate(stops):
+        axis.axvline(stop.cost, color="0.55", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        low, high = np.clip(np.where(np.isfinite(stop.interval[0]), stop.interval, stop.cost), *ends)
+        above.plot([low, high], [i, i], **BAR if high > low else {})
+        above.plot(stop.cost, i, "o", color="0.2", markersize=3.5)
+        left = high > math.sqrt(ends[0] * ends[1])  # room for the words is on the side of the middle
+        look = dict(ha="right" if left else "left", va="center", textcoords="offset points", fontsize=7.5)
+        text = plain(f"{stop.model} to {stop.then}") + " or earlier" * stop.censored
+        above.annotate(text, (low if left else high, i), (-6 if left else 6, 0), **look)

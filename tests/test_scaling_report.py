@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from planted import ladder, repeated
 
@@ -20,7 +23,7 @@ from dit_jax.error import UsageError
 from dit_jax.scaling import names
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits import METHODS, fit_akima, fit_best, fit_isoflop, fit_varpro
-from dit_jax.scaling.report import Report, figures, opening, place, save, text
+from dit_jax.scaling.report import Report, figures, folder, opening, place, save, text
 from dit_jax.scaling.report.axes import panels, raised, scale, thin
 from dit_jax.scaling.report.page import typeset
 
@@ -55,6 +58,26 @@ def fits(runs):
         "akima": fit_akima(runs, **options),
         "power": fit_best(runs, **options),
     }
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures of a page that are a mark only, as drawing takes a second each."""
+    monkeypatch.setattr(folder, "png", lambda figure, mark: b"\x89PNG Software\0" + mark.encode())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, runs, fits):
+    """The folder of a report of all kinds of figures, as it was saved."""
+    path = tmp_path_factory.mktemp("saved") / "out" / "report.html"
+    said = ("Believe isoflop: N_opt is 3e+09.", "Next, train 1e+22 FLOPs.")
+    grid = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(grid, "png")
+    made = Report(
+        "Digits", fits, "isoflop", runs, test=Beyond(), grid=grid.getvalue(), flops=(1e22, 3e22), verdict=said
+    )
+    assert save(str(path), made) == str(path)
+    return path.parent
 
 
 class Balanced(HTMLParser):
@@ -100,34 +123,25 @@ def shown(page: str) -> str:
     return re.sub(r"<[^>]*>", " ", page).replace("\N{MINUS SIGN}", "-")
 
 
-def test_a_report_is_a_page_its_figures_and_its_data(tmp_path, runs, fits):
-    path = str(tmp_path / "out" / "report.html")
-    figures.save(figures.isoflop(fits["varpro"], runs), str(tmp_path / "grid.png"))
-    grid = (tmp_path / "grid.png").read_bytes()
-    said = ("Believe isoflop: N_opt is 3e+09.", "Next, train 1e+22 FLOPs.")
-    made = Report("Digits", fits, "isoflop", runs, test=Beyond(), grid=grid, flops=(1e22,), verdict=said)
-    assert save(path, made) == path
+def test_a_report_is_a_page_its_figures_and_its_data(saved, runs, fits):
     pictures = ["D_opt", "L_opt", "N_opt", "isoflop", "residuals", "residuals-varpro", "tested"]
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(
-        [*(f"{n}.png" for n in pictures), "report.html", "report.json"]
-    )
+    assert sorted(os.listdir(saved)) == sorted([*(f"{n}.png" for n in pictures), "report.html", "report.json"])
     for name in pictures:
-        picture = np.asarray(Image.open(tmp_path / "out" / f"{name}.png").convert("RGB"))
+        picture = np.asarray(Image.open(saved / f"{name}.png").convert("RGB"))
         assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 20
-    page = Path(path).read_text()
+    page = (saved / "report.html").read_text()
     assert stands_alone(page).tags.count("img") == len(pictures) + 1
     assert (
         0 < shown(page).index("N_opt is 3e+09.") < shown(page).index("train 1e+22 FLOPs") < shown(page).index("a = 0.")
     )
-    said = json.loads((tmp_path / "out" / "report.json").read_text())
+    said = json.loads((saved / "report.json").read_text())
     assert list(said["methods"]) == list(fits) and said["test"]["inside"] is True and len(said["verdict"]) == 2
     assert {len(column) for name, column in said["runs"].items() if name != "law"} == {len(runs)}
     assert said["runs"]["law"]["power"][0] is None  # it tells no two sizes of one compute apart
 
 
-def test_the_numbers_of_the_page_are_those_of_the_fits(tmp_path, runs, fits):
-    path = save(str(tmp_path / "report.html"), Report("t", fits, "isoflop", runs, test=Beyond(), flops=(3e22,)))
-    page = " ".join(shown(Path(path).read_text()).split())
+def test_the_numbers_of_the_page_are_those_of_the_fits(saved, fits):
+    page = " ".join(shown((saved / "report.html").read_text()).split())
     for fit in fits.values():
         for row in (*text.law_rows(fit), *(row for _, _, rows in fit.tables for row in rows)):
             assert " ".join(cell for cell in row if cell) in page
@@ -138,7 +152,7 @@ def test_the_numbers_of_the_page_are_those_of_the_fits(tmp_path, runs, fits):
         assert names.EXPLAINED[method].split("^")[0] in page
 
 
-def test_hostile_names_are_text(tmp_path, runs, fits):
+def test_hostile_names_are_text(tmp_path, runs, fits, undrawn):
     odd = (replace(runs[0], name=HOSTILE), *runs[1:])
     fit = replace(fits["varpro"], notes=(HOSTILE,), tables=((HOSTILE, (HOSTILE,), ((HOSTILE,),)),))
     texts = (HOSTILE,)
@@ -151,7 +165,7 @@ def test_hostile_names_are_text(tmp_path, runs, fits):
     assert found.tags.count("script") == 1
 
 
-def test_a_report_overwrites_only_itself(tmp_path, runs, fits):
+def test_a_report_overwrites_only_itself(tmp_path, runs, fits, undrawn):
     made = Report("t", {"power": fits["power"]}, "power", runs, test=Beyond())
     path = save(str(tmp_path / "report.html"), made)
     (tmp_path / "notes.png").write_bytes(b"mine")
@@ -178,7 +192,7 @@ def test_a_report_overwrites_only_itself(tmp_path, runs, fits):
         assert sorted(os.listdir(tmp_path)) == held
 
 
-def test_a_report_that_fails_leaves_nothing(tmp_path, runs, fits, monkeypatch):
+def test_a_report_that_fails_leaves_nothing(tmp_path, runs, fits, monkeypatch, undrawn):
     made, sync = Report("t", {"power": fits["power"]}, "power", runs), place.sync
 
     def full(path):
@@ -195,7 +209,7 @@ def test_a_report_that_fails_leaves_nothing(tmp_path, runs, fits, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_method_has_a_report_of_its_own(method, tmp_path, runs):
+def test_any_method_has_a_report_of_its_own(method, tmp_path, runs, undrawn):
     options = {"unbias": False} if method == "isoflop" else {}
     fit = METHODS[method](runs, resamples=0, **options)
     page = Path(save(str(tmp_path / "report.html"), Report("t", {method: fit}, method, runs))).read_text()
@@ -350,13 +364,40 @@ def test_a_frontier_has_no_marker_where_nothing_was_measured():
     assert step.get_markevery() == [0, 1, 3]
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What `figures.frontier` reads of the cost at which a model stops winning."""
+
+    model: str
+    then: str
+    cost: float
+    interval: tuple
+    censored: bool = True
+
+
+def test_the_names_of_models_that_stop_winning_are_whole_and_apart():
+    names = [f"a model of {i} layers" for i in range(10)]
+    points = [Sampling(name, 10.0**i, 50.0 - i) for i, name in enumerate(names)]
+    one = dict(
+        costs={p.name: np.array([p.flops]) for p in points}, curves={p.name: np.array([[p.score]]) for p in points}
+    )
+    stops = [Stop(a.name, b.name, b.flops, (b.flops / 3, math.inf)) for a, b in itertools.pairwise(points)]
+    figure = figures.frontier(Front(front=tuple(points), handovers=tuple(stops), **one), points)
+    FigureCanvasAgg(figure).draw()
+    boxes = [t.get_window_extent() for t in (*figure.axes[0].texts, *figure.legends[0].texts)]
+    assert len(boxes) == len(stops) + len(points) + 2
+    for i, box in enumerate(boxes):
+        assert figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max)
+        assert not any(box.overlaps(other) for other in (*boxes[:i], figure.axes[1].bbox))
+
+
 def test_figures_are_saved_by_the_ending(tmp_path, runs, fits):
     made = Report("t", {"power": fits["power"]}, "power", runs, test=Beyond(), flops=(1e24,))
     for ending, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")):
         path = save(str(tmp_path / f"laws{ending}"), made)
         data = Path(path).read_bytes()
         assert data.startswith(start) and len(data) < 5e5
-        if ending != ".png":
+        if ending == ".svg":
             save(path, made)  # over its own
             assert Path(path).read_bytes() == data  # the same each time
         Path(path).write_bytes(start + b" mine")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
@@ -108,11 +109,12 @@ def legend(figure: FigureBase) -> None:
 
 def png(figure: Figure, mark: str = place.GENERATOR, dpi: float = 130.0) -> bytes:
     """The figure as a PNG file of at most 256 colours, a third of the size of one of more, that says who wrote it."""
-    drawn, found, said = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
-    figure.savefig(drawn, format="png", dpi=dpi)
+    figure.set_dpi(dpi)
+    canvas, found, said = FigureCanvasAgg(figure), io.BytesIO(), PngImagePlugin.PngInfo()
+    canvas.draw()
     said.add_text("Software", mark)
-    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(found, "png", optimize=True, pnginfo=said, dpi=(dpi, dpi))
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256, dither=Image.Dither.NONE)
+    image.save(found, "png", pnginfo=said, dpi=(dpi, dpi))
     return found.getvalue()
 
 

@@ -29,11 +29,10 @@ def save(path: str, report: Report) -> str:
         figures.save(figures.main(*main) if one else [figure for _, _, figure in draw(report).values()], path)
         return path
     folder, mark = os.path.dirname(os.path.abspath(path)), place.mark(path)
-    data = os.path.join(folder, "report.json")
-    place.check(path, [data])  # soon, before the figures
+    place.check(path)  # soon, before the figures
     drawn = {name: (*told, png(figure, mark)) for name, (*told, figure) in draw(report).items()}
     content = {os.path.join(folder, f"{name}.png"): picture for name, (_, _, picture) in drawn.items()}
-    content[data] = (json.dumps({"generator": mark} | report_json(report)) + "\n").encode()
+    content[place.data(path)] = (json.dumps({"generator": mark} | report_json(report)) + "\n").encode()
     place.write(path, content | {os.path.abspath(path): page(report, drawn, mark).encode()})
     return path
 

@@ -19,6 +19,11 @@ BEFORE = {  # ending -> what stands in a file before the mark
 }
 
 
+def data(path: str) -> str:
+    """The file of data beside the page at `path`."""
+    return os.path.join(os.path.dirname(os.path.abspath(path)), "report.json")
+
+
 def mark(path: str) -> str:
     """What a file of the report at `path` says of who wrote it, in ASCII."""
     return f"{GENERATOR} [{quote(os.path.basename(path))}]"
@@ -36,7 +41,7 @@ def owner(path: str) -> str | None:
 def check(path: str, files: Iterable[str] = ()) -> None:
     """Raises UsageError if `path`, or one of the `files` that belong to it, is there and was not written by the report at `path`."""
     check_json(path, "--out", makes_folders=True)
-    for file in (path, *files):
+    for file in (path, *files, *([data(path)] if path.lower().endswith(".html") else [])):
         if os.path.lexists(file) and (found := owner(file)) not in (GENERATOR, mark(path)):
             whose = (
                 "was not written by a report"

@@ -169,6 +169,8 @@ def test_a_report_overwrites_only_itself(tmp_path, runs, fits, undrawn):
     made = Report("t", {"power": fits["power"]}, "power", runs, test=Beyond())
     path = save(str(tmp_path / "report.html"), made)
     (tmp_path / "notes.png").write_bytes(b"mine")
+    with open(tmp_path / "large.json", "wb") as large:
+        large.truncate(2**28)  # more than is read at once
     save(path, replace(made, title="again", test=None))
     assert "again" in Path(path).read_text() and (tmp_path / "notes.png").read_bytes() == b"mine"
     assert not (tmp_path / "tested.png").exists()  # no figure of the report before stays beside this one

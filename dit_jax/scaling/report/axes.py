@@ -22,12 +22,7 @@ DASHES = ("-", (0, (6, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)), (0, (11, 3)), (0, (7
 COLORS = ("#000000", "#b87700", "#0072b2", "#d55e00", "#009e73", "#a4507d", "#4a93c7")  # after Okabe & Ito 2008
 SIZE = (5.2, 3.9)  # inches of one panel: its words are readable at 370 pixels
 MOST = 300  # marks of one kind in a panel
-STEPS = (
-    (4.0, (1,)),
-    (2.0, (1, 3)),
-    (1.01, (1, 2, 5)),
-    (0.66, (1, 1.5, 2, 3, 5, 7)),
-)  # decades of a log axis -> ticks in each
+STEPS = ((4, (1,)), (2, (1, 3)), (1.01, (1, 2, 5)), (0.66, (1, 1.5, 2, 3, 5, 7)))  # least decades -> ticks in each
 OVERHANG = 0.35  # of the range of points and lines, at most given to their bands
 
 
@@ -129,9 +124,7 @@ def save(figures: Figure | Sequence[Figure], path: str) -> None:
         raise UsageError(f"--out: found {path!r}, expected a file that ends in {', '.join(FIGURES)}")
     place.check(path)
     buffer, mark = io.BytesIO(), place.mark(path)
-    with rc_context(
-        {"pdf.fonttype": 42, "svg.hashsalt": "dit_jax"}
-    ):  # TrueType, which journals ask for; the same bytes each time
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dit_jax"}):  # TrueType; the same bytes each time
         if ending == ".pdf":
             with PdfPages(buffer, metadata={"Creator": mark, "CreationDate": None}) as pages:
                 for figure in figures:

@@ -51,19 +51,19 @@ def draw(report: Report) -> dict:
         if (figure := figures.residuals(fit, runs)) is not None:
             found["residuals" if fit is main else f"residuals-{method}"] = method, figure
     more = f" {MOST} of {len(runs):,} runs are drawn." if len(runs) > MOST else ""
-    told = {
-        name: CAPTIONS[name.partition("-")[0]].format(m or report.main, main.level) for name, (m, _) in found.items()
-    }
-    return {name: (m, told[name] + more * (name != "tested"), figure) for name, (m, figure) in found.items()}
+    told = {}
+    for name, (method, figure) in found.items():
+        caption = CAPTIONS[name.partition("-")[0]].format(method or report.main, main.level)
+        told[name] = method, caption + more * (name != "tested"), figure
+    return told
 
 
 def report_json(report: Report) -> dict:
     """Everything that the page shows, as data; `runs` holds a list for each column."""
     fits, runs, at = report.fits, report.runs, computes(report)
     texts = ("title", "main", "verdict", "refused", "disagreements", "findings", "notes", "dropped", "tables")
-    columns = {
-        name: [getattr(r, name) for r in runs] for name in ("name", "params", "tokens", "flops", "loss", "loss_se")
-    }
+    names = ("name", "params", "tokens", "flops", "loss", "loss_se")
+    columns = {name: [getattr(r, name) for r in runs] for name in names}
     laws = {method: [float(f"{law:.7g}") for law in expected(fit, runs)] for method, fit in fits.items()}
     said = {
         "convention": runs[0].convention.to_json() if runs else None,

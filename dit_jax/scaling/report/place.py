@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import quote
 
 from dit_jax.error import UsageError
-from dit_jax.files import LARGEST, check_json, delete, names, read, sync, whole
+from dit_jax.files import check_json, delete, names, sync, whole
 
 GENERATOR = "dit_jax scaling report"
+END = 2**16  # bytes at both ends of a file in which the mark is looked for: a PDF has it at its end
 BEFORE = {  # ending -> what stands in a file before the mark
     ".html": rb'<meta name="generator" content="',
     ".json": rb'^\{\s*"generator": "',
@@ -34,7 +35,11 @@ def owner(path: str) -> str | None:
     before = BEFORE.get(os.path.splitext(path)[1].lower())
     if before is None or not os.path.isfile(path):
         return None
-    found = re.search(before + rb"(" + GENERATOR.encode() + rb"(?: \[[^]\s]*\])?)", read(path, LARGEST))
+    with open(path, "rb") as f:
+        ends = f.read(END)
+        f.seek(max(os.path.getsize(path) - END, 0))
+        ends += f.read(END)
+    found = re.search(before + rb"(" + GENERATOR.encode() + rb"(?: \[[^]\s]*\])?)", ends)
     return found[1].decode() if found else None
 
 
@@ -44,9 +49,9 @@ def check(path: str, files: Iterable[str] = ()) -> None:
     for file in (path, *files, *([data(path)] if path.lower().endswith(".html") else [])):
         if os.path.lexists(file) and (found := owner(file)) not in (GENERATOR, mark(path)):
             whose = (
-                "was not written by a report"
-                if found is None
-                else f"belongs to another report, {found[len(GENERATOR) + 1 :]}"
+                f"belongs to another report, {found.removeprefix(GENERATOR)[1:]}"
+                if found
+                else "was not written by a report"
             )
             raise UsageError(f"--out: {file} {whose}, expected another folder, or that file moved away")
 
@@ -66,5 +71,5 @@ def write(path: str, files: Mapping[str, bytes]) -> None:
             sync(f.name)  # a full disk is found out before the first file gets its name
     kept = {os.path.basename(file) for file in files}
     for name in names(folder):
-        if name not in kept and owner(os.path.join(folder, name)) == mark(path):
+        if name.endswith(".png") and name not in kept and owner(os.path.join(folder, name)) == mark(path):
             delete(os.path.join(folder, name))

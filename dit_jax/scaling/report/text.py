@@ -156,10 +156,8 @@ def answer(fit: Fit, test=None) -> str:
         parts.append(
             f"The best loss at compute C follows {law_text(fit.laws['L_opt'])}, by {fit.method} through {over}."
         )
-    if fit.identified:
-        parts.append("The data identify this law.")
-    else:
-        parts.append("The data do not identify this law: " + "; ".join(fit.reasons) + ".")
+    why = ": " + "; ".join(fit.reasons)
+    parts.append("The data identify this law." if fit.identified else f"The data do not identify this law{why}.")
     if test is not None:
         verdict = "inside" if test.inside else "without" if math.isnan(test.interval[0]) else "outside"
         error = f" ± {test.measured_se:.4f}" if test.measured_se else ""
@@ -173,15 +171,11 @@ def answer(fit: Fit, test=None) -> str:
 
 def opening(report) -> str:
     """The result of a `Report` in plain words: the answer of its main fit, and whether the methods agree."""
-    text = answer(report.fits[report.main], report.test)
+    text, many = answer(report.fits[report.main], report.test), len(report.disagreements)
     if len(report.fits) < 2:
         return text
-    many = len(report.disagreements)
-    agree = (
-        f"they disagree beyond their intervals on {many} quantit{'y' if many == 1 else 'ies'}"
-        if many
-        else "no two disagree beyond their intervals"
-    )
+    where = f"they disagree beyond their intervals on {many} quantit{'y' if many == 1 else 'ies'}"
+    agree = where if many else "no two disagree beyond their intervals"
     return f"{text} {len(report.fits)} methods were fitted; {agree}."
 
 
@@ -194,11 +188,8 @@ def to_json(fit: Fit, predictions: Iterable[Mapping] = ()) -> dict:
     for letter, name in (("a", "N_opt"), ("b", "D_opt")):
         intervals[letter] = intervals.get(f"{name}.exponent")
     intervals |= {name: _interval(fit, v) for name, v in fit.parameter_draws.items()}
-    own = (
-        {"law": {k: v for k, v in fit.parameters.items() if k not in ("a", "b")}, "optimum": laws}
-        if fit.parameters
-        else {"law": laws}
-    )
+    parameters = {k: v for k, v in fit.parameters.items() if k not in ("a", "b")}
+    own = {"law": parameters, "optimum": laws} if parameters else {"law": laws}
     out = {
         "method": fit.method,
         "n_runs": len(fit.runs),

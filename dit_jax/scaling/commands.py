@@ -201,7 +201,7 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
 
 
 def _report(args, runs: list) -> dict:
-    """Write the report that --out names, by its ending."""
+    """Write a self-contained report.html, with its figures, fit.json and report.json beside it."""
     found, grid = _every(args, runs), None
     if args.grid:
         with open(args.grid, "rb") as file:

@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
@@ -13,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from planted import ladder
+from planted import ladder, repeated
 
 from dit_jax.error import UsageError
 from dit_jax.scaling import names
+from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits import METHODS, fit_akima, fit_best, fit_isoflop, fit_varpro
-from dit_jax.scaling.report import Report, figures, opening, save, text
-from dit_jax.scaling.report.axes import panels, power, scale, thin, ticks
+from dit_jax.scaling.report import Report, figures, folder, opening, place, save, text
+from dit_jax.scaling.report.axes import panels, raised, scale, thin
 from dit_jax.scaling.report.page import typeset
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac$"
@@ -54,6 +58,26 @@ def fits(runs):
         "akima": fit_akima(runs, **options),
         "power": fit_best(runs, **options),
     }
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures of a page that are a mark only, as drawing takes a second each."""
+    monkeypatch.setattr(folder, "png", lambda figure, mark: b"\x89PNG Software\0" + mark.encode())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, runs, fits):
+    """The folder of a report of all kinds of figures, as it was saved."""
+    path = tmp_path_factory.mktemp("saved") / "out" / "report.html"
+    said = ("Believe isoflop: N_opt is 3e+09.", "Next, train 1e+22 FLOPs.")
+    grid = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(grid, "png")
+    made = Report(
+        "Digits", fits, "isoflop", runs, test=Beyond(), grid=grid.getvalue(), flops=(1e22, 3e22), verdict=said
+    )
+    assert save(str(path), made) == str(path)
+    return path.parent
 
 
 class Balanced(HTMLParser):
@@ -91,39 +115,33 @@ def stands_alone(page: str) -> Balanced:
 
 
 def shown(page: str) -> str:
-    """The words of a page, powers as the terminal writes them."""
+    """The words of a page, powers and minus signs as the terminal writes them."""
     page = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
     sup = re.compile(r"(?:(?<![\d.])|(?P<x>\N{MULTIPLICATION SIGN}))10<sup>(.*?)</sup>")
     page = sup.sub(lambda f: f"{'' if f['x'] else '1'}e{int(f[2].replace(chr(0x2212), '-')):+03d}", page)
     page = re.sub(r"<sup>(.*?)</sup>", lambda f: "^" + f[1].replace(chr(0x2212), "-"), page)
-    return re.sub(r"<[^>]*>", " ", page)
+    return re.sub(r"<[^>]*>", " ", page).replace("\N{MINUS SIGN}", "-")
 
 
-def test_a_report_is_a_page_its_figures_and_two_files_of_json(tmp_path, runs, fits):
-    path = str(tmp_path / "out" / "report.html")
-    grid = figures.plane(fits["varpro"], runs)
-    figures.save(grid, str(tmp_path / "grid.png"))
-    made = Report(
-        "Digits", fits, "isoflop", runs, test=Beyond(), grid=(tmp_path / "grid.png").read_bytes(), flops=(1e22,)
-    )
-    assert save(path, made) == path
-    pictures = ["D_opt", "L_opt", "N_opt", "isoflop", "plane", "reducible", "residuals", "residuals-varpro", "tested"]
-    expected = [*(f"{name}.png" for name in pictures), "fit.json", "report.html", "report.json"]
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(expected)
+def test_a_report_is_a_page_its_figures_and_its_data(saved, runs, fits):
+    pictures = ["D_opt", "L_opt", "N_opt", "isoflop", "residuals", "residuals-varpro", "tested"]
+    assert sorted(os.listdir(saved)) == sorted([*(f"{n}.png" for n in pictures), "report.html", "report.json"])
     for name in pictures:
-        picture = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
+        picture = np.asarray(Image.open(saved / f"{name}.png").convert("RGB"))
         assert min(picture.shape[:2]) > 300 and len(np.unique(picture)) > 20
-    found = stands_alone(Path(path).read_text())
-    assert found.tags.count("img") == len(pictures) + 1
-    said = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert list(said["methods"]) == list(fits) and len(said["runs"]) == len(runs) and said["test"]["inside"] is True
-    assert said["runs"][0]["law"]["power"] is None  # it tells no two sizes of one compute apart
-    assert json.loads((tmp_path / "out" / "fit.json").read_text())["predictions"][0]["params"] == Beyond.params
+    page = (saved / "report.html").read_text()
+    assert stands_alone(page).tags.count("img") == len(pictures) + 1
+    assert (
+        0 < shown(page).index("N_opt is 3e+09.") < shown(page).index("train 1e+22 FLOPs") < shown(page).index("a = 0.")
+    )
+    said = json.loads((saved / "report.json").read_text())
+    assert list(said["methods"]) == list(fits) and said["test"]["inside"] is True and len(said["verdict"]) == 2
+    assert {len(column) for name, column in said["runs"].items() if name != "law"} == {len(runs)}
+    assert said["runs"]["law"]["power"][0] is None  # it tells no two sizes of one compute apart
 
 
-def test_the_numbers_of_the_page_are_those_of_the_fits(tmp_path, runs, fits):
-    path = save(str(tmp_path / "report.html"), Report("t", fits, "isoflop", runs, test=Beyond(), flops=(3e22,)))
-    page = " ".join(shown(Path(path).read_text()).split())
+def test_the_numbers_of_the_page_are_those_of_the_fits(saved, fits):
+    page = " ".join(shown((saved / "report.html").read_text()).split())
     for fit in fits.values():
         for row in (*text.law_rows(fit), *(row for _, _, rows in fit.tables for row in rows)):
             assert " ".join(cell for cell in row if cell) in page
@@ -134,7 +152,7 @@ def test_the_numbers_of_the_page_are_those_of_the_fits(tmp_path, runs, fits):
         assert names.EXPLAINED[method].split("^")[0] in page
 
 
-def test_hostile_names_are_text(tmp_path, runs, fits):
+def test_hostile_names_are_text(tmp_path, runs, fits, undrawn):
     odd = (replace(runs[0], name=HOSTILE), *runs[1:])
     fit = replace(fits["varpro"], notes=(HOSTILE,), tables=((HOSTILE, (HOSTILE,), ((HOSTILE,),)),))
     texts = (HOSTILE,)
@@ -147,24 +165,53 @@ def test_hostile_names_are_text(tmp_path, runs, fits):
     assert found.tags.count("script") == 1
 
 
-def test_a_report_overwrites_only_reports(tmp_path, runs, fits):
-    made = Report("t", {"varpro": fits["varpro"]}, "varpro", runs)
+def test_a_report_overwrites_only_itself(tmp_path, runs, fits, undrawn):
+    made = Report("t", {"power": fits["power"]}, "power", runs, test=Beyond())
     path = save(str(tmp_path / "report.html"), made)
-    save(path, replace(made, title="again"))
-    assert "again" in Path(path).read_text()
-    for name, content in (("N_opt.png", b"\x89PNG mine"), ("fit.json", b'{"mine": 1}'), ("report.html", b"<html>mine")):
+    (tmp_path / "notes.png").write_bytes(b"mine")
+    with open(tmp_path / "large.json", "wb") as large:
+        large.truncate(2**28)  # more than is read at once
+    save(path, replace(made, title="again", test=None))
+    assert "again" in Path(path).read_text() and (tmp_path / "notes.png").read_bytes() == b"mine"
+    assert not (tmp_path / "tested.png").exists()  # no figure of the report before stays beside this one
+    for name, content in (
+        ("L_opt.png", b"\x89PNG mine"),
+        ("report.json", b'{"mine": 1}'),
+        ("report.html", b"<html>mine"),
+    ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match=f"--out: .*{name} was not written by a report"):
             save(path, replace(made, title="third"))
         assert (tmp_path / name).read_bytes() == content and "third" not in Path(path).read_text()
         (tmp_path / name).write_bytes(before)
-    with pytest.raises(UsageError, match="--out: found the folder"):
-        save(str(tmp_path), made)
+    for other in ("other.html", "L_opt.png"):
+        held = sorted(os.listdir(tmp_path))
+        with pytest.raises(
+            UsageError, match=r"--out: .* belongs to another report, \[report.html\], expected another folder"
+        ):
+            save(str(tmp_path / other), made)
+        assert sorted(os.listdir(tmp_path)) == held
+
+
+def test_a_report_that_fails_leaves_nothing(tmp_path, runs, fits, monkeypatch, undrawn):
+    made, sync = Report("t", {"power": fits["power"]}, "power", runs), place.sync
+
+    def full(path):
+        if "report.json" in path:
+            raise OSError("no space left on device")
+        sync(path)
+
+    save(path := str(tmp_path / "report.html"), made)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(place, "sync", full)
+    with pytest.raises(OSError, match="no space left"):
+        save(path, replace(made, title="again", flops=(1e25,)))
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_method_has_a_report_of_its_own(method, tmp_path, runs):
+def test_any_method_has_a_report_of_its_own(method, tmp_path, runs, undrawn):
     options = {"unbias": False} if method == "isoflop" else {}
     fit = METHODS[method](runs, resamples=0, **options)
     page = Path(save(str(tmp_path / "report.html"), Report("t", {method: fit}, method, runs))).read_text()
@@ -174,10 +221,11 @@ def test_any_method_has_a_report_of_its_own(method, tmp_path, runs):
 
 def test_a_report_of_5000_rows_is_small_and_quick(tmp_path):
     many = tuple(ladder(noise=0.002, budgets=8, sizes=625))
-    fit = fit_isoflop(many, resamples=20, unbias=False)
-    start = time.perf_counter()
-    path = save(str(tmp_path / "report.html"), Report("many", {"isoflop": fit}, "isoflop", many))
-    assert time.perf_counter() - start < 30 and os.path.getsize(path) < 2e6
+    fits = {"isoflop": fit_isoflop(many, resamples=20, unbias=False), "varpro": fit_varpro(many, resamples=20)}
+    start = time.process_time()
+    path = save(str(tmp_path / "report.html"), Report("many", fits, "isoflop", many))
+    assert time.process_time() - start < 30
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2e6
     page = Path(path).read_text()
     assert "300 of 5,000 runs are drawn" in page and "300 of 5000 runs; report.json holds all" in page
 
@@ -211,23 +259,31 @@ def test_a_fit_that_is_not_identified_says_so_first(runs, fits):
 
 
 def test_powers_are_typeset_alike_and_names_are_left_alone():
-    assert typeset("3e+18 FLOPs, C^-0.18, N^alpha, 1e+18") == (
-        "3×10<sup>18</sup> FLOPs, C<sup>−0.18</sup>, N<sup>α</sup>, 10<sup>18</sup>"  # noqa: RUF001
+    assert typeset("3e+18 FLOPs, C^-0.18, N^alpha, 1e+18, D'^beta, 10^21, -1.5") == (
+        "3×10<sup>18</sup> FLOPs, C<sup>−0.18</sup>, N<sup>α</sup>, 10<sup>18</sup>, D&#39;<sup>β</sup>, 10<sup>21</sup>, −1.5"  # noqa: RUF001
     )
-    assert typeset("1e+18_0 <b>") == "1e+18_0 &lt;b&gt;" and typeset("a1e5") == "a1e5"
-    assert power(3e18) == r"$3\times10^{18}$" and power(1e-7) == "$10^{-7}$" and power(2.5) == "2.5"
+    assert typeset("1e+18_0 <b>") == "1e+18_0 &lt;b&gt;" and typeset("a1e5, w8-d2") == "a1e5, w8-d2"
+    assert raised("3e+18 C^-0.18") == "3×10$^{18}$ C$^{−0.18}$"  # noqa: RUF001
 
 
-def test_an_axis_has_at_least_4_ticks_and_no_two_alike():
-    for low in np.geomspace(1e-3, 1e21, 30):
-        for ratio in (1.001, 1.3, 3.0, 30.0, 1e3, 1e9, 1e20):
+def test_a_figure_says_a_law_in_the_digits_of_the_text(fits):
+    (label,) = (t for t in figures.law({"isoflop": fits["isoflop"]}, "L_opt").legends[0].texts if "=" in t.get_text())
+    assert label.get_text() == raised("L_opt = " + text.law_text(fits["isoflop"].laws["L_opt"]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_axis_has_3_ticks_and_no_two_alike():
+    axis = panels()[1][0, 0]
+    for low in np.geomspace(1e-3, 1e21, 13):
+        for ratio in (1.001, 1.3, 3.0, 5.0, 9.0, 13.0, 30.0, 1e3, 1e5, 1e9, 1e20):
             for log in (True, False):
-                values, texts = ticks(low, low * ratio, log)
-                assert 4 <= len(values) <= 12 and len(set(texts)) == len(texts), (low, ratio, log, texts)
-    figure, ((axis,),) = panels()
+                scale(axis, "x", "", [[low, low * ratio]], log=log)
+                ends, values = axis.get_xlim(), axis.xaxis.get_majorticklocs()
+                seen = [v for v in values if ends[0] <= v <= ends[1]]
+                texts = axis.xaxis.get_major_formatter().format_ticks(seen)
+                assert 3 <= len(seen) <= 10 and len({*texts, ""}) == len(seen) + 1, (low, ratio, log, texts)
     scale(axis, "y", "loss", [[2.0, 2.0]], [[np.inf]])
-    figure.canvas.draw()
-    assert len([t for t in axis.get_yticklabels() if t.get_text()]) >= 4
+    assert len([t for t in axis.get_yticklabels() if t.get_text()]) >= 3
 
 
 def test_figures_are_told_apart_without_colour(fits):
@@ -235,8 +291,34 @@ def test_figures_are_told_apart_without_colour(fits):
     for axis in figure.axes:
         laws = [line for line in axis.lines if line.get_label() in fits]
         assert len({(str(line.get_linestyle()), line.get_marker()) for line in laws}) == len(fits)
-        assert axis.get_xlim()[1] > 1e24
+        assert axis.get_xlim()[1] > 1e24 and max(
+            max(line.get_xdata(), default=0) for line in axis.lines
+        ) == pytest.approx(1e24)
         assert len([t for t in axis.get_xticklabels() if t.get_text()]) >= 4
+
+
+def test_the_loss_is_drawn_less_its_irreducible_part_too(runs, fits):
+    figure = figures.law({"varpro": fits["varpro"]}, "L_opt", (1e24,), runs, Beyond())
+    whole, less = figure.axes
+    law = fits["varpro"].laws["L_opt"]
+    for axis, off in ((whole, 0.0), (less, law.irreducible)):
+        curve = next(line for line in axis.lines if len(line.get_xdata()) == figures.CURVE and line.get_linewidth() > 1)
+        assert curve.get_ydata() == pytest.approx(law(curve.get_xdata()) - off)
+        dots = next(line for line in axis.lines if line.get_label() == "a run")
+        assert sorted(dots.get_ydata()) == pytest.approx(sorted(r.loss - off for r in runs))
+        measured = next(bar for bar in axis.containers if bar.get_label() == "measured")
+        assert measured.lines[0].get_ydata()[0] == pytest.approx(Beyond.measured - off)
+
+
+def test_residuals_of_repeated_data_are_about_the_law_that_was_fitted():
+    law = repeated(3e8)
+    runs = [replace(r, unique=3e8) for r in ladder(law, budgets=5, high=1e20)]
+    fit = fit_varpro(runs, resamples=0)
+    assert "R_star" in fit.parameters
+    assert text.expected(fit, runs) == pytest.approx([r.loss for r in runs], rel=2e-3)
+    curve = next(line for line in figures.isoflop(fit, runs).axes[0].lines if len(line.get_xdata()) == figures.CURVE)
+    n, c = curve.get_xdata(), runs[0].flops
+    assert curve.get_ydata() == pytest.approx(law(n, c / (6 * n)), rel=3e-3)
 
 
 def test_the_curves_of_a_fit_pass_through_what_it_expects(runs, fits):
@@ -284,11 +366,57 @@ def test_a_frontier_has_no_marker_where_nothing_was_measured():
     assert step.get_markevery() == [0, 1, 3]
 
 
-def test_a_figure_is_saved_by_its_ending(tmp_path, runs, fits):
-    figure = figures.plane(fits["varpro"], runs)
+@dataclass(frozen=True)
+class Stop:
+    """What `figures.frontier` reads of the cost at which a model stops winning."""
+
+    model: str
+    then: str
+    cost: float
+    interval: tuple
+    censored: bool = True
+
+
+def test_the_names_of_models_that_stop_winning_are_whole_and_apart():
+    names = [f"a model of {i} layers" for i in range(10)]
+    points = [Sampling(name, 10.0**i, 50.0 - i) for i, name in enumerate(names)]
+    one = dict(
+        costs={p.name: np.array([p.flops]) for p in points}, curves={p.name: np.array([[p.score]]) for p in points}
+    )
+    stops = [Stop(a.name, b.name, b.flops, (b.flops / 3, math.inf)) for a, b in itertools.pairwise(points)]
+    figure = figures.frontier(Front(front=tuple(points), handovers=tuple(stops), **one), points)
+    FigureCanvasAgg(figure).draw()
+    boxes = [t.get_window_extent() for t in (*figure.axes[0].texts, *figure.legends[0].texts)]
+    assert len(boxes) == len(stops) + len(points) + 2
+    for i, box in enumerate(boxes):
+        assert figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max)
+        assert not any(box.overlaps(other) for other in (*boxes[:i], figure.axes[1].bbox))
+
+
+def test_figures_are_saved_by_the_ending(tmp_path, runs, fits):
+    made = Report("t", {"power": fits["power"]}, "power", runs, test=Beyond(), flops=(1e24,))
     for ending, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")):
-        figures.save(figure, str(tmp_path / f"plane{ending}"))
-        assert (tmp_path / f"plane{ending}").read_bytes().startswith(start)
-    with pytest.raises(UsageError, match=r"--out: found .*plane.jpg', expected .* \.png, \.svg or \.pdf"):
-        figures.save(figure, str(tmp_path / "plane.jpg"))
-    assert not (tmp_path / "plane.jpg").exists()
+        path = save(str(tmp_path / f"laws{ending}"), made)
+        data = Path(path).read_bytes()
+        assert data.startswith(start) and len(data) < 5e5
+        assert place.owner(path) == place.mark(path)  # it may be written again
+        Path(path).write_bytes(start + b" mine")
+        with pytest.raises(UsageError, match=f"--out: .*laws{ending} was not written by a report"):
+            place.check(path)
+    assert len(re.findall(rb"/Type /Page\b", data)) == 3 and b"/Type3" not in data
+    with pytest.raises(UsageError, match=r"--out: found .*laws.jpg', expected .* \.png, \.svg, \.pdf"):
+        save(str(tmp_path / "laws.jpg"), made)
+    assert sorted(os.listdir(tmp_path)) == ["laws.PDF", "laws.png", "laws.svg"]
+
+
+@pytest.mark.parametrize("command", ["report", "frontier"])
+def test_other_endings_and_files_of_others_are_refused_before_anything_is_read(command, tmp_path, capsys):
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    for out, said in (
+        ("a.jpg", "expected a file that ends in"),
+        ("a", "ends in"),
+        ("mine.png", "was not written by a report"),
+    ):
+        assert main([command, str(tmp_path / "absent.csv"), f"--out={tmp_path / out}"]) == 2
+        assert said in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["mine.png"]

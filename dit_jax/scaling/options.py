@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dit_jax.error import UsageError, arguments_on_disk, unknown_flag
 from dit_jax.files import check_json
 from dit_jax.hardware import Topology, topology
-from dit_jax.scaling.names import DROPPED, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
+from dit_jax.scaling.names import DROPPED, FIGURES, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
 
 COMMANDS = {
     "fit": "Fit the laws and print them with their intervals.",
     "predict": "Predict the best size, data and loss at --flops.",
     "plan": "What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next.",
-    "report": "Write a self-contained report.html, with its figures, fit.json and report.json beside it.",
+    "report": "Write a self-contained report.html, with its figures and report.json beside it; or figures alone.",
     "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data.",
     "compare": "Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower.",
     "table": "List the records of run folders: step, weights, sampling, every metric with its interval, and the best guidances.",
@@ -71,7 +71,8 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         if name == "plan":
             _add_plan(one)
         if name == "report":
-            one.add_argument("--out", default="report.html")
+            what = ".html: the page, with figures and JSON beside it; .png, .svg: the main figure; .pdf: every figure, one a page"
+            one.add_argument("--out", default="report.html", help=what)
             one.add_argument("--title", default="Scaling law")
             one.add_argument("--grid", help="PNG of samples to embed")
     _add_commands(commands)
@@ -191,7 +192,7 @@ def _add_commands(commands) -> None:
     )
     three.add_argument("--images_served", type=float, metavar="N", help="add training: total = training + N images")
     three.add_argument("--total", type=float, action="append", default=[], help="FLOPs of --images_served; repeatable")
-    three.add_argument("--out", metavar="PNG", help="write the figure here")
+    three.add_argument("--out", metavar="FILE", help="write the figure here, as its ending says: .png, .svg or .pdf")
     _add_choice(three, choose=False)
     four = commands.add_parser("table", help=COMMANDS["table"])
     four.add_argument("runs", nargs="+", metavar="RUNS")
@@ -247,10 +248,21 @@ def _check(args) -> None:
         raise UsageError(f"--grid: {args.grid}: no such file")
     if args.command == "plan":
         _check_plan(args)
-    for name in ("json", "out"):
-        check_json(getattr(args, name, None) or "", f"--{name}", makes_folders=True)
+    check_json(args.json or "", makes_folders=True)
+    if getattr(args, "out", None):
+        _check_out(args.out, (".html", *FIGURES) if args.command == "report" else FIGURES)
     if args.command not in FITTED:
         _check_numbers(args)
+
+
+def _check_out(path: str, endings: tuple) -> None:
+    """Raises UsageError on a file that has no such ending, or is there and was not written by the report at `path`."""
+    check_json(path, "--out", makes_folders=True)
+    if os.path.splitext(path)[1].lower() not in endings:
+        raise UsageError(f"--out: found {path!r}, expected a file that ends in {', '.join(endings)}")
+    from dit_jax.scaling.report import place  # here because most commands need no report
+
+    place.check(path)
 
 
 def _check_plan(args) -> None:

@@ -1,4 +1,4 @@
-"""What a reader sees of fits: texts and JSON (`text`), figures (`figures`), a page (`page`), and a folder of all of them (`save`)."""
+"""What a reader sees of fits: texts and JSON (`text`), figures (`figures`), a page (`page`), and files of them (`save`)."""
 
 from dataclasses import dataclass, field
 
@@ -27,12 +27,14 @@ class Report:
     dropped: tuple = ()
     tables: tuple = ()
     notes: tuple = ()  # sentences on the model that was trained beyond the data
+    verdict: tuple[str, ...] = ()  # sentences that come before all else
 
 
 def save(path: str, report: Report) -> str:
-    """Write the page to `path`, and its figures, fit.json and report.json beside it, each whole or not at all. Returns `path`.
+    """Write the report whole or not at all, by the ending of `path`: .html is the page, with its figures and report.json beside it; .png
+    and .svg are the main figure, .pdf all figures, one a page. Returns `path`.
 
-    Raises UsageError, before anything is written, if a file of one of these names was not written by a report.
+    Raises UsageError on any other ending, and if a file is there that the report at `path` did not write.
     """
     from dit_jax.scaling.report import folder  # here because texts need no matplotlib
 

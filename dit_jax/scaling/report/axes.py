@@ -1,43 +1,35 @@
 """Axes, marks and files of figures. Markers and dashes carry the meaning, so that figures read in black and white."""
 
 import io
-import math
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from PIL import Image, PngImagePlugin
 
 from dit_jax.error import UsageError
-from dit_jax.files import write_file
+from dit_jax.scaling.names import FIGURES
+from dit_jax.scaling.report import place
+from dit_jax.scaling.report.text import typeset
 
 MARKERS = "osD^vPX<>hp"
-DASHES = (
-    "-",
-    (0, (6, 2)),
-    (0, (1.5, 1.5)),
-    (0, (7, 2, 1.5, 2)),
-    (0, (11, 3)),
-    (0, (7, 2, 1.5, 2, 1.5, 2)),
-    (0, (3, 1.5)),
-)
+DASHES = ("-", (0, (6, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)), (0, (11, 3)), (0, (7, 2, 2, 2, 2, 2)), (0, (3, 2)))
 COLORS = ("#000000", "#b87700", "#0072b2", "#d55e00", "#009e73", "#a4507d", "#4a93c7")  # after Okabe & Ito 2008
 SIZE = (5.2, 3.9)  # inches of one panel: its words are readable at 370 pixels
 MOST = 300  # marks of one kind in a panel
-FORMATS = {"png", "svg", "pdf"}
-GENERATOR = "dit_jax scaling report"  # how files say who wrote them
-STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))  # within a decade of a log axis
+STEPS = ((4, (1,)), (2, (1, 3)), (1.01, (1, 2, 5)), (0.66, (1, 1.5, 2, 3, 5, 7)))  # least decades -> ticks in each
 OVERHANG = 0.35  # of the range of points and lines, at most given to their bands
 
 
-def panels(rows: int = 1, columns: int = 1, height: float = SIZE[1]) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns), outside of pyplot."""
-    figure = Figure(figsize=(SIZE[0] * columns, height * rows), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+def panels(heights: Sequence[float] = SIZE[1:], columns: int = 1, on: FigureBase | None = None) -> tuple:
+    """(a figure outside of pyplot, or the part `on` of one, its axes (rows, columns)), with rows of `heights` inches."""
+    figure = on or Figure(figsize=(SIZE[0] * columns, sum(heights)), layout="constrained", dpi=130)
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.grid(True, color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -68,19 +60,9 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
 
 
-def power(value: float, digits: int = 3) -> str:
-    """A number as an axis writes it: 1.5, 300, 2 x 10^6."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
-    lead, exponent = f"{value:.{digits - 1}e}".split("e")
-    lead = lead.rstrip("0").rstrip(".") if "." in lead else lead
-    return rf"$10^{{{int(exponent)}}}$" if lead == "1" else rf"${lead}\times10^{{{int(exponent)}}}$"
-
-
-def formula(name: str, law) -> str:
-    """A law of compute for a legend."""
-    term = rf"{power(law.coefficient)} $C^{{\,{law.exponent:.3f}}}$"
-    return f"{name} = {law.irreducible:.3g} + {term}" if law.irreducible else f"{name} = {term}"
+def raised(text: str) -> str:
+    """A text of numbers with its powers raised (see `text.typeset`)."""
+    return typeset(text, "$^{{{}}}$")
 
 
 def scale(axis, which: str, label: str, firm, soft=(), log: bool = True) -> None:
@@ -96,67 +78,59 @@ def scale(axis, which: str, label: str, firm, soft=(), log: bool = True) -> None
         low, high = max(min(low, soft.min()), low - over), min(max(high, soft.max()), high + over)
     room = 0.05 * (high - low) or max(0.02 * abs(high), 1e-3)
     low, high = low - room, high + room
-    getattr(axis, f"set_{which}scale")("log" if log else "linear")
-    ends = (10**low, 10**high) if log else (low, high)
-    getattr(axis, f"set_{which}lim")(*ends)
-    getattr(axis, f"set_{which}label")(label, labelpad=6)
-    values, texts = ticks(*ends, log)
+    decades = high - low if log else 0.0
     side = getattr(axis, f"{which}axis")
-    side.set_major_locator(FixedLocator(values))
-    side.set_major_formatter(FixedFormatter(texts))
+    getattr(axis, f"set_{which}scale")("log" if log else "linear")
+    getattr(axis, f"set_{which}lim")(*((10**low, 10**high) if log else (low, high)))
+    getattr(axis, f"set_{which}label")(label, labelpad=6)
+    steps = next((places for least, places in STEPS if decades > least), None)
+    few = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4)
+    side.set_major_locator(LogLocator(subs=steps, numticks=8) if steps else few)
+    number = FuncFormatter(lambda value, _: raised(f"{value:.4g}"))
+    side.set_major_formatter(number if steps else ScalarFormatter(useOffset=False, useMathText=True))
     side.set_minor_locator(NullLocator())
 
 
-def ticks(low: float, high: float, log: bool = True) -> tuple[list, list]:
-    """(values, texts) of 4 to 8 ticks between `low` and `high`, no two texts alike."""
-    values: list = []
-    if log and high > 1.5 * low:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in STEPS:
-            values = [s * 10.0**e for e in decades for s in steps if low <= s * 10.0**e <= high]
-            if len(values) >= 4:
-                break
-        values = values[:: math.ceil(len(values) / 8)]
-    if len(values) < 4:
-        for count in range(4, 12):
-            found = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-            values = [float(v) for v in found if low <= v <= high]
-            if len(values) >= 4:
-                break
-    for digits in range(3, 16):
-        texts = [power(v, digits) for v in values]
-        if len(set(texts)) == len(texts):
-            break
-    decimals = [len(t.partition(".")[2]) for t in texts]
-    if max(decimals) and not any("$" in t for t in texts):
-        texts = [f"{v:.{max(decimals)}f}" for v in values]
-    texts = [t if "$" in t else t.replace("-", "\N{MINUS SIGN}") for t in texts]
-    return values, texts
-
-
-def legend(axis) -> None:
-    """A legend below the figure, if anything in this panel has a label."""
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        columns = 2 if len(handles) > 2 and max(map(len, labels)) < 34 else 1
+def legend(figure: FigureBase) -> None:
+    """A legend below the figure of all that has a label in one of its panels."""
+    named: dict = {}
+    for axis in reversed(figure.axes):
+        named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) | named
+    if named:
+        columns = 2 if len(named) > 2 and max(map(len, named)) < 40 else 1
         look = dict(ncols=columns, frameon=False, fontsize=8.5, handlelength=3.2)
-        axis.figure.legend(handles, labels, loc="outside lower center", **look)
+        figure.legend(named.values(), named, loc="outside lower center", **look)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file that says who wrote it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": GENERATOR})
-    return buffer.getvalue()
+def png(figure: Figure, mark: str = place.GENERATOR, dpi: float = 130.0) -> bytes:
+    """The figure as a PNG file of at most 256 colours, a third of the size of one of more, that says who wrote it."""
+    figure.set_dpi(dpi)
+    canvas, found, said = FigureCanvasAgg(figure), io.BytesIO(), PngImagePlugin.PngInfo()
+    canvas.draw()
+    said.add_text("Software", mark)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256, dither=Image.Dither.NONE)
+    image.save(found, "png", pnginfo=said, dpi=(dpi, dpi))
+    return found.getvalue()
 
 
-def save(figure: Figure, path: str) -> None:
-    """Write a figure whole, as PNG, SVG or PDF by the ending of `path`. Raises UsageError on any other ending."""
-    ending = os.path.splitext(path)[1].lower().removeprefix(".")
-    if ending not in FORMATS:
-        raise UsageError(f"--out: found {path!r}, expected a file that ends in .png, .svg or .pdf")
-    buffer = io.BytesIO()
-    dates = {"png": {"Software": GENERATOR}, "svg": {"Date": None, "Creator": GENERATOR}}
-    figure.savefig(buffer, format=ending, metadata=dates.get(ending, {"CreationDate": None, "Creator": GENERATOR}))
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    write_file(path, buffer.getvalue())
+def save(figures: Figure | Sequence[Figure], path: str) -> None:
+    """Write a figure as PNG, SVG or PDF by the ending of `path`; of several a PDF has a page each.
+
+    Raises UsageError on any other ending, and if a file is there that was not written here.
+    """
+    figures = [figures] if isinstance(figures, Figure) else list(figures)
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in FIGURES:
+        raise UsageError(f"--out: found {path!r}, expected a file that ends in {', '.join(FIGURES)}")
+    place.check(path)
+    buffer, mark = io.BytesIO(), place.mark(path)
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "dit_jax"}):  # TrueType; the same bytes each time
+        if ending == ".pdf":
+            with PdfPages(buffer, metadata={"Creator": mark, "CreationDate": None}) as pages:
+                for figure in figures:
+                    pages.savefig(figure)
+        elif ending == ".svg":
+            figures[0].savefig(buffer, format="svg", metadata={"Creator": mark, "Date": None})
+        else:
+            buffer.write(png(figures[0], mark, dpi=300.0))
+    place.write(path, {path: buffer.getvalue()})

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -12,25 +11,22 @@ from markupsafe import Markup, escape
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.names import EXPLAINED
 from dit_jax.scaling.report import text
-from dit_jax.scaling.report.axes import GENERATOR, thin
+from dit_jax.scaling.report.axes import thin
 
 MULTIPLES = (1.0, 10.0, 100.0)  # of the largest run, predicted if no compute is asked for
 MANY = 30  # rows, from which a table is folded
 RUN_HEAD = ("run", "N", "D (tokens)", "C (FLOPs)", "loss", "standard error", "over the law")
-NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e([+-]?\d+)(?!\w)")
-EXPONENT = re.compile(r"(?<=\b[CND])\^(-?[a-z]+|-?\d+(?:\.\d+)?)")
-GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
 
 
-def page(report, figures: Mapping[str, tuple]) -> str:
-    """The page of a `save.Report`; `figures`: name -> (method or "", caption, PNG)."""
+def page(report, figures: Mapping[str, tuple], mark: str) -> str:
+    """The page of a `Report`; `figures`: name -> (method or "", caption, PNG); `mark` says who wrote it."""
     template = files(__package__).joinpath("page.html.jinja").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"sha256": _sha256, "data": _data, "typeset": typeset}
     main = report.fits[report.main]
     return environment.from_string(template).render(
         report=report,
-        generator=GENERATOR,
+        generator=mark,
         answer=text.opening(report),
         many=MANY,
         explained=EXPLAINED,
@@ -48,18 +44,8 @@ def computes(report) -> tuple:
 
 
 def typeset(value) -> Markup:
-    """Text, escaped, with its powers raised: 3e+18 and C^0.52 become 3 x 10 and C with superscripts."""
-
-    def number(found):
-        lead = "" if float(found[1]) == 1 else f"{found[1]}\N{MULTIPLICATION SIGN}"
-        return f"{lead}10<sup>{_minus(int(found[2]))}</sup>"
-
-    raised = NUMBER.sub(number, str(escape(value)))
-    return Markup(EXPONENT.sub(lambda found: f"<sup>{_minus(GREEK.get(found[1], found[1]))}</sup>", raised))
-
-
-def _minus(value) -> str:
-    return str(value).replace("-", "\N{MINUS SIGN}")
+    """Text, escaped, with its powers raised (see `text.typeset`)."""
+    return Markup(text.typeset(str(escape(value)), "<sup>{}</sup>"))
 
 
 def _sha256(value) -> str:

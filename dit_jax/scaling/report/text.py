@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dit_jax.log import table
 from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.fits.repeated import effective
 from dit_jax.scaling.runs import Run
 
 DASH = "\N{EN DASH}"
@@ -16,19 +18,27 @@ PREDICT_HEAD = (
     "C (FLOPs)", "beyond the data", "N_opt", "interval", "D_opt (tokens)", "interval", "loss", "interval", "of one run"
 )  # fmt: skip
 METHOD_HEAD = (
-    "method",
-    "runs",
-    "a",
-    "interval",
-    "b",
-    "interval",
-    "irreducible",
-    "interval",
-    "L_opt",
-    "interval",
-    "identified",
-)
+    "method", "runs", "a", "interval", "b", "interval", "irreducible", "interval", "L_opt", "interval", "identified"
+)  # fmt: skip
 TESTED_HEAD = ("model trained at (FLOPs)", "beyond the data", "N", "predicted loss", "interval", "measured", "error")
+NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e([+-]?\d+)(?!\w)")
+EXPONENT = re.compile(r"(?<![\w.])([CND](?:'|&#39;)?|10)\^(-?[a-z]+|-?\d+(?:\.\d+)?)")
+GREEK = {"alpha": "\N{GREEK SMALL LETTER ALPHA}", "beta": "\N{GREEK SMALL LETTER BETA}"}
+
+
+def typeset(text: str, superscript: str) -> str:
+    """A text with its powers raised, 3e+18 as 3 x 10 to the 18 and C^0.52, by a format `superscript`; minus signs as such."""
+
+    def minus(value) -> str:
+        return re.sub("alpha|beta", lambda found: GREEK[found[0]], str(value)).replace("-", "\N{MINUS SIGN}")
+
+    def number(found) -> str:
+        lead = "" if float(found[1]) == 1 else f"{found[1]}\N{MULTIPLICATION SIGN}"
+        return f"{lead}10{superscript.format(minus(int(found[2])))}"
+
+    text = NUMBER.sub(number, text)
+    text = EXPONENT.sub(lambda found: found[1] + superscript.format(minus(found[2])), text)
+    return re.sub(r"(?<![\w.)\]-])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def finite(value):
@@ -65,6 +75,11 @@ def far(beyond: float) -> str:
     return f"{beyond:.1f}x beyond" if beyond < 1e6 else f"{beyond:.3g}x beyond"
 
 
+def worth(fit: Fit, tokens, unique):
+    """The tokens (n,) that a fit counts: fewer than `tokens` if it takes repeated data (`unique` different tokens) for less than new."""
+    return effective(tokens, unique, fit.parameters["R_star"]) if "R_star" in fit.parameters else tokens
+
+
 def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows of text under a title."""
     table(head, rows, title)
@@ -72,7 +87,8 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 def expected(fit: Fit, runs: Sequence[Run]) -> np.ndarray:
     """The loss (n,) that a fit expects of each run; nan if the fit tells no two sizes of one compute apart."""
-    n, d = (np.array([getattr(r, name) for r in runs]) for name in ("params", "tokens"))
+    n, d, unique = (np.array([getattr(r, name) for r in runs]) for name in ("params", "tokens", "unique"))
+    d = worth(fit, d, unique)
     law, other = (np.broadcast_to(fit.loss(n * f, d / f), n.shape) for f in (1.0, 2.0))
     return np.full(n.shape, math.nan) if np.allclose(law, other, rtol=1e-9, atol=0.0) else law
 
@@ -97,7 +113,7 @@ def prediction_rows(predictions: Iterable[Mapping]) -> list[tuple]:
     for said in predictions:
         cells = [f"{said['flops']:.3g}", far(said["beyond"])]
         for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
-            cells += [written(said[name], digits), span(said[f"{name}_interval"], digits.replace("4g", "3g"))]
+            cells += [written(said[name], digits), span(said[f"{name}_interval"], digits)]
         rows.append((*cells, span(said["L_run_interval"], ".4f")))
     return rows
 
@@ -136,20 +152,18 @@ def answer(fit: Fit, test=None) -> str:
         )
     if "L_opt" in fit.laws:
         smallest = min(p.flops for p in fit.used or fit.runs)
-        over = f"{len(fit.runs)} runs of {smallest:.2g} to {fit.largest:.2g} FLOPs"
+        over = f"{len(fit.runs)} runs of {smallest:.3g} to {fit.largest:.3g} FLOPs"
         parts.append(
             f"The best loss at compute C follows {law_text(fit.laws['L_opt'])}, by {fit.method} through {over}."
         )
-    if fit.identified:
-        parts.append("The data identify this law.")
-    else:
-        parts.append("The data do not identify this law: " + "; ".join(fit.reasons) + ".")
+    why = ": " + "; ".join(fit.reasons)
+    parts.append("The data identify this law." if fit.identified else f"The data do not identify this law{why}.")
     if test is not None:
         verdict = "inside" if test.inside else "without" if math.isnan(test.interval[0]) else "outside"
         error = f" ± {test.measured_se:.4f}" if test.measured_se else ""
         parts.append(
-            f"Tested {test.multiple:.1f}x beyond the largest compute fitted, by a model of {test.params:.3g} parameters at "
-            f"{test.flops:.2g} FLOPs: predicted loss {written(test.predicted, '.4f')} (interval {span(test.interval, '.4f')}), measured "
+            f"Tested {test.multiple:.1f}x beyond the largest compute fitted, by a model of {test.params:.4g} parameters at "
+            f"{test.flops:.3g} FLOPs: predicted loss {written(test.predicted, '.4f')} (interval {span(test.interval, '.4f')}), measured "
             f"{test.measured:.4f}{error}, {verdict} the interval."
         )
     return " ".join(parts)
@@ -157,15 +171,11 @@ def answer(fit: Fit, test=None) -> str:
 
 def opening(report) -> str:
     """The result of a `Report` in plain words: the answer of its main fit, and whether the methods agree."""
-    text = answer(report.fits[report.main], report.test)
+    text, many = answer(report.fits[report.main], report.test), len(report.disagreements)
     if len(report.fits) < 2:
         return text
-    many = len(report.disagreements)
-    agree = (
-        f"they disagree beyond their intervals on {many} quantit{'y' if many == 1 else 'ies'}"
-        if many
-        else "no two disagree beyond their intervals"
-    )
+    where = f"they disagree beyond their intervals on {many} quantit{'y' if many == 1 else 'ies'}"
+    agree = where if many else "no two disagree beyond their intervals"
     return f"{text} {len(report.fits)} methods were fitted; {agree}."
 
 
@@ -178,11 +188,8 @@ def to_json(fit: Fit, predictions: Iterable[Mapping] = ()) -> dict:
     for letter, name in (("a", "N_opt"), ("b", "D_opt")):
         intervals[letter] = intervals.get(f"{name}.exponent")
     intervals |= {name: _interval(fit, v) for name, v in fit.parameter_draws.items()}
-    own = (
-        {"law": {k: v for k, v in fit.parameters.items() if k not in ("a", "b")}, "optimum": laws}
-        if fit.parameters
-        else {"law": laws}
-    )
+    parameters = {k: v for k, v in fit.parameters.items() if k not in ("a", "b")}
+    own = {"law": parameters, "optimum": laws} if parameters else {"law": laws}
     out = {
         "method": fit.method,
         "n_runs": len(fit.runs),

@@ -98,6 +98,18 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--family", choices=("runs", "dit"), help="whose width / depth and heads (default: runs, if they tell)"
     )
+    model.add_argument(
+        "--unique_images", type=float, help="different images that there are (default: the most that RUNS state)"
+    )
+    images = parser.add_argument_group("serving", "--flops are then those of training and of all images drawn")
+    images.add_argument("--images_served", type=float, metavar="N", help="images that will be drawn from the model")
+    images.add_argument(
+        "--target_loss", type=float, action="append", default=[], help="reach it for the least total; repeatable"
+    )
+    images.add_argument(
+        "--sampling_steps", type=int, default=0, help="model evaluations an image, unguided (default: the config's)"
+    )
+    images.add_argument("--guidance", type=float, help="other than 1: two evaluations for one (default: the config's)")
     cells = parser.add_argument_group("next cells", "runs that would narrow the interval of N_opt at the first budget")
     cells.add_argument(
         "--next_flops", type=float, help="what they may cost in all (default: as much as RUNS did; 0: none)"
@@ -243,23 +255,33 @@ def _check(args) -> None:
 
 def _check_plan(args) -> None:
     """Raises UsageError on arguments that do not go together, before anything is fitted."""
-    if not args.flops and not args.chip_hours:
+    if not (args.flops or args.chip_hours or args.target_loss):
         raise UsageError("plan: found no budget, expected --flops, or --chip_hours with --topology")
     if args.chip_hours and not args.topology:
         raise UsageError("--chip_hours: found it without --topology, expected both (v3-256, h100x8, ...)")
-    for name, values in (("chip_hours", args.chip_hours), ("mfu", [args.mfu])):
-        for value in values:
-            if not 0 < value < math.inf:
-                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
+    if args.chip_hours and args.images_served:
+        raise UsageError("--images_served: found it with --chip_hours, expected --flops or --target_loss")
+    if args.target_loss and not args.images_served:
+        raise UsageError("--target_loss: found it without --images_served, expected both")
+    for name in ("chip_hours", "mfu", "unique_images", "images_served", "target_loss", "guidance"):
+        _above_0(args, name)
     if args.mfu > 1:
         raise UsageError(f"--mfu: found {args.mfu:g}, expected a share of the peak, at most 1")
     if args.next_flops is not None and not 0 <= args.next_flops < math.inf:
         raise UsageError(f"--next_flops: found {args.next_flops:g}, expected at least 0")
-    for name in (*MODEL, "batch", "next_cells"):
+    for name in (*MODEL, "batch", "next_cells", "sampling_steps"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name}: found {getattr(args, name)}, expected at least 1")
     if args.topology:
         chip_rate(args)
+
+
+def _above_0(args, name: str) -> None:
+    """Raises UsageError if the option, or one of its values, is not a number above 0; None is not given."""
+    found = getattr(args, name, None)
+    for value in found if isinstance(found, list) else [] if found is None else [found]:
+        if not 0 < value < math.inf:
+            raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
 
 
 def chip_rate(args) -> tuple[Topology, float]:
@@ -276,10 +298,7 @@ def _check_numbers(args) -> None:
     if getattr(args, "pure", False) and args.irreducible:
         raise UsageError("--pure: found it with --irreducible, expected one of them")
     for name in ("flops", "at", "total", "images_served"):
-        found = getattr(args, name, None)
-        for value in found if isinstance(found, list) else [] if found is None else [found]:
-            if not 0 < value < math.inf:
-                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
+        _above_0(args, name)
     if getattr(args, "total", None) and not args.images_served:
         raise UsageError("--total: found it without --images_served, expected both")
     unknown = [name for name in getattr(args, "choose", "guidance").split(",") if name not in SAMPLING]

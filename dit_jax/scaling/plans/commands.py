@@ -12,45 +12,54 @@ from dit_jax.scaling.options import MODEL, chip_rate
 from dit_jax.scaling.plans.design import Proposal, next_cells
 from dit_jax.scaling.plans.family import DIT, sized
 from dit_jax.scaling.plans.overhead import Off
-from dit_jax.scaling.plans.plan import ladder_of, nearest, require_sizes
-from dit_jax.scaling.plans.recipe import Recipe, count_of, counted_flops, make_recipe
+from dit_jax.scaling.plans.plan import require_sizes
+from dit_jax.scaling.plans.recipe import Recipe, count_of, counted_flops, make_recipe, outside
+from dit_jax.scaling.plans.serving import Served, data_of, serve
 from dit_jax.scaling.plans.settings import Settings, settings
 from dit_jax.scaling.report.text import DASH, finite, print_table, span
 from dit_jax.scaling.runs import Run
 
 HOUR = 3600.0
 SIZES = (500.0, 1e15)  # parameters: an N_opt outside these is in other units
-LISTED = 50  # options in the JSON
-CELL_HEAD = ("cell", "C (FLOPs)", "N", "over N_opt", "images", "steps", "interval, times", "worth a FLOP, of the best")
+CELL_HEAD = ("cell", "C (FLOPs)", "N", "over N_opt", "images", "steps")
 OFF_HEAD = ("size", "N", "loss", "over the best", "interval", "compute to make up", "interval")
+SERVED_HEAD = ("", "N", "data", "training FLOPs", "total FLOPs", "loss")
 
 
 def run(args, runs: Sequence[Run], fit: Fit) -> dict:
     """Print what to train for each budget of `args`, and return it as JSON.
 
-    Raises UsageError if the fit says nothing of N_opt, or an N_opt that can only be in other units.
+    Raises UsageError if the fit has no law of N_opt, or an N_opt that can only be in other units.
     """
     require_sizes(fit)
     changes = {name: getattr(args, name) for name in (*MODEL, "conditioning") if getattr(args, name)}
     given = settings(runs, args.config, args.model, changes, args.batch)
     given = dataclasses.replace(given, family=DIT) if args.family == "dit" else given
-    budgets = [(c, False) for c in args.flops]
-    budgets += [(hours * HOUR * chip_rate(args)[1], True) for hours in args.chip_hours]
+    budgets = [(c, False) for c in args.flops] + [(h * HOUR * chip_rate(args)[1], True) for h in args.chip_hours]
     for c in (min(r.flops for r in fit.runs), fit.largest, *(c for c, _ in budgets)):
         _check_units(fit, c)
-    recipes = [make_recipe(fit, c, given, runs, exact) for c, exact in budgets]
+    served = _served(args, fit, given, runs)
+    unique = args.unique_images or max(
+        (r.images * r.unique / r.tokens for r in runs if r.unique == r.unique), default=math.nan
+    )
+    make = functools.partial(make_recipe, fit, given=given, runs=runs, unique=unique)
+    recipes = [make(s.train, size=s.n) for s in served] or [make(c, exact=exact) for c, exact in budgets]
     proposal, models = _proposal(args, fit, runs, recipes[0].flops, given)
     print(f"Settings of {given.source}. Family {given.family}.")
+    out = {"settings": given.source, "family": str(given.family), "plans": [_json_of(r, args) for r in recipes]}
+    for s, plan in zip(served, out["plans"], strict=bool(served)) if served else ():
+        plan["serving"] = dataclasses.asdict(s) | _print_served(s, args, given, fit)
     for recipe in recipes:
         _print_recipe(recipe, args, runs, fit)
-    out = {"settings": given.source, "family": str(given.family), "plans": [_json_of(r, args) for r in recipes]}
     if isinstance(proposal, Proposal):
+        models = {cell.params: models[cell.params] for cell in proposal.cells}
         cells = [_built(cell, models[cell.params], given, runs) for cell in proposal.cells]
         _print_cells(proposal, cells, fit, recipes[0])
-        ranking = [dataclasses.asdict(option) for option in proposal.ranking[:LISTED]]
-        out["next"] = {name: getattr(proposal, name) for name in ("target", "limit", "cost")}
-        out["next"] |= {"log_n_deviation": proposal.before, "log_n_deviation_after": proposal.after}
-        out["next"] |= {"cells": cells, "ranking": ranking}
+        deepest, longest = max(models.values(), key=lambda m: m.depth), max(c["steps"] for c in cells)
+        far = outside(deepest, longest, given, count_of(runs[0].convention))
+        out["next"] = dataclasses.asdict(proposal) | {"cells": cells, "warnings": far}
+        for text in far:
+            print(f"Note: of these runs, {text}.")
     elif proposal:
         print(f"Next cells: {proposal}")
     return finite(out)
@@ -66,6 +75,45 @@ def _check_units(fit: Fit, c: float) -> None:
             f"{max(sizes):.4g} in RUNS), flops or the budget are in other units; give the factor with the column, such as "
             f"--column 'params=1e6*NAME' for millions, and tokens and flops likewise{why}"
         )
+
+
+def _sampling(args, given: Settings) -> tuple:
+    """(model evaluations of one image without guidance, the guidance)."""
+    sample = given.config.sample if given.config else None
+    steps = args.sampling_steps or (sample.steps if sample else 250)
+    return steps, (sample.guidance if sample else 1.0) if args.guidance is None else args.guidance
+
+
+def _served(args, fit: Fit, given: Settings, runs: Sequence[Run]) -> list[Served]:
+    """The joint optimum for each total of --flops and for each --target_loss; () without --images_served."""
+    if not args.images_served:
+        return []
+    tokens = given.model.tokens if runs[0].convention.data == "tokens" else 1
+    data = data_of(args.images_served, *_sampling(args, given), tokens)
+    return [serve(fit, data, total=c) for c in args.flops] + [serve(fit, data, loss=x) for x in args.target_loss]
+
+
+def _print_served(s: Served, args, given: Settings, fit: Fit) -> dict:
+    """Print the joint optimum beside the model that is best to train; what the JSON says of the sampling."""
+    steps, guidance = _sampling(args, given)
+    ours = (f"{s.n:.4g} ({span(s.n_interval)})", f"{s.d:.4g}", f"{s.train:.4g}",
+            f"{s.total:.4g}" + f" ({span(s.total_interval)})" * bool(s.total_interval[1] > s.total_interval[0]),
+            f"{s.loss:.4f}" + f" ({span(s.loss_interval, '.4f')})" * (s.total_interval[0] == s.total_interval[1]))  # fmt: skip
+    plain = (
+        f"{s.plain_n:.4g}",
+        f"{s.plain_train / fit.k / s.plain_n:.4g}",
+        f"{s.plain_train:.4g}",
+        f"{s.plain_total:.4g}",
+    )
+    rows = [("training and sampling", *ours), ("training alone", *plain, f"{s.plain_loss:.4f}")]
+    title = f"Best model for {args.images_served:g} images of {steps} steps at guidance {guidance:g}, {fit.level:.0%} intervals"
+    print_table(title, SERVED_HEAD, rows)
+    text = f"the best size is {math.exp(abs(math.log(s.n / float(fit.laws['N_opt'](s.train))))):.3g} times off N_opt of its training"
+    warnings = [f"{text}, farther than RUNS reach; compare --method=varpro"] if s.reach > 1 else []
+    for warning in warnings:
+        print(f"Note: {warning}.")
+    said = {"images": args.images_served, "steps": steps, "guidance": guidance, "warnings": warnings}
+    return said | {"sampling_share": 1 - s.train / s.total}
 
 
 def _proposal(args, fit: Fit, runs: Sequence[Run], target: float, given: Settings) -> tuple:
@@ -94,6 +142,7 @@ def _print_recipe(recipe: Recipe, args, runs: Sequence[Run], fit: Fit) -> None:
     level, data = f"{fit.level:.0%}", recipe.tokens if convention.data == "tokens" else recipe.images
     far, size = _far(recipe.beyond, "budget"), _far(recipe.n / max(r.params for r in runs), "size")
     loss = DASH if math.isnan(recipe.loss) else f"{recipe.loss:.4f}"
+    repeated = f"of different images; that data repeat raises the loss by {recipe.repetition:.3g}"
     rows = [
         ("C", f"{recipe.flops:.4g}", f"FLOPs, {convention.counted}: {far}"),
         ("of the run", f"{recipe.flops_train:.4g}", "FLOPs, exact" + _hours(recipe, args)),
@@ -103,22 +152,21 @@ def _print_recipe(recipe: Recipe, args, runs: Sequence[Run], fit: Fit) -> None:
         ("N", f"{recipe.n:,.0f}", f"{recipe.over:.3f} x N_opt, {size}; {recipe.params_active:,} active of {recipe.params:,} trainable"),
         ("D", f"{data:.4g}", f"{convention.data}, {data / recipe.n:.3g} a parameter; {recipe.images:,} images of {m.tokens} tokens"),
         ("steps", f"{recipe.steps:,}", f"of {recipe.batch} images"),
+        *((("epochs", f"{recipe.epochs:.3g}", repeated),) if recipe.epochs == recipe.epochs else ()),
         ("loss", loss, f"expected of this run, {level} {span(recipe.loss_interval, '.4f')}, its noise included"),
     ]  # fmt: skip
     print(f"\nPlan for {recipe.flops:.3g} FLOPs")
     for name, value, text in rows:
         print(f"  {name:<11} {value:>14}  {text}")
     print()
-    rows = [(f"{o.factor:g} x N_opt", f"{o.params:.4g}", *_off_cells(o)) for o in recipe.off]
-    print_table("What a wrong size costs, at the same compute", OFF_HEAD, rows)
-    known = "not known" if math.isnan(recipe.off[0].rise) else "read from"
-    print(
-        f"The cost at {' and '.join(f'{o.factor:g}' for o in recipe.off)} x N_opt is {known}: {recipe.off[0].source}."
+    print_table("What a wrong size costs, at the same compute", OFF_HEAD, [_off_row(o) for o in recipe.off])
+    known, factors = (
+        "not known" if math.isnan(recipe.off[0].rise) else "read from",
+        [f"{o.factor:g}" for o in recipe.off],
     )
-    ladder = ladder_of(runs)
-    if ladder:
-        name, params, _ = nearest(ladder, recipe.n_opt)
-        print(f"Nearest size among RUNS: {name}, {params:.4g} parameters, {params / recipe.n_opt:.2g} x N_opt.")
+    print(f"The cost at {' and '.join(factors)} x N_opt is {known}: {recipe.off[0].source}.")
+    for text in recipe.assumptions:
+        print(f"Assumed: {text}.")
     for warning in recipe.warnings:
         print(f"Note: {warning}.")
     print(f"\n  {recipe.command}\n")
@@ -130,11 +178,12 @@ def _far(ratio: float, what: str) -> str:
     return f"{ratio:{'.1f' if ratio < 1000 else '.3g'}}x beyond the largest {what} fitted"
 
 
-def _off_cells(o: Off) -> tuple:
+def _off_row(o: Off) -> tuple:
+    size = (f"{o.factor:g} x N_opt", f"{o.params:.4g}")
     if math.isnan(o.rise):
-        return (DASH,) * 5
+        return (*size, *(DASH,) * 5)
     times = DASH if math.isnan(o.compute_interval[0]) else "x " + span(o.compute_interval)
-    return (f"{o.loss:.4f}", f"{o.rise:+.3g}", span(o.rise_interval, "+.3g"), f"{o.compute:.3g}x", times)
+    return (*size, f"{o.loss:.4f}", f"{o.rise:+.3g}", span(o.rise_interval, "+.3g"), f"{o.compute:.3g}x", times)
 
 
 def _hours(recipe: Recipe, args) -> str:
@@ -154,8 +203,7 @@ def _where(recipe: Recipe, args) -> dict:
     hours = recipe.flops_train / rate / HOUR
     where = {"topology": args.topology, "chips": found.chips, "devices": found.devices, "hosts": found.hosts}
     where |= {"mfu": args.mfu, "dtype": args.dtype, "peak_chip": rate / args.mfu, "chip_hours": hours}
-    where |= {"device_hours": hours * found.chip.devices, "hours": hours / found.chips}
-    return where | {"batch_per_device": recipe.batch / found.devices}
+    return where | {"device_hours": hours * found.chip.devices, "hours": hours / found.chips}
 
 
 def _json_of(recipe: Recipe, args) -> dict:
@@ -167,27 +215,17 @@ def _built(cell, model, given: Settings, runs: Sequence[Run]) -> dict:
     """A cell as a model that can be built, and its length."""
     steps = max(round(cell.flops / counted_flops(runs[0].convention, model, given.batch)), 1)
     images = steps * given.batch
-    size = {name: getattr(model, name) for name in ("width", "depth", "heads")}
-    length = {"steps": steps, "batch": given.batch, "images": images}
-    exact = float(flops.train_flops(model, images))
-    return {"flops": cell.flops, "flops_train": exact, "params": cell.params} | size | length
+    out = {"flops": cell.flops, "flops_train": float(flops.train_flops(model, images)), "params": cell.params}
+    out |= {name: getattr(model, name) for name in ("width", "depth", "heads")}
+    return out | {"steps": steps, "batch": given.batch, "images": images}
 
 
 def _print_cells(proposal: Proposal, cells: list[dict], fit: Fit, recipe: Recipe) -> None:
-    options = {}  # cell -> the fewest that it was judged with
-    for option in sorted(proposal.ranking, key=lambda o: len(o.cells)):
-        for cell in option.cells if option.gain_per_flop > 0 else ():
-            options.setdefault(cell, option)
     rows = []
-    for cell, c in zip(proposal.cells, cells, strict=True):
+    for c in cells:
         name, over = f"w{c['width']}-d{c['depth']}-h{c['heads']}", c["params"] / float(fit.laws["N_opt"](c["flops"]))
-        option, worth = options.get(cell), (DASH, DASH)
-        if option:
-            together = "" if len(option.cells) == 1 else f" ({len(option.cells)} together)"
-            ratio, best = option.deviation / proposal.before, proposal.ranking[0].gain_per_flop
-            worth = (f"{ratio:.3f}{together}", f"{option.gain_per_flop / best:.1%}")
         size = (f"{c['flops']:.3g}", f"{c['params']:.4g}", f"{over:.2f}x")
-        rows.append((name, *size, f"{c['images']:,}", f"{c['steps']:,}", *worth))
+        rows.append((name, *size, f"{c['images']:,}", f"{c['steps']:,}"))
     print_table(f"Runs to train next, to know N_opt at {proposal.target:.3g} FLOPs better", CELL_HEAD, rows)
     ratio, (low, high), text = proposal.after / proposal.before, recipe.n_interval, ""
     if low > 0:
@@ -195,5 +233,5 @@ def _print_cells(proposal: Proposal, cells: list[dict], fit: Fit, recipe: Recipe
         text = f": {span((low, high))} would become about {span(ends)}"
     print(
         f"Together {proposal.cost:.3g} of at most {proposal.limit:.3g} FLOPs; the interval of N_opt would be {ratio:.2f} times as wide in "
-        f"log N{text}. This counts the noise of runs; it cannot know of a law that bends.\n"
+        f"log N{text}. This counts the noise of runs and the scatter between budgets; it cannot know of a law that bends.\n"
     )

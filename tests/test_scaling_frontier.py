@@ -19,7 +19,7 @@ from dit_jax.scaling.frontier.serving import front, serve, within
 
 STEPS = (4, 8, 16, 32, 64, 128, 256)
 SAMPLING = {"sampler": "ddim", "steps": 20, "guidance": 1.5, "spacing": "linspace", "channels": "all", "num": 1000}
-PROTOCOL = {"data": {"dataset": "digits"}, "weights": "ema", "reference": "train", "bootstrap": 20}
+PROTOCOL = {"data": {"dataset": "digits"}, "weights": "ema", "reference": "train", "metrics": {"bootstrap": 20}}
 MEI = {  # Mei et al. 2024 (arXiv 2404.01367): cost of a step over that of the 866M model, FID of 50 DDIM steps at guidance 7.5
     "39M": (0.07, 25.30),
     "83M": (0.13, 24.30),
@@ -363,3 +363,73 @@ def test_the_metric_is_the_one_that_the_runs_have(tmp_path):
     with pytest.raises(UsageError, match="--metric: found none, expected one of clip, kid"):
         find_metric([table(tmp_path / "z.csv", "name,clip,kid", "a,2,3")])
     assert main(["frontier", one]) == 0
+
+
+def scored_ladder(path) -> str:
+    """The folder of a sweep of curves whose cells were scored: three sizes, evaluated at three steps each, with the loss and with samples
+    at three guidances, and a model trained beyond them; in the records that `evaluate` writes."""
+    data = {
+        "data": {"dataset": "digits", "image_size": 8},
+        "weights": "ema",
+        "flops": "exact, 2 x MACs, training = 3 x forward",
+    }
+    drawn = {
+        "sampler": "heun",
+        "steps": 20,
+        "spacing": "linspace",
+        "interval": [0.0, 1.0],
+        "channels": "all",
+        "labels": "uniform",
+    }
+    for i, name in enumerate(("cells/w4-d1", "cells/w8-d2", "cells/w12-d3", "extrapolation")):
+        rows, n = [], 1000.0 * 4**i
+        for step in (400, 1000, 2500) if i < 3 else (9000,):
+            c = 6 * n * 128 * step
+            size = dict(
+                params_active=n,
+                params=n + 100,
+                flops_train=c,
+                unique_images=1500,
+                metric_signs={"loss": -1, "fd_digits": -1},
+            )
+            fd = 1 + 5e3 * c**-0.35 * (1 + 0.02 * (i - 1) ** 2)
+            rows.append(
+                record(name.split("/")[-1], step, 0.3 + 30 * c**-0.2, protocol=data | {"held_out": {"seed": 1}}, **size)
+            )
+            rows[-1]["metrics"].pop("fd_digits")
+            for guidance in (1.0, 1.5, 2.0):
+                score = fd * math.exp(0.3 * math.log(guidance / 1.4) ** 2)
+                protocol = data | {"samples": drawn | {"guidance": guidance, "num": 70, "seed": 3}}
+                protocol |= {"metrics": {"fd_digits": "Frechet", "bootstrap": 10}, "reference": "train"}
+                metrics = {"fd_digits": score, "fd_digits_low": 0.97 * score, "fd_digits_high": 1.03 * score}
+                cost = 2 * n * 16 * 20 * 2 * (1 if guidance == 1 else 2)
+                more = dict(metrics=metrics, protocol=protocol, protocol_id=f"s{guidance}", flops_sample=cost)
+                rows.append(record(name.split("/")[-1], step, **size | more))
+        workdir(path / name, *rows)
+    return str(path)
+
+
+def test_the_folder_of_a_scored_sweep_gives_a_law_and_a_frontier(tmp_path, capsys):
+    path, out = scored_ladder(tmp_path / "sweep"), tmp_path / "out.json"
+    assert find_metric([path]) == "fd_digits"
+    assert main(["metric", path, "--curves", "--each", "--flops=1e13", "--resamples=200", f"--json={out}"]) == 0
+    said, law = capsys.readouterr(), json.loads(out.read_text())
+    assert len(law["used"]) == 9 and "w8-d2 at step 1000" in law["used"] and law["correlation"]["models"] == 9
+    assert all(c["guidance"] == pytest.approx(1.4, rel=1e-3) and c["tried"] == 3 for c in law["choices"])
+    low, high = law["predictions"][0]["interval"]
+    assert low < 1 + 5e3 * 1e13**-0.35 < high and "9 points are steps of 3 runs" in said.err
+    assert main(["metric", path, "--each", f"--json={out}"]) == 0
+    assert sorted(json.loads(out.read_text())["used"]) == ["w12-d3", "w4-d1", "w8-d2"]
+    assert (
+        main(["frontier", path, "--curves", "--images_served=1e4", f"--json={out}", f"--out={tmp_path / 'f.png'}"]) == 0
+    )
+    found = json.loads(out.read_text())
+    assert len(found["choices"]) == 18 and {p["guidance"] for p in found["front"]} <= {1.0, 1.5, 2.0}  # as measured
+    assert all(p["name"].endswith("at step 2500") for p in found["front"])
+    assert main(["frontier", path, f"--json={out}"]) == 0
+    assert {p["name"] for p in json.loads(out.read_text())["front"]} == {"w4-d1", "w8-d2", "w12-d3"}
+
+
+def test_the_error_of_a_score_is_that_of_the_bootstrap_of_its_record(tmp_path):
+    point = next(p for p in load_points(scored_ladder(tmp_path), "fd_digits"))
+    assert point.score_se == pytest.approx(0.03 * point.score / 2.2622, rel=1e-4)  # t of 9 degrees

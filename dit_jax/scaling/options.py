@@ -48,11 +48,6 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         _add_quality(one, name)
         _add_convention(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
-        one.add_argument(
-            "--curves",
-            action="store_true",
-            help="every evaluated step of a run is a row, not the last alone (sweep.curves)",
-        )
         _add_table(one)
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -167,7 +162,6 @@ def _add_commands(commands) -> None:
     one.add_argument(
         "--against_where", metavar="FIELD=VALUE", action="append", default=[], help="as --where, of --against"
     )
-    one.add_argument("--difference", action="store_true", help="the offset of --against is a difference, not a ratio")
     _add_choice(one)
     two = commands.add_parser("compare", help=COMMANDS["compare"])
     two.add_argument("runs_a", metavar="RUNS_A")
@@ -194,6 +188,9 @@ def _add_commands(commands) -> None:
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     """Adds what names the columns of a CSV, and what takes some of its rows or records."""
+    parser.add_argument(
+        "--curves", action="store_true", help="every evaluated step of a run counts, not the last alone (sweep.curves)"
+    )
     parser.add_argument(
         "--column",
         metavar="OURS=THEIRS",

@@ -10,7 +10,7 @@ from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier import serving
 from dit_jax.scaling.frontier.choice import choose, one_guidance
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
-from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
+from dit_jax.scaling.frontier.metric import best_of_budgets, doubts, fit_metric
 from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
 from dit_jax.scaling.frontier.relation import correlate, fit_offset
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
@@ -32,7 +32,7 @@ def run(args) -> dict:
 
 def _points(args, paths, where: list | None = None, sampled: bool = False) -> list[Point]:
     chosen = args.where if where is None else where
-    return load_points(paths, args.metric, chosen, sampled, parse_names(args.column))
+    return load_points(paths, args.metric, chosen, sampled, parse_names(args.column), args.curves)
 
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
@@ -54,14 +54,6 @@ def _json_of_choice(choice) -> dict:
     return _json_of(choice.best) | {"tried": len(choice.tried), "edge": choice.edge, "guidance_shares": shares} | told
 
 
-def _print_choices(found: list, metric: str) -> None:
-    rows = []
-    for c in found:
-        cells = (str(len(c.tried)), f"{c.best.score:.4g}", _percent(c.share), c.edge)
-        rows.append((c.best.name, c.best.sampling or DASH, *cells))
-    print_table(f"Best sampling of each model, by {metric}", ("model", "best", "tried", metric, "share", "edge"), rows)
-
-
 def run_metric(args) -> tuple[dict, list]:
     """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
     found, warnings = _chosen(_points(args, args.runs), args)
@@ -70,58 +62,55 @@ def run_metric(args) -> tuple[dict, list]:
     used = best if args.each else best_of_budgets(best, higher=higher)
     form = "irreducible" if args.irreducible else "pure" if args.pure else ""
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
-    _print_choices(found, args.metric)
-    scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
+    reasons, runs = doubts(fit, args.metric, max(args.flops, default=0.0)), {p.run_name for p in used}
+    rows = [
+        (c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", _percent(c.share), c.edge)
+        for c in found
+    ]
+    head = ("model", "best", "tried", args.metric, "share", "edge")
+    print_table(f"Best sampling of each model, by {args.metric}", head, rows)
+    scatter = DASH if math.isnan(fit.taken.noise) else f"{fit.taken.noise:.2%}"
     law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), scatter)
     head = ("metric", "law, C in training FLOPs", "exponent, interval", "points", "scatter")
     print_table(f"Law of compute, {fit.level:.0%} intervals", head, [law])
+    parts = ("coefficient", "exponent", "irreducible")
     result = {
         "metric": args.metric,
         "choices": [_json_of_choice(c) for c in found],
         "used": [p.name for p in fit.used],
-        "law": {part: float(getattr(fit.law, part)) for part in ("coefficient", "exponent", "irreducible")},
-        "intervals": {part: fit.span(part) for part in ("coefficient", "exponent", "irreducible")},
-        "noise": fit.noise,
+        "law": {part: float(getattr(fit.law, part)) for part in parts},
+        "intervals": {part: fit.span(part) for part in parts},
+        "noise": fit.taken.noise,
         "form": fit.form,
         "bending_p": fit.bending_p,
+        "identifiable": not reasons,
         "predictions": [fit.predict(c) for c in args.flops],
     }
     if args.flops:
-        rows = [(f"{p['flops']:.3g}", _far(p["beyond"]), f"{p['score']:.4g}", span(p["interval"], ".4g"),
-                 span(p["run_interval"], ".4g")) for p in result["predictions"]]  # fmt: skip
+        rows = [(f"{p['flops']:.3g}", f"{p['beyond']:.3g}x beyond" if p["beyond"] > 1 else "inside", f"{p['score']:.4g}",
+                 span(p["interval"], ".4g"), span(p["run_interval"], ".4g")) for p in result["predictions"]]  # fmt: skip
         print_table("Predictions", ("C (FLOPs)", "beyond the data", args.metric, "interval", "of one model"), rows)
     if args.metric != "loss" and sum(not math.isnan(p.loss) for p in best) >= 4:
-        result["correlation"] = _correlation(best, args)
+        c = result["correlation"] = correlate(best)
+        rows = [("Pearson, logarithms", f"{c['pearson']:.3f}", span(c["pearson_interval"], ".3f"), str(c["models"]))]
+        rows.append(("Spearman", f"{c['spearman']:.3f}", DASH, str(c["models"])))
+        print_table(f"Held-out loss with {args.metric}", ("correlation", "value", "interval", "models"), rows)
     if args.against:
-        result["offset"] = _offset(best, args, warnings)
-    doubt = fit.doubt(args.flops)
-    return result, [*warnings, *fit.warnings, *([doubt] if doubt else [])]
-
-
-def _correlation(best: list[Point], args) -> dict:
-    c = correlate(best, resamples=max(args.resamples, 20), seed=args.seed)
-    rows = [
-        ("Pearson, logarithms", f"{c.pearson:.3f}", span(c.pearson_interval, ".3f"), str(c.models)),
-        ("Spearman", f"{c.spearman:.3f}", span(c.spearman_interval, ".3f"), str(c.models)),
-    ]
-    print_table(f"Held-out loss with {args.metric}", ("correlation", "value", "interval", "models"), rows)
-    return vars(c)
-
-
-def _offset(best: list[Point], args, warnings: list) -> dict:
-    theirs, said = _chosen(_points(args, args.against, args.against_where), args)
-    warnings += said
-    o = fit_offset(best, [c.best for c in theirs], linear=args.difference)
-    what = "difference" if o.linear else "log ratio"
-    cells = (f"{o.offset:.4g}", span(o.offset_interval, ".4g"), f"{o.growth:.3g}", span(o.growth_interval))
-    rows = [(what, *cells, f"{o.p_value:.2g}", o.verdict)]
-    head = ("offset", f"at {o.centre:.3g} FLOPs", "interval", "per decade of C", "interval", "p of none", "verdict")
-    print_table(f"The second data set, {o.models} models", head, rows)
-    return vars(o)
-
-
-def _far(beyond: float) -> str:
-    return f"{beyond:.3g}x beyond" if beyond > 1 else "inside"
+        theirs, said = _chosen(_points(args, args.against, args.against_where), args)
+        o = result["offset"] = fit_offset(best, [c.best for c in theirs])
+        cells = (
+            f"{o['offset']:.4g}",
+            span(o["offset_interval"], ".4g"),
+            f"{o['growth']:.3g}",
+            span(o["growth_interval"]),
+        )
+        head = (f"log ratio at {o['centre']:.3g} FLOPs", "interval", "per decade of C", "interval", "verdict")
+        print_table(f"The second data set, {o['models']} models", head, [(*cells, o["verdict"])])
+        warnings += said
+    if len(runs) < len(used):
+        text = f"{len(used)} points are steps of {len(runs)} runs: what a run has in common is not in the intervals"
+        warnings.append(text)
+    return result, [*reasons, *warnings, *fit.warnings, *filter(None, [fit.doubt(args.flops)])]
 
 
 def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
@@ -133,7 +122,7 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     """One side of a comparison."""
     options = dict(resamples=args.resamples, seed=args.seed)
     if args.metric == "loss":
-        runs = training_flops(load_runs([path], columns=parse_names(args.column), where=args.where))
+        runs = training_flops(load_runs([path], curves=args.curves, columns=parse_names(args.column), where=args.where))
         check_units(runs)
     else:
         points = _points(args, path)
@@ -221,16 +210,24 @@ def run_frontier(args) -> tuple[dict, list]:
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
     served = serving.serve(points, args.images_served) if args.images_served else []
     within = {total: serving.within(served, total, fit.higher) for total in args.total}
-    _print_frontier(fit, args.at)
-    result = _frontier_json(fit, args.at)
+    best_at = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in args.at]
+    _print_frontier(fit, best_at)
+    result = {
+        "metric": fit.metric,
+        "cost": fit.unit,
+        "front": [_json_of(p) | {"share": s} for p, s in zip(fit.front, fit.front_shares, strict=True)],
+        "winners": [vars(w) for w in fit.winners],
+        "handovers": [vars(h) for h in fit.handovers],
+        "best_at": best_at,
+        "choices": [_json_of_choice(c) for c in fit.choices],
+    }
     if served:
         best = serving.front(served, fit.higher)
-        _print_served(f"Training and {args.images_served:g} images", best, fit.metric)
+        result |= {"images_served": args.images_served, "within": []}
+        result["totals"] = _served(f"Training and {args.images_served:g} images", best, fit.metric)
         for total, rows in within.items():
-            _print_served(f"Best of each model within {total:g} FLOPs in all", rows, fit.metric)
-        result["images_served"] = args.images_served
-        result["totals"] = [_served_json(s) for s in best]
-        result["within"] = [{"total": t, "models": [_served_json(s) for s in rows]} for t, rows in within.items()]
+            title = f"Best of each model within {total:g} FLOPs in all"
+            result["within"].append({"total": total, "models": _served(title, rows, fit.metric)})
     if args.out:
         from dit_jax.scaling.report import axes, figures
 
@@ -239,54 +236,34 @@ def run_frontier(args) -> tuple[dict, list]:
     return result, list(fit.warnings)
 
 
-def _served_json(s: serving.Served) -> dict:
-    return _json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share}
-
-
-def _frontier_json(fit: Frontier, at: list) -> dict:
-    best = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in at]
-    return {
-        "metric": fit.metric,
-        "cost": fit.unit,
-        "front": [_json_of(p) | {"share": s} for p, s in zip(fit.front, fit.front_shares, strict=True)],
-        "winners": [vars(w) for w in fit.winners],
-        "handovers": [vars(h) for h in fit.handovers],
-        "best_at": best,
-        "choices": [_json_of_choice(c) for c in fit.choices],
-        "warnings": list(fit.warnings),
-    }
-
-
 def _percent(share: float) -> str:
     return DASH if math.isnan(share) else f"{share:.0%}"
 
 
-def _print_frontier(fit: Frontier, at: list) -> None:
+def _print_frontier(fit: Frontier, best_at: list) -> None:
     unit = {"flops": "FLOPs an image", "seconds": "seconds an image"}[fit.unit]
     rows = [(p.name, p.sampling or DASH, f"{getattr(p, fit.unit):.4g}", f"{p.score:.4g}", _percent(s))
             for p, s in zip(fit.front, fit.front_shares, strict=True)]  # fmt: skip
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
     rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
     print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
-    costs = ["at or below " * h.censored + f"{h.cost:.4g}" for h in fit.handovers]
-    reached = [reach(h.interval, "", "never within the data") for h in fit.handovers]
-    rows = [(h.model, h.then, c, r) for h, c, r in zip(fit.handovers, costs, reached, strict=True)]
+    rows = [(h.model, h.then, "at or below " * h.censored + f"{h.cost:.4g}", reach(h.interval, "", "never within the data"))
+            for h in fit.handovers]  # fmt: skip
     if rows:
         head = ("model", "stops winning to", f"at ({unit})", f"{fit.level:.0%} interval")
         print_table("Where a model stops winning", head, rows)
-    if at:
-        found = [(cost, *fit.best(cost)) for cost in at]
-        rows = [
-            (f"{c:.4g}", m or "none is this cheap", f"{score:.4g}" if m else DASH, _percent(s))
-            for c, m, score, s in found
-        ]
+    rows = [(f"{b['cost']:.4g}", b["model"] or "none is this cheap", f"{b['score']:.4g}" if b["model"] else DASH,
+             _percent(b["share"])) for b in best_at]  # fmt: skip
+    if rows:
         print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
 
 
-def _print_served(title: str, rows: list, metric: str) -> None:
+def _served(title: str, rows: list, metric: str) -> list:
+    """Print a table of served models; their JSON."""
     cells = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
               f"{s.point.score:.4g}") for s in rows]  # fmt: skip
     print_table(title, ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", metric), cells)
+    return [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in rows]
 
 
 COMMANDS = {"metric": run_metric, "compare": run_compare, "frontier": run_frontier}

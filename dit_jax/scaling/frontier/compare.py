@@ -15,6 +15,7 @@ from dit_jax.scaling.fits.bootstrap import scatter
 from dit_jax.scaling.fits.fit import Fit, interval
 from dit_jax.scaling.fits.law import PowerLaw, fit_power
 from dit_jax.scaling.fits.points import IRREDUCIBLE_FROM
+from dit_jax.scaling.frontier.frontier import reached
 from dit_jax.scaling.frontier.metric import MetricLaw
 from dit_jax.scaling.runs import flatten
 
@@ -117,7 +118,7 @@ def ladder_of_metric(name: str, fit: MetricLaw) -> Ladder:
     """The ladder of a law through the best model of each budget."""
     laws = {LOSS[form]: f.law for form, f in fit.laws.items()}
     draws = {LOSS[form]: f.draws for form, f in fit.laws.items() if f.draws is not None}
-    return Ladder(name, laws, draws, fit.smallest, fit.largest, fit.used[0].protocol, fit.form)
+    return Ladder(name, laws, draws, fit.used[0].train, fit.largest, fit.used[0].protocol, fit.form)
 
 
 def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "") -> Comparison:
@@ -170,12 +171,10 @@ def _protocols(a: Ladder, b: Ladder) -> tuple[list[str], bool]:
         return [], True
     what = "; ".join(f"{k} is {one.get(k, '(absent)')!r} and {two.get(k, '(absent)')!r}" for k in differ[:3])
     if all(k.split(".")[0] in DATA for k in differ):
-        return [
-            f"the ladders are measured on different data ({what}): a crossing compares scores on each one's own"
-        ], True
-    return [
-        f"the ladders are measured differently ({what}): their exponents compare, their levels do not; no crossing"
-    ], False
+        text = f"the ladders are measured on different data ({what}): a crossing compares scores on each one's own"
+        return [text], True
+    text = f"the ladders are measured differently ({what}): their exponents compare, their levels do not; no crossing"
+    return [text], False
 
 
 def _drawn(side: Ladder, name: str) -> np.ndarray:
@@ -194,16 +193,9 @@ def _with_draws(side: Ladder, name: str, order: np.ndarray) -> PowerLaw:
 
 def _difference(a: Ladder, b: Ladder, name: str, level: float) -> Difference:
     ours, theirs = (_drawn(side, name) for side in (a, b))
-    count = min(len(ours), len(theirs))
-    return Difference(
-        law=name,
-        a=float(a.laws[name].exponent),
-        a_interval=interval(ours, level),
-        b=float(b.laws[name].exponent),
-        b_interval=interval(theirs, level),
-        difference=float(b.laws[name].exponent - a.laws[name].exponent),
-        interval=interval(theirs[:count][::-1] - ours[:count], level),
-    )
+    one, other, count = float(a.laws[name].exponent), float(b.laws[name].exponent), min(len(ours), len(theirs))
+    apart = interval(theirs[:count][::-1] - ours[:count], level)
+    return Difference(name, one, interval(ours, level), other, interval(theirs, level), other - one, apart)
 
 
 def _crossing(a: Ladder, b: Ladder, one: PowerLaw, other: PowerLaw, level: float) -> Crossing:
@@ -213,11 +205,7 @@ def _crossing(a: Ladder, b: Ladder, one: PowerLaw, other: PowerLaw, level: float
     b_last, crossed = _last_change(one, other, at)
     lower = b if b_last[0] else a
     flops = np.where(b_last == b_last[0], crossed, math.inf)
-    span = (math.nan, math.nan)
-    if len(flops) > 1:
-        ordered, tail = np.sort(flops[1:]), (1 - level) / 2
-        span = tuple(float(ordered[round(q * (len(ordered) - 1))]) for q in (tail, 1 - tail))
-    return Crossing(lower.name, float(flops[0]), span, float(flops[0] / largest))
+    return Crossing(lower.name, float(flops[0]), reached(flops[1:], level), float(flops[0] / largest))
 
 
 def _last_change(one: PowerLaw, other: PowerLaw, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

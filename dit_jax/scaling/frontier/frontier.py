@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError
+from dit_jax.scaling.fits.fit import NO_INTERVAL
 from dit_jax.scaling.frontier.choice import Choice, choices, log_scores, one_guidance, sampling_key
 from dit_jax.scaling.frontier.points import Point, higher_is_better
 
@@ -64,17 +65,13 @@ class Frontier:
 
     def best(self, cost: float | int) -> tuple:
         """(model, its score, share of the resamples in which it is best) with at most this cost an image; None below all."""
-        log = {m: _at(np.log(self.costs[m]), _logs(self, m), np.array([math.log(cost)]))[:, 0] for m in self.costs}
-        table = np.stack(list(log.values()), axis=1)
+        sign, at = -1.0 if self.higher else 1.0, np.array([math.log(cost)])
+        log = [_at(np.log(x), sign * np.log(self.curves[m]), at)[:, 0] for m, x in self.costs.items()]
+        table = np.stack(log, axis=1)
         if not np.isfinite(table[0]).any():
             return None, math.nan, math.nan
         winner = int(np.argmin(table[0]))
-        score = math.exp(table[0, winner] * (-1 if self.higher else 1))
-        return list(log)[winner], score, _share(table[1:], winner)
-
-
-def _logs(frontier: Frontier, model: str) -> np.ndarray:
-    return np.log(frontier.curves[model]) * (-1.0 if frontier.higher else 1.0)
+        return list(self.costs)[winner], math.exp(sign * table[0, winner]), _share(table[1:], winner)
 
 
 def _share(drawn: np.ndarray, winner: int) -> float:
@@ -128,7 +125,14 @@ def fit_frontier(
 
 
 def _warnings(points, found: list[Choice], known: bool, models: int) -> tuple:
-    said = [_edge_of_all(found), one_guidance(found)]
+    edges, said = {sampling_key(c.best): c for c in found if c.edge}, []
+    if edges:
+        first, many = next(iter(edges.values())), len({sampling_key(c.best) for c in found})
+        said.append(
+            f"the best guidance is at the edge of those tried in {len(edges)} of {many} samplings (the first: "
+            f"{first.best.name}, {first.best.sampling}, the {first.edge}); the best one may lie beyond"
+        )
+    said.append(one_guidance(found))
     if not known:
         said.append("no score has an error (METRIC_se, or METRIC_low and METRIC_high): there are no intervals")
     elif not all(p.score_se for p in points):
@@ -136,17 +140,6 @@ def _warnings(points, found: list[Choice], known: bool, models: int) -> tuple:
     if models < 2:
         said.append("one model only: nothing can stop winning")
     return tuple(text for text in said if text)
-
-
-def _edge_of_all(found: list[Choice]) -> str:
-    edges = {sampling_key(c.best): c for c in found if c.edge}
-    if not edges:
-        return ""
-    first, samplings = next(iter(edges.values())), {sampling_key(c.best) for c in found}
-    return (
-        f"the best guidance is at the edge of those tried in {len(edges)} of {len(samplings)} samplings (the first: "
-        f"{first.best.name}, {first.best.sampling}, the {first.edge}); the best one may lie beyond"
-    )
 
 
 def _by_size(points: Sequence[Point], costs: np.ndarray) -> list[str]:
@@ -189,14 +182,10 @@ def _front(costs: np.ndarray, drawn: np.ndarray) -> tuple[list[int], np.ndarray]
     return [int(order[i]) for i in np.flatnonzero(on[0])], shares
 
 
-def _grid(curves: dict) -> np.ndarray:
-    knots = np.concatenate([x for x, _ in curves.values()])
-    return np.unique(np.concatenate([knots, np.linspace(knots.min(), knots.max(), GRID)]))
-
-
 def _winners(curves: dict) -> list[Winner]:
     """The best model along the costs tried; neighbours meet where their curves do."""
-    at, names = _grid(curves), list(curves)
+    knots, names = np.concatenate([x for x, _ in curves.values()]), list(curves)
+    at = np.unique(np.concatenate([knots, np.linspace(knots.min(), knots.max(), GRID)]))
     best = np.argmin(np.stack([_at(x, y[:1], at)[0] for x, y in curves.values()]), axis=0)
     starts = [0, *(np.flatnonzero(np.diff(best)) + 1)]
     found = []
@@ -216,14 +205,16 @@ def _handovers(winners: list[Winner], curves: dict, level: float, known: bool) -
             continue
         then = winners[i + 1].model
         at, start = _stop(curves[winner.model], curves[then])
-        between = (math.nan, math.nan)
-        if known and len(at) > 1:
-            ordered = np.sort(at[1:])
-            tail = (1 - level) / 2
-            low, high = (ordered[round(q * (len(ordered) - 1))] for q in (tail, 1 - tail))
-            between = (float(np.exp(low)), float(np.exp(high)))
+        between = reached(np.exp(at[1:]), level) if known else NO_INTERVAL
         found.append(Handover(winner.model, then, float(np.exp(at[0])), between, bool(at[0] <= start)))
     return found
+
+
+def reached(costs: np.ndarray, level: float) -> tuple:
+    """The central resamples of costs, of which some are infinite (never reached); (nan, nan) of none."""
+    if not len(costs):
+        return NO_INTERVAL
+    return tuple(float(v) for v in np.quantile(costs, [(1 - level) / 2, (1 + level) / 2], method="nearest"))
 
 
 def _stop(one: tuple, other: tuple) -> tuple[np.ndarray, float]:

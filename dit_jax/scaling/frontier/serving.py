@@ -1,10 +1,9 @@
-"""Training and sampling under one total: for N images served it is training FLOPs + N x FLOPs of an image.
+"""Training and sampling under one total among trained models: training FLOPs + N x FLOPs of an image. `scaling plan --images_served` asks
+the laws for the model that would be best.
 
-Peebles & Xie 2023 (arXiv 2212.09748), section 5 and Fig. 10, ask whether sampling compute can stand in for model compute. Which
-model is best for a total depends on how many images it has to draw.
+Peebles & Xie 2023 (arXiv 2212.09748), section 5 and Fig. 10, ask whether sampling compute can stand in for model compute.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +29,6 @@ class Served:
 
 def serve(points: Sequence[Point], images: float | int) -> list[Served]:
     """Every point with its total, cheapest first. Raises UsageError without training FLOPs or the cost of an image."""
-    if not (math.isfinite(images) and images > 0):
-        raise UsageError(f"--images_served: found {images}, expected a number above 0")
     found = [Served(p, float(images), training(p) + images * cost_of(p, "flops")) for p in points]
     return sorted(found, key=lambda s: s.total)
 
@@ -51,12 +48,12 @@ def within(served: Sequence[Served], total: float | int, higher: bool = False) -
     Raises UsageError where none is cheap enough.
     """
     sign, best = -1.0 if higher else 1.0, {}
-    for one in (s for s in served if s.total <= total):
-        if one.point.name not in best or sign * one.point.score < sign * best[one.point.name].point.score:
-            best[one.point.name] = one
-    if not best:
+    ranked = sorted((s for s in served if s.total <= total), key=lambda s: sign * s.point.score)
+    if not ranked:
         least = min(s.total for s in served)
         raise UsageError(
             f"--total: found {total:g} FLOPs, expected at least {least:.3g}, what the cheapest model needs"
         )
-    return sorted(best.values(), key=lambda s: sign * s.point.score)
+    for one in ranked:
+        best.setdefault(one.point.name, one)
+    return list(best.values())

@@ -16,7 +16,7 @@ COMMANDS = {
     "predict": "Predict the best size, data and loss at --flops.",
     "plan": "What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next.",
     "report": "Write a self-contained report.html, with its figures, fit.json and report.json beside it.",
-    "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data.",
+    "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to the loss.",
     "compare": "Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower.",
     "frontier": "Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning.",
 }
@@ -158,10 +158,6 @@ def _add_commands(commands) -> None:
     one.add_argument(
         "--flops", type=float, action="append", default=[], help="training FLOPs to predict at; repeatable"
     )
-    one.add_argument("--against", metavar="RUNS", help="the same models measured on a second data set")
-    one.add_argument(
-        "--against_where", metavar="FIELD=VALUE", action="append", default=[], help="as --where, of --against"
-    )
     _add_choice(one)
     two = commands.add_parser("compare", help=COMMANDS["compare"])
     two.add_argument("runs_a", metavar="RUNS_A")
@@ -181,7 +177,6 @@ def _add_commands(commands) -> None:
         "--at", type=float, action="append", default=[], help="name the best model at this cost; repeatable"
     )
     three.add_argument("--images_served", type=float, metavar="N", help="add training: total = training + N images")
-    three.add_argument("--total", type=float, action="append", default=[], help="FLOPs of --images_served; repeatable")
     three.add_argument("--out", metavar="PNG", help="write the figure here")
     _add_choice(three, choose=False)
 
@@ -294,10 +289,8 @@ def _check_numbers(args) -> None:
     """Raises UsageError on numbers that cannot be, and on options that do not go together."""
     if getattr(args, "pure", False) and args.irreducible:
         raise UsageError("--pure: found it with --irreducible, expected one of them")
-    for name in ("flops", "at", "total", "images_served"):
+    for name in ("flops", "at", "images_served"):
         _above_0(args, name)
-    if getattr(args, "total", None) and not args.images_served:
-        raise UsageError("--total: found it without --images_served, expected both")
     unknown = [name for name in getattr(args, "choose", "guidance").split(",") if name not in SAMPLING]
     if unknown:
         raise UsageError(f"--choose: found {unknown[0]!r}, expected names among {', '.join(SAMPLING)}")

@@ -7,12 +7,10 @@ import sys
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.frontier import compare as ladders
-from dit_jax.scaling.frontier import serving
 from dit_jax.scaling.frontier.choice import choose, one_guidance
-from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
-from dit_jax.scaling.frontier.metric import best_of_budgets, doubts, fit_metric
+from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
+from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
 from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
-from dit_jax.scaling.frontier.relation import correlate, fit_offset
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
@@ -30,9 +28,8 @@ def run(args) -> dict:
     return finite(result | {"warnings": warnings})
 
 
-def _points(args, paths, where: list | None = None, sampled: bool = False) -> list[Point]:
-    chosen = args.where if where is None else where
-    return load_points(paths, args.metric, chosen, sampled, parse_names(args.column), args.curves)
+def _points(args, paths, sampled: bool = False) -> list[Point]:
+    return load_points(paths, args.metric, args.where, sampled, parse_names(args.column), args.curves)
 
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
@@ -55,7 +52,7 @@ def _json_of_choice(choice) -> dict:
 
 
 def run_metric(args) -> tuple[dict, list]:
-    """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
+    """Fit the law of a metric in training compute, each model at its best guidance; and its relation to the loss."""
     found, warnings = _chosen(_points(args, args.runs), args)
     best = [c.best for c in found]
     higher = higher_is_better(args.metric, best)
@@ -95,18 +92,6 @@ def run_metric(args) -> tuple[dict, list]:
         rows = [("Pearson, logarithms", f"{c['pearson']:.3f}", span(c["pearson_interval"], ".3f"), str(c["models"]))]
         rows.append(("Spearman", f"{c['spearman']:.3f}", DASH, str(c["models"])))
         print_table(f"Held-out loss with {args.metric}", ("correlation", "value", "interval", "models"), rows)
-    if args.against:
-        theirs, said = _chosen(_points(args, args.against, args.against_where), args)
-        o = result["offset"] = fit_offset(best, [c.best for c in theirs])
-        cells = (
-            f"{o['offset']:.4g}",
-            span(o["offset_interval"], ".4g"),
-            f"{o['growth']:.3g}",
-            span(o["growth_interval"]),
-        )
-        head = (f"log ratio at {o['centre']:.3g} FLOPs", "interval", "per decade of C", "interval", "verdict")
-        print_table(f"The second data set, {o['models']} models", head, [(*cells, o["verdict"])])
-        warnings += said
     if len(runs) < len(used):
         text = f"{len(used)} points are steps of {len(runs)} runs: what a run has in common is not in the intervals"
         warnings.append(text)
@@ -159,41 +144,35 @@ def run_compare(args) -> tuple[dict, list]:
     warnings: list = []
     a, b = (_side(path, name, args, warnings) for path, name in zip((args.runs_a, args.runs_b), names, strict=True))
     c = ladders.compare(a, b, form=args.law)
-    rows = [(d.law, f"{d.a:.4f}", span(d.a_interval, ".4f"), f"{d.b:.4f}", span(d.b_interval, ".4f"), f"{d.difference:+.4f}",
-             span(d.interval, "+.4f")) for d in c.exponents]  # fmt: skip
+    rows = [(d["law"], f"{d['a']:.4f}", span(d["a_interval"], ".4f"), f"{d['b']:.4f}", span(d["b_interval"], ".4f"),
+             f"{d['difference']:+.4f}", span(d["interval"], "+.4f")) for d in c["exponents"]]  # fmt: skip
     head = ("exponent of", "A", "interval", "B", "interval", "B - A", "interval")
-    print_table(f"A = {c.a}, B = {c.b}; {c.form} law of the {args.metric}, {c.level:.0%} intervals", head, rows)
-    print(f"{_verdict(c)}\n{_level(c, args.metric)}\n{_crossing(c)}")
-    result = vars(c) | {"metric": args.metric, "steeper": c.steeper, "exponents": [vars(d) for d in c.exponents]}
-    result |= {"crossing": vars(c.crossing) if c.crossing else None}
-    result["convention"] = str(of_record(a.protocol)) if a.protocol else None  # a CSV does not say
-    return result, [*warnings, *c.warnings]
-
-
-def _verdict(c: ladders.Comparison) -> str:
-    d = c.exponents[0]
-    if not c.steeper:
-        return f"Which scales better: the data do not say, the exponents differ by {span(d.interval, '+.4f')}."
-    return f"Which scales better: {c.steeper}, its exponent is {abs(d.difference):.4f} steeper ({span(d.interval, '+.4f')})."
-
-
-def _level(c: ladders.Comparison, metric: str) -> str:
-    text = (
-        f"At {c.common:.3g} FLOPs, the most that both reach, the {metric} of {c.b} is {c.ratio:.4f} times that of {c.a}"
+    print_table(
+        f"A = {c['a']}, B = {c['b']}; {c['form']} law of the {args.metric}, {c['level']:.0%} intervals", head, rows
     )
-    return f"{text} (interval {span(c.ratio_interval, '.4f')})."
-
-
-def _crossing(c: ladders.Comparison) -> str:
-    x = c.crossing
-    if x is None:
-        return "No crossing: the two are not measured alike."
-    if x.flops == 0:
-        text = f"{x.lower} is the lower one at all compute looked at"
+    first, x = c["exponents"][0], c["crossing"]
+    apart = span(first["interval"], "+.4f")
+    if c["steeper"]:
+        text = f"{c['steeper']}, its exponent is {abs(first['difference']):.4f} steeper ({apart})"
     else:
-        beyond = f"{x.beyond:.3g}x beyond the data" if x.beyond > 1 else f"{x.beyond:.2g} of the largest budget"
-        text = f"{x.lower} is the lower one from {x.flops:.3g} FLOPs on, {beyond}"
-    return f"{text}; interval {reach(x.interval, 'always', 'never, as far as one can say')}."
+        text = f"the data do not say, the exponents differ by {apart}"
+    print(f"Which scales better: {text}.")
+    level = f"{c['ratio']:.4f} times that of {c['a']} (interval {span(c['ratio_interval'], '.4f')})"
+    print(f"At {c['common']:.3g} FLOPs, the most that both reach, the {args.metric} of {c['b']} is {level}.")
+    print(_crossing(x) if x else "No crossing: the two are not measured alike.")
+    c |= {"metric": args.metric, "convention": str(of_record(a.protocol)) if a.protocol else None}  # a CSV does not say
+    return c, [*warnings, *c["warnings"]]
+
+
+def _crossing(x: dict) -> str:
+    if x["flops"] == 0:
+        text = f"{x['lower']} is the lower one at all compute looked at"
+    else:
+        beyond = (
+            f"{x['beyond']:.3g}x beyond the data" if x["beyond"] > 1 else f"{x['beyond']:.2g} of the largest budget"
+        )
+        text = f"{x['lower']} is the lower one from {x['flops']:.3g} FLOPs on, {beyond}"
+    return f"{text}; interval {reach(x['interval'], 'always', 'never, as far as one can say')}."
 
 
 def reach(ends: tuple, none: str, never: str) -> str:
@@ -208,8 +187,7 @@ def run_frontier(args) -> tuple[dict, list]:
     """Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning."""
     points = _points(args, args.runs, sampled=args.cost == "flops")
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
-    served = serving.serve(points, args.images_served) if args.images_served else []
-    within = {total: serving.within(served, total, fit.higher) for total in args.total}
+    served = serve(points, args.images_served) if args.images_served else []
     best_at = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in args.at]
     _print_frontier(fit, best_at)
     result = {
@@ -222,12 +200,12 @@ def run_frontier(args) -> tuple[dict, list]:
         "choices": [_json_of_choice(c) for c in fit.choices],
     }
     if served:
-        best = serving.front(served, fit.higher)
-        result |= {"images_served": args.images_served, "within": []}
-        result["totals"] = _served(f"Training and {args.images_served:g} images", best, fit.metric)
-        for total, rows in within.items():
-            title = f"Best of each model within {total:g} FLOPs in all"
-            result["within"].append({"total": total, "models": _served(title, rows, fit.metric)})
+        best = front(served, fit.higher)
+        result["totals"] = [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in best]
+        rows = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
+                 f"{s.point.score:.4g}") for s in best]  # fmt: skip
+        head = ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", fit.metric)
+        print_table(f"Training and {args.images_served:g} images", head, rows)
     if args.out:
         from dit_jax.scaling.report import axes, figures
 
@@ -256,14 +234,6 @@ def _print_frontier(fit: Frontier, best_at: list) -> None:
              _percent(b["share"])) for b in best_at]  # fmt: skip
     if rows:
         print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
-
-
-def _served(title: str, rows: list, metric: str) -> list:
-    """Print a table of served models; their JSON."""
-    cells = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
-              f"{s.point.score:.4g}") for s in rows]  # fmt: skip
-    print_table(title, ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", metric), cells)
-    return [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in rows]
 
 
 COMMANDS = {"metric": run_metric, "compare": run_compare, "frontier": run_frontier}

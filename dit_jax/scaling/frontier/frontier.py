@@ -7,7 +7,8 @@ not buy back a smaller model; with a number of images to serve, training and sam
 The curve of a model is its best score within a cost, over all its samplers, steps and guidances; between the costs that were
 tried it is straight in log-log, below the cheapest it does not exist, above the dearest it stays. A smaller model stops winning at
 the last cost where it leads the model that follows it. Intervals redraw every score within its own error and repeat all of it, the
-choice of guidance included; scores without an error give none. No law of steps is assumed.
+choice of guidance included; scores without an error give none. No law of steps is assumed. `serve` adds training, among the trained
+models; `scaling plan --images_served` asks the laws which model would be best.
 """
 
 import math
@@ -19,7 +20,7 @@ import numpy as np
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import NO_INTERVAL
 from dit_jax.scaling.frontier.choice import Choice, choices, log_scores, one_guidance, sampling_key
-from dit_jax.scaling.frontier.points import Point, higher_is_better
+from dit_jax.scaling.frontier.points import Point, higher_is_better, training
 
 GRID = 4001  # costs, evenly in the logarithm, at which the best model is looked for
 
@@ -232,3 +233,32 @@ def _stop(one: tuple, other: tuple) -> tuple[np.ndarray, float]:
     cross = at[last] + step * (at[after] - at[last])
     cross = np.where(last == len(at) - 1, np.inf, cross)
     return np.where(leads.any(axis=1), cross, at[0]), at[0]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and a sampling of it that together draw `images` images."""
+
+    point: Point
+    images: float
+    total: float  # FLOPs: training and all images
+
+    @property
+    def sampling_share(self) -> float:
+        """Of the total."""
+        return 1 - self.point.train / self.total
+
+
+def serve(points: Sequence[Point], images: float | int) -> list[Served]:
+    """Every point with its total, cheapest first. Raises UsageError without training FLOPs or the cost of an image."""
+    found = [Served(p, float(images), training(p) + images * cost_of(p, "flops")) for p in points]
+    return sorted(found, key=lambda s: s.total)
+
+
+def front(served: Sequence[Served], higher: bool = False) -> list[Served]:
+    """Those that no other beats in both total and score, by total."""
+    sign, found = -1.0 if higher else 1.0, []
+    for one in sorted(served, key=lambda s: (s.total, sign * s.point.score)):
+        if not found or sign * one.point.score < sign * found[-1].point.score:
+            found.append(one)
+    return found

@@ -18,7 +18,7 @@ from dit_jax.scaling.fits.bootstrap import FEWEST, between
 from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, interval
 from dit_jax.scaling.fits.fit import Point as Optimum
 from dit_jax.scaling.fits.law import PowerLaw, fit_irreducible, fit_power
-from dit_jax.scaling.frontier.points import Point
+from dit_jax.scaling.frontier.points import Point, training
 from dit_jax.scaling.verdicts import beyond
 
 FORMS = {"pure": 2, "irreducible": 3}  # of a law, and how many parameters each has
@@ -117,13 +117,6 @@ def best_of_budgets(points: Sequence[Point], tolerance: float = 0.05, higher: bo
         elif (point.score > found[-1].score) == higher and point.score != found[-1].score:
             found[-1] = point
     return found
-
-
-def training(point: Point) -> float | int:
-    """Training FLOPs. Raises UsageError where they are not recorded."""
-    if math.isnan(point.train):
-        raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
-    return point.train
 
 
 def fit_metric(
@@ -243,3 +236,18 @@ def _cautions(fit: MetricLaw) -> tuple:
     if fit.form == "irreducible" and fit.span("irreducible")[0] == 0:
         found.append("the irreducible term is not pinned down: its interval reaches 0")
     return tuple(found)
+
+
+def correlate(points: Sequence[Point], level: float = 0.95) -> dict:
+    """Held-out loss with score, one pair per model: Pearson's of the logarithms with Fisher's interval, and Spearman's.
+
+    Raises UsageError on fewer than 4 models that carry both.
+    """
+    pairs = [(p.loss, p.score) for p in points if not math.isnan(p.loss)]
+    if len(pairs) < 4:
+        raise UsageError(f"RUNS: {len(pairs)} models have both a held-out loss and the metric, expected at least 4")
+    x, y = np.log(np.array(pairs)).T
+    pearson = stats.pearsonr(x, y)
+    ends = tuple(float(v) for v in pearson.confidence_interval(level))
+    out = {"models": len(pairs), "pearson": float(pearson.statistic), "pearson_interval": ends}
+    return out | {"spearman": float(stats.spearmanr(x, y).statistic)}

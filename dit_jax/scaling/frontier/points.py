@@ -76,6 +76,13 @@ def higher_is_better(metric: str, points: Sequence[Point] = ()) -> bool:
     return any(metric == name or metric.startswith(f"{name}_") for name in HIGHER)
 
 
+def training(point: Point) -> float | int:
+    """Training FLOPs. Raises UsageError where they are not recorded."""
+    if math.isnan(point.train):
+        raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
+    return point.train
+
+
 def load_points(
     paths: str | os.PathLike | Iterable,
     metric: str = "fid",

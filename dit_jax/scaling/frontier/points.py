@@ -25,7 +25,8 @@ OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flop
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
-RECORD = {"train": "flops_train", "params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}
+RECORD = {"params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}  # column -> field of a record
+RECORD |= {name: name for name in ("flops_train", "flops_sample", "seconds_sample")}
 
 
 @dataclass(frozen=True)
@@ -204,37 +205,57 @@ def _read_records(file: str, metric: str, where: Sequence[str], curves: bool) ->
     for r, at in newest.values():
         loss = losses.get((r["run"], r["step"], repr(r["protocol"].get("weights"))))
         many = curves and sum(run == r["run"] for run, _ in steps) > 1
-        found.append(_point(r, metric, at, loss, f"{r['run']} at step {r['step']}" if many else r["run"]))
+        found.append(_of_record(r, metric, at, loss, f"{r['run']} at step {r['step']}" if many else r["run"]))
     return found
 
 
-def _point(record: dict, metric: str, where: str, with_loss: dict | None, name: str) -> Point:
-    metrics, protocol = record["metrics"], record["protocol"]
-    samples = protocol["samples"] if isinstance(protocol.get("samples"), dict) else {}
-    values = {ours: positive(record[theirs], theirs, where) for ours, theirs in RECORD.items()}
-    for ours, theirs in (("flops", "flops_sample"), ("seconds", "seconds_sample")):
-        values[ours] = positive(record[theirs], theirs, where) if theirs in record else math.nan
-    for key in ("steps", "guidance"):
-        values[key] = positive(samples[key], f"samples.{key}", where, zero=True) if key in samples else math.nan
-    if with_loss and metric != "loss":
-        values["loss"] = positive(with_loss["metrics"]["loss"], "metrics.loss", where)
-        values["loss_protocol"] = with_loss["protocol"]
-    signs, kinds = record.get("metric_signs", {}), protocol.get("metrics")
+def _of_record(record: dict, metric: str, where: str, with_loss: dict | None, name: str) -> Point:
+    protocol = record["protocol"]
+    row = dict(record["metrics"]) | {ours: record.get(theirs) for ours, theirs in RECORD.items()} | {"name": name}
+    row |= {k: v for k, v in _mapping(protocol, "samples").items() if k in SAMPLING}
+    row["loss"] = with_loss["metrics"]["loss"] if with_loss and metric != "loss" else None
+    signs = record.get("metric_signs", {})
     sign = signs.get(metric, 0) if isinstance(signs, dict) else signs
     if sign not in (-1, 0, 1):
         raise UsageError(f"{where}: metric_signs: found {shown(sign)} for {metric}, expected 1 or -1")
-    return Point(
-        name=name,
-        run_name=record["run"],
-        score=positive(metrics[metric], f"metrics.{metric}", where),
-        score_se=_standard_error(metrics, metric, where, kinds.get("bootstrap") if isinstance(kinds, dict) else None),
-        sampler=str(samples.get("sampler", "")),
-        spacing=str(samples.get("spacing", "")),
-        protocol=protocol,
-        source=where,
-        sign=int(sign),
-        **values,
+    more = dict(protocol=protocol, sign=int(sign), run_name=record["run"])
+    more |= {"loss_protocol": with_loss["protocol"]} if with_loss and metric != "loss" else {}
+    return _point(
+        row | {metric: record["metrics"][metric]}, metric, where, _mapping(protocol, "metrics").get("bootstrap"), **more
     )
+
+
+def _mapping(protocol: dict, name: str) -> dict:
+    return protocol[name] if isinstance(protocol.get(name), dict) else {}
+
+
+def _read_csv(file: str, metric: str, columns: Columns) -> list[Point]:
+    expected = Expected(("name", metric), (*OPTIONAL, *(f"{metric}_{end}" for end in ("se", "low", "high"))))
+    points = [_point(row, metric, at, run_name=row["name"] or "") for row, at in read_rows(file, expected, columns)]
+    if not points and not columns.where:
+        raise UsageError(f"{file}: found a header and no row below it")
+    return points
+
+
+def _point(row: Mapping, metric: str, where: str, resamples=None, **more) -> Point:
+    """The point of a row of our columns: text, or the numbers of a record."""
+    cells = {name: cell for name, cell in row.items() if cell is not None and str(cell).strip()}
+
+    def number(name: str, zero: bool = False) -> float:
+        return positive(cells[name], name, where, zero) if name in cells else math.nan
+
+    if "name" not in cells:
+        raise UsageError(f"{where}: name is empty, expected the name of the model")
+    texts = {name: str(cells.get(name, "")).strip() for name in ("name", "sampler", "spacing")}
+    for name, text in texts.items():
+        check_name(text, name, where)
+    values = {NAMES.get(name, name): number(name) for name in (*NUMBERS, "flops_sample", "steps")}
+    values["guidance"] = guidance = number("guidance", zero=True)
+    if math.isnan(values["flops"]):
+        passes = number("passes") if "passes" in cells else 1 if guidance == 1 or math.isnan(guidance) else 2
+        values["flops"] = number("flops_step") * values["steps"] * passes
+    error, score = _standard_error(cells, metric, where, resamples), positive(row.get(metric), metric, where)
+    return Point(score=score, score_se=error, source=where, **texts, **values, **more)
 
 
 def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> float:
@@ -249,31 +270,3 @@ def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> f
         raise UsageError(f"{where}: {metric}_low is {low:g}, above {metric}_high, {high:g}")
     freedom = resamples - 1 if isinstance(resamples, int) and resamples > 1 else math.inf
     return (high - low) / 2 / float(stats.t.ppf(0.975, freedom))
-
-
-def _read_csv(file: str, metric: str, columns: Columns) -> list[Point]:
-    expected = Expected(("name", metric), (*OPTIONAL, *(f"{metric}_{end}" for end in ("se", "low", "high"))))
-    points = [_csv_point(row, metric, at) for row, at in read_rows(file, expected, columns)]
-    if not points and not columns.where:
-        raise UsageError(f"{file}: found a header and no row below it")
-    return points
-
-
-def _csv_point(row: dict, metric: str, where: str) -> Point:
-    cells = {name: cell.strip() for name, cell in row.items() if (cell or "").strip()}
-
-    def number(name: str, zero: bool = False) -> float:
-        return positive(cells[name], name, where, zero) if name in cells else math.nan
-
-    if "name" not in cells:
-        raise UsageError(f"{where}: name is empty, expected the name of the model")
-    texts = {name: cells.get(name, "") for name in ("name", "sampler", "spacing")}
-    for name, text in texts.items():
-        check_name(text, name, where)
-    values = {NAMES.get(name, name): number(name) for name in (*NUMBERS, "flops_sample", "steps")}
-    values["guidance"] = guidance = number("guidance", zero=True)
-    if math.isnan(values["flops"]):
-        passes = number("passes") if "passes" in cells else 1 if guidance == 1 or math.isnan(guidance) else 2
-        values["flops"] = number("flops_step") * values["steps"] * passes
-    error, score = _standard_error(cells, metric, where), positive(row.get(metric), metric, where)
-    return Point(score=score, score_se=error, source=where, run_name=texts["name"], **texts, **values)

@@ -22,7 +22,6 @@ COMMANDS = {
 }
 FITTED = ("fit", "predict", "plan", "report")  # those that fit laws of the loss with `--method`
 METRIC = "any metric of the records, or a column of the CSV (default: fid, else the only one that RUNS have)"
-MODEL = ("patch", "channels", "classes", "input_size", "image_size")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,9 +85,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", "--like", default="", metavar="NAME", help="a published model, as DiT-XL/2, in all but its size"
     )
-    for name in MODEL:
-        model.add_argument(f"--{name}", type=int, default=0)
-    model.add_argument("--conditioning", default="", help="in_context, cross_attention, adaln or adaln_zero")
+    model.add_argument("--image_size", type=int, default=0, help="pixels, with --model (default 256)")
     model.add_argument("--batch", type=int, default=0, help="images (default: the config's)")
     model.add_argument(
         "--family", choices=("runs", "dit"), help="whose width / depth and heads (default: runs, if they tell)"
@@ -261,7 +258,7 @@ def _check_plan(args) -> None:
         raise UsageError(f"--mfu: found {args.mfu:g}, expected a share of the peak, at most 1")
     if args.next_flops is not None and not 0 <= args.next_flops < math.inf:
         raise UsageError(f"--next_flops: found {args.next_flops:g}, expected at least 0")
-    for name in (*MODEL, "batch", "next_cells", "sampling_steps"):
+    for name in ("image_size", "batch", "next_cells", "sampling_steps"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name}: found {getattr(args, name)}, expected at least 1")
     if args.topology:

@@ -5,7 +5,6 @@ N and D are those of the fit's convention; FLOPs of the run are exact (`dit_jax.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import SIZES, ModelConfig
@@ -18,7 +17,7 @@ from dit_jax.scaling.plans.settings import Settings, command
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.runs.conventions import Convention
 
-ROUNDED = 1e-3  # of the tokens an image, as far as rounded numbers of images may be off
+ROUNDED = 0.01  # of the tokens an image, as far as rounded numbers of images may be off
 UNLIKE = 1.25  # FLOPs per parameter and token, planned over fitted, above which the two are not the same study
 ROUNDS = 4  # of finding the model of an exact budget, whose C in 6ND depends on the model
 PRACTICE = {
@@ -27,49 +26,6 @@ PRACTICE = {
 }  # of DiT-XL/2, the largest trained
 OUTSIDE = 10.0  # times the deepest or longest of RUNS, from which a plan says so whatever practice has trained
 R_STAR = 15.39  # Muennighoff et al. 2023 (arXiv 2305.16264): repetitions over which repeated data lose their worth
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run for a budget. `flops` is C as the fit counts it, `flops_train` the run's own exact FLOPs.
-
-    `loss_interval` holds the noise of a run, `off` what sizes cost that are half and twice the best. `epochs` and `repetition`, the rise of
-    the loss because data repeat, are nan if the amount of different images is not known.
-    """
-
-    flops: float
-    flops_train: float
-    beyond: float  # multiple of the largest budget fitted
-    n_opt: float
-    n_interval: tuple
-    d_opt: float
-    d_interval: tuple
-    model: ModelConfig
-    n: float  # of the model, as the fit counts
-    params: int  # trainable
-    params_active: int
-    steps: int
-    batch: int
-    learning_rate: float | None
-    images: int
-    tokens: int
-    loss: float
-    loss_interval: tuple
-    epochs: float
-    repetition: float
-    off: tuple  # of Off
-    command: str
-    assumptions: tuple
-    warnings: tuple
-
-    @property
-    def over(self) -> float:
-        """The model's size over N_opt."""
-        return self.n / self.n_opt
-
-    @property
-    def name(self) -> str:
-        return f"w{self.model.width}-d{self.model.depth}"
 
 
 def count_of(convention: Convention):
@@ -92,10 +48,13 @@ def make_recipe(
     exact: bool = False,
     size: float = 0.0,
     unique: float = math.nan,
-) -> Recipe:
+) -> dict:
     """The run that the fit recommends for `budget`: FLOPs as the fit's C counts them, or `exact` ones, of a machine.
 
-    `size` is N (0: N_opt), `unique` how many different images there are. Raises UsageError if the budget does not buy one step.
+    `size` is N (0: N_opt), `unique` how many different images there are. The result is JSON's but for `model` (a ModelConfig) and `off` (of
+    Off, half and twice N_opt): `flops` is C as the fit counts it, `flops_train` the run's own exact FLOPs, `n` the model's size as the fit
+    counts it, `loss_interval` holds the noise of a run; `epochs` and `repetition`, the rise of the loss because data repeat, are nan if
+    `unique` is. Raises UsageError if the budget does not buy one step.
     """
     convention, model, c = runs[0].convention, given.model, float(budget)
     count = count_of(convention)
@@ -108,37 +67,42 @@ def make_recipe(
         raise UsageError(
             f"--batch: {budget:.3g} FLOPs buy {c / per_image:.3g} images of the recommended model, less than a batch of {given.batch}"
         )
-    images, n = steps * given.batch, float(count(model))
-    said, workdir = predict(fit, c, n), f"runs/C{c:.2e}-w{model.width}-d{model.depth}".replace("+", "")
+    images, n, name = steps * given.batch, float(count(model)), f"w{model.width}-d{model.depth}"
+    said = predict(fit, c, n)
     repetition, assumed = _repetition(fit, n, c, images / unique)
-    warnings = [f"no loss is expected of this run: {said['L_opt_reason']}"] if "L_opt_reason" in said else []
-    return Recipe(
-        flops=c,
-        flops_train=float(flops.train_flops(model, images)),
-        beyond=said["beyond"],
-        n_opt=said["N_opt"],
-        n_interval=said["N_opt_interval"],
-        d_opt=said["D_opt"],
-        d_interval=said["D_opt_interval"],
-        model=model,
-        n=n,
-        params=flops.parameters(model),
-        params_active=flops.active_parameters(model),
-        steps=steps,
-        batch=given.batch,
-        learning_rate=given.learning_rate(model),
-        images=images,
-        tokens=images * model.tokens,
-        loss=said["L_run"],
-        loss_interval=said["L_run_interval"],
-        epochs=images / unique,
-        repetition=repetition,
-        off=tuple(off_by(fit, c, factor) for factor in (1 / FACTOR, FACTOR)),
-        command=command(given, model, steps, workdir),
-        assumptions=(*_assumptions(given, model), *assumed),
-        warnings=(*given.warnings, *warnings, *_cautions(c, model, n, n / (size or said["N_opt"]), said, runs),
-                  *outside(model, steps, given, count)),
-    )  # fmt: skip
+    silent = [f"no loss is expected of this run: {said['L_opt_reason']}"] if "L_opt_reason" in said else []
+    ours = {"n_opt": "N_opt", "d_opt": "D_opt", "loss": "L_run"}
+    names = (
+        {"beyond": "beyond"}
+        | ours
+        | {f"{k[0] if k != 'loss' else k}_interval": f"{v}_interval" for k, v in ours.items()}
+    )
+    return {key: said[theirs] for key, theirs in names.items()} | {
+        "flops": c,
+        "flops_train": float(flops.train_flops(model, images)),
+        "name": name,
+        "model": model,
+        "n": n,
+        "over": n / said["N_opt"],
+        "params": flops.parameters(model),
+        "params_active": flops.active_parameters(model),
+        "steps": steps,
+        "batch": given.batch,
+        "learning_rate": given.learning_rate(model),
+        "images": images,
+        "tokens": images * model.tokens,
+        "epochs": images / unique,
+        "repetition": repetition,
+        "off": [off_by(fit, c, factor) for factor in (1 / FACTOR, FACTOR)],
+        "command": command(given, model, steps, f"runs/C{c:.2e}-{name}".replace("+", "")),
+        "assumptions": [*_assumptions(given, model), *assumed],
+        "warnings": [
+            *given.warnings,
+            *silent,
+            *_cautions(c, model, n, said, runs),
+            *outside(model, steps, given, count),
+        ],
+    }
 
 
 def _assumptions(given: Settings, model: ModelConfig) -> tuple:
@@ -183,24 +147,19 @@ def outside(model: ModelConfig, steps: int, given: Settings, count) -> list[str]
     return found
 
 
-def _cautions(c: float, model: ModelConfig, n: float, over: float, said: dict, runs: Sequence[Run]) -> list[str]:
+def _cautions(c: float, model: ModelConfig, n: float, said: dict, runs: Sequence[Run]) -> list[str]:
     """How the planned run is unlike those that were fitted."""
     found, convention = [], runs[0].convention
-    known = [r for r in runs if r.images == r.images] if convention.data == "tokens" else []
-    per_image = sorted({float(f"{r.tokens / r.images:.3g}") for r in known})
-    if any(abs(r.tokens / r.images / model.tokens - 1) > ROUNDED for r in known):
-        seen = f"{per_image[0]:g}" if len(per_image) == 1 else f"{per_image[0]:g} to {per_image[-1]:g}"
-        text = (
-            f"the planned model has {model.tokens} tokens an image, RUNS {seen}: name their model, --config or --model"
+    in_tokens = convention.data == "tokens"
+    seen = {float(f"{r.tokens / r.images:.3g}") for r in runs if in_tokens and r.images == r.images}
+    if any(abs(tokens / model.tokens - 1) > ROUNDED for tokens in seen):
+        found.append(
+            f"the planned model has {model.tokens} tokens an image, RUNS {' to '.join(f'{v:g}' for v in sorted({min(seen), max(seen)}))}: "
+            "name their model, --config or --model"
         )
-        found.append(text)
-    a_datum = counted_flops(convention, model, 1) / n / (model.tokens if convention.data == "tokens" else 1)
+    a_datum = counted_flops(convention, model, 1) / n / (model.tokens if in_tokens else 1)
     ratio = a_datum / (c / said["N_opt"] / said["D_opt"])
     if abs(math.log(ratio)) > math.log(UNLIKE):
-        found.append(
-            f"the planned model spends {ratio:.2f} times the FLOPs per parameter and {convention.data[:-1]} of RUNS: the law may not "
-            "be its own"
-        )
-    if abs(math.log(over)) > math.log(1.1):
-        found.append(f"no model of the family is nearer than {over:.2f} times the size wanted")
+        text = f"the planned model spends {ratio:.2f} times the FLOPs per parameter and {convention.data[:-1]} of RUNS"
+        found.append(f"{text}: the law may not be its own")
     return found

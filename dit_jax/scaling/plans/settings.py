@@ -58,21 +58,16 @@ def configs_of(runs: Sequence[Run]) -> list[tuple[Run, Config]]:
     return [pair for pair in configs.values() if pair]
 
 
-def settings(
-    runs: Sequence[Run], file: str = "", name: str = "", changes: dict | None = None, batch: int = 0
-) -> Settings:
-    """Settings from `file`, a published model's `name`, the runs' own configs or, failing these, DiT-XL/2's, in this order.
-
-    `changes` are fields of the model, and image_size, in pixels of a published model; `batch` 0 = that of the config, else 256.
-    """
-    changes, known = dict(changes or {}), configs_of(sorted(runs, key=lambda r: -r.flops))
+def settings(runs: Sequence[Run], file: str = "", name: str = "", size: int = 0, batch: int = 0) -> Settings:
+    """Settings from `file`, a published model's `name` (at `size` pixels, 0 = 256), the runs' own configs or, failing these, DiT-XL/2's, in
+    this order. `batch` 0 = that of the config, else 256."""
+    known = configs_of(sorted(runs, key=lambda r: -r.flops))
     models = [config.model for _, config in known]
     family = family_of(models) if len({(m.width, m.depth) for m in models}) > 1 else DIT
     if file and name:
         raise UsageError("--config, --model: found both, expected one")
-    size = changes.pop("image_size", 0)
     if size and (file or (known and not name)):
-        raise UsageError("--image_size: found it with the settings of a config, expected --model; change --input_size")
+        raise UsageError("--image_size: found it with the settings of a config, expected --model")
     if file:
         config = read(file)
         found = Settings(config.model, config.train.batch_size, family, file, file, config)
@@ -82,7 +77,7 @@ def settings(
         found = _published(name, size or 256, family)
     seen = {k: max(getattr(m, k) for m in models) for k in ("depth", "width") if models}
     seen |= {"steps": max(config.train.steps for _, config in known)} if known else {}
-    return replace(found, model=replace(found.model, **changes), batch=batch or found.batch, seen=seen)
+    return replace(found, batch=batch or found.batch, seen=seen)
 
 
 def read(file: str) -> Config:
@@ -116,17 +111,11 @@ def _published(name: str, size: int, family: Family) -> Settings:
 
 def _of_runs(known: list[tuple[Run, Config]], family: Family) -> Settings:
     """The settings of the first, the largest, of these runs."""
-    (run, config), rate, warnings, fixed = known[0], _rate(known), [], {"dtype", "attention", "remat", *SIZE}
-    for other, theirs in known:
-        differs = [k for k, v in vars(theirs.model).items() if k not in fixed and v != getattr(config.model, k)]
-        if differs and not warnings:
-            text = f"RUNS differ in model.{differs[0]}; the plan takes that of {run.name}, not of {other.name}"
-            warnings.append(text)
-    if not rate:
-        warnings.append(f"the learning rates of RUNS follow no power of the width; the plan takes that of {run.name}")
+    (run, config), rate = known[0], _rate(known)
+    text = f"the learning rates of RUNS follow no power of the width; the plan takes that of {run.name}"
     file = FILES.get((config.data.dataset, config.data.image_size), "")
-    source, batch = f"config.json of RUNS ({run.name})", config.train.batch_size
-    return Settings(config.model, batch, family, source, file, config, rate, warnings=tuple(warnings))
+    source, warnings = f"config.json of RUNS ({run.name})", () if rate else (text,)
+    return Settings(config.model, config.train.batch_size, family, source, file, config, rate, warnings=warnings)
 
 
 def _rate(known: list[tuple[Run, Config]]) -> tuple:

@@ -199,7 +199,7 @@ def guided() -> list[Point]:
 
 def test_guidance_is_chosen_per_model_before_the_law():
     found = choose(guided())
-    assert [c.best.guidance for c in found] == [1.5, 1.5, 2.0, 2.0, 3.0, 3.0] and all(c.share == 1 for c in found)
+    assert [c.best.guidance for c in found] == [1.5, 1.5, 2.0, 2.0, 3.0, 3.0]
     assert all(c.interpolated for c in found) and fit_metric([c.best for c in found]).law.exponent == pytest.approx(
         -0.234, rel=1e-6
     )
@@ -255,9 +255,7 @@ def _curse(bend: float, noise: float, studies: int) -> tuple:
     rng, errors = np.random.default_rng(0), []
     for seed in range(studies):
         best = math.exp(rng.uniform(math.log(1.4), math.log(2.6)))
-        (found,) = choose(
-            grid(bend, noise, seed, tried=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0), best=best), resamples=0
-        )
+        (found,) = choose(grid(bend, noise, seed, tried=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0), best=best))
         errors.append([math.log(found.lowest.score / 10), math.log(found.best.score / 10)])
     return tuple(np.mean(errors, axis=0).tolist())
 
@@ -304,10 +302,9 @@ def test_the_best_number_of_steps_lies_between_those_tried(known):
 
 
 def test_an_uncertain_choice_is_said_to_be():
-    points = [Point("a", 10 + 0.01 * i, 0.5, guidance=1.0 + i / 4, train=1e18) for i in range(5)]
+    points = [Point("a", 10 + 0.3 * (i - 2) ** 2, 2.0, guidance=1.0 + i / 4, train=1e18) for i in range(5)]
     (found,) = choose(points)
-    assert 0.15 < found.share < 0.5 and sum(found.shares.values()) == pytest.approx(1)
-    assert "uncertain" in found.warning
+    assert found.interpolated and "the best guidance is uncertain, its standard error is" in found.warning
 
 
 def test_correlation_is_pearson_of_logarithms_and_spearman():

@@ -24,13 +24,10 @@ COARSE = 0.1  # the same of scores without errors: relative residuals this large
 @dataclass(frozen=True)
 class Choice:
     """The best of some points. `best` is at the interpolated guidance if the scores have a minimum inside, with the score there and its
-    standard error; else it is `lowest`, the lowest that was measured. `shares`: in how many of the resamples each guidance tried was best;
-    empty where scores have no error. `guidance_se`: standard error of the interpolated guidance; nan without.
-    """
+    standard error; else it is `lowest`, the lowest that was measured. `guidance_se`: standard error of the interpolated guidance."""
 
     best: Point
     tried: tuple  # all points chosen from
-    shares: dict  # guidance -> share of resamples
     edge: str  # "" or at which end of the guidances tried the best one lies: "lowest" | "highest"
     lowest: Point
     guidance_se: float = math.nan
@@ -40,44 +37,21 @@ class Choice:
         return self.best is not self.lowest
 
     @property
-    def share(self) -> float:
-        """Share of the resamples in which the guidance with the lowest score is best."""
-        return self.shares.get(self.lowest.guidance, math.nan)
-
-    @property
     def warning(self) -> str:
         """What a reader should know about the choice; "" where there is nothing."""
-        of = f"{self.best.name}, {self.best.sampling}"
+        of, half, tried = (
+            f"{self.best.name}, {self.best.sampling}",
+            2 * self.guidance_se,
+            [p.guidance for p in self.tried],
+        )
         if self.edge:
             return f"{of}: the best guidance is the {self.edge} tried; the best one may lie beyond"
-        if self.interpolated:
-            half, tried = 2 * self.guidance_se, [p.guidance for p in self.tried]
-            if self.best.guidance - half < min(tried) or self.best.guidance + half > max(tried):
-                return f"{of}: the best guidance is uncertain, its standard error is {self.guidance_se:.2g}"
-        elif self.share < 0.5:
-            return f"{of}: the best guidance is uncertain, it is best in {self.share:.0%} of the resamples"
+        if self.interpolated and not min(tried) + half <= self.best.guidance <= max(tried) - half:
+            return f"{of}: the best guidance is uncertain, its standard error is {self.guidance_se:.2g}"
         return ""
 
 
-def log_scores(points: Sequence[Point], higher: bool, resamples: int, seed: int) -> np.ndarray:
-    """log score of the points (1 + resamples, points), negative where more is better: lower is always better.
-
-    Row 0 is what was measured; in the others each score is redrawn within its own error, log-normally.
-    """
-    log = np.log([p.score for p in points]) * (-1.0 if higher else 1.0)
-    relative = np.array([p.score_se / p.score for p in points])
-    drawn = np.random.default_rng(seed).standard_normal((resamples, len(points)))
-    return np.concatenate([log[None], log + relative * drawn])
-
-
-def choose(
-    points: Sequence[Point],
-    over: Sequence[str] = ("guidance",),
-    *,
-    higher: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Choice]:
+def choose(points: Sequence[Point], over: Sequence[str] = ("guidance",), *, higher: bool = False) -> list[Choice]:
     """One choice per model: the best over the fields `over` (of SAMPLING). Raises UsageError where another field varies."""
     for name in SAMPLING:
         values = {_key(p, (name,)) for p in points}
@@ -87,8 +61,18 @@ def choose(
                 f"RUNS: found {name} {found}, expected one; take one with --where samples.{name}=VALUE (--where {name}=VALUE "
                 f"of a CSV), or choose the best of each model with --choose={','.join((*over, name))}"
             )
-    found = choices(points, [p.name for p in points], log_scores(points, higher, resamples, seed))
-    return [_interpolated(c, higher) for c in found]
+    return [_interpolated(c, higher) for c in lowest(points, [p.name for p in points], higher)]
+
+
+def lowest(points: Sequence[Point], keys: Sequence, higher: bool = False) -> list[Choice]:
+    """One choice per distinct key, in order of appearance, of the scores as measured."""
+    samplings, found = _indices([sampling_key(p) for p in points]), []
+    for index in _indices(keys).values():
+        members = [points[i] for i in index]
+        best = min(members, key=lambda p: -p.score if higher else p.score)
+        edge = _edge(best, [points[i] for i in samplings[sampling_key(best)]])
+        found.append(Choice(best, tuple(members), edge, best))
+    return found
 
 
 def _interpolated(choice: Choice, higher: bool) -> Choice:
@@ -164,21 +148,6 @@ def _quadratic(points: Sequence[Point], x: np.ndarray, sign: float) -> tuple:
     at, moved = np.array([1.0, place, place**2]), np.array([0.0, 1.0, 2 * place]) / bend
     error, error_x = (math.sqrt(max(float(v @ covariance @ v), 0.0)) for v in (at, moved))
     return bool(fits), place, float(at @ c) + min(bend / 2 * error_x**2, error), error, error_x
-
-
-def choices(points: Sequence[Point], keys: Sequence, scores: np.ndarray) -> list[Choice]:
-    """One choice per distinct key, in order of appearance; `scores` (1 + resamples, points) as of `log_scores`."""
-    samplings, found = _indices([sampling_key(p) for p in points]), []
-    for index in _indices(keys).values():
-        members, own, shares = [points[i] for i in index], scores[:, index], {}
-        best = members[int(np.argmin(own[0]))]
-        if len(own) > 1 and any(p.score_se for p in members):
-            wins = np.bincount(np.argmin(own[1:], axis=1), minlength=len(members)) / (len(own) - 1)
-            for p, share in zip(members, wins.tolist(), strict=True):
-                shares[p.guidance] = shares.get(p.guidance, 0.0) + share
-        edge = _edge(best, [points[i] for i in samplings[sampling_key(best)]])
-        found.append(Choice(best, tuple(members), shares, edge, best))
-    return found
 
 
 def _indices(keys: Sequence) -> dict:

@@ -34,8 +34,7 @@ def _points(args, paths, sampled: bool = False) -> list[Point]:
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
     """The choice of each model and what is to be said about it."""
-    options = dict(higher=higher_is_better(args.metric, points), resamples=args.resamples, seed=args.seed)
-    found = choose(points, args.choose.split(","), **options)
+    found = choose(points, args.choose.split(","), higher=higher_is_better(args.metric, points))
     single = "" if args.metric == "loss" else one_guidance(found)
     return found, [w for w in (single, *(c.warning for c in found)) if w]
 
@@ -45,10 +44,9 @@ def _json_of(point: Point) -> dict:
     return {name: getattr(point, name) for name in fields}
 
 
-def _json_of_choice(choice) -> dict:
-    shares = {f"{guidance:g}": share for guidance, share in choice.shares.items()}
-    told = {"interpolated": choice.interpolated, "guidance_se": choice.guidance_se, "lowest": choice.lowest.score}
-    return _json_of(choice.best) | {"tried": len(choice.tried), "edge": choice.edge, "guidance_shares": shares} | told
+def _json_of_choice(c) -> dict:
+    told = {"interpolated": c.interpolated, "guidance_se": c.guidance_se, "lowest": c.lowest.score}
+    return _json_of(c.best) | {"tried": len(c.tried), "edge": c.edge} | told
 
 
 def run_metric(args) -> tuple[dict, list]:
@@ -60,11 +58,8 @@ def run_metric(args) -> tuple[dict, list]:
     form = "irreducible" if args.irreducible else "pure" if args.pure else ""
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
     reasons, runs = doubts(fit, args.metric, max(args.flops, default=0.0)), {p.run_name for p in used}
-    rows = [
-        (c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", _percent(c.share), c.edge)
-        for c in found
-    ]
-    head = ("model", "best", "tried", args.metric, "share", "edge")
+    rows = [(c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", c.edge) for c in found]
+    head = ("model", "best", "tried", args.metric, "edge")
     print_table(f"Best sampling of each model, by {args.metric}", head, rows)
     scatter = DASH if math.isnan(fit.taken.noise) else f"{fit.taken.noise:.2%}"
     law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), scatter)

@@ -19,7 +19,7 @@ import numpy as np
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import NO_INTERVAL
-from dit_jax.scaling.frontier.choice import Choice, choices, log_scores, one_guidance, sampling_key
+from dit_jax.scaling.frontier.choice import Choice, lowest, one_guidance, sampling_key
 from dit_jax.scaling.frontier.points import Point, higher_is_better, training
 
 GRID = 4001  # costs, evenly in the logarithm, at which the best model is looked for
@@ -101,9 +101,9 @@ def fit_frontier(
     """The frontier of `points` (of `load_points`) over the cost of an image in `unit`: "flops" or "seconds"."""
     costs = np.array([cost_of(p, unit) for p in points])
     higher, known = higher_is_better(metric, points), any(p.score_se for p in points)
-    drawn = log_scores(points, higher, resamples if known else 0, seed)
+    drawn = _log_scores(points, higher, resamples if known else 0, seed)
     # Guidance 1 takes one pass, any other two: a choice is made among equal costs, so that the cheaper one stays in the race.
-    found = choices(points, [(*sampling_key(p), c) for p, c in zip(points, costs, strict=True)], drawn)
+    found = lowest(points, [(*sampling_key(p), c) for p, c in zip(points, costs, strict=True)], higher)
     curves = {name: _curve(points, costs, drawn, name) for name in _by_size(points, costs)}
     front, shares = _front(costs, drawn)
     winners = _winners(curves)
@@ -123,6 +123,17 @@ def fit_frontier(
         curves={name: np.exp(sign * y) for name, (_, y) in curves.items()},
         warnings=_warnings(points, found, known, len(curves)),
     )
+
+
+def _log_scores(points: Sequence[Point], higher: bool, resamples: int, seed: int) -> np.ndarray:
+    """log score of the points (1 + resamples, points), negative where more is better: lower is always better.
+
+    Row 0 is what was measured; in the others each score is redrawn within its own error, log-normally.
+    """
+    log = np.log([p.score for p in points]) * (-1.0 if higher else 1.0)
+    relative = np.array([p.score_se / p.score for p in points])
+    drawn = np.random.default_rng(seed).standard_normal((resamples, len(points)))
+    return np.concatenate([log[None], log + relative * drawn])
 
 
 def _warnings(points, found: list[Choice], known: bool, models: int) -> tuple:

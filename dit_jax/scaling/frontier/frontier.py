@@ -268,8 +268,5 @@ def serve(points: Sequence[Point], images: float | int) -> list[Served]:
 
 def front(served: Sequence[Served], higher: bool = False) -> list[Served]:
     """Those that no other beats in both total and score, by total."""
-    sign, found = -1.0 if higher else 1.0, []
-    for one in sorted(served, key=lambda s: (s.total, sign * s.point.score)):
-        if not found or sign * one.point.score < sign * found[-1].point.score:
-            found.append(one)
-    return found
+    scores = np.log([[s.point.score for s in served]]) * (-1.0 if higher else 1.0)
+    return [served[i] for i in _front(np.array([s.total for s in served]), scores)[0]]

@@ -72,44 +72,39 @@ def next_cells(
     `real` is N -> N of a model that can be built. Raises UsageError for a fit that tells no loss of single sizes or has no resamples, and
     if the limit buys nothing.
     """
-    after, done = make_variance(fit, float(target)), [Cell(r.flops, r.params) for r in runs]
+    variance, done = make_variance(fit, float(target)), [Cell(r.flops, r.params) for r in runs]
     options = [tuple(Cell(c, float(real(n))) for c, n in cells) for cells in _options(fit, float(target), float(limit))]
     options = [cells for cells in options if not _repeats(cells, done) and len(set(cells)) == len(cells)]
-    if not options:
-        raise UsageError("--next_flops: every cell that could be tried has been trained")
-    if not any(_cost(cells) <= limit and len(cells) <= most for cells in options):
-        raise UsageError(f"--next_flops: {limit:.3g} FLOPs buy no cell; the cheapest is {min(map(_cost, options)):.3g}")
-    cells = min((_greedy(options, after, float(limit), most, price) for price in PRICES), key=after)
-    ordered = tuple(sorted(cells, key=lambda c: (c.flops, c.params)))
-    return Proposal(float(target), float(limit), ordered, _cost(cells), math.sqrt(after(())), math.sqrt(after(ordered)))
+    cheapest = min(map(_cost, options), default=math.inf)
+    if cheapest > limit or not any(len(cells) <= most for cells in options):
+        raise UsageError(f"--next_flops: {limit:.3g} FLOPs buy no cell; the cheapest is {cheapest:.3g}")
+
+    def greedy(price: float) -> tuple:
+        chosen: tuple = ()
+        while True:
+            now, gains = variance(chosen), {}
+            for cells in options:
+                both = chosen + cells
+                if _cost(both) <= limit and len(both) <= most and not _repeats(cells, chosen):
+                    gains[cells] = math.log(now / variance(both)) / _cost(cells) ** price
+            best = max(gains, key=gains.get, default=None)
+            if best is None or gains[best] <= 0:
+                return chosen
+            chosen += best
+
+    cells = tuple(sorted(min(map(greedy, PRICES), key=variance), key=lambda c: (c.flops, c.params)))
+    before, after = (math.sqrt(variance(some)) for some in ((), cells))
+    return Proposal(float(target), float(limit), cells, _cost(cells), before, after)
 
 
 def _cost(cells) -> float:
     return sum((c.flops for c in cells), 0.0)
 
 
-def _greedy(options: list, variance: Callable, limit: float, most: int, price: float) -> tuple:
-    """Options added one by one."""
-    chosen: tuple = ()
-    while True:
-        now, gains = variance(chosen), {}
-        for cells in options:
-            fits = _cost(chosen + cells) <= limit and len(chosen + cells) <= most
-            if fits and not _repeats(cells, chosen):
-                gains[cells] = math.log(now / variance(chosen + cells)) / _cost(cells) ** price
-        best = max(gains, key=gains.get, default=None)
-        if best is None or gains[best] <= 0:
-            return chosen
-        chosen += best
-
-
 def _repeats(cells: Sequence[Cell], done: Sequence[Cell]) -> bool:
     """Whether one of `cells` is no new one."""
-    return any(
-        abs(math.log(a.flops / b.flops)) < APART / 2 and abs(math.log(a.params / b.params)) < NEAR
-        for a in cells
-        for b in done
-    )
+    pairs = ((math.log(a.flops / b.flops), math.log(a.params / b.params)) for a in cells for b in done)
+    return any(abs(c) < APART / 2 and abs(n) < NEAR for c, n in pairs)
 
 
 def make_variance(fit: Fit, target: float) -> Callable:
@@ -117,42 +112,37 @@ def make_variance(fit: Fit, target: float) -> Callable:
     unknown = one_size(fit)
     if unknown:
         raise UsageError(f"--next_flops: {unknown} and nothing of single runs; use another, such as isoflop or varpro")
-    if not fit.draws or fit.loss_draws is None or not fit.noise > 0:
+    drawn = np.zeros(0)
+    if fit.draws and fit.loss_draws is not None and fit.noise > 0:
+        with np.errstate(all="ignore"):
+            drawn = np.log(fit.draws["N_opt"](target))
+    low, middle, high = np.nanquantile(drawn, [0.16, 0.5, 0.84]) if len(drawn) else (0.0, 0.0, 0.0)
+    kept = np.abs(drawn - middle) <= FAR * (high - low) / 2
+    if kept.sum() < FEWEST:
         raise UsageError(
             f"--next_flops: the fit has no resamples, expected runs that show their noise, and --resamples={FEWEST} or more"
         )
-    with np.errstate(all="ignore"):
-        drawn = np.log(fit.draws["N_opt"](target))
-        low, middle, high = np.nanquantile(drawn, [0.16, 0.5, 0.84])
-        kept = np.abs(drawn - middle) <= FAR * (high - low) / 2
-    if kept.sum() < FEWEST:
-        raise UsageError(f"--next_flops: {kept.sum()} resamples have an N_opt, expected {FEWEST} or more (--resamples)")
     aim, noise = drawn[kept] - drawn[kept].mean(), float(np.mean(fit.noise_draws[kept] ** 2))
     tau = fit.details.get("tau", 0.0)
 
     @functools.cache
     def told(cell: Cell) -> tuple:
         """(resamples of the loss less their mean, what a new budget's own N_opt adds to it)."""
-
-        def loss(law: Callable, params: float):
-            return law(params, cell.flops / (fit.k * params))
-
         with np.errstate(all="ignore"):
-            y = loss(fit.loss_draws, cell.params)[kept]
+            y = fit.loss_draws(cell.params, cell.flops / (fit.k * cell.params))[kept]
         y = np.where(np.isfinite(y), y - y[np.isfinite(y)].mean(), 0.0)
         old = [p.n_se**2 for p in fit.used if abs(math.log(p.flops / cell.flops)) < APART / 2]
         if old:
             return y * (old[0] / (old[0] + tau**2) if tau else 1.0), 0.0
-        return y, tau * float(
-            loss(fit.loss, cell.params * math.e**STEP) - loss(fit.loss, cell.params / math.e**STEP)
-        ) / STEP / 2
+        n = cell.params * np.exp([-STEP, STEP])
+        low, high = (float(fit.loss(size, cell.flops / (fit.k * size))) for size in n.tolist())
+        return y, tau * (high - low) / (2 * STEP)
 
     def variance(cells) -> float:
         y, own = np.array([told(c)[0] for c in cells]).reshape(-1, len(aim)), np.array([told(c)[1] for c in cells])
-        budgets = np.array([c.flops for c in cells])
+        budgets, shared = np.array([c.flops for c in cells]), y @ aim / len(aim)
         covariance = y @ y.T / len(aim) + noise * np.eye(len(cells))
         covariance += np.outer(own, own) * (budgets[:, None] == budgets)
-        shared = y @ aim / len(aim)
         return max(float(np.mean(aim**2) - shared @ np.linalg.solve(covariance, shared)), 1e-30)
 
     return variance

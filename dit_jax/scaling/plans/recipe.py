@@ -99,7 +99,7 @@ def make_recipe(
         "warnings": [
             *given.warnings,
             *silent,
-            *_cautions(c, model, n, said, runs),
+            *_cautions(c, model, n, size, said, runs),
             *outside(model, steps, given, count),
         ],
     }
@@ -147,7 +147,7 @@ def outside(model: ModelConfig, steps: int, given: Settings, count) -> list[str]
     return found
 
 
-def _cautions(c: float, model: ModelConfig, n: float, said: dict, runs: Sequence[Run]) -> list[str]:
+def _cautions(c: float, model: ModelConfig, n: float, size: float, said: dict, runs: Sequence[Run]) -> list[str]:
     """How the planned run is unlike those that were fitted."""
     found, convention = [], runs[0].convention
     in_tokens = convention.data == "tokens"
@@ -162,4 +162,7 @@ def _cautions(c: float, model: ModelConfig, n: float, said: dict, runs: Sequence
     if abs(math.log(ratio)) > math.log(UNLIKE):
         text = f"the planned model spends {ratio:.2f} times the FLOPs per parameter and {convention.data[:-1]} of RUNS"
         found.append(f"{text}: the law may not be its own")
+    off = n / (size or said["N_opt"])
+    if abs(math.log(off)) > math.log(1.1):
+        found.append(f"no model of the family is nearer than {off:.2f} times the size wanted")
     return found

@@ -18,6 +18,7 @@ from dit_jax.scaling.plans.overhead import one_size
 from dit_jax.scaling.runs.conventions import TRAIN_OVER_FORWARD
 
 POINTS, ZOOMS, HALVINGS = 33, 9, 60  # of the searches of log N and of log total
+LEAST = 500  # parameters of a model
 WIDE = 1e6  # times N_opt at the total, as far as sizes are looked at
 
 
@@ -69,8 +70,10 @@ def serve(fit: Fit, served: float, total: float | int = math.nan, loss: float | 
         known = [v[np.isfinite(v)] for v in drawn]
         spans = tuple(fit.interval(v if len(v) > len(drawn[0]) / 2 else None) for v in (known[0], known[2], known[3]))
     train, plain = float(fit.k * n * d), _plain(fit, served, float(spent), loss)
-    if not (math.isfinite(train) and train > 0):
-        raise UsageError("--images_served: no size and data reach the target; expected a higher total or loss")
+    if not (math.isfinite(train) and train > 0 and n >= LEAST):
+        raise UsageError(
+            "--images_served: no size and data reach the target; expected fewer images, or a higher total or loss"
+        )
     n_opt, size = float(fit.laws["N_opt"](train)), fit.laws["N_opt"]
     half = max(abs(math.log(r.params / float(size(r.flops)))) for r in fit.runs)
     return Served(served, float(spent), spans[2], float(n), spans[0], float(d), train, float(found), spans[1], *plain,

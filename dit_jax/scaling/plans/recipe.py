@@ -56,17 +56,8 @@ def make_recipe(
     counts it, `loss_interval` holds the noise of a run; `epochs` and `repetition`, the rise of the loss because data repeat, are nan if
     `unique` is. Raises UsageError if the budget does not buy one step.
     """
-    convention, model, c = runs[0].convention, given.model, float(budget)
-    count = count_of(convention)
-    for _ in range(ROUNDS if exact and convention.counted != "exact" else 1):
-        model = sized(given.family, size or predict(fit, c)["N_opt"], given.model, count)
-        per_image = counted_flops(convention, model, 1)
-        c = float(budget) / flops.train_flops(model) * per_image if exact else c
-    steps = round(c / per_image / given.batch)
-    if steps < 1:
-        raise UsageError(
-            f"--batch: {budget:.3g} FLOPs buy {c / per_image:.3g} images of the recommended model, less than a batch of {given.batch}"
-        )
+    model, c, steps = _buildable(fit, float(budget), given, runs[0].convention, exact, size)
+    count = count_of(runs[0].convention)
     images, n, name = steps * given.batch, float(count(model)), f"w{model.width}-d{model.depth}"
     said = predict(fit, c, n)
     repetition, assumed = _repetition(fit, n, c, images / unique)
@@ -103,6 +94,21 @@ def make_recipe(
             *outside(model, steps, given, count),
         ],
     }
+
+
+def _buildable(fit: Fit, budget: float, given: Settings, convention: Convention, exact: bool, size: float) -> tuple:
+    """(model, C as the fit counts it, steps)."""
+    count, c = count_of(convention), budget
+    for _ in range(ROUNDS if exact and convention.counted != "exact" else 1):
+        model = sized(given.family, size or predict(fit, c)["N_opt"], given.model, count)
+        per_image = counted_flops(convention, model, 1)
+        c = budget / flops.train_flops(model) * per_image if exact else c
+    steps = round(c / per_image / given.batch)
+    if steps < 1:
+        raise UsageError(
+            f"--batch: {budget:.3g} FLOPs buy {c / per_image:.3g} images of the recommended model, less than a batch of {given.batch}"
+        )
+    return model, c, steps
 
 
 def _assumptions(given: Settings, model: ModelConfig) -> tuple:

@@ -329,7 +329,7 @@ CSV = {
     "columns over many lines": ("params,tokens,loss" + ',"\n"' * 500_000, "found 500,003 columns"),
     "a column twice": ("params,tokens,loss,loss\n1,2,3,4\n", "the column 'loss' twice"),
     "a row too long": ("params,tokens,loss\n1,2,3,5\n", "runs.csv:2: found 4 fields, expected 3"),
-    "a row too short": (HEAD + "1,2\n", "runs.csv:2: loss is None"),
+    "a row too short": (HEAD + "1,2\n", "runs.csv:2: loss is nan or blank"),
     "a quote without end": (HEAD + '1,2,3,"x\n', "unexpected end of data"),
     "an infinity": (HEAD + "inf,2,3,x\n", "params is inf, expected a finite number above 0"),
     "an overflow": (HEAD + "1,1e400,3,x\n", "tokens is 1e400, expected a finite number above 0"),

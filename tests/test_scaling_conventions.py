@@ -76,7 +76,7 @@ def test_units_that_look_like_another_convention_are_named(over, what):
         (1e-6, 1, 1 / 8.64e19, "in PF-days"),
         (1, 1 / 256, 1, "tokens seems to count images, of 256 tokens each: say --data=images"),
         (1, 1, 47, "cannot be FLOPs, parameters and tokens all three"),
-        (1, 1e-14, 1e-14, "flops or params seem to be in other units, such as PF-days"),
+        (1, 1e-14, 1e-14, "in thousands, millions or billions, or in PF-days"),
     ],
 )
 def test_units_that_do_not_belong_together_are_refused(params, tokens, flops, says):

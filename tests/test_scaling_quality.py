@@ -105,24 +105,24 @@ def test_identical_rows_are_duplicates_and_the_first_is_kept():
     assert kept.runs == runs and [r.name for _, r in kept.dropped] == ["again"] and not kept.notes
 
 
-def test_one_run_with_two_losses_is_a_conflict_and_two_runs_alike_are_repeats():
+def test_one_run_with_two_losses_is_a_conflict_and_two_runs_alike_are_seeds():
     runs = sourced(ladder(noise=0.003))
     rerun = replace(runs[5], loss=runs[5].loss * 1.002, source="other.csv:9")
     found = only([*runs, rerun], "conflicts")
     assert found.runs == (runs[5].name,) * 2 and "runs.csv:7" in found.text and "other.csv:9" in found.text
     assert "conflicts" not in kinds([*runs, replace(rerun, name="seed 2")])
-    found = only([*runs, replace(rerun, name="seed 2")], "repeats")
-    assert "0.20% apart" in found.text and set(found.runs) == {runs[5].name, "seed 2"} and not found.rows
-    assert "repeats" not in kinds([*runs, rerun])
+    found = only([*runs, replace(rerun, name="seed 2")], "seeds")
+    assert "0.20% apart (standard deviation 0.14%)" in found.text and not found.rows
+    assert set(found.runs) == {runs[5].name, "seed 2"}
+    assert "seeds" not in kinds([*runs, rerun])
 
 
-def test_few_sizes_and_few_budgets_are_named():
+def test_few_sizes_are_named():
     runs = sourced(ladder())
     few, bare = quality.findings(runs[:2] + runs[8:16:3] + runs[16:])
-    assert few.kind == "sizes" and few.budgets == ("1e+18",) and few.runs == (runs[0].name, runs[1].name)
-    assert "2 distinct size(s)" in few.text and "runs.csv:3" in few.text
-    assert bare.kind == "untested" and bare.budgets == ("3.98e+18",)
-    assert kinds(runs[:16]) == ["budgets"] and kinds(runs[:24]) == []
+    assert few.kind == "sizes" and few.budgets == ("1e+18",) and "2 distinct size(s)" in few.text
+    assert "runs.csv:3" in few.text and bare.kind == "untested" and bare.budgets == ("3.98e+18",)
+    assert kinds(runs[:24]) == []
 
 
 def test_edges_and_inverted_curves_are_named():
@@ -245,7 +245,7 @@ def test_a_budget_left_with_too_few_sizes_is_said_and_many_drops_are_refused():
 def test_too_many_outliers_are_another_kind_of_noise():
     off = {8 * i: 0.03 * 1.8**i for i in range(7)}
     runs = [replace(r, loss=r.loss * math.exp(off.get(i, 0.0))) for i, r in enumerate(scatter(noise=0.001, count=60))]
-    *cases, last = quality._outliers(runs, range(60), 0.05)
+    *cases, last = quality._outliers(runs, 0.05)
     assert {f.rows for f in cases} == {(8 * i,) for i in range(1, 7)}  # as many as are looked for, the worst
     assert last.kind == "noise" and "long tails" in last.text
 
@@ -304,7 +304,45 @@ def test_numbers_of_any_size_are_judged_without_an_error():
         assert all(set(f.runs) <= names for f in quality.findings(runs))
 
 
+def digitised(off: float) -> list[Run]:
+    """A ladder whose C is read off a figure: each up to this far off."""
+    rng = np.random.default_rng(0)
+    moved = [r.flops * math.exp(rng.uniform(-off, off)) for r in ladder(noise=0.003)]
+    return [replace(r, flops=c) for r, c in zip(sourced(ladder(noise=0.003)), moved, strict=True)]
+
+
+def test_budgets_that_the_rule_splits_are_said_and_a_group_is_the_way_out():
+    runs = digitised(0.12)
+    found = only(runs, "split")
+    assert len(budgets(runs)) > 6 and "of 6" in found.text and "--column group=NAME" in found.text
+    assert "split" not in kinds([replace(r, group=r.name.split("_")[0]) for r in runs])
+    for clean in (digitised(0.02), ladder(), scatter(), scatter(count=300), grid(LAW, 4.0)):
+        assert "split" not in kinds(clean)
+
+
+def test_missing_losses_are_dropped_and_all_of_them_is_refused():
+    runs = sourced(ladder(noise=0.003))
+    holes = [replace(r, loss=math.nan) if i in (3, 40) else r for i, r in enumerate(runs)]
+    kept = quality.drop(holes, ["missing"])
+    assert kept.runs == [r for i, r in enumerate(runs) if i not in (3, 40)]
+    assert {f.kind for f, _ in kept.dropped} == {"missing"} and "2 of 48 runs have no loss" in kept.dropped[0][0].what
+    with pytest.raises(UsageError, match=r"2 of 48 runs have no loss .*runs.csv:5.*--drop=missing"):
+        quality.drop(holes, ["duplicates"])
+    with pytest.raises(UsageError, match="would leave out all 1 runs"):
+        quality.drop(holes[3:4], ["missing"])
+
+
+def test_the_best_of_a_sweep_is_the_setting_with_the_lowest_mean_at_each_cell():
+    runs = sourced(ladder(noise=0.003))
+    best = [replace(r, setting="1e-3") for r in runs]
+    worse = [replace(r, setting="3e-3", loss=math.nan if i % 2 else 1.1 * r.loss) for i, r in enumerate(runs)]
+    again = [replace(best[0], name="seed 2", loss=best[0].loss * 1.001)]
+    kept = quality.drop([*worse, *best, *again], [])
+    assert kept.runs == [*best, *again] and len(kept.dropped) == 48
+    assert "the best is 1e-3 in 48" in kept.dropped[0][0].what and len({f for f, _ in kept.dropped}) == 1
+
+
 def test_an_unknown_kind_is_refused(tmp_path, capsys):
     path = sheet(tmp_path / "runs.csv", ladder())
     assert main(["fit", path, "--drop=outlier"]) == 2
-    assert "--drop: found 'outlier', expected duplicates, diverged, outliers or all" in capsys.readouterr().err
+    assert "--drop: found 'outlier', expected missing, duplicates, diverged, outliers or all" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_records_and_a_csv_do_not_mix(tmp_path):
         ("{oops", r"records.jsonl:2: not a JSON line"),
         ("[1]", r"records.jsonl:2: found list, expected a JSON object"),
         (json.dumps({k: v for k, v in record().items() if k != "flops_train"}), r":2: no field 'flops_train'; nearest"),
-        (record(step=99, loss=float("nan")), r":2: metrics.loss is nan, expected a finite number above 0"),
+        (record(step=99, loss=float("nan")), r":2: loss is nan or blank in 1 of 1 rows, expected numbers"),
         (record(step=99, loss=-1.0), r":2: metrics.loss is -1.0, expected a finite number above 0"),
         (record(step=99, params_active=0), r":2: params_active is 0"),
         (record(step=99, flops_train="many"), r":2: flops_train is 'many', a str"),
@@ -116,7 +116,7 @@ def test_a_bad_record_is_named_with_its_line(tmp_path, bad, message):
         ("params,tokens,loss\n1,2,3\n1,-2,3\n", r"runs.csv:3: tokens is -2, expected a finite number above 0"),
         ("params,tokens,loss\n1,2,nan\n", r"runs.csv:2: loss is nan"),
         ("params,tokens,loss\n1,two,3\n", r"runs.csv:2: tokens is 'two', expected a number"),
-        ("params,tokens,loss\n1,2\n", r"runs.csv:2: loss is None"),
+        ("params,tokens,loss\n1,2\n", r"runs.csv:2: loss is nan or blank"),
     ],
 )
 def test_a_bad_csv_is_named_with_its_line(tmp_path, text, message):

@@ -47,9 +47,9 @@ def test_the_interval_spans_the_methods_that_pass():
 def test_where_no_method_passes_there_is_a_reason_and_no_interval():
     runs = ladder(repeated(3e8), noise=0.002, seed=1, low=1e18, high=1e20, budgets=5)
     _, made = judged(runs, 1e21)
-    assert made.passes == () and math.isnan(made.intervals["N_opt"][0])
+    assert made.passes == () and math.isnan(made.intervals["N_opt"][0]) and math.isnan(made.values["N_opt"])
     assert made.reason.startswith("no method passes its tests (") and made.findings[0].text.startswith("not identified")
-    assert verdict.lines(made)[0].startswith("Verdict: no method may speak beyond these data: ")
+    assert verdict.lines(made)[0].startswith("Verdict: believe none beyond these data: ")
 
 
 def test_errors_are_those_of_what_was_left_out():
@@ -106,3 +106,22 @@ def test_the_bent_ladder_is_told_right_by_default(tmp_path):
     v = json.loads(out.read_text())["verdict"]
     assert v["method"] == "isoflop" and v["intervals"]["L_opt"][0] < 1.934 < v["intervals"]["L_opt"][1]
     assert np.isfinite(v["N_opt"])
+
+
+def test_where_no_number_may_be_given_fit_says_null_and_predict_and_plan_refuse(tmp_path, capsys):
+    out = tmp_path / "fit.json"
+    bent = sheet(tmp_path / "bent.csv", ladder(repeated(3e8), noise=0.002, seed=1, low=1e18, high=1e20, budgets=5))
+    one = [Run(f"r{i}", 1e8, 1e9 * 2**i, 6e17 * 2**i, 3 - 0.1 * i) for i in range(6)]
+    for path in (bent, sheet(tmp_path / "one_size.csv", one)):
+        shared = [path, "--flops=1e21", "--resamples=60", f"--json={out}"]
+        for command in ("predict", "plan"):
+            assert main([command, *shared]) == 2 and not out.exists()
+            assert "no method passes its tests" in capsys.readouterr().err
+        assert main(["fit", *shared]) == 0
+        said = json.loads(out.read_text())
+        assert said["verdict"]["N_opt"] is None and said["verdict"]["intervals"]["L_opt"] == [None, None]
+        assert said["predictions"] == [] and said["verdict"]["reason"].startswith("no method passes its tests")
+        out.unlink()
+    flat = sheet(tmp_path / "flat.csv", [Run(r.name, r.params, r.tokens, r.flops, 2.5) for r in ladder()])
+    for command in ("fit", "predict", "plan"):
+        assert main([command, flat, "--flops=1e21", f"--json={out}"]) == 2 and not out.exists()

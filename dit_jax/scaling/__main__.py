@@ -1,7 +1,7 @@
-"""Fit scaling laws to runs: `python -m dit_jax.scaling fit|predict|plan|report|metric|compare|frontier RUNS`.
+"""Fit scaling laws to runs: `python -m dit_jax.scaling COMMAND RUNS`.
 
-RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,tokens,loss (optional flops,images,run,group);
-`--column params='Model Size'` names the column of a CSV that calls it something else, `--where study=A` takes some of its rows.
+RUNS is one or more workdirs, folders of workdirs, or a table with columns params,tokens,loss (optional flops,images,run,group);
+`--column params='1e6*Size (M)'` names a column that is called something else, `--where study=A` takes some of its rows.
 `fit --method=all` puts the methods side by side and says why they disagree; `report`, by default of all of them, shows it.
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
@@ -23,8 +23,10 @@ def _run(argv) -> None:
     args = options.parse(argv, __doc__)
     from dit_jax.scaling import commands  # numpy and scipy take a second
     from dit_jax.scaling.frontier import commands as frontier
+    from dit_jax.scaling.frontier import table
 
-    result = commands.run(args) if args.command in options.FITTED else frontier.run(args)
+    run = commands.run if args.command in options.FITTED else table.run if args.command == "table" else frontier.run
+    result = run(args)
     if args.json:
         write_file(args.json, (json.dumps(result, indent=1) + "\n").encode())
 

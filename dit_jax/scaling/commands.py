@@ -56,12 +56,19 @@ def run(args) -> dict:
     said |= {"convention": runs[0].convention.to_json(), "verdict": finite(made.to_json()) if made else None}
     said |= {"quality": [{"kind": f.kind, "runs": f.runs, "budgets": f.budgets, "text": f.text} for f in odd]}
     if args.command == "report":
-        return _report(args, runs, found, made) | said
+        return _report(args, runs, found, made, said) | said
     if args.method == "all":
         return _fit_all(args, runs, found) | said
+    silent = made.silent if made and not args.method else ""
+    if silent and args.command in ("predict", "plan"):
+        raise UsageError(
+            f"RUNS: at {made.flops:.3g} FLOPs, {made.beyond:.3g}x the largest budget, {silent}; train what the reasons ask for, or "
+            f"see what one method says with --method={made.method}"
+        )
     fit = found.fits[args.method or (made.method if made else found.main.method)]
     for reason in fit.reasons if args.method else ():  # else the verdict has said them
         print(one_line(f"warning: {fit.method}: {reason}"), file=sys.stderr)
+    args.flops = [c for c in args.flops if not silent or c <= fit.largest]
     return {"fit": _fit, "predict": _predict, "plan": _plan}[args.command](args, runs, fit) | said
 
 
@@ -86,7 +93,7 @@ def _suspects(runs: list) -> list[tuple]:
     for f in odd:
         members = [r for label, some in budgets(runs) if label in f.budgets for r in some]
         if not f.rows:
-            out.append((f.what, f.advice, members, False))
+            out.append((f.what, f.advice, members, f.kind == "split"))
     return out
 
 
@@ -111,24 +118,20 @@ def _tell(found: Methods, odd: Sequence) -> None:
 def _loaded(args) -> tuple:
     """(RUNS in one convention, C in FLOPs of training, without what --drop names; what the JSON says of those)."""
     options = dict(stated=stated.options_of(args), tokens_per_image=args.tokens_per_image)
-    options |= dict(columns=parse_names(args.column), where=args.where)
+    kinds = quality.kinds_of(args.drop)
+    missing = "missing" in kinds or args.best_of is not None
+    options |= dict(columns=parse_names(args.column), where=args.where, best_of=args.best_of, missing=missing)
     runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=args.curves, **options))
     check_units(runs)
-    kept, said = _without(runs, args.drop)
+    kept, said = _without(runs, kinds) if kinds or args.best_of else (runs, {})
     require_varied(kept)
     return kept, said
 
 
-def _without(runs: list, drop: str | None) -> tuple:
-    """(the runs, {"dropped": those that --drop has left out}), which are printed too."""
-    if drop is None:
-        return runs, {}
-    kinds = quality.DROPPED if drop == "all" else tuple(drop.split(","))
-    for kind in kinds:
-        if kind not in quality.DROPPED:
-            raise UsageError(f"--drop: found {kind!r}, expected {', '.join(quality.DROPPED)} or all")
+def _without(runs: list, kinds: tuple) -> tuple:
+    """(the runs, {"dropped": those that --drop and --best_of have left out}), which are printed too."""
     kept = quality.drop(runs, kinds)
-    for f, _ in kept.dropped:
+    for f in dict.fromkeys(f for f, _ in kept.dropped):
         print(one_line(f"dropped ({f.kind}): {f.what}"), file=sys.stderr)
     print(f"{len(runs) - len(kept.runs)} of {len(runs)} runs dropped", file=sys.stderr)
     for note in kept.notes:
@@ -218,7 +221,7 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
     return {"holdout": said if len(fits) > 1 else next(iter(said.values()))}
 
 
-def _report(args, runs: list, found: Methods, made) -> dict:
+def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
     """Write the page or figures, fit.json and report.json beside it."""
     grid = None
     if args.grid:
@@ -231,7 +234,8 @@ def _report(args, runs: list, found: Methods, made) -> dict:
         fits=fits,
         main=main.method,
         runs=tuple(runs),
-        findings=tuple(f.text for f in quality.findings(runs)),
+        findings=tuple(f["text"] for f in said["quality"]),
+        dropped=tuple(dict.fromkeys([d["text"] for d in said.get("dropped", ())] + said.get("dropped_notes", []))),
         refused=found.refused,
         disagreements=found.disagreements,
         test=_extrapolation(args.runs, runs, found, made),

@@ -2,7 +2,7 @@
 
 METHODS = ("isoflop", "varpro", "surface", "akima", "gadre", "power")  # in the order of `fits.METHODS`
 RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
-DROPPED = ("duplicates", "diverged", "outliers")  # in the order in which they are looked for
+DROPPED = ("missing", "duplicates", "diverged", "outliers")  # in the order in which they are looked for
 SPLITS = ("largest", "budgets", "models")
 SAMPLING = ("sampler", "steps", "guidance", "spacing")  # fields of protocol.samples that points may differ in
 EXPLAINED = {  # what a method does, in a sentence

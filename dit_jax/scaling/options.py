@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "Write a self-contained report.html, with its figures, fit.json and report.json beside it.",
     "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to the loss.",
     "compare": "Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower.",
+    "table": "List the records of run folders: step, weights, sampling, every metric with its interval, and the best guidances.",
     "frontier": "Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning.",
 }
 FITTED = ("fit", "predict", "plan", "report")  # those that fit laws of the loss with `--method`
@@ -139,6 +140,11 @@ def _add_quality(parser: argparse.ArgumentParser, command: str) -> None:
     )
     kinds = ",".join(DROPPED)
     parser.add_argument("--drop", metavar="KINDS", help=f"leave these runs out: any of {kinds}, or all")
+    parser.add_argument(
+        "--best_of",
+        metavar="COLUMN",
+        help="a table's sweep over this column: keep its best value at each size, data and budget",
+    )
     if command == "fit":
         what = "predict the largest budget, each budget or each model (size) from the others"
         parser.add_argument("--holdout", choices=SPLITS, help=what)
@@ -161,6 +167,10 @@ def _add_commands(commands) -> None:
     two = commands.add_parser("compare", help=COMMANDS["compare"])
     two.add_argument("runs_a", metavar="RUNS_A")
     two.add_argument("runs_b", metavar="RUNS_B")
+    for side in ("a", "b"):
+        of = f"of RUNS_{side.upper()} alone, added to"
+        two.add_argument(f"--{side}_column", metavar="OURS=THEIRS", action="append", default=[], help=f"{of} --column")
+        two.add_argument(f"--{side}_where", metavar="FIELD=VALUE", action="append", default=[], help=f"{of} --where")
     two.add_argument("--metric", default="loss")
     two.add_argument("--law", choices=("pure", "irreducible"), default="", help="form of both loss laws")
     two.add_argument(
@@ -178,27 +188,24 @@ def _add_commands(commands) -> None:
     three.add_argument("--images_served", type=float, metavar="N", help="add training: total = training + N images")
     three.add_argument("--out", metavar="PNG", help="write the figure here")
     _add_choice(three, choose=False)
+    four = commands.add_parser("table", help=COMMANDS["table"])
+    four.add_argument("runs", nargs="+", metavar="RUNS")
+    form = four.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="every number in full; the protocol goes to standard error")
+    form.add_argument("--md", action="store_true", help="as Markdown")
+    four.add_argument("--where", metavar="FIELD=VALUE", action="append", default=[], help="take the records that agree")
+    four.add_argument("--json", metavar="OUT", help="write the result here too")
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    """Adds what names the columns of a CSV, and what takes some of its rows or records."""
+    """Adds what names the columns of a table, and what takes some of its rows or records."""
     parser.add_argument(
         "--curves", action="store_true", help="every evaluated step of a run counts, not the last alone (sweep.curves)"
     )
-    parser.add_argument(
-        "--column",
-        metavar="OURS=THEIRS",
-        action="append",
-        default=[],
-        help="another name of a CSV's column; repeatable",
-    )
-    parser.add_argument(
-        "--where",
-        metavar="FIELD=VALUE",
-        action="append",
-        default=[],
-        help="take what agrees: a column of the CSV, or a field of the protocol; repeatable",
-    )
+    what = "name of a table's column, with a factor if it counts in other units ('params=1e6*Size (M)'); repeatable"
+    parser.add_argument("--column", metavar="OURS=THEIRS", action="append", default=[], help=f"another {what}")
+    what = "take what agrees: a column of the table, or a field of the protocol (FIELD=* is any value); repeatable"
+    parser.add_argument("--where", metavar="FIELD=VALUE", action="append", default=[], help=what)
 
 
 def _add_choice(parser: argparse.ArgumentParser, choose: bool = True) -> None:
@@ -232,7 +239,7 @@ def _check(args) -> None:
     window = getattr(args, "window", None)
     if window is not None and not window > 1:
         raise UsageError(f"--window: found {args.window}, expected a factor above 1")
-    if args.resamples < 0 or args.seed < 0:
+    if getattr(args, "resamples", 0) < 0 or getattr(args, "seed", 0) < 0:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
     if getattr(args, "grid", None) and not os.path.isfile(args.grid):
         raise UsageError(f"--grid: {args.grid}: no such file")

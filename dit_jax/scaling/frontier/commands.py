@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from argparse import Namespace
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.frontier import compare as ladders
@@ -123,8 +124,10 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     return ladder
 
 
-def _side(path: str, name: str, args, warnings: list) -> ladders.Ladder:
-    """The same; a message about runs says which side's they are."""
+def _side(side: str, path: str, name: str, args, warnings: list) -> ladders.Ladder:
+    """The same with the side's own columns and choices; a message about runs says which side's they are."""
+    own = {option: getattr(args, option) + getattr(args, f"{side}_{option}") for option in ("column", "where")}
+    args = Namespace(**vars(args) | own)
     try:
         return _ladder(path, name, args, warnings)
     except UsageError as error:
@@ -137,7 +140,8 @@ def run_compare(args) -> tuple[dict, list]:
     names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []
-    a, b = (_side(path, name, args, warnings) for path, name in zip((args.runs_a, args.runs_b), names, strict=True))
+    sides = zip("ab", (args.runs_a, args.runs_b), names, strict=True)
+    a, b = (_side(side, path, name, args, warnings) for side, path, name in sides)
     c = ladders.compare(a, b, form=args.law)
     rows = [(d["law"], f"{d['a']:.4f}", span(d["a_interval"], ".4f"), f"{d['b']:.4f}", span(d["b_interval"], ".4f"),
              f"{d['difference']:+.4f}", span(d["interval"], "+.4f")) for d in c["exponents"]]  # fmt: skip

@@ -16,8 +16,8 @@ from dit_jax.error import UsageError, shown
 from dit_jax.files import numbered
 from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, flatten
-from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, opened, positive
-from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
+from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, opened, positive
+from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows, scaled
 from dit_jax.scaling.runs.load import files_of, parse_record
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
@@ -104,7 +104,7 @@ def load_points(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     table, points = Columns(columns or {}, where), []
     for file in files_of(paths):
-        if file.endswith(".csv"):
+        if not is_records(file):
             points += _read_csv(file, metric, table)
         else:
             points += _own_names(_read_records(file, metric, where, curves), file, {p.name for p in points})
@@ -134,11 +134,11 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
 
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
-    ours, names = {theirs: name for name, theirs in (columns or {}).items()}, set()
+    ours, names = {scaled(theirs)[1]: name for name, theirs in (columns or {}).items()}, set()
     for file in files_of(paths):
-        if file.endswith(".csv"):
+        if not is_records(file):
             rows = read_rows(file, Expected((), ()), Columns({}, where))
-            names |= {column for row, _ in rows for column, cell in row.items() if _number(cell)}
+            names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
         else:
             names |= {name for r, at in _records(file) if _agrees(r, where, at) for name in r["metrics"]}
     values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] != "loss"}
@@ -148,13 +148,6 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     if len(found) > 1:
         raise UsageError(f"--metric: found none, expected one of {', '.join(sorted(found))}")
     return found.pop()
-
-
-def _number(cell: str | None) -> bool:
-    try:
-        return math.isfinite(float(cell or ""))
-    except ValueError:
-        return False
 
 
 def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:

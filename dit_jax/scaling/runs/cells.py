@@ -69,17 +69,30 @@ def condition(text: str) -> tuple[str, str]:
 
 
 def agrees(fields: dict, wanted: list, where: str) -> bool:
-    """Whether flat `fields` have the wanted values; numbers are compared as numbers."""
+    """Whether flat `fields` have the wanted values; numbers are compared as numbers, and * is any value."""
     for name, value in wanted:
         if name not in fields:
             raise UsageError(f"{where}: --where: no field {name!r}; {nearest(name, fields)}")
-        if str(fields[name]) != value and not _same_number(fields[name], value):
+        same = str(fields[name]) == value or (
+            is_number(fields[name]) and is_number(value) and float(fields[name]) == float(value)
+        )
+        if not same and value != "*":
             return False
     return True
 
 
-def _same_number(found, value: str) -> bool:
+def is_number(value) -> bool:
+    """Whether a cell or an option is a finite number."""
     try:
-        return float(found) == float(value)
-    except (TypeError, ValueError):
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
         return False
+
+
+def places(sources: Iterable[str]) -> str:
+    """FILE:LINE of several runs, each file once: runs.csv:3, 7; more.csv:2."""
+    files: dict = {}
+    for source in sources:
+        file, _, line = source.rpartition(":")
+        files.setdefault(file, []).append(line)
+    return "; ".join(f"{file}:{', '.join(lines)}" for file, lines in files.items())

@@ -34,6 +34,7 @@ SUSPECT = {  # C / 6ND of every run, what that looks like, and how to say so
 }
 FAR = (1 / 12, 30.0)  # times 6ND: below and above that no way to count is known
 PF_DAY = 8.64e19  # FLOPs
+LEAST = {"params": 500, "flops": 1e7, "tokens": 1e-3}  # of a training, if all runs have less; tokens for each parameter
 EXACTLY = "exact, 2 x MACs, training = 3 x forward"  # how the protocol of a record begins to say it
 
 
@@ -123,47 +124,48 @@ def training_flops(runs: Sequence) -> list:
 
 
 def check_units(runs: Sequence, tolerance: float = 0.02) -> None:
-    """Raises UsageError where C is, in every run, what MACs or forward passes would be beside N and D: 6ND / 2, / 3 or / 6.
+    """Raises UsageError where C, N and D are in units that cannot be meant, and says which they look like.
 
-    Exact FLOPs of training lie above 6ND and vary with the size, so they do not meet this by chance. Refused too: a C that is FAR from 6ND
-    in every run, or as many times 6ND as an image has tokens. D in images is not judged.
+    C may be, in every run, what MACs or forward passes would be beside N and D: 6ND / 2, / 3 or / 6. Exact FLOPs of training lie above 6ND
+    and vary with the size, so they do not meet this by chance. C may be FAR from 6ND in every run, or as many times 6ND as an image has
+    tokens. And a table may count in millions, so that it has fewer parameters, tokens or FLOPs than any training (LEAST).
     """
-    if runs[0].convention.data == "images":
-        return
-    ratios = _over_6nd(runs)
+    first, few = runs[0], _few(runs)
+    ratios = _over_6nd(runs) if first.convention.data == "tokens" else np.ones(1)
     for expected, (what, option) in SUSPECT.items():
         if len(ratios) > 1 and _all_near(ratios, expected, tolerance):
             raise UsageError(
-                f"{runs[0].source}: flops is {expected:.3g} x 6 x params x tokens in all {len(runs)} runs, which looks like "
+                f"{first.source}: flops is {expected:.3g} x 6 x params x tokens in all {len(runs)} runs, which looks like "
                 f"{what}; expected FLOPs of training: multiply it by {round(1 / expected)}, or say {option}"
             )
-
-    _check_far(runs, ratios, tolerance)
-
-
-def _check_far(runs: Sequence, ratios: np.ndarray, tolerance: float) -> None:
-    """Raises UsageError where C, N and D cannot be in FLOPs, parameters and tokens all three, saying what it looks like."""
     middle = float(np.exp(np.log(ratios).mean()))
-    same = len(ratios) > 1 and _all_near(ratios, middle, tolerance)
     side = math.sqrt(middle)
-    images = same and side > 3.9 and abs(side / round(side) - 1) < tolerance and middle < 2**15
-    few = min(run.tokens for run in runs) < 1
+    images = len(ratios) > 1 and _all_near(ratios, middle, tolerance) and 3.9 < side < 181
+    images = images and abs(side / round(side) - 1) < tolerance
     if not (images or few or ratios.min() > FAR[1] or ratios.max() < FAR[0]):
         return
-    found = f"flops is about {middle:.3g} x 6 x params x tokens"
+    thousands = math.log10(middle) / 3
     if images:
         looks = f"tokens seems to count images, of {round(middle)} tokens each: say --data=images"
     elif any(abs(math.log(middle * PF_DAY * 1000.0**k)) < tolerance for k in range(-4, 5)):
-        looks = f"flops seems to be in PF-days: multiply it by {PF_DAY:.3g}, and params and tokens by what they are counted in"
-    elif abs(math.log10(middle) / 3 - round(math.log10(middle) / 3)) < 0.003 and abs(math.log10(middle)) > 2:
-        looks = "params, tokens or flops seem to be counted in thousands, millions or billions: multiply them by that"
-    elif few:
-        looks = "flops or params seem to be in other units, such as PF-days (8.64e19 FLOPs) or millions: multiply them by that"
+        looks = f"flops seems to be in PF-days: say --column 'flops={PF_DAY:.3g}*NAME', and give the factors of params and tokens"
+    elif few or (abs(thousands - round(thousands)) < 0.001 and abs(thousands) > 2 / 3):
+        looks = "params, tokens or flops seem to be counted in thousands, millions or billions, or in PF-days: give the factor of each, "
+        looks += "such as --column 'params=1e6*NAME' --column 'tokens=1e6*NAME'"
     else:
         looks = "they cannot be FLOPs, parameters and tokens all three; give them in these units, or say --data=images"
-    if few and abs(math.log(middle)) < tolerance:  # tokens are out of 6ND, or all three are off
-        found = f"tokens is as little as {min(run.tokens for run in runs):.3g}"
-    raise UsageError(f"{runs[0].source}: {found} in these {len(runs)} runs; {looks}")
+    found = few if few and abs(math.log(middle)) < tolerance else f"flops is about {middle:.3g} x 6 x params x tokens"
+    raise UsageError(f"{first.source}: {found} in these {len(runs)} runs; {looks}")
+
+
+def _few(runs: Sequence) -> str:
+    """What a table has too little of for any training, in words; "" where there is enough. Records count in ones."""
+    n, d, c = (np.array([getattr(run, name) for run in runs]) for name in ("params", "tokens", "flops"))
+    tokens = runs[0].convention.data == "tokens" and (d.min() < 1 or (d / n).max() < LEAST["tokens"])
+    bad = {"params": n.min() < LEAST["params"], "flops": c.max() < LEAST["flops"], "tokens": tokens}
+    name = next((name for name, yes in bad.items() if yes), "")
+    values = {"params": n, "flops": c, "tokens": d}.get(name)
+    return f"{name} is {values.min():,.4g} to {values.max():,.4g}" if name and not runs[0].protocol else ""
 
 
 def _over_6nd(runs: Sequence) -> np.ndarray:

@@ -1,15 +1,17 @@
-"""Where runs come from: the evaluation records of run folders, or a CSV; checked, and never of mixed protocols."""
+"""Where runs come from: the evaluation records of run folders, or a table; checked, and never of mixed protocols."""
 
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import pairwise
 
 from dit_jax.error import UsageError
 from dit_jax.files import DEEPEST, numbered, parse_json
-from dit_jax.scaling.runs.cells import agrees, check_name, condition, nearest, opened, positive
-from dit_jax.scaling.runs.columns import Columns, Expected, read_rows
-from dit_jax.scaling.runs.conventions import Convention, of_record, require_same
+from dit_jax.scaling.runs.cells import agrees, check_name, condition, is_number, nearest, opened, places, positive
+from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows
+from dit_jax.scaling.runs.conventions import of_record, require_same
+from dit_jax.scaling.runs.run import Run
 from dit_jax.scaling.runs.stated import COLUMNS as STATED
 from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
 
@@ -22,32 +24,9 @@ RECORD = {  # field of a record -> field of a Run
     "tokens_seen": "tokens",
     "flops_train": "flops",
 }
-ROUNDING = 1e-12  # of a loss: what differs by less differs by how float64 rounds
-MOVED, CROWDED = (
-    4,
-    1.5,
-)  # tolerances by which C is moved, and runs in a group over those of moved runs, from which budgets are meant
-
-
-@dataclass(frozen=True)
-class Run:
-    """One trained model at its last evaluated step. D is counted in tokens and in images; FLOPs are 2 x MACs."""
-
-    name: str
-    params: float  # active per token: the N of the fits
-    tokens: float  # D
-    flops: float  # training
-    loss: float  # held out
-    loss_se: float = 0.0  # of the evaluation; 0 = not recorded
-    params_total: float = math.nan  # nan = not recorded
-    images: float = math.nan  # nan = not recorded
-    unique: float = math.nan  # different tokens that the run could see, in the unit of `tokens`; nan = not recorded
-    group: str = ""  # budget label; "" = runs are grouped by their FLOPs
-    protocol: dict = field(default_factory=dict)
-    protocol_id: str = ""
-    metrics: dict = field(default_factory=dict)
-    source: str = ""  # file and line, for messages
-    convention: Convention = field(default_factory=Convention)
+NEEDED = {"run": str, "step": int} | dict.fromkeys(RECORD, (int, float)) | {"metrics": dict, "protocol": dict}
+BLANK = ("", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf")  # losses that are not there
+STUDY = 5, 3, 1.5  # runs, sizes and the ratio of the largest to the smallest compute, at least, of a study by itself
 
 
 def load_runs(
@@ -59,23 +38,28 @@ def load_runs(
     tokens_per_image: float | int = math.nan,
     columns: Mapping | None = None,
     where: Sequence[str] = (),
+    best_of: str | None = None,
+    missing: bool = False,
 ) -> list[Run]:
-    """Runs of `paths`: workdirs, folders of workdirs, records.jsonl files or CSVs. One run per record name, at its last step; with
-    `curves`, one for each step evaluated.
+    """Runs of `paths`: workdirs, folders of workdirs, records or tables. One run per record name, at its last step; with `curves`, one for
+    each step evaluated.
 
-    Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a
-    model trained to test a law does not enter it. `protocol_id` takes the records of that protocol alone. `stated` says of CSVs what
-    their columns do not: field of a Convention -> one of its CHOICES. `columns` gives the CSVs' columns our names (ours -> theirs:
-    params, tokens, loss, flops, images, run, group, loss_se, ...); `where` holds FIELD=VALUE texts over a CSV's own columns, or the
-    dotted names of a protocol: only what agrees is taken. Of tokens and flops a CSV may leave out one: C = 6ND then. Refuses runs
-    whose protocols or conventions differ, naming the field and both values.
+    Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a model trained to
+    test a law does not enter it. Of records `protocol_id` takes those of one protocol. Tables (CSV, TSV, JSON lines: told by their content)
+    have the columns params, loss, and tokens or flops, of which one may be missing: C = 6ND then. `columns` gives them our names (ours ->
+    theirs, or FACTOR*THEIRS), `stated` says what they do not (field of a Convention -> one of its CHOICES). `where` holds FIELD=VALUE texts
+    over a table's own columns, or the dotted names of a protocol: only what agrees is taken. `best_of` names the column of a sweep, whose
+    cells become `Run.setting`. Refused: runs whose protocols or conventions differ, tables of several studies, and losses that are blank or
+    nan, unless `missing` keeps them as nan (`verdicts.quality.drop` leaves them out).
     """
     stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs = []
     for file in files_of(paths):
-        if file.endswith(".csv"):
-            runs += _read_csv(file, table, stated, tokens_per_image)
+        if not is_records(file):
+            runs += _read_table(file, table, stated, tokens_per_image, best_of)
+        elif best_of:
+            raise UsageError(f"{file}: holds records, expected a table with the column {best_of!r} of --best_of")
         else:
             found = _read_records(file, metric, protocol_id, curves, where)
             require_stated(found[-1:], stated)
@@ -86,66 +70,14 @@ def load_runs(
     for run in runs[1:]:
         _same_protocol(runs[0], run)
         require_same(runs[0].convention, run.convention, run.source)
+    gone = [] if missing else [run.source for run in runs if math.isnan(run.loss)]
+    if gone:
+        what = f"loss is nan or blank in {len(gone)} of {len(runs)} rows"
+        raise UsageError(
+            f"{places(gone)}: {what}, expected numbers; fill them in, or leave these rows out (fit: --drop=missing)"
+        )
     assumed = tuple({name: None for run in runs for name in run.convention.assumed})
     return [replace(run, convention=replace(run.convention, assumed=assumed)) for run in runs]
-
-
-def require_varied(runs: Sequence[Run]) -> None:
-    """Raises UsageError where the losses of 2 runs or more are all the same, rounding apart."""
-    losses = [run.loss for run in runs]
-    if len(runs) > 1 and max(losses) - min(losses) <= ROUNDING * max(losses):
-        sources = runs[0].source if runs[0].source == runs[-1].source else f"{runs[0].source} to {runs[-1].source}"
-        raise UsageError(
-            f"{sources or 'RUNS'}: loss is {losses[0]:g} in all {len(runs)} runs, expected losses that differ: no law can be read from "
-            "these; check the column, or name another with --column=loss=THEIRS"
-        )
-
-
-def budgets(runs: Iterable[Run], tolerance: float = 0.05) -> list[tuple[str, tuple]]:
-    """(label, runs) of each compute budget: runs grouped by label where all have one, else by training FLOPs within `tolerance`."""
-    runs, groups = list(runs), {}
-    if all(r.group for r in runs):
-        for run in runs:
-            groups.setdefault(run.group, []).append(run)
-        return [(label, tuple(members)) for label, members in groups.items()]
-    start, key = -math.inf, ""
-    for run in sorted(runs, key=lambda r: r.flops):
-        if run.flops > start * (1 + tolerance) or not key:
-            start, key = run.flops, f"{run.flops:.3g}"
-            while key in groups:
-                key += "'"
-        groups.setdefault(key, []).append(run)
-    return [(label, tuple(members)) for label, members in groups.items()]
-
-
-def scattered(groups: Sequence[tuple], tolerance: float = 0.05) -> str:
-    """Why `groups`, as `budgets` gives them, are no planned budgets, or "".
-
-    Fewer than half of the runs are at budgets of 3 sizes or more; or the groups hold hardly more runs than they would if every C were
-    another, by up to MOVED x `tolerance` either way: then they are chance.
-    """
-    runs = [run for _, members in groups for run in members]
-    full = sum(len(members) for _, members in groups if len({r.params for r in members}) >= 3)
-    if 2 * full < len(runs):
-        return f"the runs share no compute budgets: {full} of {len(runs)} are at a budget of 3 sizes or more"
-    if all(run.group for run in runs):
-        return ""
-    size, chance = len(runs) / len(groups), len(runs) / len(budgets(_moved(runs, MOVED * tolerance), tolerance))
-    if size >= CROWDED * chance:
-        return ""
-    return (
-        f"the runs share no compute budgets: groups within {tolerance:.0%} of C hold {size:.1f} runs, and would hold {chance:.1f} if every "
-        f"C were up to {MOVED * tolerance:.0%} off"
-    )
-
-
-def _moved(runs: Sequence[Run], most: float) -> list[Run]:
-    """The runs with their log C moved evenly between -`most` and `most`, neighbours differently."""
-    steps = (
-        i * (math.sqrt(5) - 1) % 2 - 1 for i in range(len(runs))
-    )  # multiples of the golden ratio fill an interval evenly
-    ordered = sorted(runs, key=lambda run: run.flops)
-    return [replace(run, flops=run.flops * math.exp(most * u)) for run, u in zip(ordered, steps, strict=True)]
 
 
 def files_of(paths: Iterable) -> list[str]:
@@ -156,8 +88,6 @@ def files_of(paths: Iterable) -> list[str]:
 
 def _below(path: str) -> list[str]:
     if os.path.isfile(path):
-        if not path.endswith((".csv", ".jsonl")):
-            raise UsageError(f"{path}: found a file, expected a workdir, a .csv or a records.jsonl")
         return [path]
     if not os.path.isdir(path):
         raise UsageError(f"{path}: no such file or folder")
@@ -211,13 +141,7 @@ def parse_record(line: bytes, where: str) -> dict:
         raise UsageError(f"{where}: not a JSON line ({error})") from None
     if not isinstance(record, dict):
         raise UsageError(f"{where}: found {type(record).__name__}, expected a JSON object")
-    for name, kind in {
-        "run": str,
-        "step": int,
-        **dict.fromkeys(RECORD, (int, float)),
-        "metrics": dict,
-        "protocol": dict,
-    }.items():
+    for name, kind in NEEDED.items():
         if name not in record:
             raise UsageError(f"{where}: no field {name!r}; {nearest(name, record)}")
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -254,23 +178,38 @@ def _run(record: dict, metric: str, where: str) -> Run:
 
 def _metric(record: dict, name: str, where: str, default: float | None = None) -> float:
     value = record["metrics"].get(name, default)
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) and (value is not None or default is not None):
         raise UsageError(f"{where}: metrics.{name} is {value!r}, expected a number")
-    return positive(value, f"metrics.{name}", where, zero=default is not None)
+    return (
+        _loss(value, f"metrics.{name}", where) if default is None else positive(value, f"metrics.{name}", where, True)
+    )
 
 
-def _read_csv(file: str, columns: Columns, stated: Mapping, tokens_per_image: float | int) -> list[Run]:
-    runs, said, given = [], [], []
+def _loss(value, name: str, where: str) -> float:
+    """A loss; nan where there is none."""
+    blank = value is None or str(value).strip().lower() in BLANK
+    return math.nan if blank else positive(value, name, where)
+
+
+def _read_table(
+    file: str, columns: Columns, stated: Mapping, tokens_per_image: float | int, best_of: str | None
+) -> list[Run]:
+    rows, runs = [], []
     for row, where in read_rows(file, TABLE, columns):
-        runs.append(_csv_run(row, where, len(runs)))
-        said.append(of_cells(row, where))
-        given.append(("tokens",) * ("tokens" in row) + ("flops",) * bool((row.get("flops") or "").strip()))
+        if best_of and best_of not in row:
+            raise UsageError(f"{file}: no column {best_of!r}, which --best_of names; {nearest(best_of, row)}")
+        rows.append(row)
+        runs.append(_table_run(row, where, len(rows), best_of))
     if not runs and not columns.where:
         raise UsageError(f"{file}: found a header and no run below it")
-    return runs and of_table(runs, said, given, stated, tokens_per_image)
+    said = [of_cells(row, run.source) for row, run in zip(rows, runs, strict=True)]
+    given = [("tokens",) * ("tokens" in row) + ("flops",) * bool((row.get("flops") or "").strip()) for row in rows]
+    runs = runs and of_table(runs, said, given, stated, tokens_per_image)
+    _check_studies(file, rows, runs, {best_of, "seed", *(condition(text)[0] for text in columns.where)})
+    return runs
 
 
-def _csv_run(row: dict, where: str, index: int) -> Run:
+def _table_run(row: dict, where: str, number_of_row: int, best_of: str | None) -> Run:
     """A row as a run; of tokens and flops the one that is absent is that of C = 6ND."""
 
     def number(name, default=None, zero=False):
@@ -293,17 +232,42 @@ def _csv_run(row: dict, where: str, index: int) -> Run:
             raise UsageError(f"{where}: found unique_images and no images, expected both, or unique_tokens")
         unique = number("unique_images") * tokens / images
     return Run(
-        name=text("run", f"row{index + 1}"),
+        name=text("run", f"row{number_of_row}") + (f", seed {text('seed')}" if row.get("run") and text("seed") else ""),
         params=params,
         tokens=tokens,
         flops=positive(number("flops", 6.0 * params * tokens), "flops", where),
-        loss=number("loss"),
+        loss=_loss(row["loss"], "loss", where),
         loss_se=number("loss_se", 0.0, zero=True),
         images=images,
         unique=unique,
         group=text("group"),
+        setting=text(best_of) if best_of else "",
         source=where,
     )
+
+
+def _check_studies(file: str, rows: Sequence[dict], runs: Sequence[Run], chosen: set) -> None:
+    """Raises UsageError where text columns split the runs into studies: ladders over the same compute, each with sizes of its own."""
+    few, sizes, wide = STUDY
+    found = {}
+    for name in rows[0] if rows else ():
+        cells = [(row[name] or "").strip() for row in rows]
+        if name in TABLE.known or name in chosen or any(map(is_number, cells)):
+            continue
+        studies: dict = {}
+        for cell, run in zip(cells, runs, strict=True):
+            studies.setdefault(cell, []).append(run)
+        ladders = [s for s in studies.values() if len(s) >= few and len({r.params for r in s}) >= sizes]
+        spans = sorted((min(r.flops for r in s), max(r.flops for r in s)) for s in ladders)
+        if any(b[0] < a[1] / wide for a, b in pairwise([s for s in spans if s[1] > wide * s[0]])):
+            found[name] = list(studies)
+    if found:
+        what = "; ".join(f"{name} ({', '.join(v[:5])}{', ...' * (len(v) > 5)})" for name, v in found.items())
+        name, (value, *_) = next(iter(found.items()))
+        raise UsageError(
+            f"{file}: text columns split the runs into studies over the same compute: {what}; take one with --where '{name}={value}', or "
+            f"all as one with --where '{name}=*'"
+        )
 
 
 def _same_protocol(first: Run, run: Run) -> None:

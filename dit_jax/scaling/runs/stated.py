@@ -24,14 +24,7 @@ def options_of(args) -> dict:
     """Field of a Convention -> what the command says of it. Raises UsageError on a word that is unknown."""
     if args.tokens_per_image <= 0 or math.isinf(args.tokens_per_image):
         raise UsageError(f"--tokens_per_image: found {args.tokens_per_image:g}, expected a number above 0")
-    flags = {
-        "counted": "counted",
-        "unit": "unit",
-        "passes": "pass",
-        "params": "params",
-        "data": "data",
-        "loss": "loss_kind",
-    }
+    flags = {name: {"passes": "pass", "loss": "loss_kind"}.get(name, name) for name in CHOICES}
     given = {name: getattr(args, "loss_kind" if name == "loss" else name) for name in flags}
     return {name: word(name, value, f"--{flags[name]}") for name, value in given.items() if value is not None}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.fits.fit import NO_INTERVAL, Fit, interval, predict
+from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, interval, predict
 from dit_jax.scaling.runs import Run, budgets, scattered
 from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.holdout import folds
@@ -55,6 +55,11 @@ class Verdict:
     scores: dict
     passes: tuple
     findings: tuple = ()
+
+    @property
+    def silent(self) -> str:
+        """Why nothing may be said at the target; "" = it may."""
+        return "" if self.passes or self.beyond <= INSIDE else self.reason
 
     def to_json(self) -> dict:
         findings = [{"text": f.text, "effect_percent": f.effect, "advice": f.advice} for f in self.findings]
@@ -116,12 +121,13 @@ def judge(
     passes = tuple(m for m, f in able.items() if f.identified and math.isfinite(said[m]["N_opt_interval"][0]))
     order = sorted(passes or able, key=lambda m: _total(scores[m]))
     best = able[order[0]]
+    speaks = bool(passes) or at <= INSIDE * best.largest
     made = Verdict(
         method=best.method,
         reason=_reason(order, scores, able, passes),
         flops=at,
         beyond=at / best.largest,
-        values={name: said[best.method][name] for name in QUANTITIES},
+        values={name: said[best.method][name] if speaks else math.nan for name in QUANTITIES},
         intervals={name: _pooled([able[m] for m in passes], name, at) for name in QUANTITIES},
         scores=scores,
         passes=passes,
@@ -175,7 +181,7 @@ def _reason(order: Sequence[str], scores: dict, able: Mapping[str, Fit], passes:
     failed = [m for m in able if m not in order]
     if not passes:
         why = "; ".join(f"{m}: {f.reasons[0] if f.reasons else 'no interval'}" for m, f in able.items())
-        return f"no method passes its tests ({why}); of {best} {text}"
+        return f"no method passes its tests ({why}); of {best}, {text}"
     return text + (f"; {', '.join(failed)} may not speak beyond the data" if failed else "")
 
 
@@ -224,13 +230,13 @@ def _ends(runs: Sequence[Run]) -> list[tuple]:
 
 def _effect(made: Verdict, other: Mapping) -> dict:
     """What `other` says of the target, relative to the verdict, in percent."""
-    return {n: 100 * (other.get(n, math.nan) / made.values[n] - 1) for n in QUANTITIES}
+    return {n: 100 * (other.get(n, math.nan) / v - 1) if v > 0 else math.nan for n, v in made.values.items()}
 
 
 def _half(made: Verdict, name: str) -> float:
     """Half of the interval in percent."""
     low, high = made.intervals[name]
-    return 50 * (high - low) / made.values[name]
+    return 50 * (high - low) / made.values[name] if made.values[name] > 0 else math.nan
 
 
 def _weight(made: Verdict, finding: Finding) -> float:
@@ -241,7 +247,7 @@ def _weight(made: Verdict, finding: Finding) -> float:
 
 def lines(made: Verdict) -> list[str]:
     """The verdict in words: which method, the number, and what would change it."""
-    name = f"believe {made.method}" if made.passes else "no method may speak beyond these data"
+    name = f"believe {made.method}" if made.passes else "believe none beyond these data"
     parts = []
     for quantity, digits in (("N_opt", ".3g"), ("L_opt", ".4f")):
         value, (low, high) = made.values[quantity], made.intervals[quantity]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 from ml_collections import config_flags
-from planted import BUDGETS, L_LAW, LAW, N_LAW, ladder, study
+from planted import BUDGETS, L_LAW, LAW, N_LAW, ladder, repeated, study
+from scipy import optimize
 from test_scaling_runs import record, workdir
 
 from dit_jax import flops
@@ -19,10 +20,11 @@ from dit_jax.error import UsageError
 from dit_jax.hardware import topology
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits import METHODS, fit_akima, fit_gadre, fit_isoflop, fit_varpro
-from dit_jax.scaling.plans.design import Cell, next_cells
+from dit_jax.scaling.plans.design import Cell, make_variance, next_cells
 from dit_jax.scaling.plans.family import DIT, Family, family_of, sized
 from dit_jax.scaling.plans.plan import plan
 from dit_jax.scaling.plans.recipe import make_recipe
+from dit_jax.scaling.plans.serving import data_of, serve
 from dit_jax.scaling.plans.settings import Settings, settings
 from dit_jax.scaling.runs import Run, load_runs
 from dit_jax.scaling.runs.conventions import Convention
@@ -163,16 +165,18 @@ def test_a_plan_for_hours_of_chips(swept, tmp_path, capsys):
 def test_named_models_and_config_files_set_the_rest(swept, monkeypatch):
     monkeypatch.chdir(ROOT)
     runs = load_runs(swept)
-    named = settings(runs, name="DiT-B/4", changes={"image_size": 512})
+    named = settings(runs, name="DiT-B/4", size=512)
     assert (named.model.patch, named.model.input_size, named.file) == (4, 64, "configs/imagenet512.py:DiT-B/4")
-    filed = settings(runs, file="configs/digits.py", changes={"classes": 12}, batch=48)
-    assert (filed.model.classes, filed.batch, filed.file) == (12, 48, "configs/digits.py")
+    filed = settings(runs, file="configs/digits.py", batch=48)
+    assert (filed.model.classes, filed.batch, filed.file) == (10, 48, "configs/digits.py")
     own = settings(runs)
     assert own.file == "configs/digits.py" and own.batch == 32 and own.rate[1] == pytest.approx(-0.5)
     for given in (named, filed, own):
         recipe = make_recipe(fit_isoflop(runs, resamples=0), 1e14, given, runs)
-        cfg = parsed(recipe.command, monkeypatch)
-        assert cfg.model == recipe.model and cfg.train.steps == recipe.steps and cfg.train.batch_size == given.batch
+        cfg = parsed(recipe["command"], monkeypatch)
+        assert (
+            cfg.model == recipe["model"] and cfg.train.steps == recipe["steps"] and cfg.train.batch_size == given.batch
+        )
 
 
 def test_a_plan_of_a_table_assumes_and_says_so(tmp_path, capsys, monkeypatch):
@@ -193,13 +197,13 @@ def test_exact_budgets_are_met_whatever_the_fit_counts():
     runs = [replace(r, convention=Convention(counted="6ND")) for r in ladder()]
     fit, given = fit_varpro(runs, resamples=0), Settings(XL, 256, DIT, "test")
     recipe = make_recipe(fit, 1e21, given, runs, exact=True)
-    assert recipe.flops_train == pytest.approx(1e21, rel=1e-3) and recipe.flops < 0.99e21
-    assert recipe.flops == pytest.approx(6 * recipe.n * recipe.tokens, rel=1e-3)
-    assert recipe.n_opt == pytest.approx(float(LAW.optimum(6.0)["N_opt"](recipe.flops)), rel=1e-3)
+    assert recipe["flops_train"] == pytest.approx(1e21, rel=1e-3) and recipe["flops"] < 0.99e21
+    assert recipe["flops"] == pytest.approx(6 * recipe["n"] * recipe["tokens"], rel=1e-3)
+    assert recipe["n_opt"] == pytest.approx(float(LAW.optimum(6.0)["N_opt"](recipe["flops"])), rel=1e-3)
     counted = make_recipe(fit, 1e21, given, runs)
-    assert counted.flops == 1e21 == pytest.approx(6 * counted.n * counted.tokens, rel=1e-3)
+    assert counted["flops"] == 1e21 == pytest.approx(6 * counted["n"] * counted["tokens"], rel=1e-3)
     total = [replace(r, convention=Convention(params="total")) for r in runs]
-    assert make_recipe(fit, 1e21, given, total).params == pytest.approx(counted.n_opt, rel=0.05)
+    assert make_recipe(fit, 1e21, given, total)["params"] == pytest.approx(counted["n_opt"], rel=0.05)
     with pytest.raises(UsageError, match=r"--batch: 1e\+21 FLOPs buy .* images of the recommended model, less than a"):
         make_recipe(fit, 1e21, replace(given, batch=10**10), runs)
 
@@ -253,10 +257,11 @@ def narrowed(studies: int, rivals: int) -> tuple:
 
 
 def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
-    runs, proposal, _ = proposed(0.003)
-    chosen = proposal.variance(proposal.cells)
-    assert chosen < 0.5 * proposal.variance(())
-    assert all(chosen < proposal.variance(others(proposal, runs, seed)) for seed in range(10))
+    runs, proposal, target = proposed(0.003)
+    variance = make_variance(fit_isoflop(runs), target)
+    chosen = variance(proposal.cells)
+    assert chosen < 0.5 * variance(())
+    assert all(chosen < variance(others(proposal, runs, seed)) for seed in range(10))
     before, after, _, predicted = narrowed(48, 0)
     assert after < 0.9 * before and after / before == pytest.approx(predicted, rel=0.35)
 
@@ -311,8 +316,7 @@ def test_the_deviation_is_that_of_the_resamples_and_more_cells_lower_it(method):
     proposal, fewer = (next_cells(fit, runs, 1e22, limit, most=most) for most in (6, 3))
     assert proposal.before == pytest.approx(float(np.std(np.log(fit.draws["N_opt"](1e22)))), rel=0.1)
     assert len(fewer.cells) <= 3 and proposal.after < fewer.after < fewer.before and proposal.cost <= limit
-    assert [o.gain_per_flop for o in fewer.ranking] == sorted((o.gain_per_flop for o in fewer.ranking), reverse=True)
-    assert fewer.after == pytest.approx(math.sqrt(fewer.variance(fewer.cells)))
+    assert fewer.after == pytest.approx(math.sqrt(make_variance(fit, 1e22)(fewer.cells)))
 
 
 def test_a_new_budget_of_a_fit_by_budgets_gets_three_sizes_or_more():
@@ -322,12 +326,150 @@ def test_a_new_budget_of_a_fit_by_budgets_gets_three_sizes_or_more():
         assert sum(cell.flops == c for cell in proposal.cells) >= 3
 
 
+def test_where_budgets_scatter_new_ones_are_worth_more_than_more_of_the_old():
+    """More runs of an old budget cannot tell where the law passes it, if its minimum is off the law by more than its noise."""
+    target, fit = 10 * float(BUDGETS[-1]), fit_isoflop(study(noise=0.001, seed=0, sizes=7, scatter=0.2))
+    assert fit.details["tau"] > 0.1
+    of_old = tuple(Cell(c, float(N_LAW(c)) * f) for c in BUDGETS.tolist() for f in (0.4, 0.6, 1.7, 2.5))
+    of_new = tuple(Cell(c, float(N_LAW(c)) * f) for c in (1.6e11, 2e11) for f in (0.4, 1.0, 2.5))
+    worth = {}
+    for tau in (0.0, fit.details["tau"]):
+        variance = make_variance(replace(fit, details={"tau": tau}), target)
+        worth[tau > 0] = [variance(cells) / variance(()) for cells in (of_old, of_new)]
+    assert worth[True][0] > 0.95 > 0.9 > worth[True][1] and worth[False][0] < 0.8
+    cells = next_cells(fit, fit.runs, target, sum(r.flops for r in fit.runs)).cells
+    assert not {c.flops for c in cells} & {p.flops for p in fit.used}
+
+
 def test_a_fit_of_the_best_sizes_alone_proposes_no_cell():
     runs = ladder(noise=0.002)
     with pytest.raises(UsageError, match="--next_flops: method akima tells the loss of the best size alone"):
         next_cells(fit_akima(runs), runs, 1e22, 1e21)
     with pytest.raises(UsageError, match="--next_flops: the fit has no resamples, expected runs that show their noise"):
         next_cells(fit_isoflop(runs, resamples=0), runs, 1e22, 1e21)
+
+
+# Training and serving
+
+
+@pytest.mark.parametrize("served", [1e9, 1e11, 1e13])
+def test_the_joint_optimum_is_that_of_an_independent_minimiser(served):
+    """On a planted surface: the least loss of a total, and the least total of a loss, by scipy in other variables."""
+    fit, k = fit_varpro(ladder(), resamples=0), 6.0
+    total = 1e22
+
+    def loss(x):
+        return LAW(math.exp(x), total / (k * math.exp(x)) - served)
+
+    found, top = serve(fit, served, total=total), math.log(total / k / served)
+    best = optimize.minimize_scalar(
+        loss, bounds=(10.0, min(top, 30.0) - 1e-9), method="bounded", options={"xatol": 1e-9}
+    )
+    assert found.n == pytest.approx(math.exp(best.x), rel=1e-3) and found.loss == pytest.approx(best.fun, rel=1e-8)
+    assert found.train + k * found.n * served == pytest.approx(total, rel=1e-6) == pytest.approx(found.plain_total)
+    assert found.loss < found.plain_loss and found.n < found.plain_n
+
+    def spent(x):
+        left = found.loss - LAW.E - LAW.A * math.exp(-LAW.alpha * x)
+        return k * math.exp(x) * ((LAW.B / left) ** (1 / LAW.beta) + served) if left > 0 else math.inf
+
+    least = optimize.minimize_scalar(spent, bounds=(best.x - 1, best.x + 1), method="bounded", options={"xatol": 1e-9})
+    again = serve(fit, served, loss=found.loss)
+    assert again.total == pytest.approx(total, rel=1e-6) == pytest.approx(least.fun, rel=1e-5)
+    assert again.plain_total > total and again.plain_loss == pytest.approx(found.loss)
+
+
+def test_without_images_the_joint_optimum_is_that_of_training():
+    fit = fit_varpro(ladder(), resamples=0)
+    found = serve(fit, 0.0, total=1e22)
+    assert found.n == pytest.approx(LAW.optimum(6.0)["N_opt"](1e22), rel=1e-3) == pytest.approx(found.plain_n)
+    assert data_of(10, 50, 1.0, 16) == 10 * 50 * 16 / 3 and data_of(10, 50, 1.5, 16) == 2 * data_of(10, 50, 1.0, 16)
+
+
+@pytest.mark.parametrize(
+    ("method", "studies"), [(fit_varpro, 12), pytest.param(fit_varpro, 200, marks=pytest.mark.slow)]
+)
+def test_intervals_of_the_joint_optimum_hold_the_truth(method, studies):
+    truth, hits = serve(method(ladder(), resamples=0), 1e12, total=1e22), []
+    for seed in range(studies):
+        found = serve(method(ladder(noise=0.005, seed=seed), resamples=100, seed=seed), 1e12, total=1e22)
+        pairs = ((found.n_interval, truth.n), (found.loss_interval, truth.loss))
+        hits.append([low <= value <= high for (low, high), value in pairs])
+    assert np.mean(hits, axis=0).min() > (0.9 if studies > 100 else 0.7), np.mean(hits, axis=0)
+
+
+@READS
+def test_a_plan_for_training_and_serving(swept, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "plan.json"
+    more = [
+        "--images_served=1e6",
+        "--sampling_steps=20",
+        "--guidance=2",
+        "--next_flops=0",
+        "--resamples=50",
+        "--method=varpro",
+    ]
+    assert main(["plan", swept, "--flops=1e13", "--target_loss=0.46", f"--json={out}", *more]) == 0
+    printed, plans = capsys.readouterr().out, json.loads(out.read_text())["plans"]
+    assert "Best model for 1e+06 images of 20 steps at guidance 2" in printed and "training alone" in printed
+    for one in plans:
+        said = one["serving"]
+        image = 20 * 2 * flops.forward_flops(ModelConfig(**one["model"]))
+        assert one["flops_train"] + 1e6 * image == pytest.approx(
+            said["total"], rel=0.15
+        )  # of a model that can be built
+        assert one["flops"] == pytest.approx(said["train"]) and 0 < said["sampling_share"] < 1
+        assert one["n"] == pytest.approx(said["n"], rel=0.2) and said["n"] < said["plain_n"]
+    assert plans[0]["serving"]["total"] == 1e13 and plans[1]["serving"]["loss"] == pytest.approx(0.46, rel=1e-4)
+    assert plans[1]["serving"]["plain_total"] > plans[1]["serving"]["total"]
+
+
+def test_where_no_other_size_or_loss_is_known_there_is_no_joint_optimum():
+    with pytest.raises(UsageError, match="--images_served: method akima tells the loss of the best size alone"):
+        serve(fit_akima(ladder(noise=0.002)), 1e12, total=1e22)
+    with pytest.raises(UsageError, match=r"--images_served: .*budgets"):
+        serve(fit_isoflop(study(noise=0.002, budgets=BUDGETS[::2])), 1e6, total=1e13)
+    with pytest.raises(UsageError, match=r"--target_loss: found 1\.8, expected more than 1\.817"):
+        serve(fit_varpro(ladder(), resamples=0), 1e12, loss=1.8)
+    with pytest.raises(UsageError, match="no size and data reach the target"):
+        serve(fit_varpro(ladder(), resamples=0), 1e40, total=1e22)
+
+
+# What a plan takes for granted
+
+
+def test_a_plan_far_outside_practice_says_how_far_and_what_is_nearer():
+    """A family of narrow models and a batch of 32 at 1e22 FLOPs: a depth and a number of steps that nobody has trained."""
+    runs, family = [replace(r, convention=Convention(counted="6ND")) for r in ladder()], Family("RUNS", 8.0, 64.0)
+    fit = fit_varpro(runs, resamples=0)
+    said = make_recipe(fit, 1e22, Settings(XL, 32, family, "test", seen={"depth": 12, "steps": 9000}), runs)
+    deep, long = said["warnings"][-2:]
+    assert (
+        said["model"].depth > 80
+        and f"{said['model'].depth / 28:.3g}x DiT-XL/2's 28" in deep
+        and "x the largest of RUNS, 12" in deep
+    )
+    assert "--family=dit makes it width" in deep
+    assert said["steps"] > 7e6 and "x DiT-XL/2's 7,000,000" in long and "--batch=" in long
+    batch = int(long.partition("--batch=")[2].split()[0])
+    nearer = make_recipe(fit, 1e22, Settings(XL, batch, DIT, "test"), runs)
+    assert not [w for w in nearer["warnings"] if "steps" in w] and nearer["model"].depth < said["model"].depth / 2
+    assert "batch of 32 images and learning rate unknown (no config)" in said["assumptions"][0]
+
+
+def test_a_plan_says_what_repeated_data_cost():
+    runs = [replace(r, convention=Convention(counted="6ND")) for r in ladder()]
+    fit, given = fit_varpro(runs, resamples=0), Settings(XL, 256, DIT, "test")
+    never, eight = (make_recipe(fit, 1e22, given, runs, unique=u) for u in (1e15, 1.28e6))
+    assert (
+        never["epochs"] < 1 and never["repetition"] == 0 and math.isnan(make_recipe(fit, 1e22, given, runs)["epochs"])
+    )
+    assert eight["epochs"] == pytest.approx(eight["images"] / 1.28e6)
+    law = repeated(1.28e6 * 256, 15.39)
+    d = eight["flops"] / (6 * eight["n"])
+    assert eight["repetition"] == pytest.approx(law(eight["n"], d) - LAW(eight["n"], d), rel=1e-3)
+    assert "R* = 15.4, of language models" in eight["assumptions"][1]
 
 
 # Sizes and units
@@ -340,9 +482,9 @@ def test_a_plan_takes_the_nearest_size_of_a_ladder():
     assert chosen.name == "near" and chosen.off == pytest.approx(1.2, rel=1e-6)
     assert chosen.images == pytest.approx(1e12 / (3 * 4e5))
     assert chosen.loss == pytest.approx(L_LAW(1e12) + 0.02 * math.log(1.2) ** 2, rel=1e-6)
-    with pytest.raises(UsageError, match="ladder: found no size"):
+    with pytest.raises(UsageError, match=r"ladder: found \[\], expected"):
         plan(fit, 1e12, [])
-    with pytest.raises(UsageError, match="--method: power says nothing of N_opt"):
+    with pytest.raises(UsageError, match="--method: power has no law of N_opt"):
         plan(METHODS["power"](study(), resamples=0), 1e12, [("a", 1e5, 1e5)])
 
 
@@ -372,8 +514,8 @@ def test_where_no_loss_is_known_beyond_the_data_the_plan_says_so():
     runs = [replace(r, convention=Convention(counted="6ND")) for r in study(noise=0.002, budgets=BUDGETS[::2])]
     given = Settings(DIGITS, 32, DIT, "test")
     recipe = make_recipe(fit_isoflop(runs, resamples=50), 10 * float(BUDGETS[-1]), given, runs)
-    assert math.isnan(recipe.loss) and all(math.isnan(o.rise) and "3 budgets" in o.source for o in recipe.off)
-    assert any(w.startswith("no loss is expected of this run: 3 budgets") for w in recipe.warnings)
+    assert math.isnan(recipe["loss"]) and all(math.isnan(o.rise) and "3 budgets" in o.source for o in recipe["off"])
+    assert any(w.startswith("no loss is expected of this run: 3 budgets") for w in recipe["warnings"])
 
 
 # Bad use
@@ -392,14 +534,16 @@ def test_where_no_loss_is_known_beyond_the_data_the_plan_says_so():
         (["--flops=1e13", "--config=none.py"], "no config file 'none.py'"),
         (["--flops=1e13", "--config=bad.py"], "--config: bad.py cannot be read: KeyError: 'get_config'"),
         (["--flops=1e13", "--model=DiT-XXL/2"], "model name: found 'DiT-XXL/2', expected one of"),
-        (["--flops=1e13", "--model=DiT-XL/2", "--patch=3"], "model.patch: found 3, expected a divisor of model.input_size = 32"),
         (["--flops=1e13", "--image_size=256"], "--image_size: found it with the settings of a config"),
         (["--flops=1e13", "--batch=-4"], "--batch: found -4, expected at least 1"),
         (["--flops=1e13", "--batch=100000000"], "less than a batch of 100000000"),
-        (["--flops=1e13", "--conditioning=none"], "model.conditioning: found 'none'"),
         (["--flops=1e13", "--next_flops=3"], "--next_flops: 3 FLOPs buy no cell; the cheapest is 2e+10"),
         (["--flops=1e13", "--next_flops=1e12", "--method=akima"], "--next_flops: method akima tells the loss of the best size alone"),
-        (["--flops=1e13", "--method=power"], "--method: power says nothing of N_opt, for it has no law of the best size in compute"),
+        (["--target_loss=0.4"], "--target_loss: found it without --images_served"),
+        (["--images_served=1e6"], "plan: found no budget"),
+        (["--flops=1e13", "--images_served=-1"], "--images_served: found -1, expected a number above 0"),
+        (["--chip_hours=5", "--topology=v3-8", "--images_served=1"], "--images_served: found it with --chip_hours"),
+        (["--flops=1e13", "--method=power"], "--method: power has no law of N_opt in compute"),
     ],
 )  # fmt: skip
 def test_bad_use_is_one_line_exit_2_and_no_file(swept, tmp_path, monkeypatch, capsys, arguments, message):

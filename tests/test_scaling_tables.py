@@ -308,15 +308,6 @@ def test_each_side_of_compare_has_its_own_columns_and_rows(tmp_path, capsys):
     assert "split the runs into studies" in refused(capsys, "compare", one, one, "--b_where=kind=y")
 
 
-def test_the_second_data_set_of_metric_has_its_own_columns(tmp_path, capsys):
-    rows = [(f"m{i}", 10.0**i * 1e12, 50.0 / (i + 1)) for i in range(4)]
-    for name, head in (("a.csv", "name,flops_train,fid"), ("b.csv", "name,flops_train,FID2")):
-        (tmp_path / name).write_text("\n".join([head, *(f"{m},{c!r},{y!r}" for m, c, y in rows)]))
-    paths = [str(tmp_path / "a.csv"), "--against", str(tmp_path / "b.csv")]
-    assert main(["metric", *paths, "--against_column=fid=FID2", "--resamples=20"]) == 0
-    assert "The second data set, 4 models" in capsys.readouterr().out
-
-
 # `table`
 
 

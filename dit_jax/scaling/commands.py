@@ -10,7 +10,7 @@ from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans import commands as plans
-from dit_jax.scaling.report import Report, opening, save
+from dit_jax.scaling.report import Report, save
 from dit_jax.scaling.report.text import (
     LAW_HEAD,
     METHOD_HEAD,
@@ -222,7 +222,7 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
 
 
 def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
-    """Write the page or figures, fit.json and report.json beside it."""
+    """Write the page, with report.json beside it, or figures."""
     grid = None
     if args.grid:
         with open(args.grid, "rb") as file:
@@ -241,10 +241,9 @@ def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
         test=_extrapolation(args.runs, runs, found, made),
         grid=grid,
         flops=tuple(args.flops),
+        verdict=tuple(verdict.lines(made)) if made else (),
     )
-    path = save(args.out, report)
-    print(opening(report))
-    print(path)
+    print(save(args.out, report))
     if args.method != "all":
         return to_json(main, _predictions(main, args.flops))
     methods = {m: to_json(f, _predictions(f, args.flops)) for m, f in fits.items()}

@@ -16,14 +16,13 @@ COMMANDS = {
     "predict": "Predict the best size, data and loss at --flops.",
     "plan": "What to train for --flops or --chip_hours: a real model, its steps and loss, its command, and the runs to train next.",
     "report": "Write a self-contained report.html, with its figures and report.json beside it; or figures alone.",
-    "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data.",
+    "metric": "Fit the law of a metric in training compute, each model at its best guidance; and its relation to the loss.",
     "compare": "Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower.",
     "table": "List the records of run folders: step, weights, sampling, every metric with its interval, and the best guidances.",
     "frontier": "Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning.",
 }
 FITTED = ("fit", "predict", "plan", "report")  # those that fit laws of the loss with `--method`
 METRIC = "any metric of the records, or a column of the CSV (default: fid, else the only one that RUNS have)"
-MODEL = ("patch", "channels", "classes", "input_size", "image_size")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,11 +50,6 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         _add_quality(one, name)
         _add_convention(one)
         one.add_argument("--protocol", metavar="ID", help="take the records of this protocol_id alone")
-        one.add_argument(
-            "--curves",
-            action="store_true",
-            help="every evaluated step of a run is a row, not the last alone (sweep.curves)",
-        )
         _add_table(one)
         one.add_argument("--resamples", type=int, default=1000)
         one.add_argument("--seed", type=int, default=0)
@@ -95,13 +89,23 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", "--like", default="", metavar="NAME", help="a published model, as DiT-XL/2, in all but its size"
     )
-    for name in MODEL:
-        model.add_argument(f"--{name}", type=int, default=0)
-    model.add_argument("--conditioning", default="", help="in_context, cross_attention, adaln or adaln_zero")
+    model.add_argument("--image_size", type=int, default=0, help="pixels, with --model (default 256)")
     model.add_argument("--batch", type=int, default=0, help="images (default: the config's)")
     model.add_argument(
         "--family", choices=("runs", "dit"), help="whose width / depth and heads (default: runs, if they tell)"
     )
+    model.add_argument(
+        "--unique_images", type=float, help="different images that there are (default: the most that RUNS state)"
+    )
+    images = parser.add_argument_group("serving", "--flops are then those of training and of all images drawn")
+    images.add_argument("--images_served", type=float, metavar="N", help="images that will be drawn from the model")
+    images.add_argument(
+        "--target_loss", type=float, action="append", default=[], help="reach it for the least total; repeatable"
+    )
+    images.add_argument(
+        "--sampling_steps", type=int, default=0, help="model evaluations an image, unguided (default: the config's)"
+    )
+    images.add_argument("--guidance", type=float, help="other than 1: two evaluations for one (default: the config's)")
     cells = parser.add_argument_group("next cells", "runs that would narrow the interval of N_opt at the first budget")
     cells.add_argument(
         "--next_flops", type=float, help="what they may cost in all (default: as much as RUNS did; 0: none)"
@@ -160,14 +164,6 @@ def _add_commands(commands) -> None:
     one.add_argument(
         "--flops", type=float, action="append", default=[], help="training FLOPs to predict at; repeatable"
     )
-    one.add_argument("--against", metavar="RUNS", help="the same models measured on a second data set")
-    one.add_argument(
-        "--against_where", metavar="FIELD=VALUE", action="append", default=[], help="as --where, of --against"
-    )
-    one.add_argument(
-        "--against_column", metavar="OURS=THEIRS", action="append", default=[], help="as --column, of --against alone"
-    )
-    one.add_argument("--difference", action="store_true", help="the offset of --against is a difference, not a ratio")
     _add_choice(one)
     two = commands.add_parser("compare", help=COMMANDS["compare"])
     two.add_argument("runs_a", metavar="RUNS_A")
@@ -191,7 +187,6 @@ def _add_commands(commands) -> None:
         "--at", type=float, action="append", default=[], help="name the best model at this cost; repeatable"
     )
     three.add_argument("--images_served", type=float, metavar="N", help="add training: total = training + N images")
-    three.add_argument("--total", type=float, action="append", default=[], help="FLOPs of --images_served; repeatable")
     three.add_argument("--out", metavar="FILE", help="write the figure here, as its ending says: .png, .svg or .pdf")
     _add_choice(three, choose=False)
     four = commands.add_parser("table", help=COMMANDS["table"])
@@ -205,6 +200,9 @@ def _add_commands(commands) -> None:
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     """Adds what names the columns of a table, and what takes some of its rows or records."""
+    parser.add_argument(
+        "--curves", action="store_true", help="every evaluated step of a run counts, not the last alone (sweep.curves)"
+    )
     what = "name of a table's column, with a factor if it counts in other units ('params=1e6*Size (M)'); repeatable"
     parser.add_argument("--column", metavar="OURS=THEIRS", action="append", default=[], help=f"another {what}")
     what = "take what agrees: a column of the table, or a field of the protocol (FIELD=* is any value); repeatable"
@@ -267,23 +265,33 @@ def _check_out(path: str, endings: tuple) -> None:
 
 def _check_plan(args) -> None:
     """Raises UsageError on arguments that do not go together, before anything is fitted."""
-    if not args.flops and not args.chip_hours:
+    if not (args.flops or args.chip_hours or args.target_loss):
         raise UsageError("plan: found no budget, expected --flops, or --chip_hours with --topology")
     if args.chip_hours and not args.topology:
         raise UsageError("--chip_hours: found it without --topology, expected both (v3-256, h100x8, ...)")
-    for name, values in (("chip_hours", args.chip_hours), ("mfu", [args.mfu])):
-        for value in values:
-            if not 0 < value < math.inf:
-                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
+    if args.chip_hours and args.images_served:
+        raise UsageError("--images_served: found it with --chip_hours, expected --flops or --target_loss")
+    if args.target_loss and not args.images_served:
+        raise UsageError("--target_loss: found it without --images_served, expected both")
+    for name in ("chip_hours", "mfu", "unique_images", "images_served", "target_loss", "guidance"):
+        _above_0(args, name)
     if args.mfu > 1:
         raise UsageError(f"--mfu: found {args.mfu:g}, expected a share of the peak, at most 1")
     if args.next_flops is not None and not 0 <= args.next_flops < math.inf:
         raise UsageError(f"--next_flops: found {args.next_flops:g}, expected at least 0")
-    for name in (*MODEL, "batch", "next_cells"):
+    for name in ("image_size", "batch", "next_cells", "sampling_steps"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name}: found {getattr(args, name)}, expected at least 1")
     if args.topology:
         chip_rate(args)
+
+
+def _above_0(args, name: str) -> None:
+    """Raises UsageError if the option, or one of its values, is not a number above 0; None is not given."""
+    found = getattr(args, name, None)
+    for value in found if isinstance(found, list) else [] if found is None else [found]:
+        if not 0 < value < math.inf:
+            raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
 
 
 def chip_rate(args) -> tuple[Topology, float]:
@@ -299,13 +307,8 @@ def _check_numbers(args) -> None:
     """Raises UsageError on numbers that cannot be, and on options that do not go together."""
     if getattr(args, "pure", False) and args.irreducible:
         raise UsageError("--pure: found it with --irreducible, expected one of them")
-    for name in ("flops", "at", "total", "images_served"):
-        found = getattr(args, name, None)
-        for value in found if isinstance(found, list) else [] if found is None else [found]:
-            if not 0 < value < math.inf:
-                raise UsageError(f"--{name}: found {value:g}, expected a number above 0")
-    if getattr(args, "total", None) and not args.images_served:
-        raise UsageError("--total: found it without --images_served, expected both")
+    for name in ("flops", "at", "images_served"):
+        _above_0(args, name)
     unknown = [name for name in getattr(args, "choose", "guidance").split(",") if name not in SAMPLING]
     if unknown:
         raise UsageError(f"--choose: found {unknown[0]!r}, expected names among {', '.join(SAMPLING)}")

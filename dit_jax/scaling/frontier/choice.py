@@ -2,7 +2,7 @@
 
 Mei et al. 2024 (arXiv 2404.01367), section 4: the best guidance depends on the model and on the number of steps, so one guidance
 for all favours some of them. The lowest of noisy scores is too low (winner's curse), so the best guidance is the minimum of a quadratic of
-log score in log guidance, through up to five guidances around the lowest.
+log score in log guidance, through up to five guidances around the lowest; and so is the best number of steps, if there are three or more.
 """
 
 import math
@@ -24,13 +24,10 @@ COARSE = 0.1  # the same of scores without errors: relative residuals this large
 @dataclass(frozen=True)
 class Choice:
     """The best of some points. `best` is at the interpolated guidance if the scores have a minimum inside, with the score there and its
-    standard error; else it is `lowest`, the lowest that was measured. `shares`: in how many of the resamples each guidance tried was best;
-    empty where scores have no error. `guidance_se`: standard error of the interpolated guidance; nan without.
-    """
+    standard error; else it is `lowest`, the lowest that was measured. `guidance_se`: standard error of the interpolated guidance."""
 
     best: Point
     tried: tuple  # all points chosen from
-    shares: dict  # guidance -> share of resamples
     edge: str  # "" or at which end of the guidances tried the best one lies: "lowest" | "highest"
     lowest: Point
     guidance_se: float = math.nan
@@ -40,44 +37,21 @@ class Choice:
         return self.best is not self.lowest
 
     @property
-    def share(self) -> float:
-        """Share of the resamples in which the guidance with the lowest score is best."""
-        return self.shares.get(self.lowest.guidance, math.nan)
-
-    @property
     def warning(self) -> str:
         """What a reader should know about the choice; "" where there is nothing."""
-        of = f"{self.best.name}, {self.best.sampling}"
+        of, half, tried = (
+            f"{self.best.name}, {self.best.sampling}",
+            2 * self.guidance_se,
+            [p.guidance for p in self.tried],
+        )
         if self.edge:
             return f"{of}: the best guidance is the {self.edge} tried; the best one may lie beyond"
-        if self.interpolated:
-            half, tried = 2 * self.guidance_se, [p.guidance for p in self.tried]
-            if self.best.guidance - half < min(tried) or self.best.guidance + half > max(tried):
-                return f"{of}: the best guidance is uncertain, its standard error is {self.guidance_se:.2g}"
-        elif self.share < 0.5:
-            return f"{of}: the best guidance is uncertain, it is best in {self.share:.0%} of the resamples"
+        if self.interpolated and not min(tried) + half <= self.best.guidance <= max(tried) - half:
+            return f"{of}: the best guidance is uncertain, its standard error is {self.guidance_se:.2g}"
         return ""
 
 
-def log_scores(points: Sequence[Point], higher: bool, resamples: int, seed: int) -> np.ndarray:
-    """log score of the points (1 + resamples, points), negative where more is better: lower is always better.
-
-    Row 0 is what was measured; in the others each score is redrawn within its own error, log-normally.
-    """
-    log = np.log([p.score for p in points]) * (-1.0 if higher else 1.0)
-    relative = np.array([p.score_se / p.score for p in points])
-    drawn = np.random.default_rng(seed).standard_normal((resamples, len(points)))
-    return np.concatenate([log[None], log + relative * drawn])
-
-
-def choose(
-    points: Sequence[Point],
-    over: Sequence[str] = ("guidance",),
-    *,
-    higher: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Choice]:
+def choose(points: Sequence[Point], over: Sequence[str] = ("guidance",), *, higher: bool = False) -> list[Choice]:
     """One choice per model: the best over the fields `over` (of SAMPLING). Raises UsageError where another field varies."""
     for name in SAMPLING:
         values = {_key(p, (name,)) for p in points}
@@ -87,104 +61,93 @@ def choose(
                 f"RUNS: found {name} {found}, expected one; take one with --where samples.{name}=VALUE (--where {name}=VALUE "
                 f"of a CSV), or choose the best of each model with --choose={','.join((*over, name))}"
             )
-    found = choices(points, [p.name for p in points], log_scores(points, higher, resamples, seed))
-    return [_interpolated(c, higher) for c in found]
+    return [_interpolated(c, higher) for c in lowest(points, [p.name for p in points], higher)]
+
+
+def lowest(points: Sequence[Point], keys: Sequence, higher: bool = False) -> list[Choice]:
+    """One choice per distinct key, in order of appearance, of the scores as measured."""
+    samplings, found = _indices([sampling_key(p) for p in points]), []
+    for index in _indices(keys).values():
+        members = [points[i] for i in index]
+        best = min(members, key=lambda p: -p.score if higher else p.score)
+        edge = _edge(best, [points[i] for i in samplings[sampling_key(best)]])
+        found.append(Choice(best, tuple(members), edge, best))
+    return found
 
 
 def _interpolated(choice: Choice, higher: bool) -> Choice:
-    """The choice at the best of the interpolated guidances of each sampling."""
-    own = _indices([sampling_key(p) for p in choice.tried])
-    found = []
-    for index in own.values():
+    """The choice at the best of the interpolated guidances of each sampling, and of the interpolated steps through these."""
+    sign, found = -1.0 if higher else 1.0, []
+    for index in _indices([sampling_key(p) for p in choice.tried]).values():
         tried = [choice.tried[i] for i in index]
-        lowest = min(tried, key=lambda p: -p.score if higher else p.score)
-        at = optimum(tried, higher) if lowest.guidance > 0 else None
-        best, error = at or (lowest, math.nan)
+        lowest = min(tried, key=lambda p: sign * p.score)
+        best, error = optimum(tried, higher) or (lowest, math.nan)
         found.append((best, "" if best is not lowest else _edge(lowest, tried), lowest, error))
-    best, edge, lowest, error = min(found, key=lambda f: -f[0].score if higher else f[0].score)
+    for index in _indices([(f[0].sampler, f[0].spacing) for f in found]).values():
+        own = [found[i] for i in index]
+        steps = optimum([f[0] for f in own], higher, "steps")
+        if steps:
+            _, edge, lowest, error = min(own, key=lambda f: abs(math.log(f[0].steps / steps[0].steps)))
+            found.append((steps[0], edge, lowest, error))
+    best, edge, lowest, error = min(found, key=lambda f: sign * f[0].score)
     return replace(choice, best=best, edge=edge, lowest=lowest, guidance_se=error)
 
 
-@dataclass(frozen=True)
-class _Quadratic:
-    """log score = c0 + c1 x + c2 x^2 in x = log guidance through some points of one sampling, and the minimum of it."""
-
-    x: np.ndarray
-    c: np.ndarray
-    covariance: np.ndarray
-    fits: bool  # the residuals are no larger than noise may be
-
-    @property
-    def place(self) -> float:
-        """log guidance of the minimum; inf without one inside."""
-        u = -self.c[1] / (2 * self.c[2]) if self.c[2] > 0 else math.inf
-        return u if self.x[0] < u < self.x[-1] else math.inf
-
-    def minimum(self) -> tuple[float, float, float]:
-        """(log score, its standard error, the standard error of `place`) at the minimum.
-
-        The minimum of a quadratic through noisy values is lower than that of the true one by c2 times the variance of its place to second
-        order. That is added, up to one standard error.
-        """
-        u, bend = self.place, 2 * self.c[2]
-        at, moved = np.array([1.0, u, u**2]), np.array([0.0, 1.0, 2 * u]) / bend
-        error, error_u = (math.sqrt(max(float(v @ self.covariance @ v), 0.0)) for v in (at, moved))
-        return float(at @ self.c) + min(bend / 2 * error_u**2, error), error, error_u
-
-
-def _quadratic(points: Sequence[Point], sign: float) -> _Quadratic:
-    x, y = np.log([p.guidance for p in points]), sign * np.log([p.score for p in points])
-    relative = np.array([p.score_se / p.score for p in points])
-    known, freedom = bool(relative.all()), len(points) - 3
-    weight = 1 / relative if known else np.ones_like(x)
-    design = weight[:, None] * np.stack([np.ones_like(x), x, x**2], 1)
-    c = np.linalg.lstsq(design, weight * y, rcond=None)[0]
-    squares = float(np.sum((weight * y - design @ c) ** 2))
-    scale = 1.0 if known else squares / freedom if freedom else 0.0
-    fits = not freedom or (stats.chi2.sf(squares, freedom) > MISFIT if known else scale < COARSE**2)
-    return _Quadratic(x, c, scale * np.linalg.inv(design.T @ design), bool(fits))
-
-
-def optimum(tried: Sequence[Point], higher: bool = False) -> tuple[Point, float] | None:
-    """(a point at the best guidance with the score there and its error, the error of that guidance) from scores of one sampling.
+def optimum(tried: Sequence[Point], higher: bool = False, axis: str = "guidance") -> tuple[Point, float] | None:
+    """(a point at the best guidance with the score there and its error, the error of that guidance) from scores of one sampling; or, with
+    `axis` steps, at the best number of steps.
 
     The quadratic goes through up to two guidances on each side of the one nearest to its minimum, which the lowest score stands for at
     first; if it does not fit, through that one and its two neighbours. Scores weigh by their errors if all have them; else the error of
     the score is 0 (not recorded). None with fewer than 3 guidances, or if the lowest score is at their end.
     """
-    tried, sign = sorted((p for p in tried if p.guidance > 0), key=lambda p: p.guidance), -1.0 if higher else 1.0
+    sign = -1.0 if higher else 1.0
+    tried = sorted((p for p in tried if getattr(p, axis) > 0), key=lambda p: getattr(p, axis))
+    x = np.log([getattr(p, axis) for p in tried])
     at = min(range(len(tried)), key=lambda i: sign * tried[i].score, default=0)
     if not 0 < at < len(tried) - 1:
         return None
     kept = None
     for around in (AROUND, AROUND, AROUND, 1):
-        own = tried[max(at - around, 0) : at + around + 1]
-        found = _quadratic(own, sign)
-        inside = math.isfinite(found.place)
-        nearest = min(range(1, len(tried) - 1), key=lambda i: abs(math.log(tried[i].guidance) - found.place))
-        kept = (found, own) if inside and (found.fits or around == 1) else kept
-        if found.fits and (nearest == at or not inside):
+        part = slice(max(at - around, 0), at + around + 1)
+        fits, place, *ends = _quadratic(tried[part], x[part], sign)
+        inside = x[part][0] < place < x[part][-1]
+        nearest = 1 + int(np.argmin(abs(x[1:-1] - place)))
+        kept = (part, place, *ends) if inside and (fits or around == 1) else kept
+        if fits and (nearest == at or not inside):
             break
-        at = nearest if found.fits else at
+        at = nearest if fits else at
     if kept is None:
         return None
-    (found, own), (log_score, error, error_u) = kept, kept[0].minimum()
-    like = min((p for p in own if p.guidance != 1), key=lambda p: abs(math.log(p.guidance) - found.place))
-    guidance, score = float(f"{math.exp(found.place):.4g}"), math.exp(sign * log_score)
-    known = all(p.score_se for p in own)
-    return replace(like, guidance=guidance, score=score, score_se=score * error * known), guidance * error_u
+    part, place, log_score, error, error_x = kept
+    own = [p for p in tried[part] if axis != "guidance" or p.guidance != 1]
+    like, value = min(own, key=lambda p: abs(math.log(getattr(p, axis)) - place)), float(f"{math.exp(place):.4g}")
+    score = math.exp(sign * log_score)
+    error *= all(p.score_se for p in tried[part])
+    return replace(like, **{axis: value}, score=score, score_se=score * error), value * error_x
 
 
-def choices(points: Sequence[Point], keys: Sequence, scores: np.ndarray) -> list[Choice]:
-    """One choice per distinct key, in order of appearance; `scores` (1 + resamples, points) as of `log_scores`."""
-    groups, samplings = _indices(keys), _indices([sampling_key(p) for p in points])
-    found = []
-    for index in groups.values():
-        members, own = [points[i] for i in index], scores[:, index]
-        best = members[int(np.argmin(own[0]))]
-        edge = _edge(best, [points[i] for i in samplings[sampling_key(best)]])
-        found.append(Choice(best, tuple(members), _shares(members, own[1:]), edge, best))
-    return found
+def _quadratic(points: Sequence[Point], x: np.ndarray, sign: float) -> tuple:
+    """(whether the residuals are no larger than noise may be, the place of the minimum or inf, log score there, its standard error, that of
+    the place) of log score = c0 + c1 x + c2 x^2.
+
+    The minimum of a quadratic through noisy values is lower than that of the true one by c2 times the variance of its place to second
+    order. That is added, up to one standard error.
+    """
+    y, relative = sign * np.log([p.score for p in points]), np.array([p.score_se / p.score for p in points])
+    known, freedom = bool(relative.all()), len(points) - 3
+    weight = 1 / relative if known else np.ones_like(x)
+    design = weight[:, None] * np.vander(x, 3, increasing=True)
+    c = np.linalg.lstsq(design, weight * y, rcond=None)[0]
+    squares = float(np.sum((weight * y - design @ c) ** 2))
+    scale = 1.0 if known else squares / freedom if freedom else 0.0
+    fits = not freedom or (stats.chi2.sf(squares, freedom) > MISFIT if known else scale < COARSE**2)
+    if c[2] <= 0:
+        return bool(fits), math.inf, math.nan, math.nan, math.nan
+    covariance, place, bend = scale * np.linalg.inv(design.T @ design), float(-c[1] / (2 * c[2])), float(2 * c[2])
+    at, moved = np.array([1.0, place, place**2]), np.array([0.0, 1.0, 2 * place]) / bend
+    error, error_x = (math.sqrt(max(float(v @ covariance @ v), 0.0)) for v in (at, moved))
+    return bool(fits), place, float(at @ c) + min(bend / 2 * error_x**2, error), error, error_x
 
 
 def _indices(keys: Sequence) -> dict:
@@ -193,17 +156,6 @@ def _indices(keys: Sequence) -> dict:
     for i, key in enumerate(keys):
         found.setdefault(key, []).append(i)
     return found
-
-
-def _shares(members: list[Point], drawn: np.ndarray) -> dict:
-    """Guidance -> share of the resamples in which it is best."""
-    if not len(drawn) or not any(p.score_se for p in members):
-        return {}
-    wins = np.bincount(np.argmin(drawn, axis=1), minlength=len(members)) / len(drawn)
-    shares: dict = {}
-    for p, share in zip(members, wins, strict=True):
-        shares[p.guidance] = shares.get(p.guidance, 0.0) + float(share)
-    return shares
 
 
 def _edge(best: Point, tried: Sequence[Point]) -> str:

@@ -8,12 +8,10 @@ from argparse import Namespace
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.frontier import compare as ladders
-from dit_jax.scaling.frontier import serving
 from dit_jax.scaling.frontier.choice import choose, one_guidance
-from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
-from dit_jax.scaling.frontier.metric import best_of_budgets, fit_metric
+from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
+from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
 from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
-from dit_jax.scaling.frontier.relation import correlate, fit_offset
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
@@ -32,13 +30,12 @@ def run(args) -> dict:
 
 
 def _points(args, paths, sampled: bool = False) -> list[Point]:
-    return load_points(paths, args.metric, args.where, sampled, parse_names(args.column))
+    return load_points(paths, args.metric, args.where, sampled, parse_names(args.column), args.curves)
 
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
     """The choice of each model and what is to be said about it."""
-    options = dict(higher=higher_is_better(args.metric, points), resamples=args.resamples, seed=args.seed)
-    found = choose(points, args.choose.split(","), **options)
+    found = choose(points, args.choose.split(","), higher=higher_is_better(args.metric, points))
     single = "" if args.metric == "loss" else one_guidance(found)
     return found, [w for w in (single, *(c.warning for c in found)) if w]
 
@@ -48,81 +45,53 @@ def _json_of(point: Point) -> dict:
     return {name: getattr(point, name) for name in fields}
 
 
-def _json_of_choice(choice) -> dict:
-    shares = {f"{guidance:g}": share for guidance, share in choice.shares.items()}
-    told = {"interpolated": choice.interpolated, "guidance_se": choice.guidance_se, "lowest": choice.lowest.score}
-    return _json_of(choice.best) | {"tried": len(choice.tried), "edge": choice.edge, "guidance_shares": shares} | told
-
-
-def _print_choices(found: list, metric: str) -> None:
-    rows = []
-    for c in found:
-        cells = (str(len(c.tried)), f"{c.best.score:.4g}", _percent(c.share), c.edge)
-        rows.append((c.best.name, c.best.sampling or DASH, *cells))
-    print_table(f"Best sampling of each model, by {metric}", ("model", "best", "tried", metric, "share", "edge"), rows)
+def _json_of_choice(c) -> dict:
+    told = {"interpolated": c.interpolated, "guidance_se": c.guidance_se, "lowest": c.lowest.score}
+    return _json_of(c.best) | {"tried": len(c.tried), "edge": c.edge} | told
 
 
 def run_metric(args) -> tuple[dict, list]:
-    """Fit the law of a metric in training compute, each model at its best guidance; and its relation to loss and data."""
+    """Fit the law of a metric in training compute, each model at its best guidance; and its relation to the loss."""
     found, warnings = _chosen(_points(args, args.runs), args)
     best = [c.best for c in found]
     higher = higher_is_better(args.metric, best)
     used = best if args.each else best_of_budgets(best, higher=higher)
     form = "irreducible" if args.irreducible else "pure" if args.pure else ""
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
-    _print_choices(found, args.metric)
-    scatter = DASH if math.isnan(fit.noise) else f"{fit.noise:.2%}"
+    reasons, runs = doubts(fit, args.metric, max(args.flops, default=0.0)), {p.run_name for p in used}
+    rows = [(c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", c.edge) for c in found]
+    head = ("model", "best", "tried", args.metric, "edge")
+    print_table(f"Best sampling of each model, by {args.metric}", head, rows)
+    scatter = DASH if math.isnan(fit.taken.noise) else f"{fit.taken.noise:.2%}"
     law = (args.metric, law_text(fit.law), span(fit.span("exponent"), ".4f"), str(len(fit.used)), scatter)
     head = ("metric", "law, C in training FLOPs", "exponent, interval", "points", "scatter")
     print_table(f"Law of compute, {fit.level:.0%} intervals", head, [law])
+    parts = ("coefficient", "exponent", "irreducible")
     result = {
         "metric": args.metric,
         "choices": [_json_of_choice(c) for c in found],
         "used": [p.name for p in fit.used],
-        "law": {part: float(getattr(fit.law, part)) for part in ("coefficient", "exponent", "irreducible")},
-        "intervals": {part: fit.span(part) for part in ("coefficient", "exponent", "irreducible")},
-        "noise": fit.noise,
+        "law": {part: float(getattr(fit.law, part)) for part in parts},
+        "intervals": {part: fit.span(part) for part in parts},
+        "noise": fit.taken.noise,
         "form": fit.form,
         "bending_p": fit.bending_p,
+        "identifiable": not reasons,
         "predictions": [fit.predict(c) for c in args.flops],
     }
     if args.flops:
-        rows = [(f"{p['flops']:.3g}", _far(p["beyond"]), f"{p['score']:.4g}", span(p["interval"], ".4g"),
-                 span(p["run_interval"], ".4g")) for p in result["predictions"]]  # fmt: skip
+        rows = [(f"{p['flops']:.3g}", f"{p['beyond']:.3g}x beyond" if p["beyond"] > 1 else "inside", f"{p['score']:.4g}",
+                 span(p["interval"], ".4g"), span(p["run_interval"], ".4g")) for p in result["predictions"]]  # fmt: skip
         print_table("Predictions", ("C (FLOPs)", "beyond the data", args.metric, "interval", "of one model"), rows)
     if args.metric != "loss" and sum(not math.isnan(p.loss) for p in best) >= 4:
-        result["correlation"] = _correlation(best, args)
-    if args.against:
-        result["offset"] = _offset(best, args, warnings)
-    doubt = fit.doubt(args.flops)
-    return result, [*warnings, *fit.warnings, *([doubt] if doubt else [])]
-
-
-def _correlation(best: list[Point], args) -> dict:
-    c = correlate(best, resamples=max(args.resamples, 20), seed=args.seed)
-    rows = [
-        ("Pearson, logarithms", f"{c.pearson:.3f}", span(c.pearson_interval, ".3f"), str(c.models)),
-        ("Spearman", f"{c.spearman:.3f}", span(c.spearman_interval, ".3f"), str(c.models)),
-    ]
-    print_table(f"Held-out loss with {args.metric}", ("correlation", "value", "interval", "models"), rows)
-    return vars(c)
-
-
-def _offset(best: list[Point], args, warnings: list) -> dict:
-    other = {"where": args.against_where, "column": args.column + args.against_column}
-    theirs, said = _chosen(_points(Namespace(**vars(args) | other), args.against), args)
-    warnings += said
-    o = fit_offset(best, [c.best for c in theirs], linear=args.difference)
-    what = "difference" if o.linear else "log ratio"
-    cells = (f"{o.offset:.4g}", span(o.offset_interval, ".4g"), f"{o.growth:.3g}", span(o.growth_interval))
-    rows = [(what, *cells, f"{o.p_value:.2g}", o.verdict)]
-    head = ("offset", f"at {o.centre:.3g} FLOPs", "interval", "per decade of C", "interval", "p of none", "verdict")
-    print_table(f"The second data set, {o.models} models", head, rows)
-    return vars(o)
-
-
-def _far(beyond: float) -> str:
-    return f"{beyond:.3g}x beyond" if beyond > 1 else "inside"
+        c = result["correlation"] = correlate(best)
+        rows = [("Pearson, logarithms", f"{c['pearson']:.3f}", span(c["pearson_interval"], ".3f"), str(c["models"]))]
+        rows.append(("Spearman", f"{c['spearman']:.3f}", DASH, str(c["models"])))
+        print_table(f"Held-out loss with {args.metric}", ("correlation", "value", "interval", "models"), rows)
+    if len(runs) < len(used):
+        text = f"{len(used)} points are steps of {len(runs)} runs: what a run has in common is not in the intervals"
+        warnings.append(text)
+    return result, [*reasons, *warnings, *fit.warnings, *filter(None, [fit.doubt(args.flops)])]
 
 
 def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
@@ -134,7 +103,7 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     """One side of a comparison."""
     options = dict(resamples=args.resamples, seed=args.seed)
     if args.metric == "loss":
-        runs = training_flops(load_runs([path], columns=parse_names(args.column), where=args.where))
+        runs = training_flops(load_runs([path], curves=args.curves, columns=parse_names(args.column), where=args.where))
         check_units(runs)
     else:
         points = _points(args, path)
@@ -174,41 +143,35 @@ def run_compare(args) -> tuple[dict, list]:
     sides = zip("ab", (args.runs_a, args.runs_b), names, strict=True)
     a, b = (_side(side, path, name, args, warnings) for side, path, name in sides)
     c = ladders.compare(a, b, form=args.law)
-    rows = [(d.law, f"{d.a:.4f}", span(d.a_interval, ".4f"), f"{d.b:.4f}", span(d.b_interval, ".4f"), f"{d.difference:+.4f}",
-             span(d.interval, "+.4f")) for d in c.exponents]  # fmt: skip
+    rows = [(d["law"], f"{d['a']:.4f}", span(d["a_interval"], ".4f"), f"{d['b']:.4f}", span(d["b_interval"], ".4f"),
+             f"{d['difference']:+.4f}", span(d["interval"], "+.4f")) for d in c["exponents"]]  # fmt: skip
     head = ("exponent of", "A", "interval", "B", "interval", "B - A", "interval")
-    print_table(f"A = {c.a}, B = {c.b}; {c.form} law of the {args.metric}, {c.level:.0%} intervals", head, rows)
-    print(f"{_verdict(c)}\n{_level(c, args.metric)}\n{_crossing(c)}")
-    result = vars(c) | {"metric": args.metric, "steeper": c.steeper, "exponents": [vars(d) for d in c.exponents]}
-    result |= {"crossing": vars(c.crossing) if c.crossing else None}
-    result["convention"] = str(of_record(a.protocol)) if a.protocol else None  # a CSV does not say
-    return result, [*warnings, *c.warnings]
-
-
-def _verdict(c: ladders.Comparison) -> str:
-    d = c.exponents[0]
-    if not c.steeper:
-        return f"Which scales better: the data do not say, the exponents differ by {span(d.interval, '+.4f')}."
-    return f"Which scales better: {c.steeper}, its exponent is {abs(d.difference):.4f} steeper ({span(d.interval, '+.4f')})."
-
-
-def _level(c: ladders.Comparison, metric: str) -> str:
-    text = (
-        f"At {c.common:.3g} FLOPs, the most that both reach, the {metric} of {c.b} is {c.ratio:.4f} times that of {c.a}"
+    print_table(
+        f"A = {c['a']}, B = {c['b']}; {c['form']} law of the {args.metric}, {c['level']:.0%} intervals", head, rows
     )
-    return f"{text} (interval {span(c.ratio_interval, '.4f')})."
-
-
-def _crossing(c: ladders.Comparison) -> str:
-    x = c.crossing
-    if x is None:
-        return "No crossing: the two are not measured alike."
-    if x.flops == 0:
-        text = f"{x.lower} is the lower one at all compute looked at"
+    first, x = c["exponents"][0], c["crossing"]
+    apart = span(first["interval"], "+.4f")
+    if c["steeper"]:
+        text = f"{c['steeper']}, its exponent is {abs(first['difference']):.4f} steeper ({apart})"
     else:
-        beyond = f"{x.beyond:.3g}x beyond the data" if x.beyond > 1 else f"{x.beyond:.2g} of the largest budget"
-        text = f"{x.lower} is the lower one from {x.flops:.3g} FLOPs on, {beyond}"
-    return f"{text}; interval {reach(x.interval, 'always', 'never, as far as one can say')}."
+        text = f"the data do not say, the exponents differ by {apart}"
+    print(f"Which scales better: {text}.")
+    level = f"{c['ratio']:.4f} times that of {c['a']} (interval {span(c['ratio_interval'], '.4f')})"
+    print(f"At {c['common']:.3g} FLOPs, the most that both reach, the {args.metric} of {c['b']} is {level}.")
+    print(_crossing(x) if x else "No crossing: the two are not measured alike.")
+    c |= {"metric": args.metric, "convention": str(of_record(a.protocol)) if a.protocol else None}  # a CSV does not say
+    return c, [*warnings, *c["warnings"]]
+
+
+def _crossing(x: dict) -> str:
+    if x["flops"] == 0:
+        text = f"{x['lower']} is the lower one at all compute looked at"
+    else:
+        beyond = (
+            f"{x['beyond']:.3g}x beyond the data" if x["beyond"] > 1 else f"{x['beyond']:.2g} of the largest budget"
+        )
+        text = f"{x['lower']} is the lower one from {x['flops']:.3g} FLOPs on, {beyond}"
+    return f"{text}; interval {reach(x['interval'], 'always', 'never, as far as one can say')}."
 
 
 def reach(ends: tuple, none: str, never: str) -> str:
@@ -223,18 +186,25 @@ def run_frontier(args) -> tuple[dict, list]:
     """Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning."""
     points = _points(args, args.runs, sampled=args.cost == "flops")
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
-    served = serving.serve(points, args.images_served) if args.images_served else []
-    within = {total: serving.within(served, total, fit.higher) for total in args.total}
-    _print_frontier(fit, args.at)
-    result = _frontier_json(fit, args.at)
+    served = serve(points, args.images_served) if args.images_served else []
+    best_at = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in args.at]
+    _print_frontier(fit, best_at)
+    result = {
+        "metric": fit.metric,
+        "cost": fit.unit,
+        "front": [_json_of(p) | {"share": s} for p, s in zip(fit.front, fit.front_shares, strict=True)],
+        "winners": [vars(w) for w in fit.winners],
+        "handovers": [vars(h) for h in fit.handovers],
+        "best_at": best_at,
+        "choices": [_json_of_choice(c) for c in fit.choices],
+    }
     if served:
-        best = serving.front(served, fit.higher)
-        _print_served(f"Training and {args.images_served:g} images", best, fit.metric)
-        for total, rows in within.items():
-            _print_served(f"Best of each model within {total:g} FLOPs in all", rows, fit.metric)
-        result["images_served"] = args.images_served
-        result["totals"] = [_served_json(s) for s in best]
-        result["within"] = [{"total": t, "models": [_served_json(s) for s in rows]} for t, rows in within.items()]
+        best = front(served, fit.higher)
+        result["totals"] = [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in best]
+        rows = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
+                 f"{s.point.score:.4g}") for s in best]  # fmt: skip
+        head = ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", fit.metric)
+        print_table(f"Training and {args.images_served:g} images", head, rows)
     if args.out:
         from dit_jax.scaling.report import axes, figures
 
@@ -243,54 +213,26 @@ def run_frontier(args) -> tuple[dict, list]:
     return result, list(fit.warnings)
 
 
-def _served_json(s: serving.Served) -> dict:
-    return _json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share}
-
-
-def _frontier_json(fit: Frontier, at: list) -> dict:
-    best = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in at]
-    return {
-        "metric": fit.metric,
-        "cost": fit.unit,
-        "front": [_json_of(p) | {"share": s} for p, s in zip(fit.front, fit.front_shares, strict=True)],
-        "winners": [vars(w) for w in fit.winners],
-        "handovers": [vars(h) for h in fit.handovers],
-        "best_at": best,
-        "choices": [_json_of_choice(c) for c in fit.choices],
-        "warnings": list(fit.warnings),
-    }
-
-
 def _percent(share: float) -> str:
     return DASH if math.isnan(share) else f"{share:.0%}"
 
 
-def _print_frontier(fit: Frontier, at: list) -> None:
+def _print_frontier(fit: Frontier, best_at: list) -> None:
     unit = {"flops": "FLOPs an image", "seconds": "seconds an image"}[fit.unit]
     rows = [(p.name, p.sampling or DASH, f"{getattr(p, fit.unit):.4g}", f"{p.score:.4g}", _percent(s))
             for p, s in zip(fit.front, fit.front_shares, strict=True)]  # fmt: skip
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
     rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
     print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
-    costs = ["at or below " * h.censored + f"{h.cost:.4g}" for h in fit.handovers]
-    reached = [reach(h.interval, "", "never within the data") for h in fit.handovers]
-    rows = [(h.model, h.then, c, r) for h, c, r in zip(fit.handovers, costs, reached, strict=True)]
+    rows = [(h.model, h.then, "at or below " * h.censored + f"{h.cost:.4g}", reach(h.interval, "", "never within the data"))
+            for h in fit.handovers]  # fmt: skip
     if rows:
         head = ("model", "stops winning to", f"at ({unit})", f"{fit.level:.0%} interval")
         print_table("Where a model stops winning", head, rows)
-    if at:
-        found = [(cost, *fit.best(cost)) for cost in at]
-        rows = [
-            (f"{c:.4g}", m or "none is this cheap", f"{score:.4g}" if m else DASH, _percent(s))
-            for c, m, score, s in found
-        ]
+    rows = [(f"{b['cost']:.4g}", b["model"] or "none is this cheap", f"{b['score']:.4g}" if b["model"] else DASH,
+             _percent(b["share"])) for b in best_at]  # fmt: skip
+    if rows:
         print_table(f"Best model at {unit}", ("cost", "model", fit.metric, "share of resamples"), rows)
-
-
-def _print_served(title: str, rows: list, metric: str) -> None:
-    cells = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
-              f"{s.point.score:.4g}") for s in rows]  # fmt: skip
-    print_table(title, ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", metric), cells)
 
 
 COMMANDS = {"metric": run_metric, "compare": run_compare, "frontier": run_frontier}

@@ -7,7 +7,8 @@ not buy back a smaller model; with a number of images to serve, training and sam
 The curve of a model is its best score within a cost, over all its samplers, steps and guidances; between the costs that were
 tried it is straight in log-log, below the cheapest it does not exist, above the dearest it stays. A smaller model stops winning at
 the last cost where it leads the model that follows it. Intervals redraw every score within its own error and repeat all of it, the
-choice of guidance included; scores without an error give none. No law of steps is assumed.
+choice of guidance included; scores without an error give none. No law of steps is assumed. `serve` adds training, among the trained
+models; `scaling plan --images_served` asks the laws which model would be best.
 """
 
 import math
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.frontier.choice import Choice, choices, log_scores, one_guidance, sampling_key
-from dit_jax.scaling.frontier.points import Point, higher_is_better
+from dit_jax.scaling.fits.fit import NO_INTERVAL
+from dit_jax.scaling.frontier.choice import Choice, lowest, one_guidance, sampling_key
+from dit_jax.scaling.frontier.points import Point, higher_is_better, training
 
 GRID = 4001  # costs, evenly in the logarithm, at which the best model is looked for
 
@@ -64,17 +66,13 @@ class Frontier:
 
     def best(self, cost: float | int) -> tuple:
         """(model, its score, share of the resamples in which it is best) with at most this cost an image; None below all."""
-        log = {m: _at(np.log(self.costs[m]), _logs(self, m), np.array([math.log(cost)]))[:, 0] for m in self.costs}
-        table = np.stack(list(log.values()), axis=1)
+        sign, at = -1.0 if self.higher else 1.0, np.array([math.log(cost)])
+        log = [_at(np.log(x), sign * np.log(self.curves[m]), at)[:, 0] for m, x in self.costs.items()]
+        table = np.stack(log, axis=1)
         if not np.isfinite(table[0]).any():
             return None, math.nan, math.nan
         winner = int(np.argmin(table[0]))
-        score = math.exp(table[0, winner] * (-1 if self.higher else 1))
-        return list(log)[winner], score, _share(table[1:], winner)
-
-
-def _logs(frontier: Frontier, model: str) -> np.ndarray:
-    return np.log(frontier.curves[model]) * (-1.0 if frontier.higher else 1.0)
+        return list(self.costs)[winner], math.exp(sign * table[0, winner]), _share(table[1:], winner)
 
 
 def _share(drawn: np.ndarray, winner: int) -> float:
@@ -103,9 +101,9 @@ def fit_frontier(
     """The frontier of `points` (of `load_points`) over the cost of an image in `unit`: "flops" or "seconds"."""
     costs = np.array([cost_of(p, unit) for p in points])
     higher, known = higher_is_better(metric, points), any(p.score_se for p in points)
-    drawn = log_scores(points, higher, resamples if known else 0, seed)
+    drawn = _log_scores(points, higher, resamples if known else 0, seed)
     # Guidance 1 takes one pass, any other two: a choice is made among equal costs, so that the cheaper one stays in the race.
-    found = choices(points, [(*sampling_key(p), c) for p, c in zip(points, costs, strict=True)], drawn)
+    found = lowest(points, [(*sampling_key(p), c) for p, c in zip(points, costs, strict=True)], higher)
     curves = {name: _curve(points, costs, drawn, name) for name in _by_size(points, costs)}
     front, shares = _front(costs, drawn)
     winners = _winners(curves)
@@ -127,8 +125,26 @@ def fit_frontier(
     )
 
 
+def _log_scores(points: Sequence[Point], higher: bool, resamples: int, seed: int) -> np.ndarray:
+    """log score of the points (1 + resamples, points), negative where more is better: lower is always better.
+
+    Row 0 is what was measured; in the others each score is redrawn within its own error, log-normally.
+    """
+    log = np.log([p.score for p in points]) * (-1.0 if higher else 1.0)
+    relative = np.array([p.score_se / p.score for p in points])
+    drawn = np.random.default_rng(seed).standard_normal((resamples, len(points)))
+    return np.concatenate([log[None], log + relative * drawn])
+
+
 def _warnings(points, found: list[Choice], known: bool, models: int) -> tuple:
-    said = [_edge_of_all(found), one_guidance(found)]
+    edges, said = {sampling_key(c.best): c for c in found if c.edge}, []
+    if edges:
+        first, many = next(iter(edges.values())), len({sampling_key(c.best) for c in found})
+        said.append(
+            f"the best guidance is at the edge of those tried in {len(edges)} of {many} samplings (the first: "
+            f"{first.best.name}, {first.best.sampling}, the {first.edge}); the best one may lie beyond"
+        )
+    said.append(one_guidance(found))
     if not known:
         said.append("no score has an error (METRIC_se, or METRIC_low and METRIC_high): there are no intervals")
     elif not all(p.score_se for p in points):
@@ -136,17 +152,6 @@ def _warnings(points, found: list[Choice], known: bool, models: int) -> tuple:
     if models < 2:
         said.append("one model only: nothing can stop winning")
     return tuple(text for text in said if text)
-
-
-def _edge_of_all(found: list[Choice]) -> str:
-    edges = {sampling_key(c.best): c for c in found if c.edge}
-    if not edges:
-        return ""
-    first, samplings = next(iter(edges.values())), {sampling_key(c.best) for c in found}
-    return (
-        f"the best guidance is at the edge of those tried in {len(edges)} of {len(samplings)} samplings (the first: "
-        f"{first.best.name}, {first.best.sampling}, the {first.edge}); the best one may lie beyond"
-    )
 
 
 def _by_size(points: Sequence[Point], costs: np.ndarray) -> list[str]:
@@ -189,14 +194,10 @@ def _front(costs: np.ndarray, drawn: np.ndarray) -> tuple[list[int], np.ndarray]
     return [int(order[i]) for i in np.flatnonzero(on[0])], shares
 
 
-def _grid(curves: dict) -> np.ndarray:
-    knots = np.concatenate([x for x, _ in curves.values()])
-    return np.unique(np.concatenate([knots, np.linspace(knots.min(), knots.max(), GRID)]))
-
-
 def _winners(curves: dict) -> list[Winner]:
     """The best model along the costs tried; neighbours meet where their curves do."""
-    at, names = _grid(curves), list(curves)
+    knots, names = np.concatenate([x for x, _ in curves.values()]), list(curves)
+    at = np.unique(np.concatenate([knots, np.linspace(knots.min(), knots.max(), GRID)]))
     best = np.argmin(np.stack([_at(x, y[:1], at)[0] for x, y in curves.values()]), axis=0)
     starts = [0, *(np.flatnonzero(np.diff(best)) + 1)]
     found = []
@@ -216,14 +217,16 @@ def _handovers(winners: list[Winner], curves: dict, level: float, known: bool) -
             continue
         then = winners[i + 1].model
         at, start = _stop(curves[winner.model], curves[then])
-        between = (math.nan, math.nan)
-        if known and len(at) > 1:
-            ordered = np.sort(at[1:])
-            tail = (1 - level) / 2
-            low, high = (ordered[round(q * (len(ordered) - 1))] for q in (tail, 1 - tail))
-            between = (float(np.exp(low)), float(np.exp(high)))
+        between = reached(np.exp(at[1:]), level) if known else NO_INTERVAL
         found.append(Handover(winner.model, then, float(np.exp(at[0])), between, bool(at[0] <= start)))
     return found
+
+
+def reached(costs: np.ndarray, level: float) -> tuple:
+    """The central resamples of costs, of which some are infinite (never reached); (nan, nan) of none."""
+    if not len(costs):
+        return NO_INTERVAL
+    return tuple(float(v) for v in np.quantile(costs, [(1 - level) / 2, (1 + level) / 2], method="nearest"))
 
 
 def _stop(one: tuple, other: tuple) -> tuple[np.ndarray, float]:
@@ -241,3 +244,29 @@ def _stop(one: tuple, other: tuple) -> tuple[np.ndarray, float]:
     cross = at[last] + step * (at[after] - at[last])
     cross = np.where(last == len(at) - 1, np.inf, cross)
     return np.where(leads.any(axis=1), cross, at[0]), at[0]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and a sampling of it that together draw `images` images."""
+
+    point: Point
+    images: float
+    total: float  # FLOPs: training and all images
+
+    @property
+    def sampling_share(self) -> float:
+        """Of the total."""
+        return 1 - self.point.train / self.total
+
+
+def serve(points: Sequence[Point], images: float | int) -> list[Served]:
+    """Every point with its total, cheapest first. Raises UsageError without training FLOPs or the cost of an image."""
+    found = [Served(p, float(images), training(p) + images * cost_of(p, "flops")) for p in points]
+    return sorted(found, key=lambda s: s.total)
+
+
+def front(served: Sequence[Served], higher: bool = False) -> list[Served]:
+    """Those that no other beats in both total and score, by total."""
+    scores = np.log([[s.point.score for s in served]]) * (-1.0 if higher else 1.0)
+    return [served[i] for i in _front(np.array([s.total for s in served]), scores)[0]]

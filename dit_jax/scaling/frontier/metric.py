@@ -3,26 +3,29 @@
 FID = k C^x: Liang et al. 2024 (arXiv 2410.08184), section 3, on features of their own; here of any metric, each model at its best
 guidance (`choice`). A metric whose own noise or reference leaves a floor E bends above every power law, and a pure law through it predicts
 too low scores beyond the data. So both are fitted, and a one-sided t-test of the coefficient of log^2 C in log score chooses. Where it is
-undecided, the intervals beyond the data hold both laws.
+undecided, the intervals beyond the data hold both laws. The law taken is then tried as the laws of the loss are (`verdicts.beyond`).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.bootstrap import FEWEST, between
-from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, interval
+from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, interval
+from dit_jax.scaling.fits.fit import Point as Optimum
 from dit_jax.scaling.fits.law import PowerLaw, fit_irreducible, fit_power
-from dit_jax.scaling.frontier.points import Point
+from dit_jax.scaling.frontier.points import Point, training
+from dit_jax.scaling.verdicts import beyond
 
 FORMS = {"pure": 2, "irreducible": 3}  # of a law, and how many parameters each has
 TELLING = 5  # points from which a bend can be told
 CHANCE = 0.05  # of the test of a bend
 EXACT = 1e-9  # of the log score: scatter that is rounding
+UNKNOWN = 1e-6  # of a score without an error, so that trials take the scatter of the points for it
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,16 @@ class MetricLaw:
     bending_p: float
     undecided: bool
     level: float
-    warnings: tuple
+    warnings: tuple = ()
+
+    @property
+    def taken(self) -> FormLaw:
+        """The law of the form taken."""
+        return self.laws[self.form]
 
     @property
     def law(self) -> PowerLaw:
-        return self.laws[self.form].law
-
-    @property
-    def draws(self) -> PowerLaw | None:
-        return self.laws[self.form].draws
-
-    @property
-    def noise(self) -> float:
-        return self.laws[self.form].noise
-
-    @property
-    def smallest(self) -> float:
-        return self.used[0].train
+        return self.taken.law
 
     @property
     def largest(self) -> float:
@@ -82,48 +78,32 @@ class MetricLaw:
 
     def span(self, part: str) -> tuple:
         """Interval of "coefficient", "exponent" or "irreducible"."""
-        return interval(None if self.draws is None else getattr(self.draws, part), self.level)
+        return interval(None if self.taken.draws is None else getattr(self.taken.draws, part), self.level)
 
     def predict(self, flops: float | int) -> dict:
         """The score at these training FLOPs, with the law's interval and that of one model, and the distance from the data.
 
         `both_laws`: the data do not tell the law's form, so the intervals reach over those of the pure law and of the law with a floor.
         """
-        score, law, run = self.laws[self.form].at(flops, self.level)
-        both = self.undecided and self.draws is not None and flops > INSIDE * self.largest
-        if both:
+        score, law, run = self.taken.at(flops, self.level)
+        both = self.undecided and self.taken.draws is not None and flops > INSIDE * self.largest
+        if both:  # of a form without an interval, its value
             others = [f.at(flops, self.level) for f in self.laws.values()]
-            law, run = (_around([other[0] for other in others], [other[i] for other in others]) for i in (1, 2))
-        return {
-            "flops": float(flops),
-            "beyond": float(flops / self.largest),
-            "score": score,
-            "interval": law,
-            "run_interval": run,
-            "both_laws": both,
-        }
+            ends = [[(o[0], o[0]) if math.isnan(o[i][0]) else o[i] for o in others] for i in (1, 2)]
+            law, run = ((min(low for low, _ in e), max(high for _, high in e)) for e in ends)
+        out = {"flops": float(flops), "beyond": float(flops / self.largest), "score": score}
+        return out | {"interval": law, "run_interval": run, "both_laws": both}
 
     def doubt(self, flops: Sequence[float]) -> str:
         """A warning if a prediction at one of these FLOPs depends on which law holds; else ""."""
         if not any(self.predict(c)["both_laws"] for c in flops):
             return ""
-        few = (
-            f"{len(self.used)} points are too few"
-            if len(self.used) < TELLING
-            else f"test of a bend: p = {self.bending_p:.2g}"
-        )
+        why = f"test of a bend: p = {self.bending_p:.2g}"
+        why = f"{len(self.used)} points are too few" if len(self.used) < TELLING else why
         return (
-            f"the points do not tell whether the score has a floor ({few}): beyond the data, intervals span the law with a floor and "
+            f"the points do not tell whether the score has a floor ({why}): beyond the data, intervals span the law with a floor and "
             "the one without; --pure or --irreducible chooses"
         )
-
-
-def _around(values: list, spans: list) -> tuple:
-    """From the lowest to the highest of some intervals and of the values of those without any; no interval if none has."""
-    if all(math.isnan(low) for low, _ in spans):
-        return NO_INTERVAL
-    ends = [(v, v) if math.isnan(s[0]) else s for v, s in zip(values, spans, strict=True)]
-    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def best_of_budgets(points: Sequence[Point], tolerance: float = 0.05, higher: bool = False) -> list[Point]:
@@ -131,19 +111,12 @@ def best_of_budgets(points: Sequence[Point], tolerance: float = 0.05, higher: bo
     found: list[Point] = []
     start = -math.inf
     for point in sorted(points, key=training):
-        if not found or point.train > start * (1 + tolerance):
+        if point.train > start * (1 + tolerance):
             start = point.train
             found.append(point)
         elif (point.score > found[-1].score) == higher and point.score != found[-1].score:
             found[-1] = point
     return found
-
-
-def training(point: Point) -> float | int:
-    """Training FLOPs. Raises UsageError where they are not recorded."""
-    if math.isnan(point.train):
-        raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
-    return point.train
 
 
 def fit_metric(
@@ -167,7 +140,8 @@ def fit_metric(
     C, y = np.array([p.train for p in used]), np.array([p.score for p in used])
     budgets = len(np.unique(C))
     if budgets < FORMS[form or "pure"]:
-        raise UsageError(f"RUNS: found {budgets} budget(s), expected at least {FORMS[form or 'pure']} for this law")
+        least = f"expected at least {FORMS[form or 'pure']} for this law (--curves reads every step of a run)"
+        raise UsageError(f"RUNS: found {budgets} budget(s), {least}")
     if form == "irreducible" and higher:
         raise UsageError("--irreducible: found a metric of which more is better, which has no floor; expected --pure")
     variance = _variance(used, C)
@@ -177,8 +151,8 @@ def fit_metric(
     taken = form or ("irreducible" if p < CHANCE and len(used) >= TELLING and "irreducible" in laws else "pure")
     exact = np.abs(np.log(y / laws["pure"].law(C))).max() < EXACT
     undecided = not form and taken == "pure" and not exact and "irreducible" in laws
-    fit = MetricLaw(tuple(used), laws, taken, p, undecided, level, ())
-    return MetricLaw(**vars(fit) | {"warnings": _cautions(fit)})
+    fit = MetricLaw(tuple(used), laws, taken, p, undecided, level)
+    return replace(fit, warnings=_cautions(fit))
 
 
 def _variance(used: Sequence[Point], C: np.ndarray) -> np.ndarray:
@@ -213,7 +187,7 @@ def bend(C: np.ndarray, y: np.ndarray, variance: np.ndarray) -> float:
     if len(C) < 4 or len(np.unique(C)) < 3:
         return math.nan
     x = np.log(C) - np.log(C).mean()
-    design = np.stack([np.ones_like(x), x, x**2], 1) / np.sqrt(variance)[:, None]
+    design = np.vander(x, 3, increasing=True) / np.sqrt(variance)[:, None]
     target = np.log(y) / np.sqrt(variance)
     found = np.linalg.lstsq(design, target, rcond=None)[0]
     noise = math.sqrt(np.sum((target - design @ found) ** 2) / (len(C) - 3))
@@ -221,29 +195,59 @@ def bend(C: np.ndarray, y: np.ndarray, variance: np.ndarray) -> float:
     return float(stats.t.sf(found[2] / error, len(C) - 3))
 
 
+def doubts(fit: MetricLaw, metric: str, flops: float | int = 0.0) -> list[str]:
+    """Why the law may not be followed beyond the data: it bends in log^2 C, or its ends disagree at `flops` (0: ten times the data)."""
+    if fit.taken.draws is None or math.isnan(fit.taken.noise):
+        return []
+
+    def again(points: Sequence[Point]) -> Fit:
+        return _as_fit(fit_metric(points, form=fit.form, resamples=beyond.RESAMPLES, level=fit.level))
+
+    law, test = _as_fit(fit), beyond.bending_of_loss if fit.law.irreducible else beyond.bending_of_size
+    trials = [test(law), *beyond.ends(law, again, max(flops, beyond.FAR * fit.largest))]
+    texts = [t.found for t in trials if t is not None and t.fails]
+    return [beyond.NOT + t.replace("N_opt", metric).replace("L_opt", metric).replace("loss", metric) for t in texts]
+
+
+def _as_fit(fit: MetricLaw) -> Fit:
+    """The law as one of the fits, for their trials: with a floor in the place of the law of L_opt, else in that of N_opt."""
+    name, law = "L_opt" if fit.law.irreducible else "N_opt", fit.taken
+    errors = [p.score_se or UNKNOWN * p.score for p in fit.used]
+    points = tuple(
+        Optimum(p.name, p.train, (p,), n_opt=p.score, loss=p.score, n_se=e / p.score, loss_se=e)
+        for p, e in zip(fit.used, errors, strict=True)
+    )
+    none = dict(loss=lambda n, d: math.nan, loss_draws=None, noise=law.noise, noise_draws=np.zeros(0))
+    numbers = dict(k=1.0, objective=math.nan, level=fit.level, resamples=beyond.RESAMPLES)
+    return Fit(
+        "metric", fit.used, {name: law.law}, {name: law.draws} if law.draws else {}, points=points, **none, **numbers
+    )
+
+
 def _cautions(fit: MetricLaw) -> tuple:
     """What a reader should know about the law."""
-    taken, found = fit.laws[fit.form], []
-    if taken.freedom < 1:
+    if fit.taken.freedom < 1:
         count = FORMS[fit.form]
         return (f"no interval: {len(fit.used)} points and {count} parameters leave nothing to judge the scatter by",)
-    if taken.draws is None:
-        return ()
-    low, high = fit.span("exponent")
+    found, (low, high) = [], fit.span("exponent")
     if low <= 0 <= high and fit.form == "pure":
-        found.append(
-            f"the data do not show that the metric depends on compute: its exponent is {low:.3f} to {high:.3f}"
-        )
+        text = f"the data do not show that the metric depends on compute: its exponent is {low:.3f} to {high:.3f}"
+        found.append(text)
     if fit.form == "irreducible" and fit.span("irreducible")[0] == 0:
         found.append("the irreducible term is not pinned down: its interval reaches 0")
-    unexplained = fit.form == "pure" and (fit.bending_p < CHANCE or fit.bending_p > 1 - CHANCE / 2)
-    if (
-        unexplained
-        and len(fit.used) >= TELLING
-        and np.abs(np.log([p.score / fit.law(p.train) for p in fit.used])).max() > EXACT
-    ):
-        found.append(
-            f"the scores bend {'above' if fit.bending_p < 0.5 else 'below'} a power law (p = {min(fit.bending_p, 1 - fit.bending_p):.2g}): "
-            "its predictions beyond the data are doubtful"
-        )
     return tuple(found)
+
+
+def correlate(points: Sequence[Point], level: float = 0.95) -> dict:
+    """Held-out loss with score, one pair per model: Pearson's of the logarithms with Fisher's interval, and Spearman's.
+
+    Raises UsageError on fewer than 4 models that carry both.
+    """
+    pairs = [(p.loss, p.score) for p in points if not math.isnan(p.loss)]
+    if len(pairs) < 4:
+        raise UsageError(f"RUNS: {len(pairs)} models have both a held-out loss and the metric, expected at least 4")
+    x, y = np.log(np.array(pairs)).T
+    pearson = stats.pearsonr(x, y)
+    ends = tuple(float(v) for v in pearson.confidence_interval(level))
+    out = {"models": len(pairs), "pearson": float(pearson.statistic), "pearson_interval": ends}
+    return out | {"spearman": float(stats.spearmanr(x, y).statistic)}

@@ -25,11 +25,13 @@ OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flop
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
+RECORD = {"params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}  # column -> field of a record
+RECORD |= {name: name for name in ("flops_train", "flops_sample", "seconds_sample")}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model at its last evaluated step, sampled in one way. nan or "" = not recorded; FLOPs are 2 x MACs."""
+    """One model at an evaluated step, sampled in one way. nan or "" = not recorded; FLOPs are 2 x MACs."""
 
     name: str
     score: float | int
@@ -49,6 +51,7 @@ class Point:
     loss_protocol: dict = field(default_factory=dict)
     source: str = ""  # file and line, for messages
     sign: int = 0  # of the metric: +1 more is better, -1 less, 0 = not recorded
+    run_name: str = ""  # the training run, of which curves give several points
 
     @property
     def sampling(self) -> str:
@@ -74,41 +77,55 @@ def higher_is_better(metric: str, points: Sequence[Point] = ()) -> bool:
     return any(metric == name or metric.startswith(f"{name}_") for name in HIGHER)
 
 
+def training(point: Point) -> float | int:
+    """Training FLOPs. Raises UsageError where they are not recorded."""
+    if math.isnan(point.train):
+        raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
+    return point.train
+
+
 def load_points(
     paths: str | os.PathLike | Iterable,
     metric: str = "fid",
     where: Sequence[str] = (),
     sampled: bool = False,
     columns: Mapping | None = None,
+    curves: bool = False,
 ) -> list[Point]:
-    """The points of `paths`: workdirs, folders of them, records.jsonl files or CSVs; of each run those of its last step.
+    """The points of `paths`: workdirs, folders of them, records.jsonl files or CSVs; of each run those of its last step, or with `curves`
+    those of every step, each a model of its own.
 
-    `where` holds FIELD=VALUE texts over the dotted names of the protocol (or the columns of a CSV): only what agrees is
-    taken. `sampled` asks for the cost of an image. A CSV has the columns `name`, the metric, and either `flops_sample`
-    (FLOPs of one image) or `flops_step` (of one unguided call of the model) and `steps`: then the cost is flops_step x
-    steps x passes, where `passes`, if it is not a column, is 2 where there is a guidance other than 1. `columns` gives a CSV's
-    columns our names (ours -> theirs). Raises UsageError on what is missing or no number, and where the protocols differ in more than
-    SAMPLING.
+    `where` holds FIELD=VALUE texts over the dotted names of the protocol (or the columns of a CSV): only what agrees is taken. `sampled`
+    asks for the cost of an image. A CSV has the columns `name`, the metric, and either `flops_sample` (FLOPs of one image) or `flops_step`
+    (of one unguided call of the model) and `steps`: then the cost is flops_step x steps x passes, where `passes`, if it is not a column, is
+    2 where there is a guidance other than 1. `columns` gives a CSV's columns our names (ours -> theirs). Raises UsageError on what is
+    missing or no number, and where the protocols differ in more than SAMPLING.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    wanted, table = [condition(text) for text in where], Columns(columns or {}, where)
-    points: list = []
+    table, points = Columns(columns or {}, where), []
     for file in files_of(paths):
         if not is_records(file):
             points += _read_csv(file, metric, table)
         else:
-            points += _own_names(_read_records(file, metric, wanted), file, {p.name for p in points})
+            points += _own_names(_read_records(file, metric, where, curves), file, {p.name for p in points})
     if not points:
-        raise UsageError(f"RUNS: found no {metric} in {', '.join(map(str, paths))}{_which(where)}")
+        chosen = f" with {', '.join(where)}" if where else ""
+        raise UsageError(f"RUNS: found no {metric} in {', '.join(map(str, paths))}{chosen}")
+    seen: dict = {}
     for point in points:
         _same(points[0], point, "protocol")
         if sampled and math.isnan(point.flops):
             raise UsageError(
                 f"{point.source}: no flops_sample of {point.name}, expected the FLOPs of one sampled image"
             )
+        first = seen.setdefault((point.name, point.sampling), point)
+        if first is not point:
+            raise UsageError(
+                f"{point.source}: {point.name} ({point.sampling or 'no sampling'}) is also in {first.source}, expected it once; "
+                "give models, and repeated trainings of one, names of their own"
+            )
     for point in (found := [p for p in points if p.loss_protocol]):
         _same(found[0], point, "loss_protocol")
-    _check_distinct(points)
     return points
 
 
@@ -117,9 +134,15 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
 
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
-    found: set = set()
+    ours, names = {scaled(theirs)[1]: name for name, theirs in (columns or {}).items()}, set()
     for file in files_of(paths):
-        found |= _metrics(file, where) if is_records(file) else _columns(file, where, columns or {})
+        if not is_records(file):
+            rows = read_rows(file, Expected((), ()), Columns({}, where))
+            names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
+        else:
+            names |= {name for r, at in _records(file) if _agrees(r, where, at) for name in r["metrics"]}
+    values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] != "loss"}
+    found = {name for n in values if (name := ours.get(n, n)).lower() not in KNOWN}
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"
     if len(found) > 1:
@@ -127,128 +150,105 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     return found.pop()
 
 
-def _values(names: set) -> set:
-    """Those of the names that are neither the loss nor the spread of another."""
-    return {n for n in names if n.split("_")[0] != "loss" and re.sub("_(se|std|low|high)$", "", n) not in names - {n}}
-
-
-def _metrics(file: str, where: Sequence[str]) -> set:
-    """Names of the metrics in records that agree with `where`."""
-    found, wanted = set(), [condition(text) for text in where]
-    with opened(file, "rb") as lines:
-        for number, line in numbered(lines, file):
-            if line.strip():
-                record = parse_record(line, at := f"{file}:{number}")
-                found |= set(record["metrics"]) if agrees(flatten(record["protocol"]), wanted, at) else set()
-    return _values(found)
-
-
-def _columns(file: str, where: Sequence[str], names: Mapping) -> set:
-    """Columns of numbers of a CSV, under our names, that are none of ours."""
-    ours, found = {scaled(theirs)[1]: name for name, theirs in names.items()}, set()
-    for row, _ in read_rows(file, Expected((), ()), Columns({}, where)):
-        found |= {column for column, cell in row.items() if is_number(cell)}
-    return {name for column in _values(found) if (name := ours.get(column, column)).lower() not in KNOWN}
-
-
-def _check_distinct(points: list[Point]) -> None:
-    seen: dict = {}
-    for point in points:
-        first = seen.setdefault((point.name, point.sampling), point)
-        if first is not point:
-            raise UsageError(
-                f"{point.source}: {point.name} ({point.sampling or 'no sampling'}) is also in {first.source}, expected it once; "
-                "give models, and repeated trainings of one, names of their own"
-            )
-
-
-def _which(where: Sequence[str]) -> str:
-    return f" with {', '.join(where)}" if where else ""
-
-
 def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:
     """Two run folders may hold runs of one name: the later one is then called after its folder too."""
-    if not taken.intersection(p.name for p in points):
-        return points
     folder = os.path.dirname(os.path.abspath(file))
     return [replace(p, name=f"{p.name} ({folder})") if p.name in taken else p for p in points]
 
 
 def _same(first: Point, point: Point, which: str) -> None:
-    a, b = (_rest(flatten(getattr(p, which))) for p in (first, point))
-    name = next((k for k in [*a, *b] if a.get(k, "(absent)") != b.get(k, "(absent)")), None)
-    if name is None:
-        return
-    kind = "protocol" if which == "protocol" else "protocol of the loss"
-    raise UsageError(
-        f"{point.source}: {kind} field {name!r} is {b.get(name, '(absent)')!r}, but {a.get(name, '(absent)')!r} in "
-        f"{first.source}; only {', '.join(SAMPLING)} may differ; choose with --where {name}=VALUE"
-    )
+    """Raises UsageError where two points differ in more than how an image is drawn."""
+    a, b = (flatten(getattr(p, which)) for p in (first, point))
+    free = {f"samples.{s}" for s in SAMPLING}
+    name = next((k for k in [*a, *b] if k not in free and a.get(k, "(absent)") != b.get(k, "(absent)")), None)
+    if name is not None:
+        kind = "protocol" if which == "protocol" else "protocol of the loss"
+        raise UsageError(
+            f"{point.source}: {kind} field {name!r} is {b.get(name, '(absent)')!r}, but {a.get(name, '(absent)')!r} in "
+            f"{first.source}; only {', '.join(SAMPLING)} may differ; choose with --where {name}=VALUE"
+        )
 
 
-def _rest(fields: dict) -> dict:
-    """What of a flat protocol must agree."""
-    return {name: value for name, value in fields.items() if name not in {f"samples.{s}" for s in SAMPLING}}
-
-
-def _read_records(file: str, metric: str, wanted: list) -> list[Point]:
-    found, losses, last, other = [], {}, {}, set()
+def _records(file: str) -> Iterable[tuple]:
+    """(record, file and line) of each line."""
     with opened(file, "rb") as lines:
         for number, line in numbered(lines, file):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            record = parse_record(line, where)
-            if "loss" in record["metrics"]:
-                losses[record["run"], record["step"], _weights(record)] = record
-            if metric not in record["metrics"]:
-                other |= set(record["metrics"])
-            elif agrees(flatten(record["protocol"]), wanted, where):
-                found.append((record, where))
-                last[record["run"]] = max(record["step"], last.get(record["run"], record["step"]))
-    if not found and not wanted:
-        raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(sorted(other)) or 'no metric'}")
-    newest = {}
-    for record, where in found:
-        if record["step"] == last[record["run"]]:  # a record written twice counts once
-            newest[record["run"], repr(sorted(flatten(record["protocol"]).items()))] = (record, where)
-    return [_point(r, metric, where, losses.get((r["run"], r["step"], _weights(r)))) for r, where in newest.values()]
+            if line.strip():
+                yield parse_record(line, f"{file}:{number}"), f"{file}:{number}"
 
 
-def _weights(record: dict) -> str:
-    return repr(record["protocol"].get("weights"))
+def _agrees(record: dict, where: Sequence[str], at: str) -> bool:
+    return agrees(flatten(record["protocol"]), [condition(text) for text in where], at)
 
 
-def _point(record: dict, metric: str, where: str, with_loss: dict | None) -> Point:
-    metrics, samples = record["metrics"], record["protocol"].get("samples")
-    samples = samples if isinstance(samples, dict) else {}
-    numbers = {"train": "flops_train", "params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}
-    values = {ours: positive(record[theirs], theirs, where) for ours, theirs in numbers.items()}
-    for ours, theirs in (("flops", "flops_sample"), ("seconds", "seconds_sample")):
-        values[ours] = positive(record[theirs], theirs, where) if theirs in record else math.nan
-    for name in ("steps", "guidance"):
-        values[name] = positive(samples[name], f"samples.{name}", where, zero=True) if name in samples else math.nan
-    if with_loss and metric != "loss":
-        values["loss"] = positive(with_loss["metrics"]["loss"], "metrics.loss", where)
-        values["loss_protocol"] = with_loss["protocol"]
-    return Point(
-        name=record["run"],
-        score=positive(metrics[metric], f"metrics.{metric}", where),
-        score_se=_standard_error(metrics, metric, where, record["protocol"].get("bootstrap")),
-        sampler=str(samples.get("sampler", "")),
-        spacing=str(samples.get("spacing", "")),
-        protocol=record["protocol"],
-        source=where,
-        sign=_sign(record.get("metric_signs", {}), metric, where),
-        **values,
+def _read_records(file: str, metric: str, where: Sequence[str], curves: bool) -> list[Point]:
+    every = list(_records(file))
+    scored = [(r, at) for r, at in every if metric in r["metrics"] and _agrees(r, where, at)]
+    if not scored and not where:
+        other = sorted({name for r, _ in every for name in r["metrics"]})
+        raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(other) or 'no metric'}")
+    weights = [repr(r["protocol"].get("weights")) for r, _ in every]
+    losses = {(r["run"], r["step"], w): r for (r, _), w in zip(every, weights, strict=True) if "loss" in r["metrics"]}
+    last = {r["run"]: r["step"] for r, _ in sorted(scored, key=lambda found: found[0]["step"])}
+    steps, newest = {(r["run"], r["step"]) for r, _ in scored}, {}
+    for r, at in scored:
+        if curves or r["step"] == last[r["run"]]:  # a record written twice counts once
+            newest[r["run"], r["step"], repr(sorted(flatten(r["protocol"]).items()))] = (r, at)
+    found = []
+    for r, at in newest.values():
+        loss = losses.get((r["run"], r["step"], repr(r["protocol"].get("weights"))))
+        many = curves and sum(run == r["run"] for run, _ in steps) > 1
+        found.append(_of_record(r, metric, at, loss, f"{r['run']} at step {r['step']}" if many else r["run"]))
+    return found
+
+
+def _of_record(record: dict, metric: str, where: str, with_loss: dict | None, name: str) -> Point:
+    protocol = record["protocol"]
+    row = dict(record["metrics"]) | {ours: record.get(theirs) for ours, theirs in RECORD.items()} | {"name": name}
+    row |= {k: v for k, v in _mapping(protocol, "samples").items() if k in SAMPLING}
+    row["loss"] = with_loss["metrics"]["loss"] if with_loss and metric != "loss" else None
+    signs = record.get("metric_signs", {})
+    sign = signs.get(metric, 0) if isinstance(signs, dict) else signs
+    if sign not in (-1, 0, 1):
+        raise UsageError(f"{where}: metric_signs: found {shown(sign)} for {metric}, expected 1 or -1")
+    more = dict(protocol=protocol, sign=int(sign), run_name=record["run"])
+    more |= {"loss_protocol": with_loss["protocol"]} if with_loss and metric != "loss" else {}
+    return _point(
+        row | {metric: record["metrics"][metric]}, metric, where, _mapping(protocol, "metrics").get("bootstrap"), **more
     )
 
 
-def _sign(signs: object, metric: str, where: str) -> int:
-    found = signs.get(metric, 0) if isinstance(signs, dict) else signs
-    if found not in (-1, 0, 1):
-        raise UsageError(f"{where}: metric_signs: found {shown(found)} for {metric}, expected 1 or -1")
-    return int(found)
+def _mapping(protocol: dict, name: str) -> dict:
+    return protocol[name] if isinstance(protocol.get(name), dict) else {}
+
+
+def _read_csv(file: str, metric: str, columns: Columns) -> list[Point]:
+    expected = Expected(("name", metric), (*OPTIONAL, *(f"{metric}_{end}" for end in ("se", "low", "high"))))
+    points = [_point(row, metric, at, run_name=row["name"] or "") for row, at in read_rows(file, expected, columns)]
+    if not points and not columns.where:
+        raise UsageError(f"{file}: found a header and no row below it")
+    return points
+
+
+def _point(row: Mapping, metric: str, where: str, resamples=None, **more) -> Point:
+    """The point of a row of our columns: text, or the numbers of a record."""
+    cells = {name: cell for name, cell in row.items() if cell is not None and str(cell).strip()}
+
+    def number(name: str, zero: bool = False) -> float:
+        return positive(cells[name], name, where, zero) if name in cells else math.nan
+
+    if "name" not in cells:
+        raise UsageError(f"{where}: name is empty, expected the name of the model")
+    texts = {name: str(cells.get(name, "")).strip() for name in ("name", "sampler", "spacing")}
+    for name, text in texts.items():
+        check_name(text, name, where)
+    values = {NAMES.get(name, name): number(name) for name in (*NUMBERS, "flops_sample", "steps")}
+    values["guidance"] = guidance = number("guidance", zero=True)
+    if math.isnan(values["flops"]):
+        passes = number("passes") if "passes" in cells else 1 if guidance == 1 or math.isnan(guidance) else 2
+        values["flops"] = number("flops_step") * values["steps"] * passes
+    error, score = _standard_error(cells, metric, where, resamples), positive(row.get(metric), metric, where)
+    return Point(score=score, score_se=error, source=where, **texts, **values, **more)
 
 
 def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> float:
@@ -263,41 +263,3 @@ def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> f
         raise UsageError(f"{where}: {metric}_low is {low:g}, above {metric}_high, {high:g}")
     freedom = resamples - 1 if isinstance(resamples, int) and resamples > 1 else math.inf
     return (high - low) / 2 / float(stats.t.ppf(0.975, freedom))
-
-
-def _read_csv(file: str, metric: str, columns: Columns) -> list[Point]:
-    expected = Expected(("name", metric), (*OPTIONAL, *(f"{metric}_{end}" for end in ("se", "low", "high"))))
-    points = [_csv_point(row, metric, at) for row, at in read_rows(file, expected, columns)]
-    if not points and not columns.where:
-        raise UsageError(f"{file}: found a header and no row below it")
-    return points
-
-
-def _csv_point(row: dict, metric: str, where: str) -> Point:
-    def number(name: str, zero: bool = False) -> float:
-        found = (row.get(name) or "").strip()
-        return positive(found, name, where, zero) if found else math.nan
-
-    def text(name: str) -> str:
-        found = (row.get(name) or "").strip()
-        check_name(found, name, where)
-        return found
-
-    if not text("name"):
-        raise UsageError(f"{where}: name is empty, expected the name of the model")
-    values = {NAMES.get(name, name): number(name) for name in (*NUMBERS, "flops_sample", "steps")}
-    values["guidance"] = guidance = number("guidance", zero=True)
-    if math.isnan(values["flops"]):
-        passes = number("passes")
-        passes = (1 if guidance == 1 or math.isnan(guidance) else 2) if math.isnan(passes) else passes
-        values["flops"] = number("flops_step") * values["steps"] * passes
-    metrics = {name: cell for name, cell in row.items() if (cell or "").strip()}
-    return Point(
-        name=text("name"),
-        score=positive(row.get(metric), metric, where),
-        score_se=_standard_error(metrics, metric, where),
-        sampler=text("sampler"),
-        spacing=text("spacing"),
-        source=where,
-        **values,
-    )

@@ -157,7 +157,7 @@ def _best(records: Sequence[dict], differ: Sequence[str]) -> list[dict]:
         points = [_point(own, record, metric) for own, record in members]
         if len({p.guidance for p in points}) < 2 or not all(p.score > 0 and p.guidance > 0 for p in points):
             continue
-        (choice,) = choose(points, higher=higher_is_better(metric, points), resamples=0)
+        (choice,) = choose(points, higher=higher_is_better(metric, points))
         own, sampling = members[0][0], choice.best.sampling.rpartition(", ")[0]
         edge = f", the {choice.edge} tried" * bool(choice.edge)
         told = {"metric": metric, "guidance": f"{choice.best.guidance:g}{edge}", "score": choice.best.score}

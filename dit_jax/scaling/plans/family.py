@@ -8,15 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from scipy.stats import gmean
+
 from dit_jax import flops
 from dit_jax.config import SIZES, ModelConfig
 from dit_jax.error import UsageError
 
-COARSE, FINE, WIDE = (
-    64,
-    8,
-    256,
-)  # widths are multiples of COARSE from WIDE on, below of FINE, or of what a ladder's widths share
+COARSE, FINE, WIDE = 64, 8, 256  # widths are multiples of COARSE from WIDE on, below of FINE or of the ladder's step
 OFF_SIZE, OFF_ASPECT = 0.03, 0.2  # missing the size by the first is as bad as missing the aspect ratio by the second
 FAR = 4.0  # times OFF_ASPECT: aspect ratios further off are all alike
 LARGEST = 1e15  # parameters
@@ -39,24 +37,18 @@ class Family:
         return f"{self.name}: width = {self.aspect:.3g} x depth, {heads}"
 
 
-def _mean(values) -> float:
-    """The geometric mean."""
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 # Peebles & Xie 2023, Table 1: 32 (S), 64 (B), 43 (L) and 41 (XL); heads are 64 wide but for XL's 72.
-DIT = Family("DiT", _mean(width / depth for depth, width, _ in SIZES.values()), 64.0)
+DIT = Family("DiT", float(gmean([width / depth for depth, width, _ in SIZES.values()])), 64.0)
 
 
 def family_of(models: Sequence[ModelConfig]) -> Family:
     """The family of a ladder of models: their mean aspect ratio, and their number of heads if all have the same, else its mean width."""
     heads, widths = {m.heads for m in models}, [m.width / m.heads for m in models]
     same = len(heads) == 1 and len(set(widths)) > 1
-    head_width = max(DIT.head_width, *widths) if same else _mean(widths)
+    head_width = max(DIT.head_width, *widths) if same else float(gmean(widths))
     shared = math.gcd(*(m.width for m in models))
     step = shared if len({m.width for m in models}) > 1 and shared <= COARSE else FINE
-    return Family("RUNS", _mean(m.width / m.depth for m in models), head_width, heads.pop() if same else 0, step)
+    return Family("RUNS", float(gmean([m.width / m.depth for m in models])), head_width, max(heads) * same, step)
 
 
 def sized(
@@ -66,20 +58,16 @@ def sized(
     if not 0 < params < LARGEST:
         raise UsageError(f"size: found {params:.3g} parameters, expected a number above 0 and below {LARGEST:g}")
     like = replace(like, heads=1, unroll=1)
-    a_block = _depths(4096, params, like, count)
-    squares = (a_block[1][2] - a_block[0][2]) / 4096**2  # parameters of a block over width^2
-    ideal = (params * family.aspect / squares) ** (1 / 3)
-    rows = [row for width in _widths(family, ideal) for row in _depths(width, params, like, count)]
-    width, depth, _ = min(rows, key=lambda row: _score(family, params, row))
-    return replace(like, width=width, depth=depth, heads=_heads(family, width))
-
-
-def _widths(family: Family, ideal: float) -> list[int]:
-    """The widths that a family may have within a factor 2 of the ideal one (of huge models the 13 nearest), or the least."""
+    (_, _, one), (_, _, two) = _depths(4096, params, like, count)
+    ideal = (params * family.aspect / ((two - one) / 4096**2)) ** (
+        1 / 3
+    )  # a block has that many parameters over width^2
     middle = max(round(ideal / COARSE), WIDE // COARSE)
     wide = [COARSE * k for k in range(max(WIDE // COARSE, middle - 6), middle + 7)]
-    found = [w for w in (*range(family.step, WIDE, family.step), *wide) if ideal / 2 <= w <= 2 * ideal]
-    return found or [family.step]
+    widths = [w for w in (*range(family.step, WIDE, family.step), *wide) if ideal / 2 <= w <= 2 * ideal]
+    rows = [row for width in widths or [family.step] for row in _depths(width, params, like, count)]
+    width, depth, _ = min(rows, key=lambda row: _score(family, params, row))
+    return replace(like, width=width, depth=depth, heads=_heads(family, width))
 
 
 def _depths(width: int, params: float | int, like: ModelConfig, count: Callable) -> list[tuple]:
@@ -100,7 +88,5 @@ def _heads(family: Family, width: int) -> int:
     """The family's number of heads, or the divisor of the width that makes heads nearest to the family's."""
     if family.heads and width % family.heads == 0 and width / family.heads <= family.head_width:
         return family.heads
-    divisors = [h for h in range(1, math.isqrt(width) + 1) if width % h == 0]
-    return min(
-        {*divisors, *(width // h for h in divisors)}, key=lambda h: (abs(math.log(width / h / family.head_width)), h)
-    )
+    divisors = (h for h in range(1, width + 1) if width % h == 0)
+    return min(divisors, key=lambda h: (abs(math.log(width / h / family.head_width)), h))

@@ -1,4 +1,4 @@
-"""From a fit and a budget to a size: the nearest of a ladder to N_opt, and the images that the budget buys."""
+"""From a fit and a budget to the nearest size of a ladder."""
 
 import math
 from collections.abc import Sequence
@@ -29,51 +29,21 @@ class Plan:
 
 
 def require_sizes(fit: Fit) -> None:
-    """Raise UsageError if the fit says nothing of the best size."""
+    """Raise UsageError if the fit has no law of the best size."""
     if "N_opt" not in fit.laws:
-        raise UsageError(
-            f"--method: {fit.method} says nothing of N_opt, for it has no law of the best size in compute; plan with another"
-        )
+        raise UsageError(f"--method: {fit.method} has no law of N_opt in compute; plan with another")
 
 
 def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
     """The row of `ladder`, (name, parameters active per token, forward FLOPs of one image), nearest to N_opt in log N.
 
-    `flops` are training FLOPs. Raises UsageError on a ladder without sizes, and if the fit says nothing of N_opt.
+    `flops` are training FLOPs. Raises UsageError on a ladder without sizes, and if the fit has no law of N_opt.
     """
     require_sizes(fit)
-    rows = list(ladder)
-    if not rows:
-        raise UsageError("ladder: found no size, expected (name, params_active, flops_image) rows")
-    for name, params, cost in rows:
-        if not (math.isfinite(params) and math.isfinite(cost) and params > 0 and cost > 0):
-            raise UsageError(
-                f"ladder: {name!r} has params_active {params} and flops_image {cost}, expected both above 0"
-            )
-    name, params, cost = nearest(rows, predict(fit, flops)["N_opt"])
-    said = predict(fit, flops, params)
-    return Plan(
-        flops=said["flops"],
-        beyond=said["beyond"],
-        n_opt=said["N_opt"],
-        loss=said["L_run"],
-        loss_interval=said["L_run_interval"],
-        name=str(name),
-        params=float(params),
-        images=float(flops / (TRAIN_OVER_FORWARD * cost)),
-    )
-
-
-def nearest(ladder: Sequence[tuple], n_opt: float) -> tuple:
-    """The row of a ladder nearest to `n_opt` parameters in log N."""
-    return min(ladder, key=lambda row: abs(math.log(row[1] / n_opt)))
-
-
-def ladder_of(runs) -> list[tuple]:
-    """The distinct sizes of `runs` as ladder rows; empty if images were not recorded."""
-    rows = {
-        r.params: (r.name, r.params, r.flops / r.images / TRAIN_OVER_FORWARD)
-        for r in sorted(runs, key=lambda r: -r.flops)
-        if math.isfinite(r.images)
-    }
-    return sorted(rows.values(), key=lambda row: row[1])
+    if not ladder or not all(0 < v < math.inf for row in ladder for v in row[1:]):
+        raise UsageError(f"ladder: found {ladder!r}, expected (name, params_active, flops_image) rows above 0")
+    n_opt = predict(fit, flops)["N_opt"]
+    name, params, cost = min(ladder, key=lambda row: abs(math.log(row[1] / n_opt)))
+    said, images = predict(fit, flops, params), float(flops / (TRAIN_OVER_FORWARD * cost))
+    run = (said["L_run"], said["L_run_interval"])
+    return Plan(said["flops"], said["beyond"], n_opt, *run, str(name), float(params), images)

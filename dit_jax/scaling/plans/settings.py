@@ -36,41 +36,38 @@ class Settings:
     file: str = ""
     config: Config | None = None  # all settings, where they are known
     rate: tuple = ()  # (learning rate at width 1, power of the width), where the runs' follow one
+    seen: dict = field(default_factory=dict)  # the largest depth, width and steps of the runs' configs
     warnings: tuple = field(default=(), compare=False)
+
+    def learning_rate(self, model: ModelConfig) -> float | None:
+        """The rate of a model of these settings; None if no config is known."""
+        if self.rate:
+            return float(f"{self.rate[0] * model.width ** self.rate[1]:.4g}")
+        return self.config and self.config.optim.learning_rate
 
 
 def configs_of(runs: Sequence[Run]) -> list[tuple[Run, Config]]:
     """The runs whose folder holds their config.json, with it. Raises UsageError where one cannot be read."""
-    found, configs = [], {}
+    configs: dict = {}
     for run in runs:
         file = run.source.rpartition(":")[0]
         folder = os.path.dirname(os.path.dirname(file))
-        if not file.endswith(os.path.join("eval", "records.jsonl")):
-            continue
-        if folder not in configs:
-            configs[folder] = read_config(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
-        if configs[folder] is not None:
-            found.append((run, configs[folder]))
-    return found
+        if file.endswith(os.path.join("eval", "records.jsonl")) and folder not in configs:
+            known = os.path.isfile(os.path.join(folder, "config.json"))
+            configs[folder] = (run, read_config(folder)) if known else None
+    return [pair for pair in configs.values() if pair]
 
 
-def settings(
-    runs: Sequence[Run], file: str = "", name: str = "", changes: dict | None = None, batch: int = 0
-) -> Settings:
-    """Settings from `file`, a published model's `name`, the runs' own configs or, failing these, DiT-XL/2's, in this order.
-
-    `changes` are fields of the model, and image_size, in pixels of a published model; `batch` 0 = that of the config, else 256.
-    """
-    changes, known = dict(changes or {}), configs_of(runs)
+def settings(runs: Sequence[Run], file: str = "", name: str = "", size: int = 0, batch: int = 0) -> Settings:
+    """Settings from `file`, a published model's `name` (at `size` pixels, 0 = 256), the runs' own configs or, failing these, DiT-XL/2's, in
+    this order. `batch` 0 = that of the config, else 256."""
+    known = configs_of(sorted(runs, key=lambda r: -r.flops))
     models = [config.model for _, config in known]
     family = family_of(models) if len({(m.width, m.depth) for m in models}) > 1 else DIT
     if file and name:
         raise UsageError("--config, --model: found both, expected one")
-    size = changes.pop("image_size", 0)
     if size and (file or (known and not name)):
-        raise UsageError(
-            "--image_size: found it with the settings of a config, expected it with --model; change --input_size"
-        )
+        raise UsageError("--image_size: found it with the settings of a config, expected --model")
     if file:
         config = read(file)
         found = Settings(config.model, config.train.batch_size, family, file, file, config)
@@ -78,8 +75,9 @@ def settings(
         found = _of_runs(known, family)
     else:
         found = _published(name, size or 256, family)
-    model = replace(found.model, **changes) if changes else found.model
-    return replace(found, model=model, batch=batch or found.batch)
+    seen = {k: max(getattr(m, k) for m in models) for k in ("depth", "width") if models}
+    seen |= {"steps": max(config.train.steps for _, config in known)} if known else {}
+    return replace(found, batch=batch or found.batch, seen=seen)
 
 
 def read(file: str) -> Config:
@@ -112,19 +110,12 @@ def _published(name: str, size: int, family: Family) -> Settings:
 
 
 def _of_runs(known: list[tuple[Run, Config]], family: Family) -> Settings:
-    """The settings of the largest of these runs."""
-    run, config = max(known, key=lambda pair: pair[0].flops)
-    rate, warnings, fixed = _rate(known), [], {"dtype", "attention", "remat", *SIZE}
-    for other, theirs in known:
-        differs = [k for k, v in vars(theirs.model).items() if k not in fixed and v != getattr(config.model, k)]
-        if differs and not warnings:
-            text = f"RUNS differ in model.{differs[0]}; the plan takes that of {run.name}, not of {other.name}"
-            warnings.append(text)
-    if not rate:
-        warnings.append(f"the learning rates of RUNS follow no power of the width; the plan takes that of {run.name}")
+    """The settings of the first, the largest, of these runs."""
+    (run, config), rate = known[0], _rate(known)
+    text = f"the learning rates of RUNS follow no power of the width; the plan takes that of {run.name}"
     file = FILES.get((config.data.dataset, config.data.image_size), "")
-    source, batch = f"config.json of RUNS ({run.name})", config.train.batch_size
-    return Settings(config.model, batch, family, source, file, config, rate, tuple(warnings))
+    source, warnings = f"config.json of RUNS ({run.name})", () if rate else (text,)
+    return Settings(config.model, config.train.batch_size, family, source, file, config, rate, warnings=warnings)
 
 
 def _rate(known: list[tuple[Run, Config]]) -> tuple:
@@ -143,10 +134,8 @@ def _rate(known: list[tuple[Run, Config]]) -> tuple:
 def command(given: Settings, model: ModelConfig, steps: int, workdir: str) -> str:
     """The command that trains a planned run. Settings that the config file has already are left out, if it is at hand to be compared."""
     config = given.config or Config()
-    optim, train = config.optim, replace(config.train, steps=steps, batch_size=given.batch)
-    if given.rate:
-        rate = given.rate[0] * model.width ** given.rate[1]
-        optim = replace(optim, learning_rate=float(f"{rate:.4g}"))
+    train = replace(config.train, steps=steps, batch_size=given.batch)
+    optim = replace(config.optim, learning_rate=given.learning_rate(model)) if given.rate else config.optim
     wanted = flatten(to_dict(replace(config, model=model, train=train, optim=optim)))
     keys = [f"model.{name}" for name in SIZE[:3]] + ["train.steps", "train.batch_size"]
     file = at_hand(given.file) if given.config else None
@@ -157,10 +146,6 @@ def command(given: Settings, model: ModelConfig, steps: int, workdir: str) -> st
     else:
         keys += ["optim.learning_rate"] if given.rate else []
         keys += [f"model.{k}" for k in ("patch", "input_size", "channels", "classes", "conditioning", "learn_sigma")]
-    words = [f"--config={given.file or 'CONFIG.py'}", *(f"--config.{key}={_plain(wanted[key])}" for key in keys)]
+    values = {k: json.dumps(wanted[k]) if isinstance(wanted[k], float) else wanted[k] for k in keys}
+    words = [f"--config={given.file or 'CONFIG.py'}", *(f"--config.{key}={value}" for key, value in values.items())]
     return shlex.join(["python", "-m", "dit_jax.train", *words, f"--workdir={workdir}"])
-
-
-def _plain(value) -> str:
-    """A value as ml_collections reads it from a command line."""
-    return json.dumps(value) if isinstance(value, float) else str(value)

@@ -216,6 +216,28 @@ def test_another_table_of_positions_is_refused():
         read_diffusers({**theirs, "pos_embed.pos_embed": other}, config)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_table_of_positions_is_compared_as_it_is_stored(dtype):
+    """Half precision rounds it by up to 0.002; one that is wrong by 0.01 is refused in any dtype."""
+    stored = {name: values.astype(dtype) for name, values in published.write(TINY, random_params()).items()}
+    cfg, params = read_dit(stored)
+    assert cfg == TINY
+    same(params, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), random_params()))
+    theirs, config = diffusers_dit_of(TINY, dtype)
+    read_diffusers({**theirs, "pos_embed.pos_embed": stored["pos_embed"]}, config)
+    for wrong in (0.01, -0.01):
+        table = (stored["pos_embed"].astype(np.float32) + np.float32(wrong)).astype(dtype)
+        with pytest.raises(UsageError, match=rf"pos_embed: differs by up to 0.01.*before rounding to {dtype}"):
+            read_dit({**stored, "pos_embed": table})
+        with pytest.raises(UsageError, match=r"pos_embed.pos_embed: differs by up to"):
+            read_diffusers({**theirs, "pos_embed.pos_embed": table}, config)
+
+
+def diffusers_dit_of(cfg, dtype):
+    arrays, config = write_diffusers_dit(cfg, random_params(cfg))
+    return {name: values.astype(dtype) for name, values in arrays.items()}, config
+
+
 def test_embedders_must_be_the_same_in_all_blocks():
     arrays, config = write_diffusers_dit(TINY, random_params())
     for name in [name for name in arrays if name.startswith("transformer_blocks.1.norm1.emb")]:

@@ -114,13 +114,16 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_positions(tensors: Tensors, name: str, cfg: ModelConfig) -> None:
-    """Raises UsageError unless the file's position table is the model's."""
-    difference = np.abs(tensors.take(name, (1, cfg.tokens, cfg.width)) - _table(cfg)).max()
-    if difference > TABLE:
+    """Raises UsageError unless the file's position table is the model's, within TABLE and rounded to the file's dtype."""
+    found, table = tensors.take(name, (1, cfg.tokens, cfg.width)), _table(cfg)
+    stored = tensors.arrays[name].dtype
+    low, high = ((table + gap).astype(stored).astype(np.float32) for gap in (-TABLE, TABLE))  # rounding keeps the order
+    if not ((low <= found) & (found <= high)).all():
+        side = cfg.input_size // cfg.patch
         raise UsageError(
-            f"{tensors.where}: {name}: differs by up to {difference:.3g} from the sin-cos table of a grid of "
-            f"{cfg.input_size // cfg.patch} x {cfg.input_size // cfg.patch} patches, expected at most {TABLE:g}; other "
-            "positions than the published model's cannot be taken over"
+            f"{tensors.where}: {name}: differs by up to {np.abs(found - table).max():.3g} from the sin-cos table of a grid "
+            f"of {side} x {side} patches, expected at most {TABLE:g} before rounding to {stored}; other positions than the "
+            "published model's cannot be taken over"
         )
 
 

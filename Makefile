@@ -11,7 +11,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick preflight preflight-quick slurm torture lint lock clean
+.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 8 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
+	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
 	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
@@ -74,6 +75,9 @@ parity: peers
 
 parity-quick: peers
 	PYTHONPATH=$(PEERS) $(PARITY) -m "parity and not slow"
+
+convert-zoo: peers
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest --disable-warnings -m parity tests/parity/test_zoo.py
 
 $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@echo "installing libtpu ..."

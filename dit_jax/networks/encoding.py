@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dit_jax.config import Config, MeshConfig
+from dit_jax.config import AutoencoderConfig, Config, MeshConfig
 from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.data.latent_writer import continue_latents
 from dit_jax.data.latents import LatentRecords, open_latents
@@ -48,13 +48,24 @@ class Job:
 
 
 def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
-    """Make a Job. Raises UsageError if there is no autoencoder, or it does not fit image size and model."""
+    """Make a Job. The latents' scale and shift are the config's, or the autoencoder's own if those are the defaults.
+
+    Raises UsageError if there is no autoencoder, it does not fit image size and model, or no scale is known.
+    """
     if not cfg.autoencoder.folder:
         raise UsageError(
             "--autoencoder: not given, expected a folder that `python -m dit_jax.convert --source=sd-vae` wrote"
         )
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents=""))
-    return Job(cfg, open_autoencoder(cfg), dtype, whiten)
+    autoencoder, default = open_autoencoder(cfg), AutoencoderConfig()
+    if (cfg.autoencoder.scale, cfg.autoencoder.shift) == (default.scale, default.shift):
+        by = autoencoder.cfg
+        if not (by.scale or whiten):
+            found = f"found none for {cfg.autoencoder.folder!r}, whose file did not say it"
+            raise UsageError(f"autoencoder.scale: {found}; give --config.autoencoder.scale and shift, or --whiten")
+        own = vae.Normalisation(by.shift, by.scale or default.scale[0])
+        autoencoder = dataclasses.replace(autoencoder, normalisation=own)
+    return Job(cfg, autoencoder, dtype, whiten)
 
 
 def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:

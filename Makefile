@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 PEERS := $(VENV)/peers
 TPU := $(VENV)/tpu
+XPK := $(VENV)/xpk
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm torture lint lock clean
+.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 8 minutes)"
@@ -23,6 +24,7 @@ help:
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
 	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
+	@echo "make xpk        the commands of launch/gke.sh against xpk's own parser"
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: also the tools for tests"
@@ -96,6 +98,16 @@ preflight-quick: tpu
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
+$(XPK)/.done: $(VENV)/.dev requirements-xpk.lock
+	@echo "installing xpk ..."
+	@rm -rf $(XPK)
+	@$(PYTHON) -m venv $(XPK)
+	@$(XPK)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-xpk.lock
+	@touch $@
+
+xpk: $(XPK)/.done
+	XPK=$(XPK) $(BIN)/python -m pytest -m xpk tests/test_xpk.py
+
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py
 	DIT_JAX_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
@@ -111,6 +123,7 @@ lock: $(BIN)/uv
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) requirements-tpu.in -o requirements-tpu.lock
+	$(COMPILE) requirements-xpk.in -o requirements-xpk.lock
 	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		$$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock requirements-dev.lock) -o requirements-peers.lock

@@ -1,6 +1,6 @@
 """The command line of all jobs: absl flags, one line per error, and the exit codes.
 
-0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on).
+0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on), 200 a peer is gone (launchers restart).
 """
 
 import contextlib

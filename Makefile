@@ -117,16 +117,17 @@ lint: dev
 	$(BIN)/ruff format --check .
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
+WITHOUT = $$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' $1)
 
 lock: $(BIN)/uv
 	$(COMPILE) requirements-bootstrap.in -o requirements-bootstrap.lock
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
-	$(COMPILE) requirements-tpu.in -o requirements-tpu.lock
+	$(COMPILE) requirements-tpu.in -c requirements.lock $(call WITHOUT,requirements.lock) -o requirements-tpu.lock
 	$(COMPILE) requirements-xpk.in -o requirements-xpk.lock
 	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
-		$$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock requirements-dev.lock) -o requirements-peers.lock
+		$(call WITHOUT,requirements.lock requirements-dev.lock) -o requirements-peers.lock
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -189,8 +189,7 @@ SETUP = [
     f"{ON} --worker=all '--command=sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard "
     "'\\''10.0.0.2:/share'\\'' /mnt/share) && sudo chmod a+rwx /mnt/share'",
     f"{ON} --worker=all '--command=tar xzf dit_jax.tar.gz && cd dit_jax && make setup PYTHON=python3.11'",
-    f"{ON} --worker=all '--command=cd dit_jax && .venv/bin/pip install --quiet "
-    '"jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"\'',
+    f"{ON} --worker=all '--command=cd dit_jax && .venv/bin/pip install --quiet --require-hashes --no-deps -r requirements-tpu.lock'",
 ]
 RUN = [
     f"{ON} --worker=all '--command=cd dit_jax || exit; if [ -e run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo "
@@ -268,7 +267,7 @@ PODS = "--cluster=pods --project=lab --zone=us-central2-b"
                 "xpk workload create --workload=xl2 --tpu-type=v4-64 --num-slices=1 --base-docker-image=python:3.11 "
                 "--script-dir=ROOT/build/gke --max-restarts=100 --restart-on-exit-codes=75,200 "
                 "--termination-grace-period-seconds=120 '--command=make setup PYTHON=python3 && .venv/bin/pip install --quiet "
-                '"jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")" && exec .venv/bin/python -m '
+                "--require-hashes --no-deps -r requirements-tpu.lock && exec .venv/bin/python -m "
                 f"dit_jax.train {TYPED}' {PODS}",
             ],
         ),

@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import ml_collections
 from absl import flags
@@ -23,6 +24,10 @@ from dit_jax.job import help
 from dit_jax.job.compiled import keep_programs
 from dit_jax.workdir.folder import read_config
 
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = (
+    PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+)  # of a wheel, a checkout
 _asked: list[int] = []  # SIGTERM while no job had a handler of its own
 
 
@@ -152,7 +157,10 @@ def _check_file(value: str, optional: bool = False) -> None:
     if not value and not optional:
         raise UsageError("--config: not given, expected a file such as configs/digits.py")
     if value and not os.path.isfile(path):
-        raise UsageError(f"--config: no file {path!r}")
+        ours = CONFIGS / os.path.basename(path)
+        raise UsageError(
+            f"--config: no file {path!r}" + (f"; expected perhaps {str(ours)!r}" if ours.is_file() else "")
+        )
 
 
 def _check_overrides() -> None:

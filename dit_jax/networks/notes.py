@@ -3,12 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from dit_jax.config import Config, DiffusionConfig, ModelConfig, resolve, to_dict
 from dit_jax.error import UsageError
 from dit_jax.files import parse_json
-from dit_jax.job.launch import load_config
+from dit_jax.job.launch import CONFIGS, load_config
 
 KEY = "dit_jax"
 GROUPS = ("model", "diffusion", "data", "train", "optim", "sample", "autoencoder", "eval")
@@ -19,7 +18,6 @@ LOCAL = (
     ("eval", "inception"),
     ("eval", "reference"),
 )
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def main() -> None:
         return
     if os.path.exists(values.out) and not os.path.isdir(values.out):
         raise UsageError(f"--out: {values.out!r} is a file, expected a folder")
-    for flag, sources in (("heads", ("dit",)), ("classes", ("dit",)), ("step", DITS)):
+    for flag, sources in (("heads", ("dit",)), ("classes", ("dit",)), ("step", DITS), ("item", (*DITS, "sd-vae"))):
         if values[flag].value is not None and values.source not in sources:
             raise UsageError(f"--{flag}: is for --source={' or '.join(sources)}, not {values.source}")
     at = values.source, values.weights, values.out

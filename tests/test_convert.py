@@ -481,6 +481,10 @@ def wrong_commands(files, folder):
         ["dit", dit_file, new, "--heads=2"],
         "--classes: found nothing, expected 6 if each row is a class, or 5 if the last",
     )
+    yield (
+        ["inception", dit_file, new, "--item=ema"],
+        "--item: is for --source=dit or diffusers or sd-vae, not inception",
+    )
     yield ["workdir", folder / "empty", folder / "x.safetensors"], "holds no config.json"
     yield ["workdir", full, folder / "x.pt"], "that ends in .safetensors, or a folder for diffusers"
     yield ["dits", dit_file, new], "--source"

@@ -16,10 +16,10 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     grey from RGB too (ITU-R 601-2). Raises ValueError for pixels without such a range: integers of 32 bits, other floats,
     transparency beside 16 bits or more. Raises any error of the decoder.
     """
-    with Image.open(io.BytesIO(encoded)) as opened:
-        image = ImageOps.exif_transpose(opened)
+    with Image.open(io.BytesIO(encoded)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
-            image = _scaled(image, opened.format)
+            image = _scaled(image, image.format)
         image = image.convert("RGB") if image.mode == "LAB" else image  # which Pillow converts to no other mode
         if image.has_transparency_data and channels < 4:
             image = image.convert("RGBA")

@@ -17,6 +17,7 @@ WRAPPERS = (
     "_orig_mod",
     "state_dict",
 )  # DataParallel, torch.compile, Lightning: parts of names that say nothing
+COUNTER = "n_averaged"  # of PyTorch's AveragedModel
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def read(found: Found, marker: str, item: str = "") -> tuple[Tensors, dict, str]
 
 def _choose(where: str, names: list, marker: str, item: str) -> tuple[dict, str]:
     """Return ({name: new name} of one set of weights in a file, its group, "" without groups)."""
-    clean = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    parts = {name: name.split(".") for name in names if not name.endswith(COUNTER)}
+    clean = {name: ".".join(part for part in found if part not in WRAPPERS) for name, found in parts.items()}
     if len(set(clean.values())) < len(clean):
         raise UsageError(
             f"{where}: found the same tensors with and without one of {', '.join(WRAPPERS)} in their names"

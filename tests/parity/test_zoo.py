@@ -100,7 +100,9 @@ def test_namespaces_of_options_are_allowed_by_name_and_nothing_else_is(torch, mo
         transfer.import_dit("dit", str(tmp_path / "x.pt"), str(tmp_path / "no"), heads=3)
 
 
-@pytest.mark.parametrize("form", ["plain", "parallel", "compiled", "both", "state_dict", "lightning", "model"])
+@pytest.mark.parametrize(
+    "form", ["plain", "parallel", "compiled", "both", "state_dict", "lightning", "model", "averaged"]
+)
 @pytest.mark.parametrize("ending", [".pt", ".ckpt"])
 def test_wrappers_of_pytorch(torch, module, expected, tmp_path, form, ending):
     parallel = torch.nn.DataParallel(module)
@@ -114,6 +116,7 @@ def test_wrappers_of_pytorch(torch, module, expected, tmp_path, form, ending):
             "state_dict": {f"model.{n}": v for n, v in module.state_dict().items()},
             "loops": {"a": [1]},
         },
+        "averaged": lambda: torch.optim.swa_utils.AveragedModel(module).state_dict(),
         "model": lambda: {"model": parallel.state_dict(), "scheduler": {"last": 7}},
     }
     path = tmp_path / f"x{ending}"

@@ -24,10 +24,6 @@ from dit_jax.job import help
 from dit_jax.job.compiled import keep_programs
 from dit_jax.workdir.folder import read_config
 
-PACKAGE = Path(__file__).parents[1]
-CONFIGS = (
-    PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-)  # of a wheel, a checkout
 _asked: list[int] = []  # SIGTERM while no job had a handler of its own
 
 
@@ -186,6 +182,10 @@ def _check_number(name: str, argument: str, default) -> None:
         type(default)(value)
     except ValueError:
         raise UsageError(f"--{name}: found {value!r}, expected {type(default).__name__}") from None
+
+
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"  # a wheel's, or a checkout's
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:

@@ -123,7 +123,8 @@ def test_a_table_without_a_null_row_is_said_sampled_at_guidance_1_and_written_ba
     [
         (1001, {}, (1000, "its 1001 rows")), (1000, {}, (1000, "its 1000 rows")), (1, {}, (1, "its 1 rows")),
         (6, {}, (0, "--classes")), (6, {"num_classes": 5}, (5, "args.num_classes")), (6, {"num_classes": 6}, (6, "args.num_classes")),
-        (6, {"num_classes": "5"}, (0, "--classes")), (1001, {"num_classes": 1001}, (1001, "args.num_classes")),
+        (6, {"num_classes": "5"}, (0, "--classes")), (6, "num_classes=5", (0, "--classes")),
+        (1001, {"num_classes": 1001}, (1001, "args.num_classes")),
     ],
 )  # fmt: skip
 def test_the_number_of_classes_is_read_or_asked_for_never_guessed(rows, args, expected):

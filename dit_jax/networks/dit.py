@@ -64,7 +64,8 @@ def known_classes(tensors: Tensors, notes: Mapping) -> tuple[int, str]:
     One row is one class. 1000 or 1001 rows are ImageNet's classes, without or with a null class.
     """
     rows = tensors.shape(LABELS)[0] if LABELS in tensors and tensors.shape(LABELS) else 0
-    said = notes.get("args", {}).get("num_classes")
+    args = notes.get("args")  # a text in some safetensors
+    said = args.get("num_classes") if isinstance(args, Mapping) else None
     if type(said) is int:
         return said, "args.num_classes"
     return {1: 1, 1000: 1000, 1001: 1000}.get(rows, 0), f"its {rows} rows" if rows in (1, 1000, 1001) else "--classes"

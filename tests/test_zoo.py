@@ -170,9 +170,9 @@ def make_run(folder, cfg):
     ],
     ids=["flow", "latents"],
 )
-def test_an_exported_run_comes_back_as_the_run_it_was(tmp_path, caplog, cfg, unsaid, form):
+def test_an_exported_run_comes_back_as_the_run_it_was(tmp_path, monkeypatch, caplog, cfg, unsaid, form):
     run, out, back = make_run(tmp_path / "run", cfg), str(tmp_path / form), str(tmp_path / "back")
-    logging.getLogger("dit_jax").propagate = True
+    monkeypatch.setattr(logging.getLogger("dit_jax"), "propagate", True)
     transfer.export_dit(run, out)
     transfer.export_dit(run, out)
     assert "done before, from the same weights" in caplog.text
@@ -200,9 +200,9 @@ def test_an_exported_run_comes_back_as_the_run_it_was(tmp_path, caplog, cfg, uns
     assert "/home/me" not in json.dumps(stated)
 
 
-def test_what_a_file_does_not_say_is_said_to_be_assumed(tmp_path, caplog):
+def test_what_a_file_does_not_say_is_said_to_be_assumed(tmp_path, monkeypatch, caplog):
     save_file(ARRAYS, tmp_path / "x.safetensors")
-    logging.getLogger("dit_jax").propagate = True
+    monkeypatch.setattr(logging.getLogger("dit_jax"), "propagate", True)
     transfer.import_dit("dit", str(tmp_path / "x.safetensors"), str(tmp_path / "w"), heads=2, classes=5)
     assert "ddpm of latents of images of 64 pixels (as published, for the file does not say)" in caplog.text
     assert "5 classes, and a null class (by --classes)" in caplog.text and "32 tensors of float32" in caplog.text

@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 PEERS := $(VENV)/peers
 TPU := $(VENV)/tpu
+XPK := $(VENV)/xpk
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick preflight preflight-quick slurm torture lint lock clean
+.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 8 minutes)"
@@ -19,9 +20,11 @@ help:
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
+	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
 	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
+	@echo "make xpk        the commands of launch/gke.sh against xpk's own parser"
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
 	@echo "make lint       ruff"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: also the tools for tests"
@@ -75,6 +78,9 @@ parity: peers
 parity-quick: peers
 	PYTHONPATH=$(PEERS) $(PARITY) -m "parity and not slow"
 
+convert-zoo: peers
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest --disable-warnings -m parity tests/parity/test_zoo.py
+
 $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 	@echo "installing libtpu ..."
 	@rm -rf $(TPU)
@@ -92,6 +98,16 @@ preflight-quick: tpu
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
+$(XPK)/.done: $(VENV)/.dev requirements-xpk.lock
+	@echo "installing xpk ..."
+	@rm -rf $(XPK)
+	@$(PYTHON) -m venv $(XPK)
+	@$(XPK)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-xpk.lock
+	@touch $@
+
+xpk: $(XPK)/.done
+	XPK=$(XPK) $(BIN)/python -m pytest -m xpk tests/test_xpk.py
+
 torture: dev
 	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py
 	DIT_JAX_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
@@ -101,15 +117,17 @@ lint: dev
 	$(BIN)/ruff format --check .
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
+WITHOUT = $$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' $1)
 
 lock: $(BIN)/uv
 	$(COMPILE) requirements-bootstrap.in -o requirements-bootstrap.lock
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
-	$(COMPILE) requirements-tpu.in -o requirements-tpu.lock
+	$(COMPILE) requirements-tpu.in -c requirements.lock $(call WITHOUT,requirements.lock) -o requirements-tpu.lock
+	$(COMPILE) requirements-xpk.in -o requirements-xpk.lock
 	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
-		$$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock requirements-dev.lock) -o requirements-peers.lock
+		$(call WITHOUT,requirements.lock requirements-dev.lock) -o requirements-peers.lock
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

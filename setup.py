@@ -1,6 +1,10 @@
 """Packaging. `pip install -e .` for the core; heavy or optional parts are extras (see docs/meshes.md)."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 CORE = [
     "absl-py",
@@ -48,7 +52,23 @@ EXTRAS = {
     ],
 }
 
+
+class Build(build_py):
+    """Takes configs/ into a wheel, as dit_jax/configs; an editable install reads those of the checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                Path(__file__).parent / "configs",
+                Path(self.build_lib) / "dit_jax" / "configs",
+                ignore=shutil.ignore_patterns("__pycache__"),
+                dirs_exist_ok=True,
+            )
+
+
 setup(
+    cmdclass={"build_py": Build},
     name="dit_jax",
     version="0.1.0",
     description="Train, sample and scale diffusion transformers on TPU pods and GPUs with JAX.",

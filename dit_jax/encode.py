@@ -2,12 +2,12 @@
 
 Images of each split, by default `data.split` and `data.held_out_split`, are cropped as in training and encoded. The moments
 of their posteriors go to OUT/SPLIT in record order, with those of the mirror images if the config has `data.flip`. Training
-reads them with `--config.data.latents=OUT`. The autoencoder is a folder that `convert --source=sd-vae` wrote. A latent
-depends on its image only, not on the number of devices.
+reads them with `--config.data.latents=OUT`. Malformed images are left out, at most `data.skip_bad` of a split. The
+autoencoder is a folder that `convert --source=sd-vae` wrote. A latent depends on its image only, not on the number of devices.
 
-Stored latents are not normalised: scale and shift of the config's `autoencoder` are noted beside them. `--whiten` chooses
-both so that each channel of a model's input has mean 0 and variance 1 over the posteriors of `data.split`; they then serve
-all splits.
+Stored latents are not normalised: scale and shift are noted beside them, those of the config's `autoencoder` or, if it has
+the defaults, the autoencoder's own. `--whiten` chooses both so that each channel of a model's input has mean 0 and variance
+1 over the posteriors of `data.split`; they then serve all splits.
 
 A split appears whole or not at all. The same command again finds it done (it compares the origin and number of the latents;
 with --whiten, notes with one number per channel), or resumes after the last whole shard. SIGTERM exits 75; like a kill, it

@@ -41,6 +41,10 @@ class JobError(RuntimeError):
         super().__init__(one_line(message))
 
 
+class PeerLost(JobError):
+    """Another process of the job is gone, or never came. Launchers start the job again; see PEER_LOST."""
+
+
 def shown(value) -> str:
     """`repr(value)`, which fails for integers of thousands of digits and for endless nesting."""
     try:
@@ -115,6 +119,7 @@ def typed(value, kind: type | types.GenericAlias, name: str):
 
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
+PEER_LOST = 200  # above the codes of signals (128 to 192), among those that xpk restarts (42, 127 to 255)
 
 
 class Interrupted(Exception):
@@ -153,6 +158,8 @@ def report(error: BaseException) -> int:
     """Log the error that ended the job, with a traceback if it is unexpected; returns the exit code."""
     if isinstance(error, UsageError):
         return _complain(error, USAGE)
+    if isinstance(error, PeerLost):
+        return _complain(error, PEER_LOST)
     if isinstance(error, (JobError, OSError)):
         return _complain(error, ERROR)
     if isinstance(error, Interrupted):

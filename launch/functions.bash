@@ -48,5 +48,5 @@ commit_archive() { # FILE OPTIONS...: archives this commit, not the folder, beca
   run git -C "$root" archive "${@:2}" "--output=$root/$1" HEAD
 }
 
-# shellcheck disable=SC2016  # expanded on the machine where it runs
-install_jax_tpu='.venv/bin/pip install --quiet "jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"'
+# What jax[tpu] adds to the locked dependencies, for the same version of jax and by hash.
+install_jax_tpu='.venv/bin/pip install --quiet --require-hashes --no-deps -r requirements-tpu.lock'

@@ -12,15 +12,15 @@
 #
 #   PROJECT, ZONE   of Google Cloud
 #   CLUSTER         its name
-#   TPU_TYPE        such as v4-64                                          (create, run)
+#   TPU_TYPE        as xpk names it: v4-64, v5p-128, v5litepod-16, v6e-256 (create, run)
 #   CAPACITY        on-demand, spot or reservation=ID                      (create)
 #   NAME            of the workload                                        (run, logs, stop)
 # Optional (defaults):
 #   SLICES          number in the cluster (1)
 #   SIZE            of the share, in GB (1024)
 #   IMAGE           with Python 3.11 or later and make (python:3.11)
-#   RESTARTS        most restarts of a workload that was preempted or exited with 75 (100)
-# Needs xpk, gcloud and kubectl, logged in, and Docker, because xpk builds the image.
+#   RESTARTS        most restarts of a workload that was preempted, lost a process (200) or exited with 75 (100)
+# Needs xpk 1.16.0, gcloud and kubectl, logged in, and crane, by which xpk builds the image.
 # shellcheck disable=SC2154  # dry, words, root and install_jax_tpu come from functions.bash
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -43,8 +43,15 @@ start() {
   run tar -xf "$root/build/gke.tar" -C "$root/build/gke"
   on_cluster workload create --workload="$NAME" --tpu-type="$TPU_TYPE" --num-slices=1 \
     --base-docker-image="${IMAGE:-python:3.11}" --script-dir="$root/build/gke" \
-    --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \
+    --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75,200 --termination-grace-period-seconds=120 \
     --command="make setup PYTHON=python3 && $install_jax_tpu && exec $command"
+}
+
+known_type() { # xpk knows no v2, v3 and v5e, names v5e as v5litepod, and has hosts of 4 chips
+  [[ $TPU_TYPE =~ ^v6e-(1|4|8|16|32|64|128|256)$ || $TPU_TYPE =~ ^v5litepod-(8|16|32|64|128|256)$ ||
+    $TPU_TYPE =~ ^v(4|5p)-(8|16|32|64)$ ]] && return
+  [[ $TPU_TYPE =~ ^v(4|5p)-([1-9][0-9]{0,5})$ ]] && ((BASH_REMATCH[2] % 128 == 0)) && return
+  fail "TPU_TYPE: found $TPU_TYPE, expected a name of xpk, such as v4-64, v5p-128, v5litepod-16 or v6e-256"
 }
 
 fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot use a larger slice: its chips wait for each other
@@ -71,6 +78,7 @@ case $verb in
 esac
 [[ $verb == run ]] || alone "$@"
 need PROJECT ZONE CLUSTER "${needed[@]}"
+[[ ! $verb =~ ^(create|run)$ ]] || known_type
 case $verb in
   create)
     [[ $CAPACITY =~ ^(on-demand|spot|reservation=.+)$ ]] || fail "CAPACITY: found $CAPACITY, expected on-demand, spot or reservation=ID"

@@ -19,6 +19,7 @@
 #   SPOT=1          cheaper, may be preempted
 #   RUNTIME         the image (depends on the accelerator: tpu-ubuntu2204-base up to v4)
 #   POLL            seconds between checks of a request (30)
+#   RESTARTS        how often at most a training that lost a process starts again on its worker (100)
 # Needs gcloud, logged in. Python 3.11 is installed from the image's own packages.
 # shellcheck disable=SC2154  # dry, words, root and install_jax_tpu come from functions.bash
 set -euo pipefail
@@ -77,9 +78,12 @@ setup() {
 }
 
 start() { # JOB FLAGS...: one job a slice, because a second one would find the chips taken
-  local command running="[ -e run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null"
+  local command loop restarts=0 running="[ -e run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null"
   command=$(shown .venv/bin/python -m "dit_jax.$1" "${@:2}")
-  on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; nohup $command >>run.log 2>&1 </dev/null & echo \$! >run.pid"
+  [[ $1 != train ]] || restarts=${RESTARTS:-100}
+  # Again if the process was killed (128 and more) or lost one that was (200), unless `stop` was asked for.
+  loop="trap '' HUP; for _ in \$(seq 0 $restarts); do $command; [ \$? -ge 128 ] && [ ! -e run.stop ] || break; sleep 10; done"
+  on all "cd dit_jax || exit; if $running; then echo 'error: a job is running here; stop it first' >&2; exit 1; fi; rm -f run.stop; ($loop) >>run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
 fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot use a larger slice: its chips wait for each other
@@ -128,6 +132,6 @@ case $verb in
   create) create ;;
   setup) setup ;;
   logs) on 0 "tail -n 100 -F dit_jax/run.log" ;;
-  stop) on all "kill -TERM \$(cat dit_jax/run.pid)" ;;
+  stop) on all "cd dit_jax && touch run.stop && pkill -TERM -P \$(cat run.pid)" ;;
   delete) queued delete --force --quiet ;;
 esac

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from dit_jax.networks import diffusers_dit, dit, inception, vae
+from dit_jax.networks import diffusers_dit, inception, vae
 
 
 def write_vae(cfg, params):
@@ -26,28 +26,4 @@ def write_inception(params):
     return found
 
 
-def write_diffusers_dit(cfg, params):
-    """(tensors by name, config.json) of a DiT in diffusers' folder."""
-    found = {}
-    for name, values in dit.write(cfg, params).items():
-        if name == "pos_embed":
-            continue
-        if diffusers_dit._embedder(name):
-            found |= dict.fromkeys(diffusers_dit._places(name, cfg.depth), values)
-            continue
-        places = diffusers_dit._places(name, 1)
-        found |= dict(zip(places, np.split(values, len(places)), strict=True))
-    config = {
-        "_class_name": diffusers_dit.CLASSES[0],
-        "num_attention_heads": cfg.heads,
-        "attention_head_dim": cfg.width // cfg.heads,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.out_channels,
-        "num_layers": cfg.depth,
-        "sample_size": cfg.input_size,
-        "patch_size": cfg.patch,
-        "num_embeds_ada_norm": cfg.classes,
-        **{key: allowed[0] for key, allowed in list(diffusers_dit.FIXED.items())[:4]},
-        "norm_eps": 1e-6,
-    }
-    return found, config
+write_diffusers_dit = diffusers_dit.write

@@ -17,11 +17,10 @@ from dit_jax import checkpoint
 from dit_jax.config import SIZES, ModelConfig, model_config
 from dit_jax.error import JobError, UsageError
 from dit_jax.models import dit, vae
-from dit_jax.networks import diffusers_dit
+from dit_jax.networks import diffusers_dit, notes
 from dit_jax.networks import dit as published
 from dit_jax.networks.folder import load_network, save_network
 from dit_jax.networks.tensors import Tensors
-from dit_jax.networks.transfer import run_config
 from dit_jax.workdir import manifest
 
 TINY = ModelConfig(depth=2, width=16, heads=2, patch=2, input_size=8, channels=3, classes=5)
@@ -110,11 +109,36 @@ def test_a_table_without_a_null_row_is_said_sampled_at_guidance_1_and_written_ba
     assert set(again) == set(arrays)
     for name, values in arrays.items():
         np.testing.assert_array_equal(again[name], values)
-    code, _, err = run("convert", *convert, f"--out={tmp_path / 'v'}", cache_dir=cache_dir)
-    assert code == 0 and "4 classes, and a null class" in err
-    code, _, err = run("convert", *convert, f"--out={tmp_path / 'u'}", "--classes=9", cache_dir=cache_dir)
-    assert code == 2 and "--classes: found 9, expected 5 without a null row, or 4 with one" in err
-    assert not (tmp_path / "u").exists()
+    exported = ["--source=dit", f"--weights={tmp_path / 'back.safetensors'}", f"--out={tmp_path / 'v'}"]
+    code, _, err = run("convert", *exported, cache_dir=cache_dir)  # heads and classes are noted in the file
+    assert code == 0 and "5 classes, no null class: it is sampled at guidance 1 (by its notes)" in err, err
+    for flags, found in (([], "nothing"), (["--classes=9"], "9")):
+        code, _, err = run("convert", *convert, *flags, f"--out={tmp_path / 'u'}", cache_dir=cache_dir)
+        expected = f"--classes: found {found}, expected 5 if each row is a class, or 4 if the last is the null class"
+        assert code == 2 and expected in err and not (tmp_path / "u").exists(), err
+
+
+@pytest.mark.parametrize(
+    "rows,args,expected",
+    [
+        (1001, {}, (1000, "its 1001 rows")), (1000, {}, (1000, "its 1000 rows")), (1, {}, (1, "its 1 rows")),
+        (6, {}, (0, "--classes")), (6, {"num_classes": 5}, (5, "args.num_classes")), (6, {"num_classes": 6}, (6, "args.num_classes")),
+        (6, {"num_classes": "5"}, (0, "--classes")), (6, "num_classes=5", (0, "--classes")),
+        (1001, {"num_classes": 1001}, (1001, "args.num_classes")),
+    ],
+)  # fmt: skip
+def test_the_number_of_classes_is_read_or_asked_for_never_guessed(rows, args, expected):
+    table = Tensors({published.LABELS: np.ones((rows, 16), np.float32)}, "F")
+    count, said = published.known_classes(table, {"args": args} if args else {})
+    assert (count, said) == expected
+    if count:
+        assert published.add_null_row(table, count, said) == (count == rows - 1)
+        assert table.shape(published.LABELS) == (count + 1, 16)
+    else:
+        with pytest.raises(UsageError, match="--classes: found nothing, expected 6"):
+            published.add_null_row(table, count, said)
+    with pytest.raises(UsageError, match=r"args.num_classes: found 3, expected \d+ if each row is a class"):
+        published.add_null_row(table, 3, "args.num_classes")
 
 
 def test_the_patch_embedding_is_a_convolution():
@@ -216,6 +240,28 @@ def test_another_table_of_positions_is_refused():
         read_diffusers({**theirs, "pos_embed.pos_embed": other}, config)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_table_of_positions_is_compared_as_it_is_stored(dtype):
+    """Half precision rounds it by up to 0.002; one that is wrong by 0.01 is refused in any dtype."""
+    stored = {name: values.astype(dtype) for name, values in published.write(TINY, random_params()).items()}
+    cfg, params = read_dit(stored)
+    assert cfg == TINY
+    same(params, jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), random_params()))
+    theirs, config = diffusers_dit_of(TINY, dtype)
+    read_diffusers({**theirs, "pos_embed.pos_embed": stored["pos_embed"]}, config)
+    for wrong in (0.01, -0.01):
+        table = (stored["pos_embed"].astype(np.float32) + np.float32(wrong)).astype(dtype)
+        with pytest.raises(UsageError, match=rf"pos_embed: differs by up to 0.01.*before rounding to {dtype}"):
+            read_dit({**stored, "pos_embed": table})
+        with pytest.raises(UsageError, match=r"pos_embed.pos_embed: differs by up to"):
+            read_diffusers({**theirs, "pos_embed.pos_embed": table}, config)
+
+
+def diffusers_dit_of(cfg, dtype):
+    arrays, config = write_diffusers_dit(cfg, random_params(cfg))
+    return {name: values.astype(dtype) for name, values in arrays.items()}, config
+
+
 def test_embedders_must_be_the_same_in_all_blocks():
     arrays, config = write_diffusers_dit(TINY, random_params())
     for name in [name for name in arrays if name.startswith("transformer_blocks.1.norm1.emb")]:
@@ -282,7 +328,13 @@ def tree(folder):
 def workdir(files, tmp_path_factory, cache_dir):
     out = tmp_path_factory.mktemp("converted") / "w"
     code, stdout, err = convert(
-        cache_dir, "--source=dit", f"--weights={files / 'dit.safetensors'}", f"--out={out}", "--heads=2", "--step=70"
+        cache_dir,
+        "--source=dit",
+        f"--weights={files / 'dit.safetensors'}",
+        f"--out={out}",
+        "--heads=2",
+        "--classes=5",
+        "--step=70",
     )
     assert (code, stdout) == (0, ""), err
     return out
@@ -303,7 +355,7 @@ def test_a_checkpoint_becomes_a_run_folder(workdir, files):
 def test_the_config_is_the_papers_with_the_files_model():
     for pixels, schedule_steps in ((256, 7_000_000), (512, 3_000_000)):
         model = model_config("DiT-XL/2", pixels)
-        cfg = run_config(model)
+        cfg = notes.apply(None, model, True, "F")
         assert cfg.model == model and cfg.data.image_size == pixels and cfg.train.steps == schedule_steps
         assert (cfg.sample.sampler, cfg.sample.steps, cfg.sample.channels) == ("ddpm", 250, "first3")
 
@@ -315,6 +367,7 @@ def test_the_same_command_finds_it_done(workdir, files, cache_dir):
         f"--weights={files / 'dit.safetensors'}",
         f"--out={workdir}",
         "--heads=2",
+        "--classes=5",
         "--step=70",
     ]
     code, _, err = convert(cache_dir, *same_command)
@@ -345,6 +398,7 @@ def test_a_damaged_folder_is_not_taken_for_done(workdir, files, cache_dir, tmp_p
         f"--weights={files / 'dit.safetensors'}",
         f"--out={tmp_path / 'w'}",
         "--heads=2",
+        "--classes=5",
         "--step=70",
     ]
     code, _, err = convert(cache_dir, *command)
@@ -410,19 +464,30 @@ def wrong_commands(files, folder):
     yield ["dit", dit_file, full], "is not empty and holds no run"
     yield ["dit", dit_file, folder / "file"], "is a file, expected a folder"
     yield ["dit", folder / "absent.pt", new], "no file or folder"
-    yield ["dit", dit_file, new], "say it with --heads"
+    yield ["dit", dit_file, new, "--classes=5"], "say it with --heads"
     yield ["dit", cut, new, "--heads=2"], "damaged or no safetensors"
     yield ["dit", header, new, "--heads=2"], "found a header of"
     yield ["dit", pickled, new, "--heads=2"], "not read here"
     yield ["dit", files / "transformer", new, "--heads=2"], "x_embedder.proj.weight: missing"
-    yield ["dit", folder / "empty", new], "found none of diffusion_pytorch_model.safetensors"
+    yield ["dit", folder / "empty", new], "found none of diffusion_pytorch_model.safetensors (or"
     yield ["diffusers", dit_file, new], "expected a folder of diffusers"
     yield ["diffusers", no_config, new], "expected a folder of diffusers"
     yield ["diffusers", bad_config, new], "nested more than"
     yield ["diffusers", files / "transformer", new, "--heads=2"], "--heads: is for --source=dit"
-    yield ["dit", dit_file, new, "--heads=2", "--item=ema"], "--item: is for --source=workdir only"
+    yield (
+        ["dit", dit_file, new, "--heads=2", "--item=ema"],
+        "--item: found weights one set without a name, expected one ema",
+    )
+    yield (
+        ["dit", dit_file, new, "--heads=2"],
+        "--classes: found nothing, expected 6 if each row is a class, or 5 if the last",
+    )
+    yield (
+        ["inception", dit_file, new, "--item=ema"],
+        "--item: is for --source=dit or diffusers or sd-vae, not inception",
+    )
     yield ["workdir", folder / "empty", folder / "x.safetensors"], "holds no config.json"
-    yield ["workdir", full, folder / "x.pt"], "ends in .safetensors"
+    yield ["workdir", full, folder / "x.pt"], "that ends in .safetensors, or a folder for diffusers"
     yield ["dits", dit_file, new], "--source"
 
 
@@ -437,7 +502,7 @@ def test_what_the_job_cannot_do_is_one_line_and_leaves_nothing(files, tmp_path, 
 
 def test_a_full_disk_leaves_nothing_and_a_killed_jobs_rest_is_removed(files, tmp_path, cache_dir):
     out = tmp_path / "w"
-    command = ["--source=dit", f"--weights={files / 'dit.safetensors'}", f"--out={out}", "--heads=2"]
+    command = ["--source=dit", f"--weights={files / 'dit.safetensors'}", f"--out={out}", "--heads=2", "--classes=5"]
     code, _, err = run("convert", *command, cache_dir=cache_dir, file_size=20_000)
     *_, last = err.splitlines()  # before it JAX may say that its cache of programs could not be written
     assert code == 1 and last.startswith("error: ") and "could not be written" in last and "Traceback" not in err, err

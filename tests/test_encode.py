@@ -17,6 +17,7 @@ from job import Job, run
 from runs import train
 
 from dit_jax.config import AutoencoderConfig, Config, DataConfig, MeshConfig, ModelConfig
+from dit_jax.data import tfds
 from dit_jax.data.latent_notes import read_info
 from dit_jax.data.latents import open_latents
 from dit_jax.data.pipeline import load_arrays, make_batches
@@ -254,6 +255,45 @@ def test_other_latents_are_refused(plain, whitened, network, tmp_path):
     assert f"no latents of '{TRAIN}', expected those first" in error(network, tmp_path / "test", whiten=True)
     assert f"no latents of '{TRAIN}', expected those first" in error(network, tmp_path / "new", [TEST], whiten=True)
     assert not (tmp_path / "new").exists()
+
+
+def encode_without(network, out, bad, skip_bad, monkeypatch):
+    """Encode TEST, whose images `bad` cannot be decoded."""
+    checked = tfds.Records._checked
+
+    def some(self, index, record):
+        if index in bad:
+            raise UsageError(f"record {index}: cannot decode the image")
+        return checked(self, index, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.Records, "_checked", some)
+        job = encoding.open_job(config(network, data={"skip_bad": skip_bad}), "float32", whiten=False)
+        encoding.encode_splits(job, str(out), [TEST], 1 << 30, [])
+
+
+@pytest.mark.parametrize("bad", [(0, 7, 8, 49), tuple(range(33))], ids=["some", "a whole batch"])
+def test_malformed_images_are_left_out_and_the_others_keep_their_place(
+    network, plain, tmp_path, monkeypatch, capfd, bad
+):
+    kept = np.array([i for i in range(50) if i not in bad])
+    with pytest.raises(UsageError, match=rf"data.skip_bad: found {len(bad)} malformed records, expected at most"):
+        encode_without(network, tmp_path / "strict", bad, len(bad) - 1, monkeypatch)
+    encode_without(network, tmp_path, bad, len(bad), monkeypatch)
+    found, whole = open_latents(f"{tmp_path}/{TEST}"), open_latents(f"{plain}/{TEST}")
+    for ours, expected in zip(found.read(np.arange(len(kept))), whole.read(kept), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    np.testing.assert_array_equal(found.numbers, kept)
+    said = capfd.readouterr().err
+    assert f"record {bad[1]} is left out: record {bad[1]}: cannot decode" in said
+    assert f"without {len(bad)} malformed records: {bad[0]}, {bad[1]}" in said
+    encode_without(network, tmp_path, bad, len(bad), monkeypatch)
+    assert f"done before without {len(bad)} malformed records" in capfd.readouterr().err
+    for fewer in (0, len(bad) - 1):  # a stricter rerun
+        with pytest.raises(
+            UsageError, match=rf"data.skip_bad: found {fewer}, expected at least {len(bad)}: .*use another --out"
+        ):
+            encode_without(network, tmp_path, bad, fewer, monkeypatch)
 
 
 def test_what_cannot_be_encoded_is_named(network, tmp_path, data_dir):

@@ -133,7 +133,7 @@ def test_nobody_at_the_coordinators_address_is_one_line(tmp_path, data_dir, cach
         ]
         jobs.append(Job("train", *train(tmp_path / "run"), *flags, cache_dir=cache_dir, devices=1))
     said = [job.communicate()[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [1, 1]
+    assert [job.returncode for job in jobs] == [200, 200]  # PEER_LOST: launchers start them again
     hint = "within 2 s; start the same command on every host, or raise mesh.initialization\n"
     assert said[0] == f"error: no coordinator at {address} that all processes reached {hint}"
     assert said[1].startswith("error: of 2 processes not all came to the coordinator, ") and said[1].endswith(hint)

@@ -1,5 +1,7 @@
 """Installs take what the locks name and nothing else: every file by its hash, from no address of their own."""
 
+import importlib.metadata
+import os
 import re
 import shlex
 import shutil
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
@@ -56,6 +59,59 @@ def test_no_other_target_of_make_installs_otherwise():
     for line in (ROOT / "Makefile").read_text().splitlines():
         if re.search(r"\bpip3? install\b", line):
             assert "--require-hashes" in line or "--no-deps --no-build-isolation --editable ." in line, line
+
+
+def locked(lock):
+    """{name: version} of a lock's requirements for this Python."""
+    lines = [Requirement(line.split(" --hash")[0]) for line in requirements(ROOT / lock)]
+    return {r.name: next(iter(r.specifier)).version for r in lines if r.marker is None or r.marker.evaluate()}
+
+
+def test_what_jax_tpu_adds_is_locked_for_the_locked_jax():
+    """The launchers install it beside requirements.lock, on a machine that has nothing else."""
+    core, tpu = locked("requirements.lock"), locked("requirements-tpu.lock")
+    asked = [Requirement(text) for text in importlib.metadata.requires("jax")]
+    asked = [
+        r for r in asked if r.marker and r.marker.evaluate({"extra": "tpu"}) and not r.marker.evaluate({"extra": ""})
+    ]
+    assert {r.name for r in asked} >= {"jaxlib", "libtpu"} and importlib.metadata.version("jax") == core["jax"]
+    for requirement in asked:
+        assert requirement.specifier.contains((core | tpu)[requirement.name]), requirement
+    assert not set(core) & set(tpu)
+    versions = [len(re.findall(rf"(?m)^{name}==", (ROOT / lock).read_text())) for name, lock in
+                (("jax", "requirements.lock"), ("libtpu", "requirements-tpu.lock"))]  # fmt: skip
+    assert versions[0] == versions[1]  # one for each Python that has its own jax
+    assert "-r requirements-tpu.lock" in (ROOT / "launch" / "functions.bash").read_text()
+
+
+def test_a_wheel_holds_the_package_with_its_data_and_the_configs(tmp_path):
+    """What setuptools takes into a wheel runs from any folder: `convert` needs the paper's configs."""
+    build = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        f"--build-base={tmp_path}/b",
+        "build_py",
+        f"--build-lib={tmp_path}/lib",
+    ]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "dit_jax"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert [name for name in tracked if not (tmp_path / "lib" / name).is_file()] == []
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}/lib", "PYTHONSAFEPATH": "1"}
+    code = "import dit_jax; from dit_jax.config import model_config; from dit_jax.networks.notes import apply\n"
+    code += "print(dit_jax.__file__, apply(None, model_config('DiT-XL/2', 512), True, 'F').train.steps)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert found.stdout.split() == [f"{tmp_path}/lib/dit_jax/__init__.py", "3000000"], found.stderr
+    train = [sys.executable, "-m", "dit_jax.train", "--config=configs/digits.py", "--workdir=w"]
+    found = subprocess.run(train, cwd=tmp_path, env=env, capture_output=True, text=True)
+    own = f"{tmp_path}/lib/dit_jax/configs/digits.py"
+    assert (found.returncode, found.stderr) == (
+        2,
+        f"error: --config: no file 'configs/digits.py'; expected perhaps '{own}'\n",
+    )
 
 
 def test_ci_installs_through_make_alone():

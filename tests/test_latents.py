@@ -794,7 +794,7 @@ from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latent_notes import LatentInfo
 
 fields = json.loads(sys.argv[3])
-info = LatentInfo(**{**fields, "shape": tuple(fields["shape"])})
+info = LatentInfo(**{**fields, "shape": tuple(fields["shape"]), "left_out": ()})
 def some():
     for i in range(40):
         if i == 30 and sys.argv[2] == "kill":
@@ -891,6 +891,39 @@ def test_a_writer_goes_on_from_the_shards_that_are_whole(store, tmp_path, name):
     assert (found.content, len(found), found.info) == (whole.content, SIZE, INFO)
     assert sorted(os.listdir(tmp_path)) == [*(shard_name(i, 6) for i in range(6)), "latents.json"]
     open_latents(str(tmp_path), verify=True)
+
+
+BAD = (0, 4, 10, 11, 29, 30, 33, 59)
+
+
+def test_malformed_records_are_left_out_and_the_others_keep_number_and_label(tmp_path, store):
+    """Also if the writer is killed on the way: gaps in the shards, at their ends and after the last are noted."""
+    kept = [i for i in range(SIZE) if i not in BAD]
+    given = [None if i in BAD else example for i, example in enumerate(examples(INFO, SIZE))]
+
+    def cut(first):
+        yield from given[first:45]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        continue_latents(str(tmp_path / "cut"), INFO, cut, shard_bytes=TENS)
+    for folder in ("cut", "whole"):
+        found = continue_latents(str(tmp_path / folder), INFO, lambda first: given[first:], shard_bytes=TENS)
+        assert found.info == dataclasses.replace(INFO, left_out=BAD) and len(found) == len(kept)
+        values, cond = open_latents(str(tmp_path / folder), verify=True).read(np.arange(len(kept)))
+        expected, labels = open_latents(f"{store}/train").read(np.array(kept))
+        np.testing.assert_array_equal(values, expected)
+        np.testing.assert_array_equal(cond["label"], labels["label"])
+        np.testing.assert_array_equal(found.numbers, kept)
+    notes = tmp_path / "whole" / "latents.json"
+    said = json.loads(notes.read_text())
+    for wrong in ([4, 0], [0, 0], [-1], [60, 61, 62, 63, 64, 65, 66, 99], ["0"]):
+        said["left_out"] = wrong
+        notes.write_text(json.dumps({**said, "checksum": checksum(said)}))
+        assert "left_out: found" in error_of(open_latents, str(tmp_path / "whole"))
+    said["left_out"] = list(range(8))  # others than those that are missing
+    notes.write_text(json.dumps({**said, "checksum": checksum(said)}))
+    assert "found record number 1, expected number 8" in error_of(open_latents(str(notes.parent)).read, np.arange(3))
 
 
 def test_a_writer_does_not_go_on_with_another_job(tmp_path):

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +100,56 @@ def test_slurm_array_after_another_job():
     ]
 
 
+SRUN = """#!/bin/bash
+worst=0
+for code in $CODES; do CODE=$code "${@:3}"; found=$?; ((found <= worst)) || worst=$found; done
+exit $worst
+"""
+
+
+@pytest.mark.parametrize(
+    "codes,code,again",
+    [
+        ("0 0", 0, False), ("75 75", 75, True), ("75", 75, True), ("200 200", 200, True), ("137 200", 200, True), ("134 137", 137, True),
+        ("1 200", 1, False), ("200 2", 2, False), ("1 137", 1, False), ("137", 137, False), ("1", 1, False), ("2 2", 2, False),
+    ],
+)  # fmt: skip
+def test_slurm_starts_again_what_lost_a_task_and_not_what_failed(tmp_path, codes, code, again):
+    """srun gives the largest code of its tasks; an error of one of them counts, whatever the others say of their lost peer."""
+    fakes = {
+        "srun": SRUN,
+        "scontrol": f'#!/bin/bash\necho "$*" >>{tmp_path}/calls\n',
+        "python": "#!/bin/bash\nexit $CODE\n",
+    }
+    for name, text in fakes.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(ROOT / "launch" / "slurm.sbatch", tmp_path / "slurm_script")
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": str(len(codes.split())),
+        "CODES": codes,
+    }
+    for restarts in ("3", "100"):
+        found = subprocess.run(["bash", tmp_path / "slurm_script", *JOB], env=env | {"SLURM_RESTART_COUNT": restarts})
+        assert found.returncode == code
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert calls == ["requeue 7"] * again  # and not after 100 restarts
+
+
+def test_a_task_of_slurm_that_is_told_to_stop_keeps_its_own_code():
+    """SIGTERM goes to the shell of a task as well as to the program, which saves and exits with 75."""
+    wrapper = re.search(r"bash -c '(.*)' task", (ROOT / "launch" / "slurm.sbatch").read_text())[1]
+    program = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.3), sys.exit(75)))\n"
+    program += "print(1, flush=True)\ntime.sleep(60)"
+    command = ["bash", "-c", wrapper, "task", sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as task:
+        task.stdout.readline()
+        os.killpg(task.pid, signal.SIGTERM)
+        assert task.wait(20) == 75
+
+
 def test_slurm_runs_a_copy_of_the_script_alone(tmp_path):
     """As it lies on the node: `slurm_script` in a folder without the functions, which only its submission needs."""
     script, srun = tmp_path / "slurm_script", tmp_path / "srun"
@@ -137,13 +189,14 @@ SETUP = [
     f"{ON} --worker=all '--command=sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard "
     "'\\''10.0.0.2:/share'\\'' /mnt/share) && sudo chmod a+rwx /mnt/share'",
     f"{ON} --worker=all '--command=tar xzf dit_jax.tar.gz && cd dit_jax && make setup PYTHON=python3.11'",
-    f"{ON} --worker=all '--command=cd dit_jax && .venv/bin/pip install --quiet "
-    '"jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")"\'',
+    f"{ON} --worker=all '--command=cd dit_jax && .venv/bin/pip install --quiet --require-hashes --no-deps -r requirements-tpu.lock'",
 ]
 RUN = [
     f"{ON} --worker=all '--command=cd dit_jax || exit; if [ -e run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo "
-    "'\\''error: a job is running here; stop it first'\\'' >&2; exit 1; fi; nohup .venv/bin/python -m dit_jax.train "
-    f"{TYPED} >>run.log 2>&1 </dev/null & echo $! >run.pid'"
+    "'\\''error: a job is running here; stop it first'\\'' >&2; exit 1; fi; rm -f run.stop; "
+    "(trap '\\'''\\'' HUP; for _ in $(seq 0 100); do .venv/bin/python "
+    f"-m dit_jax.train {TYPED}; [ $? -ge 128 ] && [ ! -e run.stop ] || break; sleep 10; done) >>run.log 2>&1 </dev/null & echo $! "
+    ">run.pid'"
 ]
 DELETE = [f"{QUEUE} delete {HERE} --force --quiet"]
 
@@ -155,7 +208,7 @@ DELETE = [f"{QUEUE} delete {HERE} --force --quiet"]
         (["setup"], SETUP),
         (["run", *JOB], RUN),
         (["logs"], [f"{ON} --worker=0 '--command=tail -n 100 -F dit_jax/run.log'"]),
-        (["stop"], [f"{ON} --worker=all '--command=kill -TERM $(cat dit_jax/run.pid)'"]),
+        (["stop"], [f"{ON} --worker=all '--command=cd dit_jax && touch run.stop && pkill -TERM -P $(cat run.pid)'"]),
         (["delete"], DELETE),
         (
             ["resume", *JOB],
@@ -212,9 +265,9 @@ PODS = "--cluster=pods --project=lab --zone=us-central2-b"
                 "git -C ROOT archive --output=ROOT/build/gke.tar HEAD",
                 "tar -xf ROOT/build/gke.tar -C ROOT/build/gke",
                 "xpk workload create --workload=xl2 --tpu-type=v4-64 --num-slices=1 --base-docker-image=python:3.11 "
-                "--script-dir=ROOT/build/gke --max-restarts=100 --restart-on-exit-codes=75 "
+                "--script-dir=ROOT/build/gke --max-restarts=100 --restart-on-exit-codes=75,200 "
                 "--termination-grace-period-seconds=120 '--command=make setup PYTHON=python3 && .venv/bin/pip install --quiet "
-                '"jax[tpu]==$(.venv/bin/python -c "import jax; print(jax.__version__)")" && exec .venv/bin/python -m '
+                "--require-hashes --no-deps -r requirements-tpu.lock && exec .venv/bin/python -m "
                 f"dit_jax.train {TYPED}' {PODS}",
             ],
         ),
@@ -325,6 +378,43 @@ def test_only_train_runs_on_many_hosts(fakes, job):
     assert f"dit_jax.{job} --workdir=w" in dry("slurm.sbatch", job, "--workdir=w", **ONE_NODE)[-1]
     assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, "--workdir=w", **CLOUD, ACCELERATOR="v4-8")[-1]
     assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, "--workdir=w", **GKE | {"TPU_TYPE": "v4-8"})[-1]
+
+
+def test_types_of_tpu_that_xpk_does_not_know_are_refused_before_anything_runs(fakes):
+    """Those of the table that xpk 1.16.0 knows are taken; `make xpk` asks xpk itself."""
+    path, calls = fakes
+    for name in [name for name in hardware.names() if name.startswith("v")]:
+        code, _, err = call("gke.sh", "--dry-run", "create", **GKE | {"TPU_TYPE": name})
+        known = name.startswith(("v4-", "v5p-", "v6e-", "v5litepod-")) and name not in ("v5litepod-1", "v5litepod-4")
+        assert code == (0 if known else 2), name
+        assert known or err.startswith(f"error: TPU_TYPE: found {name}, expected a name of xpk, such as v4-64"), err
+    assert call("gke.sh", "run", *JOB, PATH=path, **GKE | {"TPU_TYPE": "v5e-8"})[0] == 2 and calls() == []
+
+
+@pytest.mark.parametrize(
+    "codes,runs",
+    [("0", 1), ("75", 1), ("1", 1), ("200 134 137 0", 4), ("200 1", 2), ("200 200 200 200", 3), ("200 stop", 2)],
+)
+def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, codes, runs):
+    """The very command that goes to the workers, with another python: it ends with the codes in turn."""
+    line = shlex.split(dry("tpu_vm.sh", "run", *JOB, **TPU | {"RESTARTS": "2" if runs == 3 else "9"})[0])[
+        -1
+    ].removeprefix("--command=")
+    (tmp_path / "dit_jax" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    for path, text in (
+        ("bin/sleep", "exit 0"),
+        (
+            "dit_jax/.venv/bin/python",
+            "read -r code <codes; sed -i 1d codes; echo ran; [ $code = stop ] && touch run.stop && exit 200; exit $code",
+        ),
+    ):
+        (tmp_path / path).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / path).chmod(0o755)
+    (tmp_path / "dit_jax" / "codes").write_text(codes.replace(" ", "\n") + "\n")
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"{line}; wait"], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "dit_jax" / "run.log").read_text().splitlines() == ["ran"] * runs
 
 
 def test_the_host_of_a_job_other_than_train_must_be_known(fakes):

@@ -69,9 +69,9 @@ def test_a_lost_peer_ends_all_and_the_rerun_gives_the_same_bits(losses, uninterr
         jobs = start(workdir, cache_dir)
         wait_for_steps(jobs, workdir, 4)
         seconds, code, said = lose(jobs, victim, number)
-        assert code not in (0, 75), said
+        assert code in (200, -signal.SIGABRT), said  # PEER_LOST, or the runtime itself noticed first, and aborted
         assert seconds <= HEARTBEAT + GRACE, (victim, number, seconds)
-        if code == 1:  # else the runtime itself noticed first, and aborted
+        if code == 200:
             assert "error: computing with the other processes failed" in said
     codes, said = finish(start(workdir, cache_dir))
     assert codes == [0, 0], said
@@ -103,7 +103,7 @@ def test_an_error_of_one_process_ends_both(uninterrupted, tmp_path, cache_dir):
     began = time.monotonic()
     codes, said = finish(start(workdir, cache_dir, "--config.optim.learning_rate=1.0"))
     assert codes[0] == 2 and "holds a run of another config: optim.learning_rate" in said[0]
-    assert codes[1] not in (0, 75), said
+    assert codes[1] in (200, -signal.SIGABRT), said
     codes, said = finish(start(tmp_path / "full", cache_dir, leader={"file_size": 30_000}))
     assert codes[0] == 1 and "the checkpoint could not be written (File too large)" in said[0]
     assert codes[1] not in (0, 75), said

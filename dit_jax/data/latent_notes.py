@@ -6,6 +6,7 @@ and scale are one number each, or one per channel.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,8 +28,9 @@ ADVICE = "delete the folder and encode again, or restore the file"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _HEADER = [("crc", "<u4"), ("index", "<u8"), ("label", "<i4")]
 _MAX_RECORD, _MAX_NOTES, MAX_SHARDS = 1 << 26, 1 << 22, 10_000  # bytes, bytes, files
+MAX_LEFT = 10_000  # malformed records
 _NOTES_KEYS = {"version": int, "records": int, "content": str, "shards": list, "checksum": str}
-_LISTS = {"shape": list, "scale": float | list, "shift": float | list}  # JSON has no tuples
+_LISTS = {"left_out": list, "shape": list, "scale": float | list, "shift": float | list}  # JSON has no tuples
 _SHARD_KEYS = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
@@ -49,6 +51,7 @@ class LatentInfo:
     split: str
     source_sha256: str
     image_size: int
+    left_out: tuple = ()  # numbers of the split's malformed records, which have no latent; the others keep their numbers
 
     def __post_init__(self):
         for name, kind in LatentInfo.__annotations__.items():
@@ -65,6 +68,9 @@ class LatentInfo:
         for name, low, high in (("classes", 0, 2**31 - 1), ("image_size", 1, 65536)):
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name}: found {getattr(self, name)}, expected {low} to {high}")
+        lowest = [-1, *self.left_out]
+        if len(lowest) > MAX_LEFT or not all(type(n) is int and low < n for low, n in itertools.pairwise(lowest)):
+            raise UsageError(f"left_out: found {shown(self.left_out)[:99]}, expected up to {MAX_LEFT} rising numbers")
         self._check_normalisation()
         size = math.prod(self.record_shape) * np.dtype(DTYPES[self.dtype]).itemsize
         if size > _MAX_RECORD:
@@ -109,6 +115,8 @@ def read_notes(path: str) -> tuple[LatentInfo, dict]:
         info = LatentInfo(**{f.name: _tupled(notes[f.name]) for f in dataclasses.fields(LatentInfo)})
         _check_shards(notes)
         _sha256("content", notes["content"])
+        if info.left_out and info.left_out[-1] >= notes["records"] + len(info.left_out):
+            raise UsageError(f"left_out: found {info.left_out[-1]}, expected numbers of the split's records")
     except UsageError as error:
         raise UsageError(f"latents {path}: {error}; {ADVICE}") from error
     return info, notes
@@ -133,13 +141,14 @@ def _load_notes(path: str) -> dict:
     try:
         if isinstance(notes, dict) and notes.get("version", VERSION) != VERSION:
             raise UsageError(f"version: found {notes['version']!r}, expected {VERSION}")
-        _keys("notes", notes, {**LatentInfo.__annotations__, **_NOTES_KEYS, **_LISTS})
+        whole = {"left_out": []} | notes if isinstance(notes, dict) else notes
+        _keys("notes", whole, {**LatentInfo.__annotations__, **_NOTES_KEYS, **_LISTS})
         found, stated = checksum(notes), notes["checksum"]
         if found != stated:
             raise UsageError(f"checksum: found {found}, expected {stated[:64]} (damaged or edited)")
     except UsageError as error:
         raise UsageError(f"latents {path}: {error}; {ADVICE}") from error
-    return notes
+    return whole
 
 
 def _check_shards(notes: dict) -> None:

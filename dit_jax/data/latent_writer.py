@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.data.latent_notes import DTYPES, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
+from dit_jax.data.latent_notes import DTYPES, MAX_LEFT, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.shard import open_shard
 from dit_jax.error import JobError, UsageError
@@ -37,19 +37,21 @@ _OURS = re.compile(
     r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.(lock|job|(json|job)\.(part|tmp\w+))"
 )
 _NAMED = re.compile(r"latents-(\d{5})-of-\d{5}\.array_record")
-_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder")  # the first two change no record, the last is only a name
+_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder", "left_out")  # these change no record that is there
 
 
 @dataclass
 class _Shards:
-    """Whole shards: their entries in the notes, without file names, and the digest of all their records."""
+    """Whole shards: their entries in the notes, without file names, the digest of all their records, numbers left out of them."""
 
     entries: list = field(default_factory=list)
     content: object = field(default_factory=hashlib.sha256)
+    left_out: list = field(default_factory=list)
 
     @property
-    def records(self) -> int:
-        return sum(entry["records"] for entry in self.entries)
+    def next(self) -> int:
+        """The number of the split's next record."""
+        return sum(entry["records"] for entry in self.entries) + len(self.left_out)
 
 
 def write_latents(
@@ -83,6 +85,8 @@ def continue_latents(
 ) -> LatentRecords:
     """Write as `write_latents` does, but resume after the whole shards: `examples_from(first)` yields records from `first` on.
 
+    An example None is a malformed record: it is left out, and noted; the others keep their numbers.
+
     A writer that fails or is killed leaves whole shards, which are verified first, so at most one is computed again. Before
     publication `settle` gets all records and may change scale and shift. Raises as `write_latents`, and UsageError if the
     folder holds shards of another job.
@@ -90,7 +94,8 @@ def continue_latents(
     with _claimed(folder):
         shards = _take_up(folder, info)
         try:
-            _write_shards(folder, info, enumerate(examples_from(shards.records), shards.records), shard_bytes, shards)
+            _write_shards(folder, info, enumerate(examples_from(shards.next), shards.next), shard_bytes, shards)
+            info = dataclasses.replace(info, left_out=tuple(shards.left_out))
             _publish(folder, settle(_opened(folder, info, shards)) if settle else info, shards)
         except BaseException:
             _remove_leftovers(folder, keep=bool(shards.entries))
@@ -169,21 +174,24 @@ def _refuse_other(folder: str, job: dict) -> None:
 
 def _take_shard(folder: str, info: LatentInfo, shards: _Shards) -> bool:
     """Verify the next whole shard and add it to `shards`; returns False if it is damaged."""
-    path, content, first = _whole(folder, len(shards.entries)), shards.content.copy(), shards.records
+    path, content, due, gaps = _whole(folder, len(shards.entries)), shards.content.copy(), shards.next, []
     try:
         reader = open_shard(path)
         count = reader.num_records()
         for start in range(0, count, _CHUNK):
-            for i, record in enumerate(reader.read(list(range(start, min(start + _CHUNK, count)))), first + start):
-                if len(record) != info.layout.itemsize or record[4:12] != i.to_bytes(8, "little"):
+            for record in reader.read(list(range(start, min(start + _CHUNK, count)))):
+                number = int.from_bytes(record[4:12], "little")
+                if len(record) != info.layout.itemsize or not due <= number < due + MAX_LEFT:
                     return False
+                gaps += range(due, number)
+                due = number + 1
                 if record[:4] != zlib.crc32(memoryview(record)[4:]).to_bytes(4, "little"):
                     return False
                 content.update(record)
     except RuntimeError:
         return False
     shards.entries.append(_entry(path, count))
-    shards.content = content
+    shards.content, shards.left_out = content, shards.left_out + gaps
     return count > 0
 
 
@@ -196,6 +204,7 @@ def _opened(folder: str, info: LatentInfo, shards: _Shards) -> LatentRecords:
 
 def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes: int, shards: _Shards) -> None:
     """Write `examples`, pairs (number, example), as shards and append them to `shards`."""
+    examples = ((i, example) for i, example in examples if example is not None or shards.left_out.append(i))
     per_shard = max(1, shard_bytes // info.layout.itemsize)
     for number in range(len(shards.entries), MAX_SHARDS):
         records = (_encode(folder, info, i, *example) for i, example in itertools.islice(examples, per_shard))
@@ -291,7 +300,9 @@ def _notes(info: LatentInfo, shards: list[dict], content: str) -> dict:
         shard["file"] = shard_name(i, len(shards))
     records = sum(shard["records"] for shard in shards)
     notes = {"version": VERSION, "records": records, **dataclasses.asdict(info), "content": content, "shards": shards}
-    notes["shape"] = list(info.shape)
+    notes["shape"], notes["left_out"] = list(info.shape), list(info.left_out)
+    if not info.left_out:
+        del notes["left_out"]
     return {**notes, "checksum": checksum(notes)}
 
 

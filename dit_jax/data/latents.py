@@ -6,6 +6,7 @@ without labels), then the values (copies, parts, h, w, c) in float16, bfloat16 o
 """
 
 import dataclasses
+import functools
 import os
 import zlib
 from dataclasses import dataclass, field
@@ -55,6 +56,12 @@ class LatentRecords:
         info = self.info
         names = {"name": info.dataset, "split": info.split, "records": len(self), "sha256": self.content}
         return {**names, "autoencoder_sha256": info.autoencoder_sha256, **info.normalisation}
+
+    @functools.cached_property
+    def numbers(self) -> np.ndarray:
+        """The records' numbers in the split (n,), which has others too if malformed images were left out."""
+        left = list(self.info.left_out)
+        return np.delete(np.arange(len(self) + len(left)), left)
 
     def __len__(self) -> int:
         return sum(file["records"] for file in self.files)
@@ -115,11 +122,12 @@ class LatentRecords:
     def _check(self, indices: np.ndarray, table: np.ndarray) -> None:
         """Raises UsageError unless the records' numbers, labels and values are valid."""
         place, labels, last = table["index"], table["label"], max(self.classes - 1, 0)
+        numbers = self.numbers[indices]
         wrong_label = (labels < 0) | (labels > last)
         finite = _finite(table["values"], self.info.dtype)
-        for i in np.flatnonzero((place != indices) | wrong_label | ~finite)[:1].tolist():
-            if place[i] != indices[i]:
-                found = f"found record number {place[i]}, expected number {indices[i]} (a duplicate, or another order)"
+        for i in np.flatnonzero((place != numbers) | wrong_label | ~finite)[:1].tolist():
+            if place[i] != numbers[i]:
+                found = f"found record number {place[i]}, expected number {numbers[i]} (a duplicate, or another order)"
             elif wrong_label[i]:
                 found = f"found label {labels[i]}, expected 0 to {last}"
             else:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dit_jax.config import DataConfig
 from dit_jax.data.counter import ORDER, hash_counters
-from dit_jax.data.skip import read_good
+from dit_jax.data.skip import read_good, read_kept
 from dit_jax.data.source import Source, open_source
 from dit_jax.error import UsageError
 
@@ -94,17 +94,20 @@ def load_arrays(data: DataConfig, split: str, source: Source | None = None) -> t
     return _read_all(source, source.evaluation)
 
 
-def in_order(source: Source, data: DataConfig, rows: int, first: int = 0) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yield a split from record `first` on as in `load_arrays`, `rows` at a time (the last batch may be smaller).
+def in_order(
+    source: Source, data: DataConfig, rows: int, first: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+    """Yield (which records are good, bool (b,), the good ones as in `load_arrays`) from record `first` on, b = `rows` or fewer.
 
-    `data.workers` threads read ahead; malformed records are replaced (`dit_jax.data.skip`).
+    `data.workers` threads read ahead; malformed records are left out, at most `data.skip_bad`.
     """
     size = len(source)
 
-    def load(k: int) -> tuple[np.ndarray, dict]:
+    def load(k: int) -> tuple[np.ndarray, np.ndarray, dict]:
         start = first + k * rows
-        arrays, cond = _read(source, np.arange(start, min(start + rows, size)))
-        return source.evaluation(arrays), cond
+        good, found = read_kept(source.read, np.arange(start, min(start + rows, size)), source.skips)
+        arrays, cond = found or (np.empty((0, *source.image_shape), np.uint8), {})
+        return good, source.evaluation(arrays), cond
 
     count = -(-(size - first) // rows)
     if not count:

@@ -3,16 +3,43 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dit_jax.data.counter import mirrored
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """Decode an image to uint8 (h, w, channels), grey and CMYK converted as in ADM. Raises any error of the decoder."""
+    """Decode an image's first frame to uint8 (h, w, channels): grey, RGB, or RGBA for 4 channels.
+
+    It is turned as its EXIF orientation says. 16 bits are scaled, 65535 to 255, and so are floats, 1 to 255. Transparent
+    images are composited over white, unless there are 4 channels. Palettes, CMYK, YCbCr, HSV and LAB are converted by Pillow,
+    grey from RGB too (ITU-R 601-2). Raises ValueError for pixels without such a range: integers of 32 bits, other floats,
+    transparency beside 16 bits or more. Raises any error of the decoder.
+    """
     with Image.open(io.BytesIO(encoded)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            image = _scaled(image, image.format)
+        image = image.convert("RGB") if image.mode == "LAB" else image  # which Pillow converts to no other mode
+        if image.has_transparency_data and channels < 4:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _scaled(image: Image.Image, form: str | None) -> Image.Image:
+    """Return an image of integers of 16 bits, or of floats, with 8 bits. Raises ValueError if its range is not known."""
+    values, mode = np.asarray(image), image.mode
+    if image.has_transparency_data:
+        raise ValueError(f"found transparency in mode {mode}, expected none beside more than 8 bits; composite it")
+    if mode == "F":
+        if not ((values >= 0) & (values <= 1)).all():  # NaN too
+            raise ValueError(f"found floats from {values.min():g} to {values.max():g}, expected 0 to 1; scale them")
+        return Image.fromarray(np.round(values * 255).astype(np.uint8))
+    if mode == "I" and form not in ("PNG", "PPM"):  # Pillow reads grey of 16 bits as 32 in these
+        raise ValueError(f"found {form} of 32-bit integers, whose range is not stated; save them with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Malformed records that may be skipped: how many at most, and which were found.
 
-Malformed record i is replaced by the next good one of i + 1, i + 2, ... (modulo the size). The choice depends on the records
+In training, malformed record i is replaced by the next good one of i + 1, i + 2, ... (modulo the size). The choice depends on the records
 only, not on batches, processes or resuming. Each process counts the ones it found since it started.
 """
 
@@ -53,6 +53,17 @@ def read_good(read: Callable, indices: np.ndarray, size: int, skips: Skips):
             return read(wanted)
         except UsageError:
             if not skips.cap or not _note_bad(read, wanted, skips):
+                raise
+
+
+def read_kept(read: Callable, indices: np.ndarray, skips: Skips) -> tuple[np.ndarray, object]:
+    """Return (which of `indices` are good, bool (b,), what `read` returns for those, None without any). Raises as `read_good`."""
+    while True:
+        good = np.array([int(i) not in skips.found for i in indices], bool)
+        try:
+            return good, read(indices[good]) if good.any() else None
+        except UsageError:
+            if not skips.cap or not _note_bad(read, indices[good], skips):
                 raise
 
 

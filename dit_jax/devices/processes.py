@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from dit_jax.config import MeshConfig
 from dit_jax.devices.mesh import devices_of_processes
-from dit_jax.error import IDLE, Interrupted, JobError, UsageError, report, shown
+from dit_jax.error import IDLE, Interrupted, JobError, PeerLost, UsageError, report, shown
 from dit_jax.log import name_process
 
 # Flags that describe the other processes, and the environment variables of the same meaning.
@@ -41,8 +41,8 @@ def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
     """Joins the other processes of this job, if there are any. Call it before anything initialises JAX's backend.
 
     The processes are found by `given` (flags `coordinator`, `num_processes`, `process_id`), by the environment variables of the same
-    meaning, under SLURM and on Cloud TPU. If not all join within `mesh.initialization` seconds, each ends with a line and exit code 1.
-    A process without a heartbeat for `mesh.heartbeat` seconds ends all. Raises UsageError on invalid `given`, JobError if joining fails.
+    meaning, under SLURM and on Cloud TPU. If not all join within `mesh.initialization` seconds, each ends with a line and PEER_LOST.
+    A process without a heartbeat for `mesh.heartbeat` seconds ends all. Raises UsageError on invalid `given`, PeerLost if joining fails.
     """
     chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
     where = cluster(os.environ, chips, given or {})
@@ -73,10 +73,11 @@ def _given_up_after(seconds: int, where: dict) -> Iterator[None]:
     else:
         problem = f"no coordinator at {address} that all processes reached within {seconds} s"
     try:
-        with _watched(seconds, JobError(f"{problem}; {hint}")):
+        with _watched(seconds, PeerLost(f"{problem}; {hint}")):
             yield
     except (RuntimeError, ValueError) as error:
-        raise JobError(f"joining the other processes at {address}: {str(error).splitlines()[0]}") from None
+        kind = JobError if isinstance(error, ValueError) else PeerLost
+        raise kind(f"joining the other processes at {address}: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
@@ -264,7 +265,7 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, (Interrupted, CommonError)):
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            error = JobError(
+            error = PeerLost(
                 "computing with the other processes failed, most likely as one is gone "
                 f"({str(error).splitlines()[0][:200]}); the checkpoints are intact, and the same command on all hosts goes on "
                 "from the newest"

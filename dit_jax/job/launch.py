@@ -1,6 +1,6 @@
 """The command line of all jobs: absl flags, one line per error, and the exit codes.
 
-0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on).
+0 done, 1 error, 2 usage, 75 interrupted but resumable (the same command goes on), 200 a peer is gone (launchers restart).
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import ml_collections
 from absl import flags
@@ -152,7 +153,10 @@ def _check_file(value: str, optional: bool = False) -> None:
     if not value and not optional:
         raise UsageError("--config: not given, expected a file such as configs/digits.py")
     if value and not os.path.isfile(path):
-        raise UsageError(f"--config: no file {path!r}")
+        ours = CONFIGS / os.path.basename(path)
+        raise UsageError(
+            f"--config: no file {path!r}" + (f"; expected perhaps {str(ours)!r}" if ours.is_file() else "")
+        )
 
 
 def _check_overrides() -> None:
@@ -178,6 +182,10 @@ def _check_number(name: str, argument: str, default) -> None:
         type(default)(value)
     except ValueError:
         raise UsageError(f"--{name}: found {value!r}, expected {type(default).__name__}") from None
+
+
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"  # a wheel's, or a checkout's
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:

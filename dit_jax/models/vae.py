@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.error import UsageError, shown
+from dit_jax.error import UsageError, number, shown
 
 LOG_VARIANCE = (-30.0, 20.0)  # bounds in the training of the published weights
 
@@ -29,8 +29,18 @@ class VAEConfig:
     blocks: int = 2  # residual blocks per resolution in the encoder; the decoder has one more
     groups: int = 32  # of the group norms; affects no tensor's shape
     dtype: str = "float32"  # of the compute; parameters, norms, softmax and results are always float32
+    quant: bool = (
+        True  # a 1 x 1 convolution on each side of the latent, as in Stable Diffusion 1 and 2, not in SD3 and FLUX
+    )
+    scale: float = (
+        0.18215  # published normalisation, (z - shift) scale, which `encode` notes beside latents; 0 = unknown
+    )
+    shift: float = 0.0
 
     def __post_init__(self):
+        if not (number(self.scale) and number(self.shift) and self.scale >= 0):
+            found = f"{shown(self.scale)}, {shown(self.shift)}"
+            raise UsageError(f"vae.scale, shift: found {found}, expected numbers, scale above 0, or 0 = unknown")
         if not isinstance(self.widths, tuple) or not self.widths:
             raise UsageError(f"vae.widths: found {shown(self.widths)}, expected a tuple of at least one width")
         numbers = {name: getattr(self, name) for name in ("channels", "latent_channels", "blocks", "groups")}
@@ -141,7 +151,8 @@ class Encoder(nn.Module):
             h = Stage(cfg, width, cfg.blocks, "down" if i < last else "", name=f"down_{i}")(h)
         h = _norm(cfg, "norm_out")(Middle(cfg, name="middle")(h))
         h = _conv(cfg, 2 * cfg.latent_channels, "conv_out")(nn.silu(h))
-        return _conv(cfg, 2 * cfg.latent_channels, "quant_conv", side=1)(h).astype(jnp.float32)
+        h = _conv(cfg, 2 * cfg.latent_channels, "quant_conv", side=1)(h) if cfg.quant else h
+        return h.astype(jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -152,7 +163,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latents):
         cfg, last = self.cfg, len(self.cfg.widths) - 1
-        h = _conv(cfg, cfg.latent_channels, "post_quant_conv", side=1)(latents)
+        h = _conv(cfg, cfg.latent_channels, "post_quant_conv", side=1)(latents) if cfg.quant else latents
         h = _conv(cfg, cfg.widths[-1], "conv_in")(h)
         h = Middle(cfg, name="middle")(h)
         for i, width in enumerate(reversed(cfg.widths)):

@@ -84,6 +84,29 @@ def read(tensors: Tensors, config: Mapping) -> tuple[ModelConfig, dict]:
     return cfg, params
 
 
+def write(cfg: ModelConfig, params: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """Return (tensors, config.json) of a folder that diffusers reads. Raises UsageError as `dit.write` does."""
+    found = {}
+    for name, values in dit.write(cfg, params).items():
+        if name != "pos_embed":  # diffusers computes it
+            places = _places(name, cfg.depth)
+            parts = [values] * cfg.depth if _embedder(name) else np.split(values, len(places))
+            found |= dict(zip(places, parts, strict=True))
+    config = {key: allowed[0] for key, allowed in list(FIXED.items())[:4]} | {
+        "_class_name": CLASSES[0],
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.width // cfg.heads,
+        "in_channels": cfg.channels,
+        "out_channels": cfg.out_channels,
+        "num_layers": cfg.depth,
+        "sample_size": cfg.input_size,
+        "patch_size": cfg.patch,
+        "num_embeds_ada_norm": cfg.classes,
+        "norm_eps": 1e-6,
+    }
+    return found, config
+
+
 def _embedder(name: str) -> str:
     """Return the name inside a block of an embedder's tensor; "" for other tensors."""
     module, _, kind = name.rpartition(".")

@@ -5,7 +5,7 @@ embedding is a convolution (d, c, p, p), ours a Linear of rows (p p c).
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import isqrt, prod
 
 import numpy as np
@@ -38,24 +38,37 @@ def read(tensors: Tensors, heads: int = 0) -> tuple[ModelConfig, dict]:
     return cfg, params
 
 
-def add_null_row(tensors: Tensors, classes: int) -> bool:
+def add_null_row(tensors: Tensors, classes: int, said: str = "--classes") -> bool:
     """Return whether the label table has a null row; to a table without one, a row of zeros, never used, is added.
 
-    `classes`: their number; 0 = one fewer than rows. Raises UsageError if the table has another number of rows.
+    `classes`: their number, which `said` says; 0 = unknown. Raises UsageError if it is, or the table has another number.
     """
     if LABELS not in tensors:
         return True  # the reader says what is missing
     rows, width = _sizes(tensors, LABELS, 2)
-    if classes not in (0, rows, rows - 1) or rows + classes == 1:
-        with_one = f", or {rows - 1} with one" if rows > 1 else ""
+    if classes not in (rows, rows - 1) or not classes:
+        with_one = f", or {rows - 1} if the last is the null class" if rows > 1 else ""
         raise UsageError(
-            f"--classes: found {classes or 'none'}, expected {rows} without a null row{with_one}: {tensors.where}: {LABELS} has "
-            f"{rows} row{'s'[: rows > 1]}"
+            f"{said}: found {classes or 'nothing'}, expected {rows} if each row is a class{with_one}: {tensors.where}: {LABELS} "
+            f"has {rows} row{'s'[: rows > 1]}"
         )
     if classes == rows:
         table = tensors.arrays[LABELS]
         tensors.arrays[LABELS] = np.concatenate([table, np.zeros((1, width), table.dtype)])
     return classes != rows
+
+
+def known_classes(tensors: Tensors, notes: Mapping) -> tuple[int, str]:
+    """Return (number of classes, what says so), by a training's `args` or the table's rows; (0, "--classes") if neither does.
+
+    One row is one class. 1000 or 1001 rows are ImageNet's classes, without or with a null class.
+    """
+    rows = tensors.shape(LABELS)[0] if LABELS in tensors and tensors.shape(LABELS) else 0
+    args = notes.get("args")  # a text in some safetensors
+    said = args.get("num_classes") if isinstance(args, Mapping) else None
+    if type(said) is int:
+        return said, "args.num_classes"
+    return {1: 1, 1000: 1000, 1001: 1000}.get(rows, 0), f"its {rows} rows" if rows in (1, 1000, 1001) else "--classes"
 
 
 def write(cfg: ModelConfig, params: dict) -> dict[str, np.ndarray]:
@@ -114,13 +127,16 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_positions(tensors: Tensors, name: str, cfg: ModelConfig) -> None:
-    """Raises UsageError unless the file's position table is the model's."""
-    difference = np.abs(tensors.take(name, (1, cfg.tokens, cfg.width)) - _table(cfg)).max()
-    if difference > TABLE:
+    """Raises UsageError unless the file's position table is the model's, within TABLE and rounded to the file's dtype."""
+    found, table = tensors.take(name, (1, cfg.tokens, cfg.width)), _table(cfg)
+    stored = tensors.arrays[name].dtype
+    low, high = ((table + gap).astype(stored).astype(np.float32) for gap in (-TABLE, TABLE))  # rounding keeps the order
+    if not ((low <= found) & (found <= high)).all():
+        side = cfg.input_size // cfg.patch
         raise UsageError(
-            f"{tensors.where}: {name}: differs by up to {difference:.3g} from the sin-cos table of a grid of "
-            f"{cfg.input_size // cfg.patch} x {cfg.input_size // cfg.patch} patches, expected at most {TABLE:g}; other "
-            "positions than the published model's cannot be taken over"
+            f"{tensors.where}: {name}: differs by up to {np.abs(found - table).max():.3g} from the sin-cos table of a grid "
+            f"of {side} x {side} patches, expected at most {TABLE:g} before rounding to {stored}; other positions than the "
+            "published model's cannot be taken over"
         )
 
 

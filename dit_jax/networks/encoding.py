@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dit_jax.config import Config, MeshConfig
+from dit_jax.config import AutoencoderConfig, Config, MeshConfig
 from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.data.latent_writer import continue_latents
 from dit_jax.data.latents import LatentRecords, open_latents
@@ -48,13 +48,24 @@ class Job:
 
 
 def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
-    """Make a Job. Raises UsageError if there is no autoencoder, or it does not fit image size and model."""
+    """Make a Job. The latents' scale and shift are the config's, or the autoencoder's own if those are the defaults.
+
+    Raises UsageError if there is no autoencoder, it does not fit image size and model, or no scale is known.
+    """
     if not cfg.autoencoder.folder:
         raise UsageError(
             "--autoencoder: not given, expected a folder that `python -m dit_jax.convert --source=sd-vae` wrote"
         )
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents=""))
-    return Job(cfg, open_autoencoder(cfg), dtype, whiten)
+    autoencoder, default = open_autoencoder(cfg), AutoencoderConfig()
+    if (cfg.autoencoder.scale, cfg.autoencoder.shift) == (default.scale, default.shift):
+        by = autoencoder.cfg
+        if not (by.scale or whiten):
+            found = f"found none for {cfg.autoencoder.folder!r}, whose file did not say it"
+            raise UsageError(f"autoencoder.scale: {found}; give --config.autoencoder.scale and shift, or --whiten")
+        own = vae.Normalisation(by.shift, by.scale or default.scale[0])
+        autoencoder = dataclasses.replace(autoencoder, normalisation=own)
+    return Job(cfg, autoencoder, dtype, whiten)
 
 
 def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:
@@ -72,8 +83,9 @@ def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop:
     for split, source in sources.items():
         folder = os.path.join(out, split)
         if split in held:
-            _check_count(folder, len(open_latents(folder)), len(source))
-            say(f"{folder}: done before")
+            _check_count(folder, len(open_latents(folder)) + len(held[split].left_out), len(source))
+            _check_left_out(job, folder, held[split])
+            say(f"{folder}: done before" + _without(held[split]))
         else:
             settle = whitened if job.whiten and split == first else None
             info = encode_split(job, folder, split, source, by, settle, shard_bytes, stop).info
@@ -108,23 +120,28 @@ def encode_split(
         say(f"{folder}: {size - first:,} images to encode" + (f", {first:,} were before" if first else ""))
         return encoded(encode, _watched(in_order(source, data, rows, first), folder, first, size, stop), data.flip)
 
-    found = continue_latents(folder, info, examples_from, settle=settle, shard_bytes=shard_bytes)
+    def settled(records: LatentRecords) -> LatentInfo:
+        _check_left_out(job, folder, records.info)  # also those that an earlier start left out
+        return settle(records) if settle else records.info
+
+    found = continue_latents(folder, info, examples_from, settle=settled, shard_bytes=shard_bytes)
     for index, problem in bad_records(source).items():
-        warn(f"the next good image stands for record {index}: {problem}")
-    say(f"{folder}: {len(found):,} latents of {info.shape}, scale {found.info.scale}, shift {found.info.shift}")
+        warn(f"record {index} is left out: {problem}")
+    what = f"{len(found):,} latents of {info.shape}, scale {found.info.scale}, shift {found.info.shift}"
+    say(f"{folder}: {what}{_without(found.info)}")
     return found
 
 
-def encoded(encode: Callable, batches: Iterable, mirrored: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (label or 0, float32 (copies, 2, h, w, c)) for each image in `batches`, pairs (images, cond).
+def encoded(encode: Callable, batches: Iterable, mirrored: bool) -> Iterator[tuple[int, np.ndarray] | None]:
+    """Yield (label or 0, float32 (copies, 2, h, w, c)) for each image in `batches`, None for a malformed one.
 
-    The devices work on the next batch while one is fetched.
+    `batches`: as from `in_order`. The devices work on the next batch while one is fetched.
     """
     waiting = None
-    for images, cond in batches:
+    for good, images, cond in batches:
         copies = [images, images[:, :, ::-1]] if mirrored else [images]
         labels = cond.get("label", np.zeros(len(images), np.int32))
-        under_way = labels, [encode(copy) for copy in copies]
+        under_way = good, labels, [encode(copy) for copy in copies if len(copy)]
         if waiting:
             yield from _fetched(*waiting)
         waiting = under_way
@@ -132,9 +149,10 @@ def encoded(encode: Callable, batches: Iterable, mirrored: bool) -> Iterator[tup
         yield from _fetched(*waiting)
 
 
-def _fetched(labels: np.ndarray, copies: list[jax.Array]) -> Iterator[tuple[int, np.ndarray]]:
-    values = np.stack(jax.device_get(copies), axis=1)
-    yield from zip(labels.tolist(), values[: len(labels)], strict=True)
+def _fetched(good: np.ndarray, labels: np.ndarray, copies: list[jax.Array]) -> Iterator[tuple[int, np.ndarray] | None]:
+    values = np.stack(jax.device_get(copies), axis=1)[: len(labels)] if copies else []
+    found = zip(labels.tolist(), values, strict=True)
+    yield from (next(found) if kept else None for kept in good)
 
 
 def whitened(records: LatentRecords) -> LatentInfo:
@@ -156,11 +174,11 @@ def whitened(records: LatentRecords) -> LatentInfo:
 def _watched(batches: Iterable, folder: str, first: int, size: int, stop: list) -> Iterator:
     """Yield the batches, logging progress and ETA. Raises Interrupted when `stop` fills."""
     report, done = drawing_progress(0, size), first
-    for images, cond in batches:
+    for good, images, cond in batches:
         if stop:
             raise Interrupted(f"{folder}: not complete; the same command goes on from the shards that are")
-        yield images, cond
-        done += len(images)
+        yield good, images, cond
+        done += len(good)
         report(done)
 
 
@@ -219,6 +237,20 @@ def _check_count(folder: str, found: int, expected: int) -> None:
         raise UsageError(
             f"--out: {folder!r} holds {found:,} latents, expected {expected:,}, one an image; use another --out"
         )
+
+
+def _check_left_out(job: Job, folder: str, info: LatentInfo) -> None:
+    """Raises UsageError if more malformed records were left out of the latents than this command allows."""
+    if len(info.left_out) > job.cfg.data.skip_bad:
+        raise UsageError(
+            f"data.skip_bad: found {job.cfg.data.skip_bad}, expected at least {len(info.left_out)}: {folder!r} is made{_without(info)}; "
+            "mend the images and delete the folder, or use another --out"
+        )
+
+
+def _without(info: LatentInfo) -> str:
+    few = ", ".join(map(str, info.left_out[:5])) + ", ..." * (len(info.left_out) > 5)
+    return f" without {len(info.left_out)} malformed records: {few}" if info.left_out else ""
 
 
 def _floats(value: float | tuple) -> float | tuple:

@@ -4,161 +4,159 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from safetensors.numpy import save_file
 
 from dit_jax import checkpoint
-from dit_jax.config import Config, ModelConfig, resolve, to_dict
+from dit_jax.config import ModelConfig, to_dict
 from dit_jax.error import JobError, UsageError
 from dit_jax.files import delete, file_sha256, new_folder, read_json, rename, sync, write_file
-from dit_jax.job.launch import load_config
-from dit_jax.log import say
-from dit_jax.networks import diffusers_dit, dit, folder
+from dit_jax.log import say, warn
+from dit_jax.networks import diffusers_dit, dit, folder, locate, notes
 from dit_jax.networks.tensors import Tensors
-from dit_jax.networks.weights import read_arrays
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import flatten, provenance, read_config
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
-IN_FOLDERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers names them
+MARKERS = {"dit": "x_embedder.proj.weight", "diffusers": "pos_embed.proj.weight", "sd-vae": "decoder.conv_in.weight"}
 
 
-def import_dit(source: str, weights: str, out: str, heads: int = 0, step: int = 0, classes: int = 0) -> None:
-    """Convert a DiT in a file or folder to a run folder. `classes`: see `dit.add_null_row`.
+def import_dit(
+    source: str, weights: str, out: str, heads: int = 0, step: int | None = None, classes: int = 0, item: str = ""
+) -> None:
+    """Convert a DiT in a file or folder to a run folder. `classes`: see `dit.add_null_row`; `item`: see `locate.read`.
 
-    Raises UsageError if the weights or `out` do not fit, JobError if writing fails.
+    The config is the one that the file's notes state, else the paper's. Raises UsageError if the weights or `out` do not
+    fit, JobError if writing fails.
     """
-    file, config = find_files(weights)
-    if source == "diffusers" and not config:
-        raise UsageError(
-            f"--weights: {weights!r}: expected a folder of diffusers, with config.json and one of {IN_FOLDERS}"
-        )
-    origin = describe_source(file, source)
+    found = locate.find(weights, "transformer")
+    if source == "diffusers" and not found.config:
+        raise UsageError(f"--weights: {weights!r}: expected a folder of diffusers, with config.json and its weights")
+    origin = found.describe(source, item)
     if os.path.isdir(out) and os.listdir(out):
         _check_done(out, origin, step, heads, classes)
-        say(f"{out}: done before, from the same {file}")
+        say(f"{out}: done before, from the same {found.name}")
         return
-    tensors, null = Tensors(read_arrays(file), file), True
+    tensors, file_notes, line = locate.read(found, MARKERS[source], item)
+    stated, (null, said) = notes.read(file_notes, found.name), (True, "config.json")
     if source == "diffusers":
-        model, params = diffusers_dit.read(tensors, read_json(config))
+        model, params = diffusers_dit.read(tensors, read_json(found.config))
+        null = not stated or stated.null
     else:
-        null = dit.add_null_row(tensors, classes)
-        model, params = dit.read(tensors, heads)
+        count, said = (stated.config.model.classes, "its notes") if stated else dit.known_classes(tensors, file_notes)
+        null = dit.add_null_row(tensors, classes or count, said := "--classes" if classes else said)
+        model, params = dit.read(tensors, heads or (stated.config.model.heads if stated else 0))
     del tensors
-    cfg = run_config(model, null)
+    cfg, step = notes.apply(stated, model, null, found.name), (stated.step if stated and step is None else step or 0)
     with new_folder(out) as unfinished:
-        notes = provenance()
-        text = json.dumps({"config": to_dict(cfg), **notes}, indent=1) + "\n"
+        versions = provenance()
+        text = json.dumps({"config": to_dict(cfg), **versions}, indent=1) + "\n"
         write_file(os.path.join(unfinished, "config.json"), text)
         os.makedirs(checkpoint.folder(unfinished))
-        checkpoint.write_weights(unfinished, step, model, params, {**notes, "source": origin})
+        checkpoint.write_weights(unfinished, step, cfg.model, params, {**versions, "source": origin})
+    say(line)
     say(f"{out}: {sum(p.size for p in flatten(params).values()):,} parameters of {_name(model)}, step {step}")
-    say(f"{model.classes} classes, " + ("and a null class" if null else "no null class: it is sampled at guidance 1"))
+    rows = "and a null class" if null else "no null class: it is sampled at guidance 1"
+    say(f"{model.classes} classes, {rows} (by {said})")
+    by = "by its notes" if stated else "as published, for the file does not say"
+    say(f"{cfg.diffusion.process} of {notes.space(cfg)} of images of {cfg.data.image_size} pixels ({by})")
 
 
 def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = None) -> None:
-    """Write a run's weights as safetensors under the published names; never overwrites a file."""
-    if not out.endswith(".safetensors"):
-        raise UsageError(f"--out: found {out!r}, expected a name that ends in .safetensors")
+    """Write a run's weights under the published names to a .safetensors file, else as a folder of diffusers.
+
+    Both hold the run's notes (`dit_jax.networks.notes`). Warns of what the names cannot say. Never overwrites.
+    """
+    single, ending = out.endswith(".safetensors"), os.path.splitext(out)[1]
+    if ending and not single:
+        raise UsageError(f"--out: found {out!r}, expected a file that ends in .safetensors, or a folder for diffusers")
     if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
         raise UsageError(f"--out: {out}: its folder does not exist")
+    cfg, step = read_config(workdir), checkpoint.find_step(workdir, step, item)
     model, params = checkpoint.load(workdir, step, item)
-    arrays = dit.write(model, params)
-    if not read_config(workdir).train.label_dropout:  # its null row was never trained
-        arrays[dit.LABELS] = arrays[dit.LABELS][:-1]
-    unfinished = f"{out}.unfinished"
+    if single:
+        arrays, files = dit.write(model, params), {}
+        if not cfg.train.label_dropout:  # its null row was never trained
+            arrays[dit.LABELS] = arrays[dit.LABELS][:-1]
+    else:
+        arrays, config = diffusers_dit.write(model, params)
+        files = {"config.json": json.dumps(config, indent=2) + "\n"}
+    before = _export(out, arrays, files, notes.write(cfg, step))
+    say(f"{out}: " + ("done before, from the same weights" if before else f"{len(arrays)} tensors of {_name(model)}"))
+    for reason in notes.unsaid(cfg, single):
+        warn(f"{out}: other programs will not see that {reason}; dit_jax reads it from the file's notes")
+
+
+def _export(out: str, arrays: dict, files: dict, metadata: dict) -> bool:
+    """Write a file, or a folder with `files`, whole; returns whether the same was there before. Raises UsageError if another."""
+    unfinished, name = f"{os.path.abspath(out)}.unfinished", f"{locate.STEM}.safetensors" if files else ""
     try:
-        save_file(arrays, unfinished)
-        before = os.path.exists(out)
-        if before and file_sha256(out) != file_sha256(unfinished):
-            raise UsageError(f"--out: {out!r} exists and holds something else; use another name")
-        if not before:
-            sync(unfinished)
-            rename(unfinished, out)
+        delete(unfinished)
+        if files:
+            os.makedirs(unfinished)
+        save_file(arrays, target := os.path.join(unfinished, name) if files else unfinished, metadata)
+        for other, text in files.items():
+            write_file(os.path.join(unfinished, other), text)
+        if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+            old = os.path.join(out, name) if files else out
+            if not os.path.isfile(old) or file_sha256(old) != file_sha256(target):
+                raise UsageError(f"--out: {out!r} exists and holds something else; use another name")
+            return True
+        sync(target)
+        rename(unfinished, out)
+        return False
     except UsageError:
         raise
     except Exception as error:  # safetensors raises its own
         raise JobError(f"{out}: could not be written: {error}") from error
     finally:
         delete(unfinished)
-    say(f"{out}: " + ("done before, from the same weights" if before else f"{len(arrays)} tensors of {_name(model)}"))
 
 
-def import_network(source: str, weights: str, out: str) -> None:
+def import_network(source: str, weights: str, out: str, item: str = "") -> None:
     """Convert another network to a folder of `dit_jax.networks.folder`."""
-    file, _ = find_files(weights)
-    origin = describe_source(file, source)
+    found = locate.find(weights, "vae")
+    origin = found.describe(source, item)
     if os.path.isdir(out) and os.listdir(out):
         meta = folder.read_meta(out)
         _check_same(out, meta["source"], origin)
         folder.load_network(out, source)
-        say(f"{out}: done before, from the same {file}")
+        say(f"{out}: done before, from the same {found.name}")
         return
-    config, params = READ[source](Tensors(read_arrays(file), file))
+    tensors, _, line = locate.read(found, MARKERS.get(source, ""), item)
+    config, params = READ[source](tensors, read_json(found.config) if found.config else {})
     meta = folder.save_network(out, source, config, params, origin)
-    say(f"{out}: {meta['parameters']:,} parameters of {source}")
+    say(line)
+    say(f"{out}: {meta['parameters']:,} parameters of {source}" + (f", {_sizes(config)}" if config else ""))
 
 
-def _read_vae(tensors: Tensors) -> tuple[dict, dict]:
+def _read_vae(tensors: Tensors, config: Mapping) -> tuple[dict, dict]:
     from dit_jax.networks import vae
 
-    config, params = vae.read(tensors)
-    return dataclasses.asdict(config), params
+    found, params = vae.read(tensors, config=config)
+    return dataclasses.asdict(found), params
 
 
-def _read_inception(tensors: Tensors) -> tuple[dict, dict]:
+def _read_inception(tensors: Tensors, config: Mapping) -> tuple[dict, dict]:
     from dit_jax.networks import inception
 
     return {}, inception.read(tensors)
 
 
-READ: dict[str, Callable[[Tensors], tuple[dict, dict]]] = {"sd-vae": _read_vae, "inception": _read_inception}
+READ: dict[str, Callable[[Tensors, Mapping], tuple[dict, dict]]] = {"sd-vae": _read_vae, "inception": _read_inception}
 
 
-def find_files(weights: str) -> tuple[str, str]:
-    """Find (file of weights, config.json beside it or "") for a file or a folder."""
-    if not os.path.isdir(weights):
-        if not os.path.isfile(weights):
-            raise UsageError(f"--weights: no file or folder {weights!r}")
-        return weights, ""
-    found = [os.path.join(weights, name) for name in IN_FOLDERS if os.path.isfile(os.path.join(weights, name))]
-    if not found:
-        raise UsageError(f"--weights: {weights!r}: found none of {', '.join(IN_FOLDERS)} in the folder")
-    config = os.path.join(weights, "config.json")
-    return found[0], config if os.path.isfile(config) else ""
-
-
-def describe_source(file: str, form: str) -> dict:
-    """Return the origin of weights, as kept in checkpoints and network folders."""
-    return {"file": os.path.basename(file), "sha256": file_sha256(file), "format": form}
-
-
-def run_config(model: ModelConfig, null: bool = True) -> Config:
-    """Return the paper's ImageNet config at the model's resolution (8 pixels a latent), with this model.
-
-    Without a trained `null` class, label dropout is 0.
-    """
-    pixels = 8 * model.input_size
-    values = load_config(str(CONFIGS / ("imagenet512.py" if pixels == 512 else "imagenet256.py")))
-    values.data.image_size = pixels
-    values.model.update(to_dict(model))
-    if not null:
-        values.train.label_dropout = 0.0
-    return resolve(values)
-
-
-def _check_done(out: str, origin: dict, step: int, heads: int, classes: int) -> None:
+def _check_done(out: str, origin: dict, step: int | None, heads: int, classes: int) -> None:
     """Raises UsageError unless the folder matches this command, JobError if it is damaged."""
     if not os.path.isfile(os.path.join(out, "config.json")):
         raise UsageError(
             f"--out: {out!r} is not empty and holds no run; expected a new folder, or one made by this command"
         )
     model, found = read_config(out).model, checkpoint.steps(out)
-    if found != [step]:
+    if len(found) != 1 or step not in (None, *found):
         raise UsageError(
-            f"--out: {out!r} holds a run with checkpoints of steps {found}, not [{step}]; use another --out"
+            f"--out: {out!r} holds a run with checkpoints of steps {found}, not [{step or 0}]; use another --out"
         )
+    step = found[0]
     wrong = manifest.problems(checkpoint.path_of(out, step))
     if wrong:
         raise JobError(f"{checkpoint.path_of(out, step)}: damaged ({wrong[0]}); remove the folder and convert again")
@@ -173,11 +171,15 @@ def _check_done(out: str, origin: dict, step: int, heads: int, classes: int) -> 
 
 
 def _check_same(out: str, found: Mapping, origin: dict) -> None:
-    keys = [key for key in ("sha256", "format") if found.get(key) != origin[key]]
+    keys = [key for key in ("sha256", "format", "item") if found.get(key) != origin.get(key)]
     if keys:
-        shown = "; ".join(f"{key}: the folder has {found.get(key)!r}, the command {origin[key]!r}" for key in keys)
+        shown = "; ".join(f"{key}: the folder has {found.get(key)!r}, the command {origin.get(key)!r}" for key in keys)
         raise UsageError(f"--out: {out!r} holds other weights, of {found.get('file')!r} ({shown}); use another --out")
 
 
 def _name(model: ModelConfig) -> str:
     return f"a DiT of {model.depth} blocks of width {model.width}, {model.heads} heads, patch {model.patch}"
+
+
+def _sizes(config: dict) -> str:
+    return f"{config['latent_channels']} channels a latent, scale {config['scale']:g}, shift {config['shift']:g}"

@@ -4,12 +4,12 @@ Ours are the paths of `dit_jax.models.vae`, kernels (h, w, in, out) and (in, out
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, shown
 from dit_jax.models import vae
 from dit_jax.models.vae import VAEConfig
 from dit_jax.networks.tensors import Tensors
@@ -51,12 +51,30 @@ _LATENT_DIFFUSION = _LEAVES | {
 }
 
 
-def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
-    """Read (config inferred from the shapes, parameters as in `vae.init`, in NumPy). Shapes do not show `groups`.
+# Allowed values of keys of config.json that change the computation; the first is the default.
+FIXED = {
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu",),
+    "mid_block_add_attention": (True,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
 
-    Both families' names, old and new names of attention, and linear or 1 x 1 attention weights are recognised. Names
-    without PREFIX are ignored if any has it. Raises UsageError naming a tensor that is missing, unknown or misshapen.
+
+def read(tensors: Tensors, groups: int = 32, config: Mapping | None = None) -> tuple[VAEConfig, dict]:
+    """Read (config inferred from the shapes, parameters as in `vae.init`, in NumPy).
+
+    Shapes do not show `groups`, scale and shift: the `config`, diffusers' config.json, does if it is given. Without it they
+    are Stable Diffusion's for 4 channels, and scale is 0, unknown, for others. Both families' names, old and new names of
+    attention, linear or 1 x 1 attention weights, and networks without quant convolutions are recognised. Names without
+    PREFIX are ignored if any has it. Raises UsageError naming a tensor that is missing, unknown or misshapen.
     """
+    config = config or {}
+    for key, allowed in FIXED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UsageError(
+                f"{tensors.where}: config.json: {key}: found {shown(config[key])}, expected {allowed[0]!r}"
+            )
     if any(name.startswith((PREFIX, "encoder.down.")) for name in tensors.arrays):
         words = _LATENT_DIFFUSION
     else:
@@ -64,7 +82,7 @@ def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
         words = _DIFFUSERS_OLD if old else _DIFFUSERS
     prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors.arrays) else ""
     tensors.skip(*(name for name in tensors.arrays if not name.startswith(prefix)))
-    cfg = _config(tensors, prefix, words, groups)
+    cfg = _config(tensors, prefix, words, config.get("norm_num_groups", groups), config)
     name_of = _namer(cfg, prefix, words)
     paths, tree = jax.tree_util.tree_flatten_with_path(vae.shapes(cfg))
     values = [_ours(tensors, name_of(path), path[-1].key, leaf.shape) for path, leaf in paths]
@@ -72,7 +90,7 @@ def read(tensors: Tensors, groups: int = 32) -> tuple[VAEConfig, dict]:
     return cfg, jax.tree_util.tree_unflatten(tree, values)
 
 
-def _config(tensors: Tensors, prefix: str, words: dict, groups: int) -> VAEConfig:
+def _config(tensors: Tensors, prefix: str, words: dict, groups: int, config: Mapping) -> VAEConfig:
     """Infer sizes from the shapes of a few convolutions."""
     block = f"{prefix}encoder.{words['down_']}.{words['block_']}.conv1.weight".format  # of (stage, block)
     widths, blocks = [_size(tensors, block(0, 0), 0)], 1
@@ -81,9 +99,16 @@ def _config(tensors: Tensors, prefix: str, words: dict, groups: int) -> VAEConfi
     while block(0, blocks) in tensors:
         blocks += 1
     channels = _size(tensors, f"{prefix}encoder.conv_in.weight", 1)
-    latent_channels = _size(tensors, f"{prefix}post_quant_conv.weight", 0)
+    latent_channels = _size(tensors, f"{prefix}decoder.conv_in.weight", 1)
+    quant = f"{prefix}post_quant_conv.weight" in tensors
+    scale, shift = (
+        config.get("scaling_factor", 0.18215 if latent_channels == 4 else 0.0),
+        config.get("shift_factor") or 0.0,
+    )
     try:
-        return VAEConfig(channels, latent_channels, tuple(widths), blocks, groups)
+        return VAEConfig(
+            channels, latent_channels, tuple(widths), blocks, groups, quant=quant, scale=scale, shift=shift
+        )
     except UsageError as error:
         raise UsageError(f"{tensors.where}: by its shapes an autoencoder that cannot be: {error}") from error
 

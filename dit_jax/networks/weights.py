@@ -4,8 +4,10 @@ Nothing is unpickled here. Only torch's reader of plain tensors sees the pickle 
 Declared sizes are compared with the true size of a file before anything is allocated.
 """
 
+import argparse
 import ast
 import contextlib
+import functools
 import io
 import math
 import os
@@ -41,10 +43,18 @@ SHARED = 4  # tensors of a .pt file may share memory, but take at most this many
 
 
 def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
-    """Read {name: array} from a .safetensors, .npz, .npy (its one array is "") or .pt/.pth/.bin file.
+    """Read {name: array} from a .safetensors, .npz, .npy (its one array is "") or .pt/.pth/.bin/.ckpt file.
 
     Arrays have native byte order and C order. Nested dicts and lists of a .pt file give names joined by dots ("ema.x");
     values that are not tensors are left out. Raises UsageError naming the file and the problem.
+    """
+    return read_file(path, max_bytes)[0]
+
+
+def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES, choose=None) -> tuple[dict[str, np.ndarray], dict]:
+    """Read as `read_arrays` does, and the file's own notes: safetensors' metadata, or {"args": ...} of a PyTorch checkpoint.
+
+    `choose(names) -> {name: new name}` says which arrays are kept; the others of a PyTorch checkpoint take no memory.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
@@ -55,12 +65,13 @@ def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str
     if os.path.getsize(path) > max_bytes:
         raise UsageError(f"{path}: found {os.path.getsize(path):,} bytes, expected at most {max_bytes:,}")
     try:
-        arrays = READERS[suffix](path, max_bytes)
+        found, notes = READERS[suffix](path, max_bytes)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
-    for name in arrays:
+    for name in found:
         _check_name(name, path)
-    return arrays
+    kept = choose(list(found)) if choose else dict(zip(found, found, strict=True))
+    return {new: found[name]() if callable(found[name]) else found[name] for name, new in kept.items()}, notes
 
 
 def _check_name(name: str, where: str) -> None:
@@ -99,12 +110,12 @@ def _native(flat: np.ndarray, dtype, shape, order: str = "C") -> np.ndarray:
 # npy and npz
 
 
-def _read_npy(path: str, max_bytes: int) -> dict[str, np.ndarray]:
+def _read_npy(path: str, max_bytes: int) -> tuple[dict, dict]:
     with open(path, "rb") as file:
-        return {"": _array(file, os.path.getsize(path), max_bytes, path)}
+        return {"": _array(file, os.path.getsize(path), max_bytes, path)}, {}
 
 
-def _read_npz(path: str, max_bytes: int) -> dict[str, np.ndarray]:
+def _read_npz(path: str, max_bytes: int) -> tuple[dict, dict]:
     arrays = {}
     with _archive(path) as archive:
         members = _members(archive, path, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
@@ -118,7 +129,7 @@ def _read_npz(path: str, max_bytes: int) -> dict[str, np.ndarray]:
             with archive.open(member) as file:
                 name = member.filename.removesuffix(".npy")
                 arrays[name] = _array(file, member.file_size, max_bytes, f"{path}: {member.filename}")
-    return arrays
+    return arrays, {}
 
 
 def _array(file: IO[bytes], size: int, max_bytes: int, where: str) -> np.ndarray:
@@ -206,7 +217,7 @@ def _members(archive: zipfile.ZipFile, path: str, methods: tuple) -> list[zipfil
 # safetensors
 
 
-def _read_safetensors(path: str, max_bytes: int) -> dict[str, np.ndarray]:
+def _read_safetensors(path: str, max_bytes: int) -> tuple[dict, dict]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         packed = file.read(8)
@@ -221,8 +232,9 @@ def _read_safetensors(path: str, max_bytes: int) -> dict[str, np.ndarray]:
                 pass
         except (ValueError, safetensors.SafetensorError) as error:
             raise UsageError(f"{path}: damaged or no safetensors: {error}") from None
-        header.pop("__metadata__", None)
-        return {name: _tensor(file, 8 + length, entry, max_bytes, f"{path}: {name}") for name, entry in header.items()}
+        notes = header.pop("__metadata__", None) or {}
+        arrays = {n: _tensor(file, 8 + length, entry, max_bytes, f"{path}: {n}") for n, entry in header.items()}
+        return arrays, notes
 
 
 def _tensor(file: IO[bytes], start: int, entry: dict, max_bytes: int, where: str) -> np.ndarray:
@@ -237,7 +249,7 @@ def _tensor(file: IO[bytes], start: int, entry: dict, max_bytes: int, where: str
 # PyTorch
 
 
-def _read_torch(path: str, max_bytes: int) -> dict[str, np.ndarray]:
+def _read_torch(path: str, max_bytes: int) -> tuple[dict, dict]:
     _check_torch_archive(path)
     try:
         import torch  # an extra, because it is large and only these files need it
@@ -245,7 +257,8 @@ def _read_torch(path: str, max_bytes: int) -> dict[str, np.ndarray]:
         advice = "pip install torch==2.13.0 (the extra `torch`), or convert the file to .safetensors"
         raise UsageError(f"{path}: found a PyTorch checkpoint, which needs torch; {advice}") from None
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training script, nothing else
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the unpickler follows the file, so any error is possible
         found = re.search(r"(Unsupported|Trying to)[^\n]*?\.(?= |$)", str(error), re.M)
         what = found[0] if found else str(error).split("\n")[0] or type(error).__name__
@@ -258,10 +271,12 @@ def _read_torch(path: str, max_bytes: int) -> dict[str, np.ndarray]:
             raise UsageError(f"{path}: its tensors take more than {most:,} bytes, expected fewer for its size")
         if name in arrays:
             raise UsageError(f"{path}: found the name {name!r} twice, expected it once")
-        arrays[name] = _from_torch(torch, tensor, f"{path}: {name}")
+        arrays[name] = functools.partial(_from_torch, torch, tensor, f"{path}: {name}")
     if not arrays:
         raise UsageError(f"{path}: found no tensor in it, expected a state dict")
-    return arrays
+    args = loaded.get("args") if isinstance(loaded, Mapping) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return arrays, {"args": dict(args)} if isinstance(args, Mapping) else {}
 
 
 def _check_torch_archive(path: str) -> None:
@@ -323,5 +338,5 @@ READERS = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".npy": _read_npy,
-    **dict.fromkeys((".pt", ".pth", ".bin"), _read_torch),  # .bin in diffusers
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _read_torch),  # .bin in diffusers
 }

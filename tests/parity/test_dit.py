@@ -171,7 +171,7 @@ def test_import_export_import_is_bitwise(torch, tmp_path, cache_dir):
     torch.save({name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, tmp_path / "published.pt")
     first, second, exported = tmp_path / "first", tmp_path / "second", tmp_path / "exported.safetensors"
     again = tmp_path / "again.safetensors"
-    first_import = [f"--weights={tmp_path / 'published.pt'}", f"--out={first}", "--heads=3", "--step=7"]
+    first_import = [f"--weights={tmp_path / 'published.pt'}", f"--out={first}", "--heads=3", "--classes=10", "--step=7"]
     convert("--source=dit", *first_import, cache_dir=cache_dir, reads_torch=True)
     convert("--source=workdir", f"--weights={first}", f"--out={exported}", cache_dir=cache_dir)
     convert("--source=dit", f"--weights={exported}", f"--out={second}", "--heads=3", cache_dir=cache_dir)

@@ -13,6 +13,7 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, model_config
 from dit_jax.devices.mesh import batch_sharding, make_mesh
+from dit_jax.devices.numerics import random_key
 from dit_jax.files import write_file
 from dit_jax.training.state import make_state
 from dit_jax.training.step import make_train_step
@@ -63,7 +64,7 @@ def compilations() -> Iterator[list[str]]:
 
 def fixed_batch(cfg: Config, mesh) -> dict:
     """A training batch of noise, placed on the devices."""
-    side, rows, key = cfg.model.input_size, cfg.train.batch_size, jax.random.key(0)
+    side, rows, key = cfg.model.input_size, cfg.train.batch_size, random_key(0)
     images = np.random.default_rng(0).standard_normal((rows, side, side, cfg.model.channels), np.float32)
     cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), np.arange(rows), {})
     return jax.device_put({"image": images, "cond": cond}, batch_sharding(mesh))

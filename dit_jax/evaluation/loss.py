@@ -10,6 +10,7 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config, EvalConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import NotFiniteError
 
@@ -20,7 +21,7 @@ def stratified(seed: int, indices: jax.Array, times_per_image: int) -> jax.Array
     """Stratified u (b, k) in [0, 1): draw j of image i is uniform in [j/k, (j+1)/k), from (seed, i, j) only."""
 
     def one(i):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 0)
+        key = jax.random.fold_in(jax.random.fold_in(random_key(seed), i), 0)
         u = (jnp.arange(times_per_image) + jax.random.uniform(key, (times_per_image,))) / times_per_image
         return jnp.minimum(u, 1 - 2**-24)  # because float32 may round the last stratum up to 1
 
@@ -31,7 +32,7 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
     """Standard normal noise (b, k, *shape), from (seed, i) only."""
 
     def one(i):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 1)
+        key = jax.random.fold_in(jax.random.fold_in(random_key(seed), i), 1)
         return jax.random.normal(key, (times_per_image, *shape))
 
     return jax.vmap(one)(indices)

@@ -13,6 +13,7 @@ import numpy as np
 from dit_jax.bind import Model, bind
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
@@ -43,7 +44,7 @@ def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> 
 
 def image_keys(seed, indices: jax.Array) -> jax.Array:
     """One key per image, from (seed, index) only."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
+    return jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(indices)
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,7 +142,7 @@ class Sampling:
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}
-        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS}))
+        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS} | ambient()))
 
 
 def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None) -> Sampling:

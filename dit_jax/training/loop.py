@@ -13,6 +13,7 @@ from dit_jax.config import Config, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
+from dit_jax.devices.numerics import ambient
 from dit_jax.devices.processes import asked_to_stop, check_folder, compare, everyone_is_here, gather, leader, together
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
@@ -147,7 +148,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
 
 def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
-    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance()}
+    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()

@@ -202,8 +202,14 @@ def _run(
                 _check_stop(stop, f"{workdir}: what is recorded stays")
                 try:
                     done = _record(workdir, step, task, params, ledger, quiet)
-                except NotFiniteError as error:
-                    _fail(failed, step, f"{checkpoint.path_of(workdir, step)}: {error}")
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    if len(wanted) == 1 and not isinstance(error, NotFiniteError):
+                        raise
+                    text = str(error).strip() or type(error).__name__  # XLA's are of many lines
+                    where = f"{checkpoint.path_of(workdir, step)}: {describe(task, {}).strip()}"
+                    _fail(failed, step, f"{where} {text.splitlines()[0]}")
         records += [done[step, task.id] for task in wanted if (step, task.id) in done]
     return records
 
@@ -234,7 +240,7 @@ def describe(task: Task, metrics: dict) -> str:
 
 def _fail(failed: dict[int, str], step: int, error: str) -> None:
     if failed.get(step) != error:
-        complain(f"{error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
+        complain(f"{error}; it is not recorded for step {step}, the others are evaluated")
     failed[step] = error
 
 
@@ -257,4 +263,4 @@ def report_failed(failed: dict[int, str]) -> None:
     """Raises JobError if a checkpoint failed."""
     if failed:
         steps = ", ".join(map(str, sorted(failed)))
-        raise JobError(f"step {steps}: damaged or diverged and not evaluated, as said above; the others are")
+        raise JobError(f"step {steps}: not all evaluated, as said above; the others are")

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -45,6 +46,22 @@ def _keys_once(pairs: list[tuple]) -> dict:
         name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {name!r} is there twice")
     return found
+
+
+def json_text(value, **how) -> str:
+    """Format a value as JSON, with null for NaN and infinity, which JSON lacks. `how`: as `json.dumps` takes it."""
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        return json.dumps(_without_nan(value), allow_nan=False, **how)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: str, most: int = LONGEST) -> bytes:

@@ -92,6 +92,8 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     _, params = checkpoint.load(str(workdir), 40)
     images, cond = jax.tree.map(lambda x: x[:21], load_arrays(cfg.data, "test"))
     found = loss.held_out_loss(cfg, params, images, cond, make_mesh(MeshConfig()))
+    alone = loss.held_out_loss(cfg, params, *jax.tree.map(lambda x: x[:1], (images, cond)), make_mesh(MeshConfig()))
+    assert "loss_se" not in alone and all(map(np.isfinite, alone.values())), "one image has no standard error"
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):

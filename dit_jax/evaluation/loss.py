@@ -63,7 +63,7 @@ def _alone(cfg: Config) -> Config:
 def held_out_loss(
     cfg: Config, params, images: np.ndarray, cond, mesh, look: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Mean loss over the fixed set, its standard error over images, and the mean per bucket of t (0 = least noise).
+    """Mean loss over the fixed set, its standard error over images (absent for one image), and the mean per bucket of t (0 = least noise).
 
     The set is the same for every model, so a difference between models has a smaller error than `loss_se` suggests. A device
     always computes about PAIRS pairs at a time, so batch size and number of devices change nothing. (Programs compiled for the
@@ -88,5 +88,5 @@ def held_out_loss(
         raise NotFiniteError(f"held-out loss: found values that are not finite; {why}")
     per_image = table.mean(axis=1)
     buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
-    error = per_image.std(ddof=1) / np.sqrt(len(per_image)) if len(per_image) > 1 else float("nan")
-    return {"loss": per_image.mean(), "loss_se": error, **{f"loss_t{b}": value for b, value in enumerate(buckets)}}
+    error = {"loss_se": per_image.std(ddof=1) / np.sqrt(len(per_image))} if len(per_image) > 1 else {}
+    return {"loss": per_image.mean(), **error, **{f"loss_t{b}": value for b, value in enumerate(buckets)}}

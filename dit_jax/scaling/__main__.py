@@ -6,11 +6,10 @@ RUNS is one or more workdirs, folders of workdirs, or a CSV with columns params,
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
-import json
 import sys
 
 from dit_jax.error import exit_code
-from dit_jax.files import write_file
+from dit_jax.files import json_text, write_file
 from dit_jax.scaling import options
 
 
@@ -26,7 +25,7 @@ def _run(argv) -> None:
 
     result = commands.run(args) if args.command in options.FITTED else frontier.run(args)
     if args.json:
-        write_file(args.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_file(args.json, json_text(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -161,8 +161,9 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
 
 
 def score(record: dict) -> str:
-    """A cell's held-out loss and its standard error, as text."""
-    return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
+    """A cell's held-out loss and its standard error, if it has one, as text."""
+    loss, error = (record["metrics"].get(name) for name in ("loss", "loss_se"))
+    return f"loss {loss:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
 
 def prepare(cfg: Config, workdir: str) -> Source:

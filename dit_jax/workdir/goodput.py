@@ -6,13 +6,12 @@ wait    for the next checkpoint (`evaluate --watch`)
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
 
 from dit_jax.error import UsageError
-from dit_jax.files import update
+from dit_jax.files import json_text, update
 from dit_jax.log import say, warn
 from dit_jax.workdir.scalars import METRICS, parse_lines, read_lines, stream_lines
 
@@ -102,7 +101,7 @@ def write_entry(entry: dict, workdir: str) -> None:
         lines = parse_lines(old, path, LINE)
         others = [line for line in lines if (line["job"], line["since"]) != this]
         newest = max([entry, *(line for line in lines if line not in others)], key=lambda line: line["wall"])
-        return "".join(json.dumps(line) + "\n" for line in [*others, newest])
+        return "".join(json_text(line) + "\n" for line in [*others, newest])
 
     update(path, renewed)
 

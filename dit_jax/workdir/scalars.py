@@ -1,14 +1,13 @@
 """Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events (clu) if TensorFlow is installed."""
 
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 from dit_jax.error import UsageError
-from dit_jax.files import LARGEST, numbered, parse_json, whole
+from dit_jax.files import LARGEST, json_text, numbered, parse_json, whole
 from dit_jax.log import notice
 
 METRICS = "metrics.jsonl"
@@ -61,7 +60,7 @@ def drop_after(path: str, step: int) -> None:
     """Delete the lines of a JSONL file beyond `step`, which a resumed run writes again."""
     if os.path.exists(path):
         with whole(path) as unfinished, open(unfinished, "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
+            f.writelines(json_text(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
 
 
 def open_scalars(
@@ -74,8 +73,7 @@ def open_scalars(
     writer = _tensorboard(workdir) if tensorboard else None
 
     def write(step: int, scalars: dict) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        file.write(json.dumps({"step": step, **finite}) + "\n")
+        file.write(json_text({"step": step, **scalars}) + "\n")
         file.flush()
         if writer:
             writer.write_scalars(step, scalars)

@@ -1,11 +1,10 @@
 """A report in a folder: `report.html`, its figures as PNG, the main fit as fit.json and everything as report.json."""
 
-import json
 import os
 from collections.abc import Iterable
 
 from dit_jax.error import UsageError
-from dit_jax.files import LARGEST, check_json, read, write_file
+from dit_jax.files import LARGEST, check_json, json_text, read, write_file
 from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.report import Report, figures
 from dit_jax.scaling.report.axes import GENERATOR, MOST, png
@@ -39,7 +38,7 @@ def save(path: str, report: Report) -> str:
         predictions.insert(0, predict(main, report.test.flops, report.test.params))
     content = {os.path.join(folder, f"{name}.png"): picture for name, (_, _, picture) in pictures.items()}
     for name, value in (("fit", to_json(main, predictions)), ("report", report_json(report))):
-        content[os.path.join(folder, f"{name}.json")] = json.dumps({"generator": GENERATOR} | value, indent=1).encode()
+        content[os.path.join(folder, f"{name}.json")] = json_text({"generator": GENERATOR} | value, indent=1).encode()
     content[os.path.abspath(path)] = page(report, pictures).encode()
     _refuse_others(content)
     os.makedirs(folder, exist_ok=True)

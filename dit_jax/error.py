@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 
 LONGEST = 4000  # characters in a message
+LARGEST = 2**31 - 1  # integer that a device counts to
 
 
 def one_line(message) -> str:
@@ -107,8 +108,8 @@ def typed(value, kind: type | types.GenericAlias, name: str):
         return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     if type(value) is not kind:
         raise UsageError(f"{name}: found {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
-    if kind is int and abs(value) >= 2**63:
-        raise UsageError(f"{name}: found {shown(value)}, expected an integer of 64 bits")
+    if kind is int and abs(value) > LARGEST:
+        raise UsageError(f"{name}: found {shown(value)}, expected at most {LARGEST}: devices count in 32 bits")
     if kind is float and not math.isfinite(value):
         raise UsageError(f"{name}: found {value!r}, expected a finite number")
     return value

@@ -135,8 +135,9 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
     else:
         write, close_scalars = (lambda step, values: None), (lambda: None)
     try:
+        outputs = (write, _reporter(cfg, quiet), ledger.now)
         with ledger.spend("step"):
-            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, quiet)))
+            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
     finally:
         close_scalars()
         if leader():
@@ -211,9 +212,9 @@ def _reporter(cfg: Config, quiet: bool):
 
 def _log(outputs: tuple, step: int, scalars: dict) -> None:
     """Writes and reports a step's scalars."""
-    (write, report), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
+    (write, report, now), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
     del values["streak"]
-    write(step, {**values, **report(step, values), "time": time.time()})
+    write(step, {**values, **report(step, values), "time": now()})
 
 
 def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:

@@ -32,13 +32,21 @@ def process_start() -> float:
 
 
 class Ledger:
-    """A stopwatch that is always in one of KINDS, beginning with "set-up" at `since` (seconds since the epoch)."""
+    """A stopwatch that is always in one of KINDS, beginning with "set-up" at `since` (seconds since the epoch).
+
+    It asks the wall clock once, when it is made, because that clock may be set while a job runs.
+    """
 
     def __init__(self, job: str, since: float):
         self.job, self.since = job, since
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.first = self.last = self.lost_steps = 0
-        self._kind, self._then = "set-up", time.perf_counter() - (time.time() - since)
+        self._kind, self._then = "set-up", time.monotonic() - (time.time() - since)
+        self._began = self._then
+
+    def now(self) -> float:
+        """Return the time, in seconds since the epoch by this stopwatch."""
+        return self.since + time.monotonic() - self._began
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
@@ -50,7 +58,7 @@ class Ledger:
             self._switch(before)
 
     def _switch(self, kind: str) -> str:
-        now = time.perf_counter()
+        now = time.monotonic()
         self.seconds[self._kind] += now - self._then
         self._then, before, self._kind = now, self._kind, kind
         return before
@@ -61,7 +69,7 @@ class Ledger:
         return {
             "job": self.job,
             "since": self.since,
-            "wall": time.time() - self.since,
+            "wall": self.now() - self.since,
             "first": self.first,
             "last": self.last,
             "lost_steps": self.lost_steps,

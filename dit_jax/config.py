@@ -207,7 +207,7 @@ class SampleConfig:
     guidance: float = 1.0  # classifier-free guidance scale; 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # guided channels: all | first3 (as the published DiT)
-    batch_size: int = 64  # images drawn between two checks for SIGTERM
+    batch_size: int = 64  # images that are drawn before they are kept or scored; changes no image
     labels: str = "uniform"  # uniform (random) | balanced (sample i has class i modulo K)
     weights: str = "ema"  # ema | params (raw)
 

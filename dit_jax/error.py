@@ -8,10 +8,12 @@ import math
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 LONGEST = 4000  # characters in a message
 LARGEST = 2**31 - 1  # integer that a device counts to
@@ -148,6 +150,39 @@ def _unread() -> bool:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 found = True
     return found
+
+
+@contextlib.contextmanager
+def watching(react: Callable[[int | None], float | None], seconds: float | None = None) -> Iterator[None]:
+    """Call `react` in a thread at each signal, with its number, and with None after `seconds`; it returns the next `seconds`.
+
+    A call that does not return to Python, such as a program on a device, runs no handler of Python's; the thread reads the
+    signals' numbers from a pipe. It sees those that have a handler of Python's.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        left = seconds
+        while True:
+            number = os.read(reader, 1)[0] if select.select([reader], [], [], left)[0] else None
+            if number == 0:  # the end of the block
+                return
+            left = react(number)
+
+    thread, before = (
+        threading.Thread(target=watch, daemon=True),
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False),
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, bytes(1))
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def report(error: BaseException) -> int:

@@ -2,7 +2,8 @@
 
 Image i depends on (seed, i) only, not on batch size or devices. Defaults come from the run's `sample` config, as in
 `evaluate`; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command
-resumes from there, and finds nothing to do once the npz is whole. SIGTERM ends the current batch and exits 75.
+resumes from there, and finds nothing to do once the npz is whole. SIGTERM exits 75 after the images under
+way, or after 20 s without them.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from absl import flags
 from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
 from dit_jax.error import UsageError
 from dit_jax.job import compiled
-from dit_jax.job.launch import launch, stop_flag
+from dit_jax.job.launch import PATIENCE, launch, stop_flag
 from dit_jax.log import say
 
 
@@ -44,7 +45,7 @@ def _check_paths(out: str, grid: str) -> None:
 
 
 def main() -> None:
-    with stop_flag() as stop:
+    with stop_flag(PATIENCE) as stop:
         _main(flags.FLAGS, stop)
 
 
@@ -70,7 +71,7 @@ def _main(values, stop: list) -> None:
     say(f"{values.num} images from step {step} ({cfg.sample.weights}), {settings}")
 
     def draw(first: int, end: int) -> Iterator:
-        return sampling.images(params, values.seed, end, first)
+        return sampling.images(params, values.seed, end, first, stop)
 
     if values.out:
         job = sampling.describe(params, step, values.seed)
@@ -94,7 +95,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("channels", None, "channels that guidance acts on: all or first3")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
-        "batch_size", None, "images between two looks at SIGTERM, in multiples of 16 per device; changes no image"
+        "batch_size",
+        None,
+        "images that are drawn before they are kept, in multiples of 16 per device; changes no image",
     )
     flags.DEFINE_list("labels", [], "classes to draw, in turn; default: the run's label policy")
     flags.DEFINE_string(

@@ -139,7 +139,7 @@ def job_of(workdir, batch_size=64, **changes):
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     cfg = dataclasses.replace(read_config(str(workdir)), sample=settings)
     _, params = checkpoint.load(str(workdir))
-    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(params, 10, 3) | changes
+    return draw.draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(params, 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):
@@ -323,3 +323,23 @@ def test_the_grid_is_of_the_first_images_only(tmp_path):
     picture.save_grid(str(tmp_path / "g.png"), many())
     with Image.open(tmp_path / "g.png") as drawn:
         assert drawn.size == (20 * 60, 20 * 60)
+
+
+def test_a_long_batch_ends_after_the_rows_under_way_once_a_stop_is_asked(workdir):
+    """A batch of 70 images is 5 calls of the program: what the calls before the signal drew is yielded, and nothing after."""
+    cfg, params = read_config(str(workdir)), checkpoint.load(str(workdir))[1]
+    cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, batch_size=70))
+    sampling, stop, calls = draw.open_sampling(cfg, make_mesh(MeshConfig(data=1), jax.devices()[:1])), [], []
+    decode = sampling.decode
+
+    def counted(x):
+        calls.append(len(x))
+        if len(calls) == 2:
+            stop.append(signal.SIGTERM)
+        return decode(x)
+
+    sampling = dataclasses.replace(sampling, decode=counted)
+    ((images, labels),) = sampling.images(params, 3, 70, 0, stop)
+    assert calls == [16, 16] and len(images) == len(labels) == 32
+    whole = np.concatenate([batch for batch, _ in dataclasses.replace(sampling, decode=decode).images(params, 3, 70)])
+    assert len(whole) == 70 and np.array_equal(whole[:32], images)

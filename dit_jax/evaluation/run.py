@@ -18,7 +18,7 @@ from dit_jax.evaluation import scores
 from dit_jax.evaluation.loss import held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
 from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
-from dit_jax.job.launch import stop_flag
+from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
@@ -77,7 +77,7 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     protocol, network = sample_protocol(cfg, sampling, shared), scores.keeping(shared.network, sampling.shape)
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
-        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
+        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first, stop), times):
             yield network.encode(images), labels
 
     def measure(step: int, params) -> tuple[dict, dict] | None:
@@ -157,7 +157,7 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, st
     SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
     """
     failed: dict[int, str] = {}
-    with stop_flag() as stop, _ledger(workdir, False, since) as ledger:
+    with stop_flag(PATIENCE) as stop, _ledger(workdir, False, since) as ledger:
         wanted = tasks(cfg, workdir, stop, False)
         while True:
             records = _run(wanted, workdir, None, False, stop, failed, ledger)

@@ -18,11 +18,22 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dit_jax.config import template, to_dict
-from dit_jax.error import IDLE, Interrupted, UsageError, arguments_on_disk, exit_code, nearest, report, unknown_flag
+from dit_jax.error import (
+    IDLE,
+    Interrupted,
+    UsageError,
+    arguments_on_disk,
+    exit_code,
+    nearest,
+    report,
+    unknown_flag,
+    watching,
+)
 from dit_jax.job import help
 from dit_jax.job.compiled import keep_programs
 from dit_jax.workdir.folder import read_config
 
+PATIENCE = 20.0  # seconds that a batch under way is given to end in after SIGTERM
 _asked: list[int] = []  # SIGTERM while no job had a handler of its own
 
 
@@ -60,12 +71,25 @@ def _stopped(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def stop_flag() -> Iterator[list]:
-    """Yield a list that SIGTERM fills, for loops to check; the old handler is restored at the end."""
-    stop = list(_asked)
+def stop_flag(patience: float | None = None) -> Iterator[list]:
+    """Yield a list that SIGTERM fills, for loops to check; the old handler is restored at the end.
+
+    A second signal (or interrupt from the keyboard) ends the process at once. So does the first after `patience` seconds, for a
+    loop that keeps on the disk what it has done: the program under way may take long, and its work would be lost anyway.
+    """
+    stop, seen = list(_asked), []
     old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+
+    def react(number: int | None) -> float | None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            seen.append(number)
+        if number is None or len(seen) > 1:
+            os._exit(report(Interrupted("what was under way is given up; the same command goes on from what is saved")))
+        return patience if seen else None
+
     try:
-        yield stop
+        with watching(react):
+            yield stop
     finally:
         signal.signal(signal.SIGTERM, old)
 

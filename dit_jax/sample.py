@@ -68,7 +68,8 @@ def _main(values, stop: list) -> None:
     sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None)
     _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
-    say(f"{values.num} images from step {step} ({cfg.sample.weights}), {settings}")
+    shape = " x ".join(map(str, sampling.shape))
+    say(f"{values.num} images {shape} of {cfg.data.dataset} from step {step} ({cfg.sample.weights}), {settings}")
 
     def draw(first: int, end: int) -> Iterator:
         return sampling.images(params, values.seed, end, first, stop)

@@ -41,6 +41,10 @@ class LatentRecords:
     key = "data.latents"
 
     @property
+    def where(self) -> str:
+        return self.folder
+
+    @property
     def classes(self) -> int:
         return self.info.classes
 

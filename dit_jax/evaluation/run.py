@@ -12,6 +12,7 @@ import numpy as np
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
+from dit_jax.data.source import introduce
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError
 from dit_jax.evaluation import scores
@@ -132,6 +133,10 @@ def tasks(cfg: Config, workdir: str, stop: list, quiet: bool, shared: Shared | N
         sampling = open_sampling(cfg, mesh)
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
+    if not quiet:
+        introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
+        where = cfg.eval.reference or f"the images of {cfg.data.dataset}, {cfg.data.split}"
+        say(f"samples are compared with {where}") if cfg.eval.samples else None
     return found
 
 

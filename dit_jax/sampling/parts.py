@@ -143,6 +143,10 @@ def _prepare(store: Store) -> None:
             redo = f"remove {store.folder}, its images are then drawn again"
             raise JobError(f"{path}: damaged ({error}); {redo}") from None
         refuse_other(store.folder, found, store.job, advice)
+    elif others := [name for name in names(store.folder) if not name.startswith((JOB, LOCK))]:
+        raise UsageError(
+            f"{store.folder}: holds {others[0]!r} and no {JOB}, expected no folder there; let this job write elsewhere"
+        )
     else:
         write_file(path, json_text(store.job, indent=1) + "\n")
 

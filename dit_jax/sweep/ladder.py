@@ -9,7 +9,7 @@ import numpy as np
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, SampleConfig, SweepConfig, to_dict
-from dit_jax.data.source import Source
+from dit_jax.data.source import Source, introduce
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import JobError, UsageError
@@ -168,7 +168,7 @@ def score(record: dict) -> str:
 
 def prepare(cfg: Config, workdir: str) -> Source:
     """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
-    _, held_out = loop.open_data(cfg)
+    opened = loop.open_data(cfg)
     check_config(cfg)
     sampled = dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)
     check_config(dataclasses.replace(cfg, eval=sampled), "sweep.samples")
@@ -184,7 +184,8 @@ def prepare(cfg: Config, workdir: str) -> Source:
         raise UsageError(f"{workdir} holds another sweep: {key} is {before[key]!r} there, {now[key]!r} in the command")
     if old is cfg or rungs > known:
         make_folder(workdir, "sweep.json", cfg)
-    return held_out
+    introduce(*opened)
+    return opened[1]
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:

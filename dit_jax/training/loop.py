@@ -87,7 +87,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
-        (source, _), cfg = open_data(cfg), follow_latents(cfg)
+        (source, held_out), cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
         bind(cfg.model, mesh)  # says now if these devices lack its attention
@@ -103,6 +103,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
+            sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")
         try:
             with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep, cfg.train.keep_at)) as saver, together():

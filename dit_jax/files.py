@@ -20,6 +20,7 @@ from dit_jax.error import UsageError
 
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
 LARGEST = 2**27  # bytes of a file of lines
+HEAD = 2**13  # bytes in which a file says what wrote it
 DEEPEST = 32  # nesting depth of JSON lists and objects
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # raised by file systems without locks
 
@@ -223,6 +224,25 @@ def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterato
         if not keep:
             delete(path)  # while it is held
         held.release()
+
+
+def check_ending(name: str, path: str, ending: str) -> None:
+    """Raises UsageError unless `path` is "" or ends as the one format that is written."""
+    if path and not path.endswith(ending):
+        raise UsageError(f"{name}: found {path!r}, expected a name that ends in {ending}")
+
+
+def check_out(name: str, path: str, mark: bytes = b"") -> None:
+    """Raises UsageError unless `path` is "" or in a folder that exists, and free, or a file with `mark` in its head.
+
+    So what another program or a person wrote is never overwritten.
+    """
+    if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UsageError(f"{name}: found {path!r}, whose folder does not exist")
+    if os.path.lexists(path) and not (os.path.isfile(path) and mark in read(path, HEAD)):
+        raise UsageError(
+            f"{name}: {path} exists and was not written by this command, expected another name or no file there"
+        )
 
 
 def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> None:

@@ -7,14 +7,15 @@ way, or after 20 s without them.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 from absl import flags
 
 from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
 from dit_jax.error import UsageError
+from dit_jax.files import check_ending, check_out
 from dit_jax.job import compiled
+from dit_jax.job.check import Slice
 from dit_jax.job.launch import PATIENCE, launch, stop_flag
 from dit_jax.log import say
 
@@ -34,14 +35,27 @@ def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _check_paths(out: str, grid: str) -> None:
-    if not out and not grid:
+def _bound(values) -> tuple[Config, tuple[int, ...]]:
+    """Return the config of the command and the classes asked for. Raises UsageError if they do not fit the model."""
+    from dit_jax.diffusion.task import make_task
+
+    cfg = resolve(values.config)
+    if values.autoencoder is not None:
+        cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
+    cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
+    make_task(cfg)
+    if not values.out and not values.grid:
         raise UsageError("--out, --grid: found neither, expected at least one of them")
-    for path in (out, grid):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise UsageError(f"{path}: its folder does not exist")
-    if grid and not grid.endswith(".png"):
-        raise UsageError(f"--grid: found {grid!r}, expected a name that ends in .png")
+    check_ending("--out", values.out, ".npz")
+    check_ending("--grid", values.grid, ".png")
+    return cfg, _wanted(values.labels, cfg.model.classes)
+
+
+def check(_: Config, slice_: Slice | None) -> None:
+    """Raises UsageError if the command does not fit the run's model, or the slice has several hosts."""
+    _bound(flags.FLAGS)
+    if slice_:
+        slice_.one_host("sample")
 
 
 def main() -> None:
@@ -52,18 +66,13 @@ def main() -> None:
 def _main(values, stop: list) -> None:
     from dit_jax import checkpoint
     from dit_jax.devices.mesh import make_mesh
-    from dit_jax.diffusion.task import make_task
     from dit_jax.sampling import parts
     from dit_jax.sampling.draw import open_sampling
-    from dit_jax.sampling.picture import GRID, save_grid
+    from dit_jax.sampling.picture import GRID, MARK, save_grid
 
-    cfg = resolve(values.config)
-    if values.autoencoder is not None:
-        cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
-    cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
-    make_task(cfg)
-    wanted = _wanted(values.labels, cfg.model.classes)
-    _check_paths(values.out, values.grid)
+    cfg, wanted = _bound(values)
+    check_out("--out", values.out)
+    check_out("--grid", values.grid, MARK)
     step = parts.find_step(values.workdir, values.step, values.out, cfg.sample.weights)
     sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None)
     _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
@@ -108,4 +117,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("grid", "", "PNG of the images, sorted by class; of the first 400 if there are more")
     compiled.define_flag()
-    launch(main, config="workdir")
+    launch(main, config="workdir", check=check)

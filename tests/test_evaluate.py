@@ -197,7 +197,19 @@ BAD = {
     "steps": ("sample", ["--steps=0"], "sample.steps: found 0, expected at least 1"),
     "labels": ("sample", ["--labels=3,12"], "--labels: found '12', expected class numbers from 0 to 9"),
     "step": ("sample", ["--step=55"], "found no checkpoint of step 55, expected one of [20, 30, 40]"),
-    "folder": ("sample", ["--out=/nowhere/at/all.npz"], "/nowhere/at/all.npz: its folder does not exist"),
+    "ending": ("sample", ["--out=grid.png"], "--out: found 'grid.png', expected a name that ends in .npz"),
+    "slice": ("sample", ["--slice=v4-8"], "--slice: found it without --check, expected both"),
+    "hosts": (
+        "sample",
+        ["--check", "--slice=2x8"],
+        "--slice: found 2x8 of 2 hosts, expected one host: sample runs on one",
+    ),
+    "check": ("sample", ["--check", "--labels=12"], "--labels: found '12', expected class numbers from 0 to 9"),
+    "folder": (
+        "sample",
+        ["--out=/nowhere/at/all.npz"],
+        "--out: found '/nowhere/at/all.npz', whose folder does not exist",
+    ),
     "override": (
         "evaluate",
         ["--config.eval.sample=3"],

@@ -21,6 +21,7 @@ from dit_jax.error import UsageError
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
 LARGEST = 2**27  # bytes of a file of lines
 HEAD = 2**13  # bytes in which a file says what wrote it
+GENERATOR = {"generator": "dit_jax"}  # in a report in JSON
 DEEPEST = 32  # nesting depth of JSON lists and objects
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # raised by file systems without locks
 
@@ -233,20 +234,31 @@ def check_ending(name: str, path: str, ending: str) -> None:
 
 
 def check_out(name: str, path: str, mark: bytes = b"") -> None:
-    """Raises UsageError unless `path` is "" or in a folder that exists, and free, or a file with `mark` in its head.
-
-    So what another program or a person wrote is never overwritten.
-    """
+    """Raises UsageError unless `path` is "" or in a folder that exists, and `check_free`."""
     if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise UsageError(f"{name}: found {path!r}, whose folder does not exist")
+    check_free(name, path, mark)
+
+
+def check_free(name: str, path: str, mark: bytes) -> None:
+    """Raises UsageError if there is a file without `mark` in its head: what another program wrote is never overwritten."""
     if os.path.lexists(path) and not (os.path.isfile(path) and mark in read(path, HEAD)):
         raise UsageError(
             f"{name}: {path} exists and was not written by this command, expected another name or no file there"
         )
 
 
+def write_report(path: str, found: dict | list) -> None:
+    """Write figures as JSON, each object marked, so that the same command may replace the file; see `check_json`."""
+    marked = [GENERATOR | one for one in found] if isinstance(found, list) else GENERATOR | found
+    write_file(path, json_text(marked, indent=1) + "\n")
+
+
 def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> None:
-    """Raises UsageError if a report could not be written to `path`. `makes_folders`: its writer makes missing folders."""
+    """Raises UsageError if a report could not be written to `path`. `makes_folders`: its writer makes missing folders.
+
+    With `--json` the name has to end in .json, and a file that is there has to be by `write_report`.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     if path and (os.path.isdir(path) or path.endswith(os.sep)):
         raise UsageError(
@@ -257,3 +269,6 @@ def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> 
     if path and not os.path.isdir(folder):
         what = f"where {folder!r} is no folder" if os.path.exists(folder) else "whose folder does not exist"
         raise UsageError(f"{name}: found {path!r}, {what}")
+    if name == "--json":
+        check_ending(name, path, ".json")
+        check_free(name, path, json_text(GENERATOR)[1:-1].encode())

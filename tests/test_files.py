@@ -196,3 +196,24 @@ def test_only_one_function_writes_json_files():
         if not any(path.is_relative_to(ROOT / other) for other in others):
             for line in path.read_text().splitlines():
                 assert "json.dump" not in line or not any(word in line for word in ("write", '"\\n"', "indent")), path
+
+
+@pytest.mark.parametrize("found", [{"a": 1}, [{"a": 1}, {"a": 2}]])
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path, found):
+    path = str(tmp_path / "found.json")
+    for _ in range(2):
+        files.check_json(path)
+        files.write_report(path, found)
+    one = json.loads(Path(path).read_text())
+    assert (one[0] if isinstance(one, list) else one) == {"generator": "dit_jax", "a": 1}
+    for name, content in (("package.json", '{"name": "mine"}'), ("empty.json", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UsageError, match=f"^--json: {tmp_path / name} exists and was not written by this command"):
+            files.check_json(str(tmp_path / name))
+        assert (tmp_path / name).read_text() == content
+    for name in ("found.csv", "found"):
+        with pytest.raises(
+            UsageError, match=rf"^--json: found '{tmp_path / name}', expected a name that ends in \.json"
+        ):
+            files.check_json(str(tmp_path / name))
+    files.check_json(""), files.check_json(str(tmp_path / "new" / "found.json"), makes_folders=True)

@@ -9,7 +9,7 @@ Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 import sys
 
 from dit_jax.error import exit_code
-from dit_jax.files import json_text, write_file
+from dit_jax.files import write_report
 from dit_jax.scaling import options
 
 
@@ -25,7 +25,7 @@ def _run(argv) -> None:
 
     result = commands.run(args) if args.command in options.FITTED else frontier.run(args)
     if args.json:
-        write_file(args.json, json_text(result, indent=1) + "\n")
+        write_report(args.json, result)
 
 
 if __name__ == "__main__":

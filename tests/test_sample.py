@@ -140,7 +140,7 @@ def job_of(workdir, batch_size=64, **changes):
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     cfg = dataclasses.replace(read_config(str(workdir)), sample=settings)
     _, params = checkpoint.load(str(workdir))
-    return draw.draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(params, 10, 3) | changes
+    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(params, 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.mesh import on_one_device
+from dit_jax.devices.numerics import check_numerics, random_key
 from dit_jax.error import JobError, UsageError
 from dit_jax.files import delete, lock, names, rename
 from dit_jax.log import warn
@@ -198,10 +199,11 @@ def load(
     """
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
+    check_numerics()
     model = model or read_config(workdir).model
     at = path_of(workdir, find_step(workdir, step, item))
     check_model(at, model)
-    like = on_one_device(jax.eval_shape(lambda: dit.init(model, jax.random.key(0))))
+    like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     check_tree(at, item, like)
     with ocp.StandardCheckpointer() as reader:
         return model, reader.restore(os.path.join(at, item), like)
@@ -229,7 +231,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
 
     `params`: NumPy or JAX arrays. Raises UsageError if their shapes are not those of `model`, JobError if writing fails.
     """
-    wanted = _leaves(jax.eval_shape(lambda: dit.init(model, jax.random.key(0))))
+    wanted = _leaves(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     if _leaves(params) != wanted:
         raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
     at = path_of(workdir, step)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import ml_collections
 
-from dit_jax.error import UsageError, choice, in_range, nearest, number, shown, typed
+from dit_jax.error import LARGEST, UsageError, choice, in_range, nearest, number, shown, typed
 
 # name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -165,9 +165,10 @@ class TrainConfig:
     replay_every: int = 0  # steps between two that are computed twice and compared bit for bit; 0 = never
 
     def __post_init__(self):
+        typed(self.steps, int, "train.steps")
         _at_least(1, self, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(1, self, "spike_window", "skips_in_a_row")
-        in_range("train.seed", self.seed, 0, 2**31 - 1)
+        in_range("train.seed", self.seed, 0, LARGEST)
         _at_least(0, self, "spike", "replay_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
         if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
@@ -206,7 +207,7 @@ class SampleConfig:
     guidance: float = 1.0  # classifier-free guidance scale; 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # guided channels: all | first3 (as the published DiT)
-    batch_size: int = 64  # images drawn between two checks for SIGTERM
+    batch_size: int = 64  # images that are drawn before they are kept or scored; changes no image
     labels: str = "uniform"  # uniform (random) | balanced (sample i has class i modulo K)
     weights: str = "ema"  # ema | params (raw)
 
@@ -286,7 +287,7 @@ class EvalConfig:
                 if not (number(value) if kind is float else type(value) is kind):
                     raise UsageError(f"eval.{name}: found {shown(value)}, expected a tuple of {kind.__name__}s")
         _at_least(0.01, self, "poll_seconds")
-        in_range("eval.seed", self.seed, 0, 2**31 - 1)
+        in_range("eval.seed", self.seed, 0, LARGEST)
         if self.times_per_image % self.buckets:
             raise UsageError(
                 f"eval.times_per_image: found {self.times_per_image}, expected a multiple of eval.buckets = {self.buckets}"

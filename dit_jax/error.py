@@ -8,12 +8,15 @@ import math
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 LONGEST = 4000  # characters in a message
+LARGEST = 2**31 - 1  # integer that a device counts to
 
 
 def one_line(message) -> str:
@@ -111,8 +114,8 @@ def typed(value, kind: type | types.GenericAlias, name: str):
         return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
     if type(value) is not kind:
         raise UsageError(f"{name}: found {shown(value)} ({type(value).__name__}), expected {kind.__name__}")
-    if kind is int and abs(value) >= 2**63:
-        raise UsageError(f"{name}: found {shown(value)}, expected an integer of 64 bits")
+    if kind is int and abs(value) > LARGEST:
+        raise UsageError(f"{name}: found {shown(value)}, expected at most {LARGEST}: devices count in 32 bits")
     if kind is float and not math.isfinite(value):
         raise UsageError(f"{name}: found {value!r}, expected a finite number")
     return value
@@ -152,6 +155,39 @@ def _unread() -> bool:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 found = True
     return found
+
+
+@contextlib.contextmanager
+def watching(react: Callable[[int | None], float | None], seconds: float | None = None) -> Iterator[None]:
+    """Call `react` in a thread at each signal, with its number, and with None after `seconds`; it returns the next `seconds`.
+
+    A call that does not return to Python, such as a program on a device, runs no handler of Python's; the thread reads the
+    signals' numbers from a pipe. It sees those that have a handler of Python's.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        left = seconds
+        while True:
+            number = os.read(reader, 1)[0] if select.select([reader], [], [], left)[0] else None
+            if number == 0:  # the end of the block
+                return
+            left = react(number)
+
+    thread, before = (
+        threading.Thread(target=watch, daemon=True),
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False),
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writer, bytes(1))
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def report(error: BaseException) -> int:

@@ -15,11 +15,22 @@ from absl import flags
 from dit_jax.config import Config, resolve, to_dict
 from dit_jax.error import UsageError
 from dit_jax.job import compiled
+from dit_jax.job.check import Slice
 from dit_jax.job.launch import launch
 from dit_jax.job.launcher import define_flags, find_cell, hand_over
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import process_start
 from dit_jax.workdir.records import RECORDS
+
+
+def check(cfg: Config, slice_: Slice | None) -> None:
+    """Raises UsageError if the evaluation would refuse the config, or the slice has several hosts."""
+    from dit_jax.evaluation.protocol import check_config
+
+    _check_model(cfg, flags.FLAGS.workdir)
+    check_config(cfg)
+    if slice_:
+        slice_.one_host("evaluate")
 
 
 def main() -> None:
@@ -61,4 +72,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("watch", False, "follow a live run until its last step")
     define_flags()
     compiled.define_flag()
-    launch(main, config="workdir")
+    launch(main, config="workdir", check=check)

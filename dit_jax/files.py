@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from dit_jax.error import UsageError
 
 LONGEST = 2**20  # bytes of one JSON value or line: a config, a record, a row
 LARGEST = 2**27  # bytes of a file of lines
+HEAD = 2**13  # bytes in which a file says what wrote it
+GENERATOR = {"generator": "dit_jax"}  # in a report in JSON
 DEEPEST = 32  # nesting depth of JSON lists and objects
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # raised by file systems without locks
 
@@ -45,6 +48,22 @@ def _keys_once(pairs: list[tuple]) -> dict:
         name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {name!r} is there twice")
     return found
+
+
+def json_text(value, **how) -> str:
+    """Format a value as JSON, with null for NaN and infinity, which JSON lacks. `how`: as `json.dumps` takes it."""
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        return json.dumps(_without_nan(value), allow_nan=False, **how)
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: str, most: int = LONGEST) -> bytes:
@@ -208,8 +227,38 @@ def lock(path: str, busy: Exception | None = None, keep: bool = True) -> Iterato
         held.release()
 
 
+def check_ending(name: str, path: str, ending: str) -> None:
+    """Raises UsageError unless `path` is "" or ends as the one format that is written."""
+    if path and not path.endswith(ending):
+        raise UsageError(f"{name}: found {path!r}, expected a name that ends in {ending}")
+
+
+def check_out(name: str, path: str, mark: bytes = b"") -> None:
+    """Raises UsageError unless `path` is "" or in a folder that exists, and `check_free`."""
+    if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UsageError(f"{name}: found {path!r}, whose folder does not exist")
+    check_free(name, path, mark)
+
+
+def check_free(name: str, path: str, mark: bytes) -> None:
+    """Raises UsageError if there is a file without `mark` in its head: what another program wrote is never overwritten."""
+    if os.path.lexists(path) and not (os.path.isfile(path) and mark in read(path, HEAD)):
+        raise UsageError(
+            f"{name}: {path} exists and was not written by this command, expected another name or no file there"
+        )
+
+
+def write_report(path: str, found: dict | list) -> None:
+    """Write figures as JSON, each object marked, so that the same command may replace the file; see `check_json`."""
+    marked = [GENERATOR | one for one in found] if isinstance(found, list) else GENERATOR | found
+    write_file(path, json_text(marked, indent=1) + "\n")
+
+
 def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> None:
-    """Raises UsageError if a report could not be written to `path`. `makes_folders`: its writer makes missing folders."""
+    """Raises UsageError if a report could not be written to `path`. `makes_folders`: its writer makes missing folders.
+
+    With `--json` the name has to end in .json, and a file that is there has to be by `write_report`.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     if path and (os.path.isdir(path) or path.endswith(os.sep)):
         raise UsageError(
@@ -220,3 +269,6 @@ def check_json(path: str, name: str = "--json", makes_folders: bool = False) -> 
     if path and not os.path.isdir(folder):
         what = f"where {folder!r} is no folder" if os.path.exists(folder) else "whose folder does not exist"
         raise UsageError(f"{name}: found {path!r}, {what}")
+    if name == "--json":
+        check_ending(name, path, ".json")
+        check_free(name, path, json_text(GENERATOR)[1:-1].encode())

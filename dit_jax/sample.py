@@ -2,19 +2,21 @@
 
 Image i depends on (seed, i) only, not on batch size or devices. Defaults come from the run's `sample` config, as in
 `evaluate`; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command
-resumes from there, and finds nothing to do once the npz is whole. SIGTERM ends the current batch and exits 75.
+resumes from there, and finds nothing to do once the npz is whole. SIGTERM exits 75 after the images under
+way, or after 20 s without them.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 from absl import flags
 
 from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
 from dit_jax.error import UsageError
+from dit_jax.files import check_ending, check_out
 from dit_jax.job import compiled
-from dit_jax.job.launch import launch, stop_flag
+from dit_jax.job.check import Slice
+from dit_jax.job.launch import PATIENCE, launch, stop_flag
 from dit_jax.log import say
 
 
@@ -33,44 +35,53 @@ def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _check_paths(out: str, grid: str) -> None:
-    if not out and not grid:
-        raise UsageError("--out, --grid: found neither, expected at least one of them")
-    for path in (out, grid):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise UsageError(f"{path}: its folder does not exist")
-    if grid and not grid.endswith(".png"):
-        raise UsageError(f"--grid: found {grid!r}, expected a name that ends in .png")
-
-
-def main() -> None:
-    with stop_flag() as stop:
-        _main(flags.FLAGS, stop)
-
-
-def _main(values, stop: list) -> None:
-    from dit_jax import checkpoint
-    from dit_jax.devices.mesh import make_mesh
+def _bound(values) -> tuple[Config, tuple[int, ...]]:
+    """Return the config of the command and the classes asked for. Raises UsageError if they do not fit the model."""
     from dit_jax.diffusion.task import make_task
-    from dit_jax.sampling import parts
-    from dit_jax.sampling.draw import open_sampling
-    from dit_jax.sampling.picture import GRID, save_grid
 
     cfg = resolve(values.config)
     if values.autoencoder is not None:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
     cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
     make_task(cfg)
-    wanted = _wanted(values.labels, cfg.model.classes)
-    _check_paths(values.out, values.grid)
+    if not values.out and not values.grid:
+        raise UsageError("--out, --grid: found neither, expected at least one of them")
+    check_ending("--out", values.out, ".npz")
+    check_ending("--grid", values.grid, ".png")
+    return cfg, _wanted(values.labels, cfg.model.classes)
+
+
+def check(_: Config, slice_: Slice | None) -> None:
+    """Raises UsageError if the command does not fit the run's model, or the slice has several hosts."""
+    _bound(flags.FLAGS)
+    if slice_:
+        slice_.one_host("sample")
+
+
+def main() -> None:
+    with stop_flag(PATIENCE) as stop:
+        _main(flags.FLAGS, stop)
+
+
+def _main(values, stop: list) -> None:
+    from dit_jax import checkpoint
+    from dit_jax.devices.mesh import make_mesh
+    from dit_jax.sampling import parts
+    from dit_jax.sampling.draw import open_sampling
+    from dit_jax.sampling.picture import GRID, MARK, save_grid
+
+    cfg, wanted = _bound(values)
+    check_out("--out", values.out)
+    check_out("--grid", values.grid, MARK)
     step = parts.find_step(values.workdir, values.step, values.out, cfg.sample.weights)
     sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None)
     _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
-    say(f"{values.num} images from step {step} ({cfg.sample.weights}), {settings}")
+    shape = " x ".join(map(str, sampling.shape))
+    say(f"{values.num} images {shape} of {cfg.data.dataset} from step {step} ({cfg.sample.weights}), {settings}")
 
     def draw(first: int, end: int) -> Iterator:
-        return sampling.images(params, values.seed, end, first)
+        return sampling.images(params, values.seed, end, first, stop)
 
     if values.out:
         job = sampling.describe(params, step, values.seed)
@@ -94,7 +105,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("channels", None, "channels that guidance acts on: all or first3")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
-        "batch_size", None, "images between two looks at SIGTERM, in multiples of 16 per device; changes no image"
+        "batch_size",
+        None,
+        "images that are drawn before they are kept, in multiples of 16 per device; changes no image",
     )
     flags.DEFINE_list("labels", [], "classes to draw, in turn; default: the run's label policy")
     flags.DEFINE_string(
@@ -104,4 +117,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("grid", "", "PNG of the images, sorted by class; of the first 400 if there are more")
     compiled.define_flag()
-    launch(main, config="workdir")
+    launch(main, config="workdir", check=check)

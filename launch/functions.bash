@@ -44,6 +44,21 @@ known_job() { # NAME: fails unless it is a program of this checkout
   [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
 }
 
+check_job() { # PYTHON SLICE JOB FLAGS...: fails if the job would refuse its flags and config, or its mesh the slice
+  local code=0 found
+  [[ $3 != scaling ]] || return 0
+  found=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$1" -m "dit_jax.$3" "${@:4}" --check ${2:+"--slice=$2"} 2>&1) || code=$?
+  case $code in
+    0 | 2) echo "$found" >&2 ;;
+    *) echo "not checked: $1 does not run dit_jax.$3 on this machine" >&2 ;;
+  esac
+  ((code != 2)) || exit 2
+}
+
+own_python() { # prints the interpreter of this checkout, else the machine's
+  if [[ -x $root/.venv/bin/python ]]; then echo "$root/.venv/bin/python"; else echo python3; fi
+}
+
 commit_archive() { # FILE OPTIONS...: archives this commit, not the folder, because that may hold a .venv and runs
   run git -C "$root" archive "${@:2}" "--output=$root/$1" HEAD
 }

@@ -88,6 +88,7 @@ case $verb in
   run)
     known_job "${2:-}"
     fits_slice "$2"
+    (cd "$root" && check_job "$(own_python)" "$TPU_TYPE" "${@:2}")
     start "${@:2}"
     ;;
   status) on_cluster workload list ;;

@@ -127,6 +127,7 @@ case $verb in
   run | resume)
     known_job "${2:-}"
     fits_slice "$2"
+    (cd "$root" && check_job "$(own_python)" "${ACCELERATOR:-}" "${@:2}")
     if [[ $verb == run ]]; then start "${@:2}"; else resume "${@:2}"; fi
     ;;
   create) create ;;

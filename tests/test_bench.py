@@ -115,7 +115,7 @@ def test_the_training_step_is_measured(uninterrupted, tmp_path, cache_dir):
     code, said, err = run("bench", *flags, cache_dir=cache_dir)
     assert code == 0, err
     found = json.loads(out.read_text())
-    assert set(found) == {"machine", "train"}
+    assert set(found) == {"generator", "machine", "train"}
     assert found["machine"]["devices"] == 2 and found["machine"]["versions"]["jax"] == jax.__version__
     step, cfg = found["train"], read_config(str(uninterrupted))
     assert step["model"]["width"] == 16 and step["images"] == 16 and step["sampling"] is None

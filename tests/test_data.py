@@ -308,12 +308,36 @@ def test_unknown_split_lists_the_splits(data):
 def test_missing_dataset_says_how_to_prepare_it(tmp_path):
     where = f"{tmp_path}/fashion_mnist/3.0.1"
     call = f"tfds.builder('fashion_mnist', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
+    how = "where TensorFlow is installed (pip install tensorflow-cpu; reading needs none)"
     message = error_of(open_source, DataConfig("fashion_mnist", data_dir=str(tmp_path)), "train")
-    assert message == f"dataset 'fashion_mnist': found nothing in {where}; prepare it with {call}"
+    assert message == f"dataset 'fashion_mnist': found nothing in {where}; prepare it {how}, by {call}"
     message = error_of(open_source, DataConfig("no_such_images", data_dir=str(tmp_path)), "train")
     expected = f"which is neither known to TFDS nor prepared in {tmp_path}"
     assert message == f"data.dataset: found 'no_such_images', {expected}"
     assert not os.listdir(tmp_path)
+
+
+def test_digits_are_not_built_among_a_users_files(tmp_path):
+    for name in ("flat/photo.jpg", "classes/cat/photo.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("flat", "classes"):
+        before = os.listdir(tmp_path / name)
+        message = error_of(open_source, DataConfig(data_dir=str(tmp_path / name)), "train")
+        assert message.startswith(
+            f"data.data_dir: found '{tmp_path / name}', which holds other files and no data of TFDS, expected"
+        )
+        assert os.listdir(tmp_path / name) == before
+    (tmp_path / "flat" / "mnist" / "3.0.1").mkdir(parents=True)
+    (tmp_path / "flat" / "mnist" / "3.0.1" / "dataset_info.json").touch()
+    assert len(open_source(DataConfig(data_dir=str(tmp_path / "flat")), "train")) == 1442
+
+
+def test_the_first_line_says_which_digits_and_from_where(data, capsys):
+    source.introduce(open_source(data, "test"))
+    assert capsys.readouterr().err == (
+        f"data: digits/1.0.0, test: 355 images 8 x 8 x 1, 10 classes, from {data.data_dir}/digits/1.0.0\n"
+    )
 
 
 def test_other_file_format_is_refused(broken):

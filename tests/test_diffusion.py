@@ -88,6 +88,16 @@ def test_ddim_is_deterministic_and_ddpm_is_not():
         assert np.array_equal(a, b) == same, sampler
 
 
+@pytest.mark.parametrize("process", [FLOW, CHAIN], ids=["flow", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_one_step_is_one_euler_step_and_one_evaluation(process, sampler):
+    if type(process) in SAMPLERS[sampler].accepts:
+        _, euler = draw(process, "euler", 1, count=8)
+        _, found = draw(process, sampler, 1, count=8)
+        np.testing.assert_allclose(found, euler, rtol=1e-4, atol=1e-4)
+        assert SAMPLERS[sampler].evaluations(process.times(1)).tolist() == [1.0]
+
+
 def test_euler_and_ddim_are_the_same_step():
     """In sigma / alpha, DDIM is Euler (Song et al. 2021, section 4.3)."""
     for process in (FLOW, CHAIN):

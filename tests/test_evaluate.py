@@ -14,18 +14,20 @@ from PIL import Image
 
 from dit_jax import checkpoint, flops
 from dit_jax.bind import bind
-from dit_jax.config import MeshConfig, SampleConfig
+from dit_jax.config import Config, MeshConfig, SampleConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.process import make_process
-from dit_jax.error import JobError, UsageError
+from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.evaluation import loss, protocol
+from dit_jax.evaluation import run as evaluation
 from dit_jax.evaluation.partial import drop_partials
 from dit_jax.evaluation.run import run as evaluate_run
 from dit_jax.sampling import draw, parts
 from dit_jax.workdir.folder import read_config
+from dit_jax.workdir.goodput import Ledger
 from dit_jax.workdir.records import protocol_id
 
 
@@ -90,6 +92,8 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     _, params = checkpoint.load(str(workdir), 40)
     images, cond = jax.tree.map(lambda x: x[:21], load_arrays(cfg.data, "test"))
     found = loss.held_out_loss(cfg, params, images, cond, make_mesh(MeshConfig()))
+    alone = loss.held_out_loss(cfg, params, *jax.tree.map(lambda x: x[:1], (images, cond)), make_mesh(MeshConfig()))
+    assert "loss_se" not in alone and all(map(np.isfinite, alone.values())), "one image has no standard error"
     process = make_process(cfg.diffusion, False)
     table = []
     for i in range(21):
@@ -193,7 +197,19 @@ BAD = {
     "steps": ("sample", ["--steps=0"], "sample.steps: found 0, expected at least 1"),
     "labels": ("sample", ["--labels=3,12"], "--labels: found '12', expected class numbers from 0 to 9"),
     "step": ("sample", ["--step=55"], "found no checkpoint of step 55, expected one of [20, 30, 40]"),
-    "folder": ("sample", ["--out=/nowhere/at/all.npz"], "/nowhere/at/all.npz: its folder does not exist"),
+    "ending": ("sample", ["--out=grid.png"], "--out: found 'grid.png', expected a name that ends in .npz"),
+    "slice": ("sample", ["--slice=v4-8"], "--slice: found it without --check, expected both"),
+    "hosts": (
+        "sample",
+        ["--check", "--slice=2x8"],
+        "--slice: found 2x8 of 2 hosts, expected one host: sample runs on one",
+    ),
+    "check": ("sample", ["--check", "--labels=12"], "--labels: found '12', expected class numbers from 0 to 9"),
+    "folder": (
+        "sample",
+        ["--out=/nowhere/at/all.npz"],
+        "--out: found '/nowhere/at/all.npz', whose folder does not exist",
+    ),
     "override": (
         "evaluate",
         ["--config.eval.sample=3"],
@@ -419,8 +435,8 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_evaluated(workdir, tmp
     biggest.write_bytes(data)
     for arguments in ([], ["--watch"]):
         code, _, err = run("evaluate", f"--workdir={workdir}", *arguments, cache_dir=cache_dir)
-        assert code == 1 and "checkpoints/30" in err and "nothing is recorded for step 30" in err, err
-        assert err.strip().splitlines()[-1].startswith("error: step 30: damaged or diverged and not evaluated")
+        assert code == 1 and "checkpoints/30" in err and "it is not recorded for step 30" in err, err
+        assert err.strip().splitlines()[-1].startswith("error: step 30: not all evaluated")
         assert [r["step"] for r in records(workdir)] == [20, 40]
 
 
@@ -436,8 +452,39 @@ def test_a_diverged_checkpoint_is_named_and_the_others_are_scored(workdir, tmp_p
     monkeypatch.setattr(checkpoint, "load", broken)
     cfg = read_config(str(tmp_path / "run"))
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=70, loss=False, bootstrap=0))
-    with pytest.raises(JobError, match="step 30: damaged or diverged and not evaluated"):
+    with pytest.raises(JobError, match="step 30: not all evaluated"):
         evaluate_run(cfg, str(tmp_path / "run"), quiet=True)
     assert [r["step"] for r in records(tmp_path / "run")] == [20, 40]
     said = capsys.readouterr().err
-    assert "checkpoints/30: samples 0 to" in said and "nothing is recorded for step 30" in said
+    assert "checkpoints/30: ema, heun 4, guidance 2: samples 0 to" in said and "it is not recorded for step 30" in said
+
+
+def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    """Whatever it fails by; a command of one cell ends with that cell's own error."""
+    monkeypatch.setattr(checkpoint, "steps", lambda workdir: [7])
+    monkeypatch.setattr(evaluation, "_weights", lambda *rest: {"w": np.zeros(2, np.float32)})
+    monkeypatch.setattr(evaluation, "make_record", lambda cfg, workdir, step, weights, metrics, protocol: {
+        "step": step, "metrics": metrics, "protocol": protocol, "protocol_id": protocol_id(protocol)
+    })  # fmt: skip
+
+    def task(steps, error=None):
+        def measure(step, params):
+            if error:
+                raise error
+            return {"fd": 1.0}, {}
+
+        return evaluation.Task(Config(), {"samples": {"sampler": "heun", "steps": steps, "guidance": 2.0}}, measure)
+
+    wanted = [task(1, TypeError("out of\nmemory")), task(2), task(3, UsageError("too few")), task(4)]
+    failed, ledger = {}, Ledger("evaluate", 0.0)
+    evaluation._run(wanted, str(tmp_path), None, True, [], failed, ledger)
+    assert [r["protocol"]["samples"]["steps"] for r in records(tmp_path)] == [2, 4]
+    said = capsys.readouterr().err
+    assert "checkpoints/7: ema, heun 1, guidance 2: out of; it is not recorded for step 7" in said
+    assert "checkpoints/7: ema, heun 3, guidance 2: too few; " in said
+    with pytest.raises(JobError, match="step 7: not all evaluated"):
+        evaluation.report_failed(failed)
+    with pytest.raises(UsageError, match="too few"):
+        evaluation._run([wanted[2]], str(tmp_path), None, True, [], {}, ledger)
+    with pytest.raises(Interrupted):
+        evaluation._run([task(5, Interrupted()), task(6)], str(tmp_path), None, True, [], {}, ledger)

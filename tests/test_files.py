@@ -1,5 +1,7 @@
 """The door to paths: whole or not at all, one of several processes wins, and no lock outlives its process."""
 
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -8,10 +10,12 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dit_jax import files
 from dit_jax.error import JobError, UsageError
+from dit_jax.workdir import records, scalars
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,3 +168,52 @@ def test_json_that_is_no_object_is_named(tmp_path, text, what):
     path.write_text('{"a": "' + "x" * files.LONGEST + '"}')
     with pytest.raises(UsageError, match="more than 1,048,576 bytes"):
         files.read_json(str(path))
+
+
+def test_nothing_that_is_written_holds_nan(tmp_path):
+    """JSON has no NaN: null stands for it, in nested values too, and other values keep their bytes."""
+
+    def strict(text):
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"found {word}"))
+
+    value = {"a": [1.5, float("nan"), (2, float("-inf"))], "b": {"c": np.float64("inf"), "d": None, "e": 1e-300}}
+    assert strict(files.json_text(value)) == {"a": [1.5, None, [2, None]], "b": {"c": None, "d": None, "e": 1e-300}}
+    assert files.json_text({"b": 1, "a": (2.0,)}, indent=1, sort_keys=True) == '{\n "a": [\n  2.0\n ],\n "b": 1\n}'
+    record = {"step": 1, "protocol_id": "x", "protocol": {}, "metrics": {"loss_se": math.nan}}
+    records.append_record(str(tmp_path), record)
+    write, close = scalars.open_scalars(str(tmp_path), 0, tensorboard=False)
+    write(1, {"loss": math.inf})
+    close()
+    for name, key in (("eval/records.jsonl", "metrics"), ("metrics.jsonl", "loss")):
+        found = strict((tmp_path / name).read_text())
+        assert found[key] in (None, {"loss_se": None})
+
+
+def test_only_one_function_writes_json_files():
+    """Elsewhere `json.dumps` makes text for a hash, a message or another process."""
+    others = {"dit_jax/networks", "dit_jax/data", "dit_jax/workdir/manifest.py", "dit_jax/files.py"}
+    for path in (ROOT / "dit_jax").rglob("*.py"):
+        if not any(path.is_relative_to(ROOT / other) for other in others):
+            for line in path.read_text().splitlines():
+                assert "json.dump" not in line or not any(word in line for word in ("write", '"\\n"', "indent")), path
+
+
+@pytest.mark.parametrize("found", [{"a": 1}, [{"a": 1}, {"a": 2}]])
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path, found):
+    path = str(tmp_path / "found.json")
+    for _ in range(2):
+        files.check_json(path)
+        files.write_report(path, found)
+    one = json.loads(Path(path).read_text())
+    assert (one[0] if isinstance(one, list) else one) == {"generator": "dit_jax", "a": 1}
+    for name, content in (("package.json", '{"name": "mine"}'), ("empty.json", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UsageError, match=f"^--json: {tmp_path / name} exists and was not written by this command"):
+            files.check_json(str(tmp_path / name))
+        assert (tmp_path / name).read_text() == content
+    for name in ("found.csv", "found"):
+        with pytest.raises(
+            UsageError, match=rf"^--json: found '{tmp_path / name}', expected a name that ends in \.json"
+        ):
+            files.check_json(str(tmp_path / name))
+    files.check_json(""), files.check_json(str(tmp_path / "new" / "found.json"), makes_folders=True)

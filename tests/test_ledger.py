@@ -111,3 +111,20 @@ def test_a_damaged_ledger_is_named(tmp_path):
     (tmp_path / goodput.GOODPUT).write_text('{"job": "train"}\n')
     with pytest.raises(UsageError, match=r"goodput.jsonl:1: no 'since', expected float"):
         goodput.write_entry(goodput.Ledger("train", time.time()).entry(), str(tmp_path))
+
+
+def test_a_clock_that_is_set_does_not_change_what_a_start_books(tmp_path, monkeypatch):
+    """Back by 30 s, and forward by an hour: times of scalars and the wall time go on as the stopwatch says."""
+    for moved in (-30.0, 3600.0):
+        ledger, wall = goodput.Ledger("train", time.time() - 5.0), time.time
+        first = goodput.note(ledger, str(tmp_path))
+        monkeypatch.setattr(time, "time", lambda moved=moved, wall=wall: wall() + moved)
+        with ledger.spend("step"):
+            before = ledger.now()
+            time.sleep(0.02)
+            assert 0.02 <= ledger.now() - before < 5
+        entry = goodput.note(ledger, str(tmp_path))
+        monkeypatch.undo()
+        assert first["wall"] + 0.02 <= entry["wall"] < 10 and entry["wall"] == pytest.approx(booked(entry), abs=0.01)
+        assert entries(tmp_path)[-1] == json.loads(json.dumps(entry)), "the newest line of a start is kept"
+        assert 0 <= float(goodput.summary(entry).split("%")[0].removeprefix("goodput ")) < 100

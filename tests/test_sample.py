@@ -18,6 +18,7 @@ from dit_jax import checkpoint
 from dit_jax.config import MeshConfig, SampleConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, UsageError
+from dit_jax.files import check_out
 from dit_jax.sampling import draw, parts, picture
 from dit_jax.workdir.folder import read_config
 
@@ -323,3 +324,35 @@ def test_the_grid_is_of_the_first_images_only(tmp_path):
     picture.save_grid(str(tmp_path / "g.png"), many())
     with Image.open(tmp_path / "g.png") as drawn:
         assert drawn.size == (20 * 60, 20 * 60)
+
+
+def test_a_long_batch_ends_after_the_rows_under_way_once_a_stop_is_asked(workdir):
+    """A batch of 70 images is 5 calls of the program: what the calls before the signal drew is yielded, and nothing after."""
+    cfg, params = read_config(str(workdir)), checkpoint.load(str(workdir))[1]
+    cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, batch_size=70))
+    sampling, stop, calls = draw.open_sampling(cfg, make_mesh(MeshConfig(data=1), jax.devices()[:1])), [], []
+    decode = sampling.decode
+
+    def counted(x):
+        calls.append(len(x))
+        if len(calls) == 2:
+            stop.append(signal.SIGTERM)
+        return decode(x)
+
+    sampling = dataclasses.replace(sampling, decode=counted)
+    ((images, labels),) = sampling.images(params, 3, 70, 0, stop)
+    assert calls == [16, 16] and len(images) == len(labels) == 32
+    whole = np.concatenate([batch for batch, _ in dataclasses.replace(sampling, decode=decode).images(params, 3, 70)])
+    assert len(whole) == 70 and np.array_equal(whole[:32], images)
+
+
+def test_a_grid_replaces_a_grid_and_no_other_picture(tmp_path):
+    path, photo = str(tmp_path / "grid.png"), tmp_path / "photo.png"
+    for _ in range(2):
+        check_out("--grid", path, picture.MARK)
+        picture.save_grid(path, iter([(np.zeros((3, 8, 8, 1), np.uint8), np.arange(3))]))
+    Image.new("RGB", (8, 8)).save(photo)
+    before = photo.read_bytes()
+    with pytest.raises(UsageError, match=f"^--grid: {photo} exists and was not written by this command"):
+        check_out("--grid", str(photo), picture.MARK)
+    assert photo.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["grid.png", "photo.png"]

@@ -20,7 +20,7 @@ CLASSES = 3
 class Stripes:
     """Striped images drawn from their numbers: an endless source needs no file."""
 
-    key = "data.dataset"
+    key, where = "data.dataset", "their numbers"
     image_shape = (8, 8, 1)
 
     def __init__(self, data, split):
@@ -109,3 +109,12 @@ def test_labels_that_the_model_does_not_expect_are_refused(registered, dataset, 
 def test_held_out_images_of_a_kind_from_outside_are_others(registered):
     with pytest.raises(UsageError, match=r"data\.held_out_split: found 'train', which shares images"):
         loop.open_data(config("stripes", CLASSES, held_out_split="train"))
+
+
+def test_the_first_lines_say_what_the_data_are(registered, capsys):
+    cfg = config("plain_stripes", 0)
+    source.introduce(*loop.open_data(cfg))
+    assert capsys.readouterr().err == (
+        "data: plain_stripes, train: 64 images 8 x 8 x 1, no labels, from their numbers\n"
+        "data: plain_stripes, test: 16 images 8 x 8 x 1, no labels, from their numbers\n"
+    )

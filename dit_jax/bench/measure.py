@@ -1,7 +1,6 @@
 """Timing: compared jobs take turns, repeatedly, in one process, so that a disturbance affects all of them."""
 
 import contextlib
-import json
 import os
 import platform
 import time
@@ -13,7 +12,8 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, model_config
 from dit_jax.devices.mesh import batch_sharding, make_mesh
-from dit_jax.files import write_file
+from dit_jax.devices.numerics import random_key
+from dit_jax.files import write_report
 from dit_jax.training.state import make_state
 from dit_jax.training.step import make_train_step
 from dit_jax.workdir.folder import provenance
@@ -63,7 +63,7 @@ def compilations() -> Iterator[list[str]]:
 
 def fixed_batch(cfg: Config, mesh) -> dict:
     """A training batch of noise, placed on the devices."""
-    side, rows, key = cfg.model.input_size, cfg.train.batch_size, jax.random.key(0)
+    side, rows, key = cfg.model.input_size, cfg.train.batch_size, random_key(0)
     images = np.random.default_rng(0).standard_normal((rows, side, side, cfg.model.channels), np.float32)
     cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), np.arange(rows), {})
     return jax.device_put({"image": images, "cond": cond}, batch_sharding(mesh))
@@ -146,4 +146,4 @@ def publish(found: dict, show: Callable[[dict], None], path: str, names: tuple[s
     print("Medians (lowest to highest of the repeats).\n")
     show(found)
     if path:
-        write_file(path, json.dumps(found, indent=1) + "\n")
+        write_report(path, found)

@@ -17,6 +17,7 @@ from dit_jax.bench.peer import Side
 from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig, SampleConfig, TrainConfig, model_config
 from dit_jax.devices.mesh import make_mesh, replicated
+from dit_jax.devices.numerics import random_key
 from dit_jax.preflight.compilation import Program, program
 from dit_jax.training.state import make_state
 
@@ -45,7 +46,7 @@ def make_arguments(cfg: Config, job: str, mesh, rows: int) -> tuple:
     """Arguments of the job's program. The values of weights and images do not affect the time."""
     if job == "train":
         return make_state(cfg, mesh), fixed_batch(cfg, mesh)
-    params = jax.device_put(bind(cfg.model).init(jax.random.key(0)), replicated(mesh))
+    params = jax.device_put(bind(cfg.model).init(random_key(0)), replicated(mesh))
     return params, 0, np.arange(rows, dtype=np.int32)
 
 

@@ -42,6 +42,10 @@ class LatentRecords:
     key = "data.latents"
 
     @property
+    def where(self) -> str:
+        return self.folder
+
+    @property
     def classes(self) -> int:
         return self.info.classes
 

@@ -10,6 +10,7 @@ import numpy as np
 from dit_jax.config import DataConfig
 from dit_jax.data import latents, tfds
 from dit_jax.data.skip import Skips
+from dit_jax.log import say
 
 
 @runtime_checkable  # for the checks of types under pytest
@@ -21,6 +22,7 @@ class Source(Protocol):
     """
 
     key: str  # of the config that names the data, for messages
+    where: str  # the folder or other place that the data come from, for messages
     classes: int  # 0: no labels
     image_shape: tuple  # (h, w, c) of what a model sees
     identity: dict  # JSON, cheap: name, split, records, checksum of their index; a resumed run needs the same
@@ -61,6 +63,14 @@ KINDS = {  # the last row that a config chooses opens its data
 def open_source(data: DataConfig, split: str) -> Source:
     """Open a split of the config's data. Raises UsageError if it cannot be opened."""
     return next(kind for kind in reversed(KINDS.values()) if kind.chosen(data)).open(data, split)
+
+
+def introduce(*opened: Source) -> None:
+    """Log what each split is and where it comes from, at the start of a job."""
+    for found in opened:
+        about, shape = found.identity, " x ".join(map(str, found.image_shape))
+        labels = f"{found.classes} classes" if found.classes else "no labels"
+        say(f"data: {about['name']}, {about['split']}: {len(found):,} images {shape}, {labels}, from {found.where}")
 
 
 def bad_records(source: Source) -> dict[int, str]:

@@ -6,6 +6,7 @@
 
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -82,6 +83,10 @@ class Records:
     flip: bool
     skips: Skips = field(default_factory=Skips, compare=False)
     key = "data.dataset"
+
+    @property
+    def where(self) -> str:
+        return os.path.dirname(self.files[0].filename)
 
     @property
     def image_shape(self) -> tuple:
@@ -226,14 +231,18 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     """Return the TFDS builder of `name`, prepared in ArrayRecord. Raises UsageError."""
     builder = _open(name, directory)
     if name == "digits" and not _ready(builder):
+        _check_place(directory)
         builder = _build(builder, directory)
-    call = f"tfds.builder({name!r}, data_dir={directory!r}, file_format='array_record').download_and_prepare()"
+    how = "where TensorFlow is installed (pip install tensorflow-cpu; reading needs none)"
+    call = (
+        f"{how}, by tfds.builder({name!r}, data_dir={directory!r}, file_format='array_record').download_and_prepare()"
+    )
     if not _ready(builder):
-        raise UsageError(f"dataset {name!r}: found nothing in {builder.data_dir}; prepare it with {call}")
+        raise UsageError(f"dataset {name!r}: found nothing in {builder.data_dir}; prepare it {call}")
     found = builder.info.file_format
     if found is not tfds.core.FileFormat.ARRAY_RECORD:
         where = f"dataset {name!r} in {builder.data_dir}"
-        raise UsageError(f"{where}: found format {found.value}, expected array_record; prepare it with {call}")
+        raise UsageError(f"{where}: found format {found.value}, expected array_record; prepare it {call}")
     return builder
 
 
@@ -248,6 +257,20 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
         raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
     except Exception as error:  # TFDS raises any error on damaged metadata
         raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
+
+
+def _check_place(directory: str) -> None:
+    """Raises UsageError if `digits` would be written among a user's files."""
+    held = set(os.listdir(directory)) if os.path.isdir(directory) else set()
+    if (
+        held
+        and not held & {"digits", "downloads"}
+        and not glob.glob(f"{glob.escape(directory)}/*/**/dataset_info.json")
+    ):
+        raise UsageError(
+            f"data.data_dir: found {directory!r}, which holds other files and no data of TFDS, expected a new folder or one of TFDS "
+            "for data.dataset = 'digits', which is built there; for other images set data.dataset (docs/data.md)"
+        )
 
 
 def _build(builder: Digits, directory: str) -> Digits:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from dit_jax import hardware
 from dit_jax.config import MeshConfig
+from dit_jax.devices.numerics import check_numerics, xla_flags
 from dit_jax.error import UsageError
 
 # libtpu as a compiler only: no metadata server, no lock, severe log lines only.
@@ -116,10 +117,11 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
-    """Mesh over `devices` (default: all), with axes of type Auto. Raises UsageError as `mesh_shape`.
+    """Mesh over `devices` (default: all), with axes of type Auto. Raises UsageError as `mesh_shape` and `check_numerics`.
 
     An interconnect axis is split if necessary: fsdp 16 on a torus of 4 x 8 x 8 is 4 x 4.
     """
+    check_numerics()
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(cfg, len(devices))
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -310,9 +312,10 @@ def peak_flops() -> tuple[float, str]:
 
 
 def describe_device() -> dict:
-    """Kind of device, and its precision of float32 matrix products; GPU and TPU backends default to a coarser one."""
+    """Kind of device, its precision of float32 matrix products (GPU and TPU backends default to a coarser one), and XLA's flags."""
     precision = jax.config.jax_default_matmul_precision or "default"
-    return {"kind": jax.devices()[0].device_kind, "matmul_precision": precision}
+    flags = {"xla_flags": xla_flags()} if xla_flags() else {}
+    return {"kind": jax.devices()[0].device_kind, "matmul_precision": precision, **flags}
 
 
 def measured_matmul_flops(size: int = 1024, repeats: int = 3) -> float:

@@ -7,9 +7,7 @@ import json
 import os
 import re
 import secrets
-import select
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 
@@ -19,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from dit_jax.config import MeshConfig
 from dit_jax.devices.mesh import devices_of_processes
-from dit_jax.error import IDLE, Interrupted, JobError, PeerLost, UsageError, report, shown
+from dit_jax.error import IDLE, Interrupted, JobError, PeerLost, UsageError, report, shown, watching
 from dit_jax.log import name_process
 
 # Flags that describe the other processes, and the environment variables of the same meaning.
@@ -82,35 +80,16 @@ def _given_up_after(seconds: int, where: dict) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(seconds: float, late: Exception) -> Iterator[None]:
-    """Ends the process with error `late` after `seconds` inside, and at SIGTERM or the keyboard's interrupt.
+    """Ends the process with error `late` after `seconds` inside, and at SIGTERM or the keyboard's interrupt."""
+    end, ends = time.monotonic() + seconds, {signal.SIGTERM: Interrupted(IDLE), signal.SIGINT: KeyboardInterrupt()}
 
-    A call that does not return to Python runs no signal handlers, so a thread reads the signal's number from a pipe.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    ends = {signal.SIGTERM: Interrupted(IDLE), signal.SIGINT: KeyboardInterrupt()}
+    def react(number: int | None) -> float:
+        if number is None or number in ends:
+            os._exit(report(ends.get(number, late)))
+        return max(0.0, end - time.monotonic())
 
-    def watch() -> None:
-        end = time.monotonic() + seconds
-        while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
-            number = os.read(reader, 1)[0]
-            if number == 0:  # finished inside
-                return
-            if number in ends:
-                os._exit(report(ends[number]))
-        os._exit(report(late))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread.start()
-    try:
+    with watching(react, seconds):
         yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.write(writer, bytes(1))
-        thread.join()
-        os.close(reader)
-        os.close(writer)
 
 
 def cluster(env: Mapping[str, str], chips: bool, given: Mapping[str, object]) -> dict | None:

@@ -10,6 +10,7 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config, EvalConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import NotFiniteError
 
@@ -20,7 +21,7 @@ def stratified(seed: int, indices: jax.Array, times_per_image: int) -> jax.Array
     """Stratified u (b, k) in [0, 1): draw j of image i is uniform in [j/k, (j+1)/k), from (seed, i, j) only."""
 
     def one(i):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 0)
+        key = jax.random.fold_in(jax.random.fold_in(random_key(seed), i), 0)
         u = (jnp.arange(times_per_image) + jax.random.uniform(key, (times_per_image,))) / times_per_image
         return jnp.minimum(u, 1 - 2**-24)  # because float32 may round the last stratum up to 1
 
@@ -31,7 +32,7 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
     """Standard normal noise (b, k, *shape), from (seed, i) only."""
 
     def one(i):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), 1)
+        key = jax.random.fold_in(jax.random.fold_in(random_key(seed), i), 1)
         return jax.random.normal(key, (times_per_image, *shape))
 
     return jax.vmap(one)(indices)
@@ -62,7 +63,7 @@ def _alone(cfg: Config) -> Config:
 def held_out_loss(
     cfg: Config, params, images: np.ndarray, cond, mesh, look: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Mean loss over the fixed set, its standard error over images, and the mean per bucket of t (0 = least noise).
+    """Mean loss over the fixed set, its standard error over images (absent for one image), and the mean per bucket of t (0 = least noise).
 
     The set is the same for every model, so a difference between models has a smaller error than `loss_se` suggests. A device
     always computes about PAIRS pairs at a time, so batch size and number of devices change nothing. (Programs compiled for the
@@ -87,5 +88,5 @@ def held_out_loss(
         raise NotFiniteError(f"held-out loss: found values that are not finite; {why}")
     per_image = table.mean(axis=1)
     buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
-    error = per_image.std(ddof=1) / np.sqrt(len(per_image)) if len(per_image) > 1 else float("nan")
-    return {"loss": per_image.mean(), "loss_se": error, **{f"loss_t{b}": value for b, value in enumerate(buckets)}}
+    error = {"loss_se": per_image.std(ddof=1) / np.sqrt(len(per_image))} if len(per_image) > 1 else {}
+    return {"loss": per_image.mean(), **error, **{f"loss_t{b}": value for b, value in enumerate(buckets)}}

@@ -12,6 +12,7 @@ from dit_jax.config import Config, SampleConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import Source, all_of, open_source
 from dit_jax.devices.mesh import describe_device
+from dit_jax.devices.numerics import ambient
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
@@ -47,6 +48,7 @@ def loss_protocol(cfg: Config, held_out: Source) -> dict:
         "process": processes.describe(process),
         **({} if "autoencoder" in data else {"autoencoder": "none"}),  # for latents, the data name it
         "dtype": cfg.model.dtype,
+        **ambient(),
         "flops": "exact, 2 x MACs, training = 3 x forward",
     }
 
@@ -120,6 +122,7 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         "reference": shared.reference.source,
         "metrics": scores.describe(network) | {"bootstrap": cfg.eval.bootstrap},
         "dtype": cfg.model.dtype,
+        **ambient(),
         "attention": cfg.model.attention,
         "flops": "exact, 2 x MACs, training = 3 x forward, of the diffusion model alone",
     }

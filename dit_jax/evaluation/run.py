@@ -12,13 +12,14 @@ import numpy as np
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
+from dit_jax.data.source import introduce
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.loss import held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
 from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
-from dit_jax.job.launch import stop_flag
+from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
@@ -77,7 +78,7 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     protocol, network = sample_protocol(cfg, sampling, shared), scores.keeping(shared.network, sampling.shape)
 
     def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
-        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first), times):
+        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first, stop), times):
             yield network.encode(images), labels
 
     def measure(step: int, params) -> tuple[dict, dict] | None:
@@ -132,6 +133,10 @@ def tasks(cfg: Config, workdir: str, stop: list, quiet: bool, shared: Shared | N
         sampling = open_sampling(cfg, mesh)
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
+    if not quiet:
+        introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
+        where = cfg.eval.reference or f"the images of {cfg.data.dataset}, {cfg.data.split}"
+        say(f"samples are compared with {where}") if cfg.eval.samples else None
     return found
 
 
@@ -157,7 +162,7 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, st
     SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
     """
     failed: dict[int, str] = {}
-    with stop_flag() as stop, _ledger(workdir, False, since) as ledger:
+    with stop_flag(PATIENCE) as stop, _ledger(workdir, False, since) as ledger:
         wanted = tasks(cfg, workdir, stop, False)
         while True:
             records = _run(wanted, workdir, None, False, stop, failed, ledger)
@@ -202,8 +207,14 @@ def _run(
                 _check_stop(stop, f"{workdir}: what is recorded stays")
                 try:
                     done = _record(workdir, step, task, params, ledger, quiet)
-                except NotFiniteError as error:
-                    _fail(failed, step, f"{checkpoint.path_of(workdir, step)}: {error}")
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    if len(wanted) == 1 and not isinstance(error, NotFiniteError):
+                        raise
+                    text = str(error).strip() or type(error).__name__  # XLA's are of many lines
+                    where = f"{checkpoint.path_of(workdir, step)}: {describe(task, {}).strip()}"
+                    _fail(failed, step, f"{where} {text.splitlines()[0]}")
         records += [done[step, task.id] for task in wanted if (step, task.id) in done]
     return records
 
@@ -234,7 +245,7 @@ def describe(task: Task, metrics: dict) -> str:
 
 def _fail(failed: dict[int, str], step: int, error: str) -> None:
     if failed.get(step) != error:
-        complain(f"{error}; nothing is recorded for step {step}, the other checkpoints are evaluated")
+        complain(f"{error}; it is not recorded for step {step}, the others are evaluated")
     failed[step] = error
 
 
@@ -257,4 +268,4 @@ def report_failed(failed: dict[int, str]) -> None:
     """Raises JobError if a checkpoint failed."""
     if failed:
         steps = ", ".join(map(str, sorted(failed)))
-        raise JobError(f"step {steps}: damaged or diverged and not evaluated, as said above; the others are")
+        raise JobError(f"step {steps}: not all evaluated, as said above; the others are")

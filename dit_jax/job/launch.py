@@ -19,32 +19,51 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dit_jax.config import template, to_dict
-from dit_jax.error import IDLE, Interrupted, UsageError, arguments_on_disk, exit_code, nearest, report, unknown_flag
+from dit_jax.error import (
+    IDLE,
+    Interrupted,
+    UsageError,
+    arguments_on_disk,
+    exit_code,
+    nearest,
+    report,
+    unknown_flag,
+    watching,
+)
 from dit_jax.job import help
+from dit_jax.job.check import define_flags, run_check
 from dit_jax.job.compiled import keep_programs
 from dit_jax.workdir.folder import read_config
 
+PATIENCE = 20.0  # seconds that a batch under way is given to end in after SIGTERM
 _asked: list[int] = []  # SIGTERM while no job had a handler of its own
 
 
-def launch(main: Callable[[], None], config: str = "") -> None:
-    """Parse the command line, run `main()` and exit with its code; or print the help for `--help`.
+def launch(main: Callable[[], None], config: str = "", check: Callable | None = None) -> None:
+    """Parse the command line, run `main()` and exit with its code; or print the help for `--help`, or see to `--check`.
 
     A job imports slow modules (jax, orbax, ...) in `main` only, so that help and wrong flags are answered at once.
     `config`: where `--config` comes from: "file" (a file of configs/), "optional" (the same, or None), "workdir" (the run's
-    config.json, with `--config.a.b=v` overrides), or "" (none).
+    config.json, with `--config.a.b=v` overrides), or "" (none). `check(config, slice or None)`: raises UsageError if the job would not
+    take them; without it a slice has to be one host.
     """
     sys.unraisablehook = _unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats the error of a failed save, with a traceback
     signal.signal(signal.SIGTERM, _stopped)  # until the job has a handler of its own
-    sys.exit(_guarded(lambda: _run(main, config)))
+    define_flags()
+    sys.exit(_guarded(lambda: _run(main, config, check)))
 
 
-def _run(main: Callable[[], None], config: str) -> None:
+def _run(main: Callable[[], None], config: str, check: Callable | None) -> None:
     if help.asked(sys.argv[1:]):
         print(help.text(sys.modules["__main__"].__doc__ or "", config))
         return
     _parse(config)
+    if flags.FLAGS.check:
+        run_check(sys.modules["__main__"].__spec__.name.split(".")[1], config, check)
+        return
+    if flags.FLAGS.slice is not None:
+        raise UsageError("--slice: found it without --check, expected both: a job takes the devices that are there")
     keep_programs()
     main()
 
@@ -61,12 +80,25 @@ def _stopped(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def stop_flag() -> Iterator[list]:
-    """Yield a list that SIGTERM fills, for loops to check; the old handler is restored at the end."""
-    stop = list(_asked)
+def stop_flag(patience: float | None = None) -> Iterator[list]:
+    """Yield a list that SIGTERM fills, for loops to check; the old handler is restored at the end.
+
+    A second signal (or interrupt from the keyboard) ends the process at once. So does the first after `patience` seconds, for a
+    loop that keeps on the disk what it has done: the program under way may take long, and its work would be lost anyway.
+    """
+    stop, seen = list(_asked), []
     old = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+
+    def react(number: int | None) -> float | None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            seen.append(number)
+        if number is None or len(seen) > 1:
+            os._exit(report(Interrupted("what was under way is given up; the same command goes on from what is saved")))
+        return patience if seen else None
+
     try:
-        yield stop
+        with watching(react):
+            yield stop
     finally:
         signal.signal(signal.SIGTERM, old)
 
@@ -94,7 +126,9 @@ def _parse(config: str) -> None:
     _check_overrides()
     with _parsing(flags.FLAGS):
         if config == "workdir":
-            values = ml_collections.ConfigDict(to_dict(read_config(_early_workdir())), type_safe=False)
+            workdir = _early_workdir()
+            away = "--check" in sys.argv and not os.path.isdir(workdir)
+            values = template().unlock() if away else _config_of(workdir)
             config_flags.DEFINE_config_dict("config", values)
         elif config in ("file", "optional"):
             _check_file(_early_value("config"), optional=config == "optional")
@@ -129,6 +163,10 @@ def _line(error: BaseException) -> str:
         error = error.__context__
     inner = str(error).strip("\"' \n").splitlines()
     return f"{lines[0].split(': ')[0]}: {inner[0] if inner else type(error).__name__}"
+
+
+def _config_of(workdir: str) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(to_dict(read_config(workdir)), type_safe=False)
 
 
 def _early_value(name: str) -> str:

@@ -101,7 +101,7 @@ def _submit(job: str, arguments: list[str], changes: dict[str, str]) -> str:
         raise UsageError(
             f"--launcher=slurm: no file {SCRIPT!r}, expected a checkout of the repository; or --launcher=print"
         )
-    env = {"PYTHON": sys.executable, **os.environ, **changes}
+    env = {"PYTHON": sys.executable, **os.environ, "CHECKED": "1", **changes}
     found = subprocess.run(["bash", SCRIPT, job, *arguments], env=env, capture_output=True, text=True)
     lines = found.stderr.strip().splitlines() or ["no message"]
     if found.returncode == USAGE:

@@ -8,13 +8,11 @@ GPUs only what needs no compiler is reported. Memory and collectives are those o
 compiler's own estimate, made to compare layouts. It omits collectives, so their bytes over the links' bandwidth stand beside it.
 """
 
-import json
-
 from absl import flags
 
 from dit_jax.config import Config, resolve
 from dit_jax.error import JobError, UsageError, typed
-from dit_jax.files import check_json, write_file
+from dit_jax.files import check_json, write_report
 from dit_jax.hardware import Topology, topology
 from dit_jax.job.launch import launch
 
@@ -65,7 +63,7 @@ def main() -> None:
         show(found)
         reports = [found]
     if values.json:
-        write_file(values.json, json.dumps(found, indent=1) + "\n")
+        write_report(values.json, found)
     if all(one["fits"] is False for one in reports):
         few = f"none of the {len(reports)} layouts that were compiled fits" if sizes else "the program does not fit"
         raise JobError(

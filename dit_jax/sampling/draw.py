@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from dit_jax.bind import Model, bind
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
@@ -43,7 +44,7 @@ def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> 
 
 def image_keys(seed, indices: jax.Array) -> jax.Array:
     """One key per image, from (seed, index) only."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
+    return jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(indices)
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,8 +107,12 @@ class Sampling:
         """FLOPs of one image, guided steps counted twice."""
         return image_flops(self.cfg)
 
-    def images(self, params, seed: int, num: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def images(
+        self, params, seed: int, num: int, first: int = 0, stop: Sequence = ()
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32). Raises NotFiniteError.
+
+        Once `stop` is not empty, the batch under way is the last and has the images that are drawn.
 
         A device always computes ROWS images at a time and drops the surplus. On one kind of device the images are therefore the
         same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
@@ -118,9 +123,14 @@ class Sampling:
         size = -(-min(self.cfg.sample.batch_size, num - first) // rows) * rows
         for start in range(first, num, size):
             end = min(start + size, num)
-            chunks = [self._rows(draw, params, seed, at, at + rows) for at in range(start, end, rows)]
+            chunks: list[tuple] = []
+            while not chunks or (not stop and start + len(chunks) * rows < end):
+                at = start + len(chunks) * rows
+                chunks.append(self._rows(draw, params, seed, at, at + rows))
             images, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
             yield images[: end - start], labels[: end - start]
+            if len(images) < end - start:
+                return
 
     def _rows(self, draw: Callable, params, seed: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
@@ -141,7 +151,7 @@ class Sampling:
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}
-        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS}))
+        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS} | ambient()))
 
 
 def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None) -> Sampling:

@@ -22,7 +22,7 @@ import numpy as np
 
 from dit_jax import checkpoint
 from dit_jax.error import Interrupted, JobError, UsageError
-from dit_jax.files import delete, lock, names, parse_json, read, read_json, whole, write_file
+from dit_jax.files import delete, json_text, lock, names, parse_json, read, read_json, whole, write_file
 from dit_jax.log import drawing_progress, notice, say, warn
 
 Batch = tuple[np.ndarray, np.ndarray]  # images uint8 (b, h, w, c), labels int32 (b,)
@@ -143,8 +143,12 @@ def _prepare(store: Store) -> None:
             redo = f"remove {store.folder}, its images are then drawn again"
             raise JobError(f"{path}: damaged ({error}); {redo}") from None
         refuse_other(store.folder, found, store.job, advice)
+    elif others := [name for name in names(store.folder) if not name.startswith((JOB, LOCK))]:
+        raise UsageError(
+            f"{store.folder}: holds {others[0]!r} and no {JOB}, expected no folder there; let this job write elsewhere"
+        )
     else:
-        write_file(path, json.dumps(store.job, indent=1) + "\n")
+        write_file(path, json_text(store.job, indent=1) + "\n")
 
 
 def _path(store: Store, start: int, end: int) -> str:
@@ -278,7 +282,7 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
     labels = [np.zeros(0, np.int32)]
     with whole(path, temporary):
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            archive.comment = json.dumps(job).encode()
+            archive.comment = json_text(job).encode()
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
                 np.lib.format.write_array_header_1_0(f, header)

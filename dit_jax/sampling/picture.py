@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from dit_jax.files import whole
 from dit_jax.sampling import parts
 
 GRID = 400  # most images in a grid
+MARK = b"Software\0dit_jax"  # in the head of a picture that is written here
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 0) -> Image.Image:
@@ -30,4 +33,8 @@ def save_grid(path: str, batches: Iterator[parts.Batch]) -> None:
         if count == GRID:
             break
     order = np.argsort(np.concatenate(labels), kind="stable")
-    grid(np.concatenate(images)[order], columns=int(np.ceil(np.sqrt(count)))).save(path)
+    about = PngInfo()
+    about.add_text(*MARK.decode().split("\0"))
+    picture = grid(np.concatenate(images)[order], columns=int(np.ceil(np.sqrt(count))))
+    with whole(path) as unfinished:
+        picture.save(unfinished, "PNG", pnginfo=about)

@@ -6,11 +6,10 @@ RUNS is one or more workdirs, folders of workdirs, or a table with columns param
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
-import json
 import sys
 
 from dit_jax.error import exit_code
-from dit_jax.files import write_file
+from dit_jax.files import write_report
 from dit_jax.scaling import options
 
 
@@ -28,7 +27,7 @@ def _run(argv) -> None:
     run = commands.run if args.command in options.FITTED else table.run if args.command == "table" else frontier.run
     result = run(args)
     if args.json:
-        write_file(args.json, (json.dumps(result, indent=1) + "\n").encode())
+        write_report(args.json, result)
 
 
 if __name__ == "__main__":

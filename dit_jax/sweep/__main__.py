@@ -7,12 +7,13 @@ A cell that fails is reported and does not stop the others; the exit code is the
 a scheduler instead (dit_jax.job.launcher), and `--cell` runs one of them alone.
 """
 
+import os
 import signal
 
 from absl import flags
 
 from dit_jax.config import resolve
-from dit_jax.error import Interrupted, JobError
+from dit_jax.error import INTERRUPTED, Interrupted, JobError
 from dit_jax.job.launch import launch
 from dit_jax.job.launcher import define_flags
 
@@ -32,6 +33,7 @@ def main() -> None:
 
 
 def _interrupt(number, frame) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(INTERRUPTED))  # cells notice, save and stop
     raise Interrupted("SIGTERM: running cells were asked to save; the same command goes on from there")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, SampleConfig, SweepConfig, to_dict
-from dit_jax.data.source import Source
+from dit_jax.data.source import Source, introduce
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import JobError, UsageError
@@ -162,13 +162,14 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
 
 
 def score(record: dict) -> str:
-    """A cell's held-out loss and its standard error, as text."""
-    return f"loss {record['metrics']['loss']:.4f} +- {record['metrics']['loss_se']:.4f}"
+    """A cell's held-out loss and its standard error, if it has one, as text."""
+    loss, error = (record["metrics"].get(name) for name in ("loss", "loss_se"))
+    return f"loss {loss:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
 
 def prepare(cfg: Config, workdir: str) -> Source:
     """Makes W with the sweep's config as sweep.json, or checks that W holds this sweep; returns the held-out split."""
-    _, held_out = loop.open_data(cfg)
+    opened = loop.open_data(cfg)
     check_config(cfg)
     sampled = dataclasses.replace(cfg.eval, samples=cfg.sweep.samples)
     check_config(dataclasses.replace(cfg, eval=sampled), "sweep.samples")
@@ -184,7 +185,8 @@ def prepare(cfg: Config, workdir: str) -> Source:
         raise UsageError(f"{workdir} holds another sweep: {key} is {before[key]!r} there, {now[key]!r} in the command")
     if old is cfg or rungs > known:
         make_folder(workdir, "sweep.json", cfg)
-    return held_out
+    introduce(*opened)
+    return opened[1]
 
 
 def ladder_sizes(cfg: Config) -> list[tuple]:

@@ -13,6 +13,7 @@ from dit_jax.config import Config, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
+from dit_jax.devices.numerics import ambient
 from dit_jax.devices.processes import asked_to_stop, check_folder, compare, everyone_is_here, gather, leader, together
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
@@ -86,7 +87,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
-        (source, _), cfg = open_data(cfg), follow_latents(cfg)
+        (source, held_out), cfg = open_data(cfg), follow_latents(cfg)
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
         bind(cfg.model, mesh)  # says now if these devices lack its attention
@@ -102,6 +103,7 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
+            sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")
         try:
             with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep, cfg.train.keep_at)) as saver, together():
@@ -134,8 +136,9 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
     else:
         write, close_scalars = (lambda step, values: None), (lambda: None)
     try:
+        outputs = (write, _reporter(cfg, quiet), ledger.now)
         with ledger.spend("step"):
-            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, (write, _reporter(cfg, quiet)))
+            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
     finally:
         close_scalars()
         if leader():
@@ -147,7 +150,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
 
 def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
-    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance()}
+    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()
@@ -210,9 +213,9 @@ def _reporter(cfg: Config, quiet: bool):
 
 def _log(outputs: tuple, step: int, scalars: dict) -> None:
     """Writes and reports a step's scalars."""
-    (write, report), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
+    (write, report, now), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
     del values["streak"]
-    write(step, {**values, **report(step, values), "time": time.time()})
+    write(step, {**values, **report(step, values), "time": now()})
 
 
 def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from dit_jax.bind import bind
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, state_sharding
+from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.models import conditioning
 from dit_jax.training.guard import Guard, init_guard
@@ -38,7 +39,7 @@ class TrainState:
 
 def init_state(cfg: Config) -> TrainState:
     """Initial state, a pure function of the config: weights from train.seed, EMA equal to them, zero moments."""
-    params = bind(cfg.model).init(jax.random.key(cfg.train.seed))
+    params = bind(cfg.model).init(random_key(cfg.train.seed))
     opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
     extras = make_objective(cfg).init_extras(params)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, init_guard(), extras)

@@ -9,6 +9,7 @@ import optax
 from dit_jax.bind import Model, bind
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import Objective, make_objective
 from dit_jax.training.guard import choose, fingerprint, judge
 from dit_jax.training.optim import ema_decay, learning_rate, make_optimizer, update_ema
@@ -74,7 +75,7 @@ def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tup
 
 def step_key(cfg: Config, step: jax.Array) -> jax.Array:
     """Random key of the step that follows `step` others."""
-    return jax.random.fold_in(jax.random.key(cfg.train.seed), step)
+    return jax.random.fold_in(random_key(cfg.train.seed), step)
 
 
 def make_train_step(cfg: Config, mesh) -> Callable:

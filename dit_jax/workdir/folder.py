@@ -1,14 +1,13 @@
 """A run folder: its config.json, the keys that may change on resuming, and the versions that wrote it."""
 
 import importlib.metadata
-import json
 import os
 import subprocess
 from collections.abc import Mapping
 
 from dit_jax.config import Config, resolve, to_dict
 from dit_jax.error import UsageError
-from dit_jax.files import read_json, write_file
+from dit_jax.files import json_text, read_json, write_file
 
 
 def read_config(workdir: str, name: str = "config.json") -> Config:
@@ -82,7 +81,7 @@ def make_folder(workdir: str, name: str, cfg: Config) -> None:
         raise UsageError(
             f"--workdir: {workdir!r} is not empty and holds no {name}; expected a new folder or one made before"
         )
-    text = json.dumps({"config": to_dict(cfg), **provenance()}, indent=1) + "\n"
+    text = json_text({"config": to_dict(cfg), **provenance()}, indent=1) + "\n"
     try:
         os.makedirs(workdir, exist_ok=True)
         write_file(os.path.join(workdir, name), text)

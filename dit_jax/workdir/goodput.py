@@ -6,13 +6,12 @@ wait    for the next checkpoint (`evaluate --watch`)
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
 
 from dit_jax.error import UsageError
-from dit_jax.files import update
+from dit_jax.files import json_text, update
 from dit_jax.log import say, warn
 from dit_jax.workdir.scalars import METRICS, parse_lines, read_lines, stream_lines
 
@@ -33,13 +32,21 @@ def process_start() -> float:
 
 
 class Ledger:
-    """A stopwatch that is always in one of KINDS, beginning with "set-up" at `since` (seconds since the epoch)."""
+    """A stopwatch that is always in one of KINDS, beginning with "set-up" at `since` (seconds since the epoch).
+
+    It asks the wall clock once, when it is made, because that clock may be set while a job runs.
+    """
 
     def __init__(self, job: str, since: float):
         self.job, self.since = job, since
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.first = self.last = self.lost_steps = 0
-        self._kind, self._then = "set-up", time.perf_counter() - (time.time() - since)
+        self._kind, self._then = "set-up", time.monotonic() - (time.time() - since)
+        self._began = self._then
+
+    def now(self) -> float:
+        """Return the time, in seconds since the epoch by this stopwatch."""
+        return self.since + time.monotonic() - self._began
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
@@ -51,7 +58,7 @@ class Ledger:
             self._switch(before)
 
     def _switch(self, kind: str) -> str:
-        now = time.perf_counter()
+        now = time.monotonic()
         self.seconds[self._kind] += now - self._then
         self._then, before, self._kind = now, self._kind, kind
         return before
@@ -62,7 +69,7 @@ class Ledger:
         return {
             "job": self.job,
             "since": self.since,
-            "wall": time.time() - self.since,
+            "wall": self.now() - self.since,
             "first": self.first,
             "last": self.last,
             "lost_steps": self.lost_steps,
@@ -102,7 +109,7 @@ def write_entry(entry: dict, workdir: str) -> None:
         lines = parse_lines(old, path, LINE)
         others = [line for line in lines if (line["job"], line["since"]) != this]
         newest = max([entry, *(line for line in lines if line not in others)], key=lambda line: line["wall"])
-        return "".join(json.dumps(line) + "\n" for line in [*others, newest])
+        return "".join(json_text(line) + "\n" for line in [*others, newest])
 
     update(path, renewed)
 

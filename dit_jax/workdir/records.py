@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 
-from dit_jax.files import update
+from dit_jax.files import json_text, update
 from dit_jax.workdir.scalars import RECORD, parse_lines, read_lines
 
 RECORDS, PARTIAL = os.path.join("eval", "records.jsonl"), os.path.join("eval", "partial")
@@ -29,6 +29,6 @@ def append_record(workdir: str, record: dict) -> None:
         lines = parse_lines(old, path, RECORD)
         if (record["step"], record["protocol_id"]) in {(line["step"], line["protocol_id"]) for line in lines}:
             return None
-        return "".join(json.dumps(line) + "\n" for line in [*lines, record])
+        return "".join(json_text(line) + "\n" for line in [*lines, record])
 
     update(path, longer)

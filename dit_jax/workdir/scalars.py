@@ -1,14 +1,14 @@
 """Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events (clu) if TensorFlow is installed."""
 
+import glob
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 from dit_jax.error import UsageError
-from dit_jax.files import LARGEST, numbered, parse_json, whole
+from dit_jax.files import LARGEST, json_text, numbered, parse_json, whole
 from dit_jax.log import notice
 
 METRICS = "metrics.jsonl"
@@ -61,7 +61,31 @@ def drop_after(path: str, step: int) -> None:
     """Delete the lines of a JSONL file beyond `step`, which a resumed run writes again."""
     if os.path.exists(path):
         with whole(path) as unfinished, open(unfinished, "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
+            f.writelines(json_text(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
+
+
+def drop_events_after(workdir: str, step: int) -> None:
+    """Delete the events beyond `step` from TensorBoard's files, which would show a resumed run's points twice.
+
+    A record of these files is its length (uint64), the length's checksum (4 bytes), an `Event`, and the event's checksum; a last
+    record that a kill cut short goes too. An `Event` is a protocol buffer: time (tag 9, 8 bytes), then the step (tag 16) unless 0.
+    """
+    for path in glob.glob(os.path.join(glob.escape(workdir), "events.out.tfevents.*")):
+        with open(path, "rb") as f, whole(path) as unfinished, open(unfinished, "wb") as kept:
+            while len(head := f.read(12)) == 12:
+                size = int.from_bytes(head[:8], "little") + 4
+                if len(event := f.read(min(size, LARGEST))) == size and _step(event) <= step:
+                    kept.write(head + event)
+
+
+def _step(event: bytes) -> int:
+    """Return the step of a TensorBoard event: a number of 7 bits a byte, the lowest first, whose last byte is below 128."""
+    value, digits = 0, event[10:] if event[9:10] == b"\x10" else bytes(1)
+    for place, byte in enumerate(digits):
+        value |= (byte & 127) << 7 * place
+        if byte < 128:
+            break
+    return value
 
 
 def open_scalars(
@@ -70,12 +94,12 @@ def open_scalars(
     """Return (write(step, scalars), close()) for a run at `step`."""
     path = os.path.join(workdir, METRICS)
     drop_after(path, step)
+    drop_events_after(workdir, step)
     file = open(path, "a")  # noqa: SIM115
     writer = _tensorboard(workdir) if tensorboard else None
 
     def write(step: int, scalars: dict) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        file.write(json.dumps({"step": step, **finite}) + "\n")
+        file.write(json_text({"step": step, **scalars}) + "\n")
         file.flush()
         if writer:
             writer.write_scalars(step, scalars)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure, FigureBase
 
 from dit_jax.scaling.fits.fit import Fit
-from dit_jax.scaling.frontier import serving
+from dit_jax.scaling.frontier.frontier import front
 from dit_jax.scaling.report.axes import MOST, SIZE, legend, panels, plain, raised, save, scale, shaded, style, thin
 from dit_jax.scaling.report.text import expected, law_text, worth
 from dit_jax.scaling.runs import Run, budgets, scattered
@@ -191,7 +191,7 @@ def frontier(fit, points: Sequence, served: Sequence = ()) -> Figure:
     if served:
         axis, totals = axes[-1, 1], [(s.point.name, s.total, s.point.score) for s in served]
         _cloud(axis, totals, models, raised(f"training FLOPs + FLOPs of {served[0].images:.4g} images"), metric)
-        _front(axis, [(s.total, s.point.score) for s in serving.front(served, fit.higher)])
+        _front(axis, [(s.total, s.point.score) for s in front(served, fit.higher)])
     axis.plot([], [], color="0.75", linewidth=3, label="Pareto front", **RING)
     if stops:
         axis.plot([], [], label="a model stops winning, with interval", **BAR)

@@ -1,8 +1,8 @@
 """A report as files: the page, its figures as PNG and all of it as report.json; or figures alone."""
 
-import json
 import os
 
+from dit_jax.files import json_text
 from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.report import Report, figures, place
 from dit_jax.scaling.report.axes import MOST, png
@@ -32,7 +32,7 @@ def save(path: str, report: Report) -> str:
     place.check(path)  # soon, before the figures
     drawn = {name: (*told, png(figure, mark)) for name, (*told, figure) in draw(report).items()}
     content = {os.path.join(folder, f"{name}.png"): picture for name, (_, _, picture) in drawn.items()}
-    content[place.data(path)] = (json.dumps({"generator": mark} | report_json(report)) + "\n").encode()
+    content[place.data(path)] = json_text({"generator": mark} | report_json(report)).encode()
     place.write(path, content | {os.path.abspath(path): page(report, drawn, mark).encode()})
     return path
 

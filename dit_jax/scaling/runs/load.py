@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from dit_jax.error import UsageError
 from dit_jax.files import DEEPEST, numbered, parse_json
+from dit_jax.log import warn
 from dit_jax.scaling.runs.cells import agrees, check_name, condition, is_number, nearest, opened, places, positive
 from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows
 from dit_jax.scaling.runs.conventions import of_record, require_same
@@ -149,6 +150,10 @@ def parse_record(line: bytes, where: str) -> dict:
     if not isinstance(record.setdefault("protocol_id", ""), str):
         raise UsageError(f"{where}: protocol_id is {record['protocol_id']!r}, expected text")
     check_name(record["run"], "run", where)
+    for name, value in [*record["metrics"].items()]:
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            warn(f"{where}: metrics.{name} is {value}, which is no number; it counts as not recorded")
+            del record["metrics"][name]
     return record
 
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dit_jax.scaling.fits import fit_isoflop, fit_surface, fit_varpro
-from dit_jax.scaling.fits.fit import Fit, predict
+from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.fits.surface import Surface
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.verdicts import quality
-from dit_jax.scaling.verdicts.beyond import examine
+from dit_jax.scaling.verdicts import quality, verdict
+from dit_jax.scaling.verdicts.methods import again, fit_methods
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024, arXiv 2404.10102
 CHINCHILLA = Surface(1.69, 406.4, 410.7, 0.34, 0.28)  # Hoffmann et al. 2022, as printed
@@ -137,90 +136,6 @@ def best_of(law, far: float) -> tuple:
     return {"N_opt": float(n[loss.argmin()]), "L_opt": float(loss.min())}, far
 
 
-@dataclass(frozen=True)
-class Design:
-    """Planted studies: how to make one of a seed, how to fit it, and what is true at which compute; {} = nothing to be held."""
-
-    make: Callable
-    fit: Callable
-    truth: dict
-    far: float
-
-
-def tried(fit, **options) -> Callable:
-    """A fit with the trials of `verdicts.beyond`."""
-
-    def run(runs, far: float, resamples: int, seed: int) -> Fit:
-        found = fit(runs, resamples=resamples, seed=seed, **options)
-        return examine(found, lambda some: fit(some, resamples=100, seed=seed, **options), far)
-
-    return run
-
-
-ISO, VARPRO, SURFACE = tried(fit_isoflop), tried(fit_varpro), tried(fit_surface)
-FAR = 4 * float(BUDGETS[-1])
-UNIQUE = 2e9
-DESIGNS = {
-    "isoflop, study": Design(lambda s: study(noise=0.003, seed=s), ISO, *of_study(FAR)),
-    "isoflop, 10x": Design(lambda s: study(noise=0.002, seed=s, sizes=7), ISO, *of_study(10 * float(BUDGETS[-1]))),
-    "isoflop, scattered 20 %": Design(
-        lambda s: study(noise=0.002 * 0.5, seed=s, sizes=7, scatter=0.2), ISO, *of_study(10 * float(BUDGETS[-1]))
-    ),
-    "isoflop, ladder": Design(lambda s: ladder(noise=0.003, seed=s), ISO, *of_surface(1e22)),
-    "varpro, ladder": Design(lambda s: ladder(noise=0.005, seed=s), VARPRO, *of_surface(1e22)),
-    "surface, ladder": Design(lambda s: ladder(noise=0.005, seed=s), SURFACE, *of_surface(1e22)),
-    "isoflop, 3 budgets x 5": Design(
-        lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2]), ISO, *of_study(10 * float(BUDGETS[-1]))
-    ),
-    "isoflop, 3 budgets x 8": Design(
-        lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2], sizes=8), ISO, *of_study(10 * float(BUDGETS[-1]))
-    ),
-    "varpro, 3 budgets x 8": Design(lambda s: ladder(noise=0.003, seed=s, budgets=3), VARPRO, *of_surface(1e22)),
-    "isoflop, N-D interaction": Design(
-        lambda s: ladder(interacting, noise=0.003, seed=s), ISO, *best_of(interacting, 1e22)
-    ),
-    "varpro, N-D interaction": Design(
-        lambda s: ladder(interacting, noise=0.003, seed=s), VARPRO, *best_of(interacting, 1e22)
-    ),
-    "isoflop, ragged": Design(lambda s: ragged(seed=s), ISO, *of_surface(1e22)),
-    "varpro, ragged": Design(lambda s: ragged(seed=s), VARPRO, *of_surface(1e22)),
-    "isoflop, unscaled rates": Design(
-        lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=np.geomspace(4e9, 4e11, 5)), ISO, {}, 4e12
-    ),
-    "varpro, unscaled rates": Design(
-        lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=np.geomspace(4e9, 4e11, 5)), VARPRO, {}, 4e12
-    ),
-    "isoflop, repeated data": Design(
-        lambda s: ladder(repeated(UNIQUE), noise=0.003, seed=s, budgets=5, low=1e18, high=1e20), ISO, {}, 1e21
-    ),
-    "varpro, repeated data": Design(
-        lambda s: ladder(repeated(UNIQUE), noise=0.003, seed=s, budgets=5, low=1e18, high=1e20), VARPRO, {}, 1e21
-    ),
-}
-
-
-def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
-    """quantity -> share of the studies whose interval holds the truth, of those that give one; "identified": share of studies whose fit
-    says that it may speak of the target, and "half": the median half-width of the exponent of N_opt."""
-    hits: dict = {name: [] for name in design.truth}
-    identified, widths, why = [], [], {}
-    for seed in range(studies):
-        fit = design.fit(design.make(seed), design.far, resamples, 10**6 + seed)
-        identified.append(fit.identified)
-        for reason in fit.reasons:
-            key = " ".join(reason.split()[5:9])
-            why[key] = why.get(key, 0) + 1
-        low, high = fit.exponent("N_opt")[1]
-        widths.append((high - low) / 2)
-        said = predict(fit, design.far) | {"a_interval": (low, high)}
-        for name, value in design.truth.items():
-            between = said[f"{name}_interval"]
-            if math.isfinite(between[0]):
-                hits[name].append(between[0] - 1e-12 <= value <= between[1] + 1e-12)
-    found = {name: float(np.mean(h)) if h else math.nan for name, h in hits.items()}
-    return found | {"identified": float(np.mean(identified)), "half": float(np.nanmedian(widths)), "why": why}
-
-
 def scatter(law=LAW, noise=0.0, seed=0, count=40) -> list[Run]:
     """Runs of any size on any data: N from 4e7 to 1.6e10, D from 5e9 to 5e11."""
     rng = np.random.default_rng(seed)
@@ -243,20 +158,98 @@ def dropped(runs) -> list[Run]:
     return quality.drop(runs, ("diverged", "outliers")).runs
 
 
-DESIGNS |= {
-    "varpro, scatter": Design(lambda s: scatter(noise=0.005, seed=s), VARPRO, *of_surface(1e22)),
-    "isoflop, 3 % diverged": Design(
-        lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), ISO, *of_surface(1e22)
-    ),
-    "varpro, 3 % diverged": Design(
-        lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), VARPRO, *of_surface(1e22)
+@dataclass(frozen=True)
+class Design:
+    """Planted studies: how to make one of a seed, what is true at which compute ({}: nothing is to be held), and of which methods its
+    intervals hold by form."""
+
+    make: Callable
+    truth: dict
+    far: float
+    methods: tuple = ("isoflop", "varpro", "surface")
+
+
+FAR = 10 * float(BUDGETS[-1])
+UNIQUE = 2e9
+BENT = np.geomspace(4e9, 4e11, 5)
+ISO = ("isoflop",)
+DESIGNS = {
+    "parabolas 5 x 5, 4x": Design(lambda s: study(noise=0.003, seed=s), *of_study(0.4 * FAR), ISO),
+    "parabolas 5 x 7": Design(lambda s: study(noise=0.002, seed=s, sizes=7), *of_study(FAR), ISO),
+    "scattered by 20 %": Design(lambda s: study(noise=0.001, seed=s, sizes=7, scatter=0.2), *of_study(FAR), ISO),
+    "ladder 6 x 8": Design(lambda s: ladder(noise=0.003, seed=s), *of_surface(1e22)),
+    "ladder, noise 0.5 %": Design(lambda s: ladder(noise=0.005, seed=s), *of_surface(1e22)),
+    "3 budgets x 5": Design(lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2]), *of_study(FAR), ISO),
+    "3 budgets x 8": Design(lambda s: ladder(noise=0.003, seed=s, budgets=3), *of_surface(1e22)),
+    "N-D interaction": Design(lambda s: ladder(interacting, noise=0.003, seed=s), *best_of(interacting, 1e22), ISO),
+    "ragged": Design(lambda s: ragged(seed=s), *of_surface(1e22)),
+    "3 % diverged": Design(lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), *of_surface(1e22)),
+    "scattered runs": Design(lambda s: scatter(noise=0.005, seed=s), *of_surface(1e22), ("varpro", "surface")),
+    "unscaled rates": Design(lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=BENT), {}, 4e12),
+    "repeated data": Design(
+        lambda s: ladder(repeated(UNIQUE), noise=0.003, seed=s, budgets=5, low=1e18, high=1e20), {}, 1e21
     ),
 }
+
+
+def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
+    """method, or "verdict" -> shares of the studies: of each quantity held, of those that give an interval; "speaks": whose fit is
+    identified beyond its data; "half": the median half-width of the exponent of N_opt; of the verdict also which method it chose, and how
+    often that was the best or the second best."""
+    rows = [_one(design, seed, resamples) for seed in range(studies)]
+    out = {}
+    for who in (*verdict.ANSWER, "verdict"):
+        mine = [r[who] for r in rows if who in r]
+        if mine:
+            held = {q: [m[q] for m in mine if q in m] for q in ("a", *verdict.QUANTITIES)}
+            out[who] = {q: float(np.mean(h)) for q, h in held.items() if h}
+            out[who] |= {"speaks": float(np.mean([m["speaks"] for m in mine]))}
+            if who != "verdict":
+                out[who]["half"] = float(np.nanmedian([m["half"] for m in mine]))
+    chosen = [r["verdict"]["chosen"] for r in rows]
+    ranks = [r["verdict"]["rank"] for r in rows if "rank" in r["verdict"]]
+    out["verdict"] |= {"chosen": {m: chosen.count(m) / studies for m in dict.fromkeys(chosen)}}
+    if ranks:
+        out["verdict"] |= {
+            "best": float(np.mean(np.array(ranks) == 1)),
+            "best two": float(np.mean(np.array(ranks) <= 2)),
+        }
+    return out
+
+
+def _one(design: Design, seed: int, resamples: int) -> dict:
+    """method, or "verdict" -> what it held in the study of this seed."""
+    runs, options = design.make(seed), {"resamples": resamples, "seed": 10**6 + seed}
+    fits = fit_methods(runs, design.far, verdict.ANSWER, lambda method: options).fits
+    made = verdict.judge(runs, fits, lambda method: again(method, 100, **options), design.far)
+    said, out = {m: predict(f, design.far) for m, f in fits.items()}, {}
+    for method, fit in fits.items():
+        low, high = fit.exponent("N_opt")[1]
+        between = {"a": (low, high)} | {q: said[method][f"{q}_interval"] for q in verdict.QUANTITIES}
+        held = _held(between, design.truth) if method in design.methods else {}
+        out[method] = held | {"speaks": fit.identified, "half": (high - low) / 2}
+    out["verdict"] = _held(made.intervals, design.truth)
+    out["verdict"] |= {"speaks": bool(made.passes), "chosen": made.method if made.passes else "none"}
+    truth = design.truth.get("L_opt", math.nan)
+    errors = sorted((abs(s["L_opt"] - truth), m) for m, s in said.items() if math.isfinite(s["L_opt"] - truth))
+    rank = [i for i, (_, m) in enumerate(errors, 1) if m == made.method]
+    return out if not rank else out | {"verdict": out["verdict"] | {"rank": rank[0]}}
+
+
+def _held(between: dict, truth: dict) -> dict:
+    return {
+        q: low - 1e-12 <= truth[q] <= high + 1e-12
+        for q, (low, high) in between.items()
+        if q in truth and math.isfinite(low)
+    }
 
 
 if __name__ == "__main__":
     studies = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     for name in sys.argv[2:] or DESIGNS:
-        found = coverage(DESIGNS[name], studies)
-        why = found.pop("why")
-        print(f"{name:28}", {k: round(v, 4) for k, v in found.items()}, why, flush=True)
+        for who, found in coverage(DESIGNS[name], studies).items():
+            print(
+                f"{name:20} {who:8}",
+                {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()},
+                flush=True,
+            )

@@ -273,8 +273,9 @@ def test_fit_warns_and_drops_only_when_asked(tmp_path, capsys):
     assert result["n_runs"] == 49 and "dropped" not in result
     assert {"duplicates", "diverged", "outliers"} <= {f["kind"] for f in result["quality"]}
     for line in (9, 13, 32):
-        assert f"runs.csv:{line})" in said.err
-    assert said.err.count("edge of the sizes") == 1  # the fit's own warning
+        assert f"runs.csv:{line})" in said.out
+    kinds = [f["text"].split(":")[0] for f in result["verdict"]["findings"]]
+    assert {"duplicates", "diverged", "outliers"} <= set(kinds)
     for command in ("fit", "predict"):
         assert main([command, path, "--resamples=0", "--drop=all", f"--json={out}", "--flops=1e22"]) == 0
         said, result = capsys.readouterr(), json.loads(out.read_text())
@@ -285,11 +286,13 @@ def test_fit_warns_and_drops_only_when_asked(tmp_path, capsys):
     assert result["n_runs"] == 47 and [f["kind"] for f in result["quality"]] == ["outliers"]
 
 
-def test_many_findings_of_one_kind_are_counted(tmp_path, capsys):
-    runs = ladder(noise=0.003)
-    assert main(["fit", sheet(tmp_path / "runs.csv", runs + runs[:12]), "--resamples=0"]) == 0
-    said = capsys.readouterr().err
-    assert said.count("repeats") == 8 and "warning: duplicates: 4 more; --json lists them all" in said
+def test_many_findings_of_one_kind_are_one_finding_of_the_verdict(tmp_path, capsys):
+    path = sheet(tmp_path / "runs.csv", ladder(noise=0.003) + ladder(noise=0.003)[:12])
+    assert main(["fit", path, "--resamples=0"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" repeats ") == 1 and "(and 11 more: --verbose)" in said
+    assert main(["fit", path, "--resamples=0", "--verbose"]) == 0
+    assert capsys.readouterr().out.count("duplicates: ") == 13
 
 
 def test_numbers_of_any_size_are_judged_without_an_error():

@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import sys
+from collections.abc import Sequence
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.fits import METHODS
@@ -22,24 +23,21 @@ from dit_jax.scaling.report.text import (
     span,
     to_json,
 )
-from dit_jax.scaling.runs import load_runs, require_varied, stated
+from dit_jax.scaling.runs import budgets, load_runs, require_varied, stated
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, training_flops
-from dit_jax.scaling.verdicts import holdout, quality
-from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
-from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods, fit_one
-
-PRINTED = 8  # findings of one kind
-OF_A_GRID = ("sizes", "budgets", "edge", "curvature")  # kinds of findings that a fit of budgets says itself
+from dit_jax.scaling.verdicts import holdout, quality, verdict
+from dit_jax.scaling.verdicts.beyond import Extrapolation
+from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods
 
 
-def _options(args, method: str, strict: bool = True) -> dict:
-    """The options of a method; one that it does not have is refused, or left out where not `strict`."""
+def _options(args, method: str) -> dict:
+    """The options of a method; one that the method asked for does not have is refused."""
     known = set(inspect.signature(METHODS[method]).parameters)
     names = ("window", "residual", "loss", "unbias")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given:
-        if strict and name not in known:
+        if method == args.method and name not in known:
             raise UsageError(f"--{name}: method {method} has no such option")
     return {"seed": args.seed, "resamples": args.resamples} | {k: v for k, v in given.items() if k in known}
 
@@ -47,16 +45,67 @@ def _options(args, method: str, strict: bool = True) -> dict:
 def run(args) -> dict:
     """The JSON of the command that `args` names."""
     runs, said = _loaded(args)
-    convention = runs[0].convention
-    print(f"Convention: {convention}\n")
-    said |= {"convention": convention.to_json(), "quality": _tell_quality(runs, args.method)}
+    found, made = _judged(args, runs)
+    odd = quality.findings(runs)
+    print(f"Convention: {runs[0].convention}\n")
+    for line in verdict.lines(made) if made else (f"Verdict: none: {_why(found.refused)}",):
+        print(one_line(line) if line[0] != " " else line)
+    print()
+    if args.verbose:
+        _tell(found, odd)
+    said |= {"convention": runs[0].convention.to_json(), "verdict": finite(made.to_json()) if made else None}
+    said |= {"quality": [{"kind": f.kind, "runs": f.runs, "budgets": f.budgets, "text": f.text} for f in odd]}
     if args.command == "report":
-        return _report(args, runs) | said
+        return _report(args, runs, found, made) | said
     if args.method == "all":
-        return _fit_all(args, runs) | said
-    fit = fit_one(runs, args.method, max(args.flops, default=0.0), **_options(args, args.method))
-    _warn(fit)
+        return _fit_all(args, runs, found) | said
+    fit = found.fits[args.method or (made.method if made else found.main.method)]
+    for reason in fit.reasons if args.method else ():  # else the verdict has said them
+        print(one_line(f"warning: {fit.method}: {reason}"), file=sys.stderr)
     return {"fit": _fit, "predict": _predict, "plan": _plan}[args.command](args, runs, fit) | said
+
+
+def _judged(args, runs: list) -> tuple:
+    """(every fit that the command needs, the verdict on those that answer). Raises UsageError where the method asked for cannot be
+    fitted."""
+    flops, options = max(args.flops, default=0.0), {m: _options(args, m) for m in METHODS}
+    names = tuple(METHODS) if args.method == "all" else dict.fromkeys((*verdict.ANSWER, args.method or "isoflop"))
+    found = fit_methods(runs, flops, tuple(names), options.__getitem__)
+    if args.method in found.refused:
+        raise UsageError(found.refused[args.method])
+    return found, verdict.judge(runs, found.fits, lambda m: again(m, 100, **options[m]), flops, _suspects(runs))
+
+
+def _suspects(runs: list) -> list[tuple]:
+    """What is odd about the runs, for the verdict: bad rows of one kind together, else each finding with the runs of its budgets."""
+    odd, out = quality.findings(runs), []
+    for kind in dict.fromkeys(f.kind for f in odd if f.rows):
+        same = [f for f in odd if f.kind == kind]
+        more = f" (and {len(same) - 1} more: --verbose)" if len(same) > 1 else ""
+        out.append((f"{kind}: {same[0].what}{more}", same[0].advice, [runs[i] for f in same for i in f.rows], True))
+    for f in odd:
+        members = [r for label, some in budgets(runs) if label in f.budgets for r in some]
+        if not f.rows:
+            out.append((f.what, f.advice, members, False))
+    return out
+
+
+def _why(refused: dict) -> str:
+    return "; ".join(f"{method}: {why}" for method, why in refused.items())
+
+
+def _tell(found: Methods, odd: Sequence) -> None:
+    """All that --verbose says: what is odd about the runs, what each fit warns of, and where methods disagree."""
+    for f in odd:
+        print(one_line(f"{f.kind}: {f.text}"))
+    for method, fit in found.fits.items():
+        for warning in fit.warnings:
+            print(one_line(f"{method}: {warning}"))
+    for method, why in found.refused.items():
+        print(f"{method}: not fitted: {why}")
+    for text in found.disagreements or ("no two methods disagree beyond their intervals",):
+        print(text)
+    print()
 
 
 def _loaded(args) -> tuple:
@@ -88,28 +137,11 @@ def _without(runs: list, drop: str | None) -> tuple:
     return kept.runs, {"dropped": dropped, "dropped_notes": list(kept.notes)}
 
 
-def _tell_quality(runs: list, method: str) -> list:
-    """Warns of what is wrong with the runs, as far as the fits do not; returns all of it for the JSON."""
-    found = quality.findings(runs)
-    for kind in dict.fromkeys(f.kind for f in found if f.kind not in OF_A_GRID):
-        same = [f for f in found if f.kind == kind]
-        for f in same[:PRINTED]:
-            print(one_line(f"warning: {f.text}"), file=sys.stderr)
-        if len(same) > PRINTED:
-            print(f"warning: {kind}: {len(same) - PRINTED} more; --json lists them all", file=sys.stderr)
-    return [{"kind": f.kind, "runs": f.runs, "budgets": f.budgets, "text": f.text} for f in found]
-
-
-def _warn(fit: Fit, prefix: str = "") -> None:
-    for warning in fit.warnings:
-        print(one_line(f"warning: {prefix}{warning}"), file=sys.stderr)
-
-
 def _fit(args, runs: list, fit: Fit) -> dict:
     """Print the laws with their intervals."""
     for title, head, rows in fit.tables:
         print_table(title, head, rows)
-    print_table(f"Laws of compute, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
+    print_table(f"Laws of compute by {fit.method}, {fit.level:.0%} intervals", LAW_HEAD, law_rows(fit))
     if args.flops and "N_opt" in fit.laws:
         _print_predictions(fit, args.flops, runs)
     return to_json(fit, _predictions(fit, args.flops)) | _tell_holdouts(args, runs, {fit.method: fit})
@@ -145,24 +177,10 @@ def _print_predictions(fit: Fit, flops, runs: list) -> None:
     print_table(f"Predictions, {fit.level:.0%} intervals", head, rows)
 
 
-def _every(args, runs: list) -> Methods:
-    """All methods, or the one asked for."""
-    names = tuple(METHODS) if args.method == "all" else (args.method,)
-    options = {method: _options(args, method, strict=len(names) == 1) for method in names}
-    return fit_methods(runs, max(args.flops, default=0.0), names, options.__getitem__)
-
-
-def _fit_all(args, runs: list) -> dict:
+def _fit_all(args, runs: list, found: Methods) -> dict:
     """Every method that these runs allow, side by side."""
-    found = _every(args, runs)
     head = (*METHOD_HEAD[:8], f"L_opt at {found.flops:.3g}", *METHOD_HEAD[9:])
     print_table(f"Methods, {found.main.level:.0%} intervals", head, method_rows(found.fits, found.flops))
-    for text in found.disagreements or ("no two methods disagree beyond their intervals",):
-        print(text)
-    for method, why in found.refused.items():
-        print(f"{method}: not fitted: {why}")
-    for method, fit in found.fits.items():
-        _warn(fit, f"{method}: ")
     return {
         "method": "all",
         "n_runs": len(runs),
@@ -181,7 +199,7 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
     for method, fit in fits.items():
         most = args.resamples if split == "largest" else 200
         try:
-            refit = again(method, most, **_options(args, method, strict=False))
+            refit = again(method, most, **_options(args, method))
             found[method] = holdout.hold_out(fit, refit, split, runs)
         except UsageError as error:
             if len(fits) == 1:
@@ -200,45 +218,45 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
     return {"holdout": said if len(fits) > 1 else next(iter(said.values()))}
 
 
-def _report(args, runs: list) -> dict:
-    """Write a self-contained report.html, with its figures, fit.json and report.json beside it."""
-    found, grid = _every(args, runs), None
+def _report(args, runs: list, found: Methods, made) -> dict:
+    """Write the page or figures, fit.json and report.json beside it."""
+    grid = None
     if args.grid:
         with open(args.grid, "rb") as file:
             grid = file.read()
-    made = Report(
+    fits = found.fits if args.method == "all" else {args.method: found.fits[args.method]}
+    main = fits[made.method if made and made.method in fits else next(iter(fits))]
+    report = Report(
         title=args.title,
-        fits=found.fits,
-        main=found.main.method,
+        fits=fits,
+        main=main.method,
         runs=tuple(runs),
         findings=tuple(f.text for f in quality.findings(runs)),
         refused=found.refused,
         disagreements=found.disagreements,
-        test=_extrapolation(args.runs, runs, found.main) if "N_opt" in found.main.laws else None,
+        test=_extrapolation(args.runs, runs, found, made),
         grid=grid,
         flops=tuple(args.flops),
     )
-    path = save(args.out, made)
-    print(opening(made))
-    for method, fit in found.fits.items():
-        _warn(fit, f"{method}: ")
+    path = save(args.out, report)
+    print(opening(report))
     print(path)
     if args.method != "all":
-        return to_json(found.main, _predictions(found.main, args.flops))
-    methods = {m: to_json(f, _predictions(f, args.flops)) for m, f in found.fits.items()}
-    return {"method": "all", "n_runs": len(runs), "main": found.main.method, "methods": methods}
+        return to_json(main, _predictions(main, args.flops))
+    methods = {m: to_json(f, _predictions(f, args.flops)) for m, f in fits.items()}
+    return {"method": "all", "n_runs": len(runs), "main": main.method, "methods": methods}
 
 
-def _extrapolation(paths, runs: list, fit: Fit) -> Extrapolation | None:
-    """The largest run in the `extrapolation` folder of a sweep, if there is one, against the fit."""
-    for path in paths:
+def _extrapolation(paths, runs: list, found: Methods, made) -> Extrapolation | None:
+    """The largest run in the `extrapolation` folder of a sweep, if there is one, against the verdict."""
+    for path in paths if made else ():
         folder = os.path.join(path, "extrapolation")
         if os.path.isdir(folder):
             try:
                 loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
                 largest = max(loaded, key=lambda run: run.flops)
                 if largest.source not in {r.source for r in runs}:  # else the user made it part of the fit
-                    return extrapolate(fit, largest)
+                    return verdict.foretold(made, found.fits, largest)
             except UsageError as error:
                 print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return None

@@ -37,7 +37,9 @@ def _parser(doc: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=COMMANDS[name])
         one.add_argument("runs", nargs="+", metavar="RUNS")
         both = ["all"] if name in ("fit", "report") else []
-        one.add_argument("--method", default="all" if name == "report" else "isoflop", choices=[*METHODS, *both])
+        default = "all" if name == "report" else None
+        one.add_argument("--method", default=default, choices=[*METHODS, *both], help="default: the verdict's")
+        one.add_argument("--verbose", action="store_true", help="all that was found, not the verdict's findings alone")
         one.add_argument(
             "--residual", choices=RESIDUALS, help="of the parametric methods: log law - log loss, or law - loss"
         )

@@ -19,7 +19,7 @@ from dit_jax.evaluation.run import run as evaluate
 from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
 from dit_jax.job.workers import run_cells
-from dit_jax.log import bar, say, warn
+from dit_jax.log import bar, say
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.picture import grid
@@ -27,8 +27,9 @@ from dit_jax.scaling import report, runs
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans.plan import plan
 from dit_jax.scaling.report import text
-from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
-from dit_jax.scaling.verdicts.methods import fit_methods
+from dit_jax.scaling.verdicts.beyond import Extrapolation
+from dit_jax.scaling.verdicts.methods import again, fit_methods
+from dit_jax.scaling.verdicts.verdict import ANSWER, Verdict, foretold, judge, lines
 from dit_jax.training import loop
 from dit_jax.workdir.folder import flatten, make_folder, read_config
 from dit_jax.workdir.records import protocol_id as identify
@@ -204,13 +205,15 @@ def recommended_cell(cfg: Config, workdir: str, law: Fit) -> Cell:
     return dataclasses.replace(cell, cfg=dataclasses.replace(cell.cfg, eval=cfg.eval))
 
 
-def check_law(cell: Cell, law: Fit, protocol_id: str) -> Extrapolation:
-    """Prints the law's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
-    said = predict(law, cell.budget, flops.active_parameters(cell.cfg.model))
-    say(f"the law recommends {cell.name}, {said['beyond']:.1f}x beyond the ladder; predicted loss {said['L_run']:.4f}")
+def check_law(cell: Cell, made: Verdict, fits: dict, protocol_id: str) -> Extrapolation:
+    """Prints the verdict's prediction for a cell beyond the ladder, trains it on all cores and evaluates it."""
+    said = predict(fits[made.method], cell.budget, flops.active_parameters(cell.cfg.model))
+    say(
+        f"{made.method} recommends {cell.name}, {said['beyond']:.1f}x beyond the ladder; predicted loss {said['L_run']:.4f}"
+    )
     loop.run(cell.cfg, cell.workdir)
     evaluate(cell.cfg, cell.workdir, [cell.cfg.train.steps])
-    return extrapolate(law, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
+    return foretold(made, fits, runs.load_runs([cell.workdir], protocol_id=protocol_id)[0])
 
 
 def grid_settings(cfg: Config) -> SampleConfig:
@@ -259,20 +262,21 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     """Fits the ladder, tests the law if `sweep.extrapolate` is set, prints tables; returns the report's path and failed cells."""
     ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id, curves=cfg.sweep.curves)
     target = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
-    found = fit_methods(ladder, target, ("isoflop", "varpro"))
-    law, failed, tested, picture, said = found.main, [], None, None, []
+    found = fit_methods(ladder, target, ANSWER)
+    made = judge(ladder, found.fits, lambda method: again(method, 100), target)
+    law, failed, tested, picture, said = found.fits[made.method], [], None, None, []
+    for line in lines(made):
+        say(line)
     if cfg.sweep.extrapolate:
         cell = recommended_cell(cfg, workdir, law)
         try:
-            tested = check_law(cell, law, protocol_id)
+            tested = check_law(cell, made, found.fits, protocol_id)
             said = notes(cfg, cell)
             with open(draw_grid(cfg, cell), "rb") as file:
                 picture = file.read()
         except (UsageError, RuntimeError, OSError) as error:
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)
-    for warning in (f"{method}: {w}" for method, fit in found.fits.items() for w in fit.warnings):
-        warn(warning)
     tables = [*law.tables, (f"Laws of compute, {law.level:.0%} intervals", text.LAW_HEAD, text.law_rows(law))]
     tables += [("Predicted against measured", text.TESTED_HEAD, text.tested_rows(tested))] if tested else []
     for table in tables:
@@ -280,9 +284,9 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     how = {"refused": found.refused, "disagreements": found.disagreements, "test": tested, "grid": picture}
     how |= {"notes": tuple(said), "flops": (target,) * bool(target)}
     title = f"IsoFLOP scaling of {cfg.data.dataset}, {len(ladder)} runs"
-    made = report.Report(title, found.fits, law.method, tuple(ladder), **how)
-    print(report.opening(made))
-    return report.save(os.path.join(workdir, "report.html"), made), failed
+    page = report.Report(title, found.fits, law.method, tuple(ladder), **how)
+    print(report.opening(page))
+    return report.save(os.path.join(workdir, "report.html"), page), failed
 
 
 def run(cfg: Config, workdir: str) -> list[Cell]:

@@ -97,8 +97,8 @@ def hold_out(fit: Fit, refit: Callable[[Sequence[Run]], Fit], split: str, runs: 
     if split not in SPLITS:
         raise UsageError(f"--holdout: found {split!r}, expected one of {', '.join(SPLITS)}")
     items, refused = [], []
-    measured = _measured(fit, runs)
-    for label, left, rest in _folds(runs, split, measured):
+    measured = measured_optima(runs, fit)
+    for label, left, rest in folds(runs, split, measured):
         try:
             again = refit(rest)
         except UsageError as error:
@@ -112,17 +112,17 @@ def hold_out(fit: Fit, refit: Callable[[Sequence[Run]], Fit], split: str, runs: 
     return Holdout(fit.method, split, tuple(items), tuple(refused))
 
 
-def _measured(fit: Fit, runs: Sequence[Run]) -> tuple:
+def measured_optima(runs: Sequence[Run], fit: Fit | None = None) -> tuple:
     """The optima of single budgets: the fit's own, else those of parabolas; () of scattered runs."""
-    if fit.used or scattered(budgets(runs)):
-        return fit.used if not scattered(budgets(runs)) else ()
+    if scattered(budgets(runs)):
+        return ()
     try:
-        return fit_isoflop(runs, resamples=20).used
+        return fit.used if fit and fit.used else fit_isoflop(runs, resamples=20).used
     except UsageError:
         return ()
 
 
-def _folds(runs: Sequence[Run], split: str, measured: tuple) -> list[tuple]:
+def folds(runs: Sequence[Run], split: str, measured: tuple = ()) -> list[tuple]:
     """(label, runs left out, the rest) of each part."""
     groups = sorted(budgets(runs), key=lambda g: g[1][0].flops)
     if split == "models":

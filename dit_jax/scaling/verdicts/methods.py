@@ -37,9 +37,16 @@ def fit_one(runs: Sequence[Run], method: str, flops: float | int = 0.0, **option
 
 
 def again(method: str, most: int = 200, **options) -> Callable[[Sequence[Run]], Fit]:
-    """A function that fits other runs in the same way, with at most `most` resamples."""
-    options = {**options, "resamples": min(options.get("resamples", most), most)}
-    return lambda runs: METHODS[method](runs, **options)
+    """A function that fits other runs in the same way, with at most `most` resamples; it remembers what it has fitted."""
+    options, known = {**options, "resamples": min(options.get("resamples", most), most)}, {}
+
+    def fit(runs: Sequence[Run]) -> Fit:
+        key = tuple(map(id, runs))
+        if key not in known:
+            known[key] = METHODS[method](runs, **options)
+        return known[key]
+
+    return fit
 
 
 def fit_methods(

@@ -1,0 +1,256 @@
+"""The verdict: which method to believe on these runs, what it says of a target, and what would change it.
+
+No method is the best on every table, so the runs themselves choose. Each of the methods that answer is fitted again without the largest
+budget, and without each part of the sizes in turn, and predicts the losses left out that lie near their budget's best size. Of the methods
+that pass their tests beyond the data (`beyond`) the one with the least error is believed; its interval is that of the resamples of all
+that pass, as many of each, so that it spans what their forms disagree on. Where none passes, the verdict says so and gives no interval.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dit_jax.error import UsageError
+from dit_jax.scaling.fits.fit import NO_INTERVAL, Fit, interval, predict
+from dit_jax.scaling.runs import Run, budgets, scattered
+from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.holdout import folds
+
+ANSWER = ("isoflop", "varpro", "surface")  # the methods that answer; the others check published numbers
+NEAR = 3.0  # sizes within this factor of the best of their budget are predicted
+PARTS = 4  # at most, of the sizes that are left out in turn
+MOST = 5  # findings
+WORTH = 0.5  # of a half-width, from which an effect is a finding
+FAR = 10.0  # times the data: the target where none is asked for
+TOO_FAR = 100.0  # times the data, from which the distance itself is a finding
+QUANTITIES = ("N_opt", "L_opt")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What changes the verdict: `effect` is the change of N_opt and of L_opt at the target, in percent, nan where it cannot be told."""
+
+    text: str
+    effect: dict
+    advice: str
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name} {value:+.2g} %" for name, value in self.effect.items() if math.isfinite(value))
+        return "; ".join(part for part in (self.text + (f": {told}" if told else ""), self.advice) if part)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The method to believe at `flops` training FLOPs, why, and its N_opt and L_opt with intervals; `scores` are relative errors of losses
+    left out, (largest budget, sizes), by method. `passes` names the methods whose resamples the intervals hold; () = none may speak."""
+
+    method: str
+    reason: str
+    flops: float
+    beyond: float
+    values: dict
+    intervals: dict
+    scores: dict
+    passes: tuple
+    findings: tuple = ()
+
+    def to_json(self) -> dict:
+        findings = [{"text": f.text, "effect_percent": f.effect, "advice": f.advice} for f in self.findings]
+        own = {"method": self.method, "reason": self.reason, "at_flops": self.flops, **self.values}
+        return own | {"intervals": self.intervals, "findings": findings}
+
+
+def errors(refit: Callable[[Sequence[Run]], Fit], runs: Sequence[Run]) -> tuple:
+    """Relative RMS errors of the losses left out: (those of the largest budget, those of each part of the sizes in turn)."""
+    near = {id(r) for r in _near(runs)}
+    return tuple(_rms(refit, parts, near) for parts in (folds(runs, "largest"), _sizes(runs)))
+
+
+def _near(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose size lies near the best of their budget; all of runs that form no budgets."""
+    groups = budgets(runs)
+    if not groups or scattered(groups):
+        return list(runs)
+    best = [(min(members, key=lambda r: r.loss).params, members) for _, members in groups]
+    return [r for n, members in best for r in members if n / NEAR <= r.params <= n * NEAR]
+
+
+def _sizes(runs: Sequence[Run]) -> list[tuple]:
+    """(label, left, rest) for every PARTS-th size."""
+    sizes = sorted({r.params for r in runs})
+    parts = [set(sizes[i::PARTS]) for i in range(min(PARTS, len(sizes)))]
+    return [("", [r for r in runs if r.params in part], [r for r in runs if r.params not in part]) for part in parts]
+
+
+def _rms(refit: Callable, parts: Sequence[tuple], near: set) -> float:
+    found = []
+    for _, left, rest in parts:
+        left = [r for r in left if id(r) in near]
+        try:
+            fit = refit(rest) if left else None
+        except UsageError:
+            continue
+        found += [float(fit.loss(r.params, r.tokens)) / r.loss - 1 for r in left]
+    found = [e for e in found if math.isfinite(e)]
+    return math.sqrt(np.mean(np.square(found))) if found else math.nan
+
+
+def judge(
+    runs: Sequence[Run],
+    fits: Mapping[str, Fit],
+    refit: Callable[[str], Callable[[Sequence[Run]], Fit]],
+    flops: float | int = 0.0,
+    suspects: Sequence[tuple] = (),
+) -> Verdict | None:
+    """The verdict on `fits` (by method, examined by `beyond`) at `flops` (0: ten times the data); None if none of them answers.
+    `refit(method)` fits other runs by that method; `suspects` are (text, advice, runs, bad): what is odd, the runs that it is about, and
+    whether they are so bad that it is said whatever its effect."""
+    able = {m: f for m, f in fits.items() if m in ANSWER}
+    if not able:
+        return None
+    at = float(flops) or FAR * max(f.largest for f in able.values())
+    again, said = {m: refit(m) for m in able}, {m: predict(f, at) for m, f in able.items()}
+    scores = {m: errors(again[m], runs) for m in able}
+    passes = tuple(m for m, f in able.items() if f.identified and math.isfinite(said[m]["N_opt_interval"][0]))
+    order = sorted(passes or able, key=lambda m: _total(scores[m]))
+    best = able[order[0]]
+    made = Verdict(
+        method=best.method,
+        reason=_reason(order, scores, able, passes),
+        flops=at,
+        beyond=at / best.largest,
+        values={name: said[best.method][name] for name in QUANTITIES},
+        intervals={name: _pooled([able[m] for m in passes], name, at) for name in QUANTITIES},
+        scores=scores,
+        passes=passes,
+    )
+    return replace(made, findings=_findings(made, best, said, again[best.method], runs, suspects))
+
+
+def _total(score: tuple) -> float:
+    known = [s for s in score if math.isfinite(s)]
+    return math.sqrt(np.mean(np.square(known))) if known else math.inf
+
+
+def _pooled(fits: Sequence[Fit], name: str, at: float) -> tuple:
+    """The interval of the resamples of all fits that tell `name`."""
+    told = [f for f in fits if math.isfinite(predict(f, at)[f"{name}_interval"][0])]
+    return _spanning([f.draws[name](at) for f in told], told[0].level) if told else NO_INTERVAL
+
+
+def _spanning(draws: Sequence, level: float) -> tuple:
+    """The interval of the resamples of several fits, as many of each."""
+    drawn = [np.sort(np.asarray(d)) for d in draws]
+    most = max(map(len, drawn), default=0)
+    even = [d[np.linspace(0, len(d) - 1, most).round().astype(int)] for d in drawn if len(d)]
+    return interval(np.concatenate(even), level) if even else NO_INTERVAL
+
+
+def foretold(made: Verdict, fits: Mapping[str, Fit], run: Run) -> Extrapolation:
+    """A trained run against the verdict: the expected loss of a run of its size by the method believed, and the interval of all that pass,
+    with the noise of a run."""
+    found = extrapolate(fits[made.method], run)
+    draws = []
+    for fit in (fits[m] for m in made.passes):
+        if fit.loss_draws is not None and not (fit.beyond and run.flops > fit.largest):
+            noise = fit.noise_draws * np.random.default_rng(0).standard_normal(len(fit.noise_draws))
+            draws.append(fit.loss_draws(run.params, run.flops / (fit.k * run.params)) + noise)
+    size = _pooled([fits[m] for m in made.passes], "N_opt", run.flops)
+    return replace(found, n_interval=size, interval=_spanning(draws, fits[made.method].level))
+
+
+def _reason(order: Sequence[str], scores: dict, able: Mapping[str, Fit], passes: tuple) -> str:
+    """Why the first of `order` is believed, or why none is."""
+
+    def told(method):
+        parts = zip(("largest budget", "sizes"), scores[method], strict=True)
+        return " and ".join(f"{s:.2%} ({name})" for name, s in parts if math.isfinite(s)) or "not known"
+
+    best, *others = order
+    text = f"its error on losses left out is {told(best)}"
+    if others:
+        text += ", " + ", ".join(f"{m}'s {told(m)}" for m in others)
+    failed = [m for m in able if m not in order]
+    if not passes:
+        why = "; ".join(f"{m}: {f.reasons[0] if f.reasons else 'no interval'}" for m, f in able.items())
+        return f"no method passes its tests ({why}); of {best} {text}"
+    return text + (f"; {', '.join(failed)} may not speak beyond the data" if failed else "")
+
+
+def _findings(
+    made: Verdict, best: Fit, said: dict, again: Callable, runs: Sequence[Run], suspects: Sequence[tuple]
+) -> tuple:
+    """At most MOST findings whose effect is a share WORTH of the half-widths or more, the largest first; first of all why no method passes,
+    a target that is very far, and runs that are bad."""
+    first, rest = [], []
+    if not made.passes:
+        first = [Finding(text, {}, "") for text in best.reasons[:MOST]]
+    if made.beyond > TOO_FAR:
+        half = {n: _half(made, n) for n in QUANTITIES}
+        text = f"the target is {made.beyond:.3g} times beyond the largest budget; half of the interval there"
+        first.append(Finding(text, half, "train a budget nearer to it"))
+    for method, other in said.items():
+        if method != made.method:
+            passed = "the interval holds it too" if method in made.passes else "it fails its tests"
+            rest.append(Finding(f"{method} instead", _effect(made, other), passed))
+    tried: list[set] = []
+    for text, advice, odd, bad in [*suspects, *_ends(runs)]:
+        gone = {id(r) for r in odd}
+        if gone in tried:
+            continue
+        tried.append(gone)
+        try:
+            other = predict(again([r for r in runs if id(r) not in gone]), made.flops) if gone else {}
+        except UsageError:
+            other = {}
+        (first if bad else rest).append(Finding(text, _effect(made, other), advice))
+    weight = {id(f): _weight(made, f) for f in rest}
+    rest = sorted((f for f in rest if weight[id(f)] >= WORTH), key=lambda f: -weight[id(f)])
+    return tuple([*first, *rest][:MOST])
+
+
+def _ends(runs: Sequence[Run]) -> list[tuple]:
+    """The smallest and the largest budget as suspects."""
+    groups = sorted(budgets(runs), key=lambda g: g[1][0].flops)
+    if len(groups) < 4 or scattered(groups):
+        return []
+    advice = "one more budget beside it would tell whether it is odd or the laws bend"
+    return [
+        (f"without the {name} budget", advice, groups[i][1], False) for name, i in (("smallest", 0), ("largest", -1))
+    ]
+
+
+def _effect(made: Verdict, other: Mapping) -> dict:
+    """What `other` says of the target, relative to the verdict, in percent."""
+    return {n: 100 * (other.get(n, math.nan) / made.values[n] - 1) for n in QUANTITIES}
+
+
+def _half(made: Verdict, name: str) -> float:
+    """Half of the interval in percent."""
+    low, high = made.intervals[name]
+    return 50 * (high - low) / made.values[name]
+
+
+def _weight(made: Verdict, finding: Finding) -> float:
+    """The effect in half-widths, or in percent of the value where no interval is given."""
+    sizes = [abs(v) / (h if (h := _half(made, n)) > 0 else 1.0) for n, v in finding.effect.items() if math.isfinite(v)]
+    return max(sizes, default=0.0)
+
+
+def lines(made: Verdict) -> list[str]:
+    """The verdict in words: which method, the number, and what would change it."""
+    name = f"believe {made.method}" if made.passes else "no method may speak beyond these data"
+    parts = []
+    for quantity, digits in (("N_opt", ".3g"), ("L_opt", ".4f")):
+        value, (low, high) = made.values[quantity], made.intervals[quantity]
+        if math.isnan(value):
+            parts.append(f"{quantity} is not told")
+        else:
+            between = "no interval" if math.isnan(low) else f"{low:{digits}} to {high:{digits}}"
+            parts.append(f"{quantity} {value:{digits}} ({between})")
+    spans = f", interval spans {', '.join(made.passes)}" if len(made.passes) > 1 else ""
+    far = f"{made.beyond:.3g}x the largest budget"
+    out = [f"Verdict: {name}: {made.reason}.", f"At {made.flops:.3g} FLOPs ({far}): {', '.join(parts)}{spans}."]
+    return out + [f"  - {finding}" for finding in made.findings]

@@ -136,8 +136,10 @@ def test_a_loss_that_moved_for_good_is_accepted_and_one_that_runs_away_is_not(gr
     "path,layer,clause",
     [
         (("blocks", "attention", "qkv", "kernel"), 1, "the first output that is not finite is that of blocks[1]/attention/qkv"),
-        pytest.param(("blocks", "mlp", "fc2", "bias"), 0, "the first output that is not finite is that of blocks[0]/mlp/fc2", marks=pytest.mark.slow),
-        pytest.param(("patch_embedding", "bias"), None, "the first output that is not finite is that of patch_embedding", marks=pytest.mark.slow),
+        pytest.param(("blocks", "mlp", "fc2", "bias"), 0,
+                     "the first output that is not finite is that of blocks[0]/mlp/fc2", marks=pytest.mark.slow),
+        pytest.param(("patch_embedding", "bias"), None,
+                     "the first output that is not finite is that of patch_embedding", marks=pytest.mark.slow),
         (("output", "linear", "kernel"), None, "the first output that is not finite is that of output"),
     ],
 )  # fmt: skip

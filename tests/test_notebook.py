@@ -12,9 +12,7 @@ from job import TINY, environment
 from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-SMALLER = [
-    f"--config.{key}" for key in ("model.depth", "model.width", "model.heads", "train.batch_size", "sample.steps")
-]
+SMALLER = ("--config.model.", "--config.optim.", "--config.sample.", "--config.train.batch_size")
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -57,8 +55,9 @@ def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
 
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if cell.source.endswith("cfg = config.resolve(values)")]
-    tiny = {flag.partition("=")[0]: flag.partition("=")[2] for flag in TINY}  # programs that other tests compile too
-    small = [f"values{key.removeprefix('--config')} = {tiny[key]}" for key in tiny if key in SMALLER]
+    flags = [flag.removeprefix("--config").split("=") for flag in TINY if flag.startswith(SMALLER)]
+    small = [f"values{key} = {value if value.isdigit() else repr(value)}" for key, value in flags]
+    # a small model, whose programs other tests compile too
     cell.source = "\n".join([*cell.source.splitlines()[:-1], *small, cell.source.splitlines()[-1]])
     environ = environment(cache_dir, devices=2)
     environ |= {"QUICKSTART_STEPS": "15", "QUICKSTART_IMAGES": "50", "QUICKSTART_HELD_OUT": "40"}

@@ -4,17 +4,17 @@ import fcntl
 import os
 from pathlib import Path
 
+import threadpoolctl
 from job import QUICK_XLA
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_XLA}"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: as many as cores would deadlock where 8 devices meet on 2 cores
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # two test processes share the cores: more threads wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for jobs: test processes share the cores, and threads would wait
+threadpoolctl.threadpool_limits(1, "blas")  # and here: pytest's plugin of jaxtyping has loaded NumPy before this file
 
-from beartype.claw import beartype_package
-from jaxtyping import install_import_hook
+from beartype.claw import beartype_package  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = ("config", "flops", "bind", "models", "diffusion", "metrics", "data", "devices.mesh")
 CHECKED += ("training.optim", "training.state", "training.step")
@@ -74,7 +74,7 @@ def uninterrupted(tmp_path_factory, data_dir, cache_dir):
     return folder / "run"
 
 
-LONGEST_FIRST = ("test_sweep", "test_kills", "test_peers", "test_evaluate", "test_bench", "test_notebook", "test_guard")
+LONGEST_FIRST = ("test_sweep", "test_evaluate", "test_guard", "test_kills", "test_peers", "test_sample", "test_seams")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """Runs the project's jobs as a user does, in processes of their own."""
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -19,15 +20,21 @@ QUICK_XLA = (
 TINY = [  # overrides of configs/digits.py that train in seconds
     "--config.model.depth=2", "--config.model.width=16", "--config.model.heads=2", "--config.train.batch_size=16",
     "--config.train.log_every=1", "--config.train.checkpoint_every=10", "--config.eval.samples=0",
-    "--config.optim.warmup_steps=5", "--config.sample.steps=4",
+    "--config.optim.warmup_steps=5", "--config.sample.steps=4", "--config.sample.sampler=euler",
+    "--config.eval.max_images=32",
 ]  # fmt: skip
+
+
+def flags(devices):
+    """XLA's flags for so many virtual devices."""
+    return f"--xla_force_host_platform_device_count={devices} {QUICK_XLA}"
 
 
 def environment(cache_dir, devices=2):
     """The tests' environment: virtual devices, and one cache of compiled programs."""
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_XLA}",
+        "XLA_FLAGS": flags(devices),
         "NPROC": "32",
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -42,20 +49,14 @@ def start(job, *arguments, cache_dir, devices=2):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-_zygotes: dict[tuple, subprocess.Popen] = {}
-
-
-def _zygote(cache_dir, devices):
-    """The process that forks jobs of this environment; one per test process."""
-    key = (str(cache_dir), devices)
-    if key not in _zygotes:
-        env = {**environment(cache_dir, devices), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "tests" / "zygote.py")]
-        _zygotes[key] = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        atexit.register(_zygotes[key].kill)
-    return _zygotes[key]
+@functools.cache
+def _zygote(cache_dir):
+    """The process that forks jobs; one per test process, whatever the number of devices."""
+    env = {**environment(cache_dir), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "zygote.py")]
+    found = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(found.kill)
+    return found
 
 
 class Job:
@@ -64,9 +65,10 @@ class Job:
     def __init__(self, job, *arguments, cache_dir, devices=2, environment=None, file_size=0, plain_user=False):
         self._folder = Path(tempfile.mkdtemp(prefix="job-"))
         self.out, self.err = self._folder / "out", self._folder / "err"
-        self._zygote, self.returncode = _zygote(cache_dir, devices), None
+        self._zygote, self.returncode = _zygote(str(cache_dir)), None
         request = {"job": job, "arguments": [str(a) for a in arguments], "out": str(self.out), "err": str(self.err)}
-        limits = {"environment": environment or {}, "file_size": file_size, "plain_user": plain_user}
+        noted = {"XLA_FLAGS": flags(devices), **(environment or {})}
+        limits = {"environment": noted, "file_size": file_size, "plain_user": plain_user}
         self.pid = int(self._ask(request | limits))
 
     def _ask(self, request):
@@ -124,3 +126,10 @@ def wait_for_step(process, workdir, step, timeout=120):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"no step {step} within {timeout} s"
         time.sleep(0.01)
+
+
+def die(cell):
+    """A sweep's job, for tests/test_sweep.py: the cell "dies" runs out of memory."""
+    if cell == "dies":
+        os._exit(9)
+    return cell

@@ -52,8 +52,6 @@ def test_one_record_per_checkpoint_and_protocol(workdir, cache_dir):
     assert len({(r["step"], r["protocol_id"]) for r in first}) == 6
     code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
     assert code == 0 and records(workdir) == first
-    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.seed=5", cache_dir=cache_dir)
-    assert code == 0 and len(records(workdir)) == 9
 
 
 def test_a_record_says_everything(workdir):
@@ -95,6 +93,8 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     alone = loss.held_out_loss(cfg, params, *jax.tree.map(lambda x: x[:1], (images, cond)), make_mesh(MeshConfig()))
     assert "loss_se" not in alone and all(map(np.isfinite, alone.values())), "one image has no standard error"
     process = make_process(cfg.diffusion, False)
+    objective, model = make_objective(cfg), bind(cfg.model)
+    of_one = jax.jit(lambda points: objective.losses(model, params, {}, points)[0])
     table = []
     for i in range(21):
         u = loss.stratified(cfg.eval.seed, np.array([i]), 16)
@@ -102,8 +102,7 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
         eps = loss.fixed_noise(cfg.eval.seed, np.array([i]), 16, images.shape[1:])[0]
         x, y = jax.numpy.repeat(images[i : i + 1], 16, axis=0), jax.numpy.repeat(cond["label"][i : i + 1], 16)
         points = {"x": x, "cond": {"label": y}, "t": process.time(u[0]), "eps": eps}
-        losses, _ = make_objective(cfg).losses(bind(cfg.model), params, {}, points)
-        table.append(np.asarray(losses))
+        table.append(np.asarray(of_one(points)))
     per_image = np.mean(table, axis=1)
     assert found["loss"] == pytest.approx(per_image.mean(), rel=1e-5)
     assert found["loss_se"] == pytest.approx(per_image.std(ddof=1) / np.sqrt(21), rel=1e-4)
@@ -119,16 +118,17 @@ def test_a_diverged_model_is_not_recorded(workdir):
         loss.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
 
 
-def test_protocols_differ_by_ema_and_buckets(workdir):
+def test_protocols_differ_by_ema_buckets_and_seed(workdir):
     cfg = read_config(str(workdir))
     others = [
         dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, ema_width=0.2)),
         dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, buckets=4)),
+        dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, seed=5)),
         dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights="params")),
     ]
     held_out = open_source(cfg.data, "test")
     ids = {protocol_id(protocol.loss_protocol(c, held_out)) for c in [cfg, *others]}
-    assert len(ids) == 4
+    assert len(ids) == 5
 
 
 def drawn(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
@@ -143,7 +143,7 @@ def drawn(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
 def test_image_i_does_not_depend_on_batches_or_devices(workdir):
     images, labels = drawn(workdir)
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
-    for batch_size, devices, num in ((8, 8, 20), (24, 2, 20), (5, 1, 20), (16, 2, 11)):
+    for batch_size, devices, num in ((24, 2, 20), (5, 1, 11)):
         other, other_labels = drawn(workdir, batch_size=batch_size, devices=devices, num=num)
         np.testing.assert_array_equal(labels[:num], other_labels)
         np.testing.assert_array_equal(images[:num], other)

@@ -52,13 +52,19 @@ def kept(state):
     return jax.device_get((state.params, state.ema, state.opt))
 
 
-@pytest.fixture
-def seen(cfg, mesh, compiled):
-    """A state after ten good steps."""
+@pytest.fixture(scope="module")
+def tenth(cfg, mesh, compiled):
+    """A state after ten good steps, with its shardings."""
     state = make_state(cfg, mesh)
     for i in range(10):
         state, _ = compiled(state, batch(i))
-    return state
+    return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+@pytest.fixture
+def seen(tenth):
+    """Its own copy for each test: a step gives up the memory of the state that it is called with."""
+    return jax.device_put(*tenth)
 
 
 def poisoned(kind):
@@ -130,8 +136,10 @@ def test_a_loss_that_moved_for_good_is_accepted_and_one_that_runs_away_is_not(gr
     "path,layer,clause",
     [
         (("blocks", "attention", "qkv", "kernel"), 1, "the first output that is not finite is that of blocks[1]/attention/qkv"),
-        (("blocks", "mlp", "fc2", "bias"), 0, "the first output that is not finite is that of blocks[0]/mlp/fc2"),
-        (("patch_embedding", "bias"), None, "the first output that is not finite is that of patch_embedding"),
+        pytest.param(("blocks", "mlp", "fc2", "bias"), 0,
+                     "the first output that is not finite is that of blocks[0]/mlp/fc2", marks=pytest.mark.slow),
+        pytest.param(("patch_embedding", "bias"), None,
+                     "the first output that is not finite is that of patch_embedding", marks=pytest.mark.slow),
         (("output", "linear", "kernel"), None, "the first output that is not finite is that of output"),
     ],
 )  # fmt: skip
@@ -209,7 +217,7 @@ def test_any_flipped_gradient_bit_is_caught_before_the_state_advances(seen, faul
 
     none = {"leaf": jnp.int32(-1), "index": jnp.int32(0), "bit": jnp.uint32(0)}
     assert int(twice([none, none])[0].step) == 11
-    for bit in [*range(32), *(rng.randrange(32) for _ in range(28))]:
+    for bit in range(32):
         leaf = rng.randrange(len(leaves))
         index = jnp.int32(rng.randrange(leaves[leaf].size))
         fault = {"leaf": jnp.int32(leaf), "index": index, "bit": jnp.uint32(bit)}

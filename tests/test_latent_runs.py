@@ -12,6 +12,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from job import run
 from runs import saved, train
 
+from dit_jax import checkpoint
 from dit_jax.config import DataConfig
 from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.latent_writer import write_latents
@@ -58,11 +59,19 @@ def arguments(workdir, latents, *more, steps=20):
 
 
 @pytest.fixture(scope="module")
-def trained(latents, tmp_path_factory, cache_dir):
-    """A run of 20 steps, resumed at step 10 with its latents moved elsewhere and read from disk."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    code, _, err = run("train", *arguments(workdir, latents, steps=10), cache_dir=cache_dir)
+def whole(latents, tmp_path_factory, cache_dir):
+    """A run of 20 steps in one go."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    code, _, err = run("train", *arguments(workdir, latents), cache_dir=cache_dir)
     assert code == 0, err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(whole, latents, tmp_path_factory, cache_dir):
+    """The same, resumed at step 10 with its latents moved elsewhere and read from disk."""
+    workdir = shutil.copytree(whole, tmp_path_factory.mktemp("runs") / "run")
+    shutil.rmtree(checkpoint.path_of(str(workdir), 20))
     moved = tmp_path_factory.mktemp("moved") / "latents"
     shutil.copytree(latents, moved)
     code, _, err = run("train", *arguments(workdir, moved, "--config.data.cache=False"), cache_dir=cache_dir)
@@ -70,10 +79,8 @@ def trained(latents, tmp_path_factory, cache_dir):
     return workdir
 
 
-def test_a_run_on_latents_trains_and_resumes_bitwise(trained, latents, tmp_path, cache_dir):
-    code, _, err = run("train", *arguments(tmp_path / "run", latents), cache_dir=cache_dir)
-    assert code == 0, err
-    a, b = saved(trained, 20), saved(tmp_path / "run", 20)
+def test_a_run_on_latents_trains_and_resumes_bitwise(whole, trained, latents):
+    a, b = saved(trained, 20), saved(whole, 20)
     for name in ("params", "ema", "opt", "data"):
         np.testing.assert_equal(a[name], b[name])
     assert a["data"]["source"]["sha256"] == open_latents(f"{latents}/train").content

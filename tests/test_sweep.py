@@ -1,19 +1,30 @@
-"""The sweep: a small ladder end to end, a cell that fails, a worker that dies, and a second run that finds all done."""
+"""The sweep: a small ladder end to end, a cell that fails, a worker that dies, and a second run that finds all done.
 
+And the same ladder with one run per size (sweep.curves), and cells that are scored by their samples (sweep.samples).
+"""
+
+import contextlib
 import dataclasses
 import json
+import math
 import os
-import time
+import shutil
+from pathlib import Path
 
 import pytest
-from job import start
+from job import die, run, start
 
 from dit_jax import flops
 from dit_jax.config import SweepConfig, resolve
 from dit_jax.config import template as config_template
-from dit_jax.error import UsageError
+from dit_jax.error import JobError, UsageError
+from dit_jax.evaluation.protocol import loss_protocol
+from dit_jax.job.workers import run_cells
 from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
+from dit_jax.workdir.records import protocol_id, read_records
+
+BUDGETS = (2e8, 6e8)
 
 
 def ladder_config(**changes):
@@ -40,7 +51,7 @@ def small():
         processes=2,
         grid=2,
     )
-    c.eval.update(times_per_image=8, samples=100)
+    c.eval.update(times_per_image=8, samples=100, max_images=64)
     return c
 
 
@@ -59,8 +70,16 @@ def test_cells_spend_their_budget_with_one_aspect_ratio(tmp_path):
 def few():
     """The same with two budgets: seven cells, the largest width once."""
     c = small()
-    c.sweep.update(budgets=(4e8, 1.2e9), windows=((0, 3), (0, 4)))
+    c.sweep.update(budgets=BUDGETS, windows=((0, 3), (0, 4)))
     return c
+
+
+def file(folder, config):
+    """The flag of a config file that is a function of this module."""
+    path = folder / f"{config.__name__}.py"
+    here = os.path.dirname(__file__)
+    path.write_text(f"import sys\nsys.path.append({here!r})\nfrom test_sweep import {config.__name__} as get_config\n")
+    return f"--config={path}"
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +90,10 @@ def swept(tmp_path_factory, data_dir, cache_dir):
     ladder.prepare(cfg, str(workdir))
     foreign = next(c for c in ladder.make_cells(cfg, str(workdir)) if c.cfg.model.width == 16)
     os.makedirs(foreign.workdir)
+    (workdir / "compiled").symlink_to(cache_dir)  # the sweep's own cache: here what all tests compiled
     with open(os.path.join(foreign.workdir, "thesis.txt"), "w") as f:
         f.write("mine")
-    config = workdir.parent / "ladder.py"
-    config.write_text(
-        f"import sys\nsys.path.append({os.path.dirname(__file__)!r})\nfrom test_sweep import few\nget_config = few\n"
-    )
-    process = start("sweep", f"--config={config}", f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
+    process = start("sweep", file(workdir.parent, few), f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
     _, said = process.communicate()
     assert process.returncode == 1, said
     return cfg, workdir, said
@@ -90,8 +106,8 @@ def test_a_failed_cell_costs_the_others_nothing(swept):
     assert os.listdir(failed.workdir) == ["thesis.txt"]
     runs = load_runs([str(workdir)])
     assert len(runs) == 6
-    for run in runs:
-        assert 0 < run.loss < 3 and run.loss_se > 0
+    for found in runs:
+        assert 0 < found.loss < 3 and found.loss_se > 0
 
 
 def test_the_loop_is_closed(swept):
@@ -100,7 +116,7 @@ def test_the_loop_is_closed(swept):
     (name,) = os.listdir(workdir / "extrapolation")
     lines = (workdir / "extrapolation" / name / "eval" / "records.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert records[0]["flops_train"] == pytest.approx(3.6e9, rel=0.02)
+    assert records[0]["flops_train"] == pytest.approx(1.8e9, rel=0.02)
     assert {key for r in records for key in r["metrics"]} >= {"loss", "fd_digits"}
     report = (workdir / "report.html").read_text()
     for part in ("IsoFLOP", "Predicted against measured", "data:image/png;base64", "fd_digits of 100 samples"):
@@ -113,9 +129,7 @@ def test_a_second_run_finds_everything_done(swept, capsys):
     cfg, workdir, _ = swept
     before = {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
     metrics = {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
-    start = time.monotonic()
-    failed = ladder.run(cfg, str(workdir))
-    assert len(failed) == 1 and time.monotonic() - start < 60
+    assert len(ladder.run(cfg, str(workdir))) == 1
     assert before == {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
     assert metrics == {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
     said = capsys.readouterr()
@@ -130,22 +144,11 @@ def test_another_sweep_for_a_folder_is_refused(swept):
         ladder.run(other, str(workdir))
 
 
-def die(cell):
-    """Stands for a cell that runs out of memory."""
-    if cell.cfg.model.width == 8:
-        os._exit(9)
-    return cell.name
-
-
 def test_a_dying_worker_loses_its_own_cell_only(tmp_path):
-    cells = ladder.make_cells(ladder_config(windows=((0, 2), (0, 1), (2, 3))), str(tmp_path))
-    outcomes = {cell.name: outcome for cell, outcome in ladder.run_cells(cells, 2, str(tmp_path), die) if cell}
-    assert len(outcomes) == 4
-    for cell in cells:
-        if cell.cfg.model.width == 8:
-            assert "its process died" in str(outcomes[cell.name])
-        else:
-            assert outcomes[cell.name] == cell.name
+    cells = ["ends", "dies", "waits"]
+    outcomes = {cell: outcome for cell, outcome in run_cells(cells, 2, str(tmp_path), die) if cell}
+    assert "its process died" in str(outcomes.pop("dies"))
+    assert outcomes == {"ends": "ends", "waits": "waits"}
 
 
 @pytest.mark.parametrize(
@@ -171,3 +174,173 @@ def test_no_budgets_and_too_small_budgets(tmp_path):
         ladder.make_cells(ladder_config(sizes=((4, 1, 1), (8, 2, 1), (8, 2, 2), (16, 4, 1))), str(tmp_path))
     with pytest.raises(UsageError, match="less than one step of the model of width 4"):
         ladder.make_cells(ladder_config(budgets=(1e3, 3e9, 6e9)), str(tmp_path))
+
+
+def by_curves(curves=True, **changes):
+    """The ladder's first three sizes, with one run per size."""
+    c = few()
+    c.eval.update(guidance=(1.0, 2.0), bootstrap=0)
+    c.sweep.update(windows=((0, 3), (0, 3)), extrapolate=0.0, curves=curves)
+    c.sweep.update(changes)
+    return c
+
+
+def records_of(cells):
+    """(size, step) -> the record of the loss."""
+    found = [(c.cfg.model.width, record) for c in cells for record in read_records(c.workdir).values()]
+    return {(width, record["step"]): record for width, record in found if "loss" in record["metrics"]}
+
+
+def train_cell(name, workdir, folder, cache_dir, *more):
+    """One cell alone, on one device, as the cells of `swept` are."""
+    flags = [file(folder, by_curves), f"--workdir={workdir}", f"--cell={name}", *more]
+    code, _, said = run("sweep", *flags, cache_dir=cache_dir, devices=1)
+    assert code == 0, said
+
+
+@pytest.fixture(scope="module")
+def curves(swept, tmp_path_factory, cache_dir):
+    """The ladder with one run per size."""
+    folder, cfg = tmp_path_factory.mktemp("curves"), resolve(by_curves())
+    workdir = folder / "sweep"
+    ladder.prepare(cfg, str(workdir))
+    (workdir / "compiled").symlink_to(cache_dir)
+    cells = ladder.make_cells(cfg, str(workdir))
+    for cell in cells:
+        train_cell(cell.name, workdir, folder, cache_dir)
+    return cfg, workdir, cells
+
+
+def test_a_size_is_trained_once_as_far_as_its_largest_budget(curves):
+    _, _, cells = curves
+    apart = ladder.make_cells(resolve(by_curves(curves=False)), "apart")
+    assert sorted(cell.name for cell in cells) == ["w12-d3", "w4-d1", "w8-d2"]
+    longest = {c.cfg.model.width: max(a.cfg.train.steps for a in apart if a.cfg.model == c.cfg.model) for c in cells}
+    assert {cell.cfg.model.width: cell.cfg.train.steps for cell in cells} == longest
+    assert sum(cell.budget for cell in cells) == 3 * BUDGETS[1]
+    assert sum(cell.budget for cell in apart) == 3 * sum(BUDGETS)
+
+
+def test_the_loss_at_a_budget_is_that_of_a_separate_run(curves, swept):
+    """Bit for bit, for all six pairs of size and budget: same weights, same loss, same FLOPs."""
+    cfg, workdir, _ = swept
+    one, other = records_of(ladder.make_cells(cfg, str(workdir))), records_of(curves[2])
+    assert len(one) == 6 and one.keys() == other.keys()
+    for at, record in one.items():
+        for field in ("metrics", "weights_sha256", "flops_train", "images_seen", "protocol_id"):
+            assert record[field] == other[at][field], at
+
+
+def test_the_wing_reads_a_run_per_budget(curves):
+    _, workdir, _ = curves
+    found = load_runs([str(workdir / "cells")], curves=True)
+    assert len(found) == 6 and len({run.name for run in found}) == 3
+    assert len({run.protocol_id for run in found}) == 1
+
+
+def planted(record):
+    """The record with the loss of a law whose best size is within the ladder, because models so small tell none."""
+    n, d = record["params_active"], record["tokens_seen"]
+    best = 1100 * (record["flops_train"] / BUDGETS[0]) ** 0.5
+    record["metrics"]["loss"] = 1 + 20 * d**-0.1 + 0.1 * math.log(n / best) ** 2
+    return record
+
+
+def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cache_dir, capsys):
+    """Finished cells do not run again; with a budget more, each run goes on from its last step."""
+    cfg, workdir, _ = curves
+    workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
+    for path in Path(workdir).rglob("records.jsonl"):
+        path.write_text("".join(json.dumps(planted(json.loads(line))) + "\n" for line in path.read_text().splitlines()))
+    assert ladder.run(cfg, workdir) == []
+    said = capsys.readouterr()
+    assert "3 of 3 cells are finished" in said.err and "Laws of compute" in said.out
+    further = {"budgets": (*BUDGETS, 9e8), "windows": ((0, 3), (0, 3), (2, 3))}
+    more = resolve(by_curves(**further))
+    identity = protocol_id(loss_protocol(more, ladder.prepare(more, workdir)))
+    todo = [cell for cell in ladder.make_cells(more, workdir) if not ladder.finished(cell, identity)]
+    assert [cell.name for cell in todo] == ["w12-d3"]
+    scalars = Path(todo[0].workdir) / "metrics.jsonl"
+    before = scalars.read_text()
+    flags = [f"--config.sweep.{key}={value}" for key, value in further.items()]
+    train_cell("w12-d3", workdir, tmp_path, cache_dir, *flags)
+    assert ladder.finished(todo[0], identity)
+    assert scalars.read_text().startswith(before) and len(before) > 100
+    steps = sorted(step for step, _ in read_records(todo[0].workdir))
+    assert steps == list(todo[0].steps) and len(steps) == 3
+    with pytest.raises(UsageError, match=r"holds another sweep: sweep.budgets is"):
+        ladder.prepare(cfg, workdir)
+
+
+def test_a_budget_that_a_run_has_passed_is_an_error(curves, tmp_path):
+    cfg, workdir, _ = curves
+    workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
+    sweep = dataclasses.replace(cfg.sweep, budgets=(*BUDGETS, 4e8), windows=(*cfg.sweep.windows, (0, 1)))
+    more = dataclasses.replace(cfg, sweep=sweep)
+    (cell,) = [cell for cell in ladder.make_cells(more, workdir) if cell.name == "w4-d1"]
+    with pytest.raises(JobError, match=rf"w4-d1: found no checkpoint of steps \[{cell.steps[1]}\], which the run has"):
+        ladder.run_cell(cell)
+
+
+@pytest.mark.parametrize("optim,message", [
+    ({"schedule": "cosine"}, r"optim.schedule: found 'cosine', expected 'constant' with sweep.curves: else a run stopped"),
+    ({"ema": "constant"}, r"optim.ema: found 'constant', expected 'power' with sweep.curves"),
+])  # fmt: skip
+def test_curves_are_refused_where_a_stopped_run_is_another(optim, message):
+    for curves in (False, True):
+        c = by_curves(curves=curves)
+        c.optim.update(optim)
+        with pytest.raises(UsageError, match=message) if curves else contextlib.nullcontext():
+            resolve(c)
+
+
+def test_two_sizes_of_one_name_are_refused(tmp_path):
+    sweep = {"curves": True, "sizes": ((4, 1, 1), (8, 2, 1), (8, 2, 2))}
+    c = small()
+    c.sweep.update(budgets=(4e7, 8e7), windows=((0, 2), (2, 3)), **sweep)
+    with pytest.raises(UsageError, match=r"found w8-d2 twice"):
+        ladder.make_cells(resolve(c), str(tmp_path))
+
+
+def as_scored(loss, drawn):
+    """The record of the loss with the metrics and the protocol of samples."""
+    return loss | {key: drawn[key] for key in ("metrics", "metric_signs", "protocol", "protocol_id", "flops_sample")}
+
+
+def test_cells_are_scored_by_samples_at_every_guidance(curves, tmp_path, cache_dir):
+    """Asked for later, too: a finished cell is not trained again, and `scaling metric` and `frontier` read the ladder's folder.
+
+    The smallest cell is scored; the others get the scores of its last step.
+    """
+    _, workdir, _ = curves
+    workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
+    scored = resolve(by_curves(samples=70))
+    identity = protocol_id(loss_protocol(scored, ladder.prepare(scored, workdir)))
+    cells = sorted(ladder.make_cells(scored, workdir), key=lambda cell: cell.cfg.model.width)
+    assert not any(ladder.finished(cell, identity) for cell in cells)
+    trained = os.stat(os.path.join(cells[0].workdir, "metrics.jsonl")).st_mtime_ns
+    assert "loss" in ladder.run_cell(cells[0])["metrics"]
+    assert ladder.finished(cells[0], identity) and not ladder.finished(cells[1], identity)
+    assert os.stat(os.path.join(cells[0].workdir, "metrics.jsonl")).st_mtime_ns == trained
+    records = read_records(cells[0].workdir)
+    drawn = {at: r for at, r in records.items() if "samples" in r["protocol"]}
+    assert len(records) == 3 * len(cells[0].steps) and len(drawn) == 2 * len(cells[0].steps)
+    assert all(r["protocol"]["samples"]["num"] == 70 and "fd_digits" in r["metrics"] for r in drawn.values())
+    last = [record for (step, _), record in drawn.items() if step == cells[0].steps[-1]]
+    for cell in cells[1:]:
+        path = Path(cell.workdir) / "eval" / "records.jsonl"
+        losses = [json.loads(line) for line in path.read_text().splitlines()]
+        more = [as_scored(loss, record) for loss in losses for record in last]
+        path.write_text("".join(json.dumps(record) + "\n" for record in [*losses, *more]))
+        assert ladder.finished(cell, identity)
+    for job in (("metric", "--each"), ("frontier",)):
+        out = tmp_path / f"{job[0]}.json"
+        code, _, said = run("scaling", *job, workdir, "--metric=fd_digits", f"--json={out}", cache_dir=cache_dir)
+        assert code == 0, said
+        assert json.loads(out.read_text())
+
+
+def test_too_few_samples_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UsageError, match=r"sweep.samples: found 10, expected more than the 64 features"):
+        ladder.prepare(resolve(by_curves(samples=10)), str(tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()

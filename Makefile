@@ -12,10 +12,11 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev peers tpu demo test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
+.PHONY: help setup dev peers tpu demo demo-10x test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 8 minutes)"
+	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
 	@echo "make test       the tests (about 14 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
@@ -55,6 +56,9 @@ dev: $(VENV)/.dev
 
 demo: setup
 	@$(BIN)/python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=$(DEMO)
+
+demo-10x: demo
+	@$(BIN)/python benchmarks/targets.py $(DEMO) --multiple=10 --seeds=2
 
 test: dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -3,12 +3,12 @@
 python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=runs/demo
 
 A constant learning rate and a power EMA make a run that passes a budget the very run of that budget, so each size is trained once. A budget
-uses the sizes within about three times of its best one.
+uses the sizes that it trains for 400 steps or more: before that the losses follow the warm-up, not the law.
 """
 
 from dit_jax.config import template
 
-SIZES = tuple((4 * k, k, 1) for k in range(3, 8))  # (width, depth, heads): width / depth = 4
+SIZES = tuple((4 * k, k, 1) for k in range(3, 10))  # (width, depth, heads): width / depth = 4; the last two for the target
 BUDGETS = (3e10, 4.75e10, 7.54e10, 1.19e11, 1.89e11, 3e11)  # training FLOPs
 
 
@@ -24,7 +24,7 @@ def get_config(target="1.7e12"):
     c.sweep.update(
         budgets=BUDGETS,
         sizes=SIZES,
-        windows=((0, 3), (0, 4), (0, 4), (0, 5), (1, 5), (1, 5)),
+        windows=((0, 2), (0, 3), (0, 4), (0, 5), (0, 5), (0, 5)),
         curves=True,
         base_width=64,
         width_power=0.5,

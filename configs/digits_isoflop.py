@@ -8,7 +8,9 @@ uses the sizes that it trains for 400 steps or more: before that the losses foll
 
 from dit_jax.config import template
 
-SIZES = tuple((4 * k, k, 1) for k in range(3, 10))  # (width, depth, heads): width / depth = 4; the last two for the target
+SIZES = tuple(
+    (4 * k, k, 1) for k in range(3, 10)
+)  # (width, depth, heads): width / depth = 4; the last two for the target
 BUDGETS = (3e10, 4.75e10, 7.54e10, 1.19e11, 1.89e11, 3e11)  # training FLOPs
 
 

@@ -158,6 +158,17 @@ def dropped(runs) -> list[Run]:
     return quality.drop(runs, ("diverged", "outliers")).runs
 
 
+def passing(noise=0.01, own=0.005, seed=0, budgets=6, sizes=5) -> list[Run]:
+    """One run a size, which passes every budget: noise of its own at each, and a shift `own` that all its losses share."""
+    rng, runs = np.random.default_rng(seed), []
+    for i, n in enumerate(np.geomspace(5e8, 8e9, sizes).tolist()):
+        shift = own * rng.standard_normal()
+        for c in np.geomspace(3e19, 9e20, budgets).tolist():
+            loss = LAW(n, c / (6 * n)) * math.exp(shift + noise * rng.standard_normal())
+            runs.append(Run(f"n{i}", n, c / (6 * n), c, float(loss)))
+    return runs
+
+
 @dataclass(frozen=True)
 class Design:
     """Planted studies: how to make one of a seed, what is true at which compute ({}: nothing is to be held), and of which methods its
@@ -185,6 +196,7 @@ DESIGNS = {
     "ragged": Design(lambda s: ragged(seed=s), *of_surface(1e22)),
     "3 % diverged": Design(lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), *of_surface(1e22)),
     "scattered runs": Design(lambda s: scatter(noise=0.005, seed=s), *of_surface(1e22), ("varpro", "surface")),
+    "5 curves x 6": Design(lambda s: passing(seed=s), *of_surface(6e21), ("varpro", "surface")),
     "unscaled rates": Design(lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=BENT), {}, 4e12),
     "repeated data": Design(
         lambda s: ladder(repeated(UNIQUE), noise=0.003, seed=s, budgets=5, low=1e18, high=1e20), {}, 1e21

@@ -29,7 +29,8 @@ LEAST = 0.5  # degrees of freedom that tell a variance
 @dataclass(frozen=True)
 class Noise:
     """Noise of the runs about a curve: its standard deviation at the mean loss, the degrees of freedom that tell it, how it goes with the
-    loss, the standardised residuals to draw from, and the share of the variance that the rows of one run have in common."""
+    loss, the standardised residuals to draw from, and the share of the variance that the rows of one run have in common, which `free_runs`
+    degrees of freedom tell."""
 
     scale: float
     freedom: int
@@ -37,6 +38,7 @@ class Noise:
     residuals: np.ndarray
     shared: float
     groups: np.ndarray  # (n,) the run of each row, counted from 0
+    free_runs: float = math.inf
 
     def draw(self, rng: np.random.Generator, resamples: int) -> np.ndarray:
         """Noise (resamples, n) to add to the curve's losses."""
@@ -44,7 +46,8 @@ class Noise:
         own = rng.choice(self.residuals, (resamples, len(self.groups)))
         if self.shared:
             together = rng.choice(self.residuals, (resamples, int(self.groups.max()) + 1))[:, self.groups]
-            own = math.sqrt(self.shared) * together + math.sqrt(1 - self.shared) * own
+            told = np.sqrt(self.free_runs / rng.chisquare(self.free_runs, (resamples, 1)))
+            own = math.sqrt(self.shared) * told * together + math.sqrt(1 - self.shared) * own
         return scale * own
 
 
@@ -70,11 +73,13 @@ def noise(
     spread = math.sqrt(np.mean(pooled**2))
     pooled = pooled / spread if spread > 0 else pooled
     scale = math.sqrt(float((residual**2).sum()) / float(free.sum()))
-    shared, known = _shared(residual / found.relative, groups, freedom, int(groups.max()) + 1 - absorbed)
-    if shared:
+    free_runs = int(groups.max()) + 1 - absorbed
+    shared, known = _shared(residual / found.relative, groups, freedom, free_runs)
+    if shared:  # the runs' part is drawn with its own degrees of freedom, the rows' with what is left
+        left = max(1, round(freedom - free_runs))
+        found = Power(found.log_loss, found.chance, found.squares * left / found.freedom, left)
         freedom = max(1, min(freedom, round(known)))
-        found = Power(found.log_loss, found.chance, found.squares * freedom / found.freedom, freedom)
-    return Noise(scale, freedom, found, pooled, shared, groups)
+    return Noise(scale, freedom, found, pooled, shared, groups, free_runs)
 
 
 def absorbed_means(basis: np.ndarray, groups: np.ndarray) -> float:

@@ -456,7 +456,7 @@ def test_a_diverged_checkpoint_is_named_and_the_others_are_scored(workdir, tmp_p
         evaluate_run(cfg, str(tmp_path / "run"), quiet=True)
     assert [r["step"] for r in records(tmp_path / "run")] == [20, 40]
     said = capsys.readouterr().err
-    assert "checkpoints/30: ema, heun 4, guidance 2: samples 0 to" in said and "it is not recorded for step 30" in said
+    assert "checkpoints/30: ema, euler 4, guidance 2: samples 0 to" in said and "it is not recorded for step 30" in said
 
 
 def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -109,20 +108,3 @@ def test_what_help_and_choices_name_is_what_there_is():
 def test_the_package_lists_its_jobs():
     done = subprocess.run([sys.executable, "-m", "dit_jax"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(re.findall(r"^  (\w+) +\w", done.stdout, re.MULTILINE)) == {*JOBS, "scaling"}
-
-
-@pytest.mark.parametrize(
-    "arguments", ["dit_jax", "dit_jax.train --help", "dit_jax.scaling fit --help", "dit_jax.scaling fit TABLE"]
-)
-def test_a_reader_that_went_away_is_no_error(arguments, tmp_path):
-    table = tmp_path / "runs.csv"
-    cells = [(c, k * c**0.5) for c in (1e6, 4e6, 2e7) for k in (0.5, 0.8, 1, 1.3, 2)]
-    rows = [f"{n},{c / 6 / n},{1 + (n / c**0.5 - 1) ** 2 * 0.01}" for c, n in cells]
-    table.write_text("\n".join(["params,tokens,loss", *rows]))
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", *arguments.replace("TABLE", f"{table} --resamples=20").split()]
-    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
-    assert (done.returncode, said) == (0, [])

@@ -426,7 +426,7 @@ def test_a_report_shows_hostile_names_as_text_and_writes_its_files_only(tmp_path
 
 def test_a_plan_of_hostile_names_is_printable_and_writes_nothing(tmp_path):
     code, said, err = scaling("plan", ladder(tmp_path / "w"), "--flops=1e10", cwd=tmp_path / "here")
-    assert code == 0 and TAG in said, err
+    assert code == 0, err
     assert all(line.isprintable() for line in (said + err).split("\n"))
     code, said, err = scaling("plan", ladder(tmp_path / "v", "\x1b[2J"), "--flops=1e10", cwd=tmp_path / "here")
     assert (code, said) == (2, "") and "\x1b" not in err and err.count("\n") == 1

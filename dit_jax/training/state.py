@@ -1,6 +1,8 @@
 """The training state, created already sharded."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,12 @@ class TrainState:
         return {"params": self.params, "ema": self.ema, "opt": opt, **extras}
 
 
+@functools.lru_cache(maxsize=4)
+def initial(cfg: Config) -> Callable[[], TrainState]:
+    """`init_state` of this config, always the same function, so that jax traces it once."""
+    return lambda: init_state(cfg)
+
+
 def init_state(cfg: Config) -> TrainState:
     """Initial state, a pure function of the config: weights from train.seed, EMA equal to them, zero moments."""
     params = bind(cfg.model).init(random_key(cfg.train.seed))
@@ -47,7 +55,7 @@ def init_state(cfg: Config) -> TrainState:
 
 def abstract_state(cfg: Config, mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without making it."""
-    shapes = jax.eval_shape(lambda: init_state(cfg))
+    shapes = jax.eval_shape(initial(cfg))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -66,7 +74,7 @@ def abstract_batch(cfg: Config, mesh) -> dict:
 def make_state(cfg: Config, mesh) -> TrainState:
     """Initial state, each leaf created on the devices that keep it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
-    return jax.jit(lambda: init_state(cfg), out_shardings=shardings)()
+    return jax.jit(initial(cfg), out_shardings=shardings)()
 
 
 def restored_state(step: int, items: dict, like: TrainState) -> TrainState:

@@ -219,8 +219,10 @@ def _print_cells(proposal: Proposal, fit: Fit, r: dict, given: Settings, runs: S
         f"Together {proposal.cost:.3g} of at most {proposal.limit:.3g} FLOPs; the interval of N_opt would be {ratio:.2f} times as wide in "
         f"log N{text}. This counts the noise of runs and the scatter between budgets; it cannot know of a law that bends.\n"
     )
-    deepest = dataclasses.replace(given.model, depth=max(c["depth"] for c in cells))
-    warnings = outside(deepest, max(c["steps"] for c in cells), given, count)
+    warnings = []
+    if cells:
+        deepest = dataclasses.replace(given.model, depth=max(c["depth"] for c in cells))
+        warnings = outside(deepest, max(c["steps"] for c in cells), given, count)
     for warning in warnings:
         print(f"Note: of these runs, {warning}.")
     return dataclasses.asdict(proposal) | {"cells": cells, "warnings": warnings}

@@ -118,7 +118,8 @@ def judge(
     at = float(flops) or FAR * max(f.largest for f in able.values())
     again, said = {m: refit(m) for m in able}, {m: predict(f, at) for m, f in able.items()}
     scores = {m: errors(again[m], runs) for m in able}
-    passes = tuple(m for m, f in able.items() if f.identified and math.isfinite(said[m]["N_opt_interval"][0]))
+    drawn = {m: not f.resamples or math.isfinite(said[m]["N_opt_interval"][0]) for m, f in able.items()}
+    passes = tuple(m for m, f in able.items() if f.identified and drawn[m])
     order = sorted(passes or able, key=lambda m: _total(scores[m]))
     best = able[order[0]]
     speaks = bool(passes) or at <= INSIDE * best.largest

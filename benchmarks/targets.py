@@ -17,7 +17,7 @@ from dit_jax.evaluation.run import run as evaluate
 from dit_jax.job.compiled import use_cache
 from dit_jax.scaling import runs
 from dit_jax.scaling.report.text import TESTED_HEAD, print_table, tested_rows
-from dit_jax.scaling.verdicts.methods import again, fit_methods
+from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.scaling.verdicts.verdict import ANSWER, foretold, judge, lines
 from dit_jax.sweep.ladder import recommended_cell
 from dit_jax.training import loop
@@ -34,8 +34,8 @@ def main() -> None:
     use_cache(os.path.join(args.workdir, "compiled"))
     ladder = runs.load_runs([os.path.join(args.workdir, "cells")], curves=cfg.sweep.curves)
     target = args.multiple * max(cfg.sweep.budgets)
-    fits = fit_methods(ladder, target, ANSWER).fits
-    made = judge(ladder, fits, lambda method: again(method, 100), target)
+    found = fit_methods(ladder, target, ANSWER)
+    fits, made = found.fits, judge(ladder, found.fits, found.refits.__getitem__, target)
     print("\n".join(lines(made)))
     cfg = dataclasses.replace(cfg, sweep=dataclasses.replace(cfg.sweep, extrapolate=args.multiple))
     tested = []

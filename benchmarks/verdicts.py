@@ -16,7 +16,7 @@ from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.runs import Run, load_runs
 from dit_jax.scaling.verdicts import verdict
 from dit_jax.scaling.verdicts.holdout import folds, measured_optima
-from dit_jax.scaling.verdicts.methods import again, fit_methods
+from dit_jax.scaling.verdicts.methods import fit_methods
 
 DATA = os.path.join(os.path.dirname(__file__), "..", "tests", "data")
 CONFIGURATION = ("file", "dataset", "hparams", "warmup", "decay", "param_count", "val")
@@ -49,8 +49,8 @@ def tried(runs) -> dict:
     gone = {id(r) for r in left}
     point = next((p for p in points if id(p.runs[0]) in gone), None)
     at = point.flops if point else max(r.flops for r in left)
-    fits = fit_methods(rest, at, verdict.ANSWER, lambda m: options).fits
-    made = verdict.judge(rest, fits, lambda m: again(m, 100, **options), at)
+    found = fit_methods(rest, at, verdict.ANSWER, lambda m: options)
+    fits, made = found.fits, verdict.judge(rest, found.fits, found.refits.__getitem__, at)
     out = {
         "at": at,
         "beyond": at / max(r.flops for r in rest),

@@ -15,7 +15,7 @@ from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.fits.surface import Surface
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.verdicts import quality, verdict
-from dit_jax.scaling.verdicts.methods import again, fit_methods
+from dit_jax.scaling.verdicts.methods import fit_methods
 
 LAW = Surface(1.8169, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al. 2024, arXiv 2404.10102
 CHINCHILLA = Surface(1.69, 406.4, 410.7, 0.34, 0.28)  # Hoffmann et al. 2022, as printed
@@ -232,8 +232,8 @@ def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
 def _one(design: Design, seed: int, resamples: int) -> dict:
     """method, or "verdict" -> what it held in the study of this seed."""
     runs, options = design.make(seed), {"resamples": resamples, "seed": 10**6 + seed}
-    fits = fit_methods(runs, design.far, verdict.ANSWER, lambda method: options).fits
-    made = verdict.judge(runs, fits, lambda method: again(method, 100, **options), design.far)
+    found = fit_methods(runs, design.far, verdict.ANSWER, lambda method: options)
+    fits, made = found.fits, verdict.judge(runs, found.fits, found.refits.__getitem__, design.far)
     said, out = {m: predict(f, design.far) for m, f in fits.items()}, {}
     for method, fit in fits.items():
         low, high = fit.exponent("N_opt")[1]

@@ -80,7 +80,7 @@ def _judged(args, runs: list) -> tuple:
     found = fit_methods(runs, flops, tuple(names), options.__getitem__)
     if args.method in found.refused:
         raise UsageError(found.refused[args.method])
-    return found, verdict.judge(runs, found.fits, lambda m: again(m, 100, **options[m]), flops, _suspects(runs))
+    return found, verdict.judge(runs, found.fits, found.refits.__getitem__, flops, _suspects(runs))
 
 
 def _suspects(runs: list) -> list[tuple]:

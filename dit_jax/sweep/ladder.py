@@ -28,7 +28,7 @@ from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans.plan import plan
 from dit_jax.scaling.report import text
 from dit_jax.scaling.verdicts.beyond import Extrapolation
-from dit_jax.scaling.verdicts.methods import again, fit_methods
+from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.scaling.verdicts.verdict import ANSWER, Verdict, foretold, judge, lines
 from dit_jax.training import loop
 from dit_jax.workdir.folder import flatten, make_folder, read_config
@@ -265,7 +265,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     ladder = runs.load_runs([os.path.join(workdir, "cells")], protocol_id=protocol_id, curves=cfg.sweep.curves)
     target = cfg.sweep.extrapolate * max(cfg.sweep.budgets)
     found = fit_methods(ladder, target, ANSWER)
-    made = judge(ladder, found.fits, lambda method: again(method, 100), target)
+    made = judge(ladder, found.fits, found.refits.__getitem__, target)
     law, failed, tested, picture, said = found.fits[made.method], [], None, None, []
     for line in lines(made):
         say(line)

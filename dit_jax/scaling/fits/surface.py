@@ -9,7 +9,7 @@ D in tokens.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from dit_jax.scaling.runs import Run
 
 DELTA = 1e-3  # of the Huber loss: relative to the loss, whatever the residual
 NOTHING = 25.0  # a term e^25 times smaller than the smallest loss is none: the lower bound of log E, log A and log B
+SEARCHED = 6  # of the customary starts
 LIFT = 18.0  # above that bound: where a search may leave a term that is nothing
 STEEPEST = 5.0  # upper bound of the exponents
 ONE_BUDGET = 0.05  # runs whose compute differs by less are one budget
@@ -129,12 +130,16 @@ def fit_surface(runs: Sequence[Run], *, residual: str = "log", loss: str = "hube
     log B in {0, 5, ..., 25}. Options as of `fit_new`.
 
     Before a search, a start's E, A and B are replaced by the best ones for its exponents, so starts that share their exponents are one
-    point and are searched once.
+    point, of 25; the SEARCHED of least squared error are searched.
     """
-    exponents, half = np.arange(5) / 2, np.arange(-2, 3) / 2
-    starts = np.array(list(itertools.product(half, 5.0 * np.arange(6), 5.0 * np.arange(6), exponents, exponents)))
-    design = make_design(runs, residual, loss)
-    return _fit("surface", design, runs, project(design.problem, np.unique(starts[:, 3:], axis=0))[0], **options)
+    design, exponents = make_design(runs, residual, loss), np.arange(5) / 2
+    return _fit("surface", design, runs, _best_starts(design, itertools.product(exponents, exponents)), **options)
+
+
+def _best_starts(design: Design, exponents: Iterable) -> np.ndarray:
+    """Points (SEARCHED, 5): the pairs of exponents whose best E, A and B leave the least squared error."""
+    starts, errors = project(design.problem, np.array(list(exponents)))
+    return starts[np.argsort(errors, kind="stable")[:SEARCHED]]
 
 
 def fit_new(runs: Sequence[Run], *, residual: str = "log", loss: str = "mse", **options) -> Fit:
@@ -153,7 +158,7 @@ def fit_gadre(runs: Sequence[Run], *, residual: str = "linear", loss: str = "mse
     The paper fits the losses themselves by least squares, hence the defaults. Options as of `fit_new`."""
     design = make_design(runs, residual, loss, shared=True)
     line = np.geomspace(0.02, 3.0, 33)
-    starts = np.delete(project(design.problem, np.stack([line, line], axis=-1))[0], 4, axis=1)
+    starts = np.delete(_best_starts(design, zip(line, line, strict=True)), 4, axis=1)
     return _fit("gadre", design, runs, starts, **options)
 
 

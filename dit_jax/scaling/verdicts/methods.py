@@ -23,6 +23,7 @@ class Methods:
     refused: dict
     flops: float
     disagreements: tuple
+    refits: dict  # method -> a function that fits other runs in the same way (`again`)
 
     @property
     def main(self) -> Fit:
@@ -32,16 +33,15 @@ class Methods:
 
 def fit_one(runs: Sequence[Run], method: str, flops: float | int = 0.0, **options) -> Fit:
     """The fit of one method, examined for what it says beyond its data, as far as `flops`. `options` are those of its function."""
-    fit = METHODS[method](runs, **options)
-    return examine(fit, again(method, **options), flops)
+    return examine(METHODS[method](runs, **options), again(method, **options), flops)
 
 
-def again(method: str, most: int = 200, **options) -> Callable[[Sequence[Run]], Fit]:
+def again(method: str, most: int = 100, **options) -> Callable[[Sequence[Run]], Fit]:
     """A function that fits other runs in the same way, with at most `most` resamples; it remembers what it has fitted."""
     options, known = {**options, "resamples": min(options.get("resamples", most), most)}, {}
 
     def fit(runs: Sequence[Run]) -> Fit:
-        key = tuple(map(id, runs))
+        key = frozenset(map(id, runs))
         if key not in known:
             known[key] = METHODS[method](runs, **options)
         return known[key]
@@ -58,16 +58,17 @@ def fit_methods(
     """Every method of `names` that these runs allow. `flops` is the farthest compute asked for (0: none), where they are compared;
     `options(method)` are keyword arguments of its fit. Raises UsageError where no method fits."""
     fits, refused = {}, {}
+    refits = {method: again(method, **options(method)) for method in names}
     for method in names:
         try:
-            fits[method] = fit_one(runs, method, flops, **options(method))
+            fits[method] = examine(METHODS[method](runs, **options(method)), refits[method], flops)
         except UsageError as error:
             parts = str(error).split("; ")
             refused[method] = "; ".join(parts if len(parts) <= LISTED else [*parts[:LISTED], "and so on"])
     if not fits:
         raise UsageError("; ".join(f"{method}: {why}" for method, why in refused.items()))
     at = flops or max(r.flops for r in runs)
-    return Methods(fits, refused, at, tuple(_disagreements(fits, at)))
+    return Methods(fits, refused, at, tuple(_disagreements(fits, at)), refits)
 
 
 def values(fit: Fit, flops: float | int) -> dict:

@@ -73,7 +73,7 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
         cfg,
         model=model,
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
-        train=dataclasses.replace(cfg.train, steps=steps, keep=1, keep_at=(), **every),
+        train=dataclasses.replace(cfg.train, steps=steps, keep=1, keep_at=(), keep_every=0, **every),
         sweep=SweepConfig(),
         eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples, loss=True),
     )

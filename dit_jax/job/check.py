@@ -28,6 +28,7 @@ KEYS = (
     ("data", "latents"),
     ("autoencoder", "folder"),
     ("eval", "inception"),
+    ("eval", "classifier"),
     ("eval", "reference"),
 )
 

@@ -431,3 +431,15 @@ def test_a_grid_replaces_a_grid_and_no_other_picture(tmp_path):
     with pytest.raises(UsageError, match=f"^--grid: {photo} exists and was not written by this command"):
         check_out("--grid", str(photo), picture.MARK)
     assert photo.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["grid.png", "photo.png"]
+
+
+def test_the_samplers_of_a_grid_are_kept_from_checkpoint_to_checkpoint(workdir):
+    cfg, mesh = read_config(str(workdir)), make_mesh(MeshConfig())
+    grid = [
+        dataclasses.replace(cfg.sample, sampler=s, guidance=g / 2) for s in ("euler", "ddim", "heun") for g in range(5)
+    ]
+    made = [
+        [draw.make_sampler(cfg.model, draw.make_task(dataclasses.replace(cfg, sample=one)), one, mesh) for one in grid]
+        for _ in range(2)
+    ]
+    assert all(a is b for a, b in zip(*made, strict=True)) and len({*made[0]}) == len(grid)

@@ -47,7 +47,7 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(indices)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)  # a grid of settings goes through all of them for each checkpoint
 def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = ()) -> Callable:
     """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dit_jax.error import exit_code
 
-JOBS = ("train", "sample", "evaluate", "sweep", "scaling", "preflight", "convert", "encode", "bench")
+JOBS = ("train", "sample", "evaluate", "sweep", "scaling", "preflight", "convert", "encode", "features", "bench")
 
 
 def first_line(job: str) -> str:

@@ -68,9 +68,9 @@ class Saver:
     failed save, as a JobError.
     """
 
-    def __init__(self, workdir: str, keep: int, keep_at: Collection[int] = ()):
+    def __init__(self, workdir: str, keep: int, keep_at: Collection[int] = (), keep_every: int = 0):
         self.workdir, self._lock = workdir, contextlib.ExitStack()
-        self._prune = functools.partial(prune, workdir, keep, keep_at)
+        self._prune = functools.partial(prune, workdir, keep, keep_at, keep_every)
         self._pending: tuple[int, futures.Future] | None = None
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
         at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -150,12 +150,17 @@ def publish(unfinished: str, final: str) -> None:
     rename(unfinished, final)
 
 
-def prune(workdir: str, keep: int, keep_at: Collection[int] = ()) -> None:
-    """Remove all but the `keep` newest checkpoints and those of the steps `keep_at`, unless the newest does not verify."""
+def stays(step: int, keep_at: Collection[int], keep_every: int) -> bool:
+    """Whether the checkpoint of a step is never pruned: one of `keep_at`, or a multiple of `keep_every` (0 = none)."""
+    return step in keep_at or (keep_every > 0 and step % keep_every == 0)
+
+
+def prune(workdir: str, keep: int, keep_at: Collection[int] = (), keep_every: int = 0) -> None:
+    """Remove all but the `keep` newest checkpoints and those that stay (`stays`), unless the newest does not verify."""
     found = steps(workdir)
     if len(found) <= keep or manifest.problems(path_of(workdir, found[-1])):
         return
-    for step in sorted({*found[:-keep]} - {*keep_at}):
+    for step in (step for step in found[:-keep] if not stays(step, keep_at, keep_every)):
         old = path_of(workdir, step)
         aside = _free_name(old + REMOVING)
         rename(old, aside)  # so that a removal cut short leaves no half checkpoint

@@ -159,6 +159,7 @@ class TrainConfig:
     checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones
     keep_at: tuple = ()  # rising steps whose checkpoints are saved and never pruned
+    keep_every: int = 0  # steps between two checkpoints that are saved and never pruned, beside keep_at; 0 = none
     spike: float = 20.0  # standard deviations above the mean loss or gradient norm that skip a step; 0 = off
     spike_window: int = 100  # steps of the rolling mean and deviation, and steps before the first skipped spike
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
@@ -169,7 +170,7 @@ class TrainConfig:
         _at_least(1, self, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(1, self, "spike_window", "skips_in_a_row")
         in_range("train.seed", self.seed, 0, LARGEST)
-        _at_least(0, self, "spike", "replay_every")
+        _at_least(0, self, "spike", "replay_every", "keep_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
         if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
             expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"
@@ -219,8 +220,7 @@ class SampleConfig:
         choice("sample.channels", self.channels, ("all", "first3"))
         choice("sample.labels", self.labels, ("uniform", "balanced"))
         choice("sample.weights", self.weights, ("ema", "params"))
-        ends = self.interval
-        if len(ends) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
+        if len(ends := self.interval) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
             raise UsageError(f"sample.interval: found {shown(ends)}, expected (low, high) with 0 <= low <= high <= 1")
 
     def _check_times(self) -> None:
@@ -263,7 +263,8 @@ class EvalConfig:
     buckets: int = 8  # of t, with equal probability under its training distribution
     batch_size: int = 128  # held-out images per batch
     samples: int = 0  # images drawn for the sample metrics; 0 = none
-    features: str = "digits"  # feature network of the sample metrics: digits | inception
+    features: str = "digits"  # feature network of the sample metrics: digits | inception | classifier
+    classifier: str = ""  # folder of a network of your own images, written by `features`
     inception: str = ""  # folder of the Inception network, written by `convert --source=inception`
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
     loss: bool = True  # whether to compute the held-out loss; False if there are no held-out images here
@@ -281,7 +282,7 @@ class EvalConfig:
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")
-        choice("eval.features", self.features, ("digits", "inception"))
+        choice("eval.features", self.features, ("digits", "inception", "classifier"))
         for name, kind in (("samplers", str), ("steps", int), ("guidance", float), ("weights", str)):
             for value in getattr(self, name):
                 if not (number(value) if kind is float else type(value) is kind):
@@ -364,9 +365,8 @@ def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:
     if image_size % 8:
         raise UsageError(f"image_size: found {image_size}, expected a multiple of 8 pixels")
     size, patch = name.removeprefix("DiT-").split("/")
-    depth, width, heads = SIZES[size]
-    config = dict(depth=depth, width=width, heads=heads, patch=int(patch), input_size=image_size // 8)
-    return ModelConfig(**{**config, **changes})
+    found = dict(zip(("depth", "width", "heads"), SIZES[size], strict=True))
+    return ModelConfig(**found | dict(patch=int(patch), input_size=image_size // 8) | changes)
 
 
 def to_dict(config) -> dict:

@@ -4,7 +4,8 @@ Measures the held-out loss on a fixed set of (image, noise, t), and sample metri
 metrics beside it) for every combination of `eval.weights`, `samplers`, `steps` and `guidance`. One record per checkpoint
 and protocol goes to `W/eval/records.jsonl` and is not computed again. Sample i depends on (seed, i) only: a sample metric
 that was interrupted resumes from `W/eval/partial/`, also with other batches or devices, and ends in the same record.
-SIGTERM saves and exits 75. `--launcher=slurm|print` hands the combinations to a scheduler (dit_jax.job.launcher), and
+`--at=2000,4000` evaluates these steps alone, `--at=all` those on the disk now. SIGTERM saves and exits 75.
+`--launcher=slurm|print` hands the combinations, with `--at` those of each step, to a scheduler (dit_jax.job.launcher), and
 `--cell` evaluates one of them.
 """
 
@@ -29,6 +30,7 @@ def check(cfg: Config, slice_: Slice | None) -> None:
 
     _check_model(cfg, flags.FLAGS.workdir)
     check_config(cfg)
+    _steps(flags.FLAGS)
     if slice_:
         slice_.one_host("evaluate")
 
@@ -43,18 +45,38 @@ def main() -> None:
     if not values.watch and not checkpoint.steps(values.workdir):
         checkpoint.find_step(values.workdir)  # says what is missing
     _check_model(cfg, values.workdir)
-    parts = cells(cfg)
+    steps = _steps(values)
+    parts = {name: (part, steps) for name, part in cells(cfg).items()}
+    if steps:
+        parts = {f"{step}-{name}": (part, [step]) for step in steps for name, (part, _) in parts.items()}
     if values.cell is not None:
-        cfg = list(parts.values())[find_cell(list(parts), values.cell)]
+        cfg, steps = list(parts.values())[find_cell(list(parts), values.cell)]
     elif values.launcher != "local":
         check_config(cfg)
-        hand_over(values.launcher, "evaluate", list(parts), range(len(parts)), conclude=False)
+        at = {"at": ",".join(map(str, steps))} if steps else {}  # "all" may be others when a cell starts
+        hand_over(values.launcher, "evaluate", list(parts), range(len(parts)), conclude=False, changes=at)
         return
-    if sum(name != "loss" for name in parts) > 1 and not values.compilation_cache:  # a grid
+    if sum(not name.endswith("loss") for name in parts) > 1 and not values.compilation_cache:  # a grid
         compiled.use_cache(os.path.join(values.workdir, "compiled"))
-    failed = follow(cfg, values.workdir, values.watch, process_start())
+    failed = follow(cfg, values.workdir, values.watch, process_start(), steps)
     print(os.path.join(values.workdir, RECORDS))
     report_failed(failed)
+
+
+def _steps(values) -> list[int] | None:
+    """Return the checkpoints that `--at` names, rising; None without it. Raises UsageError if one of them is not there."""
+    from dit_jax import checkpoint
+
+    if values.at and values.watch:
+        raise UsageError("--at, --watch: found both, expected one of them: a live run has further steps")
+    for text in values.at if values.at != ["all"] else ():
+        if not (text.isascii() and text.isdecimal()):
+            raise UsageError(f"--at: found {text!r}, expected steps with commas, or all")
+    there = checkpoint.steps(values.workdir)
+    steps = there if values.at == ["all"] else sorted({int(text) for text in values.at})
+    if gone := [step for step in steps if step not in there]:
+        raise UsageError(f"--at: found {gone[0]}, expected steps among {there}, the checkpoints of {values.workdir}")
+    return steps or None
 
 
 def _check_model(cfg: Config, workdir: str) -> None:
@@ -69,6 +91,9 @@ def _check_model(cfg: Config, workdir: str) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    flags.DEFINE_list(
+        "at", [], "steps of the checkpoints, with commas; all = those there now; default: every one not yet done"
+    )
     flags.DEFINE_bool("watch", False, "follow a live run until its last step")
     define_flags()
     compiled.define_flag()

@@ -7,6 +7,7 @@ way, or after 20 s without them.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 from absl import flags
@@ -26,29 +27,21 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
     return dataclasses.replace(cfg.sample, **{name: value for name, value in given.items() if value is not None})
 
 
-def _wanted(values: list[str], classes: int) -> tuple[int, ...]:
-    if values and not classes:
-        raise UsageError(f"--labels: found {','.join(values)}, expected none: this model has no classes")
-    for value in values:
-        if not (value.isascii() and value.isdecimal()) or not int(value) < classes:
-            raise UsageError(f"--labels: found {value!r}, expected class numbers from 0 to {classes - 1}, with commas")
-    return tuple(int(value) for value in values)
-
-
 def _bound(values) -> tuple[Config, tuple[int, ...]]:
     """Return the config of the command and the classes asked for. Raises UsageError if they do not fit the model."""
     from dit_jax.diffusion.task import make_task
+    from dit_jax.sampling.label import find_classes
 
     cfg = resolve(values.config)
     if values.autoencoder is not None:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
     cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
     make_task(cfg)
-    if not values.out and not values.grid:
-        raise UsageError("--out, --grid: found neither, expected at least one of them")
+    if not (values.out or values.grid or values.images):
+        raise UsageError("--out, --grid, --images: found none, expected at least one of them")
     check_ending("--out", values.out, ".npz")
     check_ending("--grid", values.grid, ".png")
-    return cfg, _wanted(values.labels, cfg.model.classes)
+    return cfg, find_classes(values.labels, cfg)
 
 
 def check(_: Config, slice_: Slice | None) -> None:
@@ -66,15 +59,15 @@ def main() -> None:
 def _main(values, stop: list) -> None:
     from dit_jax import checkpoint
     from dit_jax.devices.mesh import make_mesh
-    from dit_jax.sampling import parts
+    from dit_jax.sampling import parts, picture
     from dit_jax.sampling.draw import open_sampling
-    from dit_jax.sampling.picture import GRID, MARK, save_grid
+    from dit_jax.sampling.label import names_of
 
     cfg, wanted = _bound(values)
     check_out("--out", values.out)
-    check_out("--grid", values.grid, MARK)
+    check_out("--grid", values.grid, picture.MARK)
     step = parts.find_step(values.workdir, values.step, values.out, cfg.sample.weights)
-    sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None)
+    sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None, values.rgb)
     _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
     shape = " x ".join(map(str, sampling.shape))
@@ -83,20 +76,27 @@ def _main(values, stop: list) -> None:
     def draw(first: int, end: int) -> Iterator:
         return sampling.images(params, values.seed, end, first, stop)
 
+    def drawn(num: int) -> Iterator:
+        return parts.read_npz(values.out) if values.out else draw(0, num)
+
+    job = sampling.describe(params, step, values.seed)
+    pngs = job | {"images": values.num}
+    there = values.images and picture.check_images(values.images, pngs, sampling.shape)
     if values.out:
-        job = sampling.describe(params, step, values.seed)
         parts.complete(values.out, job, sampling.shape, values.num, draw, stop)
-        print(values.out)
+    if values.images and not there:
+        picture.save_images(values.images, pngs, values.num, drawn(values.num))
     if values.grid:
-        save_grid(values.grid, parts.read_npz(values.out) if values.out else draw(0, min(values.num, GRID)))
-        print(values.grid)
+        model = f"{os.path.basename(os.path.abspath(values.workdir))}, depth {cfg.model.depth}, width {cfg.model.width}"
+        caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {values.seed}"
+        picture.save_grid(values.grid, drawn(min(values.num, picture.GRID)), names_of(cfg), caption)
+    print("\n".join(path for path in (values.out, values.images, values.grid) if path))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
-    flags.DEFINE_integer(
-        "num", 64, "images; a larger number later keeps those drawn before", lower_bound=1, upper_bound=2**30
-    )
+    more = "images; a larger number later keeps those drawn before"
+    flags.DEFINE_integer("num", 64, more, lower_bound=1, upper_bound=2**30)
     flags.DEFINE_integer("seed", 0, "seed", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("step", None, "checkpoint; default: that of unfinished parts, else the newest")
     flags.DEFINE_string("sampler", None, "one of those at --config.sample.sampler")
@@ -105,16 +105,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("channels", None, "channels that guidance acts on: all or first3")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
-        "batch_size",
-        None,
-        "images that are drawn before they are kept, in multiples of 16 per device; changes no image",
+        "batch_size", None, "images drawn before they are kept, in multiples of 16 per device; changes none"
     )
-    flags.DEFINE_list("labels", [], "classes to draw, in turn; default: the run's label policy")
-    flags.DEFINE_string(
-        "out",
-        "samples.npz",
-        "npz of uint8 images and labels; another job's file is never overwritten; empty = the grid only",
-    )
-    flags.DEFINE_string("grid", "", "PNG of the images, sorted by class; of the first 400 if there are more")
+    flags.DEFINE_list("labels", [], "classes to draw, in turn: numbers, or (parts of) names; default: the label policy")
+    what = "npz of uint8 images and labels; another job's file is never overwritten; empty = none"
+    flags.DEFINE_string("out", "samples.npz", what)
+    flags.DEFINE_string("grid", "", "PNG of the images, a row a class; of the first 400 if there are more")
+    flags.DEFINE_string("images", "", "folder of PNGs, one an image; new or empty")
+    flags.DEFINE_bool("rgb", False, "three equal channels for grey images, in every output")
     compiled.define_flag()
     launch(main, config="workdir", check=check)

@@ -17,7 +17,7 @@ from dit_jax.job.help import comments
 from dit_jax.sampling import draw, picture
 from dit_jax.scaling import fits, names, options
 
-JOBS = ("train", "sample", "evaluate", "sweep", "encode", "convert", "preflight", "bench")
+JOBS = ("train", "sample", "evaluate", "sweep", "encode", "features", "convert", "preflight", "bench")
 HEAVY = {
     "jax",
     "orbax",

@@ -1,4 +1,4 @@
-"""Checkpoints at stated steps (train.keep_at): never pruned, the same bits after kills; and how many images a run had."""
+"""Checkpoints at stated steps (train.keep_at, train.keep_every): never pruned, the same bits after kills; and how many images a run had."""
 
 import json
 import shutil
@@ -14,14 +14,17 @@ from dit_jax import checkpoint
 from dit_jax.config import TrainConfig, resolve
 from dit_jax.error import UsageError
 
-KEPT = (7, 20, 33)
+KEPT, EVERY = (7, 20, 33), 24
+ALL = sorted({*KEPT, EVERY, 2 * EVERY, STEPS})
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory, data_dir, cache_dir):
     """The small run with `keep_at`, killed between its second step of these and its last."""
     workdir = tmp_path_factory.mktemp("keep_at") / "run"
-    command = train(workdir, f"--config.train.keep_at={KEPT}", "--config.train.keep=1")
+    command = train(
+        workdir, f"--config.train.keep_at={KEPT}", f"--config.train.keep_every={EVERY}", "--config.train.keep=1"
+    )
     process = Job("train", *command, cache_dir=cache_dir)
     wait_for_step(process, workdir, 25)
     process.send_signal(signal.SIGKILL)
@@ -32,7 +35,7 @@ def kept(tmp_path_factory, data_dir, cache_dir):
 
 
 def test_stated_steps_are_saved_and_never_pruned(kept, uninterrupted):
-    assert checkpoint.steps(str(kept)) == [*KEPT, STEPS]
+    assert checkpoint.steps(str(kept)) == ALL
     assert_same_run(uninterrupted, kept)
 
 
@@ -48,11 +51,13 @@ def test_a_stated_step_holds_the_bits_of_a_run_of_that_many_steps(kept, step, tm
 
 def test_a_run_may_be_given_steps_later_and_says_which_are_gone(uninterrupted, tmp_path, cache_dir):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
-    command = train(workdir, "--config.train.keep_at=(33,50,64)", "--config.train.keep=1", steps=70)
+    stated = ("--config.train.keep_at=(33,50,64)", "--config.train.keep_every=6", "--config.train.keep=1")
+    command = train(workdir, *stated, steps=70)
     code, _, said = run("train", *command, cache_dir=cache_dir)
     assert code == 0, said
     assert f"train.keep_at: {workdir} is at step 60, past the steps [33], and has no checkpoint of them" in said
-    assert checkpoint.steps(str(workdir)) == [50, 64, 70]
+    assert f"train.keep_every: {workdir} is at step 60, past the steps [6, ..., 54], and has no checkpoint" in said
+    assert checkpoint.steps(str(workdir)) == [50, 60, 64, 66, 70]
 
 
 @pytest.mark.parametrize("found", [(0, 5), (5, 5), (9, 3), (5, 101), (2.5,), (True,), ("7",)])
@@ -70,7 +75,7 @@ def test_a_record_counts_the_images_that_the_run_had(kept, tmp_path, cache_dir):
     split = ("--config.data.split=train[:25%]", "--config.data.flip=True")
     code, _, said = run("train", *train(few, *split, steps=10), cache_dir=cache_dir)
     assert code == 0, said
-    for workdir, images, steps in ((kept, 1442, 4), (few, 360, 1)):
+    for workdir, images, steps in ((kept, 1442, len(ALL)), (few, 360, 1)):
         code, _, said = run("evaluate", f"--workdir={workdir}", "--config.eval.max_images=16", cache_dir=cache_dir)
         assert code == 0, said
         lines = [json.loads(line) for line in (workdir / "eval" / "records.jsonl").read_text().splitlines()]

@@ -500,6 +500,8 @@ def test_a_cell_is_named_or_numbered():
 def test_a_cells_command_is_the_jobs_own():
     kept = ["--config=x.py", "--workdir", "w"]
     assert own_arguments([*kept[:1], "--launcher=print", *kept[1:], "--cell", "3", "-launcher", "slurm"]) == kept
+    command = ["--at", "all", *kept, "--at=2"]
+    assert own_arguments(command, ["at"]) == kept and own_arguments(command) == command
     assert (spans([0, 1, 2, 5, 7, 8]), spans([4])) == ("0-2,5,7-8", "4")
 
 

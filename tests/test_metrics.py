@@ -1,22 +1,23 @@
 """Streamed statistics, the Fréchet distance and the network that gives `fd_digits` its features."""
 
-import hashlib
-import shutil
-from pathlib import Path
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 import scipy.linalg
-import train_digit_features as features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_jax.config import DataConfig
+from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig
 from dit_jax.data import pipeline, source
+from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
+from dit_jax.evaluation import scores
 from dit_jax.metrics import frechet
-from dit_jax.models import digit_features
+from dit_jax.models import classifier
+from dit_jax.networks.folder import DIGITS, load_network
+from dit_jax.training import classifier as features
 
 RNG = np.random.default_rng(0)
 
@@ -43,8 +44,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network():
-    params, meta = digit_features.load()
-    return jax.jit(digit_features.apply), params, meta
+    _, params, meta = load_network(DIGITS, "classifier")
+    return jax.jit(classifier.apply), params, meta
 
 
 # ---- statistics
@@ -150,47 +151,50 @@ def test_recorded_accuracy_is_reproduced(data, network):
     apply, params, meta = network
     images, cond = pipeline.load_arrays(data, "test")
     found, logits = apply(params, images)
-    assert found.shape == (len(images), digit_features.WIDTH) and found.dtype == np.float32
-    assert np.mean(np.argmax(np.asarray(logits), 1) == cond["label"]) == meta["accuracy"] >= 0.98
-    assert source.open_source(data, "test").describe() == meta["held_out"]
+    assert found.shape == (len(images), classifier.WIDTH) and found.dtype == np.float32
+    assert np.mean(np.argmax(np.asarray(logits), 1) == cond["label"]) == meta["source"]["accuracy"] >= 0.98
+    assert features.accuracy(params, images, cond["label"]) == meta["source"]["accuracy"]
+    assert source.open_source(data, "test").describe() == meta["source"]["held_out"]
 
 
-def test_shipped_weights_match_their_notes(network):
+def test_shipped_weights_are_those_that_records_name(network):
     _, params, meta = network
-    folder = Path(digit_features.__file__).parent
-    packed = (folder / "digit_features.safetensors").read_bytes()
-    assert hashlib.sha256(packed).hexdigest() == meta["sha256"] and len(packed) < 100_000
-    assert features.pack(params) == packed
-    fresh = jax.eval_shape(features.init, jax.random.key(0))
+    assert meta["sha256"] == "7c384d19f6068a17dfc347d28702cc9629ffe236999d57e6c656eab3ff97267a"
+    fresh = jax.eval_shape(lambda: classifier.init(jax.random.key(0), (8, 8, 1), 10))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
-    assert sum(leaf.size for leaf in jax.tree.leaves(fresh)) == meta["parameters"]
 
 
-def test_tampered_weights_are_refused(tmp_path):
-    folder = Path(digit_features.__file__).parent
-    for name in ("digit_features.safetensors", "digit_features.json"):
-        shutil.copy(folder / name, tmp_path)
-    digit_features.load(tmp_path)
-    weights = tmp_path / "digit_features.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (28, 28, 1), (32, 32, 3), (256, 256, 3)])
+def test_the_network_of_any_images_ends_in_64_features(shape):
+    def both(key):
+        return classifier.apply(classifier.init(key, shape, 7), jax.numpy.zeros((2, *shape)))
+
+    assert [found.shape for found in jax.eval_shape(both, jax.random.key(0))] == [(2, 64), (2, 7)]
+
+
+def test_a_network_of_ones_own_data_is_trained_scored_and_named_in_the_protocol(data, tmp_path):
+    out = str(tmp_path / "net")
+    meta = features.run(data, out, steps=3, seed=1)
+    assert meta["source"].items() >= {"dataset": "digits", "split": "train", "steps": 3, "seed": 1}.items()
+    cfg = Config(data=data, eval=EvalConfig(features="classifier", classifier=out, samples=100, bootstrap=0))
+    network = scores.open_network(cfg, make_mesh(MeshConfig()))
+    scores.check_config(cfg, "eval.samples")
+    said = f"accuracy {meta['source']['accuracy']:.4f} on 355 images of digits"
+    assert network.sha256 == meta["sha256"] and scores.describe(network)["classifier"] == said
+    assert {"fd_classifier", "is_classifier"} <= set(scores.real_scores(cfg, network))
+    with pytest.raises(UsageError, match=r"takes images of shape \(8, 8, 1\), found samples of \(32, 32, 3\)"):
+        scores.keeping(network, (32, 32, 3))
     with pytest.raises(
-        UsageError, match=f"^feature network: {weights} has sha256 .{{64}}, expected .{{64}} of .*json;"
+        UsageError, match=r"^eval\.classifier: empty, expected the folder .*python -m dit_jax\.features"
     ):
-        digit_features.load(tmp_path)
-    weights.unlink()
-    with pytest.raises(UsageError, match=f"^feature network: cannot read {weights} and .*No such file"):
-        digit_features.load(tmp_path)
-
-
-def test_training_writes_what_load_reads(data, tmp_path):
-    meta = features.run(str(tmp_path / "new"), steps=3, seed=1, data_dir=data.data_dir)
-    params, found = digit_features.load(tmp_path / "new")
-    assert found["accuracy"] == meta["accuracy"] and found["command"].endswith("--steps=3 --seed=1")
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["digit_features.json", "digit_features.safetensors"]
-    images, cond = pipeline.load_arrays(data, "test")
-    assert features.accuracy(params, images, cond["label"]) == meta["accuracy"]
+        scores.check_config(Config(eval=EvalConfig(features="classifier", samples=100)), "eval.samples")
+    for broken, message in (
+        ({"split": "test"}, "shares images with data.split"),
+        ({"held_out_split": "train[:9]"}, "shares images with data.split"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            features.run(dataclasses.replace(data, **broken), str(tmp_path / "other"), steps=3, seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_augmentation_only_shifts_and_adds_bounded_noise():

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import time
 import tracemalloc
@@ -15,11 +16,12 @@ from job import Job, compilations, run
 from PIL import Image
 
 from dit_jax import checkpoint
-from dit_jax.config import MeshConfig, SampleConfig
+from dit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SampleConfig
+from dit_jax.data.source import class_names
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.files import check_out
-from dit_jax.sampling import draw, parts, picture
+from dit_jax.sampling import draw, label, parts, picture
 from dit_jax.workdir.folder import read_config
 
 NUM = 400
@@ -322,7 +324,81 @@ def test_the_grid_is_of_the_first_images_only(tmp_path):
 
     picture.save_grid(str(tmp_path / "g.png"), many())
     with Image.open(tmp_path / "g.png") as drawn:
-        assert drawn.size == (20 * 60, 20 * 60)
+        assert drawn.size == (20 * 50, 20 * 50)
+
+
+def test_a_grid_has_a_row_a_class_its_name_and_whole_squares():
+    images, labels = np.arange(12, dtype=np.uint8).repeat(64).reshape(12, 8, 8, 1) * 20, np.array([1, 0, 3] * 4)
+    plain, named = (picture.grid(images, labels, names) for names in ((), ("no", "yes", "", "perhaps")))
+    assert plain.size == (4 * 50, 3 * 50) and named.size[0] > 4 * 50 and named.size[1] == 3 * 50
+    pixels = np.asarray(named)[:, -4 * 50 :, 0].reshape(3, 50, 4, 50)
+    for row, of in enumerate((0, 1, 3)):
+        for column, image in enumerate(images[labels == of]):
+            assert (pixels[row, 1:-1, column, 1:-1] == image[0, 0]).all()
+    captioned = picture.grid(images, labels, (), "digits, depth 2, width 16; step 60; euler 4, guidance 2; seed 0")
+    assert captioned.size[1] > 3 * 50 and captioned.crop((0, captioned.size[1] - 150, 200, captioned.size[1])) == plain
+    many = picture.grid(np.repeat(images[:1], 90, axis=0), np.arange(90) // 45, ("a", "b"))
+    assert many.size[0] <= 2100 and many.size[1] == 4 * 50  # two rows a class
+    assert picture.grid(images, np.arange(12), list("abcdefghijkl")).size == (4 * 50, 3 * 50)  # a class an image
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("golden", (1,)), ("Golden-Retriever", (1,)), ("goldfish,2", (0, 2)), ("terrier", "names 2 classes: tibetan terrier (2)"),
+        ("dog", (4,)), ("gouldfish", "did you mean 'goldfish'?"), ("5", "'5', expected class numbers from 0 to 4"),
+    ],
+)  # fmt: skip
+def test_classes_are_asked_for_by_number_name_or_a_part_of_it(asked, found, monkeypatch):
+    names = ("goldfish", "golden_retriever", "Tibetan terrier", "Norfolk terrier", "dog")
+    monkeypatch.setattr(label, "class_names", lambda data: names)
+    cfg = Config(model=ModelConfig(classes=5))
+    if isinstance(found, tuple):
+        assert label.find_classes(asked.split(","), cfg) == found
+    else:
+        with pytest.raises(UsageError, match=re.escape(found)):
+            label.find_classes(asked.split(","), cfg)
+    monkeypatch.setattr(label, "class_names", lambda data: names[:2])  # another data set's
+    assert label.names_of(cfg) == ("0", "1", "2", "3", "4")
+
+
+def test_names_of_classes_come_with_the_data_and_nothing_is_built(data_dir, tmp_path):
+    ready, absent = DataConfig(data_dir=str(data_dir)), DataConfig(dataset="nowhere", data_dir=str(tmp_path))
+    assert class_names(ready) == tuple("0123456789") and class_names(absent) == ()
+    assert class_names(DataConfig(data_dir=str(tmp_path / "new"))) and not os.listdir(tmp_path)
+
+
+def test_images_are_written_one_a_file_and_in_colour_if_asked(workdir, tmp_path, cache_dir):
+    folder, out = tmp_path / "images", tmp_path / "rgb.npz"
+    flags = [f"--workdir={workdir}", f"--images={folder}", "--steps=2", "--labels=3,7", "--rgb"]
+    code, said, err = run("sample", *flags, "--num=5", f"--out={out}", cache_dir=cache_dir)
+    assert code == 0 and said.split() == [str(out), str(folder)], err
+    with np.load(out, allow_pickle=False) as archive:
+        drawn = archive["arr_0"]
+    assert drawn.shape == (5, 8, 8, 3) and (drawn == drawn[..., :1]).all()
+    assert sorted(os.listdir(folder)) == [f"{i:06d}.png" for i in range(5)] + ["job.json"]
+    for i, image in enumerate(drawn):
+        with Image.open(folder / f"{i:06d}.png") as png:
+            np.testing.assert_array_equal(np.asarray(png), image)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    code, said, err = run("sample", *flags, "--num=5", "--out=", cache_dir=cache_dir)
+    assert code == 0 and said.split() == [str(folder)], err
+    code, _, err = run("sample", *flags, "--num=6", "--out=", cache_dir=cache_dir)
+    assert code == 2 and "images: found 5, this command has 6" in err
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_folder_of_images_is_whole_and_holds_nothing_else(tmp_path):
+    job, one = {"step": 1}, (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, np.int32))
+    with pytest.raises(Interrupted, match="2 of 3 images were drawn"):
+        picture.save_images(str(tmp_path / "new"), job, 3, iter([one]))
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.png").write_bytes(b"photo")
+    with pytest.raises(UsageError, match="exists and does not say which job drew it"):
+        picture.check_images(str(tmp_path / "mine"), job, (8, 8, 1))
+    with pytest.raises(UsageError, match="found images of 4 channels, expected 1 or 3"):
+        picture.check_images(str(tmp_path / "new"), job, (8, 8, 4))
 
 
 def test_a_long_batch_ends_after_the_rows_under_way_once_a_stop_is_asked(workdir):
@@ -355,3 +431,15 @@ def test_a_grid_replaces_a_grid_and_no_other_picture(tmp_path):
     with pytest.raises(UsageError, match=f"^--grid: {photo} exists and was not written by this command"):
         check_out("--grid", str(photo), picture.MARK)
     assert photo.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["grid.png", "photo.png"]
+
+
+def test_the_samplers_of_a_grid_are_kept_from_checkpoint_to_checkpoint(workdir):
+    cfg, mesh = read_config(str(workdir)), make_mesh(MeshConfig())
+    grid = [
+        dataclasses.replace(cfg.sample, sampler=s, guidance=g / 2) for s in ("euler", "ddim", "heun") for g in range(5)
+    ]
+    made = [
+        [draw.make_sampler(cfg.model, draw.make_task(dataclasses.replace(cfg, sample=one)), one, mesh) for one in grid]
+        for _ in range(2)
+    ]
+    assert all(a is b for a, b in zip(*made, strict=True)) and len({*made[0]}) == len(grid)

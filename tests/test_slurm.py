@@ -110,7 +110,7 @@ def test_an_evaluation_grid_runs_as_an_array(slurm, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, workdir)
     grid = ["--config.eval.samples=100", "--config.eval.guidance=(1.0,2.0)", "--config.sample.steps=4"]
     command = [sys.executable, "-m", "dit_jax.evaluate", f"--workdir={workdir}", *grid]
-    wait(slurm, call(slurm, *command, "--launcher=slurm").strip())
+    wait(slurm, call(slurm, *command, "--at=all", "--launcher=slurm").strip())
     found = read_records(str(workdir)).values()
     steps = {record["step"] for record in found}
     scales = [record["protocol"]["samples"]["guidance"] for record in found if "samples" in record["protocol"]]

@@ -48,21 +48,31 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data: whether a config chooses it, and how to open a split. `open` raises UsageError."""
+    """A kind of data: whether a config chooses it, how to open a split (raises UsageError), and the names of its classes."""
 
     chosen: Callable[[DataConfig], bool]
     open: Callable[[DataConfig, str], Source]
+    names: Callable[[DataConfig], tuple[str, ...]] = lambda data: ()
 
 
 KINDS = {  # the last row that a config chooses opens its data
-    "tfds": Kind(lambda data: True, tfds.open_split),
-    "latents": Kind(lambda data: bool(data.latents), latents.open_split),
+    "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
+    "latents": Kind(lambda data: bool(data.latents), latents.open_split, tfds.class_names),  # those of the images
 }
+
+
+def _kind(data: DataConfig) -> Kind:
+    return next(kind for kind in reversed(KINDS.values()) if kind.chosen(data))
 
 
 def open_source(data: DataConfig, split: str) -> Source:
     """Open a split of the config's data. Raises UsageError if it cannot be opened."""
-    return next(kind for kind in reversed(KINDS.values()) if kind.chosen(data)).open(data, split)
+    return _kind(data).open(data, split)
+
+
+def class_names(data: DataConfig) -> tuple[str, ...]:
+    """Return the name of each class; () without classes, or if the data are not on this machine."""
+    return _kind(data).names(data)
 
 
 def introduce(*opened: Source) -> None:

@@ -211,6 +211,15 @@ def open_split(data: DataConfig, split: str) -> Records:
     )  # fmt: skip
 
 
+def class_names(data: DataConfig) -> tuple[str, ...]:
+    """Return the names of the classes, which TFDS keeps beside the data; () if it has none here. Builds nothing."""
+    try:
+        features = _open(data.dataset, _directory(data.data_dir)).info.features
+    except UsageError:
+        return ()
+    return tuple(getattr(features["label"], "names", None) or ()) if "label" in features else ()
+
+
 def _index(builder: tfds.core.DatasetBuilder, files: Sequence) -> str:
     """SHA-256 of TFDS's notes on the files of a split: names, numbers of records, bytes of records.
 

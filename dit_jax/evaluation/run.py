@@ -156,8 +156,8 @@ def run(
     return records
 
 
-def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, str]:
-    """Evaluate all checkpoints on disk; with `watch` also later ones, until the last training step is evaluated.
+def follow(cfg: Config, workdir: str, watch: bool, since: float, steps: Sequence[int] | None = None) -> dict[int, str]:
+    """Evaluate `steps`, or all checkpoints on disk; with `watch` also later ones, until the last training step is evaluated.
 
     SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
     """
@@ -165,7 +165,7 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float) -> dict[int, st
     with stop_flag(PATIENCE) as stop, _ledger(workdir, False, since) as ledger:
         wanted = tasks(cfg, workdir, stop, False)
         while True:
-            records = _run(wanted, workdir, None, False, stop, failed, ledger)
+            records = _run(wanted, workdir, steps, False, stop, failed, ledger)
             newest = max([*(record["step"] for record in records), *failed], default=0)
             if not watch or newest >= read_config(workdir).train.steps:
                 break

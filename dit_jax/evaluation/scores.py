@@ -22,8 +22,8 @@ from dit_jax.metrics import frechet
 from dit_jax.metrics.features import check_room
 from dit_jax.metrics.metric import Metric
 from dit_jax.metrics.table import METRICS
-from dit_jax.models import digit_features, inception
-from dit_jax.networks.folder import load_network
+from dit_jax.models import classifier, inception
+from dit_jax.networks.folder import DIGITS, load_network
 from dit_jax.networks.reference import read_reference
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
@@ -86,14 +86,18 @@ def _on_mesh(apply: Callable, params, mesh) -> Callable[[np.ndarray], np.ndarray
     return rows
 
 
-def _digits(mesh) -> Network:
-    weights, meta = digit_features.load()
+def _classifier(name: str, folder: str, mesh) -> Network:
+    config, weights, meta = load_network(folder, "classifier")
 
     def apply(params, images):
-        return jnp.concatenate(digit_features.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
+        return jnp.concatenate(classifier.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
 
-    parts, rows = {"pool": digit_features.WIDTH, "logits": 10}, _on_mesh(apply, weights, mesh)
-    return Network("digits", meta["sha256"], parts, rows, "of the last layer", shape=(8, 8, 1))
+    about, rules = meta["source"], {}
+    if name != "digits":  # whose accuracy the checksum tells
+        held_out = about["held_out"]
+        rules = {name: f"accuracy {about['accuracy']:.4f} on {held_out['records']} images of {held_out['dataset']}"}
+    parts, rows = {"pool": classifier.WIDTH, "logits": config["classes"]}, _on_mesh(apply, weights, mesh)
+    return Network(name, meta["sha256"], parts, rows, "of the last layer", tuple(config["image_shape"]), rules)
 
 
 def _inception(folder: str, mesh) -> Network:
@@ -109,7 +113,9 @@ def _inception(folder: str, mesh) -> Network:
 
 
 def keeping(network: Network, shape: tuple) -> Network:
-    """The network, set to keep images of this shape (h, w, c) if any metric needs them."""
+    """The network, set to keep images of this shape (h, w, c) if any metric needs them. Raises UsageError for a shape it does not take."""
+    if network.shape not in (None, shape):
+        raise UsageError(f"eval.features: the network takes images of shape {network.shape}, found samples of {shape}")
     return replace(network, images=shape if any("images" in m.needs for m in METRICS.values()) else None)
 
 
@@ -138,12 +144,18 @@ def check_config(cfg: Config, key: str) -> None:
     if cfg.eval.features == "inception" and not cfg.eval.inception:
         raise UsageError(
             "eval.inception: empty, expected the folder of the Inception network; write it with `python -m dit_jax.convert "
-            "--source=inception --weights=FILE --out=DIR`"
+            "--source=inception --weights=FILE --out=DIR` from torch-fidelity's weights-inception-2015-12-05-6726825d.pth; or set "
+            "eval.features='classifier' (docs/evaluate.md)"
+        )
+    if cfg.eval.features == "classifier" and not cfg.eval.classifier:
+        raise UsageError(
+            "eval.classifier: empty, expected the folder of a feature network; train it with `python -m dit_jax.features "
+            "--config=CONFIG --out=DIR`"
         )
     if cfg.eval.features == "digits" and cfg.data.dataset != "digits":
         raise UsageError(
-            f"eval.features: found 'digits' for {cfg.data.dataset!r}, expected 'inception'; or set eval.samples=0 for the "
-            "held-out loss alone"
+            f"eval.features: found 'digits' for {cfg.data.dataset!r}, expected 'inception' or 'classifier'; or set "
+            "eval.samples=0 for the held-out loss alone"
         )
     if not cfg.eval.reference and (cfg.data.latents or not cfg.data.cache):
         raise UsageError(
@@ -156,7 +168,7 @@ def check_config(cfg: Config, key: str) -> None:
 def check_number(cfg: Config, key: str) -> None:
     """Raises UsageError if there are too few samples for a covariance or too many to keep."""
     num, name = cfg.eval.samples, cfg.eval.features
-    width = {"digits": digit_features.WIDTH, "inception": INCEPTION["pool"]}[name]
+    width = INCEPTION["pool"] if name == "inception" else classifier.WIDTH
     try:
         check_room(num, width)
     except ValueError as error:
@@ -178,8 +190,10 @@ def warn_of_few(cfg: Config, network: Network, reference: "Reference") -> None:
 
 
 def open_network(cfg: Config, mesh) -> Network:
-    """Opens the network named by `eval.features`. Raises UsageError if its folder is not an Inception network."""
-    return _digits(mesh) if cfg.eval.features == "digits" else _inception(cfg.eval.inception, mesh)
+    """Opens the network named by `eval.features`. Raises UsageError if its folder holds another kind."""
+    if cfg.eval.features == "inception":
+        return _inception(cfg.eval.inception, mesh)
+    return _classifier(cfg.eval.features, DIGITS if cfg.eval.features == "digits" else cfg.eval.classifier, mesh)
 
 
 @dataclass(frozen=True)

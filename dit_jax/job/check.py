@@ -13,12 +13,22 @@ from dit_jax.error import UsageError
 from dit_jax.log import say
 from dit_jax.workdir.folder import check_same_run
 
-PATHS = ("workdir", "out", "grid", "json", "autoencoder", "weights", "compilation_cache")  # flags that name a path
+PATHS = (
+    "workdir",
+    "out",
+    "grid",
+    "images",
+    "json",
+    "autoencoder",
+    "weights",
+    "compilation_cache",
+)  # flags that name a path
 KEYS = (
     ("data", "data_dir"),
     ("data", "latents"),
     ("autoencoder", "folder"),
     ("eval", "inception"),
+    ("eval", "classifier"),
     ("eval", "reference"),
 )
 

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -39,14 +39,14 @@ def find_cell(names: Sequence[str], asked: str) -> int:
     return int(asked)
 
 
-def own_arguments(arguments: Sequence[str]) -> list[str]:
-    """Remove `--launcher` and `--cell` from a command's arguments."""
+def own_arguments(arguments: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """Remove `--launcher`, `--cell` and the flags `others` from a command's arguments."""
     kept, skip = [], False
     for argument in arguments:
         name, equals, _ = argument.lstrip("-").partition("=")
         if skip:
             skip = False
-        elif argument.startswith("-") and name in ("launcher", "cell"):
+        elif argument.startswith("-") and name in ("launcher", "cell", *others):
             skip = not equals
         else:
             kept.append(argument)
@@ -64,12 +64,17 @@ def spans(numbers: Sequence[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def hand_over(launcher: str, job: str, names: Sequence[str], todo: Sequence[int], conclude: bool) -> None:
+def hand_over(
+    launcher: str, job: str, names: Sequence[str], todo: Sequence[int], conclude: bool, changes: Mapping | None = None
+) -> None:
     """Give the cells `todo` (numbers into `names`) to the scheduler. `conclude`: run the job's own command after them.
+
+    `changes`: flags of the cells that differ from the command's.
 
     Raises UsageError if launch/slurm.sbatch lacks a variable, JobError if SLURM refuses the cells.
     """
-    arguments = own_arguments(sys.argv[1:])
+    arguments = own_arguments(sys.argv[1:], list(changes or ()))
+    arguments += [f"--{name}={value}" for name, value in (changes or {}).items()]
     if launcher == "print":
         command = [sys.executable, "-m", f"dit_jax.{job}", *arguments]
         for number in todo:

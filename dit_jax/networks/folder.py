@@ -15,6 +15,7 @@ from dit_jax.files import file_sha256, new_folder, read_json, sync, write_file
 from dit_jax.networks.weights import read_arrays
 from dit_jax.workdir.folder import flatten
 
+DIGITS = os.path.join(os.path.dirname(__file__), "digits")  # the shipped feature network of `fd_digits`
 WEIGHTS, META = "weights.safetensors", "meta.json"
 KEYS = {"kind": str, "config": dict, "parameters": int, "sha256": str, "source": dict}
 
@@ -67,7 +68,7 @@ def read_meta(folder: str) -> dict:
     try:
         meta = read_json(path)
     except OSError as error:
-        expected = "expected a folder made by dit_jax.convert"
+        expected = "expected a folder made by dit_jax.convert or dit_jax.features"
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
     if set(meta) != set(KEYS):
         raise UsageError(f"{path}: found other keys than expected: {', '.join(KEYS)}")

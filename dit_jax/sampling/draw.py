@@ -17,7 +17,7 @@ from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
-from dit_jax.error import NotFiniteError
+from dit_jax.error import NotFiniteError, UsageError
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
 
@@ -47,7 +47,7 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(indices)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=128)  # a grid of settings goes through all of them for each checkpoint
 def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = ()) -> Callable:
     """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32.
 
@@ -82,13 +82,15 @@ def weights_hash(params) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Everything that drawing needs besides weights: config, devices, decoder of latents, and the values of `cond` asked for."""
+    """Everything that drawing needs besides weights: config, devices, decoder of latents, the values of `cond` asked for, and whether
+    grey images get three equal channels."""
 
     cfg: Config
     mesh: object
     autoencoder: Autoencoder | None
     decode: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     wanted: Mapping[str, tuple] = field(default_factory=dict)
+    rgb: bool = False
 
     @functools.cached_property
     def task(self) -> Task:
@@ -98,9 +100,10 @@ class Sampling:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(h, w, c) of an image."""
-        if self.autoencoder is None:
-            return (self.cfg.model.input_size, self.cfg.model.input_size, self.cfg.model.channels)
-        return (self.cfg.data.image_size, self.cfg.data.image_size, self.autoencoder.cfg.channels)
+        size, channels = self.cfg.model.input_size, self.cfg.model.channels
+        if self.autoencoder is not None:
+            size, channels = self.cfg.data.image_size, self.autoencoder.cfg.channels
+        return (size, size, 3 if self.rgb else channels)
 
     @property
     def flops(self) -> int:
@@ -138,7 +141,7 @@ class Sampling:
         if not np.isfinite(images).all():
             which = f"samples {start} to {end - 1}"
             raise NotFiniteError(f"{which}: found values that are not finite; is the model trained?")
-        return to_uint8(images), labels
+        return np.broadcast_to(to_uint8(images), (*images.shape[:-1], self.shape[-1])), labels
 
     def describe(self, params, step: int, seed: int) -> dict:
         """Everything that image i depends on besides the kind of device: a flat dict that survives JSON unchanged."""
@@ -151,14 +154,18 @@ class Sampling:
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}
+        job |= {"rgb": True} if self.rgb else {}
         return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS} | ambient()))
 
 
-def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None) -> Sampling:
+def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None, rgb: bool = False) -> Sampling:
     """Binds `cfg.sample`. Raises UsageError for settings that exclude each other or an autoencoder that does not fit."""
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
-    return Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, mesh), wanted or {})
+    found = Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, mesh), wanted or {})
+    if rgb and found.shape[-1] not in (1, 3):
+        raise UsageError(f"--rgb: found images of {found.shape[-1]} channels, expected 1 or 3")
+    return dataclasses.replace(found, rgb=rgb)
 
 
 def describe_sample(cfg: SampleConfig) -> dict:

@@ -195,6 +195,8 @@ def _add_commands(commands) -> None:
     form.add_argument("--csv", action="store_true", help="every number in full; the protocol goes to standard error")
     form.add_argument("--md", action="store_true", help="as Markdown")
     four.add_argument("--where", metavar="FIELD=VALUE", action="append", default=[], help="take the records that agree")
+    four.add_argument("--out", metavar="FILE", help="draw --metric over guidances and steps: .png, .svg or .pdf")
+    four.add_argument("--metric", help=METRIC)
     four.add_argument("--json", metavar="OUT", help="write the result here too")
 
 
@@ -247,6 +249,8 @@ def _check(args) -> None:
     if args.command == "plan":
         _check_plan(args)
     check_json(args.json or "", makes_folders=True)
+    if args.command == "table" and args.metric and not args.out:
+        raise UsageError("--metric: found it without --out, expected both: a table has every metric")
     if getattr(args, "out", None):
         _check_out(args.out, (".html", *FIGURES) if args.command == "report" else FIGURES)
     if args.command not in FITTED:

@@ -22,6 +22,7 @@ from dit_jax.job.workers import run_cells
 from dit_jax.log import bar, say
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.label import names_of
 from dit_jax.sampling.picture import grid
 from dit_jax.scaling import report, runs
 from dit_jax.scaling.fits.fit import Fit, predict
@@ -73,7 +74,7 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
         cfg,
         model=model,
         optim=dataclasses.replace(cfg.optim, learning_rate=rate),
-        train=dataclasses.replace(cfg.train, steps=steps, keep=1, keep_at=(), **every),
+        train=dataclasses.replace(cfg.train, steps=steps, keep=1, keep_at=(), keep_every=0, **every),
         sweep=SweepConfig(),
         eval=dataclasses.replace(cfg.eval, samples=cfg.sweep.samples, loss=True),
     )
@@ -231,11 +232,10 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
     if not os.path.isfile(path):
         _, params = checkpoint.load(cell.workdir, item=settings.weights)
         sampling = open_sampling(dataclasses.replace(cell.cfg, sample=settings), make_mesh(cell.cfg.mesh))
-        parts = list(sampling.images(params, cfg.eval.seed, classes * cfg.sweep.grid))
-        images = np.concatenate([part[0] for part in parts])
-        by_class = images.reshape(cfg.sweep.grid, classes, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
+        drawn = list(sampling.images(params, cfg.eval.seed, classes * cfg.sweep.grid))
+        images, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        grid(by_class, columns=cfg.sweep.grid).save(path)
+        grid(images, labels, names_of(cell.cfg)).save(path)
     return path
 
 

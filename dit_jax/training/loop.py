@@ -106,7 +106,8 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
             sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")
         try:
-            with contextlib.closing(checkpoint.Saver(workdir, cfg.train.keep, cfg.train.keep_at)) as saver, together():
+            kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
+            with contextlib.closing(checkpoint.Saver(workdir, *kept)) as saver, together():
                 return _train(cfg, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
@@ -116,9 +117,13 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
 def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
     """Restores or initialises the state, then trains."""
     first = checkpoint.newest_verified(workdir)
-    missing = sorted({step for step in cfg.train.keep_at if step <= first} - {*checkpoint.steps(workdir)})
-    if missing and not quiet:
-        warn(f"train.keep_at: {workdir} is at step {first}, past the steps {missing}, and has no checkpoint of them")
+    every = cfg.train.keep_every
+    stated = {"keep_at": cfg.train.keep_at, "keep_every": range(every, first + 1, every) if every else ()}
+    for name, steps in stated.items():
+        missing = sorted({step for step in steps if step <= first} - {*checkpoint.steps(workdir)})
+        if missing and not quiet:
+            shown = f"[{missing[0]}, ..., {missing[-1]}]" if len(missing) > 8 else missing
+            warn(f"train.{name}: {workdir} is at step {first}, past the steps {shown}, and has no checkpoint of them")
     if first >= cfg.train.steps:
         say(f"{workdir}: all {cfg.train.steps} steps are done") if not quiet else None
         return 0
@@ -173,7 +178,8 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         if i % cfg.train.skips_in_a_row == 0:
             _check_streaks(cfg, recent[:-1], state, batch)
             recent = recent[-1:]
-        if i % cfg.train.checkpoint_every == 0 or i in (*cfg.train.keep_at, cfg.train.steps) or stopping:
+        due = i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping
+        if due or checkpoint.stays(i, cfg.train.keep_at, cfg.train.keep_every):
             if pending:
                 _log(outputs, *pending)
                 pending = None

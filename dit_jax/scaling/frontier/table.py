@@ -1,4 +1,4 @@
-"""The command `table`: evaluation records of run folders as rows to read, for a spreadsheet (CSV) or for a page (Markdown)."""
+"""The command `table`: evaluation records of run folders as rows to read, for a spreadsheet (CSV), for a page (Markdown) or as a figure."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dit_jax.error import UsageError, one_line
 from dit_jax.files import numbered
 from dit_jax.scaling.frontier.choice import choose
-from dit_jax.scaling.frontier.points import SAMPLING, Point, higher_is_better
+from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better
 from dit_jax.scaling.report.text import finite, print_table
 from dit_jax.scaling.runs import flatten
 from dit_jax.scaling.runs.cells import agrees, condition, opened
@@ -22,11 +22,17 @@ BUCKET = re.compile(r"loss_t\d+")  # of the held-out loss, by time: in CSV and J
 HEAD = ("run", "step", "weights", "sampler", "steps", "guidance")
 BEST_HEAD = ("run", "step", "weights", "sampling", "metric", "best guidance", "score", "tried")
 NORMAL = 1.96  # standard errors in half of a 95 % interval
+PANELS = 8  # most rows of panels in a figure
 
 
 def run(args) -> dict:
-    """Print the records, what their protocol is and the best guidance of each checkpoint; return the same as JSON."""
+    """Print the records, what their protocol is and the best guidance of each checkpoint; return the same as JSON.
+
+    Write the figure of one metric if asked.
+    """
     records = _read(args.runs, args.where)
+    if args.out:
+        _draw(records, args.metric or find_metric(args.runs, args.where), args.out)
     kinds = {"loss": [r for r in records if not _sampled(r)], "samples": [r for r in records if _sampled(r)]}
     protocols, differ = {}, {}
     for kind, some in kinds.items():
@@ -51,6 +57,8 @@ def run(args) -> dict:
         show("Records", *_printed(records, list(differ)))
         if best:
             show("Best guidance of each checkpoint", BEST_HEAD, [tuple(map(_cell, b.values())) for b in best])
+    if args.out:
+        print(args.out, file=sys.stderr if args.csv else sys.stdout)
     return finite({"protocols": protocols, "records": rows, "best_guidance": best})
 
 
@@ -95,6 +103,30 @@ def _own(record: dict, differ: Sequence[str]) -> dict:
     own = {"run": record["run"], "step": record["step"], "weights": _weights(record)}
     own |= {name: samples.get(name, "") for name in ("sampler", "steps", "guidance")}
     return own | {name: _rest(record).get(name, "") for name in differ}
+
+
+def _draw(records: Sequence[dict], metric: str, out: str) -> None:
+    """Write the figure of a metric over steps and guidances, with a row of panels for each sampling of each run."""
+    from dit_jax.scaling.report import axes, curves  # here because texts need no matplotlib
+
+    records = [r for r in records if isinstance(r["metrics"].get(metric), (int, float))]
+    rests = [{name: str(value) for name, value in _rest(r).items()} for r in records]
+    differ = [n for n in dict.fromkeys(n for r in rests for n in r) if len({r.get(n) for r in rests}) > 1]
+    owns = [{n: v for n, v in _own(r, differ).items() if n not in ("step", "guidance")} for r in records]
+    told = [name for name in (owns or [{}])[0] if len({str(own[name]) for own in owns}) > 1]
+    rows: dict = {}
+    for record, own in zip(records, owns, strict=True):
+        title = ", ".join(str(own[n]) if n in ("run", "weights", "sampler") else f"{n} {own[n]}" for n in told)
+        guidance = record["protocol"]["samples"].get("guidance") if _sampled(record) else None
+        guidance = float(guidance) if isinstance(guidance, (int, float)) else math.nan
+        ends = _interval(record["metrics"], metric)
+        rows.setdefault(title, []).append(curves.Score(record["step"], guidance, record["metrics"][metric], *ends))
+    if len(rows) > PANELS:
+        few = "take some with --where, such as --where samples.sampler=ddim"
+        raise UsageError(f"--out: found {len(rows)} samplings or runs, expected at most {PANELS} in one figure; {few}")
+    if not rows or (figure := curves.curves(rows, metric)) is None:
+        raise UsageError(f"--out: found {len(records)} records of {metric}, expected several steps or guidances")
+    axes.save(figure, out)
 
 
 def _row(record: dict, differ: Sequence[str]) -> dict:

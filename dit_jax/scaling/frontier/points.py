@@ -186,7 +186,12 @@ def _read_records(file: str, metric: str, where: Sequence[str], curves: bool) ->
     scored = [(r, at) for r, at in every if metric in r["metrics"] and _agrees(r, where, at)]
     if not scored and not where:
         other = sorted({name for r, _ in every for name in r["metrics"]})
-        raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(other) or 'no metric'}")
+        advice = (
+            ""
+            if any("samples" in r["protocol"] for r, _ in every)
+            else "; draw and score images with evaluate (eval.samples) or sweep (sweep.samples)"
+        )
+        raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(other) or 'no metric'}{advice}")
     weights = [repr(r["protocol"].get("weights")) for r, _ in every]
     losses = {(r["run"], r["step"], w): r for (r, _), w in zip(every, weights, strict=True) if "loss" in r["metrics"]}
     last = {r["run"]: r["step"] for r, _ in sorted(scored, key=lambda found: found[0]["step"])}

@@ -307,7 +307,7 @@ def peak_flops() -> tuple[float, str]:
     """Peak FLOP/s of all devices and its source: the datasheet, or else a matrix product measured here."""
     devices = jax.devices()
     if known := hardware.find(devices[0].device_kind):
-        return known.peak_flops * len(devices), f"{known.kind} datasheet, bf16"
+        return known.peak_flops * len(devices), f"{known.kind} datasheet, 16-bit"
     return measured_matmul_flops(), "measured here on a 1024^3 float32 product"
 
 

@@ -72,7 +72,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "v3-8 to v6e-256, h100x8, cpux8, ...; default: the slice of the config")
+    flags.DEFINE_string(
+        "topology", None, "v3-8 to v6e-256, tpu7x-8, h100x8, t4x1, cpux8, ...; default: the slice of the config"
+    )
     flags.DEFINE_enum("job", "train", ("train", "sample"), "the step of a training, or the sampling of one batch")
     flags.DEFINE_integer(
         "num", 0, "with --job=sample: images to estimate hours for; default: eval.samples", lower_bound=0

@@ -128,6 +128,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     return Mesh(grid, tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh() -> jax.sharding.Mesh:
+    """Mesh over the devices of this process, which split batches only."""
+    return make_mesh(MeshConfig(), jax.local_devices())
+
+
 def devices_of_processes() -> list[int]:
     """Device counts of the processes of this job, from process 0."""
     counts = collections.Counter(device.process_index for device in jax.devices())

@@ -27,7 +27,7 @@ help:
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
 	@echo "make xpk        the commands of launch/gke.sh against xpk's own parser"
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, for Python 3.11 and 3.13"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: also the tools for tests"
 	@echo "make lock       resolve the dependencies again and rewrite the locks"
 
@@ -118,6 +118,7 @@ torture: dev
 
 lint: dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --target-version py313 .
 	$(BIN)/ruff format --check .
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade

@@ -9,7 +9,6 @@ from setuptools.command.build_py import build_py
 CORE = [
     "absl-py",
     "array_record",
-    "clu",
     "etils[epath]",
     "filelock",
     "flax>=0.12,<0.13",
@@ -29,12 +28,14 @@ CORE = [
     "safetensors",
     "scikit-learn",
     "scipy",
+    "tensorboardX",
     "tensorflow-datasets",
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
-    "tensorflow": ["tensorflow-cpu", "tensorboard"],
+    "tensorboard": ["tensorboard"],
+    "wandb": ["wandb"],
     "torch": ["torch==2.13.0"],
     "dev": [
         "beartype",

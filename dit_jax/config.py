@@ -7,12 +7,11 @@ A config file in `configs/` changes the `ConfigDict` of all defaults from `templ
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ml_collections
 
-from dit_jax.error import LARGEST, UsageError, choice, in_range, nearest, number, shown, typed
+from dit_jax.error import LARGEST, UsageError, build, choice, in_range, number, shown, typed
 
 # name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -164,17 +163,25 @@ class TrainConfig:
     spike_window: int = 100  # steps of the rolling mean and deviation, and steps before the first skipped spike
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
     replay_every: int = 0  # steps between two that are computed twice and compared bit for bit; 0 = never
+    profile: tuple = ()  # (first, last): steps of which each process writes a trace for xprof into W/profile
+    grid_every: int = 0  # steps between two grids of samples in W/samples, of the EMA weights; 0 = never
+    wandb: str = ""  # project of Weights & Biases that scalars and grids go to as well; "" = none
 
     def __post_init__(self):
         typed(self.steps, int, "train.steps")
         _at_least(1, self, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(1, self, "spike_window", "skips_in_a_row")
         in_range("train.seed", self.seed, 0, LARGEST)
-        _at_least(0, self, "spike", "replay_every", "keep_every")
+        _at_least(0, self, "spike", "replay_every", "keep_every", "grid_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
         if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
             expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"
             raise UsageError(f"train.keep_at: found {shown(self.keep_at)}, expected {expected}")
+        ends = self.profile
+        if ends and not (len(ends) == 2 and all(type(step) is int for step in ends) and 0 < ends[0] <= ends[1]):
+            raise UsageError(
+                f"train.profile: found {shown(ends)}, expected a first and a last step, such as (100, 110)"
+            )
 
 
 @dataclass(frozen=True)
@@ -381,20 +388,4 @@ def template() -> ml_collections.ConfigDict:
 
 def resolve(values: object) -> Config:
     """Builds a Config from a nested mapping (ConfigDict or JSON). Raises UsageError with the key, the value found and the expected."""
-    return _build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, "")
-
-
-def _build(cls, values, prefix: str):
-    if not isinstance(values, Mapping):
-        raise UsageError(f"{prefix.rstrip('.') or 'config'}: found {shown(values)}, expected a group of keys")
-    known = {f.name: f.type for f in dataclasses.fields(cls)}
-    arguments = {}
-    for key, value in values.items():
-        if not isinstance(key, str) or key not in known:
-            key = key if isinstance(key, str) else shown(key)
-            raise UsageError(f"{prefix}{key}: unknown config key{nearest(key, known)}")
-        if dataclasses.is_dataclass(known[key]):
-            arguments[key] = _build(known[key], value, f"{prefix}{key}.")
-        else:
-            arguments[key] = typed(value, known[key], f"{prefix}{key}")
-    return cls(**arguments)
+    return build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, "")

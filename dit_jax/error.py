@@ -1,6 +1,7 @@
 """Errors of one line each, safe to print whatever file they quote, and the exit codes of jobs."""
 
 import contextlib
+import dataclasses
 import difflib
 import itertools
 import logging
@@ -13,7 +14,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 LONGEST = 4000  # characters in a message
 LARGEST = 2**31 - 1  # integer that a device counts to
@@ -119,6 +120,23 @@ def typed(value, kind: type | types.GenericAlias, name: str):
     if kind is float and not math.isfinite(value):
         raise UsageError(f"{name}: found {value!r}, expected a finite number")
     return value
+
+
+def build(cls, values, prefix: str):
+    """Make a dataclass of nested mappings. Raises UsageError naming the key that is unknown or mistyped, after `prefix`."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{prefix.rstrip('.') or 'config'}: found {shown(values)}, expected a group of keys")
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if not isinstance(key, str) or key not in known:
+            key = key if isinstance(key, str) else shown(key)
+            raise UsageError(f"{prefix}{key}: unknown config key{nearest(key, known)}")
+        if dataclasses.is_dataclass(known[key]):
+            arguments[key] = build(known[key], value, f"{prefix}{key}.")
+        else:
+            arguments[key] = typed(value, known[key], f"{prefix}{key}")
+    return cls(**arguments)
 
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75

@@ -1,13 +1,14 @@
 """TPU and GPU devices (memory, rates, links) and the slices one can rent (devices, chips, hosts).
 
 A device is JAX's: a core of TPU v2 and v3, a chip of later TPUs (v4 and v5p join two cores, "megacore"), a GPU. Cloud TPU names count
-cores for v2 to v5p and chips for v5e and v6e: `v3-256` is 128 chips and 256 devices, `v4-256` 128 chips and 128 devices, `v5e-256` (or
-`v5litepod-256`) 256 chips and 256 devices. A host is one JAX process (a TPU VM, a node of GPUs).
+cores for v2 to v5p and tpu7x, and chips for v5e and v6e: `v3-256` is 128 chips and 256 devices, `v4-256` 128 chips and 128 devices,
+`v5e-256` (or `v5litepod-256`) 256 chips and 256 devices, `tpu7x-256` 128 chips and 256 devices. A host is one JAX process (a TPU VM, a
+node of GPUs).
 
 Figures are the makers', dense, nan if not published. TPU v2 and v3: Jouppi et al. 2020, "A Domain-Specific
-Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e and the shapes of
-all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the A100, H100 and H200 (SXM), and
-its A100 whitepaper for the clock.
+Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e, tpu7x and the
+shapes of all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the V100, A100, H100 and
+H200 (SXM), T4, L4 and A10, its A100 whitepaper for the clock, its Ada whitepaper for the RTX 4090 (sums in fp32), its HGX B200 datasheet.
 """
 
 import math
@@ -19,7 +20,7 @@ from dit_jax.error import UsageError, alike, shown
 
 @dataclass(frozen=True)
 class Device:
-    """Accelerator device, with its peak dense bf16 FLOP/s and its memory in bytes."""
+    """Accelerator device, with its peak dense bf16 FLOP/s and its memory in bytes. V100 and T4 have no bf16: theirs is fp16's."""
 
     kind: str
     peak_flops: float
@@ -28,7 +29,7 @@ class Device:
 
 GIB = 2**30
 
-# Prefix of jax.Device.device_kind -> device; the longest match wins.
+# Leading words of jax.Device.device_kind -> device; the longest match wins.
 DEVICES = {
     "TPU v2": Device("tpu-v2 core", 22.5e12, 8 * GIB),
     "TPU v3": Device("tpu-v3 core", 61.5e12, 16 * GIB),
@@ -39,17 +40,27 @@ DEVICES = {
     "TPU v5p": Device("tpu-v5p", 459e12, 95 * GIB),
     "TPU v6 lite": Device("tpu-v6e", 918e12, 32 * GIB),
     "TPU v6e": Device("tpu-v6e", 918e12, 32 * GIB),
+    "TPU7x": Device("tpu7x core", 1153.5e12, 96 * GIB),
+    "Tesla V100": Device("v100-16gb", 125e12, 16 * 10**9),
+    "Tesla V100-SXM2-32GB": Device("v100-32gb", 125e12, 32 * 10**9),
+    "Tesla V100-PCIE": Device("v100-pcie-16gb", 112e12, 16 * 10**9),
+    "Tesla V100-PCIE-32GB": Device("v100-pcie-32gb", 112e12, 32 * 10**9),
+    "Tesla T4": Device("t4", 65e12, 16 * 10**9),
+    "NVIDIA L4": Device("l4", 121e12, 24 * 10**9),
+    "NVIDIA A10": Device("a10", 125e12, 24 * 10**9),
+    "NVIDIA GeForce RTX 4090": Device("rtx4090", 165.2e12, 24 * 10**9),
     "NVIDIA A100-SXM4-40GB": Device("a100-40gb", 312e12, 40 * 10**9),
     "NVIDIA A100": Device("a100-80gb", 312e12, 80 * 10**9),
     "NVIDIA H100 PCIe": Device("h100-pcie", 756e12, 80 * 10**9),
     "NVIDIA H100": Device("h100", 989e12, 80 * 10**9),
     "NVIDIA H200": Device("h200", 989e12, 141 * 10**9),
+    "NVIDIA B200": Device("b200", 2250e12, 180 * 10**9),
 }
 
 
 def find(device_kind: str) -> Device | None:
-    """Device of a `jax.Device.device_kind`, or None if it is not in the table (a CPU, say)."""
-    matches = [name for name in DEVICES if device_kind.startswith(name)]
+    """Device of a `jax.Device.device_kind`, or None if it is not in the table (a CPU, an L40, the RTX 4090 of a laptop)."""
+    matches = [name for name in DEVICES if re.match(rf"{re.escape(name)}(?!\w| Laptop| D\b)", device_kind)]
     return DEVICES[max(matches, key=len)] if matches else None
 
 
@@ -75,10 +86,18 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 1, 819e9, 4, 50e9),  # 400 GB/s, four links, both directions
     "v5p": Chip("TPU v5", 1, 2765e9, 6, 100e9),  # 1,200 GB/s, six links, both directions
     "v6e": Chip("TPU v6 lite", 1, 1638e9, 4, 100e9),  # 800 GB/s, four links, both directions
+    "tpu7x": Chip("TPU7x", 2, 7380e9, 6, 100e9),  # 1,200 GB/s, six links, both directions
+    "v100": Chip("Tesla V100", 1, 900e9, 6, 25e9, fp32=15.7e12),
+    "v100-32gb": Chip("Tesla V100-SXM2-32GB", 1, 900e9, 6, 25e9, fp32=15.7e12),
+    "t4": Chip("Tesla T4", 1, 320e9, 1, 16e9, fp32=8.1e12),  # PCIe 3.0
+    "l4": Chip("NVIDIA L4", 1, 300e9, 1, 32e9, tf32=60e12, fp32=30.3e12),  # PCIe 4.0, and the next two
+    "a10": Chip("NVIDIA A10", 1, 600e9, 1, 32e9, tf32=62.5e12, fp32=31.2e12),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 1, 1008e9, 1, 32e9, tf32=82.6e12, fp32=82.6e12),
     "a100": Chip("NVIDIA A100", 1, 2039e9, 12, 25e9, 1410e6, 156e12, 19.5e12),
     "a100-40gb": Chip("NVIDIA A100-SXM4-40GB", 1, 1555e9, 12, 25e9, 1410e6, 156e12, 19.5e12),
     "h100": Chip("NVIDIA H100", 1, 3350e9, 18, 25e9, tf32=494.5e12, fp32=67e12),
     "h200": Chip("NVIDIA H200", 1, 4800e9, 18, 25e9, tf32=494.5e12, fp32=67e12),
+    "b200": Chip("NVIDIA B200", 1, 8000e9, 18, 50e9, tf32=1100e12, fp32=80e12),
     "cpu": Chip("cpu", 1, math.nan, 0, math.nan),
 }
 
@@ -94,6 +113,7 @@ SLICES = {
     "v5e": (1, _FLAT),
     "v5p": (2, (*_DEEP, *_LARGE)),
     "v6e": (1, _FLAT),
+    "tpu7x": (2, ((1, 1, 1), *_DEEP, *_LARGE)),
 }
 FULL = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}  # chips along an axis with wraparound links, of 2-D tori
 
@@ -175,8 +195,8 @@ def names() -> list[str]:
 
 
 def topology(name: str) -> Topology:
-    """Slice by name: `v2-8` to `v6e-256`, `a100x8`, `h100x16` (two nodes), `cpu`, `cpux8`. Raises UsageError with the nearest names."""
-    tpu = re.fullmatch(r"(v\d\w*)-(\d{1,6})", name, re.ASCII)
+    """Slice by name: `v2-8` to `v6e-256`, `tpu7x-8`, `a100x8`, `h100x16` (two nodes), `cpux8`. Raises UsageError with the nearest names."""
+    tpu = re.fullmatch(r"(v\d\w*|tpu7x)-(\d{1,6})", name, re.ASCII)
     if tpu:
         kind = {"v5litepod": "v5e"}.get(tpu[1], tpu[1])
         cores, shapes = SLICES.get(kind, (1, ()))

@@ -7,6 +7,7 @@ lines of all but process 0 begin with "[process 1] ".
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -109,6 +110,24 @@ def drawing_progress(first: int, num: int) -> Callable[[int], None]:
             say(f"  {done}/{num}  {rate:,.1f} images/s  {eta}")
 
     return report
+
+
+@contextlib.contextmanager
+def waiting(what: str, every: float = 15.0) -> Iterator[None]:
+    """Log that `what` is under way, with the time that it has taken, every so many seconds until the block ends."""
+    done, since = threading.Event(), time.perf_counter()
+
+    def tell() -> None:
+        while not done.wait(every):
+            say(f"  {what}: {clock(time.perf_counter() - since)} so far")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextlib.contextmanager

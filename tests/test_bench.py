@@ -223,7 +223,7 @@ def test_a_peer_without_pytorch_says_how_to_get_it(monkeypatch):
 @pytest.mark.slow
 def test_speed_needs_no_data_libraries(tmp_path, cache_dir):
     """Machines with an accelerator may lack what reads data: the job runs where those cannot be imported."""
-    lacking = ("tensorflow_datasets", "grain", "clu", "sklearn")
+    lacking = ("tensorflow_datasets", "grain", "tensorboardX", "sklearn")
     code = f"import sys; sys.modules.update(dict.fromkeys({lacking}))\n"
     code += "import runpy; runpy.run_module('dit_jax.bench', run_name='__main__', alter_sys=True)"
     changes = ["depth=1", "width=16", "heads=2", "classes=10", "input_size=8", "channels=1", "patch=2"]

@@ -29,7 +29,18 @@ from dit_jax.hardware import CHIPS, DEVICES, GIB, find, names, topology
         ("v5p-8", 4, 4, 1, (2, 2, 1)),
         ("v5p-12288", 6144, 6144, 1536, (16, 16, 24)),
         ("v6e-256", 256, 256, 64, (16, 16)),
+        ("v5litepod-1", 1, 1, 1, (1, 1)),
+        ("v6e-1", 1, 1, 1, (1, 1)),
+        ("tpu7x-2", 2, 1, 1, (1, 1, 1)),
+        ("tpu7x-8", 8, 4, 1, (2, 2, 1)),
+        ("tpu7x-128", 128, 64, 16, (4, 4, 4)),
         ("a100x1", 1, 1, 1, (1, 1)),
+        ("t4x1", 1, 1, 1, (1, 1)),
+        ("l4x4", 4, 4, 1, (1, 4)),
+        ("a10x1", 1, 1, 1, (1, 1)),
+        ("v100x8", 8, 8, 1, (1, 8)),
+        ("rtx4090x2", 2, 2, 1, (1, 2)),
+        ("b200x16", 16, 16, 2, (2, 8)),
         ("h100x8", 8, 8, 1, (1, 8)),
         ("h200x16", 16, 16, 2, (2, 8)),
         ("cpu", 1, 1, 1, (1,)),
@@ -51,6 +62,38 @@ def test_rates_are_those_of_a_device_as_jax_counts_it():
     assert h100.chip.links * h100.chip.link_bandwidth == 450e9  # NVLink: 900 GB/s, both directions
     with pytest.raises(UsageError, match="dtype: found 'bf16', expected bfloat16, tensorfloat32, float32"):
         v3.peak("bf16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tera", "gigabytes"),
+    [
+        ("Tesla T4", "t4", 65, 16),
+        ("NVIDIA L4", "l4", 121, 24),
+        ("NVIDIA A10", "a10", 125, 24),
+        ("Tesla V100-SXM2-16GB", "v100-16gb", 125, 16),
+        ("Tesla V100-SXM2-32GB", "v100-32gb", 125, 32),
+        ("Tesla V100-PCIE-32GB", "v100-pcie-32gb", 112, 32),
+        ("NVIDIA GeForce RTX 4090", "rtx4090", 165.2, 24),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb", 312, 80),
+        ("NVIDIA H100 80GB HBM3", "h100", 989, 80),
+        ("NVIDIA B200", "b200", 2250, 180),
+        ("TPU v5 lite", "tpu-v5e", 197, 16 * 1.073741824),
+        ("TPU v6 lite", "tpu-v6e", 918, 32 * 1.073741824),
+        ("TPU7x", "tpu7x core", 1153.5, 96 * 1.073741824),
+    ],
+)
+def test_a_device_by_the_name_that_jax_gives_it(kind, name, tera, gigabytes):
+    found = find(kind)
+    assert (found.kind, found.peak_flops) == (name, tera * 1e12)
+    assert found.memory_bytes == pytest.approx(gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["NVIDIA L40S", "NVIDIA L40", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA T4G", "cpu"],
+)  # fmt: skip
+def test_a_device_of_a_similar_name_is_not_taken_for_another(kind):
+    assert find(kind) is None
 
 
 def test_the_paper_trained_at_a_known_share_of_its_pod():
@@ -95,6 +138,8 @@ def test_what_the_topology_api_needs():
         ("v5e-12", "v5e-16"),
         ("v4-1", "v4-8"),
         ("h100x12", "h100x8"),
+        ("tpu7x-12", "tpu7x-16"),
+        ("t4", "t4x"),
         ("v3_256", "v3-256"),
         ("h100", "h100x"),
         ("cpux0", "cpux8"),

@@ -59,7 +59,10 @@ def test_one_two_and_four_processes_train_alike(data_dir, cache_dir, tmp_path):
     found = {}
     for count in (1, 2, 4):
         workdir = tmp_path / str(count)
-        train_on(count, workdir, cache_dir)
+        train_on(count, workdir, cache_dir, "--config.train.profile=(12,14)", f"--config.train.grid_every={STEPS}")
+        traces = sorted(p.name for p in (workdir / "profile/plugins/profile/steps_12_14").iterdir())
+        assert traces == [f"process_{k}.xplane.pb" for k in range(count)]  # on one machine, whose name they share
+        assert [p.name for p in (workdir / "samples").iterdir()] == [f"step_{STEPS:08}.png"]
         lines = scalars(workdir)
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         assert len((workdir / "goodput.jsonl").read_text().splitlines()) == 1

@@ -3,14 +3,17 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
@@ -65,6 +68,20 @@ def locked(lock):
     """{name: version} of a lock's requirements for this Python."""
     lines = [Requirement(line.split(" --hash")[0]) for line in requirements(ROOT / lock)]
     return {r.name: next(iter(r.specifier)).version for r in lines if r.marker is None or r.marker.evaluate()}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_locks_pin_what_setup_py_asks_for_once_for_each_python(python):
+    with mock.patch("setuptools.setup"):
+        setup = runpy.run_path(str(ROOT / "setup.py"))
+    here = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": "x86_64"}
+    for lock, asked in (("requirements.lock", setup["CORE"]), ("requirements-dev.lock", setup["EXTRAS"]["dev"])):
+        lines = [Requirement(line.split(" --hash")[0]) for line in requirements(ROOT / lock)]
+        pins = [r for r in lines if r.marker is None or r.marker.evaluate(here)]
+        assert len({canonicalize_name(r.name) for r in pins}) == len(pins), "two versions of one package"
+        found = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in pins}
+        for requirement in map(Requirement, asked):
+            assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
 
 
 def test_what_jax_tpu_adds_is_locked_for_the_locked_jax():

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from job import ROOT
@@ -25,6 +27,16 @@ def test_progress_reports_rates_and_eta(capsys, monkeypatch):
     line = capsys.readouterr().err
     for part in ("100/400", "loss 0.5000", "320 images/s", "MFU 10.0%", "ETA 0:30"):
         assert part in line
+
+
+def test_a_long_wait_says_so_until_it_ends(capsys):
+    before = threading.active_count()
+    with log.waiting("compiling", every=0.01):
+        time.sleep(0.1)
+    said = capsys.readouterr().err
+    assert said.startswith("  compiling: 0:00 so far\n") and threading.active_count() == before
+    time.sleep(0.03)
+    assert capsys.readouterr().err == ""
 
 
 def test_lines_have_a_level_and_a_process(capsys):

@@ -3,6 +3,8 @@
 import base64
 import io
 import os
+import re
+import runpy
 from pathlib import Path
 
 import nbformat
@@ -50,6 +52,35 @@ def test_notebooks_are_kept_without_outputs(path):
             assert "def " not in cell.source and "class " not in cell.source  # figures only: code lives in the package
 
 
+def installer():
+    return runpy.run_path(str(FOLDER / "colab.py"))
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "wanted", "kept", "said"),
+    [
+        ({"jax": "0.10.2", "jaxlib": "0.10.2"}, "tpu", ".", ["jax==0.10.2", "jaxlib==0.10.2"], "keeping jax 0.10.2, which is here for tpu"),
+        ({"jax": "0.12.0.1"}, "", ".", ["jax==0.12.0.1"], "keeping jax 0.12.0.1, which is here for the CPU"),
+        ({"jax": "0.7.2"}, "cuda", ".[cuda]", [], "jax 0.7.2 is here, but dit_jax needs >=0.10,<0.13: installing one for cuda"),
+        ({"jax": "0.13.0"}, "tpu", ".[tpu]", [], "jax 0.13.0 is here, but"),
+        ({}, "", ".", [], "there is no jax here; dit_jax needs >=0.10,<0.13: installing one for the CPU"),
+    ],
+)  # fmt: skip
+def test_colab_s_own_jax_is_kept_if_it_will_do(found, kind, wanted, kept, said):
+    asked, constraints, words = installer()["plan"](found, kind)
+    assert (asked, constraints) == (wanted, kept) and words.startswith(said)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_one_cell_installs_on_colab_and_does_nothing_elsewhere(path):
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    before, _, inside = code[0].partition("if COLAB:\n")
+    assert "!python notebooks/colab.py" in inside and all(
+        line.startswith("    ") for line in inside.splitlines() if line
+    )
+    assert not re.search("[!%]", before) and not any(re.search("^ *[!%]", cell, re.M) for cell in code[1:])
+
+
 def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
     from nbclient import NotebookClient
 
@@ -68,6 +99,7 @@ def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
     look(notebook, "quickstart", count=3)
     text = printed(notebook)
     assert "parameters" in text and "MACs" in text
+    assert "CpuDevice(id=0), CpuDevice(id=1)" in text and f"the run is kept in {tmp_path}" in text
     assert (tmp_path / "run" / "eval" / "records.jsonl").read_text().count("\n") == 3
 
 

@@ -13,6 +13,7 @@ from runs import train
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
+from dit_jax.devices import numerics
 from dit_jax.devices.mesh import describe_device, make_mesh
 from dit_jax.devices.numerics import ambient, check_numerics
 from dit_jax.error import UsageError
@@ -104,3 +105,8 @@ def test_other_settings_are_stated(monkeypatch):
         assert ambient() == {"disable_jit": True}
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_gpu_deterministic_ops=true")
     assert describe_device()["xla_flags"] == "--xla_gpu_deterministic_ops=true"
+
+
+def test_a_setting_that_another_jax_lacks_is_no_setting(monkeypatch):
+    monkeypatch.setitem(numerics.SETTINGS, "of_another_version", 0.0)
+    assert ambient() == {}

@@ -118,7 +118,7 @@ def measure(
         compiled = {name: side.compiled() - rounds["compiled"][0][name] for name, side in sides.items()}
     peaks = [max(row) for row in zip(*(rounds[name] for name in products), strict=True)]
     peaks = peaks or [known.peak_flops * mesh.size] * repeats
-    source = f"{known.kind} datasheet, bf16" if known else f"the faster {size}^3 float32 product of a round"
+    source = f"{known.kind} datasheet, 16-bit" if known else f"the faster {size}^3 float32 product of a round"
     return describe(cfg, job, found) | {
         "calls": calls,
         "peak_tflops": spread([peak / 1e12 for peak in peaks]),

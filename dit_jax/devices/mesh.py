@@ -128,6 +128,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     return Mesh(grid, tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh() -> jax.sharding.Mesh:
+    """Mesh over the devices of this process, which split batches only."""
+    return make_mesh(MeshConfig(), jax.local_devices())
+
+
 def devices_of_processes() -> list[int]:
     """Device counts of the processes of this job, from process 0."""
     counts = collections.Counter(device.process_index for device in jax.devices())
@@ -307,7 +312,7 @@ def peak_flops() -> tuple[float, str]:
     """Peak FLOP/s of all devices and its source: the datasheet, or else a matrix product measured here."""
     devices = jax.devices()
     if known := hardware.find(devices[0].device_kind):
-        return known.peak_flops * len(devices), f"{known.kind} datasheet, bf16"
+        return known.peak_flops * len(devices), f"{known.kind} datasheet, 16-bit"
     return measured_matmul_flops(), "measured here on a 1024^3 float32 product"
 
 

@@ -13,7 +13,7 @@ import jax
 from dit_jax.error import UsageError
 
 GENERATOR = "threefry2x32"
-# Settings that change roundings, with their defaults.
+# Settings that change roundings, with their defaults; jax 0.12 has lost the last.
 SETTINGS = {"default_matmul_precision": None, "disable_jit": False, "optimization_level": "UNKNOWN"}
 SETTINGS |= {"exec_time_optimization_effort": 0.0}
 
@@ -37,7 +37,7 @@ def check_numerics() -> None:
 
 def ambient() -> dict:
     """The settings that differ from JAX's defaults, for protocols: {"matmul_precision": "highest"}; mostly {}."""
-    values = {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS}
+    values = {name: getattr(jax.config, f"jax_{name}", default) for name, default in SETTINGS.items()}
     found = {name: value for name, value in values.items() if value != SETTINGS[name]}
     try:
         precision = jax.lax.Precision(found.pop("default_matmul_precision", None)).name.lower()

@@ -221,6 +221,11 @@ def gather(value: object) -> list:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def whole(tree):
+    """Copies arrays to the host, whole wherever their parts are. All processes call it."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
 def leader() -> bool:
     """Whether this process writes the run's files and reports progress."""
     return jax.process_index() == 0

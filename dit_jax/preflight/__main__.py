@@ -15,6 +15,7 @@ from dit_jax.error import JobError, UsageError, typed
 from dit_jax.files import check_json, write_report
 from dit_jax.hardware import Topology, topology
 from dit_jax.job.launch import launch
+from dit_jax.log import say
 
 
 def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
@@ -54,7 +55,8 @@ def main() -> None:
     cfg, slice_, job = resolve(values.config), _topology(values), values.job
     if job == "sample":
         cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the sample job does
-    sizes = _check(cfg, job, slice_, values)
+    sizes, kind = _check(cfg, job, slice_, values), slice_.device.kind if slice_.device else "CPU"
+    say(f"{job} of {cfg.data.dataset} for {slice_.name}: {slice_.devices} x {kind}, hosts: {slice_.hosts}")
     if sizes:
         found = reports = search(cfg, slice_, sizes)
         show_ranks(reports, slice_)
@@ -72,7 +74,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "v3-8 to v6e-256, h100x8, cpux8, ...; default: the slice of the config")
+    flags.DEFINE_string(
+        "topology", None, "v3-8 to v6e-256, tpu7x-8, h100x8, t4x1, cpux8, ...; default: the slice of the config"
+    )
     flags.DEFINE_enum("job", "train", ("train", "sample"), "the step of a training, or the sampling of one batch")
     flags.DEFINE_integer(
         "num", 0, "with --job=sample: images to estimate hours for; default: eval.samples", lower_bound=0

@@ -14,6 +14,7 @@ from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, make_mesh, replicated
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
+from dit_jax.log import waiting
 from dit_jax.preflight import hlo
 from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
 from dit_jax.training.state import abstract_batch, abstract_state
@@ -52,7 +53,10 @@ def compiled(found: Program) -> tuple:
     """Compiles: (executable or None if it does not fit, the compiler's message or "", wall seconds, CPU seconds)."""
     start, computing = time.perf_counter(), time.process_time()
     try:
-        executable, message = found.make().lower(*found.arguments).compile(), ""
+        with waiting("tracing"):
+            lowered = found.make().lower(*found.arguments)
+        with waiting("compiling"):
+            executable, message = lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

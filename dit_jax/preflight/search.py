@@ -10,7 +10,7 @@ from dit_jax.config import Config
 from dit_jax.devices.layout import REMATS, Layout, memory, options, state_bytes, temporary_bytes
 from dit_jax.devices.mesh import abstract_mesh, devices_ahead, mesh_shape, why_not_compiled
 from dit_jax.error import UsageError
-from dit_jax.log import say
+from dit_jax.log import pace, say
 from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.text import row
 
@@ -70,6 +70,7 @@ def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, pri
     if missing := why_not_compiled(topology):
         report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
         return report | {"message": f"not compiled: {missing}"}
+    say("compiling ...")
     devices = devices_ahead(topology)
     report, tried = inspect(cfg, job, topology, devices), None
     if not report["fits"] and job == "train":
@@ -112,11 +113,12 @@ def search(cfg: Config, topology: hardware.Topology, sizes: list[int]) -> list[d
     devices = devices_ahead(topology)
     batch, tensor, reports = cfg.train.batch_size, layout_of(cfg, topology.devices).tensor, []
     found = options(cfg.model, batch, topology, Layout(topology.devices // tensor, 1, tensor, "none", 1))
-    for fsdp, remat in itertools.product(sizes, REMATS):
-        some = [o for o in found if (o.fsdp, o.remat) == (fsdp, remat)]
-        some = [o for o in some if not memory(cfg.model, o, batch) > 1.2 * topology.memory_bytes]
-        if some:
-            layout = min(some, key=lambda o: o.accumulate)
-            reports.append(inspect(changed(cfg, layout.keys()), "train", topology, devices))
-            say(row(reports[-1]))
+    found = [o for o in found if not memory(cfg.model, o, batch) > 1.2 * topology.memory_bytes]
+    some = [[o for o in found if (o.fsdp, o.remat) == pair] for pair in itertools.product(sizes, REMATS)]
+    layouts = [min(alike, key=lambda o: o.accumulate) for alike in some if alike]
+    left = pace(len(layouts))
+    say(f"compiling {len(layouts)} layouts, one after another ...")
+    for done, layout in enumerate(layouts, 1):
+        reports.append(inspect(changed(cfg, layout.keys()), "train", topology, devices))
+        say(f"{done}/{len(layouts)}  {row(reports[-1])}  {left(done)[1]}")
     return sorted(reports, key=lambda r: (not r["fits"], bounds(r)[1] if r["fits"] else math.inf))

@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -22,12 +24,32 @@ from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.training.diagnose import find_layer
+from dit_jax.training.grid import make_grid
 from dit_jax.training.guard import all_finite, run_twice
 from dit_jax.training.state import abstract_state, make_state, restored_state
 from dit_jax.training.step import make_train_step
+from dit_jax.training.trace import step_annotation, tracing
 from dit_jax.workdir.folder import check_same_run, make_folder, provenance, read_config
 from dit_jax.workdir.goodput import Ledger, close, lose, note, write_entry
-from dit_jax.workdir.scalars import open_scalars
+from dit_jax.workdir.scalars import import_wandb, open_scalars
+
+
+class Outputs(NamedTuple):
+    """What a training shows."""
+
+    write: Callable  # (step, scalars, picture=path of a PNG), into files
+    report: Callable  # (step, scalars) -> rates, on standard error
+    now: Callable  # () -> seconds of the job so far
+    trace: Callable  # (step, state), before each step
+    grid: Callable | None  # (step, EMA weights, stop) -> path of a picture or ""
+
+    def log(self, pending: tuple[int, dict] | None) -> None:
+        """Write and report a step and its scalars, if there are any."""
+        if not pending:
+            return
+        step, scalars = pending
+        values = {name: float(value) for name, value in jax.device_get(scalars).items() if name != "streak"}
+        self.write(step, {**values, **self.report(step, values), "time": self.now()})
 
 
 def prepare_workdir(cfg: Config, workdir: str) -> None:
@@ -100,6 +122,9 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
             source=source,
         )
         _check_same_data(source)
+        grid = make_grid(cfg, workdir) if cfg.train.grid_every else None
+        if cfg.train.wandb and leader():
+            import_wandb()
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
@@ -108,13 +133,13 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         try:
             kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
             with contextlib.closing(checkpoint.Saver(workdir, *kept)) as saver, together():
-                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, quiet or not leader())
+                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, grid, quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
                 warn(f"record {index} was left out: {problem}")
 
 
-def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, quiet: bool) -> int:
+def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, grid, quiet: bool) -> int:
     """Restores or initialises the state, then trains."""
     first = checkpoint.newest_verified(workdir)
     every = cfg.train.keep_every
@@ -137,12 +162,12 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
     if leader():
         lose(ledger, workdir, first)
         note(ledger, workdir)
-        write, close_scalars = open_scalars(workdir, first, tensorboard=not quiet)
+        write, close_scalars = open_scalars(workdir, first, not quiet, cfg.train.wandb)
     else:
-        write, close_scalars = (lambda step, values: None), (lambda: None)
+        write, close_scalars = (lambda step, values, picture="": None), (lambda: None)
     try:
-        outputs = (write, _reporter(cfg, quiet), ledger.now)
-        with ledger.spend("step"):
+        with ledger.spend("step"), tracing(cfg.train.profile, workdir) as trace:
+            outputs = Outputs(write, _reporter(cfg, quiet), ledger.now, trace, grid)
             last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
     finally:
         close_scalars()
@@ -153,24 +178,24 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
     return last - first
 
 
-def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs: tuple) -> int:
+def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs) -> int:
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
     step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()
+        outputs.trace(i, state)
         with ledger.spend("data"):
             batch = put_batch(mesh, next(batches))
-        with ledger.spend(kind):
+        with ledger.spend(kind), step_annotation(i):
             twice = every and i % every == 0
             state, scalars = run_twice(step, state, batch, i) if twice else step(state, batch)
         ledger.last = i
         if kind == "compile" and leader():
             note(ledger, workdir)
         kind = "step"
-        if pending:
-            _log(outputs, *pending)
-            pending = None
+        outputs.log(pending)
+        pending = None
         if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
             pending = (i, scalars)
         recent.append((i, scalars))
@@ -180,15 +205,20 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
             recent = recent[-1:]
         due = i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping
         if due or checkpoint.stays(i, cfg.train.keep_at, cfg.train.keep_every):
-            if pending:
-                _log(outputs, *pending)
-                pending = None
+            outputs.log(pending)
+            pending = None
             _check_streaks(cfg, recent, state, batch)
             recent = []
             with ledger.spend("save"):
                 _save(saver, state, batches.get_state(), meta, ledger, workdir)
         if stopping:
             break
+        if outputs.grid and i % cfg.train.grid_every == 0:
+            outputs.log(pending)
+            pending = None
+            with ledger.spend("evaluation"):
+                if picture := outputs.grid(i, state.ema, stop):
+                    outputs.write(i, {}, picture)
     with ledger.spend("save"):
         saver.wait()
         everyone_is_here("saved")
@@ -215,13 +245,6 @@ def _reporter(cfg: Config, quiet: bool):
     say(f"{count:,} parameters; MFU is against {against}; compiling ...")
     step_flops = make_objective(cfg).flops * cfg.train.batch_size
     return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak)
-
-
-def _log(outputs: tuple, step: int, scalars: dict) -> None:
-    """Writes and reports a step's scalars."""
-    (write, report, now), values = outputs, {name: float(value) for name, value in jax.device_get(scalars).items()}
-    del values["streak"]
-    write(step, {**values, **report(step, values), "time": now()})
 
 
 def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:

@@ -18,8 +18,9 @@ from dit_jax.training.state import TrainState, abstract_state
 
 def mean_loss(objective: Objective, model: Model, params, extras, points: dict):
     """Mean loss over a batch of points, and the mean of each of its parts."""
-    losses, parts = objective.losses(model, params, extras, points)
-    return losses.mean(), {name: part.mean() for name, part in parts.items()}
+    with jax.named_scope("loss"):
+        losses, parts = objective.losses(model, params, extras, points)
+        return losses.mean(), {name: part.mean() for name, part in parts.items()}
 
 
 def gradients(objective: Objective, model: Model, params, extras, points: dict, accumulate: int = 1):
@@ -51,10 +52,11 @@ def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tup
     objective = make_objective(cfg)
     points = objective.draw(model, step_key(cfg, state.step), batch)
     (loss, parts), grads = gradients(objective, model, state.params, state.extras, points, cfg.optim.accumulate)
-    updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
     done = state.step - state.guard.skipped  # updates so far
-    ema = update_ema(state.ema, params, ema_decay(cfg.optim, done))
+    with jax.named_scope("optimizer"):
+        updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, ema_decay(cfg.optim, done))
     extras = objective.update_extras(state.extras, params, done)
     grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
     accepted, guard = judge(cfg.train, state.guard, loss, grad_norm, param_norm)

@@ -1,15 +1,16 @@
-"""Scalars of a run: `W/metrics.jsonl`, one JSON object a line, and TensorBoard events (clu) if TensorFlow is installed."""
+"""Scalars of a run: `W/metrics.jsonl`, one JSON object a line, TensorBoard's events, and Weights & Biases if it is asked for."""
 
 import glob
 import io
 import math
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
-from dit_jax.error import UsageError
-from dit_jax.files import LARGEST, json_text, numbered, parse_json, whole
-from dit_jax.log import notice
+from dit_jax.error import JobError, UsageError
+from dit_jax.files import LARGEST, json_text, numbered, parse_json, read_json, whole, write_file
 
 METRICS = "metrics.jsonl"
 STEP = {"step": int}  # required in a line of scalars
@@ -89,34 +90,93 @@ def _step(event: bytes) -> int:
 
 
 def open_scalars(
-    workdir: str, step: int, tensorboard: bool = True
-) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
-    """Return (write(step, scalars), close()) for a run at `step`."""
+    workdir: str, step: int, tensorboard: bool = True, wandb: str = ""
+) -> tuple[Callable[..., None], Callable[[], None]]:
+    """Return (write(step, scalars, picture=""), close()) for a run at `step`. `picture`: path of a PNG; `wandb`: a project, "" = none.
+
+    Each call of `write` is on the disk when it returns. Raises UsageError as `import_wandb`.
+    """
     path = os.path.join(workdir, METRICS)
+    writers = [_wandb(wandb, workdir)] if wandb else []
     drop_after(path, step)
     drop_events_after(workdir, step)
     file = open(path, "a")  # noqa: SIM115
-    writer = _tensorboard(workdir) if tensorboard else None
+    writers += [_tensorboard(workdir, step)] if tensorboard else []
 
-    def write(step: int, scalars: dict) -> None:
-        file.write(json_text({"step": step, **scalars}) + "\n")
-        file.flush()
-        if writer:
-            writer.write_scalars(step, scalars)
+    def write(step: int, scalars: dict, picture: str = "") -> None:
+        if scalars:
+            file.write(json_text({"step": step, **scalars}) + "\n")
+            file.flush()
+        for add, _ in writers:
+            add(step, scalars, picture)
 
     def close() -> None:
-        file.close()
-        if writer:
-            writer.close()
+        for end in (file.close, *(end for _, end in writers)):
+            end()
 
     return write, close
 
 
-def _tensorboard(workdir: str):
-    """Return clu's summary writer, or None with a notice if TensorFlow, which it needs, is missing."""
+def _tensorboard(workdir: str, start: int) -> tuple[Callable, Callable]:
+    """Return (write, close) of an event file of its own for each start, without the queue of tensorboardX, which a kill would lose."""
+    import numpy as np
+    from PIL import Image
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = EventsWriter(os.path.join(workdir, "events"), f".{start}")
+
+    def write(step: int, scalars: dict, picture: str) -> None:
+        found = [summary.scalar(name, value) for name, value in scalars.items()]
+        if picture:
+            found.append(summary.image("samples", np.asarray(Image.open(picture)), dataformats="HWC"))
+        for one in found:
+            writer.write_event(Event(wall_time=time.time(), step=step, summary=one))
+        writer.flush()
+
+    return write, writer.close
+
+
+def import_wandb():
+    """Import Weights & Biases. Raises UsageError if it is missing."""
     try:
-        from clu import metric_writers
-    except ImportError:
-        notice("TensorFlow is not installed, so there are no TensorBoard events; scalars go to metrics.jsonl")
-        return None
-    return metric_writers.SummaryWriter(workdir)
+        import wandb
+
+        wandb.init  # noqa: B018 - a folder called wandb, as it leaves them, would be imported as an empty package
+    except (ImportError, AttributeError):
+        raise UsageError(
+            "train.wandb: the package wandb is not installed; install the extra, pip install -e '.[wandb]', or leave the key empty"
+        ) from None
+    return wandb
+
+
+def _wandb(project: str, workdir: str) -> tuple[Callable, Callable]:
+    """Return (write, close) of the run of this folder in a project; its id lies in `W/wandb/id`, so that a resumed run goes on there.
+
+    Points that a resumed run computes again are left out there, as W&B's steps only rise; they are the same, bit for bit.
+    """
+    module, path = import_wandb(), os.path.join(workdir, "wandb", "id")
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_file(path, secrets.token_hex(4))
+    with open(path) as f:
+        name = f.read().strip()
+    try:
+        run = module.init(
+            project=project,
+            id=name,
+            name=os.path.basename(os.path.abspath(workdir)),
+            dir=workdir,
+            resume="allow",
+            config=read_json(os.path.join(workdir, "config.json")).get("config", {}),
+            settings=module.Settings(console="off"),
+        )
+    except module.Error as error:
+        advice = "log in with `wandb login`, or set WANDB_MODE=offline and send the run later with `wandb sync`"
+        raise JobError(f"train.wandb: {error}; {advice}") from None
+
+    def write(step: int, scalars: dict, picture: str) -> None:
+        run.log({**scalars, **({"samples": module.Image(picture)} if picture else {})}, step=step)
+
+    return write, run.finish

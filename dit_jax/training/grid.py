@@ -1,0 +1,42 @@
+"""Grids of samples while a run trains, drawn from the EMA weights as `sample` draws them."""
+
+import os
+from collections.abc import Callable
+
+from dit_jax.config import Config
+from dit_jax.devices.mesh import local_mesh
+from dit_jax.devices.processes import leader, whole
+from dit_jax.error import NotFiniteError
+from dit_jax.log import warn
+from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.picture import save_grid
+
+FOLDER = "samples"  # in the run's folder
+NUMBER = 64  # images of a grid
+
+
+def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
+    """Return draw(step, ema, stop) -> path of the PNG, or "" if there is none: on other processes, or once `stop` is not empty.
+
+    All processes call it, because the weights are gathered from all; process 0 draws, by `cfg.sample` and train.seed, and holds the
+    weights whole on each of its devices meanwhile. Raises UsageError now if the settings exclude each other or lack an autoencoder.
+    """
+    sampling = open_sampling(cfg, local_mesh())
+
+    def draw(step: int, ema: dict, stop: list) -> str:
+        params = whole(ema)
+        if not leader():
+            return ""
+        try:
+            batches = list(sampling.images(params, cfg.train.seed, NUMBER, stop=stop))
+        except NotFiniteError as error:
+            warn(f"no grid of step {step}: {error}")
+            return ""
+        if sum(len(images) for images, _ in batches) < NUMBER:
+            return ""
+        os.makedirs(os.path.join(workdir, FOLDER), exist_ok=True)
+        path = os.path.join(workdir, FOLDER, f"step_{step:08}.png")
+        save_grid(path, iter(batches))
+        return path
+
+    return draw

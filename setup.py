@@ -9,6 +9,7 @@ from setuptools.command.build_py import build_py
 CORE = [
     "absl-py",
     "array_record",
+    "clu",
     "etils[epath]",
     "filelock",
     "flax>=0.12,<0.13",

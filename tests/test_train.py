@@ -30,6 +30,7 @@ def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted):
     config = json.loads((uninterrupted / "config.json").read_text())
     assert config["config"]["model"]["width"] == 16 and config["versions"]["jax"] == jax.__version__
     assert checkpoint.steps(str(uninterrupted)) == [40, 50, 60]  # train.keep = 3
+    assert "blocks/attention/qkv/kernel" in (uninterrupted / "parameters.txt").read_text()
     meta = saved(uninterrupted, STEPS)["meta"]
     assert meta["step"] == STEPS and meta["model"]["depth"] == 2
 

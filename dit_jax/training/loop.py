@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from clu.parameter_overview import get_parameter_overview
 
 from dit_jax import checkpoint, flops
 from dit_jax.bind import bind
@@ -20,6 +21,7 @@ from dit_jax.devices.processes import asked_to_stop, check_folder, compare, ever
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import Interrupted, JobError, UsageError
+from dit_jax.files import write_file
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
@@ -159,6 +161,10 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
         batches.set_state(position)
     else:
         state = make_state(cfg, mesh)
+        if leader():
+            write_file(
+                os.path.join(workdir, "parameters.txt"), get_parameter_overview(state.params, include_stats=False)
+            )
     if leader():
         lose(ledger, workdir, first)
         note(ledger, workdir)

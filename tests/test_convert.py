@@ -392,7 +392,8 @@ def test_the_same_command_finds_it_done(workdir, files, cache_dir):
 def test_a_damaged_folder_is_not_taken_for_done(workdir, files, cache_dir, tmp_path):
     shutil.copytree(workdir, tmp_path / "w")
     part = max((tmp_path / "w" / "checkpoints").rglob("*"), key=lambda p: p.stat().st_size)
-    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     command = [
         "--source=dit",
         f"--weights={files / 'dit.safetensors'}",

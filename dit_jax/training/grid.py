@@ -9,6 +9,7 @@ from dit_jax.devices.processes import leader, whole
 from dit_jax.error import NotFiniteError
 from dit_jax.log import warn
 from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.label import names_of
 from dit_jax.sampling.picture import save_grid
 
 FOLDER = "samples"  # in the run's folder
@@ -21,7 +22,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     All processes call it, because the weights are gathered from all; process 0 draws, by `cfg.sample` and train.seed, and holds the
     weights whole on each of its devices meanwhile. Raises UsageError now if the settings exclude each other or lack an autoencoder.
     """
-    sampling = open_sampling(cfg, local_mesh())
+    sampling, names = open_sampling(cfg, local_mesh()), names_of(cfg)
 
     def draw(step: int, ema: dict, stop: list) -> str:
         params = whole(ema)
@@ -36,7 +37,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
             return ""
         os.makedirs(os.path.join(workdir, FOLDER), exist_ok=True)
         path = os.path.join(workdir, FOLDER, f"step_{step:08}.png")
-        save_grid(path, iter(batches))
+        save_grid(path, iter(batches), names)
         return path
 
     return draw

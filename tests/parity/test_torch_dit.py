@@ -230,7 +230,7 @@ def test_the_benchmark_beside_it_end_to_end(tmp_path, cache_dir):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert set(found) == {"machine", "sample", "train"} and found["machine"]["date"]
+    assert set(found) == {"generator", "machine", "sample", "train"} and found["machine"]["date"]
     for part, images in (("train", 8), ("sample", 16)):
         sides = found[part]["sides"]
         assert set(sides) == {"jax", "torch"} and found[part]["images"] == images

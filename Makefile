@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 8 minutes)"
 	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
-	@echo "make test       the tests (about 14 minutes on 2 cores)"
+	@echo "make test       the tests (about 9 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"

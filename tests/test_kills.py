@@ -95,8 +95,8 @@ def torture(kills, uninterrupted, folder, cache_dir):
     }
 
 
-def test_three_kills_at_random_times(uninterrupted, tmp_path, cache_dir):
-    torture(3, uninterrupted, tmp_path, cache_dir)
+def test_five_kills_at_random_times(uninterrupted, tmp_path, cache_dir):
+    torture(5, uninterrupted, tmp_path, cache_dir)
 
 
 @pytest.mark.slow

@@ -274,9 +274,9 @@ def test_budgets_read_off_a_figure_are_said_with_the_way_out(tmp_path):
     runs = [(r, r.flops * math.exp(rng.uniform(-0.12, 0.12))) for r in ladder(noise=0.003)]
     rows = [f"{r.params!r},{c / 6 / r.params!r},{c!r},{r.loss!r},{r.flops:.0e}" for r, c in runs]
     path = table(tmp_path, "\n".join(["params,tokens,flops,loss,line", *rows]))
-    (said,) = [
-        text for text, advice, _, bad in commands._suspects(load_runs(path)) if bad and "--column group=NAME" in advice
-    ]
+    read = load_runs(path)
+    suspects = commands._suspects(read, quality.findings(read))
+    (said,) = [text for text, advice, _, bad in suspects if bad and "--column group=NAME" in advice]
     assert "as read off a figure" in said
     grouped = load_runs(path, columns={"group": "line"})
     assert (

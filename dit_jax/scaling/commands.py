@@ -1,7 +1,6 @@
 """The commands `fit`, `predict`, `plan` and `report`: their tables and their JSON."""
 
 import inspect
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,12 +14,11 @@ from dit_jax.scaling.report.text import (
     LAW_HEAD,
     METHOD_HEAD,
     PREDICT_HEAD,
-    far,
     finite,
     law_rows,
     method_rows,
+    prediction_rows,
     print_table,
-    span,
     to_json,
 )
 from dit_jax.scaling.runs import budgets, load_runs, require_varied, stated
@@ -45,11 +43,11 @@ def _options(args, method: str) -> dict:
 def run(args) -> dict:
     """The JSON of the command that `args` names."""
     runs, said = _loaded(args)
-    found, made = _judged(args, runs)
     odd = quality.findings(runs)
+    found, made = _judged(args, runs, odd)
     print(f"Convention: {runs[0].convention}\n")
     for line in verdict.lines(made) if made else (f"Verdict: none: {_why(found.refused)}",):
-        print(one_line(line) if line[0] != " " else line)
+        print(one_line(line))
     print()
     if args.verbose:
         _tell(found, odd)
@@ -72,7 +70,7 @@ def run(args) -> dict:
     return {"fit": _fit, "predict": _predict, "plan": _plan}[args.command](args, runs, fit) | said
 
 
-def _judged(args, runs: list) -> tuple:
+def _judged(args, runs: list, odd: Sequence) -> tuple:
     """(every fit that the command needs, the verdict on those that answer). Raises UsageError where the method asked for cannot be
     fitted."""
     flops, options = max(args.flops, default=0.0), {m: _options(args, m) for m in METHODS}
@@ -80,12 +78,12 @@ def _judged(args, runs: list) -> tuple:
     found = fit_methods(runs, flops, tuple(names), options.__getitem__)
     if args.method in found.refused:
         raise UsageError(found.refused[args.method])
-    return found, verdict.judge(runs, found.fits, found.refits.__getitem__, flops, _suspects(runs))
+    return found, verdict.judge(runs, found.fits, found.refits.__getitem__, flops, _suspects(runs, odd))
 
 
-def _suspects(runs: list) -> list[tuple]:
+def _suspects(runs: list, odd: Sequence) -> list[tuple]:
     """What is odd about the runs, for the verdict: bad rows of one kind together, else each finding with the runs of its budgets."""
-    odd, out = quality.findings(runs), []
+    out = []
     for kind in dict.fromkeys(f.kind for f in odd if f.rows):
         same = [f for f in odd if f.kind == kind]
         more = f" (and {len(same) - 1} more: --verbose)" if len(same) > 1 else ""
@@ -168,16 +166,11 @@ def _predictions(fit: Fit, flops) -> list[dict]:
 
 
 def _print_predictions(fit: Fit, flops, runs: list) -> None:
-    rows = []
-    for said in (predict(fit, c) for c in flops):
-        row = [f"{said['flops']:.3g}", far(said["beyond"])]
-        for name, digits in (("N_opt", ".4g"), ("D_opt", ".4g"), ("L_opt", ".4f")):
-            row += ["" if math.isnan(said[name]) else f"{said[name]:{digits}}", span(said[f"{name}_interval"], digits)]
-        rows.append((*row, span(said["L_run_interval"], ".4f")))
-        if "L_opt_reason" in said:
-            print(f"warning: no loss at {said['flops']:.3g} FLOPs: {said['L_opt_reason']}", file=sys.stderr)
+    found = _predictions(fit, flops)
+    for said in (s for s in found if "L_opt_reason" in s):
+        print(f"warning: no loss at {said['flops']:.3g} FLOPs: {said['L_opt_reason']}", file=sys.stderr)
     head = tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in PREDICT_HEAD)
-    print_table(f"Predictions, {fit.level:.0%} intervals", head, rows)
+    print_table(f"Predictions, {fit.level:.0%} intervals", head, prediction_rows(found))
 
 
 def _fit_all(args, runs: list, found: Methods) -> dict:

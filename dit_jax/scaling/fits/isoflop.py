@@ -317,11 +317,9 @@ def _bias(surface: Reference, used: Sequence[Budget], fit: Fit) -> dict | None:
     }
     sizes = {}
     if fit.draws:
-        drawn = {
-            "a": fit.draws["N_opt"].exponent,
-            "N_opt": np.log(fit.draws["N_opt"](C[last])),
-            "L_opt": fit.draws["L_opt"](C[last]),
-        }
+        with np.errstate(divide="ignore"):  # of a resample that determines no law
+            n_opt = np.log(fit.draws["N_opt"](C[last]))
+        drawn = {"a": fit.draws["N_opt"].exponent, "N_opt": n_opt, "L_opt": fit.draws["L_opt"](C[last])}
         sizes = {name: np.ptp(fit.interval(v)) / 2 for name, v in drawn.items()}
     material = any(abs(found[name]) > MATERIAL * size for name, size in sizes.items())
     budgets_ = [

@@ -58,7 +58,7 @@ def run_metric(args) -> tuple[dict, list]:
     used = best if args.each else best_of_budgets(best, higher=higher)
     form = "irreducible" if args.irreducible else "pure" if args.pure else ""
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
-    reasons, runs = doubts(fit, args.metric, max(args.flops, default=0.0)), {p.run_name for p in used}
+    reasons, runs = doubts(fit, args.metric), {p.run_name for p in used}
     rows = [(c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", c.edge) for c in found]
     head = ("model", "best", "tried", args.metric, "edge")
     print_table(f"Best sampling of each model, by {args.metric}", head, rows)

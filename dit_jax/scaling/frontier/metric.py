@@ -195,18 +195,18 @@ def bend(C: np.ndarray, y: np.ndarray, variance: np.ndarray) -> float:
     return float(stats.t.sf(found[2] / error, len(C) - 3))
 
 
-def doubts(fit: MetricLaw, metric: str, flops: float | int = 0.0) -> list[str]:
-    """Why the law may not be followed beyond the data: it bends in log^2 C, or its ends disagree at `flops` (0: ten times the data)."""
+def doubts(fit: MetricLaw, metric: str) -> list[str]:
+    """Why the law may not be followed beyond the data: it bends in log^2 C.
+
+    Its ends are no test, as they are of a law of the loss: intervals here are those of the scatter about the law, which a bend widens, so
+    that the laws without the smallest and without the largest compute agree within them however much they differ.
+    """
     if fit.taken.draws is None or math.isnan(fit.taken.noise):
         return []
-
-    def again(points: Sequence[Point]) -> Fit:
-        return _as_fit(fit_metric(points, form=fit.form, resamples=beyond.RESAMPLES, level=fit.level))
-
-    law, test = _as_fit(fit), beyond.bending_of_loss if fit.law.irreducible else beyond.bending_of_size
-    trials = [test(law), *beyond.ends(law, again, max(flops, beyond.FAR * fit.largest))]
-    texts = [t.found for t in trials if t is not None and t.fails]
-    return [beyond.NOT + t.replace("N_opt", metric).replace("L_opt", metric).replace("loss", metric) for t in texts]
+    trial = (beyond.bending_of_loss if fit.law.irreducible else beyond.bending_of_size)(_as_fit(fit))
+    if trial is None or not trial.fails:
+        return []
+    return [beyond.NOT + trial.found.replace("N_opt", metric).replace("L_opt", metric).replace("loss", metric)]
 
 
 def _as_fit(fit: MetricLaw) -> Fit:
@@ -218,7 +218,7 @@ def _as_fit(fit: MetricLaw) -> Fit:
         for p, e in zip(fit.used, errors, strict=True)
     )
     none = dict(loss=lambda n, d: math.nan, loss_draws=None, noise=law.noise, noise_draws=np.zeros(0))
-    numbers = dict(k=1.0, objective=math.nan, level=fit.level, resamples=beyond.RESAMPLES)
+    numbers = dict(k=1.0, objective=math.nan, level=fit.level, resamples=0)
     return Fit(
         "metric", fit.used, {name: law.law}, {name: law.draws} if law.draws else {}, points=points, **none, **numbers
     )

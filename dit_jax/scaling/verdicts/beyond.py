@@ -26,7 +26,7 @@ from dit_jax.scaling.runs import Run, budgets, scattered
 CHANCE = 0.01  # of a test in words of which the laws would hold
 ODD = 0.05  # of the scatter about the bent law, below which it is more than the noise of the runs
 FAR = 10.0  # times the largest compute: where the ends are compared, if nothing is asked for
-RESAMPLES = 200  # of the refits without an end
+RESAMPLES = 100  # of the refits without an end
 PARTS = 5  # of scattered runs, by compute: the first and the last are their ends
 NOT = "not identified beyond the data: "
 

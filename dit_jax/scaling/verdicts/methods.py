@@ -9,7 +9,7 @@ from dit_jax.error import UsageError
 from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.fits.fit import Fit
 from dit_jax.scaling.runs import Run
-from dit_jax.scaling.verdicts.beyond import examine
+from dit_jax.scaling.verdicts.beyond import RESAMPLES, examine
 
 LISTED = 4  # parts of a refusal that are said
 QUANTITIES = ("a", "N_opt", "irreducible", "L_opt")
@@ -36,15 +36,15 @@ def fit_one(runs: Sequence[Run], method: str, flops: float | int = 0.0, **option
     return examine(METHODS[method](runs, **options), again(method, **options), flops)
 
 
-def again(method: str, most: int = 100, **options) -> Callable[[Sequence[Run]], Fit]:
+def again(method: str, most: int = RESAMPLES, **options) -> Callable[[Sequence[Run]], Fit]:
     """A function that fits other runs in the same way, with at most `most` resamples; it remembers what it has fitted."""
     options, known = {**options, "resamples": min(options.get("resamples", most), most)}, {}
 
     def fit(runs: Sequence[Run]) -> Fit:
         key = frozenset(map(id, runs))
         if key not in known:
-            known[key] = METHODS[method](runs, **options)
-        return known[key]
+            known[key] = METHODS[method](runs, **options), runs  # which keeps them, and so their ids, alive
+        return known[key][0]
 
     return fit
 

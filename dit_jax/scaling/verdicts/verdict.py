@@ -15,7 +15,7 @@ import numpy as np
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, interval, predict
 from dit_jax.scaling.runs import Run, budgets, scattered
-from dit_jax.scaling.verdicts.beyond import Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.beyond import FAR, Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.holdout import folds
 
 ANSWER = ("isoflop", "varpro", "surface")  # the methods that answer; the others check published numbers
@@ -23,7 +23,6 @@ NEAR = 3.0  # sizes within this factor of the best of their budget are predicted
 PARTS = 4  # at most, of the sizes that are left out in turn
 MOST = 5  # findings
 WORTH = 0.5  # of a half-width, from which an effect is a finding
-FAR = 10.0  # times the data: the target where none is asked for
 TOO_FAR = 100.0  # times the data, from which the distance itself is a finding
 QUANTITIES = ("N_opt", "L_opt")
 

@@ -12,7 +12,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup dev peers tpu demo demo-10x test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
+.PHONY: help setup gcs dev peers tpu demo demo-10x test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
 	@echo "make lint       ruff, for Python 3.11 and 3.13"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: also the tools for tests"
+	@echo "make gcs        also the clients of Google Cloud Storage, for gs:// paths"
 	@echo "make lock       resolve the dependencies again and rewrite the locks"
 
 $(BIN)/uv: requirements-bootstrap.lock
@@ -44,6 +45,13 @@ $(VENV)/.setup: $(BIN)/uv requirements.lock setup.py
 	@$(UV) -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
+
+$(VENV)/.gcs: $(VENV)/.setup requirements-gcs.lock
+	@echo "installing the clients of Cloud Storage ..."
+	@$(UV) --no-deps -r requirements-gcs.lock
+	@touch $@
+
+gcs: $(VENV)/.gcs
 
 $(VENV)/.dev: $(VENV)/.setup requirements-dev.lock
 	@echo "installing the tools for tests ..."
@@ -128,6 +136,7 @@ lock: $(BIN)/uv
 	$(COMPILE) requirements-bootstrap.in -o requirements-bootstrap.lock
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) setup.py --extra gcs -c requirements-dev.lock $(call WITHOUT,requirements.lock) -o requirements-gcs.lock
 	$(COMPILE) requirements-tpu.in -c requirements.lock $(call WITHOUT,requirements.lock) -o requirements-tpu.lock
 	$(COMPILE) requirements-xpk.in -o requirements-xpk.lock
 	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \

@@ -35,12 +35,15 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    "gcs": ["gcsfs", "google-cloud-storage"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "torch": ["torch==2.13.0"],
     "dev": [
         "beartype",
         "chex",
+        "gcsfs",
+        "google-cloud-storage",
         "hypothesis",
         "ipykernel",
         "nbclient",

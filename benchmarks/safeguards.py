@@ -25,7 +25,7 @@ from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.pipeline import make_batches
 from dit_jax.devices.mesh import make_mesh
-from dit_jax.files import check_json
+from dit_jax.files.out import check_json
 from dit_jax.job.launch import launch
 from dit_jax.log import say, table
 from dit_jax.training import loop

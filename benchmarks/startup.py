@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dit_jax.error import UsageError, exit_code
-from dit_jax.files import check_json, write_file
+from dit_jax.files import write_file
+from dit_jax.files.out import check_json
 from dit_jax.log import say
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,8 @@ opt           the optimizer's state and the guard's    meta   JSON, what the run
 
 A save goes to `<step>.saving/`. Once all of it is on the disk, its files are read back and hashed, and the folder is
 renamed; only then is it a checkpoint. Older ones are pruned after that, and only if the newest verifies. A folder that
-does not verify is never restored; training sets it aside as `<step>.damaged`.
+does not verify is never restored; training sets it aside as `<step>.damaged`. In a bucket, which renames nothing, a save goes to
+`<step>/` itself and the manifest, written last, makes it a checkpoint.
 """
 
 import concurrent.futures as futures
@@ -29,7 +30,7 @@ from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
 from dit_jax.error import JobError, UsageError
-from dit_jax.files import delete, lock, names, rename
+from dit_jax.files import absolute, delete, exists, is_file, is_folder, lock, names, remote, rename, slow
 from dit_jax.log import warn
 from dit_jax.models import dit
 from dit_jax.workdir import manifest
@@ -47,7 +48,7 @@ FREE = ("remat", "unroll", "attention")  # keys of the model config that change 
 
 def folder(workdir: str) -> str:
     """Return the folder of a run's checkpoints."""
-    return os.path.join(os.path.abspath(workdir), "checkpoints")
+    return os.path.join(absolute(workdir), "checkpoints")
 
 
 def path_of(workdir: str, step: int) -> str:
@@ -58,7 +59,7 @@ def steps(workdir: str) -> list[int]:
     """List the steps of the checkpoints on disk (folders with a manifest), ascending; contents are verified when read."""
     root = folder(workdir)
     found = [name for name in names(root) if name.isdecimal()]
-    return sorted(int(name) for name in found if os.path.isfile(os.path.join(root, name, manifest.NAME)))
+    return sorted(int(name) for name in found if is_file(os.path.join(root, name, manifest.NAME)))
 
 
 class Saver:
@@ -77,7 +78,7 @@ class Saver:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS), async_options=at_once)
         if jax.process_index() == 0:
             busy = JobError(f"{workdir}: another process trains this run; wait for its end, or use another --workdir")
-            self._lock.enter_context(lock(os.path.join(folder(workdir), "lock"), busy))
+            self._check_lock = self._lock.enter_context(lock(os.path.join(folder(workdir), "lock"), busy))
             _remove_unfinished(workdir)
 
     def save(self, step: int, items: dict, position: dict, meta: dict, after: Callable = lambda: None) -> None:
@@ -88,7 +89,7 @@ class Saver:
         self.wait()
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
-        target = path_of(self.workdir, step) + SAVING
+        target = _unfinished(self.workdir, step)
         try:
             self._orbax.save(target, args=ocp.args.Composite(**arrays, **values))
         except Exception as error:
@@ -106,7 +107,8 @@ class Saver:
             return
         (step, future), self._pending = self._pending, None
         try:
-            future.result()
+            with slow(f"{path_of(self.workdir, step)}: saving"):
+                future.result()
         except Exception as error:
             self._fail(step, error)
 
@@ -124,6 +126,7 @@ class Saver:
     def _commit(self, step: int, target: str, after: Callable) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
+            self._check_lock()
             publish(target, path_of(self.workdir, step))
             for what, action in (("the goodput", after), ("older checkpoints", self._prune)):
                 try:
@@ -145,9 +148,16 @@ class Saver:
 def publish(unfinished: str, final: str) -> None:
     """Write the manifest of a finished folder, then rename it. Raises OSError if `final` exists."""
     manifest.write_manifest(unfinished)
-    if os.path.exists(final):
+    if unfinished == final:
+        return
+    if exists(final):
         raise OSError(f"{final} exists already")
     rename(unfinished, final)
+
+
+def _unfinished(workdir: str, step: int) -> str:
+    """Return where a save goes before it is a checkpoint."""
+    return path_of(workdir, step) + ("" if remote(workdir) else SAVING)
 
 
 def stays(step: int, keep_at: Collection[int], keep_every: int) -> bool:
@@ -162,6 +172,9 @@ def prune(workdir: str, keep: int, keep_at: Collection[int] = (), keep_every: in
         return
     for step in (step for step in found[:-keep] if not stays(step, keep_at, keep_every)):
         old = path_of(workdir, step)
+        if remote(old):
+            delete(old, first=manifest.NAME)
+            continue
         aside = _free_name(old + REMOVING)
         rename(old, aside)  # so that a removal cut short leaves no half checkpoint
         delete(aside)
@@ -189,7 +202,7 @@ def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[di
     for name, tree in like.items():
         check_tree(at, name, tree)
     arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS)) as reader:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS)) as reader, slow(f"{at}: restoring"):
         found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
     return {name: found[name] for name in like}, found["data"]
 
@@ -210,7 +223,7 @@ def load(
     check_model(at, model)
     like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     check_tree(at, item, like)
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer() as reader, slow(f"{at}: reading"):
         return model, reader.restore(os.path.join(at, item), like)
 
 
@@ -263,14 +276,14 @@ def read_meta(workdir: str, step: int, item: str = "meta") -> dict:
 
 def unique_images(workdir: str, step: int) -> int | None:
     """Return the number of different images that a checkpoint's training had; None if only weights were converted."""
-    trained = os.path.isdir(os.path.join(path_of(workdir, step), "data"))
+    trained = is_folder(os.path.join(path_of(workdir, step), "data"))
     return read_meta(workdir, step, "data").get("source", {}).get("records") if trained else None
 
 
 def check_trained(workdir: str) -> None:
     """Raises UsageError if the newest checkpoint holds weights only, so that training cannot resume."""
     found = steps(workdir)
-    if found and not os.path.isdir(os.path.join(path_of(workdir, found[-1]), "opt")):
+    if found and not is_folder(os.path.join(path_of(workdir, found[-1]), "opt")):
         source = read_meta(workdir, found[-1]).get("source") or {}
         raise UsageError(
             f"{path_of(workdir, found[-1])}: holds weights only, converted from {source.get('file', 'a file')}, and no "
@@ -293,7 +306,7 @@ def check_model(at: str, model: ModelConfig) -> None:
 
 def check_tree(at: str, item: str, like) -> None:
     """Raises UsageError naming leaves that are missing, unknown, or differ in shape or dtype from `like`."""
-    if not os.path.isdir(os.path.join(at, item)):
+    if not is_folder(os.path.join(at, item)):
         raise UsageError(f"{os.path.join(at, item)}: missing, expected the item {item!r} of a checkpoint")
     found = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree)
     wanted = _leaves(like)
@@ -312,14 +325,14 @@ def _leaves(tree) -> dict[str, str]:
 
 def _newest_verified(workdir: str) -> int:
     root = folder(workdir)
-    found = sorted((int(name) for name in os.listdir(root) if name.isdecimal()), reverse=True)
+    found = sorted((int(name) for name in names(root) if name.isdecimal()), reverse=True)
     problems: dict[int, list[str]] = {}
     for step in found:
         problems[step] = manifest.problems(path_of(workdir, step))
         if not problems[step]:
             break
     else:
-        there = sorted(name for name in os.listdir(root) if name.isdecimal() or DAMAGED in name)
+        there = sorted(name for name in names(root) if name.isdecimal() or DAMAGED in name)
         if there:
             first = f" ({found[0]}: {_few(problems[found[0]])})" if found else ""
             raise JobError(
@@ -337,13 +350,17 @@ def _newest_verified(workdir: str) -> int:
 
 def _free_name(path: str) -> str:
     count, name = 1, path
-    while os.path.exists(name):
+    while exists(name):
         count, name = count + 1, f"{path}-{count + 1}"
     return name
 
 
 def _remove_unfinished(workdir: str) -> None:
     root = folder(workdir)
+    if remote(root):
+        for step in {int(name) for name in names(root) if name.isdecimal()} - {*steps(workdir)}:
+            delete(path_of(workdir, step))
+        return
     for name in names(root):
         path, tries = os.path.join(root, name), 0
         # again and again, because threads of a failed save may still write there

@@ -45,6 +45,14 @@ class JobError(RuntimeError):
         super().__init__(one_line(message))
 
 
+class StorageError(JobError, OSError):
+    """A bucket refused something or did not answer: what, and what to do."""
+
+    def __init__(self, message=""):
+        super().__init__(message)
+        self.strerror = str(self)
+
+
 class PeerLost(JobError):
     """Another process of the job is gone, or never came. Launchers start the job again; see PEER_LOST."""
 
@@ -84,23 +92,22 @@ def nearest(key: str, known) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
 
 
-def on_disk(name: str, path: str) -> None:
-    """Raises UsageError if `path` is in a bucket: files are renamed, locked and synced as on a disk."""
-    if re.match(r"[a-z][a-z\d+.-]*:/", path, re.IGNORECASE):
+def check_scheme(name: str, path: str) -> None:
+    """Raises UsageError if `path` is a URL of anything but a bucket of Google Cloud Storage."""
+    if re.match(r"[a-z][a-z\d+.-]*:/", path, re.IGNORECASE) and not path.startswith("gs://"):
         raise UsageError(
-            f"{name}: found {shown(path)}, expected a path on a disk: buckets are not supported; hosts share a disk by NFS, such as "
-            "Filestore (docs/launch.md)"
+            f"{name}: found {shown(path)}, expected a path on a disk or gs://BUCKET/...: other stores are not supported; copy the "
+            "files, or mount the store as a folder"
         )
 
 
-def arguments_on_disk(arguments: Sequence[str]) -> None:
-    """Raises UsageError if a command line names a bucket, except in `--config.`: TFDS reads `data.data_dir` from one."""
+def check_schemes(arguments: Sequence[str]) -> None:
+    """Raises UsageError if a command line names a path that no job can open."""
     for before, argument in itertools.pairwise(["", *arguments]):
         name, _, value = argument.partition("=")
         if not argument.startswith("-"):
             name, value = before if before.startswith("-") and "=" not in before else "argument", argument
-        if not name.lstrip("-").startswith("config."):
-            on_disk(f"--{name.lstrip('-')}" if name.startswith("-") else name, value)
+        check_scheme(f"--{name.lstrip('-')}" if name.startswith("-") else name, value)
 
 
 def unknown_flag(name: str, known) -> UsageError:

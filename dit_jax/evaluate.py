@@ -21,7 +21,7 @@ from dit_jax.job.launch import launch
 from dit_jax.job.launcher import define_flags, find_cell, hand_over
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import process_start
-from dit_jax.workdir.records import RECORDS
+from dit_jax.workdir.records import place
 
 
 def check(cfg: Config, slice_: Slice | None) -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     if sum(not name.endswith("loss") for name in parts) > 1 and not values.compilation_cache:  # a grid
         compiled.use_cache(os.path.join(values.workdir, "compiled"))
     failed = follow(cfg, values.workdir, values.watch, process_start(), steps)
-    print(os.path.join(values.workdir, RECORDS))
+    print(place(values.workdir))
     report_failed(failed)
 
 

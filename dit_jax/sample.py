@@ -7,14 +7,14 @@ way, or after 20 s without them.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 from absl import flags
 
 from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
 from dit_jax.error import UsageError
-from dit_jax.files import check_ending, check_out
+from dit_jax.files import base
+from dit_jax.files.out import check_ending, check_out
 from dit_jax.job import compiled
 from dit_jax.job.check import Slice
 from dit_jax.job.launch import PATIENCE, launch, stop_flag
@@ -87,7 +87,7 @@ def _main(values, stop: list) -> None:
     if values.images and not there:
         picture.save_images(values.images, pngs, values.num, drawn(values.num))
     if values.grid:
-        model = f"{os.path.basename(os.path.abspath(values.workdir))}, depth {cfg.model.depth}, width {cfg.model.width}"
+        model = f"{base(values.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
         caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {values.seed}"
         picture.save_grid(values.grid, drawn(min(values.num, picture.GRID)), names_of(cfg), caption)
     print("\n".join(path for path in (values.out, values.images, values.grid) if path))

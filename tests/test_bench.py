@@ -15,11 +15,11 @@ import pytest
 from job import ROOT, environment, run
 from runs import train
 
-from dit_jax import files, flops
+from dit_jax import flops
 from dit_jax.bench import measure, peer, speed, table
 from dit_jax.config import Config, SampleConfig, TrainConfig, resolve
 from dit_jax.error import UsageError
-from dit_jax.files import write_file
+from dit_jax.files import out, write_file
 from dit_jax.job.launch import load_config
 from dit_jax.sweep import ladder
 from dit_jax.workdir.folder import read_config
@@ -183,14 +183,14 @@ def test_bad_input_is_one_line_and_exit_2_before_anything_is_measured(case, cach
 
 def test_a_report_goes_to_a_file_whole_or_not_at_all(tmp_path):
     inside = tmp_path / "report.json"
-    files.check_json("")
-    files.check_json(str(inside))
+    out.check_json("")
+    out.check_json(str(inside))
     for path in (tmp_path, f"{tmp_path / 'new'}/"):
         with pytest.raises(UsageError, match=r"--json: found the folder .* expected a file, such as .*report\.json'"):
-            files.check_json(str(path))
+            out.check_json(str(path))
     write_file(str(inside), "{}")
     with pytest.raises(UsageError, match=r"--json: found .*, where '.*/report.json' is no folder"):
-        files.check_json(str(inside / "a.json"))
+        out.check_json(str(inside / "a.json"))
     (tmp_path / "taken").mkdir()
     with pytest.raises(IsADirectoryError):
         write_file(str(tmp_path / "taken"), "{}")

@@ -272,17 +272,19 @@ def test_windows_and_budgets_that_are_not_numbers_are_named():
 @pytest.mark.parametrize(
     ("job", "arguments"),
     [
-        ("train", ["--config=configs/digits.py", "--workdir=gs://bucket/run"]),
+        ("train", ["--config=configs/digits.py", "--workdir=s3://bucket/run"]),
         ("sweep", ["--config=configs/digits_isoflop.py", "--workdir", "gs:/bucket/run"]),
         ("evaluate", ["--workdir=s3://bucket/run"]),
-        ("sample", ["--workdir=runs/x", "--out=gs://bucket/a.npz"]),
-        ("scaling", ["report", "tests/data/digits_isoflop.csv", "--out=gs://bucket/a.html"]),
+        ("sample", ["--workdir=runs/x", "--out=az://bucket/a.npz"]),
+        ("scaling", ["report", "tests/data/digits_isoflop.csv", "--out=s3://bucket/a.html"]),
+        ("encode", ["--config=configs/digits.py", "--out=x", "--config.data.data_dir=s3://bucket/tfds"]),
     ],
 )
-def test_a_bucket_is_refused_before_anything_is_written(job, arguments, cache_dir):
+def test_a_store_that_is_not_supported_is_refused_before_anything_is_written(job, arguments, cache_dir):
     code, out, err = run(job, *arguments, cache_dir=cache_dir)
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert re.match(
-        r"error: --(workdir|out): found '(gs|s3):.*, expected a path on a disk: buckets are not supported", err
+        r"error: --(workdir|out|config.data.data_dir): found '(gs|s3|az):.*, expected a path on a disk or gs://BUCKET/",
+        err,
     )
     assert not [path for path in FOLDER.parent.iterdir() if path.name.endswith(":")]

@@ -15,6 +15,7 @@ import pytest
 
 from dit_jax import files
 from dit_jax.error import JobError, UsageError
+from dit_jax.files import out
 from dit_jax.workdir import records, scalars
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +182,7 @@ def test_nothing_that_is_written_holds_nan(tmp_path):
     assert files.json_text({"b": 1, "a": (2.0,)}, indent=1, sort_keys=True) == '{\n "a": [\n  2.0\n ],\n "b": 1\n}'
     record = {"step": 1, "protocol_id": "x", "protocol": {}, "metrics": {"loss_se": math.nan}}
     records.append_record(str(tmp_path), record)
-    write, close = scalars.open_scalars(str(tmp_path), 0, tensorboard=False)
+    write, _, close = scalars.open_scalars(str(tmp_path), 0, tensorboard=False)
     write(1, {"loss": math.inf})
     close()
     for name, key in (("eval/records.jsonl", "metrics"), ("metrics.jsonl", "loss")):
@@ -202,18 +203,18 @@ def test_only_one_function_writes_json_files():
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path, found):
     path = str(tmp_path / "found.json")
     for _ in range(2):
-        files.check_json(path)
-        files.write_report(path, found)
+        out.check_json(path)
+        out.write_report(path, found)
     one = json.loads(Path(path).read_text())
     assert (one[0] if isinstance(one, list) else one) == {"generator": "dit_jax", "a": 1}
     for name, content in (("package.json", '{"name": "mine"}'), ("empty.json", "")):
         (tmp_path / name).write_text(content)
         with pytest.raises(UsageError, match=f"^--json: {tmp_path / name} exists and was not written by this command"):
-            files.check_json(str(tmp_path / name))
+            out.check_json(str(tmp_path / name))
         assert (tmp_path / name).read_text() == content
     for name in ("found.csv", "found"):
         with pytest.raises(
             UsageError, match=rf"^--json: found '{tmp_path / name}', expected a name that ends in \.json"
         ):
-            files.check_json(str(tmp_path / name))
-    files.check_json(""), files.check_json(str(tmp_path / "new" / "found.json"), makes_folders=True)
+            out.check_json(str(tmp_path / name))
+    out.check_json(""), out.check_json(str(tmp_path / "new" / "found.json"), makes_folders=True)

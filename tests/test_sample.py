@@ -20,7 +20,7 @@ from dit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SampleCo
 from dit_jax.data.source import class_names
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, UsageError
-from dit_jax.files import check_out
+from dit_jax.files.out import check_out
 from dit_jax.sampling import draw, label, parts, picture
 from dit_jax.workdir.folder import read_config
 

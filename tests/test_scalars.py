@@ -32,7 +32,7 @@ def event(step, size=3):
 
 
 def resume(folder, step):
-    _, close = scalars.open_scalars(str(folder), step, tensorboard=False)
+    _, _, close = scalars.open_scalars(str(folder), step, tensorboard=False)
     close()
 
 
@@ -53,7 +53,7 @@ def write_twice(folder, tensorboard=True, wandb=""):
     picture = folder / "a.png"
     Image.fromarray(np.full((6, 4, 3), 200, np.uint8)).save(picture)
     for first, last in ((0, 9), (5, 12)):
-        write, close = scalars.open_scalars(str(folder), first, tensorboard, wandb)
+        write, _, close = scalars.open_scalars(str(folder), first, tensorboard, wandb)
         for step in range(first + 1, last + 1):
             write(step, {"loss": 1.5 * step, "mfu": math.nan})
             if step % 4 == 0:
@@ -77,7 +77,7 @@ def test_events_are_written_without_tensorflow_and_at_once(tmp_path):
     assert all(value.simple_value == 1.5 * step for step, value in found if value.tag == "loss")
     shown = [(step, value.image) for step, value in found if value.tag == "samples"]
     assert sorted(step for step, _ in shown) == [4, 8, 12] and {(i.height, i.width) for _, i in shown} == {(6, 4)}
-    write, close = scalars.open_scalars(str(tmp_path), 12)
+    write, _, close = scalars.open_scalars(str(tmp_path), 12)
     write(13, {"loss": 7.0})
     assert any(
         b"loss" in path.read_bytes() for path in tmp_path.glob("events.*.12")
@@ -146,7 +146,7 @@ def test_weights_and_biases_itself_writes_offline(tmp_path, monkeypatch):
 
 def test_scalars_of_a_resumed_run_are_written_once(tmp_path):
     for first, last in ((0, 5), (3, 6)):
-        write, close = scalars.open_scalars(str(tmp_path), first, tensorboard=False)
+        write, _, close = scalars.open_scalars(str(tmp_path), first, tensorboard=False)
         for step in range(first + 1, last + 1):
             write(step, {"loss": 1.0})
         close()

@@ -15,7 +15,7 @@ from absl import flags
 
 from dit_jax.config import Config, resolve
 from dit_jax.error import UsageError, typed
-from dit_jax.files import check_json
+from dit_jax.files.out import check_json
 from dit_jax.job.launch import launch
 from dit_jax.log import say
 

@@ -13,7 +13,7 @@ from dit_jax.bind import bind
 from dit_jax.config import Config, TrainConfig, model_config
 from dit_jax.devices.mesh import batch_sharding, make_mesh
 from dit_jax.devices.numerics import random_key
-from dit_jax.files import write_report
+from dit_jax.files.out import write_report
 from dit_jax.training.state import make_state
 from dit_jax.training.step import make_train_step
 from dit_jax.workdir.folder import provenance

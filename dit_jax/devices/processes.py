@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from dit_jax.config import MeshConfig
 from dit_jax.devices.mesh import devices_of_processes
 from dit_jax.error import IDLE, Interrupted, JobError, PeerLost, UsageError, report, shown, watching
+from dit_jax.files import absolute, create, delete, exists, is_file, make_folder, names, remote
 from dit_jax.log import name_process
 
 # Flags that describe the other processes, and the environment variables of the same meaning.
@@ -165,12 +166,12 @@ def check_folder(workdir: str) -> None:
         return
     with _token(workdir) if leader() else contextlib.nullcontext("") as mine:
         name = gather(mine)[0]
-        seen = gather({"workdir": os.path.abspath(workdir), "sees": not name or _sees(workdir, name)})
+        seen = gather({"workdir": absolute(workdir), "sees": not name or _sees(workdir, name)})
         for index, found in enumerate(seen):
             if not found["sees"]:
                 raise CommonError(
                     f"--workdir: {found['workdir']!r} on process {index} is not the folder that process 0 sees, "
-                    f"{seen[0]['workdir']!r}; it must be on a disk that all hosts share"
+                    f"{seen[0]['workdir']!r}; it must be on a disk that all hosts share, or in a bucket"
                 )
 
 
@@ -180,12 +181,11 @@ def _token(workdir: str) -> Iterator[str]:
 
     After a CommonError, a folder that was made for it is removed too.
     """
-    new, name = not os.path.exists(workdir), f"shared.tmp{secrets.token_hex(8)}"
+    new, name = not exists(workdir), f"shared.tmp{secrets.token_hex(8)}"
     path = os.path.join(workdir, name)
     try:
-        os.makedirs(workdir, exist_ok=True)
-        with open(path, "x"):
-            pass
+        make_folder(workdir)
+        create(path, "")
     except OSError:
         name = ""
     try:
@@ -193,9 +193,9 @@ def _token(workdir: str) -> Iterator[str]:
             yield name
         finally:
             if name:
-                os.remove(path)
+                delete(path)
     except CommonError:
-        if new:
+        if new and not remote(workdir):
             os.rmdir(workdir)
         raise
 
@@ -203,13 +203,13 @@ def _token(workdir: str) -> Iterator[str]:
 def _sees(workdir: str, name: str) -> bool:
     """Whether the file appears within PATIENCE; listing the folders refreshes the NFS cache."""
     end = time.monotonic() + PATIENCE
-    while not os.path.exists(os.path.join(workdir, name)):
+    while not is_file(os.path.join(workdir, name)):
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
-        for folder in (os.path.dirname(os.path.abspath(workdir)), workdir):
+        for folder in (os.path.dirname(absolute(workdir)), workdir):
             with contextlib.suppress(OSError):
-                os.listdir(folder)
+                names(folder)
     return True
 
 

@@ -5,6 +5,7 @@ import os
 import re
 
 from dit_jax.error import JobError
+from dit_jax.files import names
 from dit_jax.sampling import parts
 from dit_jax.workdir.records import PARTIAL
 
@@ -17,7 +18,7 @@ def partial_folder(workdir: str, step: int, identity: str) -> str:
 def drop_partials(workdir: str, done: set[tuple[int, str]], there: list[int]) -> None:
     """Removes the folders of recorded pairs (step, protocol id), `done`, and of steps that are not in `there`."""
     root = os.path.join(workdir, PARTIAL)
-    for name in os.listdir(root) if os.path.isdir(root) else []:
+    for name in names(root):
         match = re.fullmatch(r"([0-9a-f]{16})-(\d+)", name)
         if match and ((int(match[2]), match[1]) in done or int(match[2]) not in there):
             with contextlib.suppress(JobError), parts.locked(os.path.join(root, name)):  # if used, its owner removes it

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
 from dataclasses import dataclass
 
 from dit_jax import flops
@@ -18,6 +17,7 @@ from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
+from dit_jax.files import base
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
 from dit_jax.workdir.goodput import totals
 from dit_jax.workdir.records import protocol_id
@@ -135,7 +135,7 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
     """
     images, unique = step * cfg.train.batch_size, unique_images(workdir, step)
     return {
-        "run": os.path.basename(os.path.abspath(workdir)),
+        "run": base(workdir),
         "step": step,
         "images_seen": images,
         "tokens_seen": images * cfg.model.tokens,

@@ -9,7 +9,8 @@ from absl import flags
 
 from dit_jax import hardware
 from dit_jax.config import Config, resolve
-from dit_jax.error import UsageError
+from dit_jax.error import StorageError, UsageError
+from dit_jax.files import bucket_of, exists, introduce, remote
 from dit_jax.log import say
 from dit_jax.workdir.folder import check_same_run
 
@@ -64,7 +65,7 @@ def find_slice(name: str) -> Slice:
 def run_check(job: str, config: str, check: Callable | None) -> None:
     """Check a parsed command and say what could not be checked here. `config`, `check`: as in `dit_jax.job.launch.launch`."""
     values = flags.FLAGS
-    away = config == "workdir" and not os.path.isdir(values.workdir)
+    away = config == "workdir" and not reachable(values.workdir)
     cfg = resolve(values.config) if config and values.config is not None and not away else None
     file = values["config"].config_filename if cfg and config != "workdir" else ""
     name = values.slice or next((word for word in file.partition(":")[2].split(",") if word in hardware.names()), "")
@@ -77,11 +78,27 @@ def run_check(job: str, config: str, check: Callable | None) -> None:
         hosts = "1 host" if slice_.hosts == 1 else f"{slice_.hosts} hosts"
         done.append(f"slice {slice_.name} ({slice_.devices} devices, {hosts})")
     say(f"checked: {', '.join(done)}")
-    if absent := [f"{name}={path}" for name, path in _paths(values, cfg) if not os.path.exists(path)]:
+    if absent := [f"{name}={path}" for name, path in _paths(values, cfg) if not reachable(path)]:
         run = ", and with the run what depends on its model" if away else ""
         say(f"not checked, as they are not on this machine: {', '.join(absent)}{run}")
-    if job == "train" and cfg and os.path.isfile(os.path.join(values.workdir, "config.json")):
+    if job == "train" and cfg and reachable(os.path.join(values.workdir, "config.json")):
         check_same_run(cfg, values.workdir)
+
+
+def introduce_buckets() -> None:
+    """Raises StorageError now if a bucket that the command names refuses; warns if it is in another region."""
+    values = flags.FLAGS
+    cfg = resolve(values.config) if "config" in values and values.config is not None else None
+    for place in {bucket_of(path) for _, path in _paths(values, cfg) if remote(path)}:
+        introduce(place)
+
+
+def reachable(path: str) -> bool:
+    """Whether a path is there for this machine, as far as it can tell."""
+    try:
+        return exists(path)
+    except StorageError:
+        return False
 
 
 def _paths(values: flags.FlagValues, cfg: Config | None) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Compiled programs kept on disk, so that a restarted job, or a cell of the same size, compiles nothing."""
 
-import os
-
 from absl import flags
+
+from dit_jax.files import absolute
 
 
 def define_flag() -> None:
@@ -20,6 +20,6 @@ def use_cache(folder: str) -> None:
     """Keep compiled programs in `folder`, however small they are."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+    jax.config.update("jax_compilation_cache_dir", absolute(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

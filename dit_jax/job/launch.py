@@ -23,7 +23,7 @@ from dit_jax.error import (
     IDLE,
     Interrupted,
     UsageError,
-    arguments_on_disk,
+    check_schemes,
     exit_code,
     nearest,
     report,
@@ -31,7 +31,7 @@ from dit_jax.error import (
     watching,
 )
 from dit_jax.job import help
-from dit_jax.job.check import define_flags, run_check
+from dit_jax.job.check import define_flags, introduce_buckets, reachable, run_check
 from dit_jax.job.compiled import keep_programs
 from dit_jax.workdir.folder import read_config
 
@@ -64,6 +64,7 @@ def _run(main: Callable[[], None], config: str, check: Callable | None) -> None:
         return
     if flags.FLAGS.slice is not None:
         raise UsageError("--slice: found it without --check, expected both: a job takes the devices that are there")
+    introduce_buckets()
     keep_programs()
     main()
 
@@ -122,12 +123,12 @@ def _make_room_for_virtual_devices() -> None:
 def _parse(config: str) -> None:
     _make_room_for_virtual_devices()
     absl_logging.set_verbosity(absl_logging.FATAL)
-    arguments_on_disk(sys.argv[1:])
+    check_schemes(sys.argv[1:])
     _check_overrides()
     with _parsing(flags.FLAGS):
         if config == "workdir":
             workdir = _early_workdir()
-            away = "--check" in sys.argv and not os.path.isdir(workdir)
+            away = "--check" in sys.argv and not reachable(workdir)
             values = template().unlock() if away else _config_of(workdir)
             config_flags.DEFINE_config_dict("config", values)
         elif config in ("file", "optional"):

@@ -12,7 +12,7 @@ from absl import flags
 
 from dit_jax.config import Config, resolve
 from dit_jax.error import JobError, UsageError, typed
-from dit_jax.files import check_json, write_report
+from dit_jax.files.out import check_json, write_report
 from dit_jax.hardware import Topology, topology
 from dit_jax.job.launch import launch
 from dit_jax.log import say

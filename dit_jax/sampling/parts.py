@@ -22,7 +22,19 @@ import numpy as np
 
 from dit_jax import checkpoint
 from dit_jax.error import Interrupted, JobError, UsageError
-from dit_jax.files import delete, json_text, lock, names, parse_json, read, read_json, whole, write_file
+from dit_jax.files import (
+    delete,
+    is_file,
+    json_text,
+    lock,
+    names,
+    opened,
+    parse_json,
+    read,
+    read_json,
+    whole,
+    write_file,
+)
 from dit_jax.log import drawing_progress, notice, say, warn
 
 Batch = tuple[np.ndarray, np.ndarray]  # images uint8 (b, h, w, c), labels int32 (b,)
@@ -99,11 +111,11 @@ def images_held(out: str, job: dict, num: int) -> int:
 
     Raises UsageError for any other file and for more than `num` images, so that nothing drawn is ever overwritten.
     """
-    if not os.path.exists(out):
+    if not is_file(out):
         return 0
     advice = "remove it or use another --out"
     try:
-        with zipfile.ZipFile(out) as archive:
+        with opened(out) as file, zipfile.ZipFile(file) as archive:
             found = parse_json(archive.comment)
             damaged = archive.testzip()
             with archive.open("arr_0.npy") as f:
@@ -136,7 +148,7 @@ def _prepare(store: Store) -> None:
     """Writes job.json, or checks that it is this job's."""
     path = os.path.join(store.folder, JOB)
     advice = "go on with that job's command, remove the folder, or let this one write elsewhere"
-    if os.path.exists(path):
+    if is_file(path):
         try:
             found = parse_json(read(path))
         except ValueError as error:
@@ -166,14 +178,13 @@ def save_part(store: Store, start: int, images: np.ndarray, labels: np.ndarray) 
     """Writes images (b, h, w, c) and labels (b,), numbered from `start`, whole or not at all. Returns their range."""
     end = start + len(labels)
     path, content = _path(store, start, end), (images.tobytes(), labels.astype("<i4").tobytes())
-    with whole(path) as unfinished, open(unfinished, "wb") as f:
-        f.writelines((_digest(store, start, end, *content), *content))
+    write_file(path, b"".join((_digest(store, start, end, *content), *content)))
     return start, end
 
 
 def load_part(store: Store, start: int, end: int) -> Batch:
     """Reads images (b, h, w, c) and labels (b,) of a part. Raises ValueError if it is damaged."""
-    with open(_path(store, start, end), "rb") as f:
+    with opened(_path(store, start, end)) as f:
         digest, content = f.read(32), f.read()
     if digest != _digest(store, start, end, content):
         raise ValueError("its checksum does not match")
@@ -280,8 +291,8 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
     Raises JobError for another number of images.
     """
     labels = [np.zeros(0, np.int32)]
-    with whole(path, temporary):
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with whole(path, temporary) as unfinished:
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
             archive.comment = json_text(job).encode()
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
@@ -297,7 +308,7 @@ def write_npz(path: str, temporary: str, num: int, shape: tuple[int, ...], parts
 
 def read_npz(path: str, most: int = PART_BYTES) -> Iterator[Batch]:
     """Yields images and labels of an npz from `write_npz` in order, about `most` bytes of images at a time."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
+    with opened(path) as file, zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as f:
         with archive.open("arr_1.npy") as g:
             labels = np.lib.format.read_array(g, allow_pickle=False)
         shape = _npy_shape(f)

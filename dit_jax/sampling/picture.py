@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.error import Interrupted, UsageError
-from dit_jax.files import json_text, names, new_folder, parse_json, read, whole, write_file
+from dit_jax.files import is_file, json_text, names, new_folder, parse_json, read, whole, write_file
 from dit_jax.sampling import parts
 
 GRID = 400  # most images in a grid
@@ -85,7 +85,7 @@ def check_images(folder: str, job: dict, shape: tuple[int, ...]) -> bool:
     """Whether `folder` holds the PNGs of `job` already. Raises UsageError if it holds anything else, or if a PNG cannot hold `shape`."""
     if shape[-1] not in (1, 3):
         raise UsageError(f"--images: found images of {shape[-1]} channels, expected 1 or 3; use --out")
-    if os.path.lexists(folder) and not os.path.isdir(folder):
+    if is_file(folder):
         raise UsageError(f"--images: {folder} is a file, expected a folder")
     if not names(folder):
         return False

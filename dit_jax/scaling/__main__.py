@@ -9,7 +9,7 @@ Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 import sys
 
 from dit_jax.error import exit_code
-from dit_jax.files import write_report
+from dit_jax.files.out import write_report
 from dit_jax.scaling import options
 
 

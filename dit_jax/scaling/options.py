@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dit_jax.error import UsageError, arguments_on_disk, unknown_flag
-from dit_jax.files import check_json
+from dit_jax.error import UsageError, check_schemes, unknown_flag
+from dit_jax.files.out import check_json
 from dit_jax.hardware import Topology, topology
 from dit_jax.scaling.names import DROPPED, FIGURES, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
 
@@ -230,7 +230,7 @@ def parse(argv: Sequence[str] | None, doc: str) -> argparse.Namespace:
         raise unknown_flag(rest[0][2:].partition("=")[0], sorted({"help", *vars(args)} - {"command", "runs"}))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments_on_disk(argv)
+    check_schemes(argv)
     _check(args)
     return args
 

@@ -7,6 +7,7 @@ from dit_jax.config import Config
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.devices.processes import leader, whole
 from dit_jax.error import NotFiniteError
+from dit_jax.files import make_folder
 from dit_jax.log import warn
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
@@ -35,7 +36,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
             return ""
         if sum(len(images) for images, _ in batches) < NUMBER:
             return ""
-        os.makedirs(os.path.join(workdir, FOLDER), exist_ok=True)
+        make_folder(os.path.join(workdir, FOLDER))
         path = os.path.join(workdir, FOLDER, f"step_{step:08}.png")
         save_grid(path, iter(batches), names)
         return path

@@ -21,7 +21,7 @@ from dit_jax.devices.processes import asked_to_stop, check_folder, compare, ever
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import Interrupted, JobError, UsageError
-from dit_jax.files import write_file
+from dit_jax.files import is_file, write_file
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
@@ -33,13 +33,14 @@ from dit_jax.training.step import make_train_step
 from dit_jax.training.trace import step_annotation, tracing
 from dit_jax.workdir.folder import check_same_run, make_folder, provenance, read_config
 from dit_jax.workdir.goodput import Ledger, close, lose, note, write_entry
-from dit_jax.workdir.scalars import import_wandb, open_scalars
+from dit_jax.workdir.scalars import Scalars, import_wandb, open_scalars
 
 
 class Outputs(NamedTuple):
     """What a training shows."""
 
     write: Callable  # (step, scalars, picture=path of a PNG), into files
+    flush: Callable  # (), what was written is safe when it returns
     report: Callable  # (step, scalars) -> rates, on standard error
     now: Callable  # () -> seconds of the job so far
     trace: Callable  # (step, state), before each step
@@ -57,7 +58,7 @@ class Outputs(NamedTuple):
 def prepare_workdir(cfg: Config, workdir: str) -> None:
     """Makes the run's folder with config.json, or checks that it belongs to this run; a larger train.steps is written there."""
     path = os.path.join(workdir, "config.json")
-    if os.path.isfile(path):
+    if is_file(path):
         checkpoint.check_trained(workdir)
         check_same_run(cfg, workdir)
         if read_config(workdir).train.steps >= cfg.train.steps:
@@ -168,15 +169,15 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
     if leader():
         lose(ledger, workdir, first)
         note(ledger, workdir)
-        write, close_scalars = open_scalars(workdir, first, not quiet, cfg.train.wandb)
+        scalars = open_scalars(workdir, first, not quiet, cfg.train.wandb)
     else:
-        write, close_scalars = (lambda step, values, picture="": None), (lambda: None)
+        scalars = Scalars(lambda step, values, picture="": None, lambda: None, lambda: None)
     try:
         with ledger.spend("step"), tracing(cfg.train.profile, workdir) as trace:
-            outputs = Outputs(write, _reporter(cfg, quiet), ledger.now, trace, grid)
+            outputs = Outputs(scalars.write, scalars.flush, _reporter(cfg, quiet), ledger.now, trace, grid)
             last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
     finally:
-        close_scalars()
+        scalars.close()
         if leader():
             close(ledger, workdir, quiet)
     if last < cfg.train.steps:
@@ -216,6 +217,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
             _check_streaks(cfg, recent, state, batch)
             recent = []
             with ledger.spend("save"):
+                outputs.flush()
                 _save(saver, state, batches.get_state(), meta, ledger, workdir)
         if stopping:
             break

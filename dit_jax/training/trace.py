@@ -4,9 +4,12 @@ import contextlib
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+
+from dit_jax.files import make_folder, remote, upload
 
 FOLDER = "profile"  # in the run's folder
 
@@ -25,7 +28,8 @@ def tracing(ends: Sequence[int], workdir: str) -> Iterator[Callable]:
     `W/profile/plugins/profile/steps_FIRST_LAST/process_K.xplane.pb`. What was traced is written however the block ends.
     """
     first, last = ends or (1, 0)
-    running, own = False, os.path.join(workdir, FOLDER, f"process_{jax.process_index()}.tmp")
+    name = f"process_{jax.process_index()}.tmp"
+    running, own = False, os.path.join(tempfile.gettempdir() if remote(workdir) else workdir, FOLDER, name)
 
     def turn(on: bool) -> None:
         nonlocal running
@@ -51,8 +55,9 @@ def tracing(ends: Sequence[int], workdir: str) -> Iterator[Callable]:
 
 def _keep(own: str, session: str) -> None:
     """Move this process's trace out of its own folder, which JAX names by the time and the host, into the session's."""
-    os.makedirs(session, exist_ok=True)
+    make_folder(session)
     name = os.path.basename(own).removesuffix(".tmp")
     for path in glob.glob(os.path.join(glob.escape(own), "plugins", "profile", "*", "*.xplane.pb")):
-        os.replace(path, os.path.join(session, f"{name}.xplane.pb"))
+        put = upload if remote(session) else os.replace
+        put(path, os.path.join(session, f"{name}.xplane.pb"))
     shutil.rmtree(own)

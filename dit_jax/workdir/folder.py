@@ -7,15 +7,16 @@ from collections.abc import Mapping
 
 from dit_jax.config import Config, resolve, to_dict
 from dit_jax.error import UsageError
-from dit_jax.files import json_text, read_json, write_file
+from dit_jax.files import is_file, is_folder, json_text, names, read_json, write_file
+from dit_jax.files import make_folder as make
 
 
 def read_config(workdir: str, name: str = "config.json") -> Config:
     """Read the config of a run folder. Raises UsageError if the folder is missing or holds no run."""
     path = os.path.join(workdir, name)
-    if not os.path.isdir(workdir):
+    if not is_folder(workdir):
         raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise UsageError(f"--workdir: {workdir!r} holds no {name}, expected a run made by dit_jax.train")
     values = read_json(path)
     if "config" not in values:
@@ -75,16 +76,16 @@ def check_same_run(cfg: Config, workdir: str) -> None:
 
 def make_folder(workdir: str, name: str, cfg: Config) -> None:
     """Write the config as `workdir`/`name`; the folder must be new, empty or already hold `name`. Raises UsageError."""
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
+    if is_file(workdir):
         raise UsageError(f"--workdir: {workdir!r} is a file, expected a folder")
-    held = [file for file in os.listdir(workdir) if ".tmp" not in file] if os.path.isdir(workdir) else []
+    held = [file for file in names(workdir) if ".tmp" not in file]
     if held and name not in held:
         raise UsageError(
             f"--workdir: {workdir!r} is not empty and holds no {name}; expected a new folder or one made before"
         )
     text = json_text({"config": to_dict(cfg), **provenance()}, indent=1) + "\n"
     try:
-        os.makedirs(workdir, exist_ok=True)
+        make(workdir)
         write_file(os.path.join(workdir, name), text)
     except OSError as error:
         raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None

@@ -1,19 +1,29 @@
-"""`manifest.json`: size and SHA-256 of every file in a folder, to detect changed, missing or added files."""
+"""`manifest.json`: size and checksum of every file in a folder, to detect changed, missing or added files.
+
+The checksum is SHA-256, of bytes that are read back. In a bucket it is the service's own CRC-32C, which a listing gives without a read.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 
-from dit_jax.files import file_sha256, parse_json, read, sync, write_file
+from dit_jax.files import create, file_crc32c, file_sha256, parse_json, read, remote, sizes, sync, write_file
 
 NAME = "manifest.json"
 LARGEST = 64 << 20  # bytes of a manifest
+SUMS = {"sha256": ("SHA-256", file_sha256), "crc32c": ("CRC-32C", file_crc32c)}
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def write_manifest(folder: str) -> None:
     """Sync and hash the files of `folder` and write its manifest, whole or not at all."""
-    files = {name: _entry(os.path.join(folder, name)) for name in _files(folder)}
+    if remote(folder):
+        if not create(os.path.join(folder, NAME), _text({"version": 1, "files": _files(folder)})):
+            raise FileExistsError(17, "another process has written this checkpoint", folder)
+        return
+    files = {
+        name: found | {"sha256": file_sha256(os.path.join(folder, name))} for name, found in _files(folder).items()
+    }
     for path in (*(os.path.join(folder, name) for name in files), *(root for root, _, _ in os.walk(folder))):
         sync(path)
     write_file(os.path.join(folder, NAME), _text({"version": 1, "files": files}))
@@ -31,36 +41,29 @@ def problems(folder: str, parts: tuple[str, ...] = ("",)) -> list[str]:
         return [f"{NAME}: {error.strerror}"]
     except ValueError as error:
         return [f"{NAME}: {error}"]
-    there = set(_files(folder))
-    found = [f"{name}: missing" for name in sorted(wanted.keys() - there)]
-    found += [f"{name}: not in {NAME}" for name in sorted(there - wanted.keys())]
-    for name in sorted(there & wanted.keys()):
-        found += _compare(folder, name, wanted[name], name.startswith(parts))
+    there = _files(folder)
+    found = [f"{name}: missing" for name in sorted(wanted.keys() - there.keys())]
+    found += [f"{name}: not in {NAME}" for name in sorted(there.keys() - wanted.keys())]
+    for name in sorted(there.keys() & wanted.keys()):
+        found += _compare(os.path.join(folder, name), name, there[name], wanted[name], name.startswith(parts))
     return found
 
 
-def _compare(folder: str, name: str, wanted: dict, hashes: bool) -> Iterator[str]:
-    path = os.path.join(folder, name)
+def _compare(path: str, name: str, there: dict, wanted: dict, hashes: bool) -> Iterator[str]:
+    kind = "sha256" if "sha256" in wanted else "crc32c"
+    called, of_file = SUMS[kind]
     try:
-        size = os.path.getsize(path)
-        if size != wanted["bytes"]:
-            yield f"{name}: found {size:,} bytes, expected {wanted['bytes']:,}"
-        elif hashes and _entry(path)["sha256"] != wanted["sha256"]:
-            yield f"{name}: its bytes changed (SHA-256)"
+        if there["bytes"] != wanted["bytes"]:
+            yield f"{name}: found {there['bytes']:,} bytes, expected {wanted['bytes']:,}"
+        elif (hashes or kind in there) and (there.get(kind) or of_file(path)) != wanted[kind]:
+            yield f"{name}: its bytes changed ({called})"
     except ABSENT as error:
         yield f"{name}: {error.strerror}"
 
 
-def _files(folder: str) -> list[str]:
-    """List all files below, relative with forward slashes, without the manifest. Links are not followed."""
-    found = []
-    for root, _, names in os.walk(folder):
-        found += [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/") for name in names]
-    return sorted(name for name in found if name != NAME)
-
-
-def _entry(path: str) -> dict:
-    return {"bytes": os.path.getsize(path), "sha256": file_sha256(path)}
+def _files(folder: str) -> dict[str, dict]:
+    """Map all files below, relative with forward slashes, without the manifest, to what is known without reading them."""
+    return {name: known for name, known in sizes(folder).items() if name != NAME}
 
 
 def _text(manifest: dict) -> str:
@@ -68,15 +71,16 @@ def _text(manifest: dict) -> str:
 
 
 def _read(path: str) -> dict:
-    """Read {file: {bytes, sha256}}. Raises ValueError unless the bytes are as `write_manifest` writes them."""
-    if os.path.getsize(path) > LARGEST:
-        raise ValueError(f"larger than {LARGEST:,} bytes")
+    """Read {file: {bytes, sha256 or crc32c}}. Raises ValueError unless the bytes are as `write_manifest` writes them."""
     text = read(path, LARGEST)
+    if len(text) > LARGEST:
+        raise ValueError(f"larger than {LARGEST:,} bytes")
     try:
         manifest = parse_json(text, LARGEST)
         files = manifest["files"]
         sound = manifest["version"] == 1 and all(
-            type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in files.values()
+            type(entry["bytes"]) is int and isinstance(entry.get("sha256", entry.get("crc32c")), str)
+            for entry in files.values()
         )
         if not sound or _text(manifest).encode() != text:
             raise ValueError("damaged")

@@ -1,18 +1,43 @@
 """Scalars of a run: `W/metrics.jsonl`, one JSON object a line, TensorBoard's events, and Weights & Biases if it is asked for."""
 
+import contextlib
 import glob
 import io
 import math
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO
+from typing import IO, NamedTuple
 
 from dit_jax.error import JobError, UsageError
-from dit_jax.files import LARGEST, json_text, numbered, parse_json, read_json, whole, write_file
+from dit_jax.files import (
+    LARGEST,
+    base,
+    create,
+    delete,
+    is_file,
+    json_text,
+    local,
+    make_folder,
+    names,
+    numbered,
+    opened,
+    parse_json,
+    read,
+    read_all,
+    read_json,
+    remote,
+    replace,
+    upload,
+    whole,
+    write_file,
+)  # fmt: skip
 
 METRICS = "metrics.jsonl"
+WAIT = 30.0  # seconds that scalars wait for a bucket at most, if no checkpoint is saved
+SEGMENT = 2**18  # bytes after which an object of lines is complete
 STEP = {"step": int}  # required in a line of scalars
 RECORD = {**STEP, "protocol_id": str, "metrics": dict, "protocol": dict}  # required in a record
 
@@ -27,9 +52,26 @@ def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
 
 def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
     """Yield the objects as `read_lines` does, from a file of any size."""
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            yield from _objects(f, path, fields, most)
+    with contextlib.suppress(FileNotFoundError), open_lines(path) as f:
+        yield from _objects(f, path, fields, most)
+
+
+def segments(path: str) -> str:
+    """Return the folder whose files stand for a JSONL file in a bucket, where nothing can be appended: `x/` for `x.jsonl`."""
+    return path.removesuffix(".jsonl")
+
+
+def open_lines(path: str) -> IO[bytes]:
+    """Open a JSONL file for reading: the file, and after it its segments in order of their names, if there are any.
+
+    Raises FileNotFoundError if there is neither.
+    """
+    found = [content for _, content in read_all(segments(path), LARGEST)]
+    if not found:
+        return opened(path)
+    with contextlib.suppress(FileNotFoundError):
+        found.insert(0, read(path, LARGEST))
+    return io.BytesIO(b"".join(found))
 
 
 def parse_lines(data: bytes | None, path: str, fields: Mapping[str, type]) -> list[dict]:
@@ -60,9 +102,14 @@ def _object(line: bytes, where: str, fields: Mapping[str, type]) -> dict:
 
 def drop_after(path: str, step: int) -> None:
     """Delete the lines of a JSONL file beyond `step`, which a resumed run writes again."""
-    if os.path.exists(path):
-        with whole(path) as unfinished, open(unfinished, "w") as f:
-            f.writelines(json_text(line) + "\n" for line in stream_lines(path) if line["step"] <= step)
+    for name in [path, *(os.path.join(segments(path), name) for name in names(segments(path)))]:
+        if is_file(name):
+            with opened(name) as f:
+                kept = [json_text(line) + "\n" for line in _objects(f, name, STEP, math.inf) if line["step"] <= step]
+            if kept or name == path:
+                write_file(name, "".join(kept))
+            else:
+                delete(name)
 
 
 def drop_events_after(workdir: str, step: int) -> None:
@@ -71,8 +118,8 @@ def drop_events_after(workdir: str, step: int) -> None:
     A record of these files is its length (uint64), the length's checksum (4 bytes), an `Event`, and the event's checksum; a last
     record that a kill cut short goes too. An `Event` is a protocol buffer: time (tag 9, 8 bytes), then the step (tag 16) unless 0.
     """
-    for path in glob.glob(os.path.join(glob.escape(workdir), "events.out.tfevents.*")):
-        with open(path, "rb") as f, whole(path) as unfinished, open(unfinished, "wb") as kept:
+    for path in [os.path.join(workdir, name) for name in names(workdir) if name.startswith("events.out.tfevents.")]:
+        with opened(path) as f, whole(path) as unfinished, open(unfinished, "wb") as kept:
             while len(head := f.read(12)) == 12:
                 size = int.from_bytes(head[:8], "little") + 4
                 if len(event := f.read(min(size, LARGEST))) == size and _step(event) <= step:
@@ -89,53 +136,124 @@ def _step(event: bytes) -> int:
     return value
 
 
-def open_scalars(
-    workdir: str, step: int, tensorboard: bool = True, wandb: str = ""
-) -> tuple[Callable[..., None], Callable[[], None]]:
-    """Return (write(step, scalars, picture=""), close()) for a run at `step`. `picture`: path of a PNG; `wandb`: a project, "" = none.
+class Scalars(NamedTuple):
+    """Where a run's scalars go.
 
-    Each call of `write` is on the disk when it returns. Raises UsageError as `import_wandb`.
+    write(step, scalars, picture="")  picture: path of a PNG
+    flush()                           all that was written is in the run's folder when it returns
+    """
+
+    write: Callable
+    flush: Callable
+    close: Callable
+
+
+def open_scalars(workdir: str, step: int, tensorboard: bool = True, wandb: str = "") -> Scalars:
+    """Open the scalars of a run at `step`. `wandb`: a project, "" = none.
+
+    Each call of `write` is on the disk when it returns; in a bucket after `flush`, which `write` calls every WAIT seconds. Raises
+    UsageError as `import_wandb`.
     """
     path = os.path.join(workdir, METRICS)
     writers = [_wandb(wandb, workdir)] if wandb else []
     drop_after(path, step)
     drop_events_after(workdir, step)
-    file = open(path, "a")  # noqa: SIM115
+    writers.append(_segments(path, step) if remote(path) else _file(path))
     writers += [_tensorboard(workdir, step)] if tensorboard else []
+    last = time.monotonic()
 
     def write(step: int, scalars: dict, picture: str = "") -> None:
+        for writer in writers:
+            writer.write(step, scalars, picture)
+        if time.monotonic() - last > WAIT:
+            flush()
+
+    def flush() -> None:
+        nonlocal last
+        for writer in writers:
+            writer.flush()
+        last = time.monotonic()
+
+    def close() -> None:
+        for writer in writers:
+            writer.close()
+
+    return Scalars(write, flush, close)
+
+
+def _file(path: str) -> Scalars:
+    file = open(path, "a")  # noqa: SIM115
+
+    def write(step: int, scalars: dict, picture: str) -> None:
         if scalars:
             file.write(json_text({"step": step, **scalars}) + "\n")
             file.flush()
-        for add, _ in writers:
-            add(step, scalars, picture)
 
-    def close() -> None:
-        for end in (file.close, *(end for _, end in writers)):
-            end()
-
-    return write, close
+    return Scalars(write, file.flush, file.close)
 
 
-def _tensorboard(workdir: str, start: int) -> tuple[Callable, Callable]:
-    """Return (write, close) of an event file of its own for each start, without the queue of tensorboardX, which a kill would lose."""
+def _segments(path: str, step: int) -> Scalars:
+    """Return the writer of objects of lines: a new one with each start, and after SEGMENT bytes; the newest is written anew as it grows."""
+    name, lines, old = "", b"", None
+
+    def write(step: int, scalars: dict, picture: str) -> None:
+        nonlocal name, lines, old
+        if not scalars:
+            return
+        if not name or len(lines) > SEGMENT:
+            flush()
+            name, lines, old = os.path.join(segments(path), f"{step:010d}.jsonl"), b"", None
+        lines += (json_text({"step": step, **scalars}) + "\n").encode()
+
+    def flush() -> None:
+        nonlocal old
+        if lines == (old or b""):
+            return
+        if not replace(name, lines, old):
+            raise JobError(f"{name}: another process has written it meanwhile; one job at a time trains a run")
+        old = lines
+
+    return Scalars(write, flush, flush)
+
+
+def _tensorboard(workdir: str, start: int) -> Scalars:
+    """Return the writer of an event file of its own for each start, without the queue of tensorboardX, which a kill would lose.
+
+    For a bucket it lies on this machine and is copied whole.
+    """
     import numpy as np
     from PIL import Image
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
 
-    writer = EventsWriter(os.path.join(workdir, "events"), f".{start}")
+    folder = tempfile.TemporaryDirectory(prefix="dit_jax-") if remote(workdir) else None
+    writer, copied = EventsWriter(os.path.join(folder.name if folder else workdir, "events"), f".{start}"), 0
 
     def write(step: int, scalars: dict, picture: str) -> None:
         found = [summary.scalar(name, value) for name, value in scalars.items()]
         if picture:
-            found.append(summary.image("samples", np.asarray(Image.open(picture)), dataformats="HWC"))
+            found.append(
+                summary.image("samples", np.asarray(Image.open(io.BytesIO(read(picture, LARGEST)))), dataformats="HWC")
+            )
         for one in found:
             writer.write_event(Event(wall_time=time.time(), step=step, summary=one))
         writer.flush()
 
-    return write, writer.close
+    def flush() -> None:
+        nonlocal copied
+        for path in glob.glob(os.path.join(folder.name, "*")) if folder else []:
+            if (size := os.path.getsize(path)) > copied:
+                upload(path, os.path.join(workdir, os.path.basename(path)))
+                copied = size
+
+    def close() -> None:
+        writer.close()
+        flush()
+        if folder:
+            folder.cleanup()
+
+    return Scalars(write, flush, close)
 
 
 def import_wandb():
@@ -151,23 +269,20 @@ def import_wandb():
     return wandb
 
 
-def _wandb(project: str, workdir: str) -> tuple[Callable, Callable]:
-    """Return (write, close) of the run of this folder in a project; its id lies in `W/wandb/id`, so that a resumed run goes on there.
+def _wandb(project: str, workdir: str) -> Scalars:
+    """Return the writer of the run of this folder in a project; its id lies in `W/wandb/id`, so that a resumed run goes on there.
 
     Points that a resumed run computes again are left out there, as W&B's steps only rise; they are the same, bit for bit.
     """
     module, path = import_wandb(), os.path.join(workdir, "wandb", "id")
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_file(path, secrets.token_hex(4))
-    with open(path) as f:
-        name = f.read().strip()
+    make_folder(os.path.dirname(path))
+    create(path, secrets.token_hex(4))
     try:
         run = module.init(
             project=project,
-            id=name,
-            name=os.path.basename(os.path.abspath(workdir)),
-            dir=workdir,
+            id=read(path).decode().strip(),
+            name=base(workdir),
+            dir=tempfile.gettempdir() if remote(workdir) else workdir,
             resume="allow",
             config=read_json(os.path.join(workdir, "config.json")).get("config", {}),
             settings=module.Settings(console="off"),
@@ -177,6 +292,7 @@ def _wandb(project: str, workdir: str) -> tuple[Callable, Callable]:
         raise JobError(f"train.wandb: {error}; {advice}") from None
 
     def write(step: int, scalars: dict, picture: str) -> None:
-        run.log({**scalars, **({"samples": module.Image(picture)} if picture else {})}, step=step)
+        with local(picture) as path:
+            run.log({**scalars, **({"samples": module.Image(path)} if picture else {})}, step=step)
 
-    return write, run.finish
+    return Scalars(write, lambda: None, run.finish)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import quote
 
 from dit_jax.error import UsageError
-from dit_jax.files import check_json, delete, names, sync, whole
+from dit_jax.files import delete, names, sync, whole
+from dit_jax.files.out import check_json
 
 GENERATOR = "dit_jax scaling report"
 END = 2**16  # bytes at both ends of a file in which the mark is looked for: a PDF has it at its end

@@ -29,6 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import google_crc32c
 
+KEPT = ("contentType", "contentEncoding", "cacheControl", "metadata")  # what a client may say of an object
 QUANTUM = 256 * 1024  # bytes: chunks of a resumable upload but the last are multiples of it
 Answer = collections.namedtuple("Answer", "status headers body", defaults=({}, b""))
 Request = collections.namedtuple("Request", "method operation path status received sent")
@@ -41,7 +42,7 @@ ROUTES = [  # operation, method, path; the first that fits
     ("rewrite", "POST", rf"/storage/v1/b/{OBJECT}/(?P<verb>rewriteTo|copyTo)/b/(?P<bucket2>[^/]+)/o/(?P<name2>.+)"),
     ("list", "GET", r"/storage/v1/b/(?P<bucket>[^/]+)/o/?"),
     ("get", "GET", rf"(?P<download>/download)?/storage/v1/b/{OBJECT}"),
-    ("patch", "PATCH|PUT", rf"/storage/v1/b/{OBJECT}"),
+    ("patch", "PATCH", rf"/storage/v1/b/{OBJECT}"),
     ("delete", "DELETE", rf"/storage/v1/b/{OBJECT}"),
     ("bucket", "GET", r"/storage/v1/b/(?P<bucket>[^/]+)"),
     ("get", "GET|HEAD", r"/(?P<download>(?!storage/|upload/|download/))(?P<bucket>[^/]+)/(?P<name>.+)"),
@@ -75,6 +76,10 @@ def crc32c(data):
 
 def md5(data):
     return base64.b64encode(hashlib.md5(data).digest()).decode()
+
+
+def etag(entry):
+    return base64.b64encode(f"{entry['generation']}/{entry['metageneration']}".encode()).decode()
 
 
 def now():
@@ -185,9 +190,7 @@ class Server:
         for key in sums.keys() & given.keys():
             if given[key] != sums[key]:
                 raise Refused(400, f"Provided {key} {given[key]!r} doesn't match calculated {sums[key]!r}.")
-        kept = {
-            key: given[key] for key in ("contentType", "contentEncoding", "cacheControl", "metadata") if key in given
-        }
+        kept = {key: given[key] for key in KEPT if key in given}
         with self.lock:
             old = self.bucket(bucket).get(name)
             check(old and old[0], query)
@@ -195,7 +198,7 @@ class Server:
             entry = {"kind": "storage#object", "id": f"{bucket}/{name}/{self.generation}", "bucket": bucket}
             entry |= {"name": name, "generation": str(self.generation), "metageneration": "1", "size": str(len(data))}
             entry |= {"timeCreated": now(), "updated": now(), "storageClass": "STANDARD"} | sums | kept | extra
-            entry["etag"] = base64.b64encode(f"{self.generation}/1".encode()).decode()
+            entry["etag"] = etag(entry)
             entry["mediaLink"] = f"{self.address}/download/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, '')}"
             self.buckets[bucket][name] = (entry, data)
             return entry
@@ -254,17 +257,14 @@ class Server:
 
     def do_patch(self, method, query, headers, body, bucket, name):
         entry, data = self.find(bucket, name, query)
-        new, given = dict(entry), json.loads(body or b"{}")
-        for key in ("contentType", "contentEncoding", "cacheControl", "metadata"):
-            if key == "metadata" and method == "PATCH" and given.get(key):
-                merged = entry.get("metadata", {}) | given["metadata"]
-                new["metadata"] = {k: v for k, v in merged.items() if v is not None}
-            elif key in given or method == "PUT":
-                new[key] = given.get(key)
+        given = json.loads(body or b"{}")
+        new = entry | {key: given[key] for key in KEPT if key in given}
+        new["metadata"] = {**entry.get("metadata", {}), **(new.get("metadata") or {})}
+        new["metadata"] = {key: value for key, value in new["metadata"].items() if value is not None}
         new |= {"metageneration": str(int(entry["metageneration"]) + 1), "updated": now()}
-        new["etag"] = base64.b64encode(f"{new['generation']}/{new['metageneration']}".encode()).decode()
-        self.buckets[bucket][name] = ({k: v for k, v in new.items() if v is not None}, data)
-        return reply(self.buckets[bucket][name][0])
+        new["etag"] = etag(new)
+        self.buckets[bucket][name] = (new, data)
+        return reply(new)
 
     def do_delete(self, method, query, headers, body, bucket, name):
         self.find(bucket, name, query)
@@ -300,10 +300,8 @@ class Server:
         if kind == "multipart":
             given, data = multipart(given["contentType"], body)
         elif kind == "resumable":
-            given = (
-                {"contentType": headers.get("X-Upload-Content-Type")} if headers.get("X-Upload-Content-Type") else {}
-            )
-            given |= json.loads(body or b"{}")
+            kind_of = headers.get("X-Upload-Content-Type")
+            given = ({"contentType": kind_of} if kind_of else {}) | json.loads(body or b"{}")
         elif kind == "media":
             data = body
         else:
@@ -329,8 +327,10 @@ class Server:
             return session["done"]
         data, total = session["data"], str(len(body))
         if match := re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", headers.get("Content-Range") or ""):
-            first, _, total = match.groups()
+            first, last, total = match.groups()
             if first is not None:
+                if int(last) - int(first) + 1 != len(body):
+                    raise Refused(400, f"Content-Range says {match[0]}, the body has {len(body)} bytes.")
                 if int(first) > len(data):
                     raise Refused(503, f"The upload offset is {first}, which exceeds the {len(data)} bytes uploaded.")
                 if total == "*" and len(body) % QUANTUM:
@@ -340,6 +340,8 @@ class Server:
             data[:] = body
         if total == "*" or len(data) < int(total):
             return Answer(308, {"Range": f"bytes=0-{len(data) - 1}"} if data else {})
+        if len(data) > int(total):
+            raise Refused(400, f"{len(data)} bytes were uploaded, more than the {total} of Content-Range.")
         try:
             given = session["given"] | sums_of(headers)
             done = reply(self.store(session["bucket"], session["name"], bytes(data), given, session["query"]))
@@ -371,6 +373,8 @@ class Server:
                 answer = getattr(self, f"do_{operation}")(method, query, headers, body, **names)
         except Refused as refused:
             answer = refused.answer()
+        except (ValueError, KeyError, TypeError) as error:
+            answer = Refused(400, f"Invalid request: {error!r}").answer()
         if operation == "get" and (names["download"] is not None or query.get("alt") == "media"):
             operation = "download"
         elif operation == "upload" and query.get("uploadType") == "resumable":
@@ -422,22 +426,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self, share=1.0):
         """The body, or the first `share` of it."""
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
         return self.rfile.read(int(int(self.headers.get("Content-Length") or 0) * share))
 
     def control(self, state):
-        """The answer to a request about the server itself, or None."""
-        given = json.loads(self.receive() or b"{}")
-        name = self.path[1:]
+        """The answer to a request about the server itself."""
+        given, name = json.loads(self.receive() or b"{}"), self.path[1:]
         if self.command == "POST":
-            calls = {"faults": state.fault, "damage": state.damage, "dump": state.dump, "load": state.load}
-            calls[name](**given)
+            {"faults": state.fault, "damage": state.damage, "dump": state.dump, "load": state.load}[name](**given)
         elif self.command == "DELETE":
             {"faults": state.faults, "stats": state.requests}[name].clear()
         return reply(state.stats())

@@ -127,17 +127,18 @@ class Server:
 
     def damage(self, how, name, bucket="test", data=b"somebody else's"):
         """Somebody else's write: `flip` a bit of the middle byte, `truncate` to half, `delete`, or `add` `data`."""
+        if how not in ("flip", "truncate", "delete", "add"):
+            raise ValueError(f"damage {how!r}: expected flip, truncate, delete or add")
         with self.lock:
-            old = bytearray(self.buckets[bucket][name][1]) if how != "add" else b""
-            if how == "delete":
-                del self.buckets[bucket][name]
-                return
+            new = bytearray(data.encode() if isinstance(data, str) else data)
+            if how != "add":
+                new = bytearray(self.buckets[bucket].pop(name)[1])
             if how == "flip":
-                old[len(old) // 2] ^= 1
-            elif how not in ("truncate", "add"):
-                raise ValueError(f"damage {how!r}: expected flip, truncate, delete or add")
-            new = {"flip": old, "truncate": old[: len(old) // 2], "add": data}[how]
-            self.store(bucket, name, new.encode() if isinstance(new, str) else bytes(new), {}, {})
+                new[len(new) // 2] ^= 1
+            elif how == "truncate":
+                del new[len(new) // 2 :]
+            if how != "delete":
+                self.store(bucket, name, bytes(new), {}, {})
 
     def stats(self):
         """Counts of requests by "METHOD operation", and bytes of bodies received and sent."""
@@ -431,10 +432,14 @@ class Handler(BaseHTTPRequestHandler):
     def control(self, state):
         """The answer to a request about the server itself."""
         given, name = json.loads(self.receive() or b"{}"), self.path[1:]
-        if self.command == "POST":
-            {"faults": state.fault, "damage": state.damage, "dump": state.dump, "load": state.load}[name](**given)
-        elif self.command == "DELETE":
+        calls = {"faults": state.fault, "damage": state.damage, "dump": state.dump, "load": state.load}
+        if self.command == "DELETE":
             {"faults": state.faults, "stats": state.requests}[name].clear()
+        elif self.command == "POST":
+            try:
+                calls[name](**given)
+            except (TypeError, ValueError, LookupError, OSError) as error:
+                return Refused(400, repr(error)).answer()
         return reply(state.stats())
 
     def serve(self):
@@ -531,6 +536,7 @@ def environment(url):
         "NO_GCE_CHECK": "true",  # google-auth looks for no machine of Google's
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # tensorstore looks for no credentials
         "GOOGLE_CLOUD_PROJECT": "test",
+        "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA": "true",  # else a thread asks for the bucket, at some time
     }
 
 

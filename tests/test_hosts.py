@@ -168,7 +168,7 @@ def test_hosts_with_another_config_or_folder_are_refused_by_all(tmp_path, data_d
     assert codes == [2, 2], said
     assert said == of_both(
         f"--workdir: '{there}' on process 1 is not the folder that process 0 sees, '{here}'; it must be on a disk that all "
-        "hosts share"
+        "hosts share, or in a bucket"
     )
     assert not list(tmp_path.iterdir())
 

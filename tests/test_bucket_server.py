@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import http.client
+import io
 import json
 import subprocess
 import sys
@@ -20,10 +21,9 @@ from gcsfs.core import GCSFileSystem
 from google.api_core import exceptions
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
-from google.cloud.storage.exceptions import InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-# Google's client leaves the connection of a refused resumable upload to the garbage collector.
+# Google's client, closed as it is here, still leaves a few connections to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 SOON = DEFAULT_RETRY.with_delay(initial=0.01, maximum=0.05)  # Google's client waits seconds before a second try
 DATA = np.random.default_rng(0).bytes(4 * 2**20 + 77)
@@ -88,13 +88,11 @@ class Google:
         self._do(name, "upload_from_string", data, if_generation_match=generation)
 
     def resumable(self, name, data, generation=None):
-        blob = self.bucket.blob(name)
+        """Not by `blob.open`: what was refused there is written when the file object is collected as garbage."""
+        blob = self.bucket.blob(name, chunk_size=3 * QUANTUM)
         try:
-            with blob.open("wb", chunk_size=3 * QUANTUM, if_generation_match=generation, retry=SOON) as file:
-                file.write(data)
-        except InvalidResponse as error:  # of a resumable upload it is another exception than of the other writes
-            if error.response.status_code != 412:
-                raise
+            blob.upload_from_file(io.BytesIO(data), if_generation_match=generation, retry=SOON)
+        except exceptions.PreconditionFailed as error:
             raise Conflict(name) from error
 
     def read(self, name, start=None, end=None):
@@ -240,6 +238,16 @@ def test_listings_have_pages_and_folders_and_no_memory(server, client):
         client.read("run/0/x")
     with pytest.raises((exceptions.NotFound, FileNotFoundError)):
         client.delete("run/0/x")
+
+
+def test_listings_begin_and_end_where_they_are_told_and_copies_are_whole(server):
+    for name in "abcd":
+        server.damage("add", name, data=name)
+    page = json.loads(raw(server, "GET", "/storage/v1/b/test/o?startOffset=b&endOffset=d&maxResults=1")[2])
+    assert [item["name"] for item in page["items"]] == ["b"] and page["nextPageToken"]
+    status, _, body = raw(server, "POST", "/storage/v1/b/test/o/b/copyTo/b/other/o/x%2Fy?ifGenerationMatch=0")
+    assert (status, json.loads(body)["name"], server.buckets["other"]["x/y"][1]) == (200, "x/y", b"b")
+    assert raw(server, "POST", "/storage/v1/b/test/o/b/copyTo/b/other/o/x%2Fy?ifGenerationMatch=0")[0] == 412
 
 
 def test_only_the_first_creates(server, client):
@@ -398,15 +406,15 @@ def test_a_lost_answer_reads_as_a_conflict_with_oneself(server, client):
 
 def test_a_slow_answer_comes_late_and_holds_up_nobody(server):
     server.damage("add", "x")
-    server.fault("slow", path="/o/x", seconds=0.6)
+    server.fault("slow", path="/o/x", seconds=1.0)
     begin = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(raw, server, "GET", "/storage/v1/b/test/o/x")
         while server.faults[0]["times"]:
             time.sleep(0.01)
         assert raw(server, "GET", "/storage/v1/b/test/o/x")[0] == 200
-        assert time.monotonic() - begin < 0.5 and not slow.done()
-        assert slow.result()[0] == 200 and time.monotonic() - begin >= 0.6
+        assert time.monotonic() - begin < 0.9 and not slow.done()
+        assert slow.result()[0] == 200 and time.monotonic() - begin >= 1.0
 
 
 def test_damage_is_somebody_elses_write(server):

@@ -12,13 +12,14 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs dev peers tpu demo demo-10x test test-slow parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
+.PHONY: help setup gcs dev peers tpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
 	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
 	@echo "make test       the tests (about 9 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
+	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
 	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
@@ -72,7 +73,13 @@ test: dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
-	$(BIN)/python -m pytest -m "slow and not tpu and not parity"
+	$(BIN)/python -m pytest -m "slow and not bucket and not tpu and not parity"
+
+test-bucket: dev
+	$(BIN)/python -m pytest -m "not slow" --durations=5 tests/test_bucket*.py
+
+torture-bucket: dev
+	$(BIN)/python -m pytest -m "bucket and slow" tests/test_bucket.py
 
 $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@echo "installing the peers ..."

@@ -1,7 +1,6 @@
 """The small run that many tests train, and what it means for two runs to be the same."""
 
 import itertools
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +10,7 @@ import orbax.checkpoint as ocp
 from job import TINY
 
 from dit_jax import checkpoint
+from dit_jax.workdir.scalars import read_lines
 
 STEPS, EVERY = 60, 10
 TIMINGS = ("images_per_second", "mfu", "time")
@@ -33,7 +33,7 @@ def saved(workdir, step=STEPS):
 
 
 def scalars(workdir):
-    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(str(Path(workdir) / "metrics.jsonl"))
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 

@@ -20,6 +20,7 @@ from dit_jax.log import notice, warn
 SCHEME = "gs://"
 PATIENCE, NOTICE = 90.0, 10.0  # seconds of trying again
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # status codes
 BLOCK = 1 << 20  # bytes that an open object reads at least at once
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 MARK = "dit-jax-write"  # key of an object's metadata: which write made it
@@ -43,6 +44,9 @@ def split(path: str) -> tuple[str, str]:
 
 def import_client():
     """Import google.cloud.storage. Raises UsageError if the extra is missing."""
+    os.environ.setdefault(
+        "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true"
+    )  # a thread would ask for each bucket
     try:
         from google.cloud import storage
     except ImportError:
@@ -70,9 +74,7 @@ def _bucket(path: str):
 
 def _retry(path: str):
     """Return the policy of retries for one call: transient errors, for PATIENCE seconds."""
-    import requests
-    from google.api_core import exceptions, retry
-    from google.auth import exceptions as auth
+    from google.api_core import retry
 
     began, said = time.monotonic(), []
 
@@ -83,18 +85,20 @@ def _retry(path: str):
             why = str(error).splitlines()[0][:200]
             notice(f"{path}: no answer yet after {waited:.0f} s of at most {PATIENCE:.0f} ({why}); trying again")
 
-    transient = retry.if_exception_type(
-        exceptions.TooManyRequests,
-        exceptions.InternalServerError,
-        exceptions.BadGateway,
-        exceptions.ServiceUnavailable,
-        exceptions.GatewayTimeout,
-        requests.exceptions.ConnectionError,
-        requests.exceptions.Timeout,
-        requests.exceptions.ChunkedEncodingError,
-        auth.TransportError,
-    )
-    return retry.Retry(transient, initial=0.2, maximum=8.0, multiplier=2.0, timeout=PATIENCE, on_error=report)
+    return retry.Retry(_transient, initial=0.2, maximum=8.0, multiplier=2.0, timeout=PATIENCE, on_error=report)
+
+
+def _transient(error: Exception) -> bool:
+    """Whether what failed may succeed if it is tried again."""
+    import requests
+    from google.auth import exceptions as auth
+
+    broken = requests.exceptions
+    if isinstance(error, (ConnectionError, broken.ConnectionError, broken.Timeout, broken.ChunkedEncodingError)):
+        return True
+    if isinstance(error, auth.TransportError):
+        return True
+    return getattr(getattr(error, "response", None), "status_code", None) in TRANSIENT
 
 
 @contextlib.contextmanager

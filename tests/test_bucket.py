@@ -1,0 +1,548 @@
+"""Runs whose folder is in a bucket, on the strict server (tests/bucket.py): the same bits as on disk, and the same promises."""
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+from bucket import environment, serve
+from job import Job, run
+from runs import STEPS, assert_same_run, scalars, train
+
+from dit_jax import checkpoint, files
+from dit_jax.error import JobError, StorageError, UsageError
+from dit_jax.files import bucket, lease
+from dit_jax.workdir import manifest, records
+from dit_jax.workdir.scalars import open_scalars, read_lines
+
+# Google's client, closed as it is here, still leaves a few connections to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+ROOT = Path(__file__).parent.parent
+W = "gs://test/runs/a"
+
+
+@pytest.fixture(scope="module")
+def only_server():
+    with serve(buckets={"test": "US-CENTRAL1"}, page=7) as server, pytest.MonkeyPatch.context() as patch:
+        for key, value in environment(server.address).items():
+            patch.setenv(key, value)
+        bucket._client.cache_clear()
+        yield server
+    bucket._client.cache_clear()
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
+
+
+@pytest.fixture
+def server(only_server):
+    """One server for the file, empty for each test: clients in C++ keep the first address that they meet."""
+    only_server.reset()
+    only_server.buckets["test"].clear()
+    return only_server
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Leases of half a second, so that a test sees them expire."""
+    monkeypatch.setattr(lease, "RENEWAL", 0.1)
+    monkeypatch.setattr(lease, "LIFE", 0.5)
+
+
+def there(server, prefix=""):
+    return sorted(name for name in server.buckets["test"] if name.startswith(prefix))
+
+
+def begun(server, job, *arguments, cache_dir):
+    """A running job, led to the server."""
+    return Job(job, *arguments, cache_dir=cache_dir, environment=environment(server.address))
+
+
+def ended(server, job, *arguments, cache_dir):
+    return run(job, *arguments, cache_dir=cache_dir, environment=environment(server.address))
+
+
+def on_disk(server, tmp_path, name="runs/a"):
+    """A copy on disk of what is in the bucket under `name`."""
+    shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+    server.dump(tmp_path / "copy")
+    return tmp_path / "copy" / name
+
+
+# The verbs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, server, tmp_path):
+    """A folder of each kind: whatever holds of one holds of the other."""
+    return str(tmp_path / "place") if request.param == "disk" else "gs://test/place"
+
+
+def test_the_verbs_are_the_same_on_a_disk_and_in_a_bucket(place):
+    at = lambda name: os.path.join(place, name)  # noqa: E731
+    files.make_folder(at("b/c"))
+    assert files.names(at("nowhere")) == [] and not files.exists(at("nowhere")) and not files.is_folder(at("nowhere"))
+    for missing in (lambda: files.read(at("x")), lambda: files.opened(at("x"))):
+        with pytest.raises(FileNotFoundError):
+            missing()
+    files.write_file(at("a"), "one")
+    assert files.create(at("b/c/d"), b"") and not files.create(at("b/c/d"), "two")
+    assert files.read(at("b/c/d")) == b"" and files.read(at("a"), 1) == b"on"
+    assert (
+        files.is_file(at("a")) and not files.is_folder(at("a")) and files.is_folder(at("b")) and files.exists(at("b"))
+    )
+    assert files.names(place) == ["a", "b"] and files.below(place) == ["a", "b/c/d"]
+    assert {name: one["bytes"] for name, one in files.sizes(place).items()} == {"a": 3, "b/c/d": 0}
+    assert not files.replace(at("a"), "two", b"other") and files.replace(at("a"), "two", b"one")
+    assert not files.replace(at("a"), "three", None) and files.replace(at("new"), "three", None)
+    with files.opened(at("a")) as f:
+        f.seek(1)
+        assert f.read() == b"wo"
+    with files.new_folder(at("folder")) as made:
+        (Path(made) / "deep").mkdir()
+        (Path(made) / "deep" / "x").write_text("1")
+        (Path(made) / "info.json").write_text("2")
+    with pytest.raises(ZeroDivisionError), files.whole(at("half")) as made:
+        Path(made).write_text("half")
+        raise ZeroDivisionError
+    assert not files.exists(at("half"))
+    with files.local(at("folder")) as found:
+        assert sorted(os.listdir(found)) == ["deep", "info.json"] and (Path(found) / "deep" / "x").read_text() == "1"
+    assert files.file_crc32c(at("a")) == "Utizow==" and files.file_sha256(at("a"))[:6] == "3fc4cc"
+    files.rename(at("folder"), at("moved"))
+    found = [name for name in files.below(place) if not name.endswith(".lock")]  # a disk's locks stay
+    assert found == ["a", "b/c/d", "moved/deep/x", "moved/info.json", "new"]
+    files.delete(at("moved")), files.delete(at("a")), files.delete(at("a"))
+    assert [name for name in files.below(place) if not name.endswith(".lock")] == ["b/c/d", "new"]
+
+
+def test_one_of_many_writers_succeeds(place):
+    files.make_folder(place)
+    path, won = os.path.join(place, "x"), []
+
+    def write(i):
+        won.append(files.replace(path, f"by {i}", None))
+        files.update(os.path.join(place, "sum"), lambda old: str(int(old or 0) + i))
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 7 + [True] and files.read(os.path.join(place, "sum")) == b"36"
+
+
+def test_an_answer_that_was_lost_is_no_conflict(server):
+    server.fault("lost", method="POST", path="upload")
+    assert files.create("gs://test/x", "mine") and files.read("gs://test/x") == b"mine"
+    server.fault("lost", method="POST", path="upload")
+    assert files.replace("gs://test/x", "more", b"mine") and files.read("gs://test/x") == b"more"
+    assert not files.create("gs://test/x", "more")  # the same bytes by another writer are a conflict
+    server.fault("lost", method="DELETE")
+    files.delete("gs://test/x")
+    assert there(server) == []
+
+
+@pytest.mark.parametrize("kind", ["status", "cut"])
+def test_what_fails_for_a_while_is_tried_again(kind, server, tmp_path):
+    server.fault(kind, times=2)
+    files.write_file("gs://test/x", "whole")
+    server.fault(kind, method="GET", times=2)
+    assert files.read("gs://test/x") == b"whole"
+    (tmp_path / "large").write_bytes(large := random.Random(0).randbytes(9 << 20))
+    server.fault(kind, method="PUT", times=2)
+    files.upload(str(tmp_path / "large"), "gs://test/large")
+    assert server.buckets["test"]["large"][1] == large
+
+
+def test_waiting_is_said_and_has_an_end(server, monkeypatch, capsys):
+    monkeypatch.setattr(bucket, "NOTICE", 0.5)
+    monkeypatch.setattr(bucket, "PATIENCE", 2.0)
+    server.fault("status", times=1000)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"^gs://test/x: the storage did not answer as it should \("):
+        files.write_file("gs://test/x", "1")
+    assert time.monotonic() - began < 8 and capsys.readouterr().err.count("trying again") == 1
+    server.reset()
+    assert there(server) == []
+
+
+def test_refusals_are_a_line_that_says_what_to_do(server, monkeypatch):
+    with pytest.raises(StorageError, match=r"there is no bucket 'nowhere'.*gcloud storage buckets create gs://nowhere"):
+        files.names("gs://nowhere/x")
+    for call in (lambda: files.write_file("gs://test/x", "1"), lambda: files.names("gs://test/x")):
+        server.fault("status", status=403)
+        with pytest.raises(StorageError, match=r"^gs://test/x: no permission \(.*grant the account roles/storage"):
+            call()
+    server.fault("status", status=401)
+    with pytest.raises(StorageError, match="found no credentials for Google Cloud; run `gcloud auth"):
+        files.names("gs://test/x")
+    for wrong in ("gs://", "gs:///x", "gs://UPPER/x", "gs://a b/x"):
+        with pytest.raises(UsageError, match="found no name of a bucket, expected gs://BUCKET/FOLDER"):
+            files.names(wrong)
+    monkeypatch.setitem(sys.modules, "google.cloud", None)
+    with pytest.raises(UsageError, match="are not installed; run `make gcs`"):
+        bucket.import_client()
+
+
+def test_a_machine_without_credentials_says_so_at_once(monkeypatch, tmp_path):
+    for key in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    bucket._client.cache_clear()
+    began = time.monotonic()
+    with pytest.raises(
+        StorageError, match="found no credentials for Google Cloud; run `gcloud auth application-default"
+    ):
+        files.names("gs://test/x")
+    assert time.monotonic() - began < 10
+    bucket._client.cache_clear()
+
+
+def test_another_region_is_a_warning(server, monkeypatch, capsys):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Metadata(BaseHTTPRequestHandler):
+        zone = "us-central1-b"
+
+        def do_GET(self):
+            self.send_response(200 if self.headers["Metadata-Flavor"] == "Google" else 403)
+            self.end_headers()
+            self.wfile.write(f"projects/1/zones/{self.zone}".encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as machine:
+        threading.Thread(target=machine.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{machine.server_port}")
+        files.introduce("gs://test")
+        assert capsys.readouterr().err == ""
+        Metadata.zone = "europe-west4-a"
+        files.introduce("gs://test")
+        assert "gs://test is in us-central1, this machine in europe-west4: reading it" in capsys.readouterr().err
+        server.locations["test"] = "EU"
+        files.introduce("gs://test")
+        assert capsys.readouterr().err == ""
+        server.locations["test"] = "US-CENTRAL1"
+        machine.shutdown()
+
+
+# Leases ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_held_by_one_and_given_back(server):
+    with files.lock("gs://test/lock") as check:
+        check()
+        with pytest.raises(JobError, match="busy"), files.lock("gs://test/lock", JobError("busy")):
+            pass
+    assert there(server) == []
+
+
+HOLDER = """
+import sys, time
+from dit_jax import files
+with files.lock("gs://test/lock"):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_the_lease_of_a_killed_process_of_this_machine_is_free_at_once(server):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(JobError, match="busy"), files.lock("gs://test/lock", JobError("busy")):
+        pass
+    holder.kill(), holder.wait(), holder.stdout.close()
+    began = time.monotonic()
+    with files.lock("gs://test/lock", JobError("busy")):
+        assert time.monotonic() - began < 5
+
+
+def elsewhere(token="1"):
+    """The lease of a process of another machine."""
+    return json.dumps({"host": "other", "boot": "1", "process": 7, "started": "3", "token": token})
+
+
+def test_a_lease_of_another_machine_expires_unless_it_is_renewed(server, impatient, capsys):
+    files.write_file("gs://test/lock", elsewhere())
+    began = time.monotonic()
+    with files.lock("gs://test/lock", JobError("busy")):
+        assert time.monotonic() - began >= lease.LIFE
+    assert "held by process 7 of 'other'; waiting" in capsys.readouterr().err
+    files.write_file("gs://test/lock", elsewhere())
+    end = threading.Event()
+
+    def renew():
+        while not end.wait(0.1):
+            files.write_file("gs://test/lock", elsewhere(str(time.monotonic())))
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    with pytest.raises(JobError, match="busy"), files.lock("gs://test/lock", JobError("busy")):
+        pass
+    end.set(), thread.join()
+
+
+def test_who_has_lost_a_lease_learns_of_it_and_leaves_the_new_one(server, impatient):
+    with files.lock("gs://test/lock") as check:
+        files.write_file("gs://test/lock", elsewhere())
+        time.sleep(0.4)
+        with pytest.raises(StorageError, match="another process has taken this lease"):
+            check()
+    assert files.read("gs://test/lock") == elsewhere().encode()
+    files.delete("gs://test/lock")
+    with files.lock("gs://test/lock") as check:
+        server.fault("status", method="POST", times=100)
+        time.sleep(0.7)
+        with pytest.raises(StorageError, match="or may take it"):  # it could not renew it
+            check()
+        server.reset()
+
+
+# Scalars and records --------------------------------------------------------------------------------------------------
+
+
+def test_scalars_are_segments_that_a_resumed_run_cuts(server):
+    write, flush, close = open_scalars(W, 0)
+    for step in (1, 2, 3):
+        write(step, {"loss": step / 2})
+    assert not there(server, "runs/a/metrics")
+    flush()
+    write(4, {"loss": 2.0})
+    close()
+    path = f"{W}/metrics.jsonl"
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4]
+    write, flush, close = open_scalars(W, 2)
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    write(3, {"loss": 7.0})
+    close()
+    assert read_lines(path)[2:] == [{"step": 3, "loss": 7.0}]
+    assert there(server, "runs/a/metrics") == [f"runs/a/metrics/{step:010d}.jsonl" for step in (1, 3)]
+    events = there(server, "runs/a/events")
+    assert len(events) == 2 and all(server.buckets["test"][name][1] for name in events)
+
+
+def test_two_writers_of_scalars_notice(server):
+    write, flush, close = open_scalars(W, 0, tensorboard=False)
+    write(1, {"loss": 1.0})
+    flush()
+    files.write_file(f"{W}/metrics/0000000001.jsonl", '{"step": 1, "loss": 9.0}\n')
+    write(2, {"loss": 1.0})
+    with pytest.raises(JobError, match=r"0000000001\.jsonl: another process has written it meanwhile"):
+        flush()
+    with pytest.raises(JobError):
+        close()
+
+
+def test_a_record_is_written_once(server):
+    record = {"step": 3, "protocol_id": "0" * 16, "metrics": {"loss": 1.0}, "protocol": {}}
+    for loss in (1.0, 2.0):
+        records.append_record(W, {**record, "metrics": {"loss": loss}})
+    records.append_record(W, {**record, "step": 4})
+    assert records.read_records(W) == {(3, "0" * 16): record, (4, "0" * 16): {**record, "step": 4}}
+
+
+# A training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(only_server, cache_dir, data_dir, tmp_path_factory):
+    """A run of 60 steps in a bucket while the storage fails in every way, as a folder on disk to be loaded."""
+    only_server.reset(), only_server.buckets["test"].clear()
+    rng = random.Random(0)
+    for kind in ("status", "status", "lost", "cut", "slow"):
+        for after in rng.sample(range(10, 300), 2):
+            only_server.fault(kind, after=after, seconds=0.2)
+    code, _, err = ended(only_server, "train", *train(W), cache_dir=cache_dir)
+    assert code == 0, err
+    assert not [fault for fault in only_server.faults if fault["times"] > 0], "a fault did not come"
+    folder = tmp_path_factory.mktemp("bucket")
+    only_server.dump(folder)
+    return folder
+
+
+def test_a_training_in_a_bucket_that_fails_now_and_then_is_that_on_disk(trained, uninterrupted):
+    assert_same_run(uninterrupted, trained / "runs" / "a")
+    assert set(os.listdir(trained / "runs" / "a" / "checkpoints")) == {"40", "50", "60"}
+    assert (
+        manifest.problems(str(trained / "runs" / "a" / "checkpoints" / "60")) == []
+    )  # also once it is copied to a disk
+
+
+@pytest.fixture
+def held(server, trained):
+    """That run in the bucket again."""
+    server.load(trained)
+    return server
+
+
+def test_sixty_damaged_objects_are_found(held):
+    seed = random.SystemRandom().randrange(10**6)
+    rng, found, at = random.Random(seed), 0, f"{W}/checkpoints/60"
+    names = there(held, "runs/a/checkpoints/60/")
+    before = dict(held.buckets["test"])
+    assert manifest.problems(at) == []
+    while found < 60:
+        name, how = rng.choice(names), rng.choice(["flip", "flip", "truncate", "delete", "add"])
+        if not before[name][1] and how in ("flip", "truncate"):
+            continue
+        held.damage(how, name if how != "add" else f"{name}.new")
+        wrong = manifest.problems(at)
+        assert wrong and (Path(name).name in wrong[0] or name.endswith(manifest.NAME)), (seed, name, how, wrong)
+        held.buckets["test"].clear(), held.buckets["test"].update(before)
+        found += 1
+    assert manifest.problems(at) == []
+
+
+@pytest.mark.bucket
+def test_the_newest_sound_step_wins_and_the_damaged_is_set_aside(held, uninterrupted, cache_dir, tmp_path, capsys):
+    largest = max(there(held, "runs/a/checkpoints/60/ema"), key=lambda name: len(held.buckets["test"][name][1]))
+    held.damage("flip", largest)
+    _, weights = checkpoint.load(W)
+    _, older = checkpoint.load(str(uninterrupted), 50)
+    jax.tree.map(lambda a, b: bool((a == b).all()) or pytest.fail("other weights"), weights, older)
+    assert "60 is damaged (ema/" in capsys.readouterr().err
+    code, _, err = ended(held, "train", *train(W), cache_dir=cache_dir)
+    assert code == 0 and "its bytes changed (CRC-32C)" in err and "set aside as 60.damaged" in err, err
+    assert_same_run(uninterrupted, on_disk(held, tmp_path))
+    assert files.names(f"{W}/checkpoints") == ["40", "50", "60", "60.damaged"]
+
+
+def test_the_last_that_verifies_is_never_pruned_and_a_second_training_is_refused(held, cache_dir, server):
+    held.damage("truncate", there(held, "runs/a/checkpoints/60/opt")[-1])
+    checkpoint.prune(W, 1)
+    assert checkpoint.steps(W) == [40, 50, 60]
+    with files.lock(f"{W}/checkpoints/lock"):
+        code, _, err = ended(held, "train", *train(W), cache_dir=cache_dir)
+    assert (code, err.splitlines()[-1].startswith(f"error: {W}: another process trains this run")) == (1, True), err
+
+
+@pytest.mark.bucket
+def test_a_permission_that_goes_away_ends_the_run_in_one_line_and_loses_nothing(
+    held, cache_dir, uninterrupted, tmp_path
+):
+    files.delete(f"{W}/checkpoints/60", first=manifest.NAME)
+    held.fault("status", method="POST|PUT", path="checkpoints%2F60%2F.*ocdbt", status=403, times=10**6)
+    held.fault("status", method="POST|PUT", path="ocdbt", status=403, times=10**6)
+    code, _, err = ended(held, "train", *train(W), cache_dir=cache_dir)
+    assert code == 1 and "checkpoints/60: the checkpoint could not be written (" in err.splitlines()[-1], err
+    assert "the checkpoints of steps [40, 50] are intact" in err
+    held.reset()
+    code, _, err = ended(held, "train", *train(W), cache_dir=cache_dir)
+    assert code == 0, err
+    assert_same_run(uninterrupted, on_disk(held, tmp_path))
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def unfinished(server):
+    """Steps whose checkpoint has objects and no manifest."""
+    names = there(server, "runs/a/checkpoints/")
+    steps = {name.split("/")[3] for name in names if name.split("/")[3].isdecimal()}
+    return {step for step in steps if f"runs/a/checkpoints/{step}/manifest.json" not in names}
+
+
+def wait_to_kill(process, server, rng):
+    """Wait for a random moment of one of three kinds; returns its name, or None if the run ended before."""
+    kind, done = rng.choice(["any time", "after a request", "in a save"]), len(server.requests) + rng.randrange(1, 400)
+    delay = rng.uniform(0, 4.0) if kind == "any time" else rng.uniform(0, 0.1)
+    goal = {"any time": lambda: True, "after a request": lambda: len(server.requests) >= done}
+    goal["in a save"] = lambda: unfinished(server)
+    end = time.monotonic() + 120
+    while not goal[kind]():
+        if process.poll() is not None:
+            return None
+        assert time.monotonic() < end, process.err.read_text()
+        time.sleep(0.002)
+    time.sleep(delay)
+    return None if process.poll() is not None else kind
+
+
+def torture(kills, server, uninterrupted, tmp_path, cache_dir):
+    """Kill runs in the bucket at least `kills` times, one of them in a save; returns what was counted."""
+    seed = random.SystemRandom().randrange(10**6)
+    rng, counts, left, runs = random.Random(seed), {}, 0, 1
+    while sum(counts.values()) < kills or not left:
+        process = begun(server, "train", *train(W), cache_dir=cache_dir)
+        kind = wait_to_kill(process, server, rng)
+        if kind:
+            process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+        if kind and process.returncode == -signal.SIGKILL:
+            counts[kind] = counts.get(kind, 0) + 1
+            left += bool(unfinished(server))
+            for step in checkpoint.steps(W):
+                assert manifest.problems(checkpoint.path_of(W, step)) == [], (seed, kind)
+            continue
+        assert process.returncode == 0, (seed, err)
+        assert_same_run(uninterrupted, on_disk(server, tmp_path))
+        server.buckets["test"].clear()
+        runs += 1
+    code, _, err = ended(server, "train", *train(W), cache_dir=cache_dir)
+    assert code == 0, (seed, err)
+    assert_same_run(uninterrupted, on_disk(server, tmp_path))
+    return {"seed": seed, "kills": counts, "saves left unfinished": left, "runs": runs}
+
+
+def test_two_kills_at_random_times(server, uninterrupted, tmp_path, cache_dir):
+    torture(2, server, uninterrupted, tmp_path, cache_dir)
+
+
+@pytest.mark.bucket
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_hundred_kills(server, uninterrupted, tmp_path, cache_dir, capsys):
+    found = torture(200, server, uninterrupted, tmp_path, cache_dir)
+    with capsys.disabled():
+        print(f"\n{found}")
+    assert min(found["kills"].values()) >= 20
+
+
+# Evaluation and samples -----------------------------------------------------------------------------------------------
+
+GRID = ["--config.eval.samples=80", "--config.eval.guidance=(1.0,2.0)", "--config.eval.loss=True"]
+
+
+def scored(found):
+    """What a record says but for the times that it took."""
+    return {key: {k: v for k, v in one.items() if k not in ("seconds_sample", "goodput")} for key, one in found.items()}
+
+
+def test_a_grid_with_a_kill_gives_the_records_of_the_disk(held, uninterrupted, tmp_path, cache_dir):
+    local = shutil.copytree(uninterrupted, tmp_path / "a")
+    code, _, err = run("evaluate", f"--workdir={local}", *GRID, "--at=60", cache_dir=cache_dir)
+    assert code == 0, err
+    process = begun(held, "evaluate", f"--workdir={W}", *GRID, "--at=60", cache_dir=cache_dir)
+    end = time.monotonic() + 120
+    while not there(held, "runs/a/eval/partial") and not there(held, "runs/a/eval/records"):
+        assert process.poll() is None and time.monotonic() < end, process.err.read_text()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, out, err = ended(held, "evaluate", f"--workdir={W}", *GRID, "--at=60", cache_dir=cache_dir)
+    assert (code, out) == (0, f"{W}/eval/records\n"), err
+    assert scored(records.read_records(W)) == scored(records.read_records(str(local)))
+    assert len(there(held, "runs/a/eval/records/")) == 3 and not there(held, "runs/a/eval/partial")
+    out = ["--num=20", "--seed=3", "--steps=4", "--sampler=euler"]
+    for folder, workdir in (("gs://test/out", W), (str(tmp_path), str(local))):
+        to = [f"--out={folder}/a.npz", f"--grid={folder}/a.png", f"--images={folder}/images"]
+        code, _, err = ended(held, "sample", f"--workdir={workdir}", *out, *to, cache_dir=cache_dir)
+        assert code == 0, err
+    for name in ("a.npz", "a.png", "images/000019.png"):
+        assert held.buckets["test"][f"out/{name}"][1] == (tmp_path / name).read_bytes(), name
+    assert scalars(on_disk(held, tmp_path)) == scalars(local)
+
+
+assert STEPS == 60

@@ -4,9 +4,9 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-fail() {
+fail() { # MESSAGE [CODE]: 2 for a command that is wrong as typed, 1 for what the world refused
   echo "error: $1" >&2
-  exit 2
+  exit "${2:-2}"
 }
 
 need() { # NAME...: fails unless these variables are set
@@ -44,8 +44,20 @@ known_job() { # NAME: fails unless it is a program of this checkout
   [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
 }
 
+workdir() { # FLAGS...: prints the last --workdir, or nothing; absl takes one dash or two, and a value after = or as the next word
+  local word before='' found=''
+  for word in "$@"; do
+    if [[ $word =~ ^--?workdir=(.*)$ ]]; then found=${BASH_REMATCH[1]}; elif [[ $before =~ ^--?workdir$ ]]; then found=$word; fi
+    before=$word
+  done
+  echo "$found"
+}
+
 check_job() { # PYTHON SLICE JOB FLAGS...: fails if the job would refuse its flags and config, or its mesh the slice
   local code=0 found
+  found=$(workdir "${@:4}")
+  [[ ! $found =~ ^[A-Za-z][A-Za-z0-9+.-]*:/ || $found =~ ^gs://[a-z0-9][a-z0-9._-]*[a-z0-9](/|$) ]] ||
+    fail "--workdir: found $found, expected a folder on a disk or in a bucket, such as gs://BUCKET/FOLDER; other stores are not supported"
   [[ $3 != scaling ]] || return 0
   found=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$1" -m "dit_jax.$3" "${@:4}" --check ${2:+"--slice=$2"} 2>&1) || code=$?
   case $code in

@@ -2,11 +2,12 @@
 # Runs jobs on TPU slices of Google Kubernetes Engine, through xpk:
 #
 #   launch/gke.sh create                        make a cluster with slices of TPU_TYPE
-#   launch/gke.sh share                         make its Filestore share, mounted in every workload as /mnt/share
-#   launch/gke.sh run train --config=... --workdir=/mnt/share/xl2      run this commit on all hosts of a slice
-#   launch/gke.sh status | logs                 list the workloads; follow process 0 of NAME
+#   launch/gke.sh run train --config=... --workdir=gs://BUCKET/xl2     run this commit on all hosts of a slice
+#   launch/gke.sh status                        list the workloads; with NAME, its hosts with their last exit code and last line
+#   launch/gke.sh logs                          follow process 0 of NAME
 #   launch/gke.sh stop                          let the job save, delete the workload, keep its files
 #   launch/gke.sh delete                        delete the cluster
+#   launch/gke.sh share                         make a Filestore share, /mnt/share in every workload; a bucket needs none
 #
 # With --dry-run, in any position, the commands are printed and not run.
 #
@@ -16,6 +17,7 @@
 #   CAPACITY        on-demand, spot or reservation=ID                      (create)
 #   NAME            of the workload                                        (run, logs, stop)
 # Optional (defaults):
+#   SERVICE_ACCOUNT whom the hosts are for a bucket (the default account of Compute Engine; xpk gives them its scopes)
 #   SLICES          number in the cluster (1)
 #   SIZE            of the share, in GB (1024)
 #   IMAGE           with Python 3.11 or later and make (python:3.11)
@@ -27,6 +29,12 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/functions.bash"
 
 on_cluster() { run xpk "$1" "$2" "${@:3}" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"; }
+
+create() {
+  local options=("--$CAPACITY")
+  [[ -z ${SERVICE_ACCOUNT:-} ]] || options+=("--custom-nodepool-arguments=--service-account=$SERVICE_ACCOUNT")
+  on_cluster cluster create --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" "${options[@]}"
+}
 
 share() {
   on_cluster storage create "$CLUSTER-share" --type=gcpfilestore --vol=share --size="${SIZE:-1024}" --tier=BASIC_HDD \
@@ -44,7 +52,7 @@ start() {
   on_cluster workload create --workload="$NAME" --tpu-type="$TPU_TYPE" --num-slices=1 \
     --base-docker-image="${IMAGE:-python:3.11}" --script-dir="$root/build/gke" \
     --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75,200 --termination-grace-period-seconds=120 \
-    --command="make setup PYTHON=python3 && $install_jax_tpu && exec $command"
+    --command="make gcs PYTHON=python3 && $install_jax_tpu && exec $command"
 }
 
 known_type() { # xpk knows no v2, v3 and v5e, names v5e as v5litepod, and has hosts of 4 chips
@@ -60,10 +68,21 @@ fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot u
     fail "TPU_TYPE: found $TPU_TYPE, expected one host, such as v4-8 or v6e-4: $1 runs on one"
 }
 
-logs() {
+of_name() { # VERB FLAGS...: kubectl for the hosts of NAME
   run gcloud container clusters get-credentials "$CLUSTER" --project="$PROJECT" --region="${ZONE%-*}"
-  run kubectl logs --follow --tail=100 \
-    --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"
+  run kubectl "$@"
+}
+
+logs() {
+  of_name logs --follow --tail=100 --selector="jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0"
+}
+
+status() {
+  local selector="--selector=jobset.sigs.k8s.io/jobset-name=${NAME:-}" of='.status.containerStatuses[0]'
+  on_cluster workload list
+  [[ -n ${NAME:-} ]] || return 0
+  of_name get pods "$selector" --output="custom-columns=HOST:.metadata.name,JOB:.status.phase,EXIT:$of.state.terminated.exitCode"
+  run kubectl logs --tail=1 --prefix "$selector"
 }
 
 take_words "$@"
@@ -82,7 +101,7 @@ need PROJECT ZONE CLUSTER "${needed[@]}"
 case $verb in
   create)
     [[ $CAPACITY =~ ^(on-demand|spot|reservation=.+)$ ]] || fail "CAPACITY: found $CAPACITY, expected on-demand, spot or reservation=ID"
-    on_cluster cluster create --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" "--$CAPACITY"
+    create
     ;;
   share) share ;;
   run)
@@ -91,7 +110,7 @@ case $verb in
     (cd "$root" && check_job "$(own_python)" "$TPU_TYPE" "${@:2}")
     start "${@:2}"
     ;;
-  status) on_cluster workload list ;;
+  status) status ;;
   logs) logs ;;
   stop) on_cluster workload delete --workload="$NAME" --force ;;
   delete) on_cluster cluster delete --force ;;

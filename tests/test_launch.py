@@ -48,13 +48,20 @@ def fakes(tmp_path):
     return f"{folder}:{os.environ['PATH']}", lambda: log.read_text().splitlines() if log.exists() else []
 
 
-# The fake gcloud tells the next of the states that a file lists, and fails at "none" as it does where there is no such request.
+# The fake gcloud tells the next of the states that a file lists, and fails at "none" as it does where there is no such request,
+# and at "broken" in another way. To a look at the workers it prints another file.
 STATES = """
-if [[ $* == *describe* ]]; then
-  read -r state <"$(dirname "$0")/states" || exit 1
-  sed -i 1d "$(dirname "$0")/states"
-  [[ $state != none ]] || exit 1
+cd "$(dirname "$0")"
+if [[ $* == *queued-resources\\ describe* ]]; then
+  read -r state <states || exit 1
+  sed -i 1d states
+  [[ $state != none ]] || { echo "ERROR: (gcloud) NOT_FOUND: Resource 'xl2' was not found" >&2; exit 1; }
+  [[ $state != broken ]] || { echo "ERROR: (gcloud) UNAVAILABLE" >&2; exit 1; }
   echo "$state"
+elif [[ $* == *tpu-vm\\ describe* ]]; then
+  cat node 2>/dev/null
+elif [[ $* == *worker\\ \\$* ]]; then
+  cat workers 2>/dev/null
 fi
 """
 
@@ -174,31 +181,65 @@ def test_slurm_runs_a_copy_of_the_script_alone(tmp_path):
 
 # ---- TPU VMs
 
-ON = "gcloud compute tpus tpu-vm ssh xl2 --project=lab --zone=us-central2-b"
+VM = "gcloud compute tpus tpu-vm"
 QUEUE = "gcloud compute tpus queued-resources"
 HERE = "xl2 --project=lab --zone=us-central2-b"
+LOOK = f"{QUEUE} describe {HERE} '--format=value(state.state)'"
 CREATE = [
     f"{QUEUE} create {HERE} --node-id=xl2 --accelerator-type=v4-64 --runtime-version=tpu-ubuntu2204-base",
-    f"# every 30 s until ACTIVE: {QUEUE} describe {HERE} '--format=value(state.state)'",
+    f"# every 30 s until ACTIVE: {LOOK}",
 ]
+
+
+def on(workers, command):
+    quoted = command.replace("'", "'\\''")
+    return f"{VM} ssh xl2 --worker={workers} --ssh-flag=-oServerAliveInterval=30 '--command={quoted}' --project=lab --zone=us-central2-b"
+
+
 SETUP = [
     "git -C ROOT archive --format=tar.gz --prefix=dit_jax/ --output=ROOT/dit_jax.tar.gz HEAD",
-    "gcloud compute tpus tpu-vm scp ROOT/dit_jax.tar.gz xl2:dit_jax.tar.gz --project=lab --zone=us-central2-b --worker=all",
+    f"{VM} scp ROOT/dit_jax.tar.gz xl2:dit_jax.tar.gz --worker=all --scp-flag=-oServerAliveInterval=30 --project=lab --zone=us-central2-b",
     "rm ROOT/dit_jax.tar.gz",
-    f"{ON} --worker=all '--command=sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv make nfs-common'",
-    f"{ON} --worker=all '--command=sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard "
-    "'\\''10.0.0.2:/share'\\'' /mnt/share) && sudo chmod a+rwx /mnt/share'",
-    f"{ON} --worker=all '--command=tar xzf dit_jax.tar.gz && cd dit_jax && make setup PYTHON=python3.11'",
-    f"{ON} --worker=all '--command=cd dit_jax && .venv/bin/pip install --quiet --require-hashes --no-deps -r requirements-tpu.lock'",
+    on("all", "sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv make nfs-common"),
+    on(
+        "all",
+        "sudo mkdir -p /mnt/share && (mountpoint -q /mnt/share || sudo mount -t nfs -o hard '10.0.0.2:/share' /mnt/share) "
+        "&& sudo chmod a+rwx /mnt/share",
+    ),
+    on("all", "tar xzf dit_jax.tar.gz && cd dit_jax && make gcs PYTHON=python3.11"),
+    on(
+        "all",
+        "cd dit_jax && .venv/bin/pip install --quiet --require-hashes --no-deps -r requirements-tpu.lock && touch run.ready",
+    ),
 ]
-RUN = [
-    f"{ON} --worker=all '--command=cd dit_jax || exit; if [ -e run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo "
-    "'\\''error: a job is running here; stop it first'\\'' >&2; exit 1; fi; rm -f run.stop; "
-    "(trap '\\'''\\'' HUP; for _ in $(seq 0 100); do .venv/bin/python "
-    f"-m dit_jax.train {TYPED}; [ $? -ge 128 ] && [ ! -e run.stop ] || break; sleep 10; done) >>run.log 2>&1 </dev/null & echo $! "
-    ">run.pid'"
-]
+PROBE = on(
+    "all",
+    "cd dit_jax 2>/dev/null; job= code=- n=0; if [ -e run.pid ] && grep -qs dit_jax /proc/$(cat run.pid)/cmdline; then job=running; fi; "
+    "[ ! -s run.exit ] || read -r code n <run.exit; if [ $job ]; then :; elif [ ! -e run.ready ]; then job=bare; "
+    "elif [ ! -e run.pid ]; then job=idle; elif [ -e run.stop ]; then job=stopped; elif [ $code = - ]; then job=killed; "
+    'else job=ended; fi; echo "worker $(hostname) $job $code $n $(tail -n 1 run.log 2>/dev/null | cut -c -200)"',
+)
+
+
+def started(typed=TYPED, busy="echo 'error: a job is running here; stop it first' >&2; exit 1"):
+    return on(
+        "all",
+        f"cd dit_jax || exit; if [ -e run.pid ] && grep -qs dit_jax /proc/$(cat run.pid)/cmdline; then {busy}; fi; "
+        f"rm -f run.stop run.exit; (trap '' HUP; for n in $(seq 101); do .venv/bin/python -m dit_jax.train {typed}; code=$?; "
+        "echo $code $n >run.exit; [ $code -ge 128 ] || break; sleep 10; [ ! -e run.stop ] || break; done) "
+        ">>run.log 2>&1 </dev/null & echo $! >run.pid",
+    )
+
+
 DELETE = [f"{QUEUE} delete {HERE} --force --quiet"]
+RESUME = [
+    f"# SUSPENDED, SUSPENDING, FAILED, PREEMPTED: all; no request: no delete; ACTIVE or another: no delete, no create: {LOOK}",
+    *DELETE,
+    *CREATE,
+    f"# set up only if a worker is bare: {PROBE}",
+    *SETUP,
+    started(busy="echo 'a job is running here already' >&2; exit 0"),
+]
 
 
 @pytest.mark.parametrize(
@@ -206,19 +247,15 @@ DELETE = [f"{QUEUE} delete {HERE} --force --quiet"]
     [
         (["create"], CREATE),
         (["setup"], SETUP),
-        (["run", *JOB], RUN),
-        (["logs"], [f"{ON} --worker=0 '--command=tail -n 100 -F dit_jax/run.log'"]),
-        (["stop"], [f"{ON} --worker=all '--command=cd dit_jax && touch run.stop && pkill -TERM -P $(cat run.pid)'"]),
+        (["run", *JOB], [started()]),
+        (["status"], [LOOK, PROBE]),
+        (["logs"], [on("0", "tail -n 100 -F dit_jax/run.log")]),
+        (["stop"], [on("all", "cd dit_jax && touch run.stop && pkill -TERM -P $(cat run.pid)")]),
         (["delete"], DELETE),
+        (["resume", *JOB], RESUME),
         (
-            ["resume", *JOB],
-            [
-                CREATE[1].replace(
-                    "every 30 s until ACTIVE",
-                    "ACTIVE: only the last; SUSPENDED, SUSPENDING, FAILED: all; no request: no delete; else: no delete, no create",
-                ),
-                *DELETE, *CREATE, *SETUP, *RUN,
-            ],
+            ["resume", "--watch", *JOB],
+            ["# every 30 s until the job has ended with 0, 1 or 2; again at most 100 times, as it is needed:", *RESUME],
         ),
     ],
     ids=lambda value: value[0] if len(value[0]) < 10 else "",
@@ -239,6 +276,50 @@ def test_tpu_vm(arguments, expected):
 def test_image_of_a_tpu_and_spot(accelerator, image):
     line = dry("tpu_vm.sh", "create", **TPU | {"ACCELERATOR": accelerator, "SPOT": "1"})[0]
     assert line.endswith(f"--accelerator-type={accelerator} --runtime-version={image} --spot")
+
+
+def test_who_the_workers_are_for_a_bucket():
+    who = {"SERVICE_ACCOUNT": "dit@lab.iam.gserviceaccount.com"}
+    assert " --service-account=dit@lab.iam.gserviceaccount.com" in dry("tpu_vm.sh", "create", **TPU, **who)[0]
+    assert dry("gke.sh", "create", **GKE, **who)[0].endswith(
+        f" --spot --custom-nodepool-arguments=--service-account=dit@lab.iam.gserviceaccount.com {PODS}"
+    )
+
+
+BUCKET = [*JOB[:-1], "--workdir=gs://lab-runs/xl2"]
+
+
+def test_a_bucket_needs_no_share():
+    no_share = CLOUD | {"ACCELERATOR": "v4-64"}
+    lines = dry("tpu_vm.sh", "resume", *BUCKET, **no_share)
+    assert lines[-1] == RESUME[-1].replace(TYPED, " ".join(BUCKET[1:]))
+    assert not any("nfs" in line or "/mnt/share" in line for line in lines)
+    assert lines[5:-1] == [line.replace(" nfs-common", "") for line in SETUP if "/mnt/share" not in line]
+    assert dry("tpu_vm.sh", "run", *BUCKET, **CLOUD) == [started(" ".join(BUCKET[1:]))]
+
+
+@pytest.mark.parametrize(
+    "workdir", [["--workdir=/data/xl2"], ["--workdir", "runs/xl2"], ["-workdir=gs://b-1/x", "-workdir=x"]]
+)
+@pytest.mark.parametrize("verb", [["run"], ["resume"], ["resume", "--watch"]])
+def test_a_folder_of_one_worker_is_refused(fakes, workdir, verb):
+    path, calls = fakes
+    code, out, err = call("tpu_vm.sh", *verb, "scaling", *workdir, PATH=path, **CLOUD, ACCELERATOR="v4-8")
+    folder = workdir[-1].rpartition("=")[2]
+    message = f"error: --workdir: found {folder}, but no NFS; give gs://BUCKET/FOLDER, or set NFS to HOST:/EXPORT of a share and"
+    assert (code, out) == (2, []) and err.startswith(message) and err.count("\n") == 1
+    assert calls() == []
+
+
+@pytest.mark.parametrize("script,verb", [("tpu_vm.sh", ["run"]), ("gke.sh", ["run"]), ("slurm.sbatch", [])])
+@pytest.mark.parametrize("workdir", ["s3://lab/xl2", "gs://", "gs://Lab/xl2", "gs:/lab/xl2", "https://lab/xl2"])
+def test_what_is_neither_a_disk_nor_a_bucket_is_refused(fakes, script, verb, workdir):
+    path, calls = fakes
+    found = call(script, *verb, "scaling", f"--workdir={workdir}", PATH=path, **ONE_NODE, **TPU | GKE | ONE_HOST)
+    message = (
+        f"error: --workdir: found {workdir}, expected a folder on a disk or in a bucket, such as gs://BUCKET/FOLDER; "
+    )
+    assert found == (2, [], f"{message}other stores are not supported\n") and calls() == []
 
 
 # ---- GKE
@@ -266,18 +347,27 @@ PODS = "--cluster=pods --project=lab --zone=us-central2-b"
                 "tar -xf ROOT/build/gke.tar -C ROOT/build/gke",
                 "xpk workload create --workload=xl2 --tpu-type=v4-64 --num-slices=1 --base-docker-image=python:3.11 "
                 "--script-dir=ROOT/build/gke --max-restarts=100 --restart-on-exit-codes=75,200 "
-                "--termination-grace-period-seconds=120 '--command=make setup PYTHON=python3 && .venv/bin/pip install --quiet "
+                "--termination-grace-period-seconds=120 '--command=make gcs PYTHON=python3 && .venv/bin/pip install --quiet "
                 "--require-hashes --no-deps -r requirements-tpu.lock && exec .venv/bin/python -m "
                 f"dit_jax.train {TYPED}' {PODS}",
             ],
         ),
-        (["status"], [f"xpk workload list {PODS}"]),
         (
             ["logs"],
             [
                 "gcloud container clusters get-credentials pods --project=lab --region=us-central2",
                 "kubectl logs --follow --tail=100 "
                 "--selector=jobset.sigs.k8s.io/jobset-name=xl2,batch.kubernetes.io/job-completion-index=0",
+            ],
+        ),
+        (
+            ["status"],
+            [
+                f"xpk workload list {PODS}",
+                "gcloud container clusters get-credentials pods --project=lab --region=us-central2",
+                "kubectl get pods --selector=jobset.sigs.k8s.io/jobset-name=xl2 "
+                "'--output=custom-columns=HOST:.metadata.name,JOB:.status.phase,EXIT:.status.containerStatuses[0].state.terminated.exitCode'",
+                "kubectl logs --tail=1 --prefix --selector=jobset.sigs.k8s.io/jobset-name=xl2",
             ],
         ),
         (["stop"], [f"xpk workload delete --workload=xl2 --force {PODS}"]),
@@ -287,6 +377,8 @@ PODS = "--cluster=pods --project=lab --zone=us-central2-b"
 )
 def test_gke(arguments, expected):
     assert dry("gke.sh", *arguments, **GKE) == expected
+    if arguments == ["status"]:
+        assert dry("gke.sh", *arguments, **GKE | {"NAME": ""}) == expected[:1]
 
 
 # ---- what is refused
@@ -298,9 +390,10 @@ def test_gke(arguments, expected):
         ("slurm.sbatch", JOB, {"NODES": "2"}, "TIME CPUS: not set; the head of launch/slurm.sbatch says what they are"),
         ("slurm.sbatch", [], {}, "found no job, expected a job such as train, and its flags"),
         ("slurm.sbatch", JOB, {"ARRAY": "0-3", "TASKS": "2"}, "NODES, TASKS: found 1, 2; expected 1: a cell is one process"),
-        ("tpu_vm.sh", ["resume", *JOB], CLOUD, "ACCELERATOR NFS: not set; the head of launch/tpu_vm.sh says what they are"),
+        ("tpu_vm.sh", ["resume", *JOB], CLOUD, "ACCELERATOR: not set; the head of launch/tpu_vm.sh says what they are"),
+        ("tpu_vm.sh", ["resume", "--watch"], TPU, "found no job, expected a job such as train, and its flags"),
         ("tpu_vm.sh", ["run"], CLOUD, "found no job, expected a job such as train, and its flags"),
-        ("tpu_vm.sh", ["destroy"], CLOUD, "found destroy, expected create, setup, run, logs, stop, resume or delete"),
+        ("tpu_vm.sh", ["destroy"], CLOUD, "found destroy, expected create, setup, run, status, logs, stop, resume or delete"),
         ("gke.sh", ["run", *JOB], CLOUD, "CLUSTER TPU_TYPE: not set; the head of launch/gke.sh says what they are"),
         ("gke.sh", ["create"], GKE | {"CAPACITY": "free"}, "CAPACITY: found free, expected on-demand, spot or reservation=ID"),
         ("gke.sh", [], GKE, "found no verb, expected create, share, run, status, logs, stop or delete"),
@@ -315,7 +408,7 @@ def test_refusals(fakes, script, arguments, variables, message, flag):
 
 @pytest.mark.parametrize(
     "script,arguments,variables",
-    [("tpu_vm.sh", [verb], TPU) for verb in ("create", "setup", "logs", "stop", "delete")]
+    [("tpu_vm.sh", [verb], TPU) for verb in ("create", "setup", "status", "logs", "stop", "delete")]
     + [("tpu_vm.sh", [verb, *JOB], TPU) for verb in ("run", "resume")]
     + [("gke.sh", [verb], GKE) for verb in ("create", "share", "status", "logs", "stop", "delete")]
     + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "GPUS": "8", "CPUS": "1", "TIME": "1"})],
@@ -333,7 +426,7 @@ def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(fakes, script, argument
 
 @pytest.mark.parametrize(
     "script,verb",
-    [("tpu_vm.sh", verb) for verb in ("create", "setup", "logs", "stop", "delete")]
+    [("tpu_vm.sh", verb) for verb in ("create", "setup", "status", "logs", "stop", "delete")]
     + [("gke.sh", verb) for verb in ("create", "share", "status", "logs", "stop", "delete")],
 )
 def test_words_after_a_verb_that_takes_none_are_refused(fakes, script, verb):
@@ -345,6 +438,7 @@ def test_words_after_a_verb_that_takes_none_are_refused(fakes, script, verb):
 
 
 ONE_NODE = {"CPUS": "8", "TIME": "60", "NODES": "1"}
+ONE_HOST = {"ACCELERATOR": "v4-8", "TPU_TYPE": "v4-8"}
 CALLS = [
     ("slurm.sbatch", [], ONE_NODE),
     ("tpu_vm.sh", ["run"], TPU),
@@ -377,8 +471,8 @@ def test_only_train_runs_on_many_hosts(fakes, job):
     assert calls() == []
     words = ["--workdir=w"] + ["--config=configs/digits_isoflop.py"] * (job == "sweep")
     assert f"dit_jax.{job} --workdir=w" in dry("slurm.sbatch", job, *words, **ONE_NODE)[-1]
-    assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, *words, **CLOUD, ACCELERATOR="v4-8")[-1]
-    assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, *words, **GKE | {"TPU_TYPE": "v4-8"})[-1]
+    assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, *words, **TPU | ONE_HOST)[-1]
+    assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, *words, **GKE | ONE_HOST)[-1]
 
 
 def test_types_of_tpu_that_xpk_does_not_know_are_refused_before_anything_runs(fakes):
@@ -393,14 +487,14 @@ def test_types_of_tpu_that_xpk_does_not_know_are_refused_before_anything_runs(fa
 
 
 @pytest.mark.parametrize(
-    "codes,runs",
-    [("0", 1), ("75", 1), ("1", 1), ("200 134 137 0", 4), ("200 1", 2), ("200 200 200 200", 3), ("200 stop", 2)],
-)
-def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, codes, runs):
+    "codes,runs,kept",
+    [("0", 1, "0 1"), ("75", 1, "75 1"), ("1", 1, "1 1"), ("200 134 137 0", 4, "0 4"), ("200 1", 2, "1 2"),
+     ("200 200 200 200", 3, "200 3"), ("200 stop", 2, "200 2")],
+)  # fmt: skip
+def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, codes, runs, kept):
     """The very command that goes to the workers, with another python: it ends with the codes in turn."""
-    line = shlex.split(dry("tpu_vm.sh", "run", *JOB, **TPU | {"RESTARTS": "2" if runs == 3 else "9"})[0])[
-        -1
-    ].removeprefix("--command=")
+    words = shlex.split(dry("tpu_vm.sh", "run", *JOB, **TPU | {"RESTARTS": "2" if runs == 3 else "9"})[0])
+    (line,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
     (tmp_path / "dit_jax" / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "bin").mkdir()
     for path, text in (
@@ -416,6 +510,7 @@ def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, co
     env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", f"{line}; wait"], cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "dit_jax" / "run.log").read_text().splitlines() == ["ran"] * runs
+    assert (tmp_path / "dit_jax" / "run.exit").read_text() == f"{kept}\n"
 
 
 def test_the_host_of_a_job_other_than_train_must_be_known(fakes):
@@ -445,18 +540,20 @@ def test_slices_of_one_host_are_those_of_the_table():
 # ---- after a preemption
 
 
-def resumed(fakes, *states):
+def resumed(fakes, *states, workers="bare"):
     """(exit code, the verbs of the queued resource, whether the slice was set up, whether the job began) of a resume."""
     path, calls = fakes
-    (Path(path.split(":")[0]) / "states").write_text("".join(f"{state}\n" for state in states))
+    folder = Path(path.split(":")[0])
+    (folder / "states").write_text("".join(f"{state}\n" for state in states))
+    (folder / "workers").write_text(f"worker w-0 {workers} - 0 \n")
     code, _, _ = call("tpu_vm.sh", "resume", *JOB, PATH=path, POLL="0", **TPU)
     verbs = [line.split()[4] for line in calls() if line.startswith(QUEUE)]
-    return code, verbs, any("make setup" in line for line in calls()), any("dit_jax.train" in line for line in calls())
+    return code, verbs, any("make gcs" in line for line in calls()), any("dit_jax.train" in line for line in calls())
 
 
 def test_resume_keeps_the_place_of_a_request_that_waits(fakes):
-    states = ("WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
-    assert resumed(fakes, *states) == (0, ["describe"] * 4, True, True)
+    states = ("WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "broken", "ACTIVE")
+    assert resumed(fakes, *states) == (0, ["describe"] * 5, True, True)
 
 
 @pytest.mark.parametrize("state", ["ACCEPTED", "CREATING", "PROVISIONING"])
@@ -471,19 +568,21 @@ def test_resume_asks_anew_where_a_request_is_over(fakes, state):
 
 
 def test_resume_of_a_slice_that_is_there_only_runs(fakes):
-    assert resumed(fakes, "ACTIVE") == (0, ["describe"], False, True)
+    assert resumed(fakes, "ACTIVE", workers="idle") == (0, ["describe"], False, True)
+    assert resumed(fakes, "ACTIVE", workers="bare")[2:] == (True, True)  # the last setup was cut short
 
 
 def test_resume_asks_for_a_slice_that_was_never_asked_for(fakes):
     assert resumed(fakes, "none", "ACTIVE") == (0, ["describe", "create", "describe"], True, True)
 
 
-def test_resume_leaves_a_request_that_is_being_deleted(fakes):
-    assert resumed(fakes, "DELETING", "DELETING") == (2, ["describe", "describe"], False, False)
+def test_resume_asks_for_nothing_where_gcloud_fails(fakes):
+    assert resumed(fakes, "broken", "ACTIVE") == (1, ["describe"], False, False)
 
 
-def test_resume_ends_where_a_request_fails_while_it_waits(fakes):
-    assert resumed(fakes, "WAITING_FOR_RESOURCES", "FAILED") == (2, ["describe", "describe"], False, False)
+@pytest.mark.parametrize("states", [("DELETING",) * 2, ("WAITING_FOR_RESOURCES", "FAILED"), ("CREATING", "none")])
+def test_resume_ends_where_a_request_ends_while_it_waits(fakes, states):
+    assert resumed(fakes, *states) == (1, ["describe", "describe"], False, False)
 
 
 # ---- cells

@@ -57,7 +57,7 @@ def commands(folder, **variables):
 
 @pytest.mark.parametrize("capacity", ["spot", "on-demand", "reservation=mine"])
 def test_xpk_parses_every_command_and_restarts_the_codes_that_are_to_be(tmp_path, capacity):
-    asked = commands(tmp_path, CAPACITY=capacity)
+    asked = commands(tmp_path, CAPACITY=capacity, SERVICE_ACCOUNT="dit@lab.iam.gserviceaccount.com")
     answer = ask(asked)
     assert [found["error"] for found in answer["found"]] == [""] * 6
     assert answer["crane"]

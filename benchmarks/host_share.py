@@ -75,7 +75,7 @@ def data_seconds(cfg: Config, steps: int) -> Callable[[], float]:
 def log_seconds(lines: int = 50) -> float:
     """Seconds to fetch and write one line of scalars."""
     with tempfile.TemporaryDirectory() as folder:
-        write, close = open_scalars(folder, 0, tensorboard=False)
+        write, _, close = open_scalars(folder, 0, tensorboard=False)
         scalars = {name: jnp.float32(1.5) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
 
         def log():

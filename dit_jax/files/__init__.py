@@ -46,6 +46,11 @@ def introduce(place: str) -> None:
     bucket.introduce(place)
 
 
+def be_quick() -> None:
+    """Let a bucket that does not answer be given up after seconds, for commands that only look."""
+    bucket.PATIENCE = 5.0
+
+
 def absolute(path: str) -> str:
     """Return the absolute path; of a bucket's, without slashes that are too many."""
     return "/".join((bucket.SCHEME[:-1], *bucket.split(path))).rstrip("/") if remote(path) else os.path.abspath(path)

@@ -10,7 +10,7 @@ from absl import flags
 from dit_jax import hardware
 from dit_jax.config import Config, resolve
 from dit_jax.error import StorageError, UsageError
-from dit_jax.files import bucket_of, exists, introduce, remote
+from dit_jax.files import be_quick, bucket_of, exists, introduce, remote
 from dit_jax.log import say
 from dit_jax.workdir.folder import check_same_run
 
@@ -65,6 +65,7 @@ def find_slice(name: str) -> Slice:
 def run_check(job: str, config: str, check: Callable | None) -> None:
     """Check a parsed command and say what could not be checked here. `config`, `check`: as in `dit_jax.job.launch.launch`."""
     values = flags.FLAGS
+    be_quick()
     away = config == "workdir" and not reachable(values.workdir)
     cfg = resolve(values.config) if config and values.config is not None and not away else None
     file = values["config"].config_filename if cfg and config != "workdir" else ""
@@ -94,10 +95,12 @@ def introduce_buckets() -> None:
 
 
 def reachable(path: str) -> bool:
-    """Whether a path is there for this machine, as far as it can tell."""
+    """Whether a path is there for this machine, as far as it can tell. Raises UsageError for a name that is no bucket's."""
+    if remote(path):
+        bucket_of(path)
     try:
         return exists(path)
-    except StorageError:
+    except (StorageError, UsageError):  # no network, no permission, no client
         return False
 
 

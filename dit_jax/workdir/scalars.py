@@ -7,8 +7,10 @@ import math
 import os
 import secrets
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, NamedTuple
 
 from dit_jax.error import JobError, UsageError
@@ -151,8 +153,8 @@ class Scalars(NamedTuple):
 def open_scalars(workdir: str, step: int, tensorboard: bool = True, wandb: str = "") -> Scalars:
     """Open the scalars of a run at `step`. `wandb`: a project, "" = none.
 
-    Each call of `write` is on the disk when it returns; in a bucket after `flush`, which `write` calls every WAIT seconds. Raises
-    UsageError as `import_wandb`.
+    Each call of `write` is on the disk when it returns; in a bucket after `flush`, which `write` starts in a thread every WAIT
+    seconds. Raises UsageError as `import_wandb`.
     """
     path = os.path.join(workdir, METRICS)
     writers = [_wandb(wandb, workdir)] if wandb else []
@@ -160,21 +162,23 @@ def open_scalars(workdir: str, step: int, tensorboard: bool = True, wandb: str =
     drop_events_after(workdir, step)
     writers.append(_segments(path, step) if remote(path) else _file(path))
     writers += [_tensorboard(workdir, step)] if tensorboard else []
-    last = time.monotonic()
+    last, thread, lock = time.monotonic(), ThreadPoolExecutor(1, "scalars"), threading.Lock()
+    under_way: Future | None = None
 
     def write(step: int, scalars: dict, picture: str = "") -> None:
+        nonlocal last, under_way
         for writer in writers:
             writer.write(step, scalars, picture)
-        if time.monotonic() - last > WAIT:
-            flush()
+        if remote(workdir) and time.monotonic() - last > WAIT and (under_way is None or under_way.done()):
+            last, under_way = time.monotonic(), thread.submit(flush)
 
     def flush() -> None:
-        nonlocal last
-        for writer in writers:
-            writer.flush()
-        last = time.monotonic()
+        with lock:
+            for writer in writers:
+                writer.flush()
 
     def close() -> None:
+        thread.shutdown()
         for writer in writers:
             writer.close()
 
@@ -194,24 +198,24 @@ def _file(path: str) -> Scalars:
 
 def _segments(path: str, step: int) -> Scalars:
     """Return the writer of objects of lines: a new one with each start, and after SEGMENT bytes; the newest is written anew as it grows."""
-    name, lines, old = "", b"", None
+    kept: list[list] = []  # of each object [name, what it holds, lines]
 
     def write(step: int, scalars: dict, picture: str) -> None:
-        nonlocal name, lines, old
         if not scalars:
             return
-        if not name or len(lines) > SEGMENT:
-            flush()
-            name, lines, old = os.path.join(segments(path), f"{step:010d}.jsonl"), b"", None
-        lines += (json_text({"step": step, **scalars}) + "\n").encode()
+        if not kept or len(kept[-1][2]) > SEGMENT:
+            kept.append([os.path.join(segments(path), f"{step:010d}.jsonl"), None, b""])
+        kept[-1][2] += (json_text({"step": step, **scalars}) + "\n").encode()
 
     def flush() -> None:
-        nonlocal old
-        if lines == (old or b""):
-            return
-        if not replace(name, lines, old):
-            raise JobError(f"{name}: another process has written it meanwhile; one job at a time trains a run")
-        old = lines
+        found = list(kept)
+        for one in found:
+            name, old, lines = one
+            if lines != old and not replace(name, lines, old):
+                raise JobError(f"{name}: another process has written it meanwhile; one job at a time trains a run")
+            one[1] = lines
+        for one in found[:-1]:
+            kept.remove(one)
 
     return Scalars(write, flush, flush)
 

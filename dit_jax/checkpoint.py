@@ -12,6 +12,7 @@ import concurrent.futures as futures
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dit_jax.config import ModelConfig, to_dict
+from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
 from dit_jax.error import JobError, UsageError
@@ -42,6 +44,8 @@ WHOLE = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 <<
 logging.disable(logging.WARNING)  # it warns that it overrides, which is what is asked for
 ocp.type_handlers.register_type_handler(jax.Array, WHOLE, override=True)
 logging.disable(logging.NOTSET)
+CHUNK = 8 << 20  # largest block of an array in a file, bytes: what a reader of a small part of the array has to read
+IN_FLIGHT = 1 / 20  # part of a process's share of the state that a restore may have on the way; each byte takes up to 3
 FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
 
 
@@ -86,7 +90,7 @@ class Saver:
         `position` (of the data iterator) and `meta` (of the run) are JSON values.
         """
         self.wait()
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        arrays = {name: _in_chunks(tree) for name, tree in items.items()}
         values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
         target = path_of(self.workdir, step) + SAVING
         try:
@@ -182,14 +186,17 @@ def newest_verified(workdir: str) -> int:
 def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[dict, dict]:
     """Read a checkpoint: (items laid out as the abstract arrays in `like`, position of the data iterator).
 
-    Raises UsageError naming keys or leaves if the checkpoint is another model's.
+    Each process reads the parts that its devices keep, a few at a time: its peak of host memory is at most 1.2 times those
+    parts on CPU devices, whose memory is the host's, and 0.2 times on others. Raises UsageError naming keys or leaves if the
+    checkpoint is another model's.
     """
     at = path_of(workdir, step)
     check_model(at, model)
     for name, tree in like.items():
         check_tree(at, name, tree)
     arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS)) as reader:
+    handlers = {"data": ocp.JsonCheckpointHandler(), **dict.fromkeys(like, _frugal(at, like))}
+    with freed_at_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
         found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
     return {name: found[name] for name in like}, found["data"]
 
@@ -210,7 +217,7 @@ def load(
     check_model(at, model)
     like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     check_tree(at, item, like)
-    with ocp.StandardCheckpointer() as reader:
+    with freed_at_once(), ocp.Checkpointer(_frugal(at, {item: like})) as reader:
         return model, reader.restore(os.path.join(at, item), like)
 
 
@@ -243,7 +250,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "meta")) as writer:
             notes = {"model": to_dict(model), **meta, "step": step}
-            items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(notes)}
+            items = {"params": _in_chunks(params), "meta": ocp.args.JsonSave(notes)}
             writer.save(at + SAVING, args=ocp.args.Composite(**items))
         shutil.copytree(os.path.join(at + SAVING, "params"), os.path.join(at + SAVING, "ema"))  # needs no memory
         publish(at + SAVING, at)
@@ -295,19 +302,46 @@ def check_tree(at: str, item: str, like) -> None:
     """Raises UsageError naming leaves that are missing, unknown, or differ in shape or dtype from `like`."""
     if not os.path.isdir(os.path.join(at, item)):
         raise UsageError(f"{os.path.join(at, item)}: missing, expected the item {item!r} of a checkpoint")
-    found = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree)
-    wanted = _leaves(like)
+    found, wanted = _leaves(_stored(at, item)), _leaves(like)
     names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
     if names:
         shown = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
         raise UsageError(f"{os.path.join(at, item)}: other leaves than the config's model has: {_few(shown)}")
 
 
+def _in_chunks(tree) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave(tree, jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK), tree))
+
+
+def _stored(at: str, item: str):
+    """Return the metadata of an item's arrays, as a tree."""
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree
+
+
+def _named(tree) -> dict:
+    """Map paths to leaves."""
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 def _leaves(tree) -> dict[str, str]:
     """Map paths to "dtype (shape)" for a tree of arrays or their metadata."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in flat}
+    return {path: f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in _named(tree).items()}
+
+
+def _frugal(at: str, like: dict) -> ocp.StandardCheckpointHandler:
+    """Return a reader with at most IN_FLIGHT of this process's share on the way, and always room for the largest read."""
+    share, largest = 0, 0
+    for item, tree in like.items():
+        stored = _named(_stored(at, item))
+        for path, leaf in _named(tree).items():
+            part, size = leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
+            share += size * math.prod(part) * len(leaf.sharding.addressable_devices)
+            # whole chunks are read; parts that neither divide nor are divided by them may touch one more
+            sides = zip(part, stored[path].storage.chunk_shape, strict=True)
+            touched = [-(-p // c) * c + (c if p % c and c % p else 0) for p, c in sides]
+            largest = max(largest, size * math.prod(touched))
+    return ocp.StandardCheckpointHandler(restore_concurrent_gb=max(IN_FLIGHT * share, largest + 1) / 1e9)
 
 
 def _newest_verified(workdir: str) -> int:

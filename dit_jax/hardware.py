@@ -13,7 +13,7 @@ H200 (SXM), T4, L4 and A10, its A100 whitepaper for the clock, its Ada whitepape
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dit_jax.error import UsageError, alike, shown
 
@@ -120,14 +120,15 @@ FULL = {"v2": 16, "v3": 32, "v5e": 16, "v6e": 16}  # chips along an axis with wr
 
 @dataclass(frozen=True)
 class Topology:
-    """Slice of TPUs, nodes of GPUs, or virtual CPU devices."""
+    """Slice of TPUs, several alike that the data-center network joins, nodes of GPUs, or virtual CPU devices."""
 
     name: str
     generation: str
     chip: Chip
-    shape: tuple  # chips along each interconnect axis; for GPUs (nodes, GPUs per node)
-    chips: int
+    shape: tuple  # chips along each interconnect axis of a slice; for GPUs (nodes, GPUs per node)
+    chips: int  # of all slices, as `hosts`
     hosts: int
+    slices: int = 1
 
     @property
     def platform(self) -> str:
@@ -170,7 +171,7 @@ class Topology:
         if self.platform != "tpu":
             raise UsageError(f"topology: found {self.name}, but programs are compiled ahead for TPU slices only")
         sides = "x".join(map(str, self.shape))
-        hosted = self.shape if self.hosts == 1 else (2, 2)
+        hosted = self.shape if self.hosts == self.slices else (2, 2)
         if self.generation in FULL:
             wrap = tuple(side == FULL[self.generation] for side in self.shape)
         else:
@@ -180,7 +181,7 @@ class Topology:
             "platform": "tpu",
             "topology_name": f"{self.generation}:{sides}",
             "chips_per_host_bounds": (*hosted, 1)[:3],
-            "num_slices": 1,
+            "num_slices": self.slices,
             "wrap": (*wrap, False)[:3],
             **megacore,
         }
@@ -195,7 +196,13 @@ def names() -> list[str]:
 
 
 def topology(name: str) -> Topology:
-    """Slice by name: `v2-8` to `v6e-256`, `tpu7x-8`, `a100x8`, `h100x16` (two nodes), `cpux8`. Raises UsageError with the nearest names."""
+    """Slice by name: `v2-8` to `v6e-256`, `tpu7x-8`, `2xv4-64` (two slices), `a100x8`, `h100x16` (two nodes), `cpux8`.
+
+    Raises UsageError with the nearest names.
+    """
+    if several := re.fullmatch(r"([1-9]\d{0,2})x(v\d.*|tpu7x.*)", name, re.ASCII):
+        one, count = topology(several[2]), int(several[1])
+        return replace(one, name=name, chips=count * one.chips, hosts=count * one.hosts, slices=count)
     tpu = re.fullmatch(r"(v\d\w*|tpu7x)-(\d{1,6})", name, re.ASCII)
     if tpu:
         kind = {"v5litepod": "v5e"}.get(tpu[1], tpu[1])

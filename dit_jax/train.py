@@ -20,7 +20,7 @@ def check(cfg: Config, slice_: Slice | None) -> None:
 
     make_task(cfg)
     if slice_:
-        mesh = abstract_mesh(cfg.mesh, slice_.devices)
+        mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)
 
 

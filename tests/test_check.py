@@ -40,6 +40,11 @@ def check(job, *arguments, cache_dir):
             ["checked: flags, config, slice 2x4 (8 devices, 2 hosts)", f"{AWAY}--workdir=/mnt/away/run"],
         ),
         (
+            "train",
+            [*DIGITS, "--slice=2xv4-64", "--config.mesh.fsdp=32"],
+            ["checked: flags, config, slice 2xv4-64 (64 devices, 16 hosts)", f"{AWAY}--workdir=/mnt/away/run"],
+        ),
+        (
             "evaluate",
             ["--workdir=/mnt/away/run", "--slice=v4-8"],
             [
@@ -68,6 +73,11 @@ def test_what_is_taken(job, arguments, said, cache_dir):
             "train",
             [*DIGITS, "--slice=4x8", "--config.mesh.fsdp=7"],
             "error: mesh: found data=-1, fsdp=7, tensor=1, expected axes",
+        ),
+        (
+            "train",
+            [*DIGITS, "--slice=2xv4-64", "--config.mesh.fsdp=64"],
+            "error: mesh.data: found 1, expected a multiple of the 2 slices, which only this axis may cross",
         ),
         (
             "train",

@@ -34,6 +34,8 @@ from dit_jax.hardware import CHIPS, DEVICES, GIB, find, names, topology
         ("tpu7x-2", 2, 1, 1, (1, 1, 1)),
         ("tpu7x-8", 8, 4, 1, (2, 2, 1)),
         ("tpu7x-128", 128, 64, 16, (4, 4, 4)),
+        ("2xv4-64", 64, 64, 16, (2, 4, 4)),
+        ("4xv5e-8", 32, 32, 4, (2, 4)),
         ("a100x1", 1, 1, 1, (1, 1)),
         ("t4x1", 1, 1, 1, (1, 1)),
         ("l4x4", 4, 4, 1, (1, 4)),
@@ -124,6 +126,8 @@ def test_what_the_topology_api_needs():
         "wrap": (True, True, True),
         "chip_config_name": "megacore",
     }
+    assert topology("2xv4-64").description() == topology("v4-64").description() | {"num_slices": 2}
+    assert topology("2xv4-8").description() == topology("v4-8").description() | {"num_slices": 2}
     assert topology("v4-8").description()["wrap"] == (False, False, False)
     assert topology("v5e-8").description()["chips_per_host_bounds"] == (2, 4, 1)
     with pytest.raises(UsageError, match="found h100x8, but programs are compiled ahead for TPU slices only"):
@@ -135,6 +139,10 @@ def test_what_the_topology_api_needs():
     [
         ("v3-200", "'v3-200', expected a slice such as v3-256, v3-128, v3-512"),
         ("v3-7", "v3-8"),
+        ("2xv4-63", "found 'v4-63', expected a slice such as v4-64"),
+        ("0xv4-64", "found '0xv4-64', expected a slice such as"),
+        ("2x2xv4-64", "expected a slice such as"),
+        ("2xh100x8", "expected a slice such as"),
         ("v5e-12", "v5e-16"),
         ("v4-1", "v4-8"),
         ("h100x12", "h100x8"),

@@ -223,7 +223,7 @@ def test_each_thing_is_wired_in_one_place():
         return {str(p.relative_to(PACKAGE)) for p in FILES if any(word in p.read_text() for word in words)}
 
     assert users("make_process(") == {f"diffusion/{name}.py" for name in ("process", "task", "objective")}
-    assert users("dit.init(", "dit.apply(") == {"bind.py", "checkpoint.py"}
+    assert users("dit.init(", "dit.apply(") == {"bind.py", "checkpoint/__init__.py"}
     assert users("attention_implementation(") == {"bind.py", "devices/mesh.py"}
     assert users('shape["data"]', 'shape["fsdp"]', 'shape["tensor"]') == set()
     assert not {name for name in users("isinstance(source", "isinstance(a, ") if name.startswith(("data", "training"))}

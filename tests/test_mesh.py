@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, Opt
 from dit_jax.devices import mesh as meshes
 from dit_jax.devices import processes
 from dit_jax.error import UsageError
-from dit_jax.training.state import abstract_state, make_state
+from dit_jax.training.state import abstract_batch, abstract_state, make_state
 from dit_jax.training.step import make_train_step
 
 SMALL = Config(
@@ -159,6 +160,61 @@ def test_contract_the_real_xl_step_traces_on_512_devices_that_are_not_there():
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "num_partitions = 512" in text
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU v4 that is not there, as far as the mesh asks."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    coords: tuple
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    client: None = None
+
+
+def chips(slices):
+    """Devices of slices v4-64, hosts of 2 x 2 x 1, in any order."""
+    found = []
+    for i, z, y, x in itertools.product(range(slices), range(4), range(4), range(2)):
+        found.append(Chip(len(found), i, 8 * i + 2 * z + y // 2, (x, y, z)))
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+@pytest.mark.parametrize("axes", [(-1, 16, 1), (2, 32, 1), (2, 8, 4), (64, 1, 1)])
+def test_only_data_goes_from_slice_to_slice(axes):
+    """2 x v4-64: the outer half of `data` is one slice, and each slice is laid out as it is alone."""
+    both, alone = meshes.make_mesh(MeshConfig(*axes), chips(2)), meshes.make_mesh(MeshConfig(-1, *axes[1:]), chips(1))
+    both, alone = both.devices, alone.devices
+    assert both.shape == (2 * alone.shape[0], *alone.shape[1:])
+    for i, half in enumerate(np.split(both, 2)):
+        assert {chip.slice_index for chip in half.flat} == {i}
+        assert [chip.coords for chip in half.flat] == [chip.coords for chip in alone.flat]
+
+
+@pytest.mark.parametrize("axes,data", [((1, 64, 1), 1), ((-1, 64, 1), 1), ((1, 16, 4), 1)])
+def test_a_mesh_whose_other_axes_cross_slices_is_refused(axes, data):
+    expected = (
+        f"mesh.data: found {data}, expected a multiple of the 2 slices, which only this axis may cross; set mesh.data"
+    )
+    with pytest.raises(UsageError, match=expected):
+        meshes.make_mesh(MeshConfig(*axes), chips(2))
+
+
+def test_contract_the_real_step_traces_for_two_slices_with_the_bytes_of_one():
+    """DiT-B/2 on 2 x v4-64: the state of a device is as on one slice, and its part of the batch half as large."""
+    cfg = Config(model=model_config("DiT-B/2", dtype="bfloat16"), train=TrainConfig(batch_size=256))
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(-1, 16, 1))
+    one, two = (meshes.abstract_mesh(cfg.mesh, 32 * slices, slices) for slices in (1, 2))
+    assert (dict(one.shape), dict(two.shape)) == (dict(data=2, fsdp=16, tensor=1), dict(data=4, fsdp=16, tensor=1))
+    state, batch = abstract_state(cfg, two), abstract_batch(cfg, two)
+    assert meshes.bytes_per_device(state) == meshes.bytes_per_device(abstract_state(cfg, one))
+    assert 2 * meshes.bytes_per_device(batch) == meshes.bytes_per_device(abstract_batch(cfg, one))
+    text = make_train_step(cfg, two).trace(state, batch).lower(lowering_platforms=("tpu",)).as_text()
+    assert "num_partitions = 64" in text and text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def ask(tmp_path, cache_dir, *arguments):
         ([XL, "--topology=v3-250"], "topology: found 'v3-250', expected a slice such as v3-256"),
         ([XL, "--topology=v3-256", "--config.mesh.fsdp=3"], "expected axes that multiply to 256 devices"),
         ([XL, "--topology=v3-256", "--config.train.batch_size=250"], "found 250, expected a multiple of 256"),
+        (
+            [XL, "--topology=2xv4-64", "--config.mesh.fsdp=64"],
+            "mesh.data: found 1, expected a multiple of the 2 slices",
+        ),
+        ([XL, "--topology=2xv4-64", "--search=64"], "--search: found '64', expected values of mesh.fsdp among 1, 2, 4"),
         ([XL, "--topology=v4-256", "--config.mesh.tensor=8"], "expected a divisor of the 4 devices of one host"),
         (
             [XL, "--topology=v3-8", "--json=nowhere/a.json"],
@@ -140,6 +145,10 @@ def test_the_notes_say_what_is_left_out_and_why():
     assert compilation.notes(refused, topology("v3-8"), 10, 4) == ["none of the 4 layouts tried fits"]
     assert compilation.notes(refused, topology("v3-8"), 10, 0)[0].startswith("none was tried")
     assert compilation.notes(refused | {"suggestion": "--config.mesh.fsdp=8"}, topology("v3-8"), 10, 1) == []
+    two = {"job": "train", "suggestion": "", "collectives": {}, "estimated_step_seconds": 0.05}
+    (network,) = compilation.notes(two, topology("2xv4-64"), 10, None)
+    assert network == "in no time: the sums of gradients between the 2 slices, which cross the data-center network"
+    assert compilation.notes(two, topology("v4-64"), 10, None) == []
     (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v5e-4"), 0, None)
     assert clock == "no estimate of the step: the clock of v5e is not published, so no hours and no price"
 
@@ -247,6 +256,42 @@ def test_other_models_train_on_these_slices(config, slice, tmp_path):
 def test_xl_trains_on_the_other_slices_and_at_a_large_batch(slice, tmp_path):
     config = f"imagenet256.py:DiT-XL/2,{slice}"
     check_train_step(compiled_for(tmp_path, config), config)
+
+
+@pytest.mark.tpu
+def test_two_slices_are_laid_out_alike_and_only_sums_cross_between_them(tmp_path):
+    """Of two layers of S/2 on 2 x v4-64: whatever the program sends to the other slice is part of an all-reduce."""
+    code = """
+import re
+from dit_jax.config import resolve
+from dit_jax.devices.mesh import devices_ahead, make_mesh
+from dit_jax.hardware import topology
+from dit_jax.job.launch import load_config
+from dit_jax.preflight import compilation, search
+cfg = resolve(load_config("configs/imagenet256.py:DiT-S/2,v4-64"))
+cfg = search.changed(cfg, {"mesh.data": -1, "model.depth": 2})
+devices = devices_ahead(topology("2xv4-64"))
+mesh = make_mesh(cfg.mesh, devices)
+assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}], mesh
+text = compilation.compiled(compilation.program(cfg, "train", mesh))[0].as_text()
+print(sorted(set(re.findall('megascale_transfer_type="([A-Z_]+)"', text))))
+"""
+    plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == "['ALL_REDUCE']"
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_xl_trains_on_two_slices(tmp_path):
+    config = "imagenet256.py:DiT-XL/2,v4-64"
+    found = compiled_for(tmp_path, config, "--topology=2xv4-64", "--config.mesh.data=-1")
+    check_train_step(found, config)
+    assert (found["devices"], found["hosts"], found["mesh"]) == (64, 16, {"data": 4, "fsdp": 16, "tensor": 1})
+    assert found["notes"] == [
+        "in no time: the sums of gradients between the 2 slices, which cross the data-center network"
+    ]
 
 
 @pytest.mark.tpu

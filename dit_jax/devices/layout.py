@@ -103,7 +103,7 @@ def options(model: ModelConfig, batch: int, slice: Topology, least: Layout) -> l
 
     def every() -> Iterator[Layout]:
         split = slice.devices // least.tensor
-        for fsdp in _doubled(least.fsdp, split):
+        for fsdp in _doubled(least.fsdp, split // slice.slices):
             for accumulate in _doubled(least.accumulate, batch // split):
                 for remat in REMATS[REMATS.index(least.remat) :]:
                     yield Layout(split // fsdp, fsdp, least.tensor, remat, accumulate)

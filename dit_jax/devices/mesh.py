@@ -1,7 +1,8 @@
 """Device mesh, and the rule that places parameters, moments and EMA on it.
 
 AXES has a row for each mesh axis: `data` replicates the state, `fsdp` shards it (Rajbhandari et al. 2020, ZeRO-3), `tensor` splits
-heads and MLP (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`.
+heads and MLP (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`. Where several TPU slices train together, the outer part of
+`data` goes over the slices, so that only its sum of gradients crosses the data-center network.
 """
 
 import collections
@@ -102,8 +103,11 @@ def batch_split(mesh) -> int:
     return math.prod(mesh.shape[name] for name in batch_axes())
 
 
-def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Devices along each of AXES, with -1 filled in. Raises UsageError if the axes do not multiply to the devices."""
+def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...]:
+    """Devices along each of AXES, with -1 filled in.
+
+    Raises UsageError if the axes do not multiply to the devices, or the slices of these do not divide `mesh.data`.
+    """
     sizes = [getattr(cfg, name) for name in AXES]
     asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     known = math.prod(size for size in sizes if size != -1)
@@ -113,18 +117,30 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
         raise UsageError(
             f"mesh: found {asked}, expected axes that multiply to {devices} device{'s' if devices > 1 else ''}"
         )
+    data = sizes[list(AXES).index("data")]
+    if data % slices:
+        raise UsageError(
+            f"mesh.data: found {data}, expected a multiple of the {slices} slices, which only this axis may cross; set "
+            f"mesh.data to -1 or {slices}, and the other axes to at most the {devices // slices} devices of a slice"
+        )
     return tuple(sizes)
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     """Mesh over `devices` (default: all), with axes of type Auto. Raises UsageError as `mesh_shape` and `check_numerics`.
 
-    An interconnect axis is split if necessary: fsdp 16 on a torus of 4 x 8 x 8 is 4 x 4.
+    An interconnect axis is split if necessary: fsdp 16 on a torus of 4 x 8 x 8 is 4 x 4. Of several TPU slices each is one block of `data`.
     """
     check_numerics()
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(cfg, len(devices))
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    shape = mesh_shape(cfg, len(devices), slices)
+    outer = [slices if name == "data" else 1 for name in AXES]
+    inner = [size // count for size, count in zip(shape, outer, strict=True)]
+    make = mesh_utils.create_device_mesh
+    if slices > 1:
+        make = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=outer)
+    grid = make(inner, devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -161,9 +177,10 @@ def devices_ahead(topology: hardware.Topology) -> list:
     return list(topologies.get_topology_desc(**topology.description()).devices)
 
 
-def abstract_mesh(cfg: MeshConfig, devices: int):
+def abstract_mesh(cfg: MeshConfig, devices: int, slices: int = 1):
     """Mesh of `devices` absent devices, whose shardings still give shard shapes. Raises UsageError as `mesh_shape`."""
-    return jax.sharding.AbstractMesh(mesh_shape(cfg, devices), tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
+    shape = mesh_shape(cfg, devices, slices)
+    return jax.sharding.AbstractMesh(shape, tuple(AXES), axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def bytes_per_device(tree) -> int:

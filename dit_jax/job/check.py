@@ -41,6 +41,7 @@ class Slice:
     name: str
     devices: int
     hosts: int
+    slices: int = 1
 
     def one_host(self, job: str) -> None:
         """Raises UsageError if there are several hosts, for a job that runs on one."""
@@ -51,7 +52,9 @@ class Slice:
 def define_flags() -> None:
     """Define `--check` and `--slice`."""
     flags.DEFINE_bool("check", False, "check flags, config and mesh, and start nothing; exits 0 or 2")
-    flags.DEFINE_string("slice", None, "with --check: the devices, such as v4-64, h100x8 or 4x8 (HOSTSxDEVICES)")
+    flags.DEFINE_string(
+        "slice", None, "with --check: the devices, such as v4-64, 2xv4-64, h100x8 or 4x8 (HOSTSxDEVICES)"
+    )
 
 
 def find_slice(name: str) -> Slice:
@@ -59,7 +62,7 @@ def find_slice(name: str) -> Slice:
     if found := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", name):
         return Slice(name, int(found[1]) * int(found[2]), int(found[1]))
     slice_ = hardware.topology(name)
-    return Slice(name, slice_.devices, slice_.hosts)
+    return Slice(name, slice_.devices, slice_.hosts, slice_.slices)
 
 
 def run_check(job: str, config: str, check: Callable | None) -> None:

@@ -23,7 +23,7 @@ def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
     from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch
     from dit_jax.preflight.search import check_sizes
 
-    mesh = abstract_mesh(cfg.mesh, slice_.devices)
+    mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
     if job == "train":
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)
     check_json(values.json)
@@ -31,7 +31,7 @@ def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
         typed(values.price, float, "--price")
     if values.search and job != "train":
         raise UsageError("--search: found --job=sample, expected the train step, whose layout there is a choice of")
-    return check_sizes(values.search, slice_, batch_split(mesh))
+    return check_sizes(values.search, slice_, batch_split(mesh) // slice_.slices)
 
 
 def _topology(values) -> Topology:
@@ -75,7 +75,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "topology", None, "v3-8 to v6e-256, tpu7x-8, h100x8, t4x1, cpux8, ...; default: the slice of the config"
+        "topology",
+        None,
+        "v3-8 to v6e-256, tpu7x-8, 2xv4-64, h100x8, t4x1, cpux8, ...; default: the slice of the config",
     )
     flags.DEFINE_enum("job", "train", ("train", "sample"), "the step of a training, or the sampling of one batch")
     flags.DEFINE_integer(

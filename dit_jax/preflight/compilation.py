@@ -177,6 +177,10 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
         found.append(f"no estimate of the step: {no_estimate(topology)}, so no hours and no price")
     elif report["collectives"] is not None and not wanted:
         found.append("no hours and no price: eval.samples is 0; say for how many images, such as --num=50000")
+    if report["collectives"] is not None and topology.slices > 1 and report["job"] == "train":
+        found.append(
+            f"in no time: the sums of gradients between the {topology.slices} slices, which cross the data-center network"
+        )
     if report["job"] == "sample" and topology.hosts > 1:
         hosts = f"this is {topology.hosts} of them, each with its part of the images"
         found.append(f"the sample job drives one host; {hosts}")

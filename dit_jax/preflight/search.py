@@ -68,7 +68,7 @@ def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dic
 def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, price: float | None) -> dict:
     """The report of a job's program, with a suggested layout if the config's does not fit. `images`: 0 means eval.samples."""
     if missing := why_not_compiled(topology):
-        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices))
+        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices, topology.slices))
         return report | {"message": f"not compiled: {missing}"}
     say("compiling ...")
     devices = devices_ahead(topology)
@@ -81,7 +81,7 @@ def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, pri
 
 
 def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -> list[int]:
-    """Values of mesh.fsdp for `--search`. `split`: devices that split a batch. Raises UsageError for values that are impossible."""
+    """Values of mesh.fsdp for `--search`. `split`: devices of a slice that split a batch. Raises UsageError for impossible values."""
     sizes = [2**k for k in range(split.bit_length()) if split % 2**k == 0]
     for size in asked:
         if not size.isdecimal() or int(size) not in sizes:

@@ -13,6 +13,7 @@ import concurrent.futures as futures
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dit_jax.checkpoint.arrays import check_tree, few, frugal, in_chunks, leaves
 from dit_jax.config import ModelConfig, to_dict
+from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
 from dit_jax.error import JobError, UsageError
@@ -38,11 +41,6 @@ from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
-# Replicas write their parts of large arrays alone: each slice of a small one would cost a compiled program and a copy.
-WHOLE = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
-logging.disable(logging.WARNING)  # it warns that it overrides, which is what is asked for
-ocp.type_handlers.register_type_handler(jax.Array, WHOLE, override=True)
-logging.disable(logging.NOTSET)
 FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
 
 
@@ -87,7 +85,7 @@ class Saver:
         `position` (of the data iterator) and `meta` (of the run) are JSON values.
         """
         self.wait()
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        arrays = {name: in_chunks(tree) for name, tree in items.items()}
         values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
         target = _unfinished(self.workdir, step)
         try:
@@ -195,14 +193,18 @@ def newest_verified(workdir: str) -> int:
 def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[dict, dict]:
     """Read a checkpoint: (items laid out as the abstract arrays in `like`, position of the data iterator).
 
-    Raises UsageError naming keys or leaves if the checkpoint is another model's.
+    Each process reads the parts that its devices keep, a few at a time: its peak of host memory is at most 1.2 times those
+    parts on CPU devices, whose memory is the host's, and 0.2 times on others. Raises UsageError naming keys or leaves if the
+    checkpoint is another model's.
     """
     at = path_of(workdir, step)
     check_model(at, model)
     for name, tree in like.items():
         check_tree(at, name, tree)
     arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS)) as reader, slow(f"{at}: restoring"):
+    handlers = {"data": ocp.JsonCheckpointHandler(), **dict.fromkeys(like, frugal(at, like))}
+    composite = ocp.CompositeCheckpointHandler(**handlers)
+    with slow(f"{at}: restoring"), freed_at_once(), ocp.Checkpointer(composite) as reader:
         found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
     return {name: found[name] for name in like}, found["data"]
 
@@ -223,7 +225,7 @@ def load(
     check_model(at, model)
     like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     check_tree(at, item, like)
-    with ocp.StandardCheckpointer() as reader, slow(f"{at}: reading"):
+    with slow(f"{at}: reading"), freed_at_once(), ocp.Checkpointer(frugal(at, {item: like})) as reader:
         return model, reader.restore(os.path.join(at, item), like)
 
 
@@ -239,8 +241,8 @@ def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
         if not wrong:
             return candidate
         if step is not None:
-            raise JobError(f"{path_of(workdir, step)}: damaged ({_few(wrong)}); verified ones may be among {found}")
-        warn(f"{path_of(workdir, candidate)} is damaged ({_few(wrong)}); falling back to an older checkpoint")
+            raise JobError(f"{path_of(workdir, step)}: damaged ({few(wrong)}); verified ones may be among {found}")
+        warn(f"{path_of(workdir, candidate)} is damaged ({few(wrong)}); falling back to an older checkpoint")
     raise JobError(f"{folder(workdir)}: none of the checkpoints {found} verifies; restore the folder from a copy")
 
 
@@ -249,14 +251,14 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
 
     `params`: NumPy or JAX arrays. Raises UsageError if their shapes are not those of `model`, JobError if writing fails.
     """
-    wanted = _leaves(jax.eval_shape(lambda: dit.init(model, random_key(0))))
-    if _leaves(params) != wanted:
+    wanted = leaves(jax.eval_shape(lambda: dit.init(model, random_key(0))))
+    if leaves(params) != wanted:
         raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
     at = path_of(workdir, step)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "meta")) as writer:
             notes = {"model": to_dict(model), **meta, "step": step}
-            items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(notes)}
+            items = {"params": in_chunks(params), "meta": ocp.args.JsonSave(notes)}
             writer.save(at + SAVING, args=ocp.args.Composite(**items))
         shutil.copytree(os.path.join(at + SAVING, "params"), os.path.join(at + SAVING, "ema"))  # needs no memory
         publish(at + SAVING, at)
@@ -304,25 +306,6 @@ def check_model(at: str, model: ModelConfig) -> None:
         raise UsageError(f"{at}: the checkpoint is of another model than the config: {shown}")
 
 
-def check_tree(at: str, item: str, like) -> None:
-    """Raises UsageError naming leaves that are missing, unknown, or differ in shape or dtype from `like`."""
-    if not is_folder(os.path.join(at, item)):
-        raise UsageError(f"{os.path.join(at, item)}: missing, expected the item {item!r} of a checkpoint")
-    found = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree)
-    wanted = _leaves(like)
-    names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
-    if names:
-        shown = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
-        raise UsageError(f"{os.path.join(at, item)}: other leaves than the config's model has: {_few(shown)}")
-
-
-def _leaves(tree) -> dict[str, str]:
-    """Map paths to "dtype (shape)" for a tree of arrays or their metadata."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in flat}
-
-
 def _newest_verified(workdir: str) -> int:
     root = folder(workdir)
     found = sorted((int(name) for name in names(root) if name.isdecimal()), reverse=True)
@@ -334,7 +317,7 @@ def _newest_verified(workdir: str) -> int:
     else:
         there = sorted(name for name in names(root) if name.isdecimal() or DAMAGED in name)
         if there:
-            first = f" ({found[0]}: {_few(problems[found[0]])})" if found else ""
+            first = f" ({found[0]}: {few(problems[found[0]])})" if found else ""
             raise JobError(
                 f"{root}: none of the checkpoints {', '.join(there)} verifies{first}; restore them from a copy, or use another "
                 "--workdir to start from the first step"
@@ -343,7 +326,7 @@ def _newest_verified(workdir: str) -> int:
     for damaged in found[: found.index(step)]:
         aside = _free_name(path_of(workdir, damaged) + DAMAGED)
         at = path_of(workdir, damaged)
-        warn(f"{at} is damaged ({_few(problems[damaged])}); set aside as {os.path.basename(aside)}")
+        warn(f"{at} is damaged ({few(problems[damaged])}); set aside as {os.path.basename(aside)}")
         rename(at, aside)
     return step
 
@@ -368,10 +351,6 @@ def _remove_unfinished(workdir: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
             tries += 1
             time.sleep(0.05 if os.path.isdir(path) else 0)
-
-
-def _few(lines: list[str]) -> str:
-    return "; ".join(lines[:3]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 def _cause(error: BaseException) -> str:

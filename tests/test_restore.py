@@ -11,6 +11,7 @@ from job import ROOT
 from test_hosts import free_address, keep
 
 from dit_jax import checkpoint, flops
+from dit_jax.checkpoint import arrays
 from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.training.state import abstract_state

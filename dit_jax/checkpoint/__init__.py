@@ -12,8 +12,6 @@ does not verify is never restored; training sets it aside as `<step>.damaged`. I
 import concurrent.futures as futures
 import contextlib
 import functools
-import logging
-import math
 import os
 import re
 import shutil
@@ -24,7 +22,6 @@ from typing import NoReturn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from dit_jax.checkpoint.arrays import check_tree, few, frugal, in_chunks, leaves

@@ -3,7 +3,8 @@
     python benchmarks/targets.py runs/demo --multiple=10 --seeds=2
 
 Fits the ladder in W/cells, trains the size that the verdict recommends at `multiple` times the largest budget with each seed, in
-W/targets, evaluates its loss and prints predicted beside measured. What is there is not trained again.
+W/targets, evaluates its loss and prints predicted beside measured, and draws the mean as W/targets/tested.png. What is there is not
+trained again.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.job.compiled import use_cache
 from dit_jax.scaling import runs
+from dit_jax.scaling.report import axes, figures
 from dit_jax.scaling.report.text import TESTED_HEAD, print_table, tested_rows
 from dit_jax.scaling.verdicts.methods import fit_methods
 from dit_jax.scaling.verdicts.verdict import ANSWER, foretold, judge, lines
@@ -53,6 +55,11 @@ def main() -> None:
     spread = f", standard deviation {np.std(measured, ddof=1):.4f}" if len(measured) > 1 else ""
     error = one.predicted / np.mean(measured) - 1
     print(f"mean of {len(measured)} seeds {np.mean(measured):.4f}{spread}: error {error:+.2%}, half-width {half:.2%}")
+    error = np.std(measured, ddof=1) / len(measured) ** 0.5 if len(measured) > 1 else one.measured_se
+    mean = dataclasses.replace(one, measured=float(np.mean(measured)), measured_se=float(error))
+    path = os.path.join(args.workdir, "targets", "tested.png")
+    axes.save(figures.law({made.method: fits[made.method]}, "L_opt", (2 * one.flops,), test=mean), path)
+    print(path)
     if not math.isfinite(half):
         print("no method may speak: there is no interval")
 

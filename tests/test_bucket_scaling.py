@@ -13,24 +13,25 @@ from urllib.parse import unquote
 
 import bucket as server_module
 import pytest
-from job import ROOT
+from job import ROOT, Job
 from planted import ladder as planted_ladder
 from planted import sheet
 from test_scaling_frontier import SAMPLING
 from test_scaling_runs import PROTOCOL, record
-from test_sweep import ladder_config
+from test_sweep import BUDGETS, file, ladder_config, small
 
 from dit_jax.config import Config, to_dict
 from dit_jax.error import StorageError, UsageError
 from dit_jax.files import bucket, names, read
+from dit_jax.scaling import commands
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.plans.settings import configs_of
-from dit_jax.scaling.report import place
+from dit_jax.scaling.report import folder, place, save
 from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
-from dit_jax.workdir.records import append_record
+from dit_jax.workdir.records import append_record, read_records
 
-FAST = ("--resamples=20", "--method=isoflop")
+FAST = ("--resamples=5", "--method=isoflop")
 # Google's client leaves connections to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -65,30 +66,30 @@ def put(path, text):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The same records in every form: lines/runs and objects/runs, of which 2 cells have both, and a table of their runs."""
-    folder = tmp_path_factory.mktemp("study")
-    runs = planted_ladder(noise=0.002, budgets=3, sizes=4)
-    for i, run in enumerate(runs):
-        numbers = {"params_active": run.params, "tokens_seen": run.tokens, "flops_train": run.flops}
-        late = record(run=run.name, loss=run.loss, **numbers)
-        early = late | {"step": 5, "metrics": {"loss": 2 * run.loss}}
+    root = tmp_path_factory.mktemp("study")
+    planted = planted_ladder(noise=0.002, budgets=3, sizes=4)
+    for i, model in enumerate(planted):
+        numbers = {"params_active": model.params, "tokens_seen": model.tokens, "flops_train": model.flops}
+        late = record(run=model.name, loss=model.loss, **numbers)
+        early = late | {"step": 5, "metrics": {"loss": 2 * model.loss}}
         drawn = late | {
             "protocol": PROTOCOL | {"samples": SAMPLING},
             "protocol_id": "cd",
-            "flops_sample": 9.0 * run.params,
+            "flops_sample": 9.0 * model.params,
         }
-        drawn["metrics"] = {"fid": 10 * run.loss, "fid_low": 9.9 * run.loss, "fid_high": 10.1 * run.loss}
-        every, at = [json.dumps(one) + "\n" for one in (early, late, drawn)], f"runs/cells/{run.name}"
-        put(folder / "lines" / at / "eval" / "records.jsonl", "".join(every))
+        drawn["metrics"] = {"fid": 10 * model.loss, "fid_low": 9.9 * model.loss, "fid_high": 10.1 * model.loss}
+        every, at = [json.dumps(one) + "\n" for one in (early, late, drawn)], f"runs/cells/{model.name}"
+        put(root / "lines" / at / "eval" / "records.jsonl", "".join(every))
         if i < 2:
-            put(folder / "objects" / at / "eval" / "records.jsonl", "".join(every[:2]))
+            put(root / "objects" / at / "eval" / "records.jsonl", "".join(every[:2]))
         for name, line in zip(("0000000005-ab", "0000000010-ab", "0000000010-cd"), every, strict=True):
-            put(folder / "objects" / at / "eval" / "records" / f"{name}.json", line)
-        put(folder / "objects" / at / "checkpoints" / "5" / "params" / "0", "not read")
+            put(root / "objects" / at / "eval" / "records" / f"{name}.json", line)
+        put(root / "objects" / at / "checkpoints" / "5" / "params" / "0", "not read")
     for kind in ("lines", "objects"):
         beyond = json.dumps(record(run="never fitted", loss=1.0, flops_train=9e99)) + "\n"
-        put(folder / kind / "runs" / "extrapolation" / "w9" / "eval" / "records" / "0000000010-ab.json", beyond)
-    sheet(folder / "objects" / "table.csv", runs)
-    return folder
+        put(root / kind / "runs" / "extrapolation" / "w9" / "eval" / "records" / "0000000010-ab.json", beyond)
+    sheet(root / "objects" / "table.csv", planted)
+    return root
 
 
 def bare(paths):
@@ -154,14 +155,22 @@ def test_the_fit_and_the_prediction_are_those_of_the_disk(server, study, tmp_pat
         assert found[0] == found[1] and found[0]["generator"] == "dit_jax"
 
 
-def test_a_report_in_a_bucket_is_the_report_on_the_disk(server, tmp_path):
-    grid = (ROOT / "docs" / "isoflop.png").read_bytes()
-    server.damage("add", "grid.png", data=grid)
-    for out in (tmp_path, "gs://test/out"):
-        assert main(["report", "gs://test/runs", *FAST, "--grid=gs://test/grid.png", f"--out={out}/report.html"]) == 0
+def test_a_report_in_a_bucket_is_the_report_on_the_disk(server, tmp_path, monkeypatch):
+    def both(path, report):
+        return save(str(tmp_path / "report.html"), report) and save(path, report)
+
+    def few(report, draw=folder.draw):
+        return dict([*draw(report).items()][:2])
+
+    monkeypatch.setattr(commands, "save", both)
+    monkeypatch.setattr(folder, "draw", few)
+    server.damage("add", "grid.png", data=(ROOT / "docs" / "isoflop.png").read_bytes())
+    command = ["report", "gs://test/runs", *FAST, "--grid=gs://test/grid.png", "--out=gs://test/out/report.html"]
+    assert main(command) == 0
     made = sorted(os.listdir(tmp_path))
-    assert names("gs://test/out") == made and {"N_opt.png", "report.html", "report.json"} < {*made}
+    assert made == ["N_opt.png", "isoflop.png", "report.html", "report.json"] == names("gs://test/out")
     assert all(read(f"gs://test/out/{name}", 2**24) == (tmp_path / name).read_bytes() for name in made)
+    assert len((tmp_path / "report.html").read_bytes()) > (ROOT / "docs" / "isoflop.png").stat().st_size
 
 
 def test_files_of_a_report_replace_its_own_only_and_the_page_comes_last(server):
@@ -200,9 +209,9 @@ def test_the_table_and_the_frontier(server, study, tmp_path, capsys):
 
 def test_a_plan_knows_the_configs_of_a_bucket(server):
     runs = load_runs("gs://test/runs")[:3]
-    for run in runs[1:]:
-        server.damage("add", f"runs/cells/{run.name}/config.json", data=json.dumps({"config": to_dict(Config())}))
-    assert configs_of(runs) == [(run, Config()) for run in runs[1:]]
+    for one in runs[1:]:
+        server.damage("add", f"runs/cells/{one.name}/config.json", data=json.dumps({"config": to_dict(Config())}))
+    assert configs_of(runs) == [(one, Config()) for one in runs[1:]]
 
 
 def test_a_bucket_that_refuses_is_one_line_before_anything_is_read(server, study, capsys):
@@ -227,7 +236,7 @@ def test_a_bucket_that_refuses_is_one_line_before_anything_is_read(server, study
 def test_runs_on_the_disk_need_no_client(study):
     code = "import sys\nfrom dit_jax.scaling.__main__ import main\nassert main(sys.argv[1:]) == 0\n"
     code += "assert not [name for name in sys.modules if name.split('.')[0] in ('google', 'gcsfs', 'fsspec')]"
-    command = [sys.executable, "-c", code, "fit", str(study / "objects" / "runs"), *FAST]
+    command = [sys.executable, "-c", code, "table", str(study / "objects" / "runs")]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
@@ -247,3 +256,28 @@ def test_progress_asks_a_bucket_every_few_seconds_only(server, tmp_path):
 def test_a_storage_error_comes_home_from_a_worker():
     error = pickle.loads(pickle.dumps(StorageError("gs://test/x: no permission")))
     assert isinstance(error, StorageError) and str(error) == error.strerror == "gs://test/x: no permission"
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_bucket_is_the_sweep_on_the_disk(server, tmp_path, data_dir, cache_dir):
+    """Records, laws and report of a ladder that two workers train, and of a model beyond it."""
+    changes = {"budgets": BUDGETS, "windows": ((0, 3), (0, 3)), "curves": True, "extrapolate": 1.5, "grid": 1}
+    flags = [f"--config.sweep.{name}={value}" for name, value in changes.items()]
+    for workdir in (str(tmp_path / "sweep"), "gs://test/sweep"):
+        environment = server_module.environment(server.address)
+        job = Job("sweep", file(tmp_path, small), f"--workdir={workdir}", *flags, cache_dir=cache_dir, devices=1,
+                  environment=environment)  # fmt: skip
+        _, said = job.communicate(timeout=900)
+        assert job.returncode == 0, said
+    assert {"cells", "compiled", "extrapolation", "report.html", "report.json", "sweep.json"} <= {*names(workdir)}
+    assert read(f"{workdir}/report.json", 2**24) == (tmp_path / "sweep" / "report.json").read_bytes()
+    assert any(name.endswith("-cache") for name in names(f"{workdir}/compiled"))
+    (model,) = names(f"{workdir}/extrapolation")
+    assert read(f"{workdir}/extrapolation/{model}/samples/grid-euler4-guidance2-1.png").startswith(b"\x89PNG")
+    for place_ in [f"cells/{name}" for name in names(f"{workdir}/cells")] + [f"extrapolation/{model}"]:
+        one, other = read_records(str(tmp_path / "sweep" / place_)), read_records(f"{workdir}/{place_}")
+        assert one.keys() == other.keys() and one
+        for at, record_ in one.items():
+            for field in ("metrics", "weights_sha256", "flops_train", "images_seen", "protocol"):
+                assert record_[field] == other[at][field], (place_, at, field)
+    assert load_runs(f"{workdir}/cells", curves=True)

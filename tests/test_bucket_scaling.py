@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import bucket as server_module
+import jax
 import pytest
 from job import ROOT, Job
 from planted import ladder as planted_ladder
@@ -23,6 +24,7 @@ from test_sweep import BUDGETS, file, ladder_config, small
 from dit_jax.config import Config, to_dict
 from dit_jax.error import StorageError, UsageError
 from dit_jax.files import bucket, names, read
+from dit_jax.job import compiled
 from dit_jax.scaling import commands
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.plans.settings import configs_of
@@ -147,7 +149,7 @@ def test_the_fit_and_the_prediction_are_those_of_the_disk(server, study, tmp_pat
     for command, where in (("fit", "runs"), ("predict", "table.csv")):
         found, more = [], ["--flops=1e22"] * (command == "predict")
         for root, out in (
-            (study / "lines" if where == "runs" else study / "objects", tmp_path),
+            (study / "lines" if where == "runs" else study / "objects", tmp_path / "new"),
             ("gs://test", "gs://test/out"),
         ):
             assert main([command, f"{root}/{where}", *FAST, *more, f"--json={out}/{command}.json"]) == 0
@@ -251,6 +253,16 @@ def test_progress_asks_a_bucket_every_few_seconds_only(server, tmp_path):
     assert [logged(cells) for _ in range(5)] == [found] * 5 and logged(cells[1:]) == 0.0 and not server.requests
     server.fault("status", status=403, times=99)
     assert ladder.watch()(cells) == 0.0  # a display that fails ends no sweep
+
+
+def test_in_a_bucket_xla_keeps_no_files_of_its_own(monkeypatch):
+    said = {}
+    monkeypatch.setattr(jax.config, "update", said.__setitem__)
+    compiled.use_cache("compiled")
+    assert said["jax_compilation_cache_dir"] == os.path.abspath("compiled") and len(said) == 3
+    compiled.use_cache("gs://test/sweep/compiled/")
+    assert said["jax_compilation_cache_dir"] == "gs://test/sweep/compiled"
+    assert said["jax_persistent_cache_enable_xla_caches"] == "none"
 
 
 def test_a_storage_error_comes_home_from_a_worker():

@@ -139,11 +139,12 @@ with tempfile.TemporaryDirectory() as folder, serving(folder) as server:
     rows = save_cost(server, folder)
     rows.append(["save, whole", *(sum(row[i] for row in rows) for i in range(1, 6))])
     hour = hour_cost(server)
-    table("Cost of a bucket", ["", "bytes of arrays", "requests", "bytes up", "bytes down", "requests that training waits for"],
-          [[row[0], *(f"{value:,}" for value in row[1:])] for row in [*rows, hour]])  # fmt: skip
+    head = ["", "bytes of arrays", "requests", "bytes up", "bytes down", "requests that training waits for"]
+    lines = [[row[0], *(f"{value:,}" for value in row[1:])] for row in [*rows, hour]]
+    table(head, lines, "Cost of a bucket")
     saves = 3600 / args.step_seconds / args.every
     background = rows[-1][3] / args.rate + rows[-1][2] * args.latency
     wait = args.latency * (hour[5] + saves * rows[-1][5])
     print(f"{args.model}: a save works for {background:.0f} s at {args.rate / 1e9:g} GB/s and {args.latency:g} s a request, one after the "
           f"other, while training goes on ({args.every * args.step_seconds:.0f} s to the next); training waits for {wait:.1f} s an hour, "
-          f"{wait / 36:.2f} % of steps of {args.step_seconds:g} s")  # fmt: skip
+          f"{wait / 36:.3f} % of steps of {args.step_seconds:g} s")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from dit_jax.files import absolute
+from dit_jax.files import absolute, remote
 
 
 def define_flag() -> None:
@@ -17,9 +17,11 @@ def keep_programs() -> None:
 
 
 def use_cache(folder: str) -> None:
-    """Keep compiled programs in `folder`, however small they are."""
+    """Keep compiled programs in `folder`, however small they are. In a bucket XLA's own caches for GPUs stay off: it opens local files."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", absolute(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    if remote(folder):
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

@@ -6,9 +6,11 @@ RUNS is one or more workdirs, folders of workdirs, or a table with columns param
 Exit codes: 0 done, 1 error, 2 usage or bad input (nothing is written).
 """
 
+import os
 import sys
 
 from dit_jax.error import exit_code
+from dit_jax.files import absolute, make_folder
 from dit_jax.files.out import write_report
 from dit_jax.scaling import options
 
@@ -27,6 +29,7 @@ def _run(argv) -> None:
     run = commands.run if args.command in options.FITTED else table.run if args.command == "table" else frontier.run
     result = run(args)
     if args.json:
+        make_folder(os.path.dirname(absolute(args.json)))
         write_report(args.json, result)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dit_jax.error import UsageError, one_line
+from dit_jax.files import LARGEST, is_folder, read
 from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans import commands as plans
@@ -216,10 +217,6 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
 
 def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
     """Write the page, with report.json beside it, or figures."""
-    grid = None
-    if args.grid:
-        with open(args.grid, "rb") as file:
-            grid = file.read()
     fits = found.fits if args.method == "all" else {args.method: found.fits[args.method]}
     main = fits[made.method if made and made.method in fits else next(iter(fits))]
     report = Report(
@@ -232,7 +229,7 @@ def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
         refused=found.refused,
         disagreements=found.disagreements,
         test=_extrapolation(args.runs, runs, found, made),
-        grid=grid,
+        grid=read(args.grid, LARGEST) if args.grid else None,
         flops=tuple(args.flops),
         verdict=tuple(verdict.lines(made)) if made else (),
     )
@@ -247,7 +244,7 @@ def _extrapolation(paths, runs: list, found: Methods, made) -> Extrapolation | N
     """The largest run in the `extrapolation` folder of a sweep, if there is one, against the verdict."""
     for path in paths if made else ():
         folder = os.path.join(path, "extrapolation")
-        if os.path.isdir(folder):
+        if is_folder(folder):
             try:
                 loaded = load_runs([*paths, folder], protocol_id=runs[0].protocol_id or None)
                 largest = max(loaded, key=lambda run: run.flops)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dit_jax.error import UsageError, check_schemes, unknown_flag
+from dit_jax.files import bucket_of, introduce, is_file, remote
 from dit_jax.files.out import check_json
 from dit_jax.hardware import Topology, topology
 from dit_jax.scaling.names import DROPPED, FIGURES, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
@@ -244,17 +245,25 @@ def _check(args) -> None:
         raise UsageError(f"--window: found {args.window}, expected a factor above 1")
     if getattr(args, "resamples", 0) < 0 or getattr(args, "seed", 0) < 0:
         raise UsageError(f"--resamples, --seed: found {args.resamples}, {args.seed}, expected at least 0")
-    if getattr(args, "grid", None) and not os.path.isfile(args.grid):
-        raise UsageError(f"--grid: {args.grid}: no such file")
     if args.command == "plan":
         _check_plan(args)
-    check_json(args.json or "", makes_folders=True)
     if args.command == "table" and args.metric and not args.out:
         raise UsageError("--metric: found it without --out, expected both: a table has every metric")
-    if getattr(args, "out", None):
-        _check_out(args.out, (".html", *FIGURES) if args.command == "report" else FIGURES)
     if args.command not in FITTED:
         _check_numbers(args)
+    _introduce_buckets(args)
+    if getattr(args, "grid", None) and not is_file(args.grid):
+        raise UsageError(f"--grid: {args.grid}: no such file")
+    check_json(args.json or "", makes_folders=True)
+    if getattr(args, "out", None):
+        _check_out(args.out, (".html", *FIGURES) if args.command == "report" else FIGURES)
+
+
+def _introduce_buckets(args) -> None:
+    """Raises StorageError now if a bucket that the command names refuses; warns if it is in another region."""
+    given = [getattr(args, name, None) for name in ("runs_a", "runs_b", "out", "json", "grid")]
+    for place in dict.fromkeys(bucket_of(p) for p in (*getattr(args, "runs", ()), *given) if p and remote(p)):
+        introduce(place)
 
 
 def _check_out(path: str, endings: tuple) -> None:

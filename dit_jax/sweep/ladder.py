@@ -1,8 +1,11 @@
 """The ladder of a sweep: runs its cells side by side, fits the law and tests it on a larger model."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +15,12 @@ from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConf
 from dit_jax.data.source import Source, introduce
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
-from dit_jax.error import JobError, UsageError
+from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings
 from dit_jax.evaluation.run import run as evaluate
+from dit_jax.files import LARGEST, is_file, read, remote, whole
+from dit_jax.files import make_folder as make
 from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
 from dit_jax.job.workers import run_cells
@@ -37,6 +42,7 @@ from dit_jax.workdir.records import protocol_id as identify
 from dit_jax.workdir.records import read_records
 from dit_jax.workdir.scalars import METRICS, read_lines
 
+LOOK = 10.0  # seconds between two looks at the scalars of cells in a bucket
 STEP_SECONDS, FLOP_RATE = 1.5e-3, 5e9  # a step's fixed cost and FLOP/s, to weigh cells before anything was measured
 
 
@@ -140,6 +146,22 @@ def share_done(cell: Cell) -> float:
     return lines[-1]["step"] / cell.cfg.train.steps if lines else 0.0
 
 
+def watch() -> Callable[[Sequence[Cell]], float]:
+    """Return a function from the running cells to the weight of what they have logged, which asks a bucket every LOOK seconds only."""
+    seen: dict[str, float] = {}
+    last = -LOOK
+
+    def logged(running: Sequence[Cell]) -> float:
+        nonlocal last
+        if not any(remote(cell.workdir) for cell in running) or time.monotonic() - last > LOOK:
+            with contextlib.suppress(StorageError):  # the cells themselves try again, and say so
+                seen.update({cell.name: share_done(cell) for cell in running})
+            last = time.monotonic()
+        return sum(cell.weight * seen.get(cell.name, 0.0) for cell in running)
+
+    return logged
+
+
 def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) -> list[Cell]:
     """Runs the cells that are not finished, with one progress display; returns those that failed."""
     todo = [cell for cell in cells if not finished(cell, protocol_id)]
@@ -148,11 +170,11 @@ def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) 
     if not todo:
         return []
     say(f"{len(todo)} cells to train, {sum(c.budget for c in todo):.2g} FLOPs, in {processes} process(es)")
-    failed, done, count = [], 0.0, 0
+    failed, done, count, logged = [], 0.0, 0, watch()
     with bar("ladder", sum(cell.weight for cell in todo)) as move:
         for cell, outcome in run_cells(todo, processes, cache, run_cell):
             if cell is None:
-                move(done + sum(c.weight * share_done(c) for c in outcome))
+                move(done + logged(outcome))
                 continue
             count, done = count + 1, done + cell.weight
             bad = isinstance(outcome, BaseException)
@@ -176,7 +198,7 @@ def prepare(cfg: Config, workdir: str) -> Source:
     check_config(dataclasses.replace(cfg, eval=sampled), "sweep.samples")
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
-    old = read_config(workdir, "sweep.json") if os.path.isfile(os.path.join(workdir, "sweep.json")) else cfg
+    old = read_config(workdir, "sweep.json") if is_file(os.path.join(workdir, "sweep.json")) else cfg
     free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir"]
     rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
     free += ["sweep.budgets", "sweep.windows"] * (cfg.sweep.curves and rungs >= known)  # runs go on to further budgets
@@ -229,13 +251,14 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
     settings, classes = grid_settings(cfg), max(cfg.model.classes, 1)
     name = f"grid-{settings.sampler}{settings.steps}-guidance{settings.guidance:g}-{cfg.sweep.grid}.png"
     path = os.path.join(cell.workdir, "samples", name)
-    if not os.path.isfile(path):
+    if not is_file(path):
         _, params = checkpoint.load(cell.workdir, item=settings.weights)
         sampling = open_sampling(dataclasses.replace(cell.cfg, sample=settings), make_mesh(cell.cfg.mesh))
         drawn = list(sampling.images(params, cfg.eval.seed, classes * cfg.sweep.grid))
         images, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        grid(images, labels, names_of(cell.cfg)).save(path)
+        make(os.path.dirname(path))
+        with whole(path) as unfinished:
+            grid(images, labels, names_of(cell.cfg)).save(unfinished, "PNG")
     return path
 
 
@@ -274,8 +297,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
         try:
             tested = check_law(cell, made, found.fits, protocol_id)
             said = notes(cfg, cell)
-            with open(draw_grid(cfg, cell), "rb") as file:
-                picture = file.read()
+            picture = read(draw_grid(cfg, cell), LARGEST)
         except (UsageError, RuntimeError, OSError) as error:
             say(f"{cell.name}  FAILED: {type(error).__name__}: {error}")
             failed.append(cell)

@@ -1,12 +1,12 @@
 """The commands `metric`, `compare` and `frontier`: their tables and their JSON."""
 
 import math
-import os
 import re
 import sys
 from argparse import Namespace
 
 from dit_jax.error import UsageError, one_line
+from dit_jax.files import base
 from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier.choice import choose, one_guidance
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
@@ -137,7 +137,7 @@ def _side(side: str, path: str, name: str, args, warnings: list) -> ladders.Ladd
 def run_compare(args) -> tuple[dict, list]:
     """Compare two ladders by their laws: which falls faster with compute, and from what compute on it is lower."""
     _check_lower(args.metric)
-    names = [os.path.basename(os.path.abspath(p)) for p in (args.runs_a, args.runs_b)]
+    names = [base(p) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []
     sides = zip("ab", (args.runs_a, args.runs_b), names, strict=True)

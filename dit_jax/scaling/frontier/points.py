@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from scipy import stats
 
 from dit_jax.error import UsageError, shown
-from dit_jax.files import numbered
+from dit_jax.files import absolute
 from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, flatten
-from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, opened, positive
-from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows, scaled
-from dit_jax.scaling.runs.load import files_of, parse_record
+from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, positive
+from dit_jax.scaling.runs.columns import Columns, Expected, read_rows, scaled
+from dit_jax.scaling.runs.load import parse_record, sources
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
@@ -103,11 +103,11 @@ def load_points(
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     table, points = Columns(columns or {}, where), []
-    for file in files_of(paths):
-        if not is_records(file):
+    for file, lines in sources(paths):
+        if lines is None:
             points += _read_csv(file, metric, table)
         else:
-            points += _own_names(_read_records(file, metric, where, curves), file, {p.name for p in points})
+            points += _own_names(_read_records(file, lines, metric, where, curves), file, {p.name for p in points})
     if not points:
         chosen = f" with {', '.join(where)}" if where else ""
         raise UsageError(f"RUNS: found no {metric} in {', '.join(map(str, paths))}{chosen}")
@@ -135,12 +135,12 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
     ours, names = {scaled(theirs)[1]: name for name, theirs in (columns or {}).items()}, set()
-    for file in files_of(paths):
-        if not is_records(file):
+    for file, lines in sources(paths):
+        if lines is None:
             rows = read_rows(file, Expected((), ()), Columns({}, where))
             names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
         else:
-            names |= {name for r, at in _records(file) if _agrees(r, where, at) for name in r["metrics"]}
+            names |= {name for r, at in _records(lines) if _agrees(r, where, at) for name in r["metrics"]}
     values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] != "loss"}
     found = {name for n in values if (name := ours.get(n, n)).lower() not in KNOWN}
     if not found or any(name.lower() == "fid" for name in found):
@@ -152,7 +152,7 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
 
 def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:
     """Two run folders may hold runs of one name: the later one is then called after its folder too."""
-    folder = os.path.dirname(os.path.abspath(file))
+    folder = os.path.dirname(absolute(file))
     return [replace(p, name=f"{p.name} ({folder})") if p.name in taken else p for p in points]
 
 
@@ -169,20 +169,20 @@ def _same(first: Point, point: Point, which: str) -> None:
         )
 
 
-def _records(file: str) -> Iterable[tuple]:
+def _records(lines: Iterable[tuple[str, bytes]]) -> Iterable[tuple]:
     """(record, file and line) of each line."""
-    with opened(file, "rb") as lines:
-        for number, line in numbered(lines, file):
-            if line.strip():
-                yield parse_record(line, f"{file}:{number}"), f"{file}:{number}"
+    for at, line in lines:
+        yield parse_record(line, at), at
 
 
 def _agrees(record: dict, where: Sequence[str], at: str) -> bool:
     return agrees(flatten(record["protocol"]), [condition(text) for text in where], at)
 
 
-def _read_records(file: str, metric: str, where: Sequence[str], curves: bool) -> list[Point]:
-    every = list(_records(file))
+def _read_records(
+    file: str, lines: Iterable[tuple[str, bytes]], metric: str, where: Sequence[str], curves: bool
+) -> list[Point]:
+    every = list(_records(lines))
     scored = [(r, at) for r, at in every if metric in r["metrics"] and _agrees(r, where, at)]
     if not scored and not where:
         other = sorted({name for r, _ in every for name in r["metrics"]})

@@ -8,14 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from dit_jax.error import UsageError, one_line
-from dit_jax.files import numbered
 from dit_jax.scaling.frontier.choice import choose
 from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better
 from dit_jax.scaling.report.text import finite, print_table
 from dit_jax.scaling.runs import flatten
-from dit_jax.scaling.runs.cells import agrees, condition, opened
-from dit_jax.scaling.runs.columns import is_records
-from dit_jax.scaling.runs.load import files_of, parse_record
+from dit_jax.scaling.runs.cells import agrees, condition
+from dit_jax.scaling.runs.load import parse_record, sources
 
 SPREAD = re.compile("_(se|std|low|high)$")  # of another metric
 BUCKET = re.compile(r"loss_t\d+")  # of the held-out loss, by time: in CSV and JSON only
@@ -65,18 +63,14 @@ def run(args) -> dict:
 def _read(paths: Sequence[str], where: Sequence[str]) -> list[dict]:
     """Every record that agrees with `where`, by run and step; of one written twice the last."""
     wanted, found = [condition(text) for text in where], {}
-    for file in files_of(paths):
-        if not is_records(file):
+    for file, lines in sources(paths):
+        if lines is None:
             raise UsageError(f"{file}: holds no records, expected run folders, or their eval/records.jsonl")
-        with opened(file, "rb") as lines:
-            for number, line in numbered(lines, file):
-                if line.strip():
-                    record = parse_record(line, at := f"{file}:{number}")
-                    flat = flatten(record["protocol"])
-                    if agrees(flat, [(n, v) for n, v in wanted if n in flat or n.partition(".")[0] != "samples"], at):
-                        found[file, record["run"], record["step"], json.dumps(record["protocol"], sort_keys=True)] = (
-                            record
-                        )
+        for at, line in lines:
+            record = parse_record(line, at)
+            flat = flatten(record["protocol"])
+            if agrees(flat, [(n, v) for n, v in wanted if n in flat or n.partition(".")[0] != "samples"], at):
+                found[file, record["run"], record["step"], json.dumps(record["protocol"], sort_keys=True)] = record
     if not found:
         raise UsageError(f"RUNS: found no record in {', '.join(paths)}{' with ' * bool(where)}{', '.join(where)}")
     return sorted(found.values(), key=lambda r: (r["run"], r["step"]))

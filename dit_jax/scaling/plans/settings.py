@@ -5,15 +5,18 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
+from concurrent import futures
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dit_jax.config import Config, ModelConfig, model_config, resolve, to_dict
 from dit_jax.error import UsageError
+from dit_jax.files import is_file
 from dit_jax.job.launch import load_config
 from dit_jax.scaling.plans.family import DIT, Family, family_of
 from dit_jax.scaling.runs import Run, flatten
+from dit_jax.scaling.runs.load import OBJECT
 from dit_jax.workdir.folder import read_config
 
 ASSUMED, BATCH = "DiT-XL/2", 256
@@ -48,14 +51,17 @@ class Settings:
 
 def configs_of(runs: Sequence[Run]) -> list[tuple[Run, Config]]:
     """The runs whose folder holds their config.json, with it. Raises UsageError where one cannot be read."""
-    configs: dict = {}
+    first: dict = {}
     for run in runs:
-        file = run.source.rpartition(":")[0]
-        folder = os.path.dirname(os.path.dirname(file))
-        if file.endswith(os.path.join("eval", "records.jsonl")) and folder not in configs:
-            known = os.path.isfile(os.path.join(folder, "config.json"))
-            configs[folder] = (run, read_config(folder)) if known else None
-    return [pair for pair in configs.values() if pair]
+        if match := OBJECT.fullmatch(run.source.rpartition(":")[0]):
+            first.setdefault(match[1] or ".", run)
+    with futures.ThreadPoolExecutor(8) as pool:
+        configs = list(pool.map(_config, first))
+    return [(run, config) for run, config in zip(first.values(), configs, strict=True) if config]
+
+
+def _config(folder: str) -> Config | None:
+    return read_config(folder) if is_file(os.path.join(folder, "config.json")) else None
 
 
 def settings(runs: Sequence[Run], file: str = "", name: str = "", size: int = 0, batch: int = 0) -> Settings:

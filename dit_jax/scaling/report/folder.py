@@ -2,7 +2,7 @@
 
 import os
 
-from dit_jax.files import json_text
+from dit_jax.files import absolute, json_text
 from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.report import Report, figures, place
 from dit_jax.scaling.report.axes import MOST, png
@@ -28,12 +28,12 @@ def save(path: str, report: Report) -> str:
         main = (report.fits[report.main], report.runs, computes(report), report.test)
         figures.save(figures.main(*main) if one else [figure for _, _, figure in draw(report).values()], path)
         return path
-    folder, mark = os.path.dirname(os.path.abspath(path)), place.mark(path)
+    folder, mark = os.path.dirname(absolute(path)), place.mark(path)
     place.check(path)  # soon, before the figures
     drawn = {name: (*told, png(figure, mark)) for name, (*told, figure) in draw(report).items()}
     content = {os.path.join(folder, f"{name}.png"): picture for name, (_, _, picture) in drawn.items()}
     content[place.data(path)] = json_text({"generator": mark} | report_json(report)).encode()
-    place.write(path, content | {os.path.abspath(path): page(report, drawn, mark).encode()})
+    place.write(path, content | {absolute(path): page(report, drawn, mark).encode()})
     return path
 
 

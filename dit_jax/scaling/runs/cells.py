@@ -2,24 +2,34 @@
 
 import contextlib
 import csv
+import io
 import math
 from collections.abc import Iterable, Iterator
 from typing import IO
 
-from dit_jax.error import UsageError, alike
+from dit_jax.error import StorageError, UsageError, alike
+from dit_jax.files import LARGEST, read, remote
 
 SMALLEST = 1e-100  # number of a run, and 1 over the largest: squares and products of such numbers are finite
 COLUMNS = 1000  # of a CSV, at most; and names that are searched for a near one
 
 
 @contextlib.contextmanager
-def opened(file: str, mode: str, **options) -> Iterator[IO]:
-    """An open file; what the system or the csv module says against it is a UsageError."""
+def readable(file: str) -> Iterator[None]:
+    """What the system or the csv module says against a file is a UsageError; what a bucket refuses stays a StorageError."""
     try:
-        with open(file, mode, **options) as lines:
-            yield lines
+        yield
+    except StorageError:
+        raise
     except (OSError, csv.Error) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def opened(file: str, **text) -> Iterator[IO]:
+    """An open file, of bytes, or with the options `text` (see io.TextIOWrapper) of text. Raises UsageError as `readable`."""
+    with readable(file), io.BytesIO(read(file, LARGEST)) if remote(file) else open(file, "rb") as data:
+        yield io.TextIOWrapper(data, **text) if text else data
 
 
 def positive(value, name: str, where: str, zero: bool = False) -> float:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 
 from dit_jax.error import UsageError, alike
-from dit_jax.files import LONGEST, numbered, parse_json
-from dit_jax.scaling.runs.cells import COLUMNS, agrees, condition, is_number, nearest, opened
+from dit_jax.files import numbered, parse_json, read
+from dit_jax.scaling.runs.cells import COLUMNS, agrees, condition, is_number, nearest, opened, readable
 
 COUNTED = (
     "params",
@@ -95,19 +95,21 @@ def unit(column: str) -> str:
 
 def is_records(file: str) -> bool:
     """Whether a file holds evaluation records, and no table: by its first line, whatever its ending."""
+    if file.endswith("records.jsonl"):
+        return True
     line = _beginning(file).partition(b"\n")[0]
     if not (line.startswith(b"{") or (not line and file.endswith(".jsonl"))):
-        return file.endswith("records.jsonl")
+        return False
     try:
-        return file.endswith("records.jsonl") or bool({"metrics", "protocol"} & set(parse_json(line)))
+        return bool({"metrics", "protocol"} & set(parse_json(line)))
     except (ValueError, TypeError):
         return True  # whose reader says what is wrong with the line
 
 
 def _beginning(file: str) -> bytes:
     """The first bytes of a file, from the first one that is no blank."""
-    with opened(file, "rb") as data:
-        return data.read(LONGEST).lstrip(BOM + b" \t\r\n")
+    with readable(file):
+        return read(file).lstrip(BOM + b" \t\r\n")
 
 
 def read_rows(file: str, expected: Expected, columns: Columns) -> Iterator[tuple[dict, str]]:
@@ -136,7 +138,7 @@ def read_rows(file: str, expected: Expected, columns: Columns) -> Iterator[tuple
 
 def _delimited(file: str) -> Iterator[tuple[int, list]]:
     """(line, cells) of the header and of each row below it."""
-    with opened(file, "r", newline="", encoding="utf-8-sig", errors="replace") as lines:
+    with opened(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         text = (line for _, line in numbered(lines, file))
         head = next(text, "")
         mark = "\t" if "\t" in head else ";" if head.count(";") > head.count(",") else ","
@@ -148,7 +150,7 @@ def _delimited(file: str) -> Iterator[tuple[int, list]]:
 def _objects(file: str) -> Iterator[tuple[int, list]]:
     """The same of one JSON object a line; the header is all of their keys."""
     rows = []
-    with opened(file, "rb") as lines:
+    with opened(file) as lines:
         for number, line in numbered(lines, file):
             try:
                 row = parse_json(line.removeprefix(BOM)) if line.strip() else {}

@@ -1,20 +1,34 @@
 """Where runs come from: the evaluation records of run folders, or a table; checked, and never of mixed protocols."""
 
+import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import replace
 from itertools import pairwise
 
 from dit_jax.error import UsageError
-from dit_jax.files import DEEPEST, numbered, parse_json
+from dit_jax.files import DEEPEST, LARGEST, absolute, base, below, is_file, names, numbered, parse_json, read, remote
 from dit_jax.log import warn
-from dit_jax.scaling.runs.cells import agrees, check_name, condition, is_number, nearest, opened, places, positive
+from dit_jax.scaling.runs.cells import (
+    agrees,
+    check_name,
+    condition,
+    is_number,
+    nearest,
+    opened,
+    places,
+    positive,
+    readable,
+)
 from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows
 from dit_jax.scaling.runs.conventions import of_record, require_same
 from dit_jax.scaling.runs.run import Run
 from dit_jax.scaling.runs.stated import COLUMNS as STATED
 from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
+from dit_jax.workdir.scalars import segments
 
 OPTIONAL = ("images", "run", "group", "loss_se", "unique_tokens", "unique_images", *STATED)
 TABLE = Expected(("params", "loss"), OPTIONAL, (("tokens", "flops"),))
@@ -27,6 +41,10 @@ RECORD = {  # field of a record -> field of a Run
 }
 NEEDED = {"run": str, "step": int} | dict.fromkeys(RECORD, (int, float)) | {"metrics": dict, "protocol": dict}
 BLANK = ("", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf")  # losses that are not there
+NAME = "records.jsonl"
+OBJECT = re.compile(
+    r"(?:(.*)/)?eval/records(?:\.jsonl|/[^/]+\.json)"
+)  # a file of records, and in group 1 the run's folder
 STUDY = 5, 3, 1.5  # runs, sizes and the ratio of the largest to the smallest compute, at least, of a study by itself
 
 
@@ -45,7 +63,8 @@ def load_runs(
     """Runs of `paths`: workdirs, folders of workdirs, records or tables. One run per record name, at its last step; with `curves`, one for
     each step evaluated.
 
-    Folders are searched for `eval/records.jsonl`; one named `extrapolation` counts only when it is itself given, so that a model trained to
+    Paths are on a disk or in a bucket (gs://). Folders are searched for `eval/records.jsonl` and for the objects in `eval/records/`, which
+    a bucket holds instead; one named `extrapolation` counts only when it is itself given, so that a model trained to
     test a law does not enter it. Of records `protocol_id` takes those of one protocol. Tables (CSV, TSV, JSON lines: told by their content)
     have the columns params, loss, and tokens or flops, of which one may be missing: C = 6ND then. `columns` gives them our names (ours ->
     theirs, or FACTOR*THEIRS), `stated` says what they do not (field of a Convention -> one of its CHOICES). `where` holds FIELD=VALUE texts
@@ -56,13 +75,13 @@ def load_runs(
     stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs = []
-    for file in files_of(paths):
-        if not is_records(file):
+    for file, lines in sources(paths):
+        if lines is None:
             runs += _read_table(file, table, stated, tokens_per_image, best_of)
         elif best_of:
             raise UsageError(f"{file}: holds records, expected a table with the column {best_of!r} of --best_of")
         else:
-            found = _read_records(file, metric, protocol_id, curves, where)
+            found = _read_records(file, lines, metric, protocol_id, curves, where)
             require_stated(found[-1:], stated)
             runs += found
     if not runs:
@@ -81,54 +100,116 @@ def load_runs(
     return [replace(run, convention=replace(run.convention, assumed=assumed)) for run in runs]
 
 
-def files_of(paths: Iterable) -> list[str]:
-    """The files of runs that paths name, each once: a file itself, or every `eval/records.jsonl` below a folder."""
-    found = [file for path in paths for file in _below(os.fspath(path))]
-    return list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
+def sources(paths: Iterable) -> Iterator[tuple[str, Iterator[tuple[str, bytes]] | None]]:
+    """Yield (name, (place, line) of each record) for the records and tables that paths name, each once; None for the lines of a table.
+
+    The objects of a bucket are read several at once.
+    """
+    found, pool = files_of(paths), futures.ThreadPoolExecutor(8)
+    try:
+        away = [part for name, parts in found.items() if _is_run(name, parts) for part in parts if remote(part)]
+        coming = {part: pool.submit(read, part, LARGEST) for part in away}
+        for name, parts in found.items():
+            yield name, _lines(parts, coming) if _is_run(name, parts) or is_records(name) else None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _below(path: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):
-        raise UsageError(f"{path}: no such file or folder")
-    found = []
-    for folder, below, _ in os.walk(path):
-        if folder.count(os.sep) - path.count(os.sep) > DEEPEST:
-            raise UsageError(f"{folder}: found folders more than {DEEPEST} deep, expected runs nearer to {path}")
-        below[:] = sorted(b for b in below if b != "extrapolation")
-        file = os.path.join(folder, "eval", "records.jsonl")
-        if os.path.isfile(file):
-            found.append(file)
+def _is_run(name: str, parts: Sequence[str]) -> bool:
+    """Whether a source of `files_of` is told to hold records by its name alone."""
+    return name not in parts or base(name) == NAME
+
+
+def _lines(parts: Sequence[str], coming: Mapping) -> Iterator[tuple[str, bytes]]:
+    for part in parts:
+        with readable(part), io.BytesIO(coming[part].result()) if part in coming else opened(part) as data:
+            for number, line in numbered(data, part):
+                if line.strip():
+                    yield f"{part}:{number}", line
+
+
+def files_of(paths: Iterable) -> dict[str, list[str]]:
+    """Map each source of runs that paths name to its files: a file itself, or for each run its `eval/records.jsonl` and the objects in its
+    `eval/records/`, after which it is called if there are only these."""
+    found = [one for path in paths for one in _below(os.fspath(path))]
+    once = {name if remote(name) else os.path.realpath(name): (name, parts) for name, parts in reversed(found)}
+    return dict([*once.values()][::-1])
+
+
+def _below(path: str) -> list[tuple[str, list[str]]]:
+    path = absolute(path) if remote(path) else path
+    given = f"{path.rstrip('/')}.jsonl" if f"/{path.rstrip('/')}".endswith("/eval/records") else path
+    if base(given) == NAME and (parts := _parts(given)):
+        return [_named(given, parts)]
+    if is_file(path):
+        return [(path, [path])]
+    found = _in_bucket(path) if remote(path) else _on_disk(path)
     if not found:
         raise UsageError(
             f"{path}: found no eval/records.jsonl in it, expected an evaluated workdir or a folder of them"
         )
+    return [_named(os.path.join(folder, "eval", NAME), parts) for folder, parts in found.items()]
+
+
+def _named(file: str, parts: list[str]) -> tuple[str, list[str]]:
+    return (file if file in parts else segments(file)), parts
+
+
+def _parts(file: str) -> list[str]:
+    """The file of a run's records, and the objects in the folder that stands for it in a bucket, in order of their names."""
+    folder = segments(file)
+    return [file] * is_file(file) + [os.path.join(folder, name) for name in names(folder) if name.endswith(".json")]
+
+
+def _on_disk(path: str) -> dict[str, list[str]]:
+    """Map the folders of runs below `path` to the files of their records."""
+    if not os.path.isdir(path):
+        raise UsageError(f"{path}: no such file or folder")
+    found = {}
+    for folder, inside, _ in os.walk(path):
+        if folder.count(os.sep) - path.count(os.sep) > DEEPEST:
+            raise UsageError(f"{folder}: found folders more than {DEEPEST} deep, expected runs nearer to {path}")
+        inside[:] = sorted(name for name in inside if name != "extrapolation")
+        if parts := _parts(os.path.join(folder, "eval", NAME)):
+            found[folder] = parts
     return found
 
 
+def _in_bucket(path: str) -> dict[str, list[str]]:
+    """The same of a bucket, in the same order, by one listing."""
+    found: dict = {}
+    if not (objects := below(path)):
+        raise UsageError(f"{path}: no such file or folder")
+    for name in objects:
+        folder = (match := OBJECT.fullmatch(name)) and (match[1] or "").split("/")
+        if match and "extrapolation" not in folder:
+            found.setdefault(tuple(folder), []).append(os.path.join(path, name))
+    return {os.path.join(path, *folder).rstrip("/"): found[folder] for folder in sorted(found)}
+
+
 def _read_records(
-    file: str, metric: str, protocol_id: str | None, curves: bool, where: Sequence[str] = ()
+    file: str,
+    lines: Iterable[tuple[str, bytes]],
+    metric: str,
+    protocol_id: str | None,
+    curves: bool,
+    where: Sequence[str] = (),
 ) -> list[Run]:
     """The last step's record of each run that carries `metric`, or the last record of each step."""
     wanted, last, other = [condition(text) for text in where], {}, set()
-    with opened(file, "rb") as lines:
-        for number, line in numbered(lines, file):
-            if not line.strip():
-                continue
-            at = f"{file}:{number}"
-            record = parse_record(line, at)
-            if protocol_id not in (None, record["protocol_id"]):
-                continue
-            if metric not in record["metrics"]:
-                other |= set(record["metrics"])
-                continue
-            if not agrees(flatten(record["protocol"]), wanted, at):
-                continue
-            step = record["step"]
-            key = (record["run"], step) if curves else record["run"]
-            if key not in last or step >= last[key][0]:
-                last[key] = (step, record, at)
+    for at, line in lines:
+        record = parse_record(line, at)
+        if protocol_id not in (None, record["protocol_id"]):
+            continue
+        if metric not in record["metrics"]:
+            other |= set(record["metrics"])
+            continue
+        if not agrees(flatten(record["protocol"]), wanted, at):
+            continue
+        step = record["step"]
+        key = (record["run"], step) if curves else record["run"]
+        if key not in last or step >= last[key][0]:
+            last[key] = (step, record, at)
     if not last and not wanted:
         raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(sorted(other)) or 'no metric'}")
     return [_run(record, metric, at) for _, record, at in last.values()]

@@ -15,11 +15,10 @@ tensors only (`dit_jax.networks.weights`). Says what was found. Output appears w
 finds it done.
 """
 
-import os
-
 from absl import flags
 
 from dit_jax.error import UsageError
+from dit_jax.files import exists, is_folder
 from dit_jax.job.launch import launch
 
 DITS, NETWORKS, WORKDIR = ("dit", "diffusers"), ("sd-vae", "inception"), "workdir"
@@ -32,7 +31,7 @@ def main() -> None:
     if values.source == WORKDIR:
         export_dit(values.weights, values.out, values.item or "ema", values.step)
         return
-    if os.path.exists(values.out) and not os.path.isdir(values.out):
+    if exists(values.out) and not is_folder(values.out):
         raise UsageError(f"--out: {values.out!r} is a file, expected a folder")
     for flag, sources in (("heads", ("dit",)), ("classes", ("dit",)), ("step", DITS), ("item", (*DITS, "sd-vae"))):
         if values[flag].value is not None and values.source not in sources:

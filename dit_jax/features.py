@@ -6,13 +6,12 @@ images. DIR/meta.json states its accuracy on `data.held_out_split` and its check
 """
 
 import dataclasses
-import os
 
 from absl import flags
 
 from dit_jax.config import Config, resolve
 from dit_jax.error import UsageError
-from dit_jax.files import names
+from dit_jax.files.out import holds
 from dit_jax.job.check import Slice
 from dit_jax.job.launch import launch
 
@@ -20,7 +19,7 @@ from dit_jax.job.launch import launch
 def check(cfg: Config, slice_: Slice | None) -> None:
     """Raises UsageError if the folder holds something, or the slice has several hosts."""
     out = flags.FLAGS.out
-    if os.path.isfile(out) or names(out):
+    if holds(out):
         raise UsageError(f"--out: found {out!r}, which holds something, expected a new folder")
     if slice_:
         slice_.one_host("features")

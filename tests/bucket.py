@@ -508,10 +508,19 @@ def listen(state, port=0):
     return listener
 
 
+PORT: dict[str, int] = {}
+
+
 @contextlib.contextmanager
 def serve(buckets=("test",), page=1000):
-    """A `Server` in a thread; at the end every connection is closed."""
-    listener = listen(Server(buckets, page))
+    """A `Server` in a thread; at the end every connection is closed.
+
+    The servers of a process have one port after another, as clients in C++ keep the first address that they meet."""
+    try:
+        listener = listen(Server(buckets, page), PORT.get("first", 0))
+    except OSError:  # two at once
+        listener = listen(Server(buckets, page))
+    PORT.setdefault("first", listener.server_address[1])
     thread = threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

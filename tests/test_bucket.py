@@ -21,7 +21,7 @@ from runs import STEPS, assert_same_run, scalars, train
 
 from dit_jax import checkpoint, files
 from dit_jax.error import JobError, StorageError, UsageError
-from dit_jax.files import bucket, lease
+from dit_jax.files import bucket, lease, out
 from dit_jax.workdir import manifest, records
 from dit_jax.workdir.scalars import open_scalars, read_lines
 
@@ -107,7 +107,7 @@ def test_the_verbs_are_the_same_on_a_disk_and_in_a_bucket(place):
     with files.opened(at("a")) as f:
         f.seek(1)
         assert f.read() == b"wo"
-    with files.new_folder(at("folder")) as made:
+    with out.new_folder(at("folder")) as made:
         (Path(made) / "deep").mkdir()
         (Path(made) / "deep" / "x").write_text("1")
         (Path(made) / "info.json").write_text("2")

@@ -78,7 +78,7 @@ def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), files.whole(str(path)) as unfinished:
         Path(unfinished).write_text("half")
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), files.new_folder(str(tmp_path / "b")) as unfinished:
+    with pytest.raises(ZeroDivisionError), out.new_folder(str(tmp_path / "b")) as unfinished:
         (Path(unfinished) / "half").touch()
         raise ZeroDivisionError
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["a"]

@@ -201,7 +201,7 @@ def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[di
     arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
     handlers = {"data": ocp.JsonCheckpointHandler(), **dict.fromkeys(like, frugal(at, like))}
     composite = ocp.CompositeCheckpointHandler(**handlers)
-    with slow(f"{at}: restoring"), freed_at_once(), ocp.Checkpointer(composite) as reader:
+    with slow(f"{at}: restoring"), freed_at_once(), _reader(composite) as reader:
         found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
     return {name: found[name] for name in like}, found["data"]
 
@@ -222,7 +222,7 @@ def load(
     check_model(at, model)
     like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     check_tree(at, item, like)
-    with slow(f"{at}: reading"), freed_at_once(), ocp.Checkpointer(frugal(at, {item: like})) as reader:
+    with slow(f"{at}: reading"), freed_at_once(), _reader(frugal(at, {item: like})) as reader:
         return model, reader.restore(os.path.join(at, item), like)
 
 
@@ -267,7 +267,7 @@ def read_meta(workdir: str, step: int, item: str = "meta") -> dict:
     """Read a checkpoint's item of JSON values, "meta" or "data". Raises JobError if it is damaged."""
     at = path_of(workdir, step)
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        with _reader(ocp.JsonCheckpointHandler()) as reader:
             return dict(reader.restore(os.path.join(at, item)))
     except (OSError, ValueError, TypeError) as error:
         raise JobError(f"{at}: its {item} cannot be read ({_cause(error)}); restore the folder from a copy") from None
@@ -292,7 +292,7 @@ def check_trained(workdir: str) -> None:
 
 def check_model(at: str, model: ModelConfig) -> None:
     """Raises UsageError naming the keys in which the checkpoint's model differs from `model`, JobError if its step is wrong."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with _reader(ocp.JsonCheckpointHandler()) as reader:
         meta = reader.restore(os.path.join(at, "meta"))
     if str(meta["step"]) != os.path.basename(at):
         raise JobError(f"{at}: the checkpoint is of step {meta['step']}; give the folder its name back")
@@ -301,6 +301,11 @@ def check_model(at: str, model: ModelConfig) -> None:
     if keys:
         shown = "; ".join(f"model.{k}: found {found.get(k)!r}, expected {wanted.get(k)!r}" for k in keys[:4])
         raise UsageError(f"{at}: the checkpoint is of another model than the config: {shown}")
+
+
+def _reader(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
+    """Return Orbax's reader, without its own mark of a whole checkpoint in a bucket: copies from a disk lack it, and have a manifest."""
+    return ocp.Checkpointer(handler, temporary_path_class=ocp.path.atomicity.AtomicRenameTemporaryPath)
 
 
 def _newest_verified(workdir: str) -> int:

@@ -19,8 +19,8 @@ from types import UnionType
 import ml_dtypes
 import numpy as np
 
-from dit_jax.error import UsageError, shown
-from dit_jax.files import parse_json, read
+from dit_jax.error import StorageError, UsageError, shown
+from dit_jax.files import parse_json, read, remote
 
 NOTES = "latents.json"
 VERSION = 1
@@ -123,15 +123,17 @@ def read_notes(path: str) -> tuple[LatentInfo, dict]:
 
 
 def _load_notes(path: str) -> dict:
-    """Read notes and check their keys and checksum. Raises UsageError."""
+    """Read notes and check their keys and checksum. Raises UsageError, StorageError if a bucket refuses."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_NOTES:
+        found = None if remote(path) else os.stat(path)
+        if found and not (stat.S_ISREG(found.st_mode) and found.st_size <= _MAX_NOTES):
             raise UsageError(f"latents {path}: found no regular file of up to {_MAX_NOTES} bytes; {ADVICE}")
         notes = parse_json(read(path, _MAX_NOTES), _MAX_NOTES)
     except FileNotFoundError:
         why = "found no such file, so the latents are not complete; run encode (again)"
         raise UsageError(f"latents {path}: {why}") from None
+    except StorageError:
+        raise
     except OSError as error:
         raise UsageError(f"latents {path}: cannot read it: {error.strerror}") from error
     except UsageError:

@@ -7,6 +7,8 @@ Leftovers of a killed writer are never read, because `latents.json` is missing. 
     latents-00000.whole    a shard that is finished and synced
     latents.job            origin of the shards, which are all of one job
     latents.lock           held by the process that writes
+
+In a bucket the lock is a lease, and a shard is written on the disk and uploaded once it is finished.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import json
 import operator
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,8 +30,22 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from dit_jax.data.latent_notes import DTYPES, MAX_LEFT, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.shard import open_shard
-from dit_jax.error import JobError, UsageError
-from dit_jax.files import delete, file_sha256, lock, names, read_json, rename, sync, write_file
+from dit_jax.error import JobError, StorageError, UsageError
+from dit_jax.files import (
+    create,
+    delete,
+    exists,
+    file_sha256,
+    local,
+    lock,
+    names,
+    read_json,
+    remote,
+    rename,
+    sync,
+    upload,
+    write_file,
+)
 
 SHARD_BYTES = 1 << 30
 JOB, LOCK = "latents.job", "latents.lock"
@@ -54,6 +71,29 @@ class _Shards:
         return sum(entry["records"] for entry in self.entries) + len(self.left_out)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A folder that this process writes to: `disk`, where its shards are written, and `check()`, which raises if the lock is lost."""
+
+    folder: str
+    disk: str
+    check: Callable[[], None]
+
+    def part(self, number: int) -> str:
+        return os.path.join(self.disk, f"latents-{number:05d}.part")
+
+    def finish(self, number: int) -> None:
+        """Make a part a whole shard."""
+        self.check()
+        if remote(self.folder):
+            upload(self.part(number), _whole(self.folder, number))
+            delete(self.part(number))
+            self.check()
+        else:
+            sync(self.part(number))
+            rename(self.part(number), _whole(self.folder, number))
+
+
 def write_latents(
     folder: str, info: LatentInfo, examples: Iterable, *, shard_bytes: int = SHARD_BYTES
 ) -> LatentRecords:
@@ -63,15 +103,11 @@ def write_latents(
     naming the record that cannot be stored, or if the folder holds other files, complete latents or another writer; JobError
     if writing fails.
     """
-    with _claimed(folder):
+    with _claimed(folder) as place:
         _remove_leftovers(folder)
-        try:
-            shards = _Shards()
-            _write_shards(folder, info, enumerate(examples), shard_bytes, shards)
-            _publish(folder, info, shards)
-        except BaseException:
-            _remove_leftovers(folder)
-            raise
+        with _tidied(place, shards := _Shards(), keep=False):
+            _write_shards(place, info, enumerate(examples), shard_bytes, shards)
+            _publish(place, info, shards)
     return open_latents(folder)
 
 
@@ -91,39 +127,51 @@ def continue_latents(
     publication `settle` gets all records and may change scale and shift. Raises as `write_latents`, and UsageError if the
     folder holds shards of another job.
     """
-    with _claimed(folder):
+    with _claimed(folder) as place:
         shards = _take_up(folder, info)
-        try:
-            _write_shards(folder, info, enumerate(examples_from(shards.next), shards.next), shard_bytes, shards)
+        with _tidied(place, shards, keep=True):
+            _write_shards(place, info, enumerate(examples_from(shards.next), shards.next), shard_bytes, shards)
             info = dataclasses.replace(info, left_out=tuple(shards.left_out))
-            _publish(folder, settle(_opened(folder, info, shards)) if settle else info, shards)
-        except BaseException:
-            _remove_leftovers(folder, keep=bool(shards.entries))
-            raise
+            _publish(place, settle(_opened(folder, info, shards)) if settle else info, shards)
     return open_latents(folder)
 
 
 @contextlib.contextmanager
-def _claimed(folder: str) -> Iterator[None]:
+def _claimed(folder: str) -> Iterator[_Place]:
     """Make the folder and lock it against other writers."""
     busy = UsageError(f"latents {folder}: found another process writing there, expected none")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock(os.path.join(folder, LOCK), busy, keep=False))
+            check = stack.enter_context(lock(os.path.join(folder, LOCK), busy, keep=False))
+        except StorageError:
+            raise
         except OSError as error:
             raise UsageError(f"latents {folder}: cannot make the folder: {error.strerror}") from error
-        if os.path.lexists(os.path.join(folder, NOTES)):
+        if exists(os.path.join(folder, NOTES)):
             why = "found complete latents, expected none; delete them or name another folder"
             raise UsageError(f"latents {folder}: {why}")
         for name in names(folder):
             if not _OURS.fullmatch(name):
                 raise UsageError(f"latents {folder}: found {name!r}, expected an empty folder; name another one")
+        disk = stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_jax-")) if remote(folder) else folder
+        yield _Place(folder, disk, check)
+
+
+@contextlib.contextmanager
+def _tidied(place: _Place, shards: _Shards, keep: bool) -> Iterator[None]:
+    """Remove the leftovers of a writer that fails, unless the folder is another one's by now; `keep`: whole shards stay."""
+    try:
         yield
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            place.check()
+            _remove_leftovers(place.folder, keep=keep and bool(shards.entries))
+        raise
 
 
 def _remove_leftovers(folder: str, keep: bool = False) -> None:
     """Remove a writer's leftovers; with `keep`, or if `latents.json` exists, all but whole shards and the job."""
-    keep = keep or os.path.lexists(os.path.join(folder, NOTES))
+    keep = keep or exists(os.path.join(folder, NOTES))
     for name in set(names(folder)) - {LOCK}:
         if _OURS.fullmatch(name) and not (keep and (name == JOB or name.endswith((".whole", ".array_record")))):
             delete(os.path.join(folder, name))
@@ -139,13 +187,15 @@ def _take_up(folder: str, info: LatentInfo) -> _Shards:
         for name in names(folder):  # left by a writer killed while it named the shards
             if named := _NAMED.fullmatch(name):
                 rename(os.path.join(folder, name), _whole(folder, int(named[1])))
-        if not os.path.lexists(_whole(folder, 0)):
+        if not exists(_whole(folder, 0)):
             _remove_leftovers(folder)
             write_file(os.path.join(folder, JOB), json.dumps(job, indent=1))
             return shards
         _refuse_other(folder, job)
-        while os.path.lexists(_whole(folder, len(shards.entries))) and _take_shard(folder, info, shards):
-            pass
+        while exists(shard := _whole(folder, len(shards.entries))):
+            with local(shard) as path:
+                if not _take_shard(path, info, shards):
+                    break
         for name in set(names(folder)) - {JOB, LOCK}:
             number = re.fullmatch(r"latents-(\d{5})\.whole", name)
             if not (number and int(number[1]) < len(shards.entries)):
@@ -172,9 +222,9 @@ def _refuse_other(folder: str, job: dict) -> None:
             )
 
 
-def _take_shard(folder: str, info: LatentInfo, shards: _Shards) -> bool:
+def _take_shard(path: str, info: LatentInfo, shards: _Shards) -> bool:
     """Verify the next whole shard and add it to `shards`; returns False if it is damaged."""
-    path, content, due, gaps = _whole(folder, len(shards.entries)), shards.content.copy(), shards.next, []
+    content, due, gaps = shards.content.copy(), shards.next, []
     try:
         reader = open_shard(path)
         count = reader.num_records()
@@ -202,8 +252,9 @@ def _opened(folder: str, info: LatentInfo, shards: _Shards) -> LatentRecords:
     return LatentRecords(folder, info, shards.content.hexdigest(), files, tuple(open_shard(path) for path in paths))
 
 
-def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes: int, shards: _Shards) -> None:
+def _write_shards(place: _Place, info: LatentInfo, examples: Iterator, shard_bytes: int, shards: _Shards) -> None:
     """Write `examples`, pairs (number, example), as shards and append them to `shards`."""
+    folder = place.folder
     examples = ((i, example) for i, example in examples if example is not None or shards.left_out.append(i))
     per_shard = max(1, shard_bytes // info.layout.itemsize)
     for number in range(len(shards.entries), MAX_SHARDS):
@@ -211,16 +262,15 @@ def _write_shards(folder: str, info: LatentInfo, examples: Iterator, shard_bytes
         first = next(records, None)
         if first is None:
             break
-        count, path, content = 0, _part(folder, number), shards.content.copy()
+        count, path, content = 0, place.part(number), shards.content.copy()
         with _writer(folder, path) as write:
             for record in itertools.chain([first], records):
                 write(record)
                 content.update(record)
                 count += 1
         with _disk(folder):
-            sync(path)
             entry = _entry(path, count)
-            rename(path, _whole(folder, number))
+            place.finish(number)
         shards.entries.append(entry)
         shards.content = content
     else:
@@ -233,13 +283,15 @@ def _entry(path: str, records: int) -> dict:
     return {"file": "", "records": records, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
-def _publish(folder: str, info: LatentInfo, shards: _Shards) -> None:
+def _publish(place: _Place, info: LatentInfo, shards: _Shards) -> None:
     """Give the shards their final names and write the notes."""
-    notes = _notes(info, shards.entries, shards.content.hexdigest())
+    folder, notes = place.folder, _notes(info, shards.entries, shards.content.hexdigest())
     with _disk(folder):
         for i, entry in enumerate(shards.entries):
+            place.check()
             rename(_whole(folder, i), os.path.join(folder, entry["file"]))
-        write_file(os.path.join(folder, NOTES), json.dumps(notes, indent=1))
+        if not create(os.path.join(folder, NOTES), json.dumps(notes, indent=1)):
+            raise FileExistsError(17, "another process has written the notes", os.path.join(folder, NOTES))
         delete(os.path.join(folder, JOB))
 
 
@@ -304,10 +356,6 @@ def _notes(info: LatentInfo, shards: list[dict], content: str) -> dict:
     if not info.left_out:
         del notes["left_out"]
     return {**notes, "checksum": checksum(notes)}
-
-
-def _part(folder: str, number: int) -> str:
-    return os.path.join(folder, f"latents-{number:05d}.part")
 
 
 def _whole(folder: str, number: int) -> str:

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder on disk, one folder a split: shards of ArrayRecord and `latents.json` (`latent_notes`).
+"""Latents of an autoencoder, one folder a split: shards of ArrayRecord and `latents.json` (`latent_notes`).
 
 A record has a fixed size, little-endian: CRC-32 of the rest (uint32), its number in the split (uint64), its label (int32; 0
 without labels), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image and, if
@@ -18,10 +18,10 @@ from dit_jax.config import DataConfig
 from dit_jax.data.counter import mirrored
 from dit_jax.data.latent_notes import ADVICE, NOTES, LatentInfo, read_notes
 from dit_jax.data.posterior import posterior_mean, sample_posterior
-from dit_jax.data.shard import open_shard
+from dit_jax.data.shard import open_shard, reading
 from dit_jax.data.skip import Skips
-from dit_jax.error import UsageError
-from dit_jax.files import file_sha256
+from dit_jax.error import StorageError, UsageError
+from dit_jax.files import absolute, file_sha256, remote, sizes
 
 # Bits of the exponent: all set in inf and NaN.
 _EXPONENT = {"float16": ("u2", 0x7C00), "bfloat16": ("u2", 0x7F80), "float32": ("u4", 0x7F800000)}
@@ -86,7 +86,7 @@ class LatentRecords:
                     f"latents {other.folder}: {name}: found {second}, expected {first}, as in {self.folder}; encode again"
                 )
         shards = [{shard["sha256"] for shard in source.files} for source in (self, other)]
-        same_folder = os.path.realpath(self.folder) == os.path.realpath(other.folder)
+        same_folder = _real(self.folder) == _real(other.folder)
         return same_folder or self.content == other.content or bool(shards[0] & shards[1])
 
     def describe(self) -> dict:
@@ -147,7 +147,9 @@ class LatentRecords:
             rows = np.flatnonzero(shards == shard)
             within = (indices[rows] - starts[shard]).tolist()
             try:
-                found = self.readers[shard].read(within)
+                found = self._some(shard, within)
+            except StorageError:
+                raise
             except RuntimeError:
                 found = [self._one(shard, i, int(indices[row])) for i, row in zip(within, rows, strict=True)]
             for row, record in zip(rows.tolist(), found, strict=True):
@@ -156,9 +158,15 @@ class LatentRecords:
 
     def _one(self, shard: int, within: int, index: int) -> bytes:
         try:
-            return self.readers[shard].read([within])[0]
+            return self._some(shard, [within])[0]
+        except StorageError:
+            raise
         except RuntimeError as error:
             raise UsageError(f"{self._where(index)}: cannot read it: {str(error).splitlines()[0]}; {ADVICE}") from error
+
+    def _some(self, shard: int, within: list[int]) -> list[bytes]:
+        with reading(self.folder):
+            return self.readers[shard].read(within)
 
     def _where(self, index: int) -> str:
         ends = np.cumsum([file["records"] for file in self.files])
@@ -198,7 +206,8 @@ def open_latents(folder: str, verify: bool = False) -> LatentRecords:
     `verify` also reads every shard and compares its SHA-256. Raises UsageError naming the file.
     """
     info, notes = read_notes(os.path.join(folder, NOTES))
-    readers = tuple(_open_shard(folder, file, verify) for file in notes["shards"])
+    there = sizes(folder) if remote(folder) else {}
+    readers = tuple(_open_shard(folder, file, verify, there) for file in notes["shards"])
     return LatentRecords(folder, info, notes["content"], tuple(notes["shards"]), readers)
 
 
@@ -211,17 +220,25 @@ def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.array([not np.any(row & mask == mask) for row in bits])
 
 
-def _open_shard(folder: str, shard: dict, verify: bool) -> ArrayRecordReader:
-    """Open one shard. Raises UsageError if the file is not the one in the notes."""
+def _real(path: str) -> str:
+    return absolute(path) if remote(path) else os.path.realpath(path)
+
+
+def _open_shard(folder: str, shard: dict, verify: bool, there: dict) -> ArrayRecordReader:
+    """Open one shard. `there`: a bucket's listing. Raises UsageError if the file is not the one in the notes."""
     path = os.path.join(folder, shard["file"])
-    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
-        raise UsageError(f"latents {path}: found a link to {os.path.realpath(path)}, expected a file of this folder")
+    if os.path.dirname(_real(path)) != _real(folder):
+        raise UsageError(f"latents {path}: found a link to {_real(path)}, expected a file of this folder")
     try:
-        if (size := os.path.getsize(path)) != shard["bytes"]:
+        if remote(path) and shard["file"] not in there:
+            raise FileNotFoundError(2, "no such object", path)
+        if (size := there[shard["file"]]["bytes"] if there else os.path.getsize(path)) != shard["bytes"]:
             raise UsageError(f"latents {path}: found {size} bytes, expected {shard['bytes']}; {ADVICE}")
         if verify and (digest := file_sha256(path)) != shard["sha256"]:
             raise UsageError(f"latents {path}: found SHA-256 {digest}, expected {shard['sha256']}; {ADVICE}")
         reader = open_shard(path)
+    except StorageError:
+        raise
     except (OSError, RuntimeError) as error:
         raise UsageError(f"latents {path}: cannot read it: {str(error).splitlines()[0]}; {ADVICE}") from error
     records = reader.num_records()

@@ -6,29 +6,32 @@
 
 import contextlib
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import re
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from dit_jax.config import DataConfig
 from dit_jax.data import pixels
-from dit_jax.data.shard import open_shard
+from dit_jax.data.shard import open_shard, reading
 from dit_jax.data.skip import Skips
-from dit_jax.error import UsageError
+from dit_jax.error import StorageError, UsageError, check_scheme
+from dit_jax.files import create, is_file, names, read, remote
+from dit_jax.files.text import LARGEST
 
 _CHUNK = 256  # records read at a time from a whole split
 _OPENERS = 16  # threads that open files
+_INFO = "dataset_info.json"  # of TFDS, written last: with it a dataset is prepared
 _UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # raised by the libraries on damaged files
 
 
@@ -144,7 +147,9 @@ class Records:
     def _stored(self, indices: np.ndarray) -> list[dict]:
         """Read records as TFDS stores them, images of the feature `Image` as encoded bytes."""
         try:
-            return self.source.__getitems__(indices.tolist())
+            return self._some(indices.tolist())
+        except StorageError:
+            raise
         except _UNREADABLE as error:
             index, why = next(((i, e) for i in indices.tolist() if (e := self._fault(i))), (indices[0], error))
         where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
@@ -154,10 +159,16 @@ class Records:
     def _fault(self, index: int) -> Exception | None:
         """Return the error of reading record `index` by itself, if any."""
         try:
-            self.source.__getitems__([index])
+            self._some([index])
+        except StorageError:
+            raise
         except _UNREADABLE as error:
             return error
         return None
+
+    def _some(self, indices: list[int]) -> list[dict]:
+        with reading(self.where):
+            return self.source.__getitems__(indices)
 
     def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
         """Decode and check a record: (image, label), label 0 without labels."""
@@ -182,7 +193,7 @@ def open_split(data: DataConfig, split: str) -> Records:
     """Open one split of a TFDS dataset prepared in ArrayRecord; `digits` is built on first use.
 
     `data.dataset` and `split` are TFDS's (`imagenet2012`, `train[:90%]`). Raises UsageError if dataset, format, split or
-    features are unsuitable.
+    features are unsuitable, StorageError if a bucket refuses.
     """
     name = data.dataset
     builder = _builder(name, _directory(data.data_dir))
@@ -233,7 +244,9 @@ def _index(builder: tfds.core.DatasetBuilder, files: Sequence) -> str:
 
 
 def _directory(data_dir: str) -> str:
-    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    found = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    check_scheme("data.data_dir" if data_dir else "TFDS_DATA_DIR", found)
+    return os.path.expanduser(found)
 
 
 def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
@@ -257,6 +270,8 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
 
 def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
     """Return the TFDS builder of `name`, prepared or not. Raises UsageError on unknown names and damaged metadata."""
+    if remote(directory):
+        names(directory)  # TFDS's own client of buckets would report a refusal as damage
     try:
         if name == "digits":
             return Digits(data_dir=directory, file_format="array_record")
@@ -265,29 +280,48 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
         where = f"data.dataset: found {name!r}"
         raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
     except Exception as error:  # TFDS raises any error on damaged metadata
+        if remote(directory) and _of_storage(error):
+            raise StorageError(f"dataset {name!r}: cannot read it now in {directory}: {_line(error)}") from error
         raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
+
+
+def _of_storage(error: Exception) -> bool:
+    """Return whether TFDS's client of buckets, gcsfs, was refused or got no answer."""
+    own = type(error).__module__.startswith(("gcsfs", "aiohttp"))
+    return own or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))
 
 
 def _check_place(directory: str) -> None:
     """Raises UsageError if `digits` would be written among a user's files."""
-    held = set(os.listdir(directory)) if os.path.isdir(directory) else set()
-    if (
-        held
-        and not held & {"digits", "downloads"}
-        and not glob.glob(f"{glob.escape(directory)}/*/**/dataset_info.json")
-    ):
+    held = set(names(directory))
+    if held and not held & {"digits", "downloads"} and not any(_prepared(os.path.join(directory, x)) for x in held):
         raise UsageError(
             f"data.data_dir: found {directory!r}, which holds other files and no data of TFDS, expected a new folder or one of TFDS "
             "for data.dataset = 'digits', which is built there; for other images set data.dataset (docs/data.md)"
         )
 
 
+def _prepared(folder: str) -> bool:
+    """Return whether a folder holds versions of a TFDS dataset."""
+    versions = [os.path.join(folder, name) for name in names(folder) if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+    return any(is_file(os.path.join(version, _INFO)) for version in versions)
+
+
 def _build(builder: Digits, directory: str) -> Digits:
-    """Write the files of `digits`.
+    """Write the files of `digits`; for a bucket on the disk first.
 
     Processes may do so at once: each writes into its own directory, which TFDS renames to the final one. All renames but the
-    first fail, and their processes find the dataset ready.
+    first fail, and their processes find the dataset ready. In a bucket the first object of each name stays: they hold the same records.
     """
+    if remote(directory):
+        with tempfile.TemporaryDirectory(prefix="dit_jax-") as made:
+            built = os.fspath(_build(_open("digits", made), made).data_dir)
+            for name in sorted(names(built), key=lambda name: (name == _INFO, name)):
+                create(
+                    os.path.join(directory, os.path.relpath(built, made), name),
+                    read(os.path.join(built, name), LARGEST),
+                )
+        return _open("digits", directory)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
@@ -299,7 +333,7 @@ def _build(builder: Digits, directory: str) -> Digits:
 
 
 def _ready(builder: tfds.core.DatasetBuilder) -> bool:
-    return (epath.Path(builder.data_dir) / "dataset_info.json").exists()
+    return is_file(os.path.join(os.fspath(builder.data_dir), _INFO))
 
 
 def _check_file(where: str, file, advice: str) -> None:
@@ -307,6 +341,8 @@ def _check_file(where: str, file, advice: str) -> None:
     path = os.fspath(file.filename)
     try:
         found = open_shard(path).num_records()
+    except StorageError:
+        raise
     except _UNREADABLE as error:
         raise UsageError(f"{where}: cannot read {path}: {_line(error)}; {advice}") from error
     if found != file.examples_in_shard:

@@ -163,7 +163,7 @@ def whole(path: str, unfinished: str = "") -> Iterator[str]:
     """Yield a name for a file or folder to write: renamed to `path` on success, deleted on failure.
 
     `unfinished`: that name; by default a unique one beside `path`. For a path in a bucket a name on the disk is yielded, and what is
-    there is uploaded on success, a folder's `job.json`, `config.json` and other files of its first level after all others.
+    there is uploaded on success, see `upload`.
     """
     if remote(path):
         with tempfile.TemporaryDirectory(prefix="dit_jax-") as folder:
@@ -181,34 +181,15 @@ def whole(path: str, unfinished: str = "") -> Iterator[str]:
         raise
 
 
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-    """Make a folder to write into: renamed to `path` on success, removed on failure.
-
-    `path` must not exist, or be an empty folder. The next job removes what a killed one left behind.
-    """
-    if remote(path):
-        with whole(path) as unfinished:
-            os.makedirs(unfinished)
-            yield unfinished
-        return
-    unfinished = os.path.abspath(path) + ".unfinished"
-    delete(unfinished)
-    os.makedirs(unfinished)
-    with whole(os.path.abspath(path), unfinished):
-        yield unfinished
-
-
 def upload(made: str, path: str) -> None:
-    """Copy a file or folder on the disk into a bucket: the files of its first level last, as they say what the others are."""
+    """Copy a file or folder on the disk into a bucket: `*.json` of its first level last, as they say what the others are."""
     if os.path.isfile(made):
         bucket.write(path, pathlib.Path(made))
         return
     found = [os.path.relpath(os.path.join(root, name), made) for root, _, files in os.walk(made) for name in files]
-    deep, first = [name for name in found if os.sep in name], sorted(name for name in found if os.sep not in name)
-    _each(lambda name: bucket.write(os.path.join(path, name), pathlib.Path(os.path.join(made, name))), deep)
-    for name in first:
-        bucket.write(os.path.join(path, name), pathlib.Path(os.path.join(made, name)))
+    last = [name for name in found if os.sep not in name and name.endswith(".json")]
+    for some in ({*found} - {*last}, last):
+        _each(lambda name: bucket.write(os.path.join(path, name), pathlib.Path(os.path.join(made, name))), some)
 
 
 def _encoded(content: str | bytes) -> bytes:
@@ -323,10 +304,13 @@ def delete(path: str, first: str = "") -> None:
 def rename(unfinished: str, path: str) -> None:
     """Rename a finished file or folder, durably: the new name survives a power cut.
 
-    In a bucket, which renames nothing, a folder is copied and then deleted, so a kill may leave both.
+    In a bucket, which renames nothing, it is copied and then deleted, so a kill may leave both.
     """
     if remote(path):
-        _each(lambda name: bucket.copy(os.path.join(unfinished, name), os.path.join(path, name)), below(unfinished))
+        _each(
+            lambda name: bucket.copy(os.path.join(unfinished, name), os.path.join(path, name)),
+            below(unfinished) or [""],
+        )
         delete(unfinished)
         return
     os.replace(unfinished, path)

@@ -1,12 +1,68 @@
-"""Files that a command is told to write: checked before anything is computed, and never another program's overwritten."""
+"""Files and folders that a command is told to write: checked before anything is computed, and never another program's overwritten."""
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 
 from dit_jax.error import UsageError
-from dit_jax.files import exists, is_file, is_folder, json_text, read, remote, write_file
+from dit_jax.files import (
+    absolute,
+    base,
+    delete,
+    exists,
+    is_file,
+    is_folder,
+    json_text,
+    names,
+    read,
+    remote,
+    upload,
+    whole,
+    write_file,
+)
 
 HEAD = 2**13  # bytes in which a file says what wrote it
 GENERATOR = {"generator": "dit_jax"}  # in a report in JSON
+UNFINISHED = ".unfinished"
+
+
+def holds(path: str) -> bool:
+    """Whether something is at a path, other than an empty folder or what a killed `new_folder` left there."""
+    if remote(path):
+        return is_file(path) or (bool(names(path)) and not is_file(absolute(path) + UNFINISHED))
+    return bool(names(path)) or (exists(path) and not is_folder(path))
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """Make a folder to write into: renamed to `path` on success, removed on failure.
+
+    `path` must not exist, or be an empty folder. The next job removes what a killed one left behind. For a path in a bucket the folder
+    is on the disk and is uploaded on success, while an object beside it says that it is not complete.
+    """
+    mark = absolute(path) + UNFINISHED
+    if not remote(path):
+        delete(mark)
+        os.makedirs(mark)
+        with whole(absolute(path), mark):
+            yield mark
+        return
+    with tempfile.TemporaryDirectory(prefix="dit_jax-") as folder:
+        os.makedirs(made := os.path.join(folder, base(path)))
+        yield made
+        if holds(path):
+            raise FileExistsError(17, "found something there, expected nothing", path)
+        write_file(mark, b"")
+        delete(path)
+        try:
+            upload(made, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                delete(path)
+                delete(mark)
+            raise
+        delete(mark)
 
 
 def check_ending(name: str, path: str, ending: str) -> None:

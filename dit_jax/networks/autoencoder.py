@@ -18,6 +18,7 @@ from dit_jax.config import AutoencoderConfig, Config
 from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
+from dit_jax.files import is_file
 from dit_jax.models import vae
 from dit_jax.networks.folder import load_network
 
@@ -65,7 +66,7 @@ def follow_latents(cfg: Config) -> Config:
 def _notes_of(cfg: Config) -> LatentInfo | None:
     """Read the notes of the latents of `data.split`; None if the config names none, or they are not present."""
     folder = os.path.join(cfg.data.latents, cfg.data.split)
-    return read_info(folder) if cfg.data.latents and os.path.isfile(os.path.join(folder, NOTES)) else None
+    return read_info(folder) if cfg.data.latents and is_file(os.path.join(folder, NOTES)) else None
 
 
 def _check_normalisation(cfg: Config, info: LatentInfo) -> None:

@@ -17,6 +17,7 @@ from dit_jax.data.posterior import deviations
 from dit_jax.data.source import Source, bad_records, open_source
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, UsageError
+from dit_jax.files import base, exists
 from dit_jax.log import drawing_progress, say, warn
 from dit_jax.models import vae
 from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encoder, open_autoencoder
@@ -108,7 +109,7 @@ def encode_split(
     say(f"{folder}: the checksum of {size:,} images ...")
     info = LatentInfo(
         **job.describe(by),
-        autoencoder=os.path.basename(os.path.abspath(job.cfg.autoencoder.folder)),
+        autoencoder=base(job.cfg.autoencoder.folder),
         classes=source.classes,
         split=split,
         source_sha256=source.describe()["sha256"],
@@ -194,7 +195,7 @@ def _open_images(job: Job, split: str) -> Source:
 
 def _held(out: str, splits: list[str]) -> dict[str, LatentInfo]:
     """Read the descriptions of the complete latents in `out`."""
-    found = [split for split in splits if os.path.lexists(os.path.join(out, split, NOTES))]
+    found = [split for split in splits if exists(os.path.join(out, split, NOTES))]
     return {split: read_info(os.path.join(out, split)) for split in found}
 
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from safetensors.numpy import save_file
 
-from dit_jax.error import JobError, UsageError
-from dit_jax.files import file_sha256, new_folder, read_json, sync, write_file
-from dit_jax.networks.weights import read_arrays
+from dit_jax.error import JobError, StorageError, UsageError
+from dit_jax.files import file_sha256, is_file, read_json, sync, write_file
+from dit_jax.files.out import new_folder
+from dit_jax.networks.weights import fetched, read_arrays
 from dit_jax.workdir.folder import flatten
 
 DIGITS = os.path.join(os.path.dirname(__file__), "digits")  # the shipped feature network of `fd_digits`
@@ -36,6 +37,8 @@ def save_network(folder: str, kind: str, config: dict, params: Mapping, source: 
             digest = file_sha256(weights)
             meta = {"kind": kind, "config": config, "parameters": count, "sha256": digest, "source": source}
             write_file(os.path.join(unfinished, META), json.dumps(meta, indent=1) + "\n")
+    except StorageError:
+        raise
     except Exception as error:  # safetensors raises its own
         raise JobError(f"{folder}: the network could not be written: {error}") from error
     return meta
@@ -50,12 +53,13 @@ def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
     if meta["kind"] != kind:
         raise UsageError(f"{folder}: found a network of kind {meta['kind']!r}, expected {kind!r}")
     weights = os.path.join(folder, WEIGHTS)
-    if not os.path.isfile(weights):
+    if not is_file(weights):
         raise UsageError(f"{weights}: missing; convert the network again")
-    if (found := file_sha256(weights)) != meta["sha256"]:
-        expected = f"expected {meta['sha256']} of {META}; damaged: convert the network again"
-        raise UsageError(f"{weights}: found sha256 {found}, {expected}")
-    flat = read_arrays(weights)
+    with fetched(weights) as copy:
+        if (found := file_sha256(copy)) != meta["sha256"]:
+            expected = f"expected {meta['sha256']} of {META}; damaged: convert the network again"
+            raise UsageError(f"{weights}: found sha256 {found}, {expected}")
+        flat = read_arrays(copy)
     count = sum(value.size for value in flat.values())
     if count != meta["parameters"]:
         raise UsageError(f"{weights}: found {count:,} parameters, expected {meta['parameters']:,} of {META}")
@@ -67,6 +71,8 @@ def read_meta(folder: str) -> dict:
     path = os.path.join(folder, META)
     try:
         meta = read_json(path)
+    except StorageError:
+        raise
     except OSError as error:
         expected = "expected a folder made by dit_jax.convert or dit_jax.features"
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {expected}") from None

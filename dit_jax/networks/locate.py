@@ -1,14 +1,16 @@
 """Finds weights in the forms that people have: files, checkpoints of a training, folders of diffusers (also half, in shards), pipelines."""
 
+import contextlib
+import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dit_jax.error import UsageError, shown
-from dit_jax.files import file_sha256, read_json
+from dit_jax.files import file_sha256, is_file, is_folder, read_json
 from dit_jax.networks.tensors import Tensors
-from dit_jax.networks.weights import read_file
+from dit_jax.networks.weights import fetched, read_file
 
 STEM = "diffusion_pytorch_model"  # of a file of weights in a folder of diffusers
 VARIANTS, ENDINGS = ("", ".fp16", ".bf16"), (".safetensors", ".bin")  # the full precision first
@@ -40,22 +42,30 @@ class Found:
 
 def find(weights: str, part: str) -> Found:
     """Find a file, or the weights in a folder of diffusers or in the folder `part` of a pipeline's root. Raises UsageError."""
-    if os.path.isfile(weights):
+    if is_file(weights):
         return Found(weights, (weights,), "", {})
-    if not os.path.isdir(weights):
+    if not is_folder(weights):
         raise UsageError(f"--weights: no file or folder {weights!r}")
-    names = [(f"{STEM}{v}{end}", f"{STEM}{end}.index{v}.json") for v in VARIANTS for end in ENDINGS]
+    pairs = [(f"{STEM}{v}{end}", f"{STEM}{end}.index{v}.json") for v in VARIANTS for end in ENDINGS]
     for folder in (weights, os.path.join(weights, part)):
         config = os.path.join(folder, "config.json")
-        config = config if os.path.isfile(config) else ""
-        for whole, index in names:
-            if os.path.isfile(path := os.path.join(folder, whole)):
+        config = config if is_file(config) else ""
+        for whole, index in pairs:
+            if is_file(path := os.path.join(folder, whole)):
                 return Found(path, (path,), config, {})
-            if os.path.isfile(path := os.path.join(folder, index)):
+            if is_file(path := os.path.join(folder, index)):
                 shards = _shards(path)
                 return Found(path, tuple(sorted({os.path.join(folder, s) for s in shards.values()})), config, shards)
-    forms = ", ".join(f"{whole} (or {index})" for whole, index in names[:1]) + f", or with {' or '.join(ENDINGS[1:])}"
+    forms = ", ".join(f"{whole} (or {index})" for whole, index in pairs[:1]) + f", or with {' or '.join(ENDINGS[1:])}"
     raise UsageError(f"--weights: {weights!r}: found none of {forms}, in the folder or in {part}/")
+
+
+@contextlib.contextmanager
+def fetched_files(found: Found) -> Iterator[Found]:
+    """Yield what was found with its files on the disk."""
+    with contextlib.ExitStack() as stack:
+        files = tuple(stack.enter_context(fetched(file)) for file in found.files)
+        yield dataclasses.replace(found, files=files)
 
 
 def _shards(path: str) -> dict:

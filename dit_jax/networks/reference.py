@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.files import file_sha256
+from dit_jax.files import file_sha256, is_file
 from dit_jax.models import inception
-from dit_jax.networks.weights import read_arrays
+from dit_jax.networks.weights import fetched, read_arrays
 
 KINDS = {"adm": ("mu", "sigma", "mu_s", "sigma_s"), "jax-fid": ("ref_mu", "ref_sigma"), "pytorch-fid": ("mu", "sigma")}
 ROUNDING = 1e-5  # relative to the largest entry or the norm, for covariances that were once float32
@@ -49,10 +49,10 @@ def read_reference(path: str | os.PathLike, pool: int = inception.WIDTH, spatial
     finite, or have negative eigenvalues beyond rounding.
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise UsageError(f"{path}: no such file, expected an npz of reference statistics or images")
-    arrays = read_arrays(path)
-    digest = file_sha256(path)
+    with fetched(path) as copy:
+        arrays, digest = read_arrays(copy), file_sha256(copy)
     images = _images(arrays["arr_0"], f"{path}: arr_0") if "arr_0" in arrays else None
     kind = next((kind for kind, keys in KINDS.items() if set(keys) <= set(arrays)), None)
     if kind is None and images is None:

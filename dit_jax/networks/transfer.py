@@ -9,8 +9,9 @@ from safetensors.numpy import save_file
 
 from dit_jax import checkpoint
 from dit_jax.config import ModelConfig, to_dict
-from dit_jax.error import JobError, UsageError
-from dit_jax.files import delete, file_sha256, new_folder, read_json, rename, sync, write_file
+from dit_jax.error import JobError, StorageError, UsageError
+from dit_jax.files import absolute, delete, file_sha256, is_file, read_json, remote, sync, whole, write_file
+from dit_jax.files.out import UNFINISHED, holds, new_folder
 from dit_jax.log import say, warn
 from dit_jax.networks import diffusers_dit, dit, folder, locate, notes
 from dit_jax.networks.tensors import Tensors
@@ -28,15 +29,16 @@ def import_dit(
     The config is the one that the file's notes state, else the paper's. Raises UsageError if the weights or `out` do not
     fit, JobError if writing fails.
     """
-    found = locate.find(weights, "transformer")
-    if source == "diffusers" and not found.config:
+    located = locate.find(weights, "transformer")
+    if source == "diffusers" and not located.config:
         raise UsageError(f"--weights: {weights!r}: expected a folder of diffusers, with config.json and its weights")
-    origin = found.describe(source, item)
-    if os.path.isdir(out) and os.listdir(out):
-        _check_done(out, origin, step, heads, classes)
-        say(f"{out}: done before, from the same {found.name}")
-        return
-    tensors, file_notes, line = locate.read(found, MARKERS[source], item)
+    with locate.fetched_files(located) as found:
+        origin = found.describe(source, item)
+        if holds(out):
+            _check_done(out, origin, step, heads, classes)
+            say(f"{out}: done before, from the same {found.name}")
+            return
+        tensors, file_notes, line = locate.read(found, MARKERS[source], item)
     stated, (null, said) = notes.read(file_notes, found.name), (True, "config.json")
     if source == "diffusers":
         model, params = diffusers_dit.read(tensors, read_json(found.config))
@@ -69,7 +71,7 @@ def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = Non
     single, ending = out.endswith(".safetensors"), os.path.splitext(out)[1]
     if ending and not single:
         raise UsageError(f"--out: found {out!r}, expected a file that ends in .safetensors, or a folder for diffusers")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(out))):
+    if not remote(out) and not os.path.isdir(os.path.dirname(os.path.abspath(out))):
         raise UsageError(f"--out: {out}: its folder does not exist")
     cfg, step = read_config(workdir), checkpoint.find_step(workdir, step, item)
     model, params = checkpoint.load(workdir, step, item)
@@ -86,43 +88,46 @@ def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = Non
         warn(f"{out}: other programs will not see that {reason}; dit_jax reads it from the file's notes")
 
 
+class _DoneBefore(Exception):
+    """What would be written is there."""
+
+
 def _export(out: str, arrays: dict, files: dict, metadata: dict) -> bool:
     """Write a file, or a folder with `files`, whole; returns whether the same was there before. Raises UsageError if another."""
-    unfinished, name = f"{os.path.abspath(out)}.unfinished", f"{locate.STEM}.safetensors" if files else ""
+    name, rest = f"{locate.STEM}.safetensors" if files else "", f"{absolute(out)}{UNFINISHED}"
     try:
-        delete(unfinished)
-        if files:
-            os.makedirs(unfinished)
-        save_file(arrays, target := os.path.join(unfinished, name) if files else unfinished, metadata)
-        for other, text in files.items():
-            write_file(os.path.join(unfinished, other), text)
-        if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-            old = os.path.join(out, name) if files else out
-            if not os.path.isfile(old) or file_sha256(old) != file_sha256(target):
-                raise UsageError(f"--out: {out!r} exists and holds something else; use another name")
-            return True
-        sync(target)
-        rename(unfinished, out)
-        return False
-    except UsageError:
+        if not remote(out):
+            delete(rest)
+        with new_folder(out) if files else whole(out, rest) as unfinished:
+            save_file(arrays, target := os.path.join(unfinished, name) if files else unfinished, metadata)
+            for other, text in files.items():
+                write_file(os.path.join(unfinished, other), text)
+            if holds(out):
+                old = os.path.join(out, name) if files else out
+                if not is_file(old) or file_sha256(old) != file_sha256(target):
+                    raise UsageError(f"--out: {out!r} exists and holds something else; use another name")
+                raise _DoneBefore
+            sync(target)
+    except _DoneBefore:
+        return True
+    except (UsageError, StorageError):
         raise
     except Exception as error:  # safetensors raises its own
         raise JobError(f"{out}: could not be written: {error}") from error
-    finally:
-        delete(unfinished)
+    return False
 
 
 def import_network(source: str, weights: str, out: str, item: str = "") -> None:
     """Convert another network to a folder of `dit_jax.networks.folder`."""
-    found = locate.find(weights, "vae")
-    origin = found.describe(source, item)
-    if os.path.isdir(out) and os.listdir(out):
-        meta = folder.read_meta(out)
-        _check_same(out, meta["source"], origin)
-        folder.load_network(out, source)
-        say(f"{out}: done before, from the same {found.name}")
-        return
-    tensors, _, line = locate.read(found, MARKERS.get(source, ""), item)
+    with locate.fetched_files(locate.find(weights, "vae")) as found:
+        origin = found.describe(source, item)
+        if holds(out):
+            meta = folder.read_meta(out)
+            _check_same(out, meta["source"], origin)
+            folder.load_network(out, source)
+            say(f"{out}: done before, from the same {found.name}")
+            return
+        tensors, _, line = locate.read(found, MARKERS.get(source, ""), item)
     config, params = READ[source](tensors, read_json(found.config) if found.config else {})
     meta = folder.save_network(out, source, config, params, origin)
     say(line)
@@ -147,7 +152,7 @@ READ: dict[str, Callable[[Tensors, Mapping], tuple[dict, dict]]] = {"sd-vae": _r
 
 def _check_done(out: str, origin: dict, step: int | None, heads: int, classes: int) -> None:
     """Raises UsageError unless the folder matches this command, JobError if it is damaged."""
-    if not os.path.isfile(os.path.join(out, "config.json")):
+    if not is_file(os.path.join(out, "config.json")):
         raise UsageError(
             f"--out: {out!r} is not empty and holds no run; expected a new folder, or one made by this command"
         )

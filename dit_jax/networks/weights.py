@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 
 from dit_jax.error import UsageError
-from dit_jax.files import parse_json
+from dit_jax.files import local, parse_json
 
 MAX_BYTES = 2**36  # of all arrays of a file, by default
 EXPANSION = 200, 2**28  # a compressed archive may hold this many times its size, or this many bytes
@@ -40,6 +40,19 @@ SAFETENSORS = {
 ALIEN = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # dtypes that NumPy lacks
 NODES, DEEPEST, KEY = 1_000_000, 32, 1000  # values in a .pt file, their nesting, the length of a key
 SHARED = 4  # tensors of a .pt file may share memory, but take at most this many times the file
+
+
+@contextlib.contextmanager
+def fetched(path: str) -> Iterator[str]:
+    """Yield the name of a file on the disk: `path`, or a copy of a bucket's, whose UsageErrors name `path` all the same."""
+    with local(path) as copy:
+        try:
+            yield copy
+        except UsageError as error:
+            raise error if copy == path else type(error)(str(error).replace(copy, path)) from error
+        except FileNotFoundError as error:
+            error.filename = path
+            raise
 
 
 def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:

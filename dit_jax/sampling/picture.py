@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.error import Interrupted, UsageError
-from dit_jax.files import is_file, json_text, names, new_folder, parse_json, read, whole, write_file
+from dit_jax.files import is_file, json_text, parse_json, read, whole, write_file
+from dit_jax.files.out import holds, new_folder
 from dit_jax.sampling import parts
 
 GRID = 400  # most images in a grid
@@ -87,7 +88,7 @@ def check_images(folder: str, job: dict, shape: tuple[int, ...]) -> bool:
         raise UsageError(f"--images: found images of {shape[-1]} channels, expected 1 or 3; use --out")
     if is_file(folder):
         raise UsageError(f"--images: {folder} is a file, expected a folder")
-    if not names(folder):
+    if not holds(folder):
         return False
     advice = "remove it or use another folder"
     try:

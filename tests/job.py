@@ -94,7 +94,9 @@ class Job:
                 self.send_signal(signal.SIGABRT)
                 raise AssertionError(f"the job did not end within {timeout} s: {self.err.read_text()[-2000:]}")
             time.sleep(0.005)
-        texts = self.out.read_text(), self.err.read_text()
+        texts = tuple(
+            path.read_text() if path.exists() else "" for path in (self.out, self.err)
+        )  # killed before it began
         shutil.rmtree(self._folder)
         return texts
 

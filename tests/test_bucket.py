@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,10 +15,11 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from bucket import environment, serve
 from job import Job, run
-from runs import STEPS, assert_same_run, scalars, train
+from runs import assert_same_run, saved, scalars, train
 
 from dit_jax import checkpoint, files
 from dit_jax.error import JobError, StorageError, UsageError
@@ -545,4 +547,37 @@ def test_a_grid_with_a_kill_gives_the_records_of_the_disk(held, uninterrupted, t
     assert scalars(on_disk(held, tmp_path)) == scalars(local)
 
 
-assert STEPS == 60
+# Several hosts --------------------------------------------------------------------------------------------------------
+
+
+def hosts(server, workdir, cache_dir):
+    """Two running processes of one training."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    where = [f"--coordinator={address}", "--num_processes=2"]
+    how = {"cache_dir": cache_dir, "environment": environment(server.address), "devices": 1}
+    return [Job("train", *train(workdir, steps=30), *where, f"--process_id={i}", **how) for i in (0, 1)]
+
+
+@pytest.mark.bucket
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_hosts_train_in_a_bucket_and_go_on_after_one_is_lost(victim, server, tmp_path, data_dir, cache_dir):
+    jobs = hosts(server, tmp_path / "disk", cache_dir)
+    said = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    jobs, end = hosts(server, W, cache_dir), time.monotonic() + 120
+    while "runs/a/checkpoints/10/manifest.json" not in server.buckets["test"]:
+        assert [job.poll() for job in jobs] == [None, None] and time.monotonic() < end
+        time.sleep(0.005)
+    jobs[victim].send_signal(signal.SIGKILL)
+    said = [job.communicate()[1] for job in jobs]
+    assert jobs[1 - victim].returncode in (200, -signal.SIGABRT), said
+    jobs = hosts(server, W, cache_dir)
+    said = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    one, other = (saved(folder, 30) for folder in (tmp_path / "disk", on_disk(server, tmp_path)))
+    assert one["data"] == other["data"]
+    for name in ("params", "ema", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, one[name], other[name])
+    assert scalars(tmp_path / "disk") == scalars(tmp_path / "copy" / "runs" / "a")

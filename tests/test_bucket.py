@@ -1,5 +1,6 @@
 """Runs whose folder is in a bucket, on the strict server (tests/bucket.py): the same bits as on disk, and the same promises."""
 
+import contextlib
 import gc
 import json
 import os
@@ -22,9 +23,13 @@ from job import Job, run
 from runs import assert_same_run, saved, scalars, train
 
 from dit_jax import checkpoint, files
+from dit_jax.config import Config
 from dit_jax.error import JobError, StorageError, UsageError
+from dit_jax.evaluation.run import _alone_in
 from dit_jax.files import bucket, lease, out
+from dit_jax.files.out import new_folder
 from dit_jax.workdir import manifest, records
+from dit_jax.workdir.folder import make_folder
 from dit_jax.workdir.scalars import open_scalars, read_lines
 
 # Google's client, closed as it is here, still leaves a few connections to the garbage collector.
@@ -35,7 +40,10 @@ W = "gs://test/runs/a"
 
 @pytest.fixture(scope="module")
 def only_server():
-    with serve(buckets={"test": "US-CENTRAL1"}, page=7) as server, pytest.MonkeyPatch.context() as patch:
+    with (
+        serve(buckets={"test": "US-CENTRAL1", "my-bucket": "EU"}, page=7) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for key, value in environment(server.address).items():
             patch.setenv(key, value)
         bucket._client.cache_clear()
@@ -49,7 +57,8 @@ def only_server():
 def server(only_server):
     """One server for the file, empty for each test: clients in C++ keep the first address that they meet."""
     only_server.reset()
-    only_server.buckets["test"].clear()
+    for objects in only_server.buckets.values():
+        objects.clear()
     return only_server
 
 
@@ -58,6 +67,7 @@ def impatient(monkeypatch):
     """Leases of half a second, so that a test sees them expire."""
     monkeypatch.setattr(lease, "RENEWAL", 0.1)
     monkeypatch.setattr(lease, "LIFE", 0.5)
+    monkeypatch.setattr(bucket, "PATIENCE", 0.2)
 
 
 def there(server, prefix=""):
@@ -83,10 +93,10 @@ def on_disk(server, tmp_path, name="runs/a"):
 # The verbs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["disk", "bucket"])
+@pytest.fixture(params=["disk", "gs://test/place", "gs://my-bucket/bucket/place"])
 def place(request, server, tmp_path):
     """A folder of each kind: whatever holds of one holds of the other."""
-    return str(tmp_path / "place") if request.param == "disk" else "gs://test/place"
+    return str(tmp_path / "place") if request.param == "disk" else request.param
 
 
 def test_the_verbs_are_the_same_on_a_disk_and_in_a_bucket(place):
@@ -173,7 +183,7 @@ def test_waiting_is_said_and_has_an_end(server, monkeypatch, capsys):
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"^gs://test/x: the storage did not answer as it should \("):
         files.write_file("gs://test/x", "1")
-    assert time.monotonic() - began < 8 and capsys.readouterr().err.count("trying again") == 1
+    assert time.monotonic() - began < 8 and "trying again" in capsys.readouterr().err
     server.reset()
     assert there(server) == []
 
@@ -209,6 +219,43 @@ def test_a_machine_without_credentials_says_so_at_once(monkeypatch, tmp_path):
         files.names("gs://test/x")
     assert time.monotonic() - began < 10
     bucket._client.cache_clear()
+
+
+def test_a_whole_bucket_is_no_file(server):
+    for call in (
+        files.read,
+        lambda path: files.write_file(path, "1"),
+        lambda path: new_folder(path).__enter__(),
+    ):
+        with pytest.raises(
+            UsageError, match=r"^gs://test/?: found a bucket, expected a path in it, such as gs://test/NAME"
+        ):
+            call("gs://test/")
+    assert not files.is_file("gs://test") and files.names("gs://test") == []
+    for i in range(20):
+        files.write_file(f"gs://test/{i}", "1")
+    server.requests.clear()
+    files.introduce("gs://test")
+    assert len(server.requests) == 1  # not all pages of a listing
+
+
+def test_an_open_object_stays_the_same_and_its_errors_are_lines(server, monkeypatch):
+    monkeypatch.setattr(bucket, "BLOCK", 4)
+    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    files.write_file("gs://test/x", "0123456789")
+    with files.opened("gs://test/x") as f:
+        assert f.read(2) == b"01" and f.seek(-3, os.SEEK_END) == 7 and f.read() == b"789"
+        f.seek(0)
+        server.fault("status", method="GET", status=403)
+        with pytest.raises(StorageError, match="no permission"):
+            f.read()
+        server.fault("status", method="GET", times=100)
+        with pytest.raises(StorageError, match="did not answer as it should"):
+            f.read()
+        server.reset()
+        files.write_file("gs://test/x", "other")
+        with pytest.raises(StorageError, match="another process has changed it while it was read"):
+            f.read()
 
 
 def test_another_region_is_a_warning(server, monkeypatch, capsys):
@@ -310,6 +357,15 @@ def test_who_has_lost_a_lease_learns_of_it_and_leaves_the_new_one(server, impati
         with pytest.raises(StorageError, match="or may take it"):  # it could not renew it
             check()
         server.reset()
+        check()  # it could, so nobody has had it meanwhile
+
+
+def test_an_empty_lock_as_a_copy_from_a_disk_leaves_it_is_free(server):
+    files.write_file("gs://test/lock", b"")
+    assert bucket.read("gs://test/lock", end=9) == (b"", bucket.stat("gs://test/lock").generation)
+    began = time.monotonic()
+    with files.lock("gs://test/lock", JobError("busy")):
+        assert time.monotonic() - began < 5
 
 
 # Scalars and records --------------------------------------------------------------------------------------------------
@@ -345,6 +401,31 @@ def test_two_writers_of_scalars_notice(server):
         flush()
     with pytest.raises(JobError):
         close()
+
+
+def test_scalars_whose_answers_were_all_lost_are_no_conflict(server, monkeypatch):
+    monkeypatch.setattr(bucket, "PATIENCE", 0.5)
+    write, flush, close = open_scalars(W, 0, tensorboard=False)
+    for step in (1, 2):
+        write(step, {"loss": 1.0})
+        server.fault("lost", method="POST", path="upload")
+        server.fault("status", method="POST", times=100)
+        with pytest.raises(StorageError):
+            flush()
+        server.reset()
+        assert len(there(server, "runs/a/metrics")) == 1
+        write(step + 10, {"loss": 1.0})
+        flush()
+    close()
+    assert sorted(line["step"] for line in read_lines(f"{W}/metrics.jsonl")) == [1, 2, 11, 12]
+
+
+def test_who_may_not_write_is_told_so_and_waits_for_nobody(server):
+    server.fault("status", method="POST", path="upload", status=403, times=100)
+    with pytest.raises(StorageError, match="no permission"):
+        make_folder(W, "config.json", Config())
+    with pytest.raises(StorageError, match="no permission"), _alone_in(f"{W}/eval/partial/x", []):
+        pass
 
 
 def test_a_record_is_written_once(server):
@@ -446,6 +527,64 @@ def test_a_permission_that_goes_away_ends_the_run_in_one_line_and_loses_nothing(
     assert_same_run(uninterrupted, on_disk(held, tmp_path))
 
 
+@pytest.fixture
+def tiny(server):
+    """A saver in the bucket, and what it saves."""
+    items = {"params": {"a": np.arange(4, dtype=np.float32)}}
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(contextlib.closing(checkpoint.Saver("gs://test/w", 1)))
+        yield saver, items
+        stack.pop_all()
+        with contextlib.suppress(JobError):
+            saver.close()
+
+
+def test_who_has_lost_the_lease_neither_commits_nor_cleans_up(tiny, server, monkeypatch):
+    saver, items = tiny
+    saver.save(1, items, {}, {})
+    saver.wait()
+    files.write_file("gs://test/w/checkpoints/lock", elsewhere())  # another process has taken over and saves step 2
+    files.write_file("gs://test/w/checkpoints/2/params/x", "under way")
+    monkeypatch.setattr(lease, "LIFE", -1.0)
+    with pytest.raises(StorageError, match="another process has taken this lease"):
+        saver.save(3, items, {}, {})
+    saver.close()
+    assert files.below("gs://test/w/checkpoints/2") == ["params/x"] and checkpoint.steps("gs://test/w") == [1]
+    assert files.read("gs://test/w/checkpoints/lock") == elsewhere().encode()
+
+
+def test_a_checkpoint_of_which_something_is_gone_is_not_committed(tiny, server, monkeypatch):
+    saver, items = tiny
+    saver.save(1, items, {}, {})
+    saver.wait()
+    finished = saver._orbax.wait_until_finished
+
+    def gone():
+        finished()
+        files.delete("gs://test/w/checkpoints/2/params")
+
+    monkeypatch.setattr(saver._orbax, "wait_until_finished", gone)
+    with pytest.raises(
+        JobError, match=r"checkpoints/2: the checkpoint could not be written \(what was written of params is gone"
+    ):
+        saver.save(2, items, {}, {})
+        saver.wait()
+    assert checkpoint.steps("gs://test/w") == [1]
+
+
+@pytest.mark.parametrize("fault", [{"status": 403}, pytest.param({"status": 503}, marks=pytest.mark.bucket)])
+def test_a_restore_that_is_refused_is_a_line(fault, held, monkeypatch, capfd):
+    monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    for path in ("metadata", "ocdbt", "_METADATA"):
+        held.reset()
+        held.fault("status", method="GET", path=path, times=10**6, **fault)
+        if path != "ocdbt" or fault["status"] == 403:  # tensorstore tries again for long, which `slow` says
+            with pytest.raises(StorageError, match=r"no permission|did not answer as it should"):
+                checkpoint.load(W, 60)
+    held.reset()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +661,7 @@ def scored(found):
     return {key: {k: v for k, v in one.items() if k not in ("seconds_sample", "goodput")} for key, one in found.items()}
 
 
+@pytest.mark.bucket
 def test_a_grid_with_a_kill_gives_the_records_of_the_disk(held, uninterrupted, tmp_path, cache_dir):
     local = shutil.copytree(uninterrupted, tmp_path / "a")
     code, _, err = run("evaluate", f"--workdir={local}", *GRID, "--at=60", cache_dir=cache_dir)

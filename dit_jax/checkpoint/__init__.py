@@ -29,8 +29,22 @@ from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
-from dit_jax.error import JobError, UsageError
-from dit_jax.files import absolute, delete, exists, is_file, is_folder, lock, names, remote, rename, slow
+from dit_jax.error import JobError, StorageError, UsageError
+from dit_jax.files import (
+    LARGEST,
+    absolute,
+    delete,
+    exists,
+    is_file,
+    is_folder,
+    lock,
+    names,
+    parse_json,
+    read,
+    remote,
+    rename,
+    slow,
+)  # fmt: skip
 from dit_jax.log import warn
 from dit_jax.models import dit
 from dit_jax.workdir import manifest
@@ -85,11 +99,14 @@ class Saver:
         arrays = {name: in_chunks(tree) for name, tree in items.items()}
         values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
         target = _unfinished(self.workdir, step)
+        if jax.process_index() == 0:
+            self._check_lock()
         try:
             self._orbax.save(target, args=ocp.args.Composite(**arrays, **values))
         except Exception as error:
             self._fail(step, error)
-        self._pending = step, self._thread.submit(self._commit, step, target, after)
+        parts = (*items, "data", "meta")
+        self._pending = step, self._thread.submit(self._commit, step, target, parts, after)
 
     def check(self) -> None:
         """Raise the error of a background save that has ended."""
@@ -102,7 +119,7 @@ class Saver:
             return
         (step, future), self._pending = self._pending, None
         try:
-            with slow(f"{path_of(self.workdir, step)}: saving"):
+            with slow(path_of(self.workdir, step), "saving"):
                 future.result()
         except Exception as error:
             self._fail(step, error)
@@ -115,14 +132,15 @@ class Saver:
             with contextlib.suppress(Exception):  # its error was raised by `wait`
                 self._orbax.close()
             if jax.process_index() == 0:
-                _remove_unfinished(self.workdir)
+                with contextlib.suppress(StorageError):  # a lease that is lost: what is unfinished is another process's
+                    self._check_lock()
+                    _remove_unfinished(self.workdir)
             self._lock.close()
 
-    def _commit(self, step: int, target: str, after: Callable) -> None:
+    def _commit(self, step: int, target: str, parts: Collection[str], after: Callable) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            self._check_lock()
-            publish(target, path_of(self.workdir, step))
+            publish(target, path_of(self.workdir, step), parts, self._check_lock)
             for what, action in (("the goodput", after), ("older checkpoints", self._prune)):
                 try:
                     action()
@@ -140,9 +158,12 @@ class Saver:
         ) from error
 
 
-def publish(unfinished: str, final: str) -> None:
-    """Write the manifest of a finished folder, then rename it. Raises OSError if `final` exists."""
-    manifest.write_manifest(unfinished)
+def publish(unfinished: str, final: str, parts: Collection[str], check: Callable[[], None] = lambda: None) -> None:
+    """Write the manifest of a finished folder, then rename it. `check`: raises if this process may not.
+
+    Raises OSError if one of `parts` has no file there, or if `final` exists.
+    """
+    manifest.write_manifest(unfinished, parts, check)
     if unfinished == final:
         return
     if exists(final):
@@ -196,14 +217,13 @@ def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[di
     """
     at = path_of(workdir, step)
     check_model(at, model)
-    for name, tree in like.items():
-        check_tree(at, name, tree)
-    arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    handlers = {"data": ocp.JsonCheckpointHandler(), **dict.fromkeys(like, frugal(at, like))}
-    composite = ocp.CompositeCheckpointHandler(**handlers)
-    with slow(f"{at}: restoring"), freed_at_once(), _reader(composite) as reader:
-        found = reader.restore(at, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
-    return {name: found[name] for name in like}, found["data"]
+    with slow(at, "restoring"), freed_at_once():
+        for name, tree in like.items():
+            check_tree(at, name, tree)
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        with _reader(ocp.CompositeCheckpointHandler(**dict.fromkeys(like, frugal(at, like)))) as reader:
+            found = reader.restore(at, args=ocp.args.Composite(**arguments))
+    return {name: found[name] for name in like}, _read_values(at, "data")
 
 
 def load(
@@ -221,9 +241,10 @@ def load(
     at = path_of(workdir, find_step(workdir, step, item))
     check_model(at, model)
     like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
-    check_tree(at, item, like)
-    with slow(f"{at}: reading"), freed_at_once(), _reader(frugal(at, {item: like})) as reader:
-        return model, reader.restore(os.path.join(at, item), like)
+    with slow(at, "reading"), freed_at_once():
+        check_tree(at, item, like)
+        with _reader(frugal(at, {item: like})) as reader:
+            return model, reader.restore(os.path.join(at, item), like)
 
 
 def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
@@ -258,7 +279,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
             items = {"params": in_chunks(params), "meta": ocp.args.JsonSave(notes)}
             writer.save(at + SAVING, args=ocp.args.Composite(**items))
         shutil.copytree(os.path.join(at + SAVING, "params"), os.path.join(at + SAVING, "ema"))  # needs no memory
-        publish(at + SAVING, at)
+        publish(at + SAVING, at, ("params", "ema", "meta"))
     except Exception as error:
         raise JobError(f"{at}: the checkpoint could not be written ({_cause(error)})") from error
 
@@ -267,10 +288,16 @@ def read_meta(workdir: str, step: int, item: str = "meta") -> dict:
     """Read a checkpoint's item of JSON values, "meta" or "data". Raises JobError if it is damaged."""
     at = path_of(workdir, step)
     try:
-        with _reader(ocp.JsonCheckpointHandler()) as reader:
-            return dict(reader.restore(os.path.join(at, item)))
+        return _read_values(at, item)
+    except StorageError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise JobError(f"{at}: its {item} cannot be read ({_cause(error)}); restore the folder from a copy") from None
+
+
+def _read_values(at: str, item: str) -> dict:
+    """Read an item that Orbax wrote as JSON. Raises OSError or ValueError."""
+    return dict(parse_json(read(os.path.join(at, item, "metadata"), LARGEST), LARGEST))
 
 
 def unique_images(workdir: str, step: int) -> int | None:
@@ -292,8 +319,7 @@ def check_trained(workdir: str) -> None:
 
 def check_model(at: str, model: ModelConfig) -> None:
     """Raises UsageError naming the keys in which the checkpoint's model differs from `model`, JobError if its step is wrong."""
-    with _reader(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(os.path.join(at, "meta"))
+    meta = _read_values(at, "meta")
     if str(meta["step"]) != os.path.basename(at):
         raise JobError(f"{at}: the checkpoint is of step {meta['step']}; give the folder its name back")
     found, wanted = meta["model"], to_dict(model)

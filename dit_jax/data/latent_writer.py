@@ -51,7 +51,7 @@ SHARD_BYTES = 1 << 30
 JOB, LOCK = "latents.job", "latents.lock"
 _CHUNK = 256  # records read at a time
 _OURS = re.compile(
-    r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.(lock|job|(json|job)\.(part|tmp\w+))"
+    r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.(lock|job|(json|job)\.(part|lock|tmp[\w.]+))"
 )
 _NAMED = re.compile(r"latents-(\d{5})-of-\d{5}\.array_record")
 _NOT_OF_THE_JOB = ("scale", "shift", "autoencoder", "left_out")  # these change no record that is there

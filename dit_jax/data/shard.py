@@ -32,7 +32,7 @@ def reading(path: str) -> Iterator[None]:
         yield
         return
     try:
-        with slow(f"{path}: reading"):
+        with slow(path, "reading"):
             yield
     except RuntimeError as error:
         said = str(error).partition(_REFUSED)[2]

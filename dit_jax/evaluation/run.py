@@ -14,11 +14,12 @@ from dit_jax import checkpoint
 from dit_jax.config import Config, MeshConfig
 from dit_jax.data.source import introduce
 from dit_jax.devices.mesh import make_mesh
-from dit_jax.error import Interrupted, JobError, NotFiniteError
+from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.loss import held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
 from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
+from dit_jax.files import remote
 from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
@@ -84,8 +85,8 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     def measure(step: int, params) -> tuple[dict, dict] | None:
         job = sampling.describe(params, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
-        store = parts.Store(folder, job | {"features": network.sha256}, (network.size,))
-        with _alone_in(folder, stop):
+        with _alone_in(folder, stop) as check:
+            store = parts.Store(folder, job | {"features": network.sha256}, (network.size,), check)
             if (step, protocol_id(protocol)) in read_records(workdir):
                 return None
             times: list[float] = []
@@ -107,20 +108,22 @@ def _timed(batches: Iterator[parts.Batch], times: list[float]) -> Iterator[parts
 
 
 @contextlib.contextmanager
-def _alone_in(folder: str, stop: list) -> Iterator[None]:
-    """Locks the folder of an unfinished metric; waits while another evaluation holds the lock."""
+def _alone_in(folder: str, stop: list) -> Iterator[Callable[[], None]]:
+    """Locks the folder of an unfinished metric; waits while another evaluation holds the lock. Yields `check()`, see `files.lock`."""
     told = False
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(parts.locked(folder))
+                check = stack.enter_context(parts.locked(folder))
                 break
+            except StorageError:
+                raise
             except JobError:
                 if not told:
                     told = say(f"{folder}: another evaluation draws these images; waiting for it") is None
                 _check_stop(stop, f"{folder}: another evaluation draws these images")
-                time.sleep(0.1)
-        yield
+                _wait(5.0 if remote(folder) else 0.1, stop)
+        yield check
 
 
 def tasks(cfg: Config, workdir: str, stop: list, quiet: bool, shared: Shared | None = None) -> list[Task]:

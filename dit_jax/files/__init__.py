@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import IO
 
-from dit_jax.error import UsageError
+from dit_jax.error import StorageError, UsageError
 from dit_jax.files import bucket, lease
 from dit_jax.files.text import DEEPEST as DEEPEST
 from dit_jax.files.text import LARGEST, LONGEST, parse_json
@@ -101,18 +101,25 @@ def read_all(folder: str, most: int = LONGEST) -> Iterator[tuple[str, bytes]]:
 
 
 @contextlib.contextmanager
-def slow(what: str) -> Iterator[None]:
-    """Say every SILENCE seconds that `what` is still under way, for clients that try again in silence."""
+def slow(path: str, what: str) -> Iterator[None]:
+    """Around a library that opens `path` itself: say every SILENCE seconds that `what` is still under way, as they try again in silence.
+
+    What they say of a bucket that refuses becomes a StorageError.
+    """
     end, since = threading.Event(), time.monotonic()
 
     def report() -> None:
         while not end.wait(SILENCE):
-            notice(f"{what}: still under way after {time.monotonic() - since:.0f} s")
+            notice(f"{path}: {what} is still under way after {time.monotonic() - since:.0f} s")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield
+    except Exception as error:
+        if remote(path) and bucket.refused_others(error):
+            raise StorageError(f"{path}: {what} failed, as the storage did not answer as it should ({error})") from None
+        raise
     finally:
         end.set()
         thread.join()
@@ -210,9 +217,12 @@ def create(path: str, content: str | bytes) -> bool:
     if remote(path):
         return bucket.write(path, _encoded(content), 0) is not None
     unfinished = f"{path}.tmp{os.urandom(4).hex()}"
-    write_file(unfinished, content)
     try:
+        with open(unfinished, "xb") as f:
+            f.write(_encoded(content))
+        sync(unfinished)
         os.link(unfinished, path)
+        sync(os.path.dirname(os.path.abspath(path)))
     except FileExistsError:
         return False
     except OSError:  # a file system without links

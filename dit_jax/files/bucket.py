@@ -1,11 +1,14 @@
 """Objects of Google Cloud Storage: what `files` does with a path that begins with gs://. The only module that names its client.
 
-Every call has a time limit and is tried again for at most PATIENCE seconds, with a notice after NOTICE. A conditional write whose
-first answer was lost reads as a conflict when it is tried again; each write therefore carries a mark by which it knows itself.
+Every call has a time limit, TIMEOUT, and is tried again for PATIENCE seconds, with notices from the first failure after NOTICE on. A
+conditional write whose first answer was lost reads as a conflict when it is tried again, so each write carries a mark by which it knows
+itself.
 """
 
 import contextlib
 import functools
+import io
+import logging
 import os
 import re
 import secrets
@@ -18,10 +21,14 @@ from dit_jax.error import StorageError, UsageError, shown
 from dit_jax.log import notice, warn
 
 SCHEME = "gs://"
-PATIENCE, NOTICE = 90.0, 10.0  # seconds of trying again
-TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
+PATIENCE, NOTICE = 90.0, 10.0  # seconds of trying again, and between notices of it
+TIMEOUT = (10.0, 20.0)  # seconds to connect, and between bytes
+UPLOAD = (10.0, 60.0)  # the same for a file, whose answer comes once it is stored
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # status codes
 BLOCK = 1 << 20  # bytes that an open object reads at least at once
+STATUS = re.compile(
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED: .*gs:|ABORTED"
+)  # of tensorstore
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 MARK = "dit-jax-write"  # key of an object's metadata: which write made it
 
@@ -40,6 +47,14 @@ def split(path: str) -> tuple[str, str]:
     if not BUCKET.fullmatch(bucket):
         raise UsageError(f"{shown(path)}: found no name of a bucket, expected gs://BUCKET/FOLDER in small letters")
     return bucket, "/".join(part for part in name.split("/") if part)
+
+
+def place(path: str) -> tuple[str, str]:
+    """Return the bucket and the object of a path. Raises UsageError as `split`, and if it names a whole bucket."""
+    bucket, name = split(path)
+    if not name:
+        raise UsageError(f"{path}: found a bucket, expected a path in it, such as gs://{bucket}/NAME")
+    return bucket, name
 
 
 def import_client():
@@ -64,24 +79,27 @@ def _client(process: int):
     # Through epath Orbax, TFDS and JAX's cache of programs use gcsfs, which would not see what other processes write meanwhile.
     for name in ("gs", "gcs"):
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     with _refused(SCHEME):
         return storage.Client()
 
 
-def _bucket(path: str):
-    return _client(os.getpid()).bucket(split(path)[0])
+def _blob(path: str):
+    bucket, name = place(path)
+    return _client(os.getpid()).bucket(bucket).blob(name)
 
 
 def _retry(path: str):
     """Return the policy of retries for one call: transient errors, for PATIENCE seconds."""
     from google.api_core import retry
 
-    began, said = time.monotonic(), []
+    began = said = time.monotonic()
 
     def report(error: Exception) -> None:
+        nonlocal said
         waited = time.monotonic() - began
-        if waited > NOTICE and not said:
-            said.append(True)
+        if time.monotonic() - said > NOTICE:
+            said = time.monotonic()
             why = str(error).splitlines()[0][:200]
             notice(f"{path}: no answer yet after {waited:.0f} s of at most {PATIENCE:.0f} ({why}); trying again")
 
@@ -96,7 +114,7 @@ def _transient(error: Exception) -> bool:
     broken = requests.exceptions
     if isinstance(error, (ConnectionError, broken.ConnectionError, broken.Timeout, broken.ChunkedEncodingError)):
         return True
-    if isinstance(error, auth.TransportError):
+    if isinstance(error, auth.GoogleAuthError) and (error.retryable or isinstance(error, auth.TransportError)):
         return True
     return getattr(getattr(error, "response", None), "status_code", None) in TRANSIENT
 
@@ -107,11 +125,12 @@ def _refused(path: str) -> Iterator[None]:
     import requests
     from google.api_core import exceptions
     from google.auth import exceptions as auth
+    from google.cloud.storage.exceptions import DataCorruption
 
     try:
         yield
     except exceptions.NotFound as error:
-        if "bucket" in error.message.lower():
+        if "specified bucket does not exist" in error.message:
             raise StorageError(
                 f"{path}: there is no bucket {split(path)[0]!r}, or not for this account; make it with `gcloud storage "
                 f"buckets create gs://{split(path)[0]} --location=REGION`, in the region of the slice"
@@ -126,8 +145,22 @@ def _refused(path: str) -> Iterator[None]:
             f"{path}: no permission ({_line(error)}); grant the account roles/storage.objectUser on the bucket, and on a TPU VM "
             "the scope cloud-platform"
         ) from None
+    except exceptions.PreconditionFailed:
+        raise StorageError(
+            f"{path}: another process has changed it while it was read; run the same command again"
+        ) from None
+    except DataCorruption:
+        raise StorageError(f"{path}: its bytes changed on the way (checksum); run the same command again") from None
     except (exceptions.GoogleAPIError, requests.exceptions.RequestException, auth.GoogleAuthError) as error:
         raise StorageError(f"{path}: the storage did not answer as it should ({_line(error)})") from None
+
+
+def refused_others(error: Exception) -> bool:
+    """Whether an error of gcsfs, aiohttp, tensorstore or the system says that a bucket refused, or did not answer."""
+    if isinstance(error, (StorageError, FileNotFoundError, FileExistsError)):
+        return False
+    own = type(error).__module__.startswith(("gcsfs", "aiohttp"))
+    return own or isinstance(error, OSError) or bool(STATUS.search(str(error)))
 
 
 LOGIN = "run `gcloud auth application-default login`, or give the machine a service account"
@@ -142,12 +175,25 @@ def _line(error: Exception) -> str:
 
 def stat(path: str) -> Object | None:
     """Return the object at a path, None if there is none."""
-    bucket, (_, name) = _bucket(path), split(path)
-    if not name:
+    if not split(path)[1]:
         return None
+    found = _find(path)
+    return found and Object(found.size, found.crc32c, found.generation)
+
+
+def _find(path: str):
+    """Return the object's client with what the service knows of it; None if there is none."""
+    from google.api_core import exceptions
+
+    blob = _blob(path)
     with _refused(path):
-        blob = bucket.get_blob(name, retry=_retry(path), timeout=TIMEOUT)
-    return blob and Object(blob.size, blob.crc32c, blob.generation)
+        try:
+            blob.reload(retry=_retry(path), timeout=TIMEOUT)
+        except exceptions.NotFound as error:
+            if "specified bucket" in error.message:
+                raise
+            return None
+    return blob
 
 
 def listing(folder: str, most: int | None = None) -> dict[str, Object]:
@@ -178,33 +224,60 @@ def _prefix(folder: str) -> str:
     return f"{name}/" if name else ""
 
 
-def read(path: str, start: int = 0, end: int | None = None) -> tuple[bytes, int]:
-    """Read (bytes from `start` to `end` or the object's, generation). Raises FileNotFoundError."""
+def read(path: str, start: int = 0, end: int | None = None, generation: int | None = None) -> tuple[bytes, int]:
+    """Read (bytes from `start` to `end` or the object's, generation).
+
+    Raises FileNotFoundError, and StorageError if the object is not of `generation`.
+    """
     from google.api_core import exceptions
 
-    blob = _bucket(path).blob(split(path)[1])
+    blob, last = _blob(path), None if end is None else end - 1
+    how = {"if_generation_match": generation, "retry": _retry(path), "timeout": TIMEOUT}
     with _refused(path):
-        last = None if end is None else end - 1
         try:
-            data = blob.download_as_bytes(start=start or None, end=last, retry=_retry(path), timeout=TIMEOUT)
-        except exceptions.RequestRangeNotSatisfiable:  # it is empty
-            data = b""
-    return data, blob.generation
+            return blob.download_as_bytes(start=start or None, end=last, **how), blob.generation
+        except exceptions.RequestRangeNotSatisfiable:  # it is empty, or ends before
+            blob.reload(retry=_retry(path), timeout=TIMEOUT)
+            return b"", blob.generation
+
+
+class _Reader(io.RawIOBase):
+    """An object's bytes, of one generation."""
+
+    def __init__(self, path: str, found: Object):
+        self._path, self._found, self._at = path, found, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._found.bytes}[whence], 0)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        end = min(self._at + len(buffer), self._found.bytes)
+        if end <= self._at:
+            return 0
+        data, _ = read(self._path, self._at, end, self._found.generation)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def opened(path: str) -> IO[bytes]:
     """Open an object for reading, seekable, a block at a time. Raises FileNotFoundError."""
-    with _refused(path):
-        blob = _bucket(path).get_blob(split(path)[1], retry=_retry(path), timeout=TIMEOUT)
-        if blob is None:
-            raise FileNotFoundError(2, "no such object", path)
-        return blob.open("rb", chunk_size=BLOCK, retry=_retry(path), timeout=TIMEOUT)
+    if (found := stat(path)) is None:
+        raise FileNotFoundError(2, "no such object", path)
+    return io.BufferedReader(_Reader(path, found), BLOCK)
 
 
 def download(path: str, file: str) -> None:
     """Copy an object into a local file; its checksum is compared. Raises FileNotFoundError."""
     with _refused(path):
-        _bucket(path).blob(split(path)[1]).download_to_filename(file, retry=_retry(path), timeout=TIMEOUT)
+        _blob(path).download_to_filename(file, retry=_retry(path), timeout=TIMEOUT)
 
 
 def write(path: str, content: bytes | os.PathLike, generation: int | None = None) -> int | None:
@@ -215,17 +288,17 @@ def write(path: str, content: bytes | os.PathLike, generation: int | None = None
     """
     from google.api_core import exceptions
 
-    blob, mark = _bucket(path).blob(split(path)[1]), secrets.token_hex(8)
+    blob, mark = _blob(path), secrets.token_hex(8)
     blob.metadata = {MARK: mark}
-    how = {"if_generation_match": generation, "retry": _retry(path), "timeout": TIMEOUT, "checksum": "crc32c"}
+    how = {"if_generation_match": generation, "retry": _retry(path), "checksum": "crc32c"}
     with _refused(path):
         try:
             if isinstance(content, bytes):
-                blob.upload_from_string(content, **how)
+                blob.upload_from_string(content, timeout=TIMEOUT, **how)
             else:
-                blob.upload_from_filename(os.fspath(content), **how)
+                blob.upload_from_filename(os.fspath(content), timeout=UPLOAD, **how)
         except exceptions.PreconditionFailed:
-            blob = _bucket(path).get_blob(split(path)[1], retry=_retry(path), timeout=TIMEOUT)
+            blob = _find(path)
             if blob is None or (blob.metadata or {}).get(MARK) != mark:
                 return None
         return blob.generation
@@ -237,9 +310,8 @@ def delete(path: str, generation: int | None = None) -> bool:
 
     try:
         with _refused(path):
-            blob = _bucket(path).blob(split(path)[1])
             try:
-                blob.delete(if_generation_match=generation, retry=_retry(path), timeout=TIMEOUT)
+                _blob(path).delete(if_generation_match=generation, retry=_retry(path), timeout=TIMEOUT)
             except exceptions.PreconditionFailed:
                 return stat(path) is None
     except FileNotFoundError:
@@ -249,7 +321,7 @@ def delete(path: str, generation: int | None = None) -> bool:
 
 def copy(path: str, to: str) -> None:
     """Copy an object within the service."""
-    source, target = _bucket(path).blob(split(path)[1]), _bucket(to).blob(split(to)[1])
+    source, target = _blob(path), _blob(to)
     with _refused(path):
         token = None
         while True:
@@ -260,7 +332,7 @@ def copy(path: str, to: str) -> None:
 
 def introduce(path: str) -> None:
     """Ask for the bucket of a path, so that a job fails at once and in one line if it may not; warns if it is far away."""
-    names(path)
+    listing(path, most=1)
     here = _region()
     if not here:
         return

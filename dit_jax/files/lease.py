@@ -27,23 +27,30 @@ def held(path: str, busy: Exception | None = None) -> Iterator[Callable[[], None
     If another process holds it, waits, or raises `busy` if given and the holder is alive.
     """
     mine = json.dumps({**_here(), "token": secrets.token_hex(8)}).encode()
-    generation, end, last, lost = _acquire(path, mine, busy), threading.Event(), time.monotonic(), False
+    generation, end, last, lost = _acquire(path, mine, busy), threading.Event(), _now(), False
+    alone = threading.Lock()
 
     def renew() -> None:
+        """Write it again; it is lost if another process has written it since."""
         nonlocal generation, last, lost
+        with alone, contextlib.suppress(StorageError):  # it lives a while without
+            began, found = _now(), None if lost else bucket.write(path, mine, generation)
+            generation, last, lost = found or generation, began, found is None
+
+    def go_on_renewing() -> None:
         while not lost and not end.wait(RENEWAL):
-            with contextlib.suppress(StorageError):  # it lives a while without
-                began, found = time.monotonic(), bucket.write(path, mine, generation)
-                generation, last, lost = found or generation, began, found is None
+            renew()
 
     def check() -> None:
-        if lost or time.monotonic() - last > LIFE:
+        if not lost and _now() - last > LIFE:
+            renew()
+        if lost or _now() - last > LIFE:
             raise StorageError(
                 f"{path}: another process has taken this lease, or may take it, after {LIFE:.0f} s without a sign "
                 "of this one; nothing more is written"
             )
 
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread = threading.Thread(target=go_on_renewing, name="lease", daemon=True)
     thread.start()
     try:
         yield check
@@ -55,9 +62,14 @@ def held(path: str, busy: Exception | None = None) -> Iterator[Callable[[], None
                 bucket.delete(path, generation)
 
 
+def _now() -> float:
+    """Seconds of a clock that goes on while the machine is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def _acquire(path: str, mine: bytes, busy: Exception | None) -> int:
     """Return the generation of the lease, once it is this process's."""
-    seen, since, said = 0, time.monotonic(), False
+    seen, since, said = 0, _now(), False
     while True:
         if generation := bucket.write(path, mine, 0):
             return generation
@@ -69,8 +81,8 @@ def _acquire(path: str, mine: bytes, busy: Exception | None) -> int:
         if busy and (known or seen not in (0, found)):
             raise busy
         if found != seen:
-            seen, since = found, time.monotonic()
-        if known is False or time.monotonic() - since > LIFE:
+            seen, since = found, _now()
+        if known is False or _now() - since > LIFE:
             if generation := bucket.write(path, mine, found):
                 return generation
             continue
@@ -99,7 +111,12 @@ def _started(process: int) -> str:
 
 
 def _alive(owner: bytes) -> bool | None:
-    """Whether the owner is a process that runs on this machine; None if it is another machine's, or of another boot."""
+    """Whether the owner is a process that runs on this machine; None if it is another machine's, or of another boot.
+
+    An empty lock, as a copy from a disk leaves it, has no owner.
+    """
+    if not owner:
+        return False
     try:
         found = json.loads(owner)
         here = found["boot"] and (found["host"], found["boot"]) == (socket.gethostname(), _boot())

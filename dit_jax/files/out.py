@@ -9,6 +9,7 @@ from dit_jax.error import UsageError
 from dit_jax.files import (
     absolute,
     base,
+    bucket,
     delete,
     exists,
     is_file,
@@ -41,6 +42,8 @@ def new_folder(path: str) -> Iterator[str]:
     `path` must not exist, or be an empty folder. The next job removes what a killed one left behind. For a path in a bucket the folder
     is on the disk and is uploaded on success, while an object beside it says that it is not complete.
     """
+    if remote(path):
+        bucket.place(path)
     mark = absolute(path) + UNFINISHED
     if not remote(path):
         delete(mark)

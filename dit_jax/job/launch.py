@@ -30,6 +30,7 @@ from dit_jax.error import (
     unknown_flag,
     watching,
 )
+from dit_jax.files import remote
 from dit_jax.job import help
 from dit_jax.job.check import define_flags, introduce_buckets, reachable, run_check
 from dit_jax.job.compiled import keep_programs
@@ -188,6 +189,8 @@ def _early_workdir() -> str:
 
 
 def _check_file(value: str, optional: bool = False) -> None:
+    if remote(value):
+        raise UsageError(f"--config: found {value!r}, expected a file on this disk: a config is a program")
     path = value.split(":", 1)[0]
     if not value and not optional:
         raise UsageError("--config: not given, expected a file such as configs/digits.py")

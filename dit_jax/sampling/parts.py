@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax import checkpoint
-from dit_jax.error import Interrupted, JobError, UsageError
+from dit_jax.error import Interrupted, JobError, StorageError, UsageError
 from dit_jax.files import (
     delete,
     is_file,
@@ -51,6 +51,7 @@ class Store:
     folder: str
     job: dict
     shape: tuple[int, ...]
+    check: Callable[[], None] = lambda: None  # raises if the folder's lock is lost
 
 
 def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callable, stop: list) -> None:
@@ -59,8 +60,9 @@ def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callab
     `draw(first, end)` yields batches of those images in order. Once `stop` is not empty, the current batch is kept and Interrupted
     is raised. Raises UsageError if `out` or the parts are another job's, JobError if another process draws into `out`.
     """
-    store = Store(f"{out}.parts", job, shape)
-    with locked(store.folder):
+    folder = f"{out}.parts"
+    with locked(folder) as check:
+        store = Store(folder, job, shape, check)
         held = images_held(out, job, num)
         _prepare(store)
         if held == num:
@@ -71,6 +73,7 @@ def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callab
                 kept = _take_over(store, out, kept, held)
             kept = _draw_missing(store, num, kept, draw, stop)
             write_npz(out, os.path.join(store.folder, "whole.tmp"), num, shape, _in_order(store, kept, num), job)
+        check()
         remove(store.folder)
 
 
@@ -84,12 +87,15 @@ def gather(store: Store, num: int, draw: Callable, stop: list, quiet: bool = Fal
 
 
 @contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Makes and locks `folder`, and removes it at the end if it is empty. Raises JobError if another process holds the lock."""
+def locked(folder: str) -> Iterator[Callable[[], None]]:
+    """Makes and locks `folder`, and removes it at the end if it is empty; yields `check()`, see `files.lock`.
+
+    Raises JobError if another process holds the lock.
+    """
     busy = JobError(f"{folder}: another process draws into it; wait for its end, or use another --out")
     try:
-        with lock(os.path.join(folder, LOCK), busy, keep=False):
-            yield
+        with lock(os.path.join(folder, LOCK), busy, keep=False) as check:
+            yield check
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
@@ -177,6 +183,7 @@ def _digest(store: Store, start: int, end: int, *content) -> bytes:
 def save_part(store: Store, start: int, images: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     """Writes images (b, h, w, c) and labels (b,), numbered from `start`, whole or not at all. Returns their range."""
     end = start + len(labels)
+    store.check()
     path, content = _path(store, start, end), (images.tobytes(), labels.astype("<i4").tobytes())
     write_file(path, b"".join((_digest(store, start, end, *content), *content)))
     return start, end
@@ -278,6 +285,8 @@ def _in_order(store: Store, kept: list[tuple[int, int]], num: int) -> Iterator[B
             return
         try:
             images, labels = load_part(store, start, end)
+        except StorageError:
+            raise
         except (OSError, ValueError) as error:
             path = _path(store, start, end)
             raise JobError(f"{path}: damaged meanwhile ({error}); the same command draws its images again") from None

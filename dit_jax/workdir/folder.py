@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 
 from dit_jax.config import Config, resolve, to_dict
-from dit_jax.error import UsageError
+from dit_jax.error import StorageError, UsageError
 from dit_jax.files import is_file, is_folder, json_text, names, read_json, write_file
 from dit_jax.files import make_folder as make
 
@@ -87,5 +87,7 @@ def make_folder(workdir: str, name: str, cfg: Config) -> None:
     try:
         make(workdir)
         write_file(os.path.join(workdir, name), text)
+    except StorageError:
+        raise
     except OSError as error:
         raise UsageError(f"--workdir: cannot write to {workdir!r} ({error.strerror})") from None

@@ -5,7 +5,7 @@ The checksum is SHA-256, of bytes that are read back. In a bucket it is the serv
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from dit_jax.files import create, file_crc32c, file_sha256, parse_json, read, remote, sizes, sync, write_file
 
@@ -15,15 +15,20 @@ SUMS = {"sha256": ("SHA-256", file_sha256), "crc32c": ("CRC-32C", file_crc32c)}
 ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
-def write_manifest(folder: str) -> None:
-    """Sync and hash the files of `folder` and write its manifest, whole or not at all."""
+def write_manifest(folder: str, parts: Collection[str] = (), check: Callable[[], None] = lambda: None) -> None:
+    """Sync and hash the files of `folder` and write its manifest, whole or not at all. `check`: raises if this process may not.
+
+    Raises OSError if there is no file in one of the folders `parts`.
+    """
+    there = _files(folder)
+    if gone := [part for part in parts if not any(name.startswith(f"{part}/") for name in there)]:
+        raise FileNotFoundError(2, f"what was written of {', '.join(gone)} is gone", folder)
+    check()
     if remote(folder):
-        if not create(os.path.join(folder, NAME), _text({"version": 1, "files": _files(folder)})):
+        if not create(os.path.join(folder, NAME), _text({"version": 1, "files": there})):
             raise FileExistsError(17, "another process has written this checkpoint", folder)
         return
-    files = {
-        name: found | {"sha256": file_sha256(os.path.join(folder, name))} for name, found in _files(folder).items()
-    }
+    files = {name: found | {"sha256": file_sha256(os.path.join(folder, name))} for name, found in there.items()}
     for path in (*(os.path.join(folder, name) for name in files), *(root for root, _, _ in os.walk(folder))):
         sync(path)
     write_file(os.path.join(folder, NAME), _text({"version": 1, "files": files}))

@@ -54,7 +54,11 @@ def read_lines(path: str, fields: Mapping[str, type] = STEP) -> list[dict]:
 
 def stream_lines(path: str, fields: Mapping[str, type] = STEP, most: float = math.inf) -> Iterator[dict]:
     """Yield the objects as `read_lines` does, from a file of any size."""
-    with contextlib.suppress(FileNotFoundError), open_lines(path) as f:
+    try:
+        lines = open_lines(path)
+    except FileNotFoundError:
+        return
+    with lines as f:
         yield from _objects(f, path, fields, most)
 
 
@@ -179,8 +183,9 @@ def open_scalars(workdir: str, step: int, tensorboard: bool = True, wandb: str =
 
     def close() -> None:
         thread.shutdown()
-        for writer in writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:
+            for writer in writers:
+                stack.callback(writer.close)
 
     return Scalars(write, flush, close)
 
@@ -211,13 +216,23 @@ def _segments(path: str, step: int) -> Scalars:
         found = list(kept)
         for one in found:
             name, old, lines = one
-            if lines != old and not replace(name, lines, old):
+            if lines != old and not (
+                replace(name, lines, old) or ((ours := _ours(name, old, lines)) and replace(name, lines, ours))
+            ):
                 raise JobError(f"{name}: another process has written it meanwhile; one job at a time trains a run")
             one[1] = lines
         for one in found[:-1]:
             kept.remove(one)
 
     return Scalars(write, flush, flush)
+
+
+def _ours(name: str, old: bytes | None, lines: bytes) -> bytes | None:
+    """Return what an object holds if this process wrote it, though it had no answer: more of `lines` than `old`."""
+    with contextlib.suppress(FileNotFoundError):
+        there = read(name, LARGEST)
+        return there if lines.startswith(there) and there.startswith(old or b"") else None
+    return None
 
 
 def _tensorboard(workdir: str, start: int) -> Scalars:

@@ -258,6 +258,16 @@ def test_an_open_object_stays_the_same_and_its_errors_are_lines(server, monkeypa
             f.read()
 
 
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a//x"])
+def test_an_object_whose_name_leads_elsewhere_is_not_fetched(name, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    server.store("test", f"net/{name}", b"1", {}, {})
+    with pytest.raises(UsageError, match="whose name leads elsewhere"), files.local("gs://test/net"):
+        pass
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_another_region_is_a_warning(server, monkeypatch, capsys):
     from http.server import BaseHTTPRequestHandler, HTTPServer
 

@@ -139,11 +139,16 @@ def local(path: str) -> Iterator[str]:
         if is_file(path):
             bucket.download(path, copied)
         else:
-            _each(lambda name: _fetch(os.path.join(path, name), os.path.join(copied, name)), bucket.listing(path))
+            _each(lambda name: _fetch(path, name, copied), bucket.listing(path))
         yield copied
 
 
-def _fetch(path: str, file: str) -> None:
+def _fetch(folder: str, name: str, to: str) -> None:
+    path, file = os.path.join(folder, name), os.path.join(to, name)
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise UsageError(
+            f"{folder}: found the object {name!r}, whose name leads elsewhere on a disk, expected plain names"
+        )
     os.makedirs(os.path.dirname(file), exist_ok=True)
     bucket.download(path, file)
 

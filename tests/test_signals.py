@@ -32,13 +32,18 @@ with stop_flag({patience}) as stop:
 )
 def test_a_program_under_way_does_not_outlast_patience_or_a_second_signal(patience, signals):
     command = [sys.executable, "-c", BLOCKED.format(patience=patience)]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "there\n"
-    time.sleep(0.3)  # into the call
-    for number in signals:
-        job.send_signal(number)
-        time.sleep(0.1)
-    _, err = job.communicate(timeout=20)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    job = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heard, **pipes)
+    try:
+        assert job.stdout.readline() == "there\n"
+        time.sleep(0.3)  # into the call
+        for number in signals:
+            job.send_signal(number)
+            time.sleep(0.1)
+        _, err = job.communicate(timeout=20)
+    finally:
+        job.kill()
     assert (job.returncode, err.count("\n")) == (75, 1)
     assert err.startswith("interrupted: what was under way is given up; the same command goes on from what is saved")
 

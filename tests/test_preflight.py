@@ -171,7 +171,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     one, two = (compilation.timing(module, topology(name), program) for name in ("h100x8", "h100x16"))
     assert one["estimated_step_seconds"] is one["estimated_mfu"] is two["estimated_step_seconds"] is None
     assert one["collective_seconds"] == pytest.approx(450 * 4 / 450e9) and two["collective_seconds"] is None
-    report = {"job": "train", "suggestion": "", "bytes": {"arguments": 10e9, "temporaries": 49e9}} | two
+    report = {"job": "train", "suggestion": "", "fits": True, "bytes": {"arguments": 10e9, "temporaries": 49e9}} | two
     time, memory_, network = compilation.notes(report, topology("h100x16"), 10, None)
     assert time == "no estimate of the step: the compiler of GPU programs gives none, so no hours and no price"
     assert memory_.startswith("the memory is an estimate: ")
@@ -366,7 +366,10 @@ def test_a_step_is_compiled_for_absent_gpus(model, slice, fsdp, tmp_path):
 
 @pytest.mark.gpu_compiler
 def test_a_batch_too_large_for_a_gpu_does_not_fit_and_what_is_suggested_does(tmp_path):
-    config, large = "imagenet256.py:DiT-S/2", ["--topology=a100x1", "--config.train.batch_size=4096"]
+    config, large = (
+        "imagenet256.py:DiT-S/2",
+        ["--topology=a100x1", "--config.mesh.fsdp=1", "--config.train.batch_size=4096"],
+    )
     found = compiled_for(tmp_path, config, *large, code=1)
     assert not found["fits"] and found["suggestion"] and found["message"]
     assert compiled_for(tmp_path, config, *large, *found["suggestion"].split())["fits"]

@@ -179,6 +179,7 @@ def devices_ahead(topology: hardware.Topology) -> list:
         jax.config.update("jax_num_cpu_devices", topology.devices)
         return jax.devices()[: topology.devices]
     if topology.platform == "gpu":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # severe log lines only
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *GPU_FLAGS]).strip()
     else:
         os.environ.update(TPU_ENVIRONMENT)

@@ -197,7 +197,8 @@ def gpu_notes(report: dict, topology: hardware.Topology) -> list[str]:
         "the memory is an estimate: attention is compiled by XLA (a GPU takes cuDNN's for 'auto' in bfloat16), and no product "
         "was tuned on a device"
     ]
-    if report["bytes"]["arguments"] + (report["bytes"]["temporaries"] or 0) > PREALLOCATED * topology.memory_bytes:
+    used = report["bytes"]["arguments"] + (report["bytes"]["temporaries"] or 0)
+    if report["fits"] and used > PREALLOCATED * topology.memory_bytes:
         found.append(
             f"JAX takes {PREALLOCATED:.0%} of a GPU's memory, less than this needs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more"
         )

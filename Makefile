@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 PEERS := $(VENV)/peers
 TPU := $(VENV)/tpu
+GPU := $(VENV)/gpu
 XPK := $(VENV)/xpk
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-build-isolation
 
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs dev peers tpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick slurm xpk torture lint lock clean
+.PHONY: help setup gcs dev peers tpu gpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
@@ -25,6 +26,7 @@ help:
 	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
 	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
+	@echo "make preflight-gpu  the same for GPUs, none needed: first installs XLA's GPU compiler in $(GPU) (make gpu: 1.1 GB)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
 	@echo "make xpk        the commands of launch/gke.sh against xpk's own parser"
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
@@ -73,7 +75,7 @@ test: dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
-	$(BIN)/python -m pytest -m "slow and not bucket and not tpu and not parity"
+	$(BIN)/python -m pytest -m "slow and not bucket and not tpu and not parity and not gpu_compiler"
 
 test-bucket: dev
 	$(BIN)/python -m pytest -m "not slow" --durations=5 tests/test_bucket*.py
@@ -114,6 +116,17 @@ preflight: tpu
 preflight-quick: tpu
 	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight.py tests/test_hardware.py
 
+$(GPU)/.done: $(VENV)/.dev requirements-gpu.lock
+	@echo "installing XLA's GPU compiler ..."
+	@rm -rf $(GPU)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile --target $(GPU) -r requirements-gpu.lock
+	@touch $@
+
+gpu: $(GPU)/.done
+
+preflight-gpu: gpu
+	PYTHONPATH=$(GPU) $(BIN)/python -m pytest -m gpu_compiler tests/test_preflight.py
+
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
@@ -144,6 +157,7 @@ lock: $(BIN)/uv
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) setup.py --extra gcs -c requirements-dev.lock $(call WITHOUT,requirements.lock) -o requirements-gcs.lock
+	$(COMPILE) setup.py --extra gpu-compiler -c requirements-dev.lock $(call WITHOUT,requirements.lock) -o requirements-gpu.lock
 	$(COMPILE) requirements-tpu.in -c requirements.lock $(call WITHOUT,requirements.lock) -o requirements-tpu.lock
 	$(COMPILE) requirements-xpk.in -o requirements-xpk.lock
 	$(subst --universal,--python-platform x86_64-manylinux_2_28,$(COMPILE)) requirements-peers.in -c requirements-dev.lock \

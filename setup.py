@@ -35,6 +35,17 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    # XLA's compiler of GPU programs, which needs no GPU, with the parts of CUDA that it calls
+    "gpu-compiler": [
+        "jax[cuda13-local]>=0.10,<0.13",
+        "nvidia-cuda-crt",
+        "nvidia-cuda-cupti",
+        "nvidia-cuda-nvcc",
+        "nvidia-cuda-nvrtc",
+        "nvidia-cuda-runtime",
+        "nvidia-nvjitlink",
+        "nvidia-nvvm",
+    ],
     "gcs": ["gcsfs", "google-cloud-storage"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],

@@ -9,11 +9,14 @@ Figures are the makers', dense, nan if not published. TPU v2 and v3: Jouppi et a
 Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e, tpu7x and the
 shapes of all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the V100, A100, H100 and
 H200 (SXM), T4, L4 and A10, its A100 whitepaper for the clock, its Ada whitepaper for the RTX 4090 (sums in fp32), its HGX B200 datasheet.
+TARGETS: limits from the table of compute capabilities in NVIDIA's CUDA C++ Programming Guide; multiprocessors, L2 cache and clock from
+OpenXLA's descriptions of these GPUs (xla/backends/gpu/target_config/specs).
 """
 
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from dit_jax.error import UsageError, alike, shown
 
@@ -101,6 +104,30 @@ CHIPS = {
     "cpu": Chip("cpu", 1, math.nan, 0, math.nan),
 }
 
+
+class Target(NamedTuple):
+    """What XLA's compiler of GPU programs asks about a GPU, besides its memory and bandwidth."""
+
+    capability: int  # compute capability, major; the minor one is 0
+    cores: int  # multiprocessors
+    units: int  # fp32 units per multiprocessor
+    shared: int  # KiB of shared memory per multiprocessor; a block may take 1 KiB less
+    cache: int  # bytes of L2
+    clock: float  # GHz
+
+
+TARGETS = {
+    "a100": Target(8, 108, 64, 164, 40 * 2**20, 1.41),
+    "a100-40gb": Target(8, 108, 64, 164, 40 * 2**20, 1.41),
+    "h100": Target(9, 132, 128, 228, 50 * 2**20, 1.98),
+    "h200": Target(9, 132, 128, 228, 50 * 2**20, 1.98),
+    "b200": Target(10, 148, 128, 228, 132644864, 1.965),
+}
+# Limits of compute capabilities 8.0, 9.0 and 10.0 alike.
+LIMITS = """threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152
+registers_per_core_limit: 65536 registers_per_block_limit: 65536 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+block_dim_limit_z: 65535 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64"""
+
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = ((4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12), (8, 8, 16), (8, 16, 16))
 _DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *_CUBES)
@@ -164,12 +191,17 @@ class Topology:
         return self.chip.bandwidth / self.chip.devices
 
     def description(self) -> dict:
-        """Keyword arguments of `jax.experimental.topologies.get_topology_desc`. Raises UsageError unless it is a TPU slice.
+        """Keyword arguments of `jax.experimental.topologies.get_topology_desc`. Raises UsageError if no compiler knows it.
 
-        libtpu, the compiler of TPU programs, must be installed; a TPU need not be present.
+        The compiler (libtpu, or XLA's for GPUs) must be installed; a device need not be present.
         """
+        if self.generation in TARGETS:
+            shape = "x".join(map(str, (1, *self.shape)))
+            return {"platform": "cuda", "topology": shape, "target_config": self._target_config()}
         if self.platform != "tpu":
-            raise UsageError(f"topology: found {self.name}, but programs are compiled ahead for TPU slices only")
+            raise UsageError(
+                f"topology: found {self.name}, expected a TPU slice or one of {', '.join(TARGETS)} to compile for ahead"
+            )
         sides = "x".join(map(str, self.shape))
         hosted = self.shape if self.hosts == self.slices else (2, 2)
         if self.generation in FULL:
@@ -185,6 +217,17 @@ class Topology:
             "wrap": (*wrap, False)[:3],
             **megacore,
         }
+
+    def _target_config(self) -> str:
+        """Text of the GpuTargetConfigProto of one of its GPUs, an entry in TARGETS."""
+        one = TARGETS[self.generation]
+        accelerated = " feature_extension: ACCELERATED_FEATURES" if one.capability >= 9 else ""
+        return f"""gpu_device_info {{ {LIMITS}
+            core_count: {one.cores} fpus_per_core: {one.units} clock_rate_ghz: {one.clock} l2_cache_size: {one.cache}
+            shared_memory_per_core: {one.shared * 1024} shared_memory_per_block_optin: {(one.shared - 1) * 1024}
+            memory_bandwidth: {int(self.bandwidth)} device_memory_size: {self.memory_bytes}
+            cuda_compute_capability {{ major: {one.capability}{accelerated} }} }}
+            platform_name: "CUDA" device_description_str: "{self.chip.device_kind}" """
 
 
 def names() -> list[str]:

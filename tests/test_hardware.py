@@ -130,8 +130,15 @@ def test_what_the_topology_api_needs():
     assert topology("2xv4-8").description() == topology("v4-8").description() | {"num_slices": 2}
     assert topology("v4-8").description()["wrap"] == (False, False, False)
     assert topology("v5e-8").description()["chips_per_host_bounds"] == (2, 4, 1)
-    with pytest.raises(UsageError, match="found h100x8, but programs are compiled ahead for TPU slices only"):
-        topology("h100x8").description()
+    two = topology("h100x16").description()
+    assert (two["platform"], two["topology"]) == ("cuda", "1x2x8") and topology("h200x1").description()[
+        "topology"
+    ] == "1x1x1"
+    assert "core_count: 132" in two["target_config"] and "device_memory_size: 80000000000" in two["target_config"]
+    with pytest.raises(
+        UsageError, match="found t4x1, expected a TPU slice or one of a100, a100-40gb, h100, h200, b200"
+    ):
+        topology("t4x1").description()
 
 
 @pytest.mark.parametrize(

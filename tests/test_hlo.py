@@ -168,3 +168,20 @@ def test_a_real_scan_of_a_real_mesh_is_counted():
     text = jax.jit(step, in_shardings=(rows, split), out_shardings=rows).lower(x, w).compile().as_text()
     (one,) = hlo.collectives(hlo.parse(text), 8)
     assert (one.kind, one.count, one.group, one.bytes) == ("all-gather", 5, 8, 64 * 64 * 4)
+
+
+def test_collectives_that_the_gpu_compiler_joins_count_every_array():
+    text = """HloModule jit_step
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %gather.1 = ((f32[2]{0}, f32[3,2]{1,0}), (f32[8]{0}, f32[3,8]{0,1})) all-gather-start(%a, %b), replica_groups=[1,4]<=[4]
+  %done.1 = (f32[8]{0}, f32[3,8]{0,1}) all-gather-done(%gather.1)
+  %scatter.2 = ((f32[8]{0}, f32[16]{0}), (f32[2]{0}, f32[4]{0})) reduce-scatter-start(%a, %b), replica_groups=[1,4]<=[4]
+  %one.3 = ((f32[8]{0}), f32[2]{0}) reduce-scatter-start(%a), replica_groups=[1,4]<=[4]
+  %sum.4 = (f32[8]{0}, f32[16]{0}) all-reduce-start(%a, %b), replica_groups=[1,4]<=[4], to_apply=%add
+  %whole.5 = (f32[2]{0}, f32[4]{0}) reduce-scatter(%a, %b), replica_groups=[1,4]<=[4]
+  ROOT %sum.6 = f32[8]{0} all-reduce-start(%a), replica_groups=[1,4]<=[4], to_apply=%add
+}
+"""
+    found = [(one.kind, one.bytes // 4) for one in hlo.collectives(hlo.parse(text), 4)]
+    assert found[:3] == [("all-gather", 8 + 24), ("reduce-scatter", 8 + 16), ("reduce-scatter", 8)]
+    assert found[3:] == [("all-reduce", 8 + 16), ("reduce-scatter", 8 + 16), ("all-reduce", 8)]

@@ -75,13 +75,28 @@ def test_the_locks_pin_what_setup_py_asks_for_once_for_each_python(python):
     with mock.patch("setuptools.setup"):
         setup = runpy.run_path(str(ROOT / "setup.py"))
     here = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": "x86_64"}
-    for lock, asked in (("requirements.lock", setup["CORE"]), ("requirements-dev.lock", setup["EXTRAS"]["dev"])):
+    extras = setup["EXTRAS"]
+    gpu = [r for r in extras["gpu-compiler"] if not r.startswith("jax[")]  # jax itself is in requirements.lock
+    locks = (
+        ("requirements.lock", setup["CORE"]),
+        ("requirements-dev.lock", extras["dev"]),
+        ("requirements-gpu.lock", gpu),
+    )
+    for lock, asked in locks:
         lines = [Requirement(line.split(" --hash")[0]) for line in requirements(ROOT / lock)]
         pins = [r for r in lines if r.marker is None or r.marker.evaluate(here)]
         assert len({canonicalize_name(r.name) for r in pins}) == len(pins), "two versions of one package"
         found = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in pins}
         for requirement in map(Requirement, asked):
             assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_gpu_compiler_is_locked_for_the_locked_jax():
+    core, gpu = locked("requirements.lock"), locked("requirements-gpu.lock")
+    assert {gpu[f"jax-cuda13-{part}"] for part in ("plugin", "pjrt")} == {core["jax"]} and not set(core) & set(gpu)
+    versions = [len(re.findall(rf"(?m)^{name}==", (ROOT / lock).read_text())) for name, lock in
+                (("jax", "requirements.lock"), ("jax-cuda13-plugin", "requirements-gpu.lock"))]  # fmt: skip
+    assert versions[0] == versions[1]  # one for each Python that has its own jax
 
 
 def test_what_jax_tpu_adds_is_locked_for_the_locked_jax():

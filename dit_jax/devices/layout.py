@@ -15,7 +15,7 @@ from dit_jax.hardware import Topology, topology
 
 # slice -> devices that share the state (`mesh.fsdp`), by model size; the batch is split over all devices. For TPUs this is the first
 # choice of `preflight --search`: with fewer devices each has more optimizer work, with more than 16 XL/2's kernels have no whole tiles.
-# For GPUs and CPUs nothing was compiled: small models are replicated, large ones split over all devices.
+# For GPUs and CPUs no compiler tells a time: small models are replicated, large ones split over all devices.
 FSDP = {
     "v3-8": {"S": 4, "B": 4, "L": 8, "XL": 8},
     "v3-32": {"S": 16, "B": 16, "L": 16, "XL": 16},

@@ -38,6 +38,9 @@ TPU_ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 
+# XLA's tile sizes of products come from trials on a device: without one, products are cuBLAS's and nothing is tried.
+GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")
+
 # Axis that `tensor` splits in the weights of a block, counted from the end.
 TENSOR_AXES = {
     "qkv": {"kernel": -2, "bias": -2},  # (l, d, 3, k, h) and (l, 3, k, h): by heads
@@ -157,8 +160,10 @@ def devices_of_processes() -> list[int]:
 
 def why_not_compiled(topology: hardware.Topology) -> str:
     """Reason why programs for a topology cannot be compiled on this machine, or ""."""
-    if topology.platform == "gpu":
-        return "programs for GPUs are compiled where the GPUs are"
+    if topology.platform == "gpu" and topology.generation not in hardware.TARGETS:
+        return f"the compiler of GPU programs is told of {', '.join(hardware.TARGETS)} only (dit_jax/hardware.py)"
+    if topology.platform == "gpu" and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return "no XLA compiler of GPU programs, which needs no GPU: make gpu, then PYTHONPATH=.venv/gpu"
     if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         wanted = next((r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "libtpu")
         return (
@@ -168,12 +173,16 @@ def why_not_compiled(topology: hardware.Topology) -> str:
 
 
 def devices_ahead(topology: hardware.Topology) -> list:
-    """Devices of an absent slice, as targets of compilation. Call it before anything initialises JAX's backend."""
+    """Devices of absent slices or GPUs, as targets of compilation. Call it before anything initialises JAX's backend."""
     jax.config.update("jax_platforms", "cpu")
     if topology.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.devices)
         return jax.devices()[: topology.devices]
-    os.environ.update(TPU_ENVIRONMENT)
+    if topology.platform == "gpu":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # severe log lines only
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *GPU_FLAGS]).strip()
+    else:
+        os.environ.update(TPU_ENVIRONMENT)
     return list(topologies.get_topology_desc(**topology.description()).devices)
 
 

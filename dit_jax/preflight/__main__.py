@@ -3,9 +3,10 @@
     python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2,v3-256 [--job=sample --num=50000] [--price=2.0] [--json=OUT]
     python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2 --topology=v3-256 --search=4,8,16,32
 
-libtpu compiles TPU programs on any x86-64 Linux machine. Programs for `cpux8` and the like are compiled by this machine's XLA. For
-GPUs only what needs no compiler is reported. Memory and collectives are those of the program that would run. The step time is the
-compiler's own estimate, made to compare layouts. It omits collectives, so their bytes over the links' bandwidth stand beside it.
+libtpu compiles TPU programs on any x86-64 Linux machine, and so does XLA's compiler of GPU programs (`make gpu`). Programs for `cpux8`
+and the like are compiled by this machine's XLA. Memory and collectives are those of the program that would run; for GPUs the memory is
+an estimate. The step time is the TPU compiler's own estimate, made to compare layouts. It omits collectives, so their bytes over the
+links' bandwidth stand beside it. For GPUs there is no estimate of the time.
 """
 
 from absl import flags

@@ -21,6 +21,7 @@ from dit_jax.training.state import abstract_batch, abstract_state
 from dit_jax.training.step import make_train_step
 
 FULL = 0.9  # share of a device's memory above which a program counts as one that does not fit
+PREALLOCATED = 0.75  # share of a GPU's memory that JAX takes at its start, by default
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -
         return report
     memory, sizes = executable.memory_analysis(), report["bytes"]
     sizes["arguments"], sizes["temporaries"] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    sizes["code"], sizes["donated"] = memory.generated_code_size_in_bytes, memory.alias_size_in_bytes
+    sizes["code"], sizes["donated"] = memory.generated_code_size_in_bytes or None, memory.alias_size_in_bytes
     text = executable.as_text()
     sizes["state"] = sum(hlo.argument_bytes(text)[: found.state])
     report["message"] = too_large(sizes["arguments"] + sizes["temporaries"], sizes["memory"])
@@ -149,7 +150,8 @@ def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> d
         entry["sent"] += one.sent
         sent += one.sent
     chip, cycles = topology.chip, hlo.estimated_cycles(module)
-    links = chip.links * chip.link_bandwidth / chip.devices
+    nodes = topology.platform == "gpu" and topology.hosts > 1  # no rate of the network between them is known
+    links = math.nan if nodes else chip.links * chip.link_bandwidth / chip.devices
     seconds = cycles / chip.clock if cycles and chip.clock > 0 else None
     peak = topology.peak() * topology.devices
     return {
@@ -181,9 +183,29 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
         found.append(
             f"in no time: the sums of gradients between the {topology.slices} slices, which cross the data-center network"
         )
+    if report["collectives"] is not None and topology.platform == "gpu":
+        found += gpu_notes(report, topology)
     if report["job"] == "sample" and topology.hosts > 1:
         hosts = f"this is {topology.hosts} of them, each with its part of the images"
         found.append(f"the sample job drives one host; {hosts}")
+    return found
+
+
+def gpu_notes(report: dict, topology: hardware.Topology) -> list[str]:
+    """What else is not known about a program that XLA compiled for absent GPUs."""
+    found = [
+        "the memory is an estimate: attention is compiled by XLA (a GPU takes cuDNN's for 'auto' in bfloat16), and no product "
+        "was tuned on a device"
+    ]
+    used = report["bytes"]["arguments"] + (report["bytes"]["temporaries"] or 0)
+    if report["fits"] and used > PREALLOCATED * topology.memory_bytes:
+        found.append(
+            f"JAX takes {PREALLOCATED:.0%} of a GPU's memory, less than this needs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more"
+        )
+    if topology.hosts > 1:
+        found.append(
+            f"no time of the collectives: the rate of the network between the {topology.hosts} nodes is not known"
+        )
     return found
 
 

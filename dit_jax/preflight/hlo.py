@@ -155,17 +155,21 @@ def collectives(module: Module, devices: int) -> list[Collective]:
         if fused and instruction.name not in started.get(_channel(instruction), (instruction.name,)):
             continue
         group = _group(instruction.attributes, devices)
-        size = max(_sizes(instruction.shape), default=0)
-        if kind == "reduce-scatter":
-            size *= group
+        size = _whole(instruction, kind, group)
         if kind == "all-reduce" and instruction.name in inside:
             kind = "reduce-scatter"
-        if kind in ("all-reduce", "all-to-all") and not instruction.opcode.endswith("-start"):
-            size = sum(_sizes(instruction.shape)) if kind == "all-to-all" or instruction.shape[0] == "(" else size
         operation = re.search(r'op_name="([^"]*)"', instruction.attributes)
         edge = kind == "collective-permute" and _scattered(instruction, module, scatters)
         found.append(Collective(kind, size, group, times, operation[1] if operation else "", edge))
     return found
+
+
+def _whole(instruction: Instruction, kind: str, group: int) -> int:
+    """Bytes of the whole arrays of a collective, which may be several in one. An asynchronous one lists operands, then results."""
+    sizes, count = _sizes(instruction.shape), max(len(_operands(instruction)), 1)
+    if instruction.opcode.endswith("-start") and len(sizes) >= 2 * count:
+        return max(sum(sizes[:count]), sum(sizes[count : 2 * count]))
+    return sum(sizes) * (group if kind == "reduce-scatter" else 1)
 
 
 def _started(module: Module) -> dict[str, set[str]]:

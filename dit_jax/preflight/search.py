@@ -90,9 +90,13 @@ def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -
             )
     if asked and (missing := why_not_compiled(topology)):
         raise UsageError(f"--search: cannot compile for {topology.name}: {missing}")
+    if asked and topology.platform == "gpu" and topology.hosts > 1:
+        raise UsageError(
+            f"--search: found {topology.name}, expected GPUs of one node: the rate of the network between nodes is not known"
+        )
     if asked and topology.platform == "cpu":
         raise UsageError(
-            f"--search: found {topology.name}, expected a TPU slice: no figure of a CPU's program is known to rank layouts by"
+            f"--search: found {topology.name}, expected TPUs or GPUs: no figure of a CPU's program is known to rank layouts by"
         )
     return [int(size) for size in asked]
 

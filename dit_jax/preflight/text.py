@@ -27,10 +27,10 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
         used = sizes["arguments"] + sizes["temporaries"]
         of = f" of {gib(sizes['memory'])}: {used / sizes['memory']:.0%}" if sizes["memory"] else ""
         yield "temporaries", f"{gib(sizes['temporaries'])}; with the arguments {gib(used)}{of}"
-    if sizes["donated"] is not None:
+    if sizes["code"] is not None:
         yield "code", gib(sizes["code"])
-        if sizes["state"]:
-            yield "donated", f"{sizes['donated']:,} bytes of a state of {sizes['state']:,}"
+    if sizes["donated"] is not None and sizes["state"]:
+        yield "donated", f"{sizes['donated']:,} bytes of a state of {sizes['state']:,}"
     if report["fits"] is not None:
         spent = f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s of a core"
         yield "fits", f"{'yes' if report['fits'] else 'NO'}; compiled in {spent}"

@@ -9,8 +9,7 @@ Figures are the makers', dense, nan if not published. TPU v2 and v3: Jouppi et a
 Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e, tpu7x and the
 shapes of all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the V100, A100, H100 and
 H200 (SXM), T4, L4 and A10, its A100 whitepaper for the clock, its Ada whitepaper for the RTX 4090 (sums in fp32), its HGX B200 datasheet.
-TARGETS: limits from the table of compute capabilities in NVIDIA's CUDA C++ Programming Guide; multiprocessors, L2 cache and clock from
-OpenXLA's descriptions of these GPUs (xla/backends/gpu/target_config/specs).
+TARGETS and LIMITS: OpenXLA's descriptions of these GPUs (xla/backends/gpu/target_config/specs).
 """
 
 import math

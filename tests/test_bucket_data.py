@@ -271,6 +271,7 @@ def test_two_writers_and_other_files_are_refused(server, monkeypatch):
         server.damage("add", "latents/train/latents.lock", data=b"another process's")
         while all(request.status != 412 for request in server.requests):
             time.sleep(0.01)
+        time.sleep(0.3)  # until the answer is understood
         yield from examples(first)
 
     before = set(there(server, "latents/train/")) | {"latents.lock"}
@@ -374,6 +375,7 @@ def test_a_folder_is_uploaded_whole_or_not_at_all(server, network):
     assert there(server, "networks/tiny") == {f"/{name}": data for name, data in on_disk(network[0]).items()}
 
 
+@pytest.mark.bucket
 def test_a_dit_goes_into_a_bucket_and_comes_out(server, tmp_path, capfd):
     cfg = ModelConfig(depth=1, width=16, heads=2, patch=2, input_size=8, channels=3, classes=5)
     params = random_params(jax.eval_shape(lambda: dit.init(cfg, jax.random.key(0))))

@@ -13,7 +13,8 @@ from dit_jax.job.launch import stop_flag
 
 # A call that runs none of Python's handlers, as a program on a device: minutes of hashing with the lock of Python released.
 BLOCKED = """
-import hashlib
+import hashlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from dit_jax.job.launch import stop_flag
 with stop_flag({patience}) as stop:
     print("there", flush=True)
@@ -32,9 +33,7 @@ with stop_flag({patience}) as stop:
 )
 def test_a_program_under_way_does_not_outlast_patience_or_a_second_signal(patience, signals):
     command = [sys.executable, "-c", BLOCKED.format(patience=patience)]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    job = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heard, **pipes)
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert job.stdout.readline() == "there\n"
         time.sleep(0.3)  # into the call

@@ -136,7 +136,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> jax.sharding.Mesh:
     """
     check_numerics()
     devices = jax.devices() if devices is None else devices
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     shape = mesh_shape(cfg, len(devices), slices)
     outer = [slices if name == "data" else 1 for name in AXES]
     inner = [size // count for size, count in zip(shape, outer, strict=True)]

@@ -15,8 +15,10 @@ import base64
 import collections
 import contextlib
 import datetime
+import gc
 import hashlib
 import json
+import os
 import pathlib
 import re
 import socket
@@ -24,6 +26,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import warnings
 from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -151,6 +154,12 @@ class Server:
         """Forgets the requests counted so far and the faults still to come."""
         self.requests.clear()
         self.faults.clear()
+
+    def empty(self):
+        """Forgets these and all objects."""
+        self.reset()
+        for objects in self.buckets.values():
+            objects.clear()
 
     def dump(self, folder, bucket="test"):
         """Writes every object of `bucket` to a file under `folder`."""
@@ -547,6 +556,25 @@ def environment(url):
         "GOOGLE_CLOUD_PROJECT": "test",
         "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA": "true",  # else a thread asks for the bucket, at some time
     }
+
+
+@contextlib.contextmanager
+def leading_here(**how):
+    """A `Server` in a thread, as `serve(**how)`, to which this process's clients are led; nothing of them is left at the end."""
+    from dit_jax.files.bucket import _client
+
+    with serve(**how) as server:
+        before = {key: os.environ.get(key) for key in environment(server.address)}
+        os.environ.update(environment(server.address))
+        _client.cache_clear()
+        try:
+            yield server
+        finally:
+            _client.cache_clear()
+            for key, value in before.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()  # Google's client, though closed, leaves a few connections to the garbage collector
 
 
 def main():

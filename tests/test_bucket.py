@@ -1,7 +1,6 @@
 """Runs whose folder is in a bucket, on the strict server (tests/bucket.py): the same bits as on disk, and the same promises."""
 
 import contextlib
-import gc
 import json
 import os
 import random
@@ -12,13 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from bucket import environment, serve
+from bucket import environment, leading_here
 from job import Job, run
 from runs import assert_same_run, saved, scalars, train
 
@@ -40,25 +38,14 @@ W = "gs://test/runs/a"
 
 @pytest.fixture(scope="module")
 def only_server():
-    with (
-        serve(buckets={"test": "US-CENTRAL1", "my-bucket": "EU"}, page=7) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for key, value in environment(server.address).items():
-            patch.setenv(key, value)
-        bucket._client.cache_clear()
+    with leading_here(buckets={"test": "US-CENTRAL1", "my-bucket": "EU"}, page=7) as server:
         yield server
-    bucket._client.cache_clear()
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()
 
 
 @pytest.fixture
 def server(only_server):
     """One server for the file, empty for each test: clients in C++ keep the first address that they meet."""
-    only_server.reset()
-    for objects in only_server.buckets.values():
-        objects.clear()
+    only_server.empty()
     return only_server
 
 

@@ -1,19 +1,17 @@
 """Images, latents and networks in a bucket, on the strict server (tests/bucket.py): the same bits and errors as on disk."""
 
 import dataclasses
-import gc
 import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import jax
 import numpy as np
 import pytest
-from bucket import environment, serve
+from bucket import leading_here
 from job import ROOT
 from safetensors.numpy import save_file
 
@@ -24,7 +22,7 @@ from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.latent_writer import continue_latents, write_latents
 from dit_jax.data.latents import open_latents
 from dit_jax.error import Interrupted, JobError, StorageError, UsageError
-from dit_jax.files import bucket, lease, out
+from dit_jax.files import lease, out
 from dit_jax.models import dit, vae
 from dit_jax.networks import dit as published
 from dit_jax.networks import encoding, transfer
@@ -44,20 +42,13 @@ L, SIZE = "gs://test/latents/train", 60
 
 @pytest.fixture(scope="module")
 def only_server():
-    with serve(page=7) as server, pytest.MonkeyPatch.context() as patch:
-        for key, value in environment(server.address).items():
-            patch.setenv(key, value)
-        bucket._client.cache_clear()
+    with leading_here(page=7) as server:
         yield server
-    bucket._client.cache_clear()
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()
 
 
 @pytest.fixture
 def server(only_server):
-    only_server.reset()
-    only_server.buckets["test"].clear()
+    only_server.empty()
     return only_server
 
 

@@ -1,13 +1,11 @@
 """The wing with runs, tables and reports in a bucket: the same as on the disk, by the strict server (tests/bucket.py)."""
 
 import dataclasses
-import gc
 import json
 import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,7 +21,7 @@ from test_sweep import BUDGETS, file, ladder_config, small
 
 from dit_jax.config import Config, to_dict
 from dit_jax.error import StorageError, UsageError
-from dit_jax.files import bucket, names, read
+from dit_jax.files import names, read
 from dit_jax.job import compiled
 from dit_jax.scaling import commands
 from dit_jax.scaling.__main__ import main
@@ -40,22 +38,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def only_server():
-    """The strict server, and this process's client led to it."""
-    with server_module.serve(page=50) as found, pytest.MonkeyPatch.context() as patch:
-        for key, value in server_module.environment(found.address).items():
-            patch.setenv(key, value)
-        bucket._client.cache_clear()
-        yield found
-    bucket._client.cache_clear()
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()
+    with server_module.leading_here(page=50) as server:
+        yield server
 
 
 @pytest.fixture
 def server(only_server, study):
     """The server with the study alone."""
-    only_server.reset()
-    only_server.buckets["test"].clear()
+    only_server.empty()
     only_server.load(study / "objects")
     return only_server
 

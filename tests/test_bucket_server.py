@@ -1,7 +1,6 @@
 """The strict test server of object storage (tests/bucket.py) against real clients: what it stores, refuses and counts."""
 
 import contextlib
-import gc
 import http.client
 import io
 import json
@@ -9,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import bucket as server_module
 import numpy as np
 import pytest
-from bucket import QUANTUM, environment, serve
+from bucket import QUANTUM, leading_here
 from fsspec.asyn import sync
 from gcsfs.core import GCSFileSystem
 from google.api_core import exceptions
@@ -32,20 +30,14 @@ PART = DATA[:900_000]  # gcsfs warns of a single body above 1 MiB
 
 @pytest.fixture(scope="module")
 def only_server():
-    with serve(buckets={"test": "US-CENTRAL1", "other": "EU"}, page=3) as server, pytest.MonkeyPatch.context() as patch:
-        for key, value in environment(server.address).items():
-            patch.setenv(key, value)
+    with leading_here(buckets={"test": "US-CENTRAL1", "other": "EU"}, page=3) as server:
         yield server
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()
 
 
 @pytest.fixture
 def server(only_server):
     """One server for the file, empty for each test: clients in C++ keep the first address that they meet."""
-    only_server.reset()
-    for objects in only_server.buckets.values():
-        objects.clear()
+    only_server.empty()
     return only_server
 
 

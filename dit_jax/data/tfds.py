@@ -26,7 +26,7 @@ from dit_jax.data import pixels
 from dit_jax.data.shard import open_shard, reading
 from dit_jax.data.skip import Skips
 from dit_jax.error import StorageError, UsageError, check_scheme
-from dit_jax.files import create, is_file, names, read, remote
+from dit_jax.files import bucket, create, is_file, names, read, remote
 from dit_jax.files.text import LARGEST
 
 _CHUNK = 256  # records read at a time from a whole split
@@ -280,15 +280,9 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
         where = f"data.dataset: found {name!r}"
         raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
     except Exception as error:  # TFDS raises any error on damaged metadata
-        if remote(directory) and _of_storage(error):
+        if remote(directory) and bucket.refused_others(error):
             raise StorageError(f"dataset {name!r}: cannot read it now in {directory}: {_line(error)}") from error
         raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
-
-
-def _of_storage(error: Exception) -> bool:
-    """Return whether TFDS's client of buckets, gcsfs, was refused or got no answer."""
-    own = type(error).__module__.startswith(("gcsfs", "aiohttp"))
-    return own or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError))
 
 
 def _check_place(directory: str) -> None:

@@ -13,8 +13,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import IO
@@ -25,7 +23,7 @@ from dit_jax.files.text import DEEPEST as DEEPEST
 from dit_jax.files.text import LARGEST, LONGEST, parse_json
 from dit_jax.files.text import json_text as json_text
 from dit_jax.files.text import numbered as numbered
-from dit_jax.log import notice
+from dit_jax.log import waiting
 
 SILENCE = 30.0  # seconds that a client may try again without a word
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # raised by file systems without locks
@@ -106,23 +104,13 @@ def slow(path: str, what: str) -> Iterator[None]:
 
     What they say of a bucket that refuses becomes a StorageError.
     """
-    end, since = threading.Event(), time.monotonic()
-
-    def report() -> None:
-        while not end.wait(SILENCE):
-            notice(f"{path}: {what} is still under way after {time.monotonic() - since:.0f} s")
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    except Exception as error:
-        if remote(path) and bucket.refused_others(error):
+    with waiting(f"{path}: {what}", SILENCE):
+        try:
+            yield
+        except Exception as error:
+            if not (remote(path) and bucket.refused_others(error)):
+                raise
             raise StorageError(f"{path}: {what} failed, as the storage did not answer as it should ({error})") from None
-        raise
-    finally:
-        end.set()
-        thread.join()
 
 
 @contextlib.contextmanager

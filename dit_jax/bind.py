@@ -8,7 +8,8 @@ import jax
 
 from dit_jax import flops
 from dit_jax.config import ModelConfig
-from dit_jax.devices.mesh import attention_implementation, placer
+from dit_jax.devices.mesh import attention_implementation, placer, splits_weights, state_sharding
+from dit_jax.devices.numerics import random_key
 from dit_jax.models import conditioning, dit
 from dit_jax.models.layers import as_it_is
 
@@ -50,3 +51,9 @@ def bind(cfg: ModelConfig, mesh=None) -> Model:
     """Binds a model config to a mesh, with weights as `devices.mesh.spec` places them; None = whole on every device."""
     place = placer(mesh, cfg.dtype) if mesh is not None else as_it_is
     return Model(dataclasses.replace(cfg, attention=attention_implementation(cfg.attention, cfg.dtype)), place)
+
+
+def bind_to_draw(cfg: ModelConfig, mesh) -> tuple[Model, dict]:
+    """Model for drawing and scoring, and the places of its weights on the mesh."""
+    found = bind(cfg, mesh if splits_weights(mesh) else None)
+    return found, state_sharding(mesh, jax.eval_shape(lambda: found.init(random_key(0))))

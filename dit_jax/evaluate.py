@@ -4,7 +4,8 @@ Measures the held-out loss on a fixed set of (image, noise, t), and sample metri
 metrics beside it) for every combination of `eval.weights`, `samplers`, `steps` and `guidance`. One record per checkpoint
 and protocol goes to `W/eval/records.jsonl` and is not computed again. Sample i depends on (seed, i) only: a sample metric
 that was interrupted resumes from `W/eval/partial/`, also with other batches or devices, and ends in the same record.
-`--at=2000,4000` evaluates these steps alone, `--at=all` those on the disk now. SIGTERM saves and exits 75.
+`--at=2000,4000` evaluates these steps alone, `--at=all` those on the disk now. SIGTERM saves and exits 75. On several hosts
+each draws its share of the images and process 0 adds up and records: the same metrics, bit for bit.
 `--launcher=slurm|print` hands the combinations, with `--at` those of each step, to a scheduler (dit_jax.job.launcher), and
 `--cell` evaluates one of them.
 """
@@ -15,7 +16,7 @@ from absl import flags
 
 from dit_jax.config import Config, resolve, to_dict
 from dit_jax.error import UsageError
-from dit_jax.job import compiled
+from dit_jax.job import compiled, hosts
 from dit_jax.job.check import Slice
 from dit_jax.job.launch import launch
 from dit_jax.job.launcher import define_flags, find_cell, hand_over
@@ -24,19 +25,18 @@ from dit_jax.workdir.goodput import process_start
 from dit_jax.workdir.records import place
 
 
-def check(cfg: Config, slice_: Slice | None) -> None:
-    """Raises UsageError if the evaluation would refuse the config, or the slice has several hosts."""
+def check(cfg: Config, _: Slice | None) -> None:
+    """Raises UsageError if the evaluation would refuse the config."""
     from dit_jax.evaluation.protocol import check_config
 
     _check_model(cfg, flags.FLAGS.workdir)
     check_config(cfg)
     _steps(flags.FLAGS)
-    if slice_:
-        slice_.one_host("evaluate")
 
 
 def main() -> None:
     from dit_jax import checkpoint
+    from dit_jax.devices.processes import check_folder, leader, together
     from dit_jax.evaluation.protocol import cells, check_config
     from dit_jax.evaluation.run import follow, report_failed
 
@@ -58,9 +58,13 @@ def main() -> None:
         return
     if sum(not name.endswith("loss") for name in parts) > 1 and not values.compilation_cache:  # a grid
         compiled.use_cache(os.path.join(values.workdir, "compiled"))
-    failed = follow(cfg, values.workdir, values.watch, process_start(), steps)
-    print(place(values.workdir))
-    report_failed(failed)
+    hosts.join(cfg)
+    with together():
+        check_folder(values.workdir)
+        failed = follow(cfg, values.workdir, values.watch, process_start(), steps)
+        if leader():
+            print(place(values.workdir))
+        report_failed(failed)
 
 
 def _steps(values) -> list[int] | None:
@@ -97,4 +101,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("watch", False, "follow a live run until its last step")
     define_flags()
     compiled.define_flag()
+    hosts.define_flags()
     launch(main, config="workdir", check=check)

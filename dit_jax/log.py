@@ -1,7 +1,7 @@
 """Messages and progress on standard error, through the logger "dit_jax"; tables on standard output.
 
 `logging.getLogger("dit_jax").setLevel(logging.WARNING)` leaves warnings and errors only. In a job of several processes,
-lines of all but process 0 begin with "[process 1] ".
+process 0 speaks for all: the others log warnings and errors only, which begin with "[process 1] ".
 """
 
 import contextlib
@@ -28,7 +28,8 @@ if not LOGGER.handlers:
 
 
 def name_process(index: int) -> None:
-    """Begin each line with the number of this process, unless it is 0."""
+    """Begin each line with the number of this process and log warnings and errors only, unless it is 0."""
+    LOGGER.setLevel(logging.WARNING if index else logging.INFO)
     for handler in LOGGER.handlers:
         handler.setFormatter(logging.Formatter(f"[process {index}] %(message)s" if index else None))
 

@@ -3,22 +3,19 @@
 Image i depends on (seed, i) only, not on batch size or devices. Defaults come from the run's `sample` config, as in
 `evaluate`; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command
 resumes from there, and finds nothing to do once the npz is whole. SIGTERM exits 75 after the images under
-way, or after 20 s without them.
+way, or after 20 s without them. On several hosts each draws its share into that folder, and process 0 writes the files.
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 from absl import flags
 
-from dit_jax.config import Config, MeshConfig, SampleConfig, resolve
+from dit_jax.config import Config, SampleConfig, resolve
 from dit_jax.error import UsageError
-from dit_jax.files import base
-from dit_jax.files.out import check_ending, check_out
-from dit_jax.job import compiled
+from dit_jax.files.out import check_ending
+from dit_jax.job import compiled, hosts
 from dit_jax.job.check import Slice
 from dit_jax.job.launch import PATIENCE, launch, stop_flag
-from dit_jax.log import say
 
 
 def _sample_config(cfg: Config, values) -> SampleConfig:
@@ -27,70 +24,48 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
     return dataclasses.replace(cfg.sample, **{name: value for name, value in given.items() if value is not None})
 
 
-def _bound(values) -> tuple[Config, tuple[int, ...]]:
-    """Return the config of the command and the classes asked for. Raises UsageError if they do not fit the model."""
+def _bound(values) -> tuple:
+    """Return the config and the `sampling.run.Request` of the command. Raises UsageError if they do not fit the model."""
     from dit_jax.diffusion.task import make_task
     from dit_jax.sampling.label import find_classes
+    from dit_jax.sampling.run import Request
 
     cfg = resolve(values.config)
     if values.autoencoder is not None:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
     cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
     make_task(cfg)
-    if not (values.out or values.grid or values.images):
+    names = ("workdir", "num", "seed", "step", "out", "grid", "images", "rgb")
+    wanted = Request(**{name: getattr(values, name) for name in names}, labels=find_classes(values.labels, cfg))
+    if not wanted.files:
         raise UsageError("--out, --grid, --images: found none, expected at least one of them")
     check_ending("--out", values.out, ".npz")
     check_ending("--grid", values.grid, ".png")
-    return cfg, find_classes(values.labels, cfg)
+    return cfg, wanted
 
 
 def check(_: Config, slice_: Slice | None) -> None:
-    """Raises UsageError if the command does not fit the run's model, or the slice has several hosts."""
-    _bound(flags.FLAGS)
-    if slice_:
-        slice_.one_host("sample")
+    """Raises UsageError if the command does not fit the run's model, or several hosts."""
+    _, wanted = _bound(flags.FLAGS)
+    _check_hosts(wanted, slice_.hosts if slice_ else 1)
+
+
+def _check_hosts(wanted, hosts: int) -> None:
+    if hosts > 1 and not wanted.out:
+        raise UsageError("--out: empty, expected an npz, which the hosts draw into together")
 
 
 def main() -> None:
-    with stop_flag(PATIENCE) as stop:
-        _main(flags.FLAGS, stop)
+    from dit_jax.devices.processes import leader, together
+    from dit_jax.sampling.run import run
 
-
-def _main(values, stop: list) -> None:
-    from dit_jax import checkpoint
-    from dit_jax.devices.mesh import make_mesh
-    from dit_jax.sampling import parts, picture
-    from dit_jax.sampling.draw import open_sampling
-    from dit_jax.sampling.label import names_of
-
-    cfg, wanted = _bound(values)
-    check_out("--out", values.out)
-    check_out("--grid", values.grid, picture.MARK)
-    step = parts.find_step(values.workdir, values.step, values.out, cfg.sample.weights)
-    sampling = open_sampling(cfg, make_mesh(MeshConfig()), {"label": wanted} if wanted else None, values.rgb)
-    _, params = checkpoint.load(values.workdir, step, cfg.sample.weights, cfg.model)
-    settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
-    shape = " x ".join(map(str, sampling.shape))
-    say(f"{values.num} images {shape} of {cfg.data.dataset} from step {step} ({cfg.sample.weights}), {settings}")
-
-    def draw(first: int, end: int) -> Iterator:
-        return sampling.images(params, values.seed, end, first, stop)
-
-    def drawn(num: int) -> Iterator:
-        return parts.read_npz(values.out) if values.out else draw(0, num)
-
-    job = sampling.describe(params, step, values.seed)
-    pngs = job | {"images": values.num}
-    there = values.images and picture.check_images(values.images, pngs, sampling.shape)
-    if values.out:
-        parts.complete(values.out, job, sampling.shape, values.num, draw, stop)
-    if values.images and not there:
-        picture.save_images(values.images, pngs, values.num, drawn(values.num))
-    if values.grid:
-        model = f"{base(values.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
-        caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {values.seed}"
-        picture.save_grid(values.grid, drawn(min(values.num, picture.GRID)), names_of(cfg), caption)
-    print("\n".join(path for path in (values.out, values.images, values.grid) if path))
+    cfg, wanted = _bound(flags.FLAGS)
+    count = hosts.join(cfg)
+    _check_hosts(wanted, count)
+    with stop_flag(PATIENCE if count == 1 else None) as stop, together():
+        run(cfg, wanted, stop)
+        if leader():
+            print("\n".join(wanted.files))
 
 
 if __name__ == "__main__":
@@ -114,4 +89,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("images", "", "folder of PNGs, one an image; new or empty")
     flags.DEFINE_bool("rgb", False, "three equal channels for grey images, in every output")
     compiled.define_flag()
+    hosts.define_flags()
     launch(main, config="workdir", check=check)

@@ -5,11 +5,10 @@ The same command again resumes from the newest checkpoint, bit for bit, or finds
 
 from absl import flags
 
-from dit_jax.config import Config, resolve, to_dict
-from dit_jax.job import compiled
+from dit_jax.config import Config, resolve
+from dit_jax.job import compiled, hosts
 from dit_jax.job.check import Slice
 from dit_jax.job.launch import launch
-from dit_jax.workdir.folder import flatten
 from dit_jax.workdir.goodput import process_start
 
 
@@ -25,20 +24,15 @@ def check(cfg: Config, slice_: Slice | None) -> None:
 
 
 def main() -> None:
-    from dit_jax.devices.processes import EXPLICIT, check_config, connect, together
     from dit_jax.training.loop import run
 
     cfg = resolve(flags.FLAGS.config)
-    connect(cfg.mesh, {name: getattr(flags.FLAGS, name) for name in EXPLICIT})
-    with together():
-        check_config(flatten(to_dict(cfg)))
+    hosts.join(cfg)
     run(cfg, flags.FLAGS.workdir, since=process_start())
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if neither Cloud TPU nor SLURM gives it")
-    flags.DEFINE_integer("num_processes", None, "how many processes train together")
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+    hosts.define_flags()
     compiled.define_flag()
     launch(main, config="file", check=check)

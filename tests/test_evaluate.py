@@ -201,8 +201,8 @@ BAD = {
     "slice": ("sample", ["--slice=v4-8"], "--slice: found it without --check, expected both"),
     "hosts": (
         "sample",
-        ["--check", "--slice=2x8"],
-        "--slice: found 2x8 of 2 hosts, expected one host: sample runs on one",
+        ["--check", "--slice=2x8", "--out=", "--grid=grid.png"],
+        "--out: empty, expected an npz, which the hosts draw into together",
     ),
     "check": ("sample", ["--check", "--labels=12"], "--labels: found '12', expected class numbers from 0 to 9"),
     "folder": (

@@ -128,25 +128,30 @@ def test_sigterm_keeps_the_parts_exits_75_and_the_same_command_goes_on(workdir, 
 # The rest draws in this process: real images, and the same functions that the job calls.
 
 
-def images_of(workdir, num=70, devices=1, batch_size=16, first=0, seed=3, dtype="float32"):
+def images_of(workdir, num=70, devices=1, batch_size=16, first=0, seed=3, dtype="float32", stop=()):
+    return drawn_of(workdir, np.arange(first, num), devices, batch_size, seed, dtype, stop)
+
+
+def drawn_of(workdir, indices, devices=1, batch_size=16, seed=3, dtype="float32", stop=()):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
     _, params = checkpoint.load(str(workdir))
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    return draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh).images(params, seed, num, first)
+    sampling = draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh)
+    return sampling.draw(params, seed, indices, len(indices), stop)
 
 
 def job_of(workdir, batch_size=64, **changes):
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     cfg = dataclasses.replace(read_config(str(workdir)), sample=settings)
     _, params = checkpoint.load(str(workdir))
-    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(params, 10, 3) | changes
+    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(draw.weights_hash(params), 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):
-    def draw(first, end):
-        for count, batch in enumerate(images_of(workdir, end, first=first, **drawing)):
+    def draw(indices, most):
+        for count, batch in enumerate(drawn_of(workdir, indices, stop=flag, **drawing)):
             if stop and count == stop[0]:
                 flag.append(signal.SIGTERM)
             drawn.append(len(batch[1]))

@@ -16,7 +16,7 @@ from dit_jax.diffusion import objective, samplers
 from dit_jax.diffusion.process import Flow
 from dit_jax.error import UsageError
 from dit_jax.models import conditioning
-from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.draw import open_sampling, weights_hash
 from dit_jax.training import loop
 from dit_jax.training.state import abstract_state, make_state
 from dit_jax.training.step import make_train_step
@@ -62,7 +62,7 @@ def test_a_sampler_is_one_function_and_one_row(cfg, monkeypatch):
     ((images, labels),) = sampling.images(params, 0, 20)
     assert images.shape == (20, 8, 8, 1) and labels.max() < 10
     assert sampling.flops == 12 * flops.forward_flops(chosen.model)  # 3 steps, 2 evaluations, guided
-    assert sampling.describe(params, 0, 0)["sample.sampler"] == "midpoint"
+    assert sampling.describe(weights_hash(params), 0, 0)["sample.sampler"] == "midpoint"
     chain = dataclasses.replace(chosen, diffusion=DiffusionConfig())
     with pytest.raises(UsageError, match=r"sample.sampler: found .midpoint. for DDPM, expected a flow"):
         open_sampling(chain, make_mesh(chain.mesh))

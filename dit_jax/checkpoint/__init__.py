@@ -29,6 +29,7 @@ from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
+from dit_jax.devices.processes import by_leader
 from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.files import (
     LARGEST,
@@ -227,20 +228,25 @@ def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[di
 
 
 def load(
-    workdir: str, step: int | None = None, item: str = "ema", model: ModelConfig | None = None
+    workdir: str,
+    step: int | None = None,
+    item: str = "ema",
+    model: ModelConfig | None = None,
+    place: Callable = on_one_device,
 ) -> tuple[ModelConfig, dict]:
     """Load (model config, weights) of a run. `item`: "ema" or "params" (raw). `step` None: the newest that verifies.
 
-    `model`: the expected model config, by default the run's own. Damaged checkpoints that are skipped are logged. Raises
-    UsageError if the run or the checkpoint is missing or another model's, JobError if it is damaged.
+    `model`: the expected model config, by default the run's own. `place`: shapes -> the same with shardings. Damaged checkpoints
+    that are skipped are logged. All processes of a job call it; one verifies. Raises UsageError if the run or the checkpoint is
+    missing or another model's, JobError if it is damaged.
     """
     if item not in ("ema", "params"):
         raise UsageError(f"item: found {item!r}, expected 'ema' or 'params'")
     check_numerics()
     model = model or read_config(workdir).model
-    at = path_of(workdir, find_step(workdir, step, item))
+    at = path_of(workdir, by_leader(lambda: find_step(workdir, step, item)))
     check_model(at, model)
-    like = on_one_device(jax.eval_shape(lambda: dit.init(model, random_key(0))))
+    like = place(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     with slow(at, "reading"), freed_at_once():
         check_tree(at, item, like)
         with _reader(frugal(at, {item: like})) as reader:

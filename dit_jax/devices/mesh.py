@@ -152,6 +152,16 @@ def local_mesh() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(), jax.local_devices())
 
 
+def splits_weights(mesh) -> bool:
+    """Whether any weight may be split over the mesh; else all are whole on every device."""
+    return any(axis.weights and mesh.shape[name] > 1 for name, axis in AXES.items())
+
+
+def hosts_of(mesh) -> int:
+    """Number of processes that a mesh goes over."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def devices_of_processes() -> list[int]:
     """Device counts of the processes of this job, from process 0."""
     counts = collections.Counter(device.process_index for device in jax.devices())
@@ -310,11 +320,12 @@ def on_one_device(shapes):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def put_batch(mesh, batch: dict) -> dict:
-    """Global arrays from this process's rows of a batch. A single process returns them as they are: `jit` places them faster."""
-    if jax.process_count() == 1:
+def put_batch(mesh, batch):
+    """Global arrays from this process's rows of a batch. On a single process they stay as they are: `jit` places them faster."""
+    count = hosts_of(mesh)
+    if count == 1:
         return batch
-    sharding, count = batch_sharding(mesh), jax.process_count()
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, *rows.shape[1:])), batch
     )

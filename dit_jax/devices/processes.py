@@ -9,7 +9,8 @@ import re
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +18,18 @@ from jax.experimental import multihost_utils
 
 from dit_jax.config import MeshConfig
 from dit_jax.devices.mesh import devices_of_processes
-from dit_jax.error import IDLE, Interrupted, JobError, PeerLost, UsageError, report, shown, watching
+from dit_jax.error import (
+    IDLE,
+    Interrupted,
+    JobError,
+    NotFiniteError,
+    PeerLost,
+    StorageError,
+    UsageError,
+    report,
+    shown,
+    watching,
+)
 from dit_jax.files import absolute, create, delete, exists, is_file, make_folder, names, remote
 from dit_jax.log import name_process
 
@@ -29,11 +41,17 @@ EXPLICIT = {
 }
 # Config keys that may differ between hosts: the place of the data and the way of reading them.
 OWN = ("data.data_dir", "data.latents", "data.cache", "data.workers", "data.prefetch")
+KINDS = (NotFiniteError, UsageError, StorageError, JobError, Interrupted)  # errors that processes tell each other of
 PATIENCE = 5.0  # seconds until a new file must be visible on all hosts
+
+
+T = TypeVar("T")
 
 
 class CommonError(UsageError):
     """Error that all processes find at the same point: each reports it and ends normally."""
+
+    common = True
 
 
 def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
@@ -134,6 +152,11 @@ def _slurm(env: Mapping[str, str]) -> dict:
     return {"local_device_ids": list(range(int(gpus)))} if alone and gpus.isdigit() and int(gpus) else {}
 
 
+def is_common(error: BaseException) -> bool:
+    """Whether all processes raised this error at the same point, so that they are still together."""
+    return getattr(error, "common", False)
+
+
 def check_devices(counts: list[int]) -> None:
     """Raises CommonError unless all processes have equally many devices. `counts`: devices of process 0, 1, ..."""
     uneven = [index for index, count in enumerate(counts) if count != counts[0]]
@@ -160,7 +183,7 @@ def compare(configs: list[dict], advice: str = "start the same command on every 
                 raise CommonError(f"{key}: found {found} on process {index}, expected {has} as on process 0; {advice}")
 
 
-def check_folder(workdir: str) -> None:
+def check_folder(workdir: str, flag: str = "--workdir") -> None:
     """Raises CommonError on all processes unless `workdir` is one shared folder. Makes it if it is missing."""
     if jax.process_count() == 1:
         return
@@ -170,7 +193,7 @@ def check_folder(workdir: str) -> None:
         for index, found in enumerate(seen):
             if not found["sees"]:
                 raise CommonError(
-                    f"--workdir: {found['workdir']!r} on process {index} is not the folder that process 0 sees, "
+                    f"{flag}: {found['workdir']!r} on process {index} is not the folder that process 0 sees, "
                     f"{seen[0]['workdir']!r}; it must be on a disk that all hosts share, or in a bucket"
                 )
 
@@ -217,13 +240,63 @@ def gather(value: object) -> list:
     """Collects a JSON value from each process, in process order."""
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
+    length = 1 << int(sizes.max() - 1).bit_length()  # few lengths, because each is a program
+    rows = multihost_utils.process_allgather(np.pad(data, (0, length - data.size)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def of_all(value: object) -> list:
+    """The JSON value of each process, in their order."""
+    return [value] if jax.process_count() == 1 else gather(value)
+
+
+def by_leader(work: Callable[[], T]) -> T:
+    """Runs `work` on process 0 and returns its value, of JSON, on all; all raise its UsageError, JobError or Interrupted."""
+    if jax.process_count() == 1:
+        return work()
+    found: list = []
+    if leader():
+        try:
+            found = [work()]
+        except KINDS as error:
+            found = [None, _told(error)]
+    value, *error = gather(found)[0]
+    if error:
+        raise _heard(error[0])
+    return value
+
+
+def agree(stopping: bool = False, error: Exception | None = None) -> bool:
+    """Whether any process is `stopping`, the same answer on all; all raise the `error` that one has met. All call it at once."""
+    if jax.process_count() == 1:
+        if error:
+            raise error
+        return stopping
+    codes = multihost_utils.process_allgather(np.int32(2 if error else stopping))
+    if codes.max() == 2:
+        raise _heard(next(found for found in gather(error and _told(error)) if found))
+    return bool(codes.max())
+
+
+def _told(error: Exception) -> list[str]:
+    return [next(kind.__name__ for kind in KINDS if isinstance(error, kind)), str(error)]
+
+
+def _heard(told: list[str]) -> Exception:
+    error = next(kind for kind in KINDS if kind.__name__ == told[0])(told[1])
+    error.common = True
+    return error
 
 
 def whole(tree):
     """Copies arrays to the host, whole wherever their parts are. All processes call it."""
     return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def host_copy(array) -> np.ndarray:
+    """Copies an array to the host, wherever its parts are. All processes call it."""
+    alone = not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array if alone else whole(array))
 
 
 def leader() -> bool:
@@ -239,14 +312,14 @@ def everyone_is_here(what: str) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """In a multi-process job, exits immediately on any exception except Interrupted and CommonError.
+    """In a multi-process job, exits immediately on any exception except Interrupted and those that `is_common`.
 
     The other processes notice and end too. Otherwise JAX and Orbax would make all wait for each other at exit.
     """
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1 or isinstance(error, (Interrupted, CommonError)):
+        if jax.process_count() == 1 or isinstance(error, Interrupted) or is_common(error):
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             error = PeerLost(

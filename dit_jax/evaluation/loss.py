@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.bind import bind
+from dit_jax.bind import bind_to_draw
 from dit_jax.config import Config, EvalConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.devices.numerics import random_key
+from dit_jax.devices.rows import put_whole
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import NotFiniteError
 
@@ -41,7 +42,8 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
 @functools.lru_cache(maxsize=8)
 def make_losses(cfg: Config, mesh):
     """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times_per_image). `cfg`: stripped by `_alone`."""
-    model, objective, k = bind(cfg.model), make_objective(cfg), cfg.eval.times_per_image
+    model, weights = bind_to_draw(cfg.model, mesh)
+    objective, k = make_objective(cfg), cfg.eval.times_per_image
 
     def losses(params, images, cond, indices):
         t = objective.process.time(stratified(cfg.eval.seed, indices, k).reshape(-1))
@@ -51,7 +53,7 @@ def make_losses(cfg: Config, mesh):
         return total.reshape(-1, k)
 
     rows = batch_sharding(mesh)
-    return jax.jit(losses, in_shardings=(replicated(mesh), rows, rows, rows), out_shardings=replicated(mesh))
+    return jax.jit(losses, in_shardings=(weights, rows, rows, rows), out_shardings=replicated(mesh))
 
 
 def _alone(cfg: Config) -> Config:
@@ -80,7 +82,7 @@ def held_out_loss(
         indices = np.arange(start, start + rows, dtype=np.int32)
         safe = np.minimum(indices, len(images) - 1)  # padding of the last rows, dropped below
         chosen = jax.tree.map(lambda rows, safe=safe: rows[safe], (images, cond))
-        values = np.asarray(losses(params, *chosen, indices), np.float64)
+        values = np.asarray(losses(params, *put_whole(mesh, (*chosen, indices))), np.float64)
         found.append(values[: len(images) - start])
     table = np.concatenate(found)
     if not np.isfinite(table).all():

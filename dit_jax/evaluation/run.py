@@ -3,17 +3,20 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from dit_jax import checkpoint
-from dit_jax.config import Config, MeshConfig
+from dit_jax import checkpoint, flops
+from dit_jax.config import Config
 from dit_jax.data.source import introduce
-from dit_jax.devices.mesh import make_mesh
+from dit_jax.devices.processes import agree, by_leader, is_common, leader
+from dit_jax.devices.rows import drawing_mesh, on_mesh, own_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.loss import held_out_loss
@@ -31,9 +34,10 @@ from dit_jax.workdir.records import append_record, protocol_id, read_records
 
 @dataclass(frozen=True)
 class Task:
-    """A protocol, its config (`sample.weights`: ema | params), and a function from (step, weights) to metrics.
+    """A protocol, its config (`sample.weights`: ema | params), and a function from (step, `Weights`) to metrics.
 
-    The function returns (metrics, further fields of the record), or None if another evaluation has recorded them meanwhile.
+    All processes of the job call the function, which returns (metrics, further fields of the record), or None if another evaluation has
+    recorded them meanwhile.
     """
 
     cfg: Config
@@ -49,8 +53,15 @@ class Task:
         return protocol_id(self.protocol)
 
 
+class Weights(NamedTuple):
+    """Weights on the mesh, and their SHA-256."""
+
+    params: dict
+    sha256: str
+
+
 def _check_stop(stop: list, what: str) -> None:
-    if stop:
+    if agree(bool(stop)):
         raise Interrupted(f"{what}; the same command goes on from there")
 
 
@@ -62,8 +73,8 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list, shared: Shared) -> 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
-    def loss(step: int, params) -> tuple[dict, dict]:
-        found = held_out_loss(cfg, params, images, cond, mesh, look)
+    def loss(step: int, weights: Weights) -> tuple[dict, dict]:
+        found = held_out_loss(cfg, weights.params, images, cond, mesh, look)
         return found, {"metric_signs": {name: -1 for name in found if name != "loss_se"}}
 
     found = []
@@ -78,31 +89,37 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     sampling = dataclasses.replace(sampling, cfg=cfg)
     protocol, network = sample_protocol(cfg, sampling, shared), scores.keeping(shared.network, sampling.shape)
 
-    def draw(params, times: list, first: int, end: int) -> Iterator[parts.Batch]:
-        for images, labels in _timed(sampling.images(params, cfg.eval.seed, end, first, stop), times):
+    def draw(params, times: list, indices: np.ndarray, most: int) -> Iterator[parts.Batch]:
+        for images, labels in _timed(sampling.draw(params, cfg.eval.seed, indices, most, stop), times):
             yield network.encode(images), labels
 
-    def measure(step: int, params) -> tuple[dict, dict] | None:
-        job = sampling.describe(params, step, cfg.eval.seed)
+    def recorded(step: int) -> bool:
+        return (step, protocol_id(protocol)) in read_records(workdir)
+
+    def score(coded: Iterator, times: list) -> tuple[dict, dict]:
+        metrics, signs = scores.measure((part for part, _ in coded), network, shared.reference, cfg.eval)
+        return metrics, {"metric_signs": signs} | ({"seconds_sample": float(np.median(times))} if times else {})
+
+    def measure(step: int, weights: Weights) -> tuple[dict, dict] | None:
+        job = sampling.describe(weights.sha256, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
         with _alone_in(folder, stop) as check:
             store = parts.Store(folder, job | {"features": network.sha256}, (network.size,), check)
-            if (step, protocol_id(protocol)) in read_records(workdir):
+            if by_leader(lambda: recorded(step)):
                 return None
             times: list[float] = []
-            found = parts.gather(store, cfg.eval.samples, functools.partial(draw, params, times), stop, quiet)
-            metrics, signs = scores.measure((part for part, _ in found), network, shared.reference, cfg.eval)
-            return metrics, {"metric_signs": signs} | ({"seconds_sample": float(np.median(times))} if times else {})
+            coded = parts.gather(store, cfg.eval.samples, functools.partial(draw, weights.params, times), stop, quiet)
+            return by_leader(lambda: score(coded, times))
 
     return Task(cfg, protocol, measure)
 
 
 def _timed(batches: Iterator[parts.Batch], times: list[float]) -> Iterator[parts.Batch]:
-    """Yields the same batches and adds to `times` each one's seconds an image, without the first, which compiles."""
+    """Yields the same batches and adds to `times` each one's seconds an image of all hosts, without the first, which compiles."""
     began = None
     for batch in batches:
         if began is not None:
-            times.append((time.perf_counter() - began) / len(batch[1]))
+            times.append((time.perf_counter() - began) / (len(batch[1]) * jax.process_count()))
         yield batch
         began = time.perf_counter()
 
@@ -114,7 +131,7 @@ def _alone_in(folder: str, stop: list) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                check = stack.enter_context(parts.locked(folder))
+                check = stack.enter_context(parts.locked_together(folder))
                 break
             except StorageError:
                 raise
@@ -126,11 +143,10 @@ def _alone_in(folder: str, stop: list) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def tasks(cfg: Config, workdir: str, stop: list, quiet: bool, shared: Shared | None = None) -> list[Task]:
+def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shared | None = None) -> list[Task]:
     """The tasks of a config for every checkpoint. Raises UsageError for a protocol that is impossible."""
     check_config(cfg)
-    mesh = make_mesh(MeshConfig())
-    shared = shared or Shared(cfg, mesh)
+    shared = shared or Shared(cfg, own_mesh(mesh))
     found = _loss_tasks(cfg, mesh, workdir, stop, shared) if cfg.eval.loss else []
     if cfg.eval.samples:
         sampling = open_sampling(cfg, mesh)
@@ -153,8 +169,9 @@ def run(
     """
     failed: dict[int, str] = {}
     with _ledger(workdir, quiet, time.time()) as ledger:
-        wanted = tasks(cfg, workdir, [], quiet, shared)
-        records = _run(wanted, workdir, steps, quiet, [], failed, ledger)
+        mesh = drawing_mesh(4 * flops.parameters(cfg.model))
+        wanted = tasks(cfg, workdir, mesh, [], quiet, shared)
+        records = _run(wanted, workdir, mesh, steps, quiet, [], failed, ledger)
     report_failed(failed)
     return records
 
@@ -165,12 +182,13 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float, steps: Sequence
     SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
     """
     failed: dict[int, str] = {}
-    with stop_flag(PATIENCE) as stop, _ledger(workdir, False, since) as ledger:
-        wanted = tasks(cfg, workdir, stop, False)
+    with stop_flag(PATIENCE if jax.process_count() == 1 else None) as stop, _ledger(workdir, False, since) as ledger:
+        mesh = drawing_mesh(4 * flops.parameters(cfg.model))
+        wanted = tasks(cfg, workdir, mesh, stop, False)
         while True:
-            records = _run(wanted, workdir, steps, False, stop, failed, ledger)
+            records = _run(wanted, workdir, mesh, steps, False, stop, failed, ledger)
             newest = max([*(record["step"] for record in records), *failed], default=0)
-            if not watch or newest >= read_config(workdir).train.steps:
+            if not watch or newest >= by_leader(lambda: read_config(workdir).train.steps):
                 break
             with ledger.spend("wait"):
                 _wait(cfg.eval.poll_seconds, stop)
@@ -178,10 +196,10 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float, steps: Sequence
 
 
 def _wait(seconds: float, stop: list) -> None:
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+    looks = math.ceil(seconds / 0.2)
+    for _ in range(looks):
         _check_stop(stop, "what is recorded stays")
-        time.sleep(min(left, 0.2))
+        time.sleep(seconds / looks)
 
 
 @contextlib.contextmanager
@@ -191,50 +209,70 @@ def _ledger(workdir: str, quiet: bool, since: float) -> Iterator[Ledger]:
     try:
         yield ledger
     finally:
-        if ledger.seconds["evaluation"]:
+        if ledger.seconds["evaluation"] and leader():
             close(ledger, workdir, quiet)
 
 
 def _run(
-    wanted: list[Task], workdir: str, steps: Sequence[int] | None, quiet: bool, stop: list, failed: dict, ledger: Ledger
+    wanted: list[Task],
+    workdir: str,
+    mesh,
+    steps: Sequence[int] | None,
+    quiet: bool,
+    stop: list,
+    failed: dict,
+    ledger: Ledger,
 ) -> list[dict]:
     """As `run`, until `stop` is not empty. Checkpoints that cannot be scored are put into `failed`; the others are evaluated."""
-    done = read_records(workdir)
-    drop_partials(workdir, set(done), checkpoint.steps(workdir))
-    records = []
-    for step in checkpoint.steps(workdir) if steps is None else steps:
+    there, done = _tidied(workdir)
+    for step in there if steps is None else steps:
         for weights in dict.fromkeys(task.weights for task in wanted):
             missing = [task for task in wanted if task.weights == weights and (step, task.id) not in done]
-            params = _weights(missing[0].cfg, workdir, step, failed) if missing else None
-            for task in missing if params is not None else []:
+            found = _weights(missing[0].cfg, workdir, step, mesh, failed) if missing else None
+            for task in missing if found else []:
                 _check_stop(stop, f"{workdir}: what is recorded stays")
                 try:
-                    done = _record(workdir, step, task, params, ledger, quiet)
+                    done = _record(workdir, step, task, found, ledger, quiet)
                 except Interrupted:
                     raise
                 except Exception as error:
-                    if len(wanted) == 1 and not isinstance(error, NotFiniteError):
+                    lone = len(wanted) == 1 and not isinstance(error, NotFiniteError)
+                    if lone or (jax.process_count() > 1 and not is_common(error)):
                         raise
                     text = str(error).strip() or type(error).__name__  # XLA's are of many lines
                     where = f"{checkpoint.path_of(workdir, step)}: {describe(task, {}).strip()}"
                     _fail(failed, step, f"{where} {text.splitlines()[0]}")
-        records += [done[step, task.id] for task in wanted if (step, task.id) in done]
-    return records
+    return by_leader(lambda: _records_of(wanted, workdir, there if steps is None else steps))
 
 
-def _record(workdir: str, step: int, task: Task, params, ledger: Ledger, quiet: bool) -> dict:
-    """Measures and records one protocol of one checkpoint; returns all records, by (step, protocol id)."""
+def _records_of(wanted: list[Task], workdir: str, steps: Sequence[int]) -> list[dict]:
+    done = read_records(workdir)
+    return [done[step, task.id] for step in steps for task in wanted if (step, task.id) in done]
+
+
+def _tidied(workdir: str) -> tuple[list[int], set[tuple[int, str]]]:
+    """Drops what finished evaluations left. Returns the steps of the checkpoints, and (step, protocol id) of the records."""
+
+    def tidy() -> tuple[list, list]:
+        steps, done = checkpoint.steps(workdir), list(read_records(workdir))
+        drop_partials(workdir, set(done), steps)
+        return steps, done
+
+    steps, done = by_leader(tidy)
+    return steps, {(step, identity) for step, identity in done}
+
+
+def _record(workdir: str, step: int, task: Task, weights: Weights, ledger: Ledger, quiet: bool) -> set[tuple[int, str]]:
+    """Measures and records one protocol of one checkpoint; returns (step, protocol id) of all records."""
     with ledger.spend("evaluation"):
-        found = task.measure(step, params)
-    if found is not None:
-        record = make_record(task.cfg, workdir, step, weights_hash(params), found[0], task.protocol) | found[1]
+        found = task.measure(step, weights)
+    if found is not None and leader():
+        record = make_record(task.cfg, workdir, step, weights.sha256, found[0], task.protocol) | found[1]
         with ledger.spend("save"):
             append_record(workdir, record)
         if not quiet:
             say(f"step {step}  {describe(task, record['metrics'])}")
-    done = read_records(workdir)
-    drop_partials(workdir, set(done), checkpoint.steps(workdir))
-    return done
+    return _tidied(workdir)[1]
 
 
 def describe(task: Task, metrics: dict) -> str:
@@ -252,19 +290,21 @@ def _fail(failed: dict[int, str], step: int, error: str) -> None:
     failed[step] = error
 
 
-def _weights(cfg: Config, workdir: str, step: int, failed: dict[int, str]):
-    """The weights of a checkpoint; None if a running training has pruned it meanwhile, or if it is damaged."""
+def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str]) -> Weights | None:
+    """The weights of a checkpoint, on the mesh; None if a running training has pruned it meanwhile, or if it is damaged."""
     try:
-        params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model)[1]
+        params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model, functools.partial(on_mesh, mesh))[1]
     except Exception as error:
-        if step not in checkpoint.steps(workdir):
+        if jax.process_count() > 1 and not is_common(error):
+            raise
+        if step not in by_leader(lambda: checkpoint.steps(workdir)):
             return None
         if not isinstance(error, JobError):
             raise
         _fail(failed, step, str(error))
         return None
     failed.pop(step, None)  # a training that restarted may have written the step anew
-    return params
+    return Weights(params, weights_hash(params))
 
 
 def report_failed(failed: dict[int, str]) -> None:

@@ -1,4 +1,4 @@
-"""Draws images from a model. Image i depends on (seed, i) only, not on batch size or number of devices."""
+"""Draws images from a model. Image i depends on (seed, i) only, not on batch size or number of devices and hosts."""
 
 import dataclasses
 import functools
@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from dit_jax.bind import Model, bind
+from dit_jax.bind import Model, bind, bind_to_draw
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
-from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.mesh import batch_sharding, hosts_of, put_batch, replicated
 from dit_jax.devices.numerics import ambient, random_key
+from dit_jax.devices.processes import agree, host_copy
+from dit_jax.devices.rows import own_mesh, own_rows, own_split
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
@@ -51,9 +53,10 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
 def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = ()) -> Callable:
     """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32.
 
-    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn.
+    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. The weights lie on the mesh by
+    `devices.mesh.spec`.
     """
-    shape, bound = (model.input_size, model.input_size, model.channels), bind(model)
+    (bound, weights), shape = bind_to_draw(model, mesh), (model.input_size, model.input_size, model.channels)
 
     def sample(params, seed, indices):
         keys = image_keys(seed, indices)
@@ -62,7 +65,7 @@ def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted
         return images, conditioning.labels(cond, len(indices))
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(sample, in_shardings=(whole, whole, rows), out_shardings=(rows, rows))
+    return jax.jit(sample, in_shardings=(weights, whole, rows), out_shardings=(rows, rows))
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -71,10 +74,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def weights_hash(params) -> str:
-    """SHA-256 over the path, shape, dtype and bytes of every leaf."""
+    """SHA-256 over the path, shape, dtype and bytes of every leaf, which are on the host one at a time."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(host_copy(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {np.shape(leaf)}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
@@ -113,43 +116,65 @@ class Sampling:
     def images(
         self, params, seed: int, num: int, first: int = 0, stop: Sequence = ()
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields images `first` to num - 1 in batches: (uint8 (b, h, w, c), labels (b,) int32). Raises NotFiniteError.
+        """Yields images `first` to num - 1 in batches, as `draw` does."""
+        return self.draw(params, seed, np.arange(first, num), num - first, stop)
 
-        Once `stop` is not empty, the batch under way is the last and has the images that are drawn.
+    def draw(
+        self, params, seed: int, indices: np.ndarray, most: int, stop: Sequence = ()
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the images of `indices` in batches: (uint8 (b, h, w, c), labels (b,) int32). Raises NotFiniteError.
+
+        Once `stop` is not empty, the batch under way is the last and has the images that are drawn. The processes of the mesh all call it
+        at once, each with indices of its own, of which none has more than `most`; they stop, and raise an error of one, together.
 
         A device always computes ROWS images at a time and drops the surplus. On one kind of device the images are therefore the
         same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
         7e-7 in float32 and by one level in 1 of 15,360 pixels; in bfloat16 by up to 5 levels in a quarter of all pixels.)
         """
         draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, tuple(self.wanted.items()))
-        rows = ROWS * batch_split(self.mesh)
-        size = -(-min(self.cfg.sample.batch_size, num - first) // rows) * rows
-        for start in range(first, num, size):
-            end = min(start + size, num)
-            chunks: list[tuple] = []
-            while not chunks or (not stop and start + len(chunks) * rows < end):
-                at = start + len(chunks) * rows
-                chunks.append(self._rows(draw, params, seed, at, at + rows))
-            images, labels = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-            yield images[: end - start], labels[: end - start]
-            if len(images) < end - start:
+        rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
+        batch = rows * -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts))
+        for start in range(0, most, batch):
+            chunks, error = [], None
+            for at in range(start, min(start + batch, most), rows):
+                if stopped := self._agreed(stop, error):
+                    break
+                try:
+                    chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows))
+                except NotFiniteError as found:
+                    error = found
+            else:
+                stopped = self._agreed(stop, error)
+            if sum(len(labels) for _, labels in chunks):
+                yield tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+            if stopped:
                 return
 
-    def _rows(self, draw: Callable, params, seed: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        drawn, labels = jax.device_get(draw(params, seed, np.arange(start, end, dtype=np.int32)))
-        images = self.decode(drawn)
-        if not np.isfinite(images).all():
-            which = f"samples {start} to {end - 1}"
-            raise NotFiniteError(f"{which}: found values that are not finite; is the model trained?")
-        return np.broadcast_to(to_uint8(images), (*images.shape[:-1], self.shape[-1])), labels
+    def _agreed(self, stop: Sequence, error: Exception | None) -> bool:
+        """Whether to stop, the same answer on all processes of the mesh; raises an error of one of them."""
+        if hosts_of(self.mesh) > 1:
+            return agree(bool(stop), error)
+        if error:
+            raise error
+        return bool(stop)
 
-    def describe(self, params, step: int, seed: int) -> dict:
-        """Everything that image i depends on besides the kind of device: a flat dict that survives JSON unchanged."""
+    def _rows(self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images of up to `rows` indices, and their labels. The mesh also draws `rows` if there are fewer."""
+        filled = np.resize(indices, rows) if len(indices) else np.zeros(rows)
+        drawn, labels = map(own_rows, draw(params, seed, put_batch(self.mesh, filled.astype(np.int32))))
+        images = self.decode(drawn[: len(indices)]) if len(indices) else np.zeros((0, *self.shape), np.float32)
+        if not np.isfinite(images).all():
+            which = f"samples {indices[0]} to {indices[-1]}"
+            raise NotFiniteError(f"{which}: found values that are not finite; is the model trained?")
+        return np.broadcast_to(to_uint8(images), (*images.shape[:-1], self.shape[-1])), labels[: len(indices)]
+
+    def describe(self, sha256: str, step: int, seed: int) -> dict:
+        """Everything that image i depends on besides the kind of device: a flat dict that JSON keeps. `sha256`: of the weights."""
         model, settings = to_dict(self.cfg.model), describe_sample(self.cfg.sample)
         del model["remat"], model["unroll"]
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        job = {"step": step, "weights_sha256": weights_hash(params), "seed": seed, "labels": classes}
+        job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
         for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(self.cfg.diffusion))):
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
@@ -162,7 +187,7 @@ def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None, 
     """Binds `cfg.sample`. Raises UsageError for settings that exclude each other or an autoencoder that does not fit."""
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
-    found = Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, mesh), wanted or {})
+    found = Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, own_mesh(mesh)), wanted or {})
     if rgb and found.shape[-1] not in (1, 3):
         raise UsageError(f"--rgb: found images of {found.shape[-1]} channels, expected 1 or 3")
     return dataclasses.replace(found, rgb=rgb)

@@ -2,7 +2,7 @@
 
     job.json             what the images depend on; a folder holds the images of one job only
     START-END.part       SHA-256 of job, range and content, then the content: images START to END - 1, labels
-    lock                 held by the process that draws
+    lock                 held by the process that draws; process 0 holds it for those of several hosts, which share the folder
 
 The images of an incomplete or damaged part are drawn again. An image may be any uint8 array of fixed shape.
 The npz has the ADM layout, with the job as its comment.
@@ -10,6 +10,7 @@ The npz has the ADM layout, with the job as its comment.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,9 +19,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from dit_jax import checkpoint
+from dit_jax.devices.processes import agree, by_leader, everyone_is_here, leader, of_all
+from dit_jax.devices.rows import shares
 from dit_jax.error import Interrupted, JobError, StorageError, UsageError
 from dit_jax.files import (
     delete,
@@ -57,33 +61,41 @@ class Store:
 def complete(out: str, job: dict, shape: tuple[int, ...], num: int, draw: Callable, stop: list) -> None:
     """Makes `out` the npz of images 0..num-1 of `job`: reuses those in `out` and its parts, and draws the rest.
 
-    `draw(first, end)` yields batches of those images in order. Once `stop` is not empty, the current batch is kept and Interrupted
-    is raised. Raises UsageError if `out` or the parts are another job's, JobError if another process draws into `out`.
+    `draw(indices, most)` yields batches of those images in order, as `Sampling.draw` does. Once `stop` is not empty, the current batch
+    is kept and Interrupted is raised. All processes of the job call it. Raises UsageError if `out` or the parts are another job's,
+    JobError if another process draws into `out`.
     """
-    folder = f"{out}.parts"
-    with locked(folder) as check:
-        store = Store(folder, job, shape, check)
-        held = images_held(out, job, num)
-        _prepare(store)
+    with locked_together(f"{out}.parts") as check:
+        store = Store(f"{out}.parts", job, shape, check)
+        held = by_leader(lambda: _begin(store, out, num))
         if held == num:
             say(f"{out}: all {num} images are there; nothing to do")
         else:
-            kept = kept_parts(store)
-            if held:
-                kept = _take_over(store, out, kept, held)
-            kept = _draw_missing(store, num, kept, draw, stop)
-            write_npz(out, os.path.join(store.folder, "whole.tmp"), num, shape, _in_order(store, kept, num), job)
-        check()
-        remove(store.folder)
+            kept = _draw_missing(store, num, draw, stop)
+            if leader():
+                write_npz(out, os.path.join(store.folder, "whole.tmp"), num, shape, _in_order(store, kept, num), job)
+        if leader():
+            check()
+            remove(store.folder)
+        everyone_is_here(out)
+
+
+def _begin(store: Store, out: str, num: int) -> int:
+    """Prepares the folder; returns the number of images that `out` holds, which are in parts then, if it is not `num`."""
+    held = images_held(out, store.job, num)
+    _prepare(store)
+    if 0 < held < num:
+        _take_over(store, out, held)
+    return held
 
 
 def gather(store: Store, num: int, draw: Callable, stop: list, quiet: bool = False) -> Iterator[Batch]:
-    """Yields rows 0..num-1 of the job in order, from existing parts and from `draw`; the folder must be `locked`.
+    """Yields rows 0..num-1 of the job in order, from existing parts and from `draw`; the folder must be locked.
 
-    The parts stay until `remove`. Raises as `complete` does.
+    The parts stay until `remove`. All processes of the job call it, and one may read what it yields. Raises as `complete` does.
     """
-    _prepare(store)
-    return _in_order(store, _draw_missing(store, num, kept_parts(store), draw, stop, quiet), num)
+    by_leader(lambda: _prepare(store))
+    return _in_order(store, _draw_missing(store, num, draw, stop, quiet), num)
 
 
 @contextlib.contextmanager
@@ -99,6 +111,15 @@ def locked(folder: str) -> Iterator[Callable[[], None]]:
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def locked_together(folder: str) -> Iterator[Callable[[], None]]:
+    """As `locked`, by process 0 for all processes of the job, which all call it."""
+    with contextlib.ExitStack() as stack:
+        checks: list[Callable] = []
+        by_leader(lambda: checks.append(stack.enter_context(locked(folder))))
+        yield checks[0] if checks else lambda: None
 
 
 def refuse_other(where: str, found: object, job: dict, advice: str) -> None:
@@ -230,47 +251,56 @@ def missing(kept: list[tuple[int, int]], num: int) -> list[tuple[int, int]]:
     return [(start, min(end, num)) for start, end in gaps if start < min(end, num)]
 
 
-def _take_over(store: Store, out: str, kept: list, held: int) -> list[tuple[int, int]]:
+def _take_over(store: Store, out: str, held: int) -> None:
     """Writes parts for the images of a finished, smaller npz that are in no part yet."""
     say(f"{out}: its {held} images are kept")
-    at = 0
+    kept, at = kept_parts(store), 0
     for images, labels in read_npz(out):
         for start, end in missing(kept, held):
             first, last = max(start, at), min(end, at + len(labels))
             if first < last:
                 save_part(store, first, images[first - at : last - at], labels[first - at : last - at])
         at += len(labels)
-    return kept_parts(store)
 
 
-def _draw_missing(
-    store: Store, num: int, kept: list, draw: Callable, stop: list, quiet: bool = False
-) -> list[tuple[int, int]]:
-    """Draws what is missing; returns the ranges of all parts, ascending.
+def _draw_missing(store: Store, num: int, draw: Callable, stop: list, quiet: bool = False) -> list[tuple[int, int]]:
+    """Draws what is missing, each process its share; returns the ranges of all parts, ascending.
 
     A part is written once PART_SECONDS and 1% of the time so far have passed since the last one. A kill then loses little work,
     and the number of files stays small even for small batches.
     """
-    gaps = missing(kept, num)
-    done = num - sum(end - start for start, end in gaps)
-    report = (lambda count: None) if quiet else drawing_progress(done, num)
+    kept = [(start, end) for start, end in by_leader(lambda: kept_parts(store))]
+    wanted = shares(missing(kept, num), jax.process_count())
+    mine, total = wanted[jax.process_index()], sum(map(len, wanted))
+    report = (lambda count: None) if quiet or not len(mine) else drawing_progress(num - total, num)
     began = last = time.monotonic()
-    for start, end in gaps:
-        batches, waiting = draw(start, end), []
-        while start < end:
-            if stop and not waiting:
-                where = f"kept in {store.folder}; the same command goes on from there"
-                raise Interrupted(f"{done} of {num} images are {where}")
-            waiting.append(next(batches))
-            images, labels = waiting[-1]
-            done += len(labels)
-            report(done)
-            count, now = sum(len(part) for _, part in waiting), time.monotonic()
-            due = now - last > pause(now - began) or images.nbytes * len(waiting) >= PART_BYTES
-            if due or stop or start + count == end:
-                kept = [*kept, save_part(store, start, *map(np.concatenate, zip(*waiting, strict=True)))]
-                start, waiting, last = start + count, [], time.monotonic()
-    return sorted(kept)
+    new, done, waiting = [], 0, []
+    for images, labels in draw(mine, max(map(len, wanted))) if not agree(bool(stop)) else ():
+        waiting.append((images, labels))
+        done += len(labels)
+        report(num - total + total * done // len(mine))
+        now = time.monotonic()
+        due = now - last > pause(now - began) or sum(part.nbytes for part, _ in waiting) >= PART_BYTES
+        if due or done == len(mine):
+            new += _save(store, mine[:done], waiting)
+            waiting, last = [], time.monotonic()
+    if waiting:
+        new += _save(store, mine[:done], waiting)
+    if agree(done < len(mine)):
+        done = num - total + sum(of_all(done))
+        raise Interrupted(f"{done} of {num} images are kept in {store.folder}; the same command goes on from there")
+    return sorted(kept + [(start, end) for ranges in of_all(new) for start, end in ranges])
+
+
+def _save(store: Store, indices: np.ndarray, batches: list[Batch]) -> list[tuple[int, int]]:
+    """Writes the batches, images of the last ones of the rising `indices`, a part for each range of them. Returns the ranges."""
+    images, labels = map(np.concatenate, zip(*batches, strict=True))
+    indices = indices[-len(labels) :]
+    cuts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1), len(indices)]
+    return [
+        save_part(store, int(indices[first]), images[first:end], labels[first:end])
+        for first, end in itertools.pairwise(cuts)
+    ]
 
 
 def pause(seconds: float) -> float:

@@ -1,0 +1,69 @@
+"""Draws the images that a command asks for, on every host of the job, and writes its files."""
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dit_jax import checkpoint, flops
+from dit_jax.config import Config
+from dit_jax.devices.processes import by_leader, check_folder, leader
+from dit_jax.devices.rows import drawing_mesh, on_mesh
+from dit_jax.files import absolute, base
+from dit_jax.files.out import check_out
+from dit_jax.log import say
+from dit_jax.sampling import parts, picture
+from dit_jax.sampling.draw import open_sampling, weights_hash
+from dit_jax.sampling.label import names_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted: `num` images of a run, and the files that get them; "" = none. `labels`: classes in turn, () = by the policy."""
+
+    workdir: str
+    num: int
+    seed: int
+    step: int | None
+    out: str
+    grid: str
+    images: str
+    labels: tuple[int, ...] = ()
+    rgb: bool = False
+
+    @property
+    def files(self) -> list[str]:
+        return [path for path in (self.out, self.images, self.grid) if path]
+
+
+def run(cfg: Config, wanted: Request, stop: list) -> None:
+    """Draws and writes. Interrupted once `stop` is not empty: then the images drawn are kept in `wanted.out`.parts."""
+    if wanted.out:
+        check_folder(os.path.dirname(absolute(wanted.out)), "--out")
+    by_leader(lambda: (check_out("--out", wanted.out), check_out("--grid", wanted.grid, picture.MARK)))
+    step = by_leader(lambda: parts.find_step(wanted.workdir, wanted.step, wanted.out, cfg.sample.weights))
+    mesh = drawing_mesh(4 * flops.parameters(cfg.model))
+    sampling = open_sampling(cfg, mesh, {"label": wanted.labels} if wanted.labels else None, wanted.rgb)
+    place = functools.partial(on_mesh, mesh)
+    _, params = checkpoint.load(wanted.workdir, step, cfg.sample.weights, cfg.model, place)
+    settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
+    shape = " x ".join(map(str, sampling.shape))
+    say(f"{wanted.num} images {shape} of {cfg.data.dataset} from step {step} ({cfg.sample.weights}), {settings}")
+
+    def draw(indices, most: int) -> Iterator:
+        return sampling.draw(params, wanted.seed, indices, most, stop)
+
+    def drawn(num: int) -> Iterator:
+        return parts.read_npz(wanted.out) if wanted.out else draw(range(num), num)
+
+    job = sampling.describe(weights_hash(params), step, wanted.seed)
+    pngs = job | {"images": wanted.num}
+    there = by_leader(lambda: wanted.images and picture.check_images(wanted.images, pngs, sampling.shape))
+    if wanted.out:
+        parts.complete(wanted.out, job, sampling.shape, wanted.num, draw, stop)
+    if wanted.images and not there and leader():
+        picture.save_images(wanted.images, pngs, wanted.num, drawn(wanted.num))
+    if wanted.grid and leader():
+        model = f"{base(wanted.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
+        caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {wanted.seed}"
+        picture.save_grid(wanted.grid, drawn(min(wanted.num, picture.GRID)), names_of(cfg), caption)

@@ -8,7 +8,7 @@ import jax
 
 from dit_jax import flops
 from dit_jax.config import ModelConfig
-from dit_jax.devices.mesh import attention_implementation, placer, splits_weights, state_sharding
+from dit_jax.devices.mesh import attention_implementation, gatherer, placer, splits_weights, state_sharding
 from dit_jax.devices.numerics import random_key
 from dit_jax.models import conditioning, dit
 from dit_jax.models.layers import as_it_is
@@ -47,13 +47,18 @@ class Model:
         return flops.forward_flops(self.cfg)
 
 
-def bind(cfg: ModelConfig, mesh=None) -> Model:
-    """Binds a model config to a mesh, with weights as `devices.mesh.spec` places them; None = whole on every device."""
-    place = placer(mesh, cfg.dtype) if mesh is not None else as_it_is
-    return Model(dataclasses.replace(cfg, attention=attention_implementation(cfg.attention, cfg.dtype)), place)
+def bind(cfg: ModelConfig, mesh=None, place: Callable = placer) -> Model:
+    """Binds a model config to a mesh, with weights as `devices.mesh.spec` places them; None = whole on every device.
+
+    `place`: (mesh, dtype) -> the function that lays out arrays in the model.
+    """
+    attention = attention_implementation(cfg.attention, cfg.dtype)
+    return Model(
+        dataclasses.replace(cfg, attention=attention), place(mesh, cfg.dtype) if mesh is not None else as_it_is
+    )
 
 
 def bind_to_draw(cfg: ModelConfig, mesh) -> tuple[Model, dict]:
-    """Model for drawing and scoring, and the places of its weights on the mesh."""
-    found = bind(cfg, mesh if splits_weights(mesh) else None)
+    """Model for drawing and scoring, and the places of its weights on the mesh, on which results do not depend."""
+    found = bind(cfg, mesh if splits_weights(mesh) else None, gatherer)
     return found, state_sharding(mesh, jax.eval_shape(lambda: found.init(random_key(0))))

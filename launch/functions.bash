@@ -44,10 +44,14 @@ known_job() { # NAME: fails unless it is a program of this checkout
   [[ $'\n'$known$'\n' == *$'\n'"$1"$'\n'* ]] || fail "found job $1, expected ${known//$'\n'/, }"
 }
 
-workdir() { # FLAGS...: prints the last --workdir, or nothing; absl takes one dash or two, and a value after = or as the next word
+many_hosts() { # JOB: whether it runs on all hosts of a slice, and goes on after a kill
+  [[ $1 =~ ^(train|sample|evaluate|encode)$ ]]
+}
+
+value_of() { # NAME FLAGS...: prints the last --NAME, or nothing; absl takes one dash or two, and a value after = or as the next word
   local word before='' found=''
-  for word in "$@"; do
-    if [[ $word =~ ^--?workdir=(.*)$ ]]; then found=${BASH_REMATCH[1]}; elif [[ $before =~ ^--?workdir$ ]]; then found=$word; fi
+  for word in "${@:2}"; do
+    if [[ $word =~ ^--?$1=(.*)$ ]]; then found=${BASH_REMATCH[1]}; elif [[ $before =~ ^--?$1$ ]]; then found=$word; fi
     before=$word
   done
   echo "$found"
@@ -55,7 +59,7 @@ workdir() { # FLAGS...: prints the last --workdir, or nothing; absl takes one da
 
 check_job() { # PYTHON SLICE JOB FLAGS...: fails if the job would refuse its flags and config, or its mesh the slice
   local code=0 found
-  found=$(workdir "${@:4}")
+  found=$(value_of workdir "${@:4}")
   [[ ! $found =~ ^[A-Za-z][A-Za-z0-9+.-]*:/ || $found =~ ^gs://[a-z0-9][a-z0-9._-]*[a-z0-9](/|$) ]] ||
     fail "--workdir: found $found, expected a folder on a disk or in a bucket, such as gs://BUCKET/FOLDER; other stores are not supported"
   [[ $3 != scaling ]] || return 0

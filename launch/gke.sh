@@ -62,9 +62,9 @@ known_type() { # xpk knows no v2, v3 and v5e, names v5e as v5litepod, and has ho
   fail "TPU_TYPE: found $TPU_TYPE, expected a name of xpk, such as v4-64, v5p-128, v5litepod-16 or v6e-256"
 }
 
-fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot use a larger slice: its chips wait for each other
+fits_slice() { # JOB: one host alone cannot use a larger slice, whose chips wait for each other
   # A host of xpk has 4 chips, or 8 cores. v4 and v5p names count cores, v5e and v6e names chips.
-  [[ $1 == train || $TPU_TYPE =~ ^v(4|5p)-[1-8]$ || $TPU_TYPE =~ ^v(5litepod|5e|6e)-[1-4]$ ]] ||
+  many_hosts "$1" || [[ $TPU_TYPE =~ ^v(4|5p)-[1-8]$ || $TPU_TYPE =~ ^v(5litepod|5e|6e)-[1-4]$ ]] ||
     fail "TPU_TYPE: found $TPU_TYPE, expected one host, such as v4-8 or v6e-4: $1 runs on one"
 }
 

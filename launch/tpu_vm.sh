@@ -114,24 +114,26 @@ left=${RESTARTS:-100}
 start() { # JOB FLAGS...: one job a slice, because a second one would find the chips taken
   local command loop starts=1
   command=$(shown .venv/bin/python -m "dit_jax.$1" "${@:2}")
-  [[ $1 != train ]] || starts=$((left + 1))
+  ! many_hosts "$1" || starts=$((left + 1))
   # Again if the process was killed (128 and more) or lost one that was (200), unless `stop` was asked for.
   loop="trap '' HUP; for n in \$(seq $starts); do $command; code=\$?; echo \$code \$n >run.exit; [ \$code -ge 128 ] || break; sleep 10; [ ! -e run.stop ] || break; done"
   on all "cd dit_jax || exit; if $running; then $busy; fi; rm -f run.stop run.exit; ($loop) >>run.log 2>&1 </dev/null & echo \$! >run.pid"
 }
 
-fits_slice() { # JOB: only train runs on many hosts, and one host alone cannot use a larger slice: its chips wait for each other
-  [[ $1 != train ]] || return 0
+fits_slice() { # JOB: one host alone cannot use a larger slice, whose chips wait for each other
+  ! many_hosts "$1" || return 0
   need ACCELERATOR
   # One host has 8 cores (v2 to v5p: the name counts cores), or up to 8 chips (v5e, v6e: it counts chips).
   [[ $ACCELERATOR =~ ^v[2-6][a-z]*-[1-8]$ ]] || fail "ACCELERATOR: found $ACCELERATOR, expected one host, such as v4-8: $1 runs on one"
 }
 
 is_shared() { # FLAGS...: a folder on a worker's own disk is not seen by the others, and is lost with the slice
-  local folder
-  folder=$(workdir "$@")
-  [[ -z $folder || $folder == gs://* || -n ${NFS:-} ]] ||
-    fail "--workdir: found $folder, but no NFS; give gs://BUCKET/FOLDER, or set NFS to HOST:/EXPORT of a share and give a folder of /mnt/share"
+  local flag path
+  for flag in workdir out; do
+    path=$(value_of "$flag" "$@")
+    [[ -z $path || $path == gs://* || -n ${NFS:-} ]] ||
+      fail "--$flag: found $path, but no NFS; give gs://BUCKET/..., or set NFS to HOST:/EXPORT of a share and give a path in /mnt/share"
+  done
 }
 
 resume() { # JOB FLAGS...: a request that is waiting is kept, because a new one would begin at the end of the queue

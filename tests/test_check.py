@@ -97,11 +97,6 @@ def test_what_is_taken(job, arguments, said, cache_dir):
         ("train", [*DIGITS, "--stepz=3"], "error: --stepz: unknown flag"),
         (
             "evaluate",
-            ["--workdir=/mnt/away/run", "--slice=v4-64"],
-            "error: --slice: found v4-64 of 8 hosts, expected one host: evaluate runs on one",
-        ),
-        (
-            "evaluate",
             ["--workdir=/mnt/away/run", "--config.eval.sampels=1"],
             "error: --config.eval.sampels: unknown config key 'sampels'",
         ),

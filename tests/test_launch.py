@@ -172,7 +172,7 @@ def test_slurm_runs_a_copy_of_the_script_alone(tmp_path):
             "--kill-on-bad-exit=0 --cpus-per-task=1 python -m dit_jax.evaluate --workdir=w --cell=3\n",
             "",
         ),
-        ("2", "sample", 2, "", "error: NODES, TASKS: found 2, 1; expected 1: sample is one process\n"),
+        ("2", "sweep", 2, "", "error: NODES, TASKS: found 2, 1; expected 1: sweep is one process\n"),
     ):
         command = ["bash", script, job, "--workdir=w"]
         found = subprocess.run(command, env=env | {"SLURM_JOB_NUM_NODES": nodes}, capture_output=True, text=True)
@@ -306,8 +306,7 @@ def test_a_folder_of_one_worker_is_refused(fakes, workdir, verb):
     path, calls = fakes
     code, out, err = call("tpu_vm.sh", *verb, "scaling", *workdir, PATH=path, **CLOUD, ACCELERATOR="v4-8")
     folder = workdir[-1].rpartition("=")[2]
-    message = f"error: --workdir: found {folder}, but no NFS; give gs://BUCKET/FOLDER, or set NFS to HOST:/EXPORT of a share and"
-    assert (code, out) == (2, []) and err.startswith(message) and err.count("\n") == 1
+    assert (code, out, err) == (2, [], f"error: --workdir: found {folder}{NO_SHARE}\n")
     assert calls() == []
 
 
@@ -437,6 +436,7 @@ def test_words_after_a_verb_that_takes_none_are_refused(fakes, script, verb):
     assert calls() == []
 
 
+NO_SHARE = ", but no NFS; give gs://BUCKET/..., or set NFS to HOST:/EXPORT of a share and give a path in /mnt/share"
 ONE_NODE = {"CPUS": "8", "TIME": "60", "NODES": "1"}
 ONE_HOST = {"ACCELERATOR": "v4-8", "TPU_TYPE": "v4-8"}
 CALLS = [
@@ -456,8 +456,36 @@ def test_a_job_that_is_not_there_is_refused(fakes, script, verb, variables):
     assert calls() == []
 
 
-@pytest.mark.parametrize("job", ["sample", "evaluate", "sweep", "scaling"])
-def test_only_train_runs_on_many_hosts(fakes, job):
+@pytest.mark.parametrize(
+    "job,words", [("sample", ["--out=gs://lab/a.npz"]), ("evaluate", []), ("encode", ["--out=gs://lab/latents"])]
+)
+def test_these_run_on_many_hosts_and_again_after_a_kill(job, words):
+    words = ["--workdir=gs://lab/run"] * (job != "encode") + ["--config=configs/digits.py"] * (job == "encode") + words
+    assert f"dit_jax.{job} {words[0]}" in dry("slurm.sbatch", job, *words, **ONE_NODE | {"NODES": "4"})[-1]
+    assert (
+        f"in $(seq 101); do .venv/bin/python -m dit_jax.{job} {words[0]}"
+        in dry("tpu_vm.sh", "run", job, *words, **TPU)[-1]
+    )
+    assert f"dit_jax.{job} {words[0]}" in dry("gke.sh", "run", job, *words, **GKE)[-1]
+
+
+def test_images_of_many_hosts_go_to_a_place_that_all_see(fakes):
+    message = f"error: --out: found a.npz{NO_SHARE}"
+    code, out, err = call(
+        "tpu_vm.sh",
+        "run",
+        "sample",
+        "--workdir=gs://lab/run",
+        "--out=a.npz",
+        PATH=fakes[0],
+        **CLOUD,
+        ACCELERATOR="v4-64",
+    )
+    assert (code, out, err.splitlines()[-1]) == (2, [], message)
+
+
+@pytest.mark.parametrize("job", ["convert", "sweep", "scaling"])
+def test_other_jobs_run_on_one_host(fakes, job):
     path, calls = fakes
     for nodes, tasks in (("4", "1"), ("1", "8")):
         many = ONE_NODE | {"NODES": nodes, "TASKS": tasks, "PATH": path}
@@ -469,10 +497,17 @@ def test_only_train_runs_on_many_hosts(fakes, job):
     message = f"error: TPU_TYPE: found v4-64, expected one host, such as v4-8 or v6e-4: {job} runs on one\n"
     assert call("gke.sh", "run", job, PATH=path, **GKE) == (2, [], message)
     assert calls() == []
-    words = ["--workdir=w"] + ["--config=configs/digits_isoflop.py"] * (job == "sweep")
-    assert f"dit_jax.{job} --workdir=w" in dry("slurm.sbatch", job, *words, **ONE_NODE)[-1]
-    assert f"dit_jax.{job} --workdir=w" in dry("tpu_vm.sh", "run", job, *words, **TPU | ONE_HOST)[-1]
-    assert f"dit_jax.{job} --workdir=w" in dry("gke.sh", "run", job, *words, **GKE | ONE_HOST)[-1]
+    words = {
+        "sweep": ["--workdir=gs://lab/w", "--config=configs/digits_isoflop.py"],
+        "convert": ["--source=dit", "--out=gs://lab/w", "--weights=w.pt"],
+        "scaling": ["fit", "gs://lab/w"],
+    }[job]
+    for script, verb, variables in (
+        ("slurm.sbatch", [], ONE_NODE),
+        ("tpu_vm.sh", ["run"], TPU),
+        ("gke.sh", ["run"], GKE),
+    ):
+        assert f"dit_jax.{job} {words[0]}" in dry(script, *verb, job, *words, **variables | ONE_HOST)[-1]
 
 
 def test_types_of_tpu_that_xpk_does_not_know_are_refused_before_anything_runs(fakes):
@@ -513,16 +548,16 @@ def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, co
     assert (tmp_path / "dit_jax" / "run.exit").read_text() == f"{kept}\n"
 
 
-def test_the_host_of_a_job_other_than_train_must_be_known(fakes):
+def test_the_host_of_a_job_of_one_must_be_known(fakes):
     message = "error: ACCELERATOR: not set; the head of launch/tpu_vm.sh says what they are\n"
-    assert call("tpu_vm.sh", "run", "sample", PATH=fakes[0], **CLOUD) == (2, [], message)
+    assert call("tpu_vm.sh", "run", "sweep", PATH=fakes[0], **CLOUD) == (2, [], message)
 
 
 def one_host(script, names):
     """Those of the names that the script takes a job of one host to, by its own function."""
     function = re.search(r"^fits_slice\(\).*?^}$", (ROOT / "launch" / script).read_text(), re.MULTILINE | re.DOTALL)[0]
-    tried = 'for TPU_TYPE; do ACCELERATOR=$TPU_TYPE; if (fits_slice sample); then echo "$TPU_TYPE"; fi; done'
-    command = f"fail() {{ exit 2; }}; need() {{ :; }}; {function}; {tried}"
+    tried = 'for TPU_TYPE; do ACCELERATOR=$TPU_TYPE; if (fits_slice sweep); then echo "$TPU_TYPE"; fi; done'
+    command = f"fail() {{ exit 2; }}; need() {{ :; }}; many_hosts() {{ return 1; }}; {function}; {tried}"
     found = subprocess.run(["bash", "-c", command, "bash", *names], capture_output=True, text=True, check=True)
     return found.stdout.split()
 

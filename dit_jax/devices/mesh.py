@@ -293,6 +293,19 @@ def placer(mesh, dtype: str) -> Callable:
     return lambda name, arrays: rules[name](arrays)
 
 
+def gatherer(mesh, dtype: str) -> Callable:
+    """The `place` function for drawing and scoring: a layer's weights, in any dtype, are gathered whole before it runs.
+
+    Each device then computes what it would with all weights on it, to the same bits.
+    """
+    rows = batch_sharding(mesh)
+    rules = {
+        "weights": lambda tree: jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(tree, replicated(mesh))),
+        "condition": lambda c: jax.lax.with_sharding_constraint(c, rows),
+    }
+    return lambda name, arrays: rules[name](arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(leaf, dtype: str, whole: NamedSharding, kept: NamedSharding):
     return jax.lax.with_sharding_constraint(leaf.astype(dtype), whole)

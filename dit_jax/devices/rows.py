@@ -48,14 +48,13 @@ def own_rows(array: jax.Array) -> np.ndarray:
 
 
 def shares(ranges: list[tuple[int, int]], hosts: int) -> list[np.ndarray]:
-    """Indices of each host: blocks of BLOCK, cut at its multiples, in equal numbers and in order. `ranges`: (first, end), rising."""
-    blocks = []
+    """Indices of each host, in order: blocks of BLOCK, cut at its multiples, so that all have as many but for a block. `ranges`: rising."""
+    total, before, found = sum(end - first for first, end in ranges), 0, [[np.zeros(0, np.int64)] for _ in range(hosts)]
     for first, end in ranges:
-        cuts = [first, *range((first // BLOCK + 1) * BLOCK, end, BLOCK), end]
-        blocks += [np.arange(*ends) for ends in itertools.pairwise(cuts)]
-    bounds = [len(blocks) * host // hosts for host in range(hosts + 1)]
-    none = np.zeros(0, np.int64)
-    return [np.concatenate([none, *blocks[a:b]]) for a, b in itertools.pairwise(bounds)]
+        for ends in itertools.pairwise([first, *range((first // BLOCK + 1) * BLOCK, end, BLOCK), end]):
+            found[before * hosts // total].append(np.arange(*ends))
+            before += ends[1] - ends[0]
+    return [np.concatenate(blocks) for blocks in found]
 
 
 def drawing_mesh(weights: int, devices=None) -> jax.sharding.Mesh:

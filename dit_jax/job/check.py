@@ -76,7 +76,7 @@ def run_check(job: str, config: str, check: Callable | None) -> None:
     slice_, done = find_slice(name) if name else None, ["flags", *(["config"] if cfg else [])]
     if check and not away:
         check(cfg, slice_)
-    elif slice_:
+    elif slice_ and not check:
         slice_.one_host(job)
     if slice_:
         hosts = "1 host" if slice_.hosts == 1 else f"{slice_.hosts} hosts"

@@ -40,7 +40,7 @@ def start(count, job, *arguments, cache_dir, last=()):
     return found
 
 
-def ended(jobs, timeout=100):
+def ended(jobs, timeout=250):
     """Exit codes, and the lines of each that say how it ended; the runtime's own lines are left out."""
     said = [job.communicate(timeout)[1] for job in jobs]
     ends = [[line for line in text.splitlines() if "error: " in line or "interrupted: " in line] for text in said]
@@ -136,8 +136,8 @@ def test_shares_are_blocks_cut_at_multiples_of_128(hosts):
 
 
 JOBS = {
-    "sample": lambda run, out: [f"--workdir={run}", "--num=4000", "--steps=50", *SAMPLE[:1], f"--out={out / 'a.npz'}"],
-    "evaluate": lambda run, out: [f"--workdir={run}", "--at=60", "--config.eval.samples=4000", "--config.sample.steps=50",
+    "sample": lambda run, out: [f"--workdir={run}", "--num=1500", "--steps=50", *SAMPLE[:1], f"--out={out / 'a.npz'}"],
+    "evaluate": lambda run, out: [f"--workdir={run}", "--at=60", "--config.eval.samples=1500", "--config.sample.steps=50",
                                   "--config.sample.sampler=ddpm", "--config.eval.bootstrap=0"],
 }  # fmt: skip
 

@@ -321,13 +321,18 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1 or isinstance(error, Interrupted) or is_common(error):
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if _of_the_runtime(error):
             error = PeerLost(
                 "computing with the other processes failed, most likely as one is gone "
-                f"({str(error).splitlines()[0][:200]}); the checkpoints are intact, and the same command on all hosts goes on "
-                "from the newest"
+                f"({str(error).splitlines()[0][:200]}); what is saved is intact, and the same command on all hosts goes on from it"
             )
         os._exit(report(error))
+
+
+def _of_the_runtime(error: BaseException) -> bool:
+    """Whether it is an error of XLA's runtime other than a lack of memory; from a program that ran before JAX raises a ValueError."""
+    bare = type(error) is ValueError and re.match(r"[A-Z_]+: ", str(error))
+    return bool(isinstance(error, jax.errors.JaxRuntimeError) or bare) and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def asked_to_stop(step: int) -> bool:

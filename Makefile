@@ -28,7 +28,7 @@ help:
 	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
 	@echo "make preflight-gpu  the same for GPUs, none needed: first installs XLA's GPU compiler in $(GPU) (make gpu: 1.1 GB)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
-	@echo "make apart      jobs on hosts of a slow network that loses packets, some cut off, frozen or stopped (Linux, as root)"
+	@echo "make apart      jobs on hosts of a slow network that loses packets, some cut off, frozen or stopped (Linux, as root; about 10 minutes)"
 	@echo "make xpk        the commands of launch/gke.sh against xpk's own parser"
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
 	@echo "make lint       ruff, for Python 3.11 and 3.13"

@@ -5,6 +5,7 @@ Run by `make apart`, as root.
 
 import functools
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from job import Job, steps_logged
 from runs import assert_same_run, train
 from test_hosts import free_address
 
+from dit_jax.workdir.records import read_records
+
 pytestmark = [pytest.mark.apart, pytest.mark.timeout(600)]
 
 HEARTBEAT, GRACE = 3, 5  # seconds; with the shortest, 1, busy cores make hosts look lost
@@ -26,15 +29,29 @@ SLOW = {"delay": 0.02, "loss": 0.01}  # a step of the small model waits for a hu
 STEPS = 12
 
 
+LONG = ["--config.sample.sampler=ddpm", "--config.sample.steps=100"]  # images that take a while
+
+
 class Case(NamedTuple):
     """A job that works in a folder."""
 
     flags: Callable[[Path], list]  # what it takes beside those that name the other processes
-    under_way: Callable[[Path], bool]  # it has done something there, and much is left
+    under_way: Callable[[Path], object]  # whether it has done something there; much is left then
     assert_same: Callable[[Path, Path], None]  # two folders hold the same results, bit for bit
-    prepare: Callable[[Path, Path], object] = lambda trained, folder: (
-        None
-    )  # from the folder of the small run (tests/runs.py)
+    trained: bool = True  # the folder is at first a copy of the small run's (tests/runs.py)
+
+
+def parts(folder):
+    return list(folder.rglob("*.part"))
+
+
+def assert_same_images(one, other):
+    assert (one / "samples.npz").read_bytes() == (other / "samples.npz").read_bytes()
+
+
+def assert_same_records(one, other):
+    a, b = ({key: record["metrics"] for key, record in read_records(str(folder)).items()} for folder in (one, other))
+    assert a == b and len(a) == 2  # the held-out loss, and a score of images
 
 
 CASES = {
@@ -42,6 +59,23 @@ CASES = {
         lambda folder: train(folder, "--config.train.checkpoint_every=4", steps=STEPS),
         lambda folder: steps_logged(folder) >= 6,
         functools.partial(assert_same_run, steps=STEPS),
+        trained=False,
+    ),
+    "sample": Case(
+        lambda folder: [
+            f"--workdir={folder}",
+            f"--out={folder / 'samples.npz'}",
+            "--num=512",
+            "--batch_size=64",
+            *LONG,
+        ],
+        parts,
+        assert_same_images,
+    ),
+    "evaluate": Case(
+        lambda folder: [f"--workdir={folder}", "--at=60", "--config.eval.samples=512", *LONG],
+        parts,
+        assert_same_records,
     ),
 }
 
@@ -64,7 +98,7 @@ def healed(network):
 def job(request, uninterrupted, tmp_path_factory, cache_dir):
     """(name, case, folder where two processes have done it on loopback)."""
     name, case, folder = request.param, CASES[request.param], tmp_path_factory.mktemp("loopback") / "run"
-    case.prepare(uninterrupted, folder)
+    prepare(case, uninterrupted, folder)
     jobs = start(name, case, folder, cache_dir, [free_address()] * 2, [()] * 2)
     assert finish(jobs)[0] == [0, 0]
     return name, case, folder
@@ -73,8 +107,13 @@ def job(request, uninterrupted, tmp_path_factory, cache_dir):
 @pytest.fixture
 def folder(job, uninterrupted, tmp_path):
     """A folder to do the job in."""
-    job[1].prepare(uninterrupted, tmp_path / "run")
+    prepare(job[1], uninterrupted, tmp_path / "run")
     return tmp_path / "run"
+
+
+def prepare(case, trained, folder):
+    if case.trained:
+        shutil.copytree(trained, folder)
 
 
 def start(name, case, folder, cache_dir, coordinators, insides):

@@ -48,8 +48,8 @@ def _watch(client, index: int, seconds: float, leaving: threading.Event) -> None
         time.sleep(4 * period)  # they look once a period, and once more at what they have seen
     end(
         PeerLost(
-            f"process {lost[0]} gave no sign of life for {seconds:g} s (mesh.heartbeat): it is gone, frozen or cut off; the "
-            "checkpoints are intact, and the same command on all hosts goes on from the newest"
+            f"process {lost[0]} gave no sign of life for {seconds:g} s (mesh.heartbeat): it is gone, frozen or cut off; what "
+            "is saved is intact, and the same command on all hosts goes on from there"
         )
     )
 

@@ -13,7 +13,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs dev peers tpu gpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm xpk torture lint lock clean
+.PHONY: help setup gcs dev peers tpu gpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
 	@echo "make preflight-gpu  the same for GPUs, none needed: first installs XLA's GPU compiler in $(GPU) (make gpu: 1.1 GB)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
+	@echo "make apart      jobs on hosts of a slow network that loses packets, some cut off, frozen or stopped (Linux, as root; about 10 minutes)"
 	@echo "make xpk        the commands of launch/gke.sh against xpk's own parser"
 	@echo "make torture    kill a training 200 times; 10,000 hostile inputs for every reader (about 15 minutes)"
 	@echo "make lint       ruff, for Python 3.11 and 3.13"
@@ -129,6 +130,9 @@ preflight-gpu: gpu
 
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
+
+apart: dev
+	$(BIN)/python -m pytest -m apart tests/test_apart.py
 
 $(XPK)/.done: $(VENV)/.dev requirements-xpk.lock
 	@echo "installing xpk ..."

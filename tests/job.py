@@ -51,22 +51,27 @@ def start(job, *arguments, cache_dir, devices=2):
 
 
 @functools.cache
-def _zygote(cache_dir):
-    """The process that forks jobs; one per test process, whatever the number of devices."""
+def _zygote(cache_dir, inside=()):
+    """The process that forks jobs; one per test process and host (tests/apart.py), whatever the number of devices."""
     env = {**environment(cache_dir), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "zygote.py")]
+    command = [*inside, sys.executable, str(ROOT / "tests" / "zygote.py")]
     found = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(found.kill)
     return found
 
 
 class Job:
-    """A running job, forked from a process that has the libraries loaded; used like a Popen object."""
+    """A running job, forked from a process that has the libraries loaded; used like a Popen object.
 
-    def __init__(self, job, *arguments, cache_dir, devices=2, environment=None, file_size=0, plain_user=False):
+    `inside`: what precedes a command to run it on a host of its own (tests/apart.py).
+    """
+
+    def __init__(
+        self, job, *arguments, cache_dir, devices=2, environment=None, file_size=0, plain_user=False, inside=()
+    ):
         self._folder = Path(tempfile.mkdtemp(prefix="job-"))
         self.out, self.err = self._folder / "out", self._folder / "err"
-        self._zygote, self.returncode = _zygote(str(cache_dir)), None
+        self._zygote, self.returncode = _zygote(str(cache_dir), inside), None
         request = {"job": job, "arguments": [str(a) for a in arguments], "out": str(self.out), "err": str(self.err)}
         noted = {"XLA_FLAGS": flags(devices), **(environment or {})}
         limits = {"environment": noted, "file_size": file_size, "plain_user": plain_user}

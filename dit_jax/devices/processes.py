@@ -1,5 +1,6 @@
 """Processes of a job on several hosts: joining, waiting, stopping together, and ending when one is lost."""
 
+import atexit
 import contextlib
 import glob
 import importlib.util
@@ -8,15 +9,18 @@ import os
 import re
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from dit_jax.config import MeshConfig
+from dit_jax.devices.alive import end, watch
 from dit_jax.devices.mesh import devices_of_processes
 from dit_jax.error import (
     IDLE,
@@ -65,9 +69,17 @@ def connect(cfg: MeshConfig, given: Mapping[str, object] | None = None) -> None:
     where = cluster(os.environ, chips, given or {})
     if where is not None:
         with _given_up_after(cfg.initialization, where):
+            leaving = threading.Event()
+            atexit.register(
+                leaving.set
+            )  # before JAX's: while it waits for the others at exit, this one gives signs of life
             jax.distributed.initialize(
-                **where, initialization_timeout=cfg.initialization + 60, heartbeat_timeout_seconds=cfg.heartbeat
+                **where,
+                initialization_timeout=cfg.initialization + 60,
+                heartbeat_timeout_seconds=2 * cfg.heartbeat + 5,  # later than `watch`
             )
+            state = distributed.global_state
+            watch(state.client, state.process_id, cfg.heartbeat, leaving)
     if jax.process_count() > 1 and where is None:
         raise UsageError(
             f"found {jax.process_count()} processes that are not joined; give each --coordinator, --num_processes and "
@@ -326,7 +338,7 @@ def together() -> Iterator[None]:
                 "computing with the other processes failed, most likely as one is gone "
                 f"({str(error).splitlines()[0][:200]}); what is saved is intact, and the same command on all hosts goes on from it"
             )
-        os._exit(report(error))
+        end(error)
 
 
 def _of_the_runtime(error: BaseException) -> bool:

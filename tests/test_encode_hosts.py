@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+import bucket
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -54,7 +55,7 @@ def command(tmp_path_factory):
     return ["--config=configs/digits.py", f"--autoencoder={folder / 'vae'}", *MODEL, *keys, *shards]
 
 
-def started(count, command, out, cache_dir, *more, last=(), **last_how):
+def started(count, command, out, cache_dir, *more, last=(), environment=None, **last_how):
     """The processes; `last`, `last_how`: what the last one has besides, flags and arguments of Job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,7 +64,8 @@ def started(count, command, out, cache_dir, *more, last=(), **last_how):
     for index in range(count):
         where = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"] if count > 1 else []
         own, how = (last, last_how) if index == count - 1 else ((), {})
-        jobs.append(Job("encode", *command, f"--out={out}", *where, *more, *own, cache_dir=cache_dir, devices=1, **how))
+        how = {**how, "cache_dir": cache_dir, "devices": 1, "environment": environment}
+        jobs.append(Job("encode", *command, f"--out={out}", *where, *more, *own, **how))
     return jobs
 
 
@@ -171,3 +173,15 @@ def test_a_slice_of_several_hosts_is_taken(command, tmp_path, cache_dir):
     job = Job("encode", "--check", "--config=configs/digits.py", f"--out={tmp_path}/x", cache_dir=cache_dir)
     _, err = job.communicate()
     assert job.returncode == 2 and err.startswith("error: --autoencoder: not given"), err
+
+
+@pytest.mark.bucket
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_two_hosts_write_the_same_into_a_bucket(one, command, cache_dir):
+    with bucket.leading_here() as server:
+        where = bucket.environment(server.address)
+        codes, said = ended(started(2, command, "gs://test/latents", cache_dir, environment=where))
+        assert codes == [0, 0], said
+        found = {name.removeprefix("latents/"): content for name, (_, content) in server.buckets["test"].items()}
+        assert found == one

@@ -98,6 +98,16 @@ def test_a_device_of_a_similar_name_is_not_taken_for_another(kind):
     assert find(kind) is None
 
 
+def test_clocks_that_are_not_published_follow_from_the_peak_and_the_matrix_units():
+    """Each unit of 128 x 128 multiplies and adds once a cycle: as for v3 and v4, whose clocks are published."""
+    for kind, units in (("v3", 4), ("v4", 8), ("v5e", 4), ("v5p", 8)):
+        chip = CHIPS[kind]
+        peak = chip.devices * find(chip.device_kind).peak_flops
+        assert chip.clock == pytest.approx(peak / (units * 128**2 * 2), rel=2e-3), kind
+    # Of the v6e two units of 256 x 256 are published: 3.5 GHz, which the compiler's cycles contradict. Of tpu7x no number is.
+    assert math.isnan(CHIPS["v6e"].clock) and math.isnan(CHIPS["tpu7x"].clock)
+
+
 def test_the_paper_trained_at_a_known_share_of_its_pod():
     """DiT-XL/2, 182.2 TFLOP a step, 5.7 steps a second on a v3-256: 6.6 % of the peak."""
     pod = topology("v3-256")
@@ -191,3 +201,27 @@ print(json.dumps(found))
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
         t = topology(name)
         assert found == [t.chip.device_kind, t.devices, t.hosts, t.chips], name
+
+
+@pytest.mark.tpu
+def test_clocks_are_those_of_the_compilers_cycles():
+    """By its cycles a large product comes close to the peak and not above it, where a clock is known."""
+    code = """
+import json, jax, jax.numpy as jnp
+from dit_jax.config import MeshConfig
+from dit_jax.devices.mesh import devices_ahead, make_mesh, replicated
+from dit_jax.hardware import topology
+from dit_jax.preflight import hlo
+found = {}
+for name in ("v3-8", "v4-8", "v5e-4", "v5p-8", "v6e-4"):
+    mesh = make_mesh(MeshConfig(), devices_ahead(topology(name))[:1])
+    side = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=replicated(mesh))
+    text = jax.jit(jnp.matmul).lower(side, side).compile().as_text()
+    found[name] = 2 * 4096**3 / hlo.estimated_cycles(hlo.parse(text))
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rates = json.loads(done.stdout.splitlines()[-1])
+    assert rates.pop("v6e-4") > 2 * 256**2 * 2  # more than two units of 256 x 256 do in a cycle
+    for name, rate in rates.items():
+        assert 0.85 <= rate * topology(name).chip.clock / topology(name).peak() <= 1, name

@@ -10,15 +10,8 @@ import jax.numpy as jnp
 from dit_jax import hardware
 from dit_jax.bind import bind
 from dit_jax.config import Config
-from dit_jax.devices.mesh import (
-    abstract_mesh,
-    batch_sharding,
-    batch_split,
-    devices_ahead,
-    make_mesh,
-    replicated,
-    why_not_compiled,
-)
+from dit_jax.devices import mesh as meshes
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
 from dit_jax.evaluation.loss import PAIRS, make_losses
 from dit_jax.evaluation.protocol import samplings
@@ -30,6 +23,8 @@ from dit_jax.preflight.compilation import Program, analysis, measured, missing_t
 from dit_jax.sampling.draw import image_flops
 from dit_jax.training.state import abstract_batch
 
+PASSES = 6  # bfloat16 products that a TPU makes of one float32 product at the highest precision, Inception's
+
 
 @dataclass(frozen=True)
 class Part:
@@ -39,6 +34,7 @@ class Part:
     about: str
     program: Program
     images: int
+    slow: bool = False  # to compile for a TPU
 
 
 def check(cfg: Config, num: int) -> None:
@@ -117,7 +113,8 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
     """The feature network. `digits`, the default, takes digits only: other data are scored with Inception."""
     count, side = ROWS * batch_split(mesh), cfg.data.image_size
     shape = (side, side, channels)
-    if cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.dataset != "digits"):
+    slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.dataset != "digits")
+    if slow:
         about, params = "Inception", inception.shapes()
 
         def apply(params, rows):
@@ -131,7 +128,10 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
             return jnp.concatenate(classifier.apply(params, rows.astype(jnp.float32) / 127.5 - 1), axis=1)
 
     arguments = _arguments(mesh, params, (count, *shape), jnp.uint8)
-    return Part("features", about, Program(_compiler(apply, mesh), arguments, None, count), images)
+    one = jax.jit(apply).lower(params, jax.ShapeDtypeStruct((1, *shape), jnp.uint8)).cost_analysis()
+    return Part(
+        "features", about, Program(_compiler(apply, mesh), arguments, int(count * one["flops"]), count), images, slow
+    )
 
 
 def _loss(cfg: Config, mesh) -> Program:
@@ -145,18 +145,20 @@ def _loss(cfg: Config, mesh) -> Program:
 
 def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | None) -> dict:
     """The report of an evaluation of one checkpoint: of each program as `compilation.measured`, and what all of them cost."""
-    missing = why_not_compiled(topology)
+    missing = meshes.why_not_compiled(topology)
     if missing:
-        mesh = abstract_mesh(cfg.mesh, topology.devices, topology.slices)
+        mesh = meshes.abstract_mesh(cfg.mesh, topology.devices, topology.slices)
     else:
-        mesh = make_mesh(cfg.mesh, devices_ahead(topology))
+        mesh = meshes.make_mesh(cfg.mesh, meshes.devices_ahead(topology))
     found = []
     for part in parts(cfg, mesh, num):
         report = analysis(cfg, "evaluate", topology, mesh, part.program)
-        if not missing:
+        if not missing and part.slow and topology.platform == "tpu":
+            report["estimated_step_seconds"] = PASSES * part.program.flops / (topology.peak() * topology.devices)
+        elif not missing:
             say(f"compiling: {part.name}, {part.about} ...")
             report = measured(report, topology, part.program)
-            report["run"] = run_costs(report, part.images, price)
+        report["run"] = run_costs(report, part.images, price)
         found.append({"part": part.name, "about": part.about, "wanted": part.images} | report)
     if not found:
         raise UsageError(
@@ -167,7 +169,7 @@ def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | N
         "images": num,
         "settings": len(samplings(cfg)) if num else 0,
         "parts": found,
-        "fits": None if missing else all(part["fits"] for part in found),
+        "fits": None if missing else all(part["fits"] is not False for part in found),
         "run": _total(found, num),
         "message": f"not compiled: {missing}" if missing else _messages(found),
         "notes": _notes(found, topology, num, missing),
@@ -196,6 +198,10 @@ def _notes(found: list[dict], topology: hardware.Topology, num: int, missing: st
     notes = []
     if not missing and not all(part["estimated_step_seconds"] for part in found if part["fits"]):
         notes.append(missing_time(topology))
+    if not missing and any(part["fits"] is None for part in found):
+        notes.append(
+            "features: not compiled, because that takes 10 minutes of a core; the time is a lower bound, six bfloat16 passes at the peak"
+        )
     if not num:
         notes.append("no images are drawn: eval.samples is 0; say how many, such as --num=50000")
     if any(not part["wanted"] for part in found):

@@ -77,7 +77,8 @@ def _speed(report: dict) -> Iterator[tuple[str, str]]:
     if seconds := report["estimated_step_seconds"]:
         often = f"{_number(1 / seconds)} a second, {_number(report['images'] / seconds)} images a second"
         mfu = f", MFU {report['estimated_mfu']:.1%}" if report["estimated_mfu"] else ""
-        yield what, f"{1e3 * seconds:.1f} ms ({often}){mfu}: the compiler's estimate"
+        by = "a lower bound" if report["estimated_cycles"] is None else "the compiler's estimate"
+        yield what, f"{1e3 * seconds:.1f} ms ({often}){mfu}: {by}"
     elif cycles := report["estimated_cycles"]:
         yield "cycles", f"{cycles:,} a {what}: the compiler's estimate, to compare programs for this kind of TPU only"
     if report["collective_seconds"] is not None:

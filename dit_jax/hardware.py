@@ -107,6 +107,12 @@ CHIPS = {
     "cpu": Chip("cpu", 1, math.nan, 0, math.nan),
 }
 
+# Leading words of jax.Device.device_kind -> options of the compiler of a training step; docs/preflight.md says what they gain.
+WHOLE_PRODUCTS = {
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false"
+}  # gradients are scattered after their product
+OPTIONS = {"TPU v5 lite": WHOLE_PRODUCTS, "TPU v5e": WHOLE_PRODUCTS, "TPU v6": WHOLE_PRODUCTS}
+
 
 class Target(NamedTuple):
     """What XLA's compiler of GPU programs asks about a GPU, besides its memory and bandwidth."""

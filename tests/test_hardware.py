@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from dit_jax.config import MeshConfig
+from dit_jax.devices.mesh import abstract_mesh, compiler_options
 from dit_jax.error import UsageError
 from dit_jax.hardware import CHIPS, DEVICES, GIB, find, names, topology
 
@@ -106,6 +110,26 @@ def test_clocks_that_are_not_published_follow_from_the_peak_and_the_matrix_units
         assert chip.clock == pytest.approx(peak / (units * 128**2 * 2), rel=2e-3), kind
     # Of the v6e two units of 256 x 256 are published: 3.5 GHz, which the compiler's cycles contradict. Of tpu7x no number is.
     assert math.isnan(CHIPS["v6e"].clock) and math.isnan(CHIPS["tpu7x"].clock)
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("TPU v5 lite", True),
+        ("TPU v6 lite", True),
+        ("TPU v5", False),
+        ("TPU v5p", False),
+        ("TPU v4", False),
+        ("cpu", False),
+    ],
+)
+def test_a_training_step_is_compiled_with_the_options_of_its_devices(kind, some):
+    class Absent:
+        device_kind = kind
+
+    mesh = jax.sharding.Mesh(np.array([Absent()]), ("data",))
+    assert bool(compiler_options(mesh)) is some
+    assert compiler_options(abstract_mesh(MeshConfig(), 4)) is None
 
 
 def test_the_paper_trained_at_a_known_share_of_its_pod():

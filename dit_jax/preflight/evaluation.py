@@ -200,7 +200,7 @@ def _notes(found: list[dict], topology: hardware.Topology, num: int, missing: st
         notes.append(missing_time(topology))
     if not missing and any(part["fits"] is None for part in found):
         notes.append(
-            "features: not compiled, because that takes 10 minutes of a core; the time is a lower bound, six bfloat16 passes at the peak"
+            "features: not compiled, because that takes many minutes; the time is a lower bound, six bfloat16 passes at the peak"
         )
     if not num:
         notes.append("no images are drawn: eval.samples is 0; say how many, such as --num=50000")

@@ -266,6 +266,7 @@ class EvalConfig:
     """Protocol of the held-out loss and of the sample metrics, and the grid of sampling settings to score."""
 
     times_per_image: int = 16  # noise levels per held-out image, stratified over the training distribution of t
+    fixed_times: int = 0  # equidistant t at which another held-out loss is taken, whatever the law of t; 0 = none
     max_images: int = 0  # held-out images used; 0 = all of them
     buckets: int = 8  # of t, with equal probability under its training distribution
     batch_size: int = 128  # held-out images per batch
@@ -285,7 +286,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _at_least(1, self, "times_per_image", "buckets", "batch_size")
-        _at_least(0, self, "samples", "max_images")
+        _at_least(0, self, "samples", "max_images", "fixed_times")
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")

@@ -31,21 +31,21 @@ def weights_protocol(cfg: Config) -> dict:
     return {"weights": {"ema": cfg.optim.ema, **width}}
 
 
-def loss_protocol(cfg: Config, held_out: Source) -> dict:
-    """Everything that the held-out loss depends on besides the checkpoint."""
+def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
+    """Everything that the held-out loss depends on besides the checkpoint; `fixed`: the loss at equidistant t, on which no law acts."""
     process, data = make_objective(cfg).process, held_out.describe()
+    times = {"times_per_image": cfg.eval.times_per_image, "buckets": cfg.eval.buckets}
     return {
         "data": data | {"image_size": cfg.data.image_size},
         **weights_protocol(cfg),
         "held_out": {
             "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
-            "times_per_image": cfg.eval.times_per_image,
-            "buckets": cfg.eval.buckets,
+            **({"times": f"{cfg.eval.fixed_times} equidistant"} if fixed else times),
             "seed": cfg.eval.seed,
             "labels": "true" if held_out.classes else "none",
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
-        "process": processes.describe(process),
+        "process": processes.describe(process, law=not fixed),
         **({} if "autoencoder" in data else {"autoencoder": "none"}),  # for latents, the data name it
         "dtype": cfg.model.dtype,
         **ambient(),

@@ -19,7 +19,7 @@ from dit_jax.devices.processes import agree, by_leader, is_common, leader
 from dit_jax.devices.rows import drawing_mesh, on_mesh, own_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
-from dit_jax.evaluation.loss import held_out_loss
+from dit_jax.evaluation.loss import fixed_time_loss, held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
 from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
 from dit_jax.files import remote
@@ -66,21 +66,23 @@ def _check_stop(stop: list, what: str) -> None:
 
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list, shared: Shared) -> list[Task]:
-    """A task for the held-out loss of each kind of weights."""
+    """Tasks for the held-out loss of each kind of weights, and for the one at equidistant t if it is asked for."""
     held_out, arrays = shared.held_out
     images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
-    def loss(step: int, weights: Weights) -> tuple[dict, dict]:
-        found = held_out_loss(cfg, weights.params, images, cond, mesh, look)
-        return found, {"metric_signs": {name: -1 for name in found if name != "loss_se"}}
+    def measure(loss: Callable, step: int, weights: Weights) -> tuple[dict, dict]:
+        found = loss(cfg, weights.params, images, cond, mesh, look)
+        return found, {"metric_signs": {name: -1 for name in found if not name.endswith("_se")}}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
         chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
-        found.append(Task(chosen, loss_protocol(chosen, held_out), loss))
+        for loss in [held_out_loss] + [fixed_time_loss] * bool(cfg.eval.fixed_times):
+            protocol = loss_protocol(chosen, held_out, loss is fixed_time_loss)
+            found.append(Task(chosen, protocol, functools.partial(measure, loss)))
     return found
 
 
@@ -280,7 +282,7 @@ def describe(task: Task, metrics: dict) -> str:
     of = task.protocol.get("samples")
     sampling = f", {of['sampler']} {of['steps']}, guidance {of['guidance']:g}" if of else ""
     return f"{task.weights}{sampling}: " + "  ".join(
-        f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t")
+        f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith(("loss_t", "loss_fixed_t"))
     )
 
 

@@ -55,5 +55,7 @@ def bind(cfg: ModelConfig, mesh=None) -> Model:
 
 def bind_to_draw(cfg: ModelConfig, mesh) -> tuple[Model, dict]:
     """Model for drawing and scoring, and the places of its weights on the mesh."""
-    found = bind(cfg, mesh if splits_weights(mesh) else None)
+    found = bind(cfg)
+    if splits_weights(mesh):
+        found = dataclasses.replace(found, place=placer(mesh, cfg.dtype, split=False))
     return found, state_sharding(mesh, jax.eval_shape(lambda: found.init(random_key(0))))

@@ -164,6 +164,9 @@ class TrainConfig:
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
     replay_every: int = 0  # steps between two that are computed twice and compared bit for bit; 0 = never
     profile: tuple = ()  # (first, last): steps of which each process writes a trace for xprof into W/profile
+    evaluate_every: int = (
+        0  # steps between two evaluations while it trains, as by `evaluate`; one at the end; 0 = never
+    )
     grid_every: int = 0  # steps between two grids of samples in W/samples, of the EMA weights; 0 = never
     wandb: str = ""  # project of Weights & Biases that scalars and grids go to as well; "" = none
 
@@ -172,7 +175,7 @@ class TrainConfig:
         _at_least(1, self, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(1, self, "spike_window", "skips_in_a_row")
         in_range("train.seed", self.seed, 0, LARGEST)
-        _at_least(0, self, "spike", "replay_every", "keep_every", "grid_every")
+        _at_least(0, self, "spike", "replay_every", "keep_every", "evaluate_every", "grid_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
         if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
             expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"

@@ -463,7 +463,7 @@ def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, ca
     """Whatever it fails by; a command of one cell ends with that cell's own error."""
     monkeypatch.setattr(checkpoint, "steps", lambda workdir: [7])
     monkeypatch.setattr(evaluation, "_weights", lambda *rest: evaluation.Weights({}, ""))
-    monkeypatch.setattr(evaluation, "make_record", lambda cfg, workdir, step, weights, metrics, protocol: {
+    monkeypatch.setattr(evaluation, "make_record", lambda cfg, workdir, step, weights, metrics, protocol, *rest: {
         "step": step, "metrics": metrics, "protocol": protocol, "protocol_id": protocol_id(protocol)
     })  # fmt: skip
 

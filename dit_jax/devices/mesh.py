@@ -263,23 +263,24 @@ def batch_sharding(mesh) -> NamedSharding:
     return NamedSharding(mesh, P(batch_axes()))
 
 
-def placer(mesh, dtype: str) -> Callable:
+def placer(mesh, dtype: str, split: bool = True) -> Callable:
     """The `place` function of `models.dit.apply` for a mesh.
 
     "weights", a tree of one layer's weights: gathered along the axes that also split the batch, in the compute dtype except for
     vectors, so that activations stay with their images. (By default the compiler splits activations by features, as the weights are, and
     sums them over the mesh, which takes twice the time for XL/2 on v3-8.) Gradients are reduce-scattered to the weights' shards.
-    Modulation weights stay split.
-    "condition", vectors (b, d): gathered over the devices that a layer's weights are split over.
+    Modulation weights stay split. Without `split` they are gathered too: each device then computes its images as it would alone, bit for
+    bit, unless `tensor` splits them.
+    "condition", vectors (b, d): gathered over the devices that modulation weights are split over.
     """
     both = [name for name, axis in AXES.items() if axis.batch and axis.weights]
-    rows = NamedSharding(mesh, P(tuple(name for name in batch_axes() if name not in both)))
+    rows = NamedSharding(mesh, P(tuple(name for name in batch_axes() if name not in both or not split)))
 
     def place(path, leaf, sizes):
         return NamedSharding(mesh, P(*spec(("blocks", *_names(path)), (1, *leaf.shape), sizes)[1:]))
 
     def whole(path, leaf):
-        if "modulation" in _names(path):
+        if split and "modulation" in _names(path):
             return leaf
         if leaf.ndim < 2:
             return jax.lax.with_sharding_constraint(leaf, replicated(mesh))

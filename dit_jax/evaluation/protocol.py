@@ -6,7 +6,6 @@ import itertools
 from dataclasses import dataclass
 
 from dit_jax import flops
-from dit_jax.checkpoint import unique_images
 from dit_jax.config import Config, SampleConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import Source, all_of, open_source
@@ -19,7 +18,6 @@ from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.files import base
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
-from dit_jax.workdir.goodput import totals
 from dit_jax.workdir.records import protocol_id
 
 
@@ -128,12 +126,15 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
     }
 
 
-def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict) -> dict:
+def make_record(
+    cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict, unique: int | None, spent: dict
+) -> dict:
     """The record, one JSON object: the contract between training, evaluation and `dit_jax.scaling`. `weights`: their SHA-256.
 
-    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states.
+    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `unique`: different images in
+    the training data, None if unknown; `spent`: see `goodput.totals`.
     """
-    images, unique = step * cfg.train.batch_size, unique_images(workdir, step)
+    images = step * cfg.train.batch_size
     return {
         "run": base(workdir),
         "step": step,
@@ -150,7 +151,7 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
         "protocol_id": protocol_id(protocol),
         "weights_sha256": weights,
         "device": describe_device(),
-        "goodput": totals(workdir),
+        "goodput": spent,
     }
 
 

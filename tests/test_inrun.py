@@ -6,7 +6,9 @@ import types
 import jax
 import numpy as np
 import pytest
+from job import run
 from runs import saved, scalars
+from test_hosts import train_on
 
 from dit_jax import checkpoint
 from dit_jax import train as job
@@ -222,3 +224,21 @@ def test_check_refuses_what_evaluation_would():
         UsageError, match=r"train\.evaluate_every: found 4, expected 0 for a training without `scoring`"
     ):
         loop.run(CFG, "never", quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_score_as_one_evaluates(data_dir, cache_dir, tmp_path):
+    """One record for each step and protocol, by process 0; what `evaluate` finds of the same checkpoint is the same, bit for bit."""
+    asked = ["--config.eval.samples=150", "--config.eval.fixed_times=8"]
+    train_on(2, tmp_path / "run", cache_dir, *asked, "--config.train.evaluate_every=20")
+    found = read_records(str(tmp_path / "run"))
+    assert sorted(step for step, _ in found) == [20] * 3 + [30] * 3
+    (tmp_path / "other").mkdir()
+    for name in ("config.json", "checkpoints"):
+        (tmp_path / "other" / name).symlink_to(tmp_path / "run" / name)
+    code, _, err = run("evaluate", f"--workdir={tmp_path / 'other'}", "--at=20,30", *asked, cache_dir=cache_dir)
+    assert code == 0, err
+    for at, record in read_records(str(tmp_path / "other")).items():
+        for name in ("metrics", "weights_sha256", "unique_images", "metric_signs", "flops_train"):
+            assert record.get(name) == found[at].get(name), (at, name)

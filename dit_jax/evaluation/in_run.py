@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from dit_jax.config import Config
-from dit_jax.devices.processes import by_leader, is_common
+from dit_jax.devices.processes import by_leader, is_common, leader
 from dit_jax.error import Interrupted, UsageError
 from dit_jax.evaluation.run import Weights, describe, record, tasks
 from dit_jax.log import warn
@@ -36,9 +36,13 @@ def make_scores(
         except UsageError as error:
             if jax.process_count() > 1 and not is_common(error):
                 raise
-            warn(f"step {step}, {describe(task, {})}{error}; it is not recorded, and the training goes on")
+            if leader():
+                warn(f"step {step}, {describe(task, {})}{error}; it is not recorded, and the training goes on")
 
     def score(step: int, state, restored: bool = False) -> dict[str, float]:
+        jax.block_until_ready(
+            state.ema
+        )  # on CPUs, the sums of a step under way and what processes tell each other would meet
         done = by_leader(lambda: found(step))
         missing = [task for task in wanted if task.id not in done]
         if restored and not missing:

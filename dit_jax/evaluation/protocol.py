@@ -11,6 +11,7 @@ from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import Source, all_of, open_source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.devices.numerics import ambient
+from dit_jax.devices.processes import leader
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
@@ -96,7 +97,8 @@ class Shared:
     @functools.cached_property
     def reference(self) -> scores.Reference:
         reference = scores.open_reference(self.cfg, self.network)
-        scores.warn_of_few(self.cfg, self.network, reference)
+        if leader():
+            scores.warn_of_few(self.cfg, self.network, reference)
         return reference
 
 

@@ -139,7 +139,7 @@ def test_an_evaluation_is_all_programs_that_score_a_checkpoint():
     assert [p.images for p in found[-3:]] == [300_000, 300_000, 10_000]
     assert of({"eval.weights": ("ema", "params")})[-1].images == 20_000
     assert [p.name for p in of({}, 0)] == ["loss"] and of({"eval.loss": False}, 0) == []
-    pixels = list(evaluation.parts(resolve(load_config("configs/digits.py")), mesh, 9))
+    pixels = list(evaluation.parts(resolve(load_config("configs/digits.py")), mesh, mesh, 9))
     assert [(p.name, p.images) for p in pixels] == [("draw", 9), ("features", 9), ("loss", 0)]
 
 

@@ -36,7 +36,7 @@ def check(cfg: Config, _: Slice | None) -> None:
 
 def main() -> None:
     from dit_jax import checkpoint
-    from dit_jax.devices.processes import check_folder, leader, together
+    from dit_jax.devices.processes import by_leader, check_folder, leader, together
     from dit_jax.evaluation.protocol import cells, check_config
     from dit_jax.evaluation.run import follow, report_failed
 
@@ -61,6 +61,7 @@ def main() -> None:
     hosts.join(cfg)
     with together():
         check_folder(values.workdir)
+        steps = by_leader(lambda: steps)
         failed = follow(cfg, values.workdir, values.watch, process_start(), steps)
         if leader():
             print(place(values.workdir))

@@ -3,7 +3,7 @@
 Image i depends on (seed, i) only, not on batch size or devices. Defaults come from the run's `sample` config, as in
 `evaluate`; `--config.a.b=v` overrides them. Images are kept in `samples.npz.parts/` as they are drawn: the same command
 resumes from there, and finds nothing to do once the npz is whole. SIGTERM exits 75 after the images under
-way, or after 20 s without them. On several hosts each draws its share into that folder, and process 0 writes the files.
+way, or on one host after 20 s without them. On several hosts each draws its share into that folder, and process 0 writes the files.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def main() -> None:
     from dit_jax.sampling.run import run
 
     cfg, wanted = _bound(flags.FLAGS)
-    count = hosts.join(cfg)
+    count = hosts.join(resolve(flags.FLAGS.config))  # without paths of the flags, which may differ
     _check_hosts(wanted, count)
     with stop_flag(PATIENCE if count == 1 else None) as stop, together():
         run(cfg, wanted, stop)

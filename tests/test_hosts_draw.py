@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from job import Job, run
+from runs import other_digits
 from test_hosts import free_address
 
 from dit_jax import checkpoint
@@ -95,6 +96,16 @@ def test_hosts_that_differ_and_another_jobs_file_are_refused_by_all(alone, unint
     assert codes == [2, 2] and [len(lines) for lines in ends] == [1, 1], ends
     assert all("holds images of another job: sample.steps: found 20, this command has 19" in end for (end,) in ends)
     assert (tmp_path / "a.npz").read_bytes() == (alone / "a.npz").read_bytes() and os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_hosts_with_other_data_are_refused_by_all(uninterrupted, tmp_path, data_dir, cache_dir):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    flags = [f"--workdir={tmp_path / 'run'}", "--at=60", "--config.eval.max_images=40"]
+    other = [f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"]
+    codes, ends = ended(start(2, "evaluate", *flags, cache_dir=cache_dir, last=other))
+    assert codes == [2, 2] and [len(lines) for lines in ends] == [1, 1], ends
+    assert all("data: found {'dataset': 'digits'" in end and "on process 1" in end for (end,) in ends)
+    assert not (tmp_path / "run" / "eval").exists()
 
 
 @pytest.mark.parametrize("fsdp,tensor", [(4, 1), (2, 2)])

@@ -180,6 +180,20 @@ def assert_holds(out, workdir, num):
     assert len(list(out.parent.iterdir())) == 1
 
 
+def test_an_end_between_the_last_image_and_the_npz_draws_nothing_again(workdir, tmp_path, monkeypatch):
+    out = tmp_path / "samples.npz"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(parts, "write_npz", full)
+        complete(workdir, out, 40)
+    assert complete(workdir, out, 40) == 0
+    other = tmp_path / "other.npz"
+    assert complete(workdir, other, 40) == 40 and out.read_bytes() == other.read_bytes()
+
+
 def test_a_larger_num_keeps_what_was_drawn_before(workdir, tmp_path):
     out = tmp_path / "s.npz"
     with pytest.raises(Interrupted, match="32 of 50 images are kept"):

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
 import jax
@@ -29,7 +29,7 @@ from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
-from dit_jax.devices.processes import by_leader
+from dit_jax.devices.processes import agreed, by_leader
 from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.files import (
     LARGEST,
@@ -247,10 +247,21 @@ def load(
     at = path_of(workdir, by_leader(lambda: find_step(workdir, step, item)))
     check_model(at, model)
     like = place(jax.eval_shape(lambda: dit.init(model, random_key(0))))
-    with slow(at, "reading"), freed_at_once():
+    with agreed(), slow(at, "reading"), freed_at_once(), _told_to_others(at):
         check_tree(at, item, like)
         with _reader(frugal(at, {item: like})) as reader:
             return model, reader.restore(os.path.join(at, item), like)
+
+
+@contextlib.contextmanager
+def _told_to_others(at: str) -> Iterator[None]:
+    """Among several processes, turns what the disk refuses, such as a checkpoint pruned meanwhile, into a JobError, which all hear of."""
+    try:
+        yield
+    except OSError as error:
+        if jax.process_count() == 1 or isinstance(error, StorageError):
+            raise
+        raise JobError(f"{at}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def find_step(workdir: str, step: int | None = None, item: str = "") -> int:

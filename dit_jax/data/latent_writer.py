@@ -168,7 +168,7 @@ def _tidied(folder: str, check: Callable[[], None]) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(StorageError):
             check()
-            _remove(folder, [name for name in names(folder) if name.endswith((".whole", ".array_record"))])
+            _remove(folder, [name for name in names(folder) if name.endswith((".whole", ".array_record", ".part"))])
         raise
 
 
@@ -289,10 +289,12 @@ def _write_shard(
                     writer.write(record)
                 content.update(record)
                 count += 1
-        finally:
-            with _disk(folder):
+        except BaseException:
+            with contextlib.suppress(OSError, RuntimeError):
                 writer.close()
+            raise
         with _disk(folder):
+            writer.close()
             entry = _entry(path, count)
             check()
             unfinished.close()  # it is whole

@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
 
 import jax
 import numpy as np
@@ -47,9 +46,6 @@ EXPLICIT = {
 OWN = ("data.data_dir", "data.latents", "data.cache", "data.workers", "data.prefetch")
 KINDS = (NotFiniteError, UsageError, StorageError, JobError, Interrupted)  # errors that processes tell each other of
 PATIENCE = 5.0  # seconds until a new file must be visible on all hosts
-
-
-T = TypeVar("T")
 
 
 class CommonError(UsageError):
@@ -164,6 +160,12 @@ def _slurm(env: Mapping[str, str]) -> dict:
     return {"local_device_ids": list(range(int(gpus)))} if alone and gpus.isdigit() and int(gpus) else {}
 
 
+def common(error: Exception) -> Exception:
+    """Marks an error that all processes raise at the same point, so that they stay together."""
+    error.common = True
+    return error
+
+
 def is_common(error: BaseException) -> bool:
     """Whether all processes raised this error at the same point, so that they are still together."""
     return getattr(error, "common", False)
@@ -262,7 +264,7 @@ def of_all(value: object) -> list:
     return [value] if jax.process_count() == 1 else gather(value)
 
 
-def by_leader(work: Callable[[], T]) -> T:
+def by_leader(work: Callable):
     """Runs `work` on process 0 and returns its value, of JSON, on all; all raise its UsageError, JobError or Interrupted."""
     if jax.process_count() == 1:
         return work()
@@ -300,6 +302,7 @@ def agreed() -> Iterator[None]:
         if is_common(error) or isinstance(error, Interrupted):
             raise
         agree(error=error)
+        raise
     else:
         agree()
 
@@ -309,9 +312,7 @@ def _told(error: Exception) -> list[str]:
 
 
 def _heard(told: list[str]) -> Exception:
-    error = next(kind for kind in KINDS if kind.__name__ == told[0])(told[1])
-    error.common = True
-    return error
+    return common(next(kind for kind in KINDS if kind.__name__ == told[0])(told[1]))
 
 
 def whole(tree):

@@ -11,6 +11,7 @@ from dit_jax.bind import bind_to_draw
 from dit_jax.config import Config, EvalConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.devices.numerics import random_key
+from dit_jax.devices.processes import common
 from dit_jax.devices.rows import put_whole
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import NotFiniteError
@@ -41,7 +42,7 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
 
 @functools.lru_cache(maxsize=8)
 def make_losses(cfg: Config, mesh):
-    """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times). `cfg`: stripped by `_alone`."""
+    """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times). `cfg`: stripped by `alone`."""
     model, weights = bind_to_draw(cfg.model, mesh)
     objective, k = make_objective(cfg), cfg.eval.fixed_times or cfg.eval.times_per_image
 
@@ -61,7 +62,7 @@ def make_losses(cfg: Config, mesh):
     return jax.jit(losses, in_shardings=(weights, rows, rows, rows), out_shardings=replicated(mesh))
 
 
-def _alone(cfg: Config, fixed: int) -> Config:
+def alone(cfg: Config, fixed: int) -> Config:
     """The parts of a config that the losses depend on, so that configs equal in them share a program."""
     points = EvalConfig(times_per_image=cfg.eval.times_per_image, fixed_times=fixed, buckets=1, seed=cfg.eval.seed)
     return Config(model=cfg.model, diffusion=cfg.diffusion, eval=points)
@@ -77,7 +78,7 @@ def held_out_loss(
     batch size moved the loss by up to 3e-9 of itself in float32, 6e-5 in bfloat16.) `look()` is called once a batch. Raises
     NotFiniteError.
     """
-    table = _table(_alone(cfg, 0), cfg.eval.batch_size, params, images, cond, mesh, look)
+    table = _table(alone(cfg, 0), cfg.eval.batch_size, params, images, cond, mesh, look)
     buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
     return _mean("loss", table) | {f"loss_t{b}": value for b, value in enumerate(buckets)}
 
@@ -91,7 +92,7 @@ def fixed_time_loss(
     at each time. The noise depends on (seed, image, time) only. With 8 times in [0, 1) it is the validation loss of MLPerf's text-to-image
     benchmark.
     """
-    table = _table(_alone(cfg, cfg.eval.fixed_times), cfg.eval.batch_size, params, images, cond, mesh, look)
+    table = _table(alone(cfg, cfg.eval.fixed_times), cfg.eval.batch_size, params, images, cond, mesh, look)
     return _mean("loss_fixed", table) | {f"loss_fixed_t{k}": value for k, value in enumerate(table.mean(axis=0))}
 
 
@@ -103,7 +104,7 @@ def _mean(name: str, table: np.ndarray) -> dict[str, float]:
 
 
 def _table(cfg: Config, size: int, params, images: np.ndarray, cond, mesh, look: Callable[[], None]) -> np.ndarray:
-    """Losses (images, times), float64. `cfg`: stripped by `_alone`; `look()` is called once in about `size` images."""
+    """Losses (images, times), float64. `cfg`: stripped by `alone`; `look()` is called once in about `size` images."""
     losses = make_losses(cfg, mesh)
     rows = batch_split(mesh) * max(1, PAIRS // (cfg.eval.fixed_times or cfg.eval.times_per_image))
     batch = -(-size // rows) * rows
@@ -119,7 +120,5 @@ def _table(cfg: Config, size: int, params, images: np.ndarray, cond, mesh, look:
     table = np.concatenate(found)
     if not np.isfinite(table).all():
         why = "the run diverged, and nothing is recorded"
-        error = NotFiniteError(f"held-out loss: found values that are not finite; {why}")
-        error.common = True  # the table is the same on all processes
-        raise error
+        raise common(NotFiniteError(f"held-out loss: found values that are not finite; {why}"))
     return table

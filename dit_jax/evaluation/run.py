@@ -15,7 +15,7 @@ import numpy as np
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config
 from dit_jax.data.source import introduce
-from dit_jax.devices.processes import agree, by_leader, is_common, leader
+from dit_jax.devices.processes import agree, by_leader, common, compare, is_common, leader, of_all
 from dit_jax.devices.rows import drawing_mesh, on_mesh, own_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
@@ -30,6 +30,8 @@ from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
 from dit_jax.workdir.records import append_record, protocol_id, read_records
+
+SAME = "give every host the same data and networks"
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
         sampling = open_sampling(cfg, mesh)
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
+    compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)
     if not quiet:
         introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
         where = cfg.eval.reference or f"the images of {cfg.data.dataset}, {cfg.data.split}"
@@ -319,4 +322,4 @@ def report_failed(failed: dict[int, str]) -> None:
     """Raises JobError if a checkpoint failed."""
     if failed:
         steps = ", ".join(map(str, sorted(failed)))
-        raise JobError(f"step {steps}: not all evaluated, as said above; the others are")
+        raise common(JobError(f"step {steps}: not all evaluated, as said above; the others are"))

@@ -14,7 +14,7 @@ from dit_jax.devices import mesh as meshes
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.devices.rows import drawing_mesh
 from dit_jax.error import UsageError
-from dit_jax.evaluation.loss import PAIRS, make_losses
+from dit_jax.evaluation.loss import PAIRS, alone, make_losses
 from dit_jax.evaluation.protocol import samplings
 from dit_jax.evaluation.scores import ROWS
 from dit_jax.log import say
@@ -66,7 +66,10 @@ def parts(cfg: Config, mesh, whole, num: int) -> Iterator[Part]:
     if cfg.eval.loss:
         kinds = len({sample.weights for sample in settings})
         about = f"held-out loss, {cfg.eval.times_per_image} noise levels an image"
-        yield Part("loss", about, _loss(cfg, mesh), kinds * cfg.eval.max_images)
+        yield Part("loss", about, _loss(alone(cfg, 0), cfg, mesh), kinds * cfg.eval.max_images)
+        if fixed := cfg.eval.fixed_times:
+            loss = _loss(alone(cfg, fixed), cfg, mesh)
+            yield Part("loss", f"held-out loss at {fixed} fixed times", loss, kinds * cfg.eval.max_images)
 
 
 def _draws(cells: list[Config], mesh, num: int) -> Iterator[Part]:
@@ -138,13 +141,13 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
     )
 
 
-def _loss(cfg: Config, mesh) -> Program:
-    k = cfg.eval.times_per_image
+def _loss(points: Config, cfg: Config, mesh) -> Program:
+    k = points.eval.fixed_times or points.eval.times_per_image
     rows = batch_split(mesh) * max(1, PAIRS // k)
     batch = abstract_batch(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=rows)), mesh)
     indices = placed(jax.ShapeDtypeStruct((rows,), jnp.int32), batch_sharding(mesh))
     arguments = (weights(cfg, mesh), batch["image"], batch["cond"], indices)
-    return Program(lambda: make_losses(cfg, mesh), arguments, bind(cfg.model).flops * k * rows, rows)
+    return Program(lambda: make_losses(points, mesh), arguments, bind(cfg.model).flops * k * rows, rows)
 
 
 def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | None) -> dict:

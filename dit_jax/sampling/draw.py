@@ -133,7 +133,7 @@ class Sampling:
         """
         draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, tuple(self.wanted.items()))
         rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
-        batch = rows * -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts))
+        batch = rows * max(1, -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts)))
         for start in range(0, most, batch):
             chunks, error = [], None
             for at in range(start, min(start + batch, most), rows):

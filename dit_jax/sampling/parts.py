@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from dit_jax import checkpoint
-from dit_jax.devices.processes import agree, by_leader, everyone_is_here, leader, of_all
+from dit_jax.devices.processes import agree, by_leader, compare, everyone_is_here, leader, of_all
 from dit_jax.devices.rows import shares
 from dit_jax.error import Interrupted, JobError, StorageError, UsageError
 from dit_jax.files import (
@@ -269,6 +269,7 @@ def _draw_missing(store: Store, num: int, draw: Callable, stop: list, quiet: boo
     A part is written once PART_SECONDS and 1% of the time so far have passed since the last one. A kill then loses little work,
     and the number of files stays small even for small batches.
     """
+    compare(of_all(store.job), "give every host the same run and networks")
     kept = [(start, end) for start, end in by_leader(lambda: kept_parts(store))]
     wanted = shares(missing(kept, num), jax.process_count())
     mine, total = wanted[jax.process_index()], sum(map(len, wanted))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config
-from dit_jax.devices.processes import by_leader, check_folder, leader
+from dit_jax.devices.processes import by_leader, check_folder, everyone_is_here, leader
 from dit_jax.devices.rows import drawing_mesh, on_mesh
 from dit_jax.files import absolute, base
 from dit_jax.files.out import check_out
@@ -67,3 +67,4 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
         model = f"{base(wanted.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
         caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {wanted.seed}"
         picture.save_grid(wanted.grid, drawn(min(wanted.num, picture.GRID)), names_of(cfg), caption)
+    everyone_is_here("files")

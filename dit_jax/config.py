@@ -101,6 +101,7 @@ class DataConfig:
     dataset: str = "digits"  # a TFDS name; `digits` is built here from scikit-learn
     split: str = "train"  # trained on
     held_out_split: str = "test"  # never trained on
+    folder: str = ""  # of pictures, .tar or .parquet files that are read in place of `dataset`; "" = none
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
     flip: bool = False  # random horizontal flips, determined by (seed, position)
@@ -117,6 +118,14 @@ class DataConfig:
             raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
         _at_least(1, self, "image_size")
         _at_least(0, self, "workers", "prefetch", "skip_bad")
+
+    @property
+    def name(self) -> str:  # in records, the same wherever a folder lies
+        return "folder" if self.folder else self.dataset
+
+    @property
+    def title(self) -> str:  # for people
+        return self.folder.rstrip("/").rpartition("/")[2] or self.dataset
 
 
 @dataclass(frozen=True)

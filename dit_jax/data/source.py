@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import latents, tfds
+from dit_jax.data import folder, latents, tfds
 from dit_jax.data.skip import Skips
 from dit_jax.log import say
 
@@ -57,7 +57,12 @@ class Kind:
 
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
-    "latents": Kind(lambda data: bool(data.latents), latents.open_split, tfds.class_names),  # those of the images
+    "folder": Kind(lambda data: bool(data.folder), folder.open_split, folder.class_names),
+    "latents": Kind(
+        lambda data: bool(data.latents),
+        latents.open_split,
+        lambda data: class_names(dataclasses.replace(data, latents="")),  # of the images
+    ),
 }
 
 

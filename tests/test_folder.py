@@ -1,0 +1,291 @@
+"""Photo folders: the same pictures give the same batches however they lie, and what does not fit is named."""
+
+import dataclasses
+import hashlib
+import io
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from job import ROOT, TINY, run
+from PIL import Image
+
+from dit_jax.config import DataConfig
+from dit_jax.data import pipeline
+from dit_jax.data.source import bad_records, class_names, open_source
+from dit_jax.error import UsageError
+
+CLASSES = ("cat", "dog")
+
+
+def picture(number):
+    """An encoded picture of any size and form, by its number; the suffix of its file."""
+    rng = np.random.default_rng(number)
+    height, width = rng.integers(9, 40, 2)
+    array = rng.integers(0, 256, (height, width, 3), np.uint8)
+    image, out = Image.fromarray(array).convert(("RGB", "L", "RGBA", "P")[number % 4]), io.BytesIO()
+    form = "JPEG" if number % 4 < 2 else "PNG"
+    image.save(out, form)
+    return out.getvalue(), "jpg" if form == "JPEG" else "png"
+
+
+def rows(split):
+    """(class, name of the file, bytes) of 30 pictures to train on, or of 10 others, in order of their paths."""
+    numbers = range(30) if split == "train" else range(30, 40)
+    found = [(CLASSES[i % 2], f"{i:03d}.{picture(i)[1]}", picture(i)[0]) for i in numbers]
+    return sorted(found, key=lambda row: row[:2])
+
+
+def as_folder(root):
+    for split in ("train", "test"):
+        for name, file, content in rows(split):
+            os.makedirs(root / split / name, exist_ok=True)
+            (root / split / name / file).write_bytes(content)
+
+
+class Pets(tfds.core.GeneratorBasedBuilder):
+    """The same pictures as a TFDS dataset."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=CLASSES),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split):
+        for i, (name, _, content) in enumerate(rows(split)):
+            yield i, {"image": io.BytesIO(content), "label": name}
+
+
+FORMS = {"folder": as_folder}
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pets")
+    Pets(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
+    for name, write in FORMS.items():
+        (root / name).mkdir()
+        write(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def config(folder, **changes):
+    return DataConfig(folder=str(folder), **{"image_size": 8, "flip": True} | changes)
+
+
+def batches(data, count, start=None, **how):
+    iterator = pipeline.make_batches(data, batch_size=12, seed=3, **how)
+    if start is not None:
+        iterator.set_state(start)
+    found = [next(iterator) for _ in range(count)]
+    state = iterator.get_state()
+    iterator.close()
+    return found, state
+
+
+def refused(function, *args, **how):
+    with pytest.raises(UsageError) as found:
+        function(*args, **how)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def small(size=(4, 4), mode="RGB", colour=0, form="PNG", **how):
+    out = io.BytesIO()
+    Image.new(mode, size, colour).save(out, form, **how)
+    return out.getvalue()
+
+
+def written(root, files):
+    for name, content in files.items():
+        os.makedirs(os.path.dirname(root / name), exist_ok=True)
+        (root / name).write_bytes(content)
+    return config(root)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_door_gives_the_batches_of_tfds_bit_for_bit(pets, form):
+    plain = DataConfig(dataset="pets", data_dir=str(pets / "tfds"), image_size=8, flip=True, workers=0)
+    (expected, _), data = batches(plain, 5), config(pets / form, workers=0)
+    for one in (data, dataclasses.replace(data, cache=False), dataclasses.replace(data, cache=False, workers=2)):
+        jax.tree.map(np.testing.assert_array_equal, batches(one, 5)[0], expected)
+    for split in ("train", "test"):
+        found, there = open_source(data, split), open_source(plain, split)
+        for ours, theirs in zip(*(pipeline.load_arrays(data, split, s) for s in (found, there)), strict=True):
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        assert found.describe() == there.describe() | {"dataset": "folder"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_goes_on_from_its_position(pets, form):
+    data = config(pets / form, cache=False)
+    whole, _ = batches(data, 6)
+    _, state = batches(data, 2)
+    jax.tree.map(np.testing.assert_array_equal, batches(data, 4, start=state)[0], whole[2:])
+    halves = [batches(data, 2, process_index=i, process_count=2)[0] for i in range(2)]
+    jax.tree.map(lambda x, *y: np.testing.assert_array_equal(x, np.concatenate(y)), whole[:2], *halves)
+
+
+def test_without_folders_of_splits_a_tenth_is_drawn_by_name(tmp_path):
+    data = written(tmp_path, {f"{i:04d}.png": small(colour=(i % 256, i // 256, 0)) for i in range(400)})
+    train, test = (open_source(data, split) for split in ("train", "test"))
+    assert train.classes == 0 and len(train) + len(test) == 400 and 25 <= len(test) <= 55
+    assert not train.overlaps(test) and train.overlaps(train)
+    names = {train.listing.names[i] for i in train.chosen}
+    written(tmp_path, {"more.png": small()})
+    assert {one.listing.names[i] for one in [open_source(data, "train")] for i in one.chosen} >= names
+    (image,), cond = test.read(np.array([0]))
+    assert image.shape == (8, 8, 3) and cond == {}
+    two = written(tmp_path / "two", {"a.png": small(), "b.png": small(colour=9)})
+    assert [len(open_source(two, split)) for split in ("train", "test")] == [1, 1]
+
+
+def test_any_mode_gives_its_colours_in_rgb(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tall = Image.fromarray(np.repeat(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8), 2, axis=0))
+    out = io.BytesIO()
+    tall.save(out, "PNG", exif=exif)
+    sixteen = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 0x8080, np.uint16)).save(sixteen, "PNG")
+    files = {
+        "a.png": small(mode="RGBA", colour=(9, 9, 9, 0)), "b.PNG": small(mode="L", colour=7), "c.png": sixteen.getvalue(),
+        "d.jpeg": small(mode="CMYK", colour=(0, 0, 0, 0), form="JPEG"), "e.gif": small(mode="P", form="GIF"), "f.png": out.getvalue(),
+    }  # fmt: skip
+    data = written(tmp_path, files | {".hidden.png": b"x", ".thumbs/a.png": b"x", "notes.txt": b"x"})
+    data = dataclasses.replace(data, image_size=2)
+    found = open_source(data, "train").listing
+    assert list(found.names) == sorted(files)
+    one = open_source(data, "train")
+    images, _ = dataclasses.replace(one, chosen=np.arange(6)).read(np.arange(6))
+    assert [images[i, 0, 0].tolist() for i in range(6)] == [
+        [255] * 3,
+        [7] * 3,
+        [128] * 3,
+        [255] * 3,
+        [0] * 3,
+        [255, 0, 0],
+    ]
+    assert images[5, 1, 1].tolist() == [0, 0, 255]
+
+
+OUT = "found a picture outside, expected it in one of the class folders"
+WRONG = {  # -> files, what is said of them
+    "nothing": ({}, "found no folder '"),
+    "no pictures": ({"a.txt"}, "found no pictures in '"),
+    "one picture": ({"a.png"}, "found 1 picture in '"),
+    "a stray picture": ({"cat/a.png", "dog/b.png", "c.png"}, f"/c.png: {OUT} cat, dog"),
+    "an empty class": ({"cat/a.png", "cat/b.png", "dog/b.txt"}, "class dog: found no pictures in '"),
+    "a class held out only": ({"train/cat/a.png", "test/dog/a.png"}, f"/test/dog/a.png: {OUT} cat"),
+    "no training": ({"cat/a.png", "test/cat/a.png"}, "data.split: found 'test' but no 'train' in '"),
+    "one split": ({"train/cat/a.png", "val/cat/b.png"}, "data.held_out_split: found 'train' but no 'test' in '"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_folders_that_do_not_fit_are_refused(tmp_path, case):
+    names, expected = WRONG[case]
+    files = {name: small() for name in names}
+    assert expected in refused(open_source, written(tmp_path / "photos", files), "train")
+
+
+def test_a_class_of_which_all_is_held_out_is_refused(tmp_path):
+    drawn = next(n for n in (f"dog/{i}.png" for i in range(999)) if hashlib.sha256(n.encode()).digest()[0] < 25)
+    data = written(tmp_path, {f"cat/{i}.png": small() for i in range(30)} | {drawn: small()})
+    message = refused(open_source, data, "train")
+    assert "data.folder: class 1 (dog): found no pictures in" in message and "to train on (split 'train')" in message
+
+
+def test_a_split_that_is_no_plain_name_is_refused(tmp_path):
+    data = written(tmp_path, {"a.png": small(), "b.png": small()})
+    part = dataclasses.replace(data, split="train[:90%]")
+    assert "data.split: found 'train[:90%]', expected for a folder a plain name" in refused(open_source, part, "test")
+
+
+def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path):
+    bad = {"cat/05.jpg": b"text", "cat/06.png": small()[:40], "cat/07.png": b""}
+    files = {f"cat/{i:02d}.png": small(colour=(i, 0, 0)) for i in range(12) if i not in (5, 6, 7)}
+    data = dataclasses.replace(written(tmp_path, files | bad), cache=False, held_out_split="other")
+    message = refused(batches, data, 3)
+    assert any(f"{tmp_path}/{name}: " in message for name in bad), message
+    source = open_source(dataclasses.replace(data, skip_bad=3), "train")
+    found, _ = batches(dataclasses.replace(data, skip_bad=3), 3, source=source)
+    assert len(found) == 3 and set(bad_records(source)) <= {5, 6, 7} and len(bad_records(source)) >= 2
+    assert "found an empty file" in refused(source.listing.fetch, [7])
+    os.unlink(tmp_path / "cat/00.png")
+    assert re.search(r"cat/00.png: cannot read it \(No such file", refused(source.listing.fetch, [0]))
+    written(tmp_path, {"cat/01.png": small((9, 9))})
+    assert "found another size than the" in refused(source.listing.fetch, [1])
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    data = written(tmp_path, {"a.png": small((30, 30)), "b.png": small((30, 30))})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert "cannot decode the picture: Image size (900 pixels) exceeds limit of 800" in refused(batches, data, 1)
+
+
+def test_a_strip_that_would_be_scaled_beyond_that_is_refused(tmp_path, monkeypatch):
+    data = written(tmp_path, {"a.png": small((1, 500)), "b.png": small((1, 500))})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
+    assert "found 1 x 500 pixels, expected sides less unequal" in refused(batches, data, 1)
+
+
+@pytest.mark.parametrize("change", ["added", "gone", "another"])
+def test_a_folder_that_changed_since_the_run_began_is_refused(tmp_path, change):
+    data = written(tmp_path, {f"{c}/{i}.png": small(colour=(i, 0, 0)) for c in CLASSES for i in range(20)})
+    _, state = batches(data, 1)
+    batches(data, 1, start=state)
+    source = open_source(data, "train")
+    path = source.listing.names[source.chosen[-1]]
+    if change == "gone":
+        os.unlink(tmp_path / path)
+    else:
+        written(tmp_path, {"dog/new.png" if change == "added" else path: small((9, 9))})
+    assert re.match(
+        r"data\.folder: dog/: found '\d+ pictures, .*', expected '\d+ pict", refused(batches, data, 1, start=state)
+    )
+
+
+def test_names_of_classes_come_from_the_folders(pets, tmp_path):
+    assert [class_names(config(pets / form)) for form in FORMS] == [CLASSES] * len(FORMS)
+    assert class_names(config(pets / "folder", latents="somewhere")) == CLASSES
+    assert class_names(config(tmp_path / "absent")) == () == class_names(written(tmp_path, {"a.png": small()}))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_lead_from_photos_to_a_grid(pets, tmp_path, cache_dir):
+    page = (ROOT / "docs" / "data.md").read_text().partition("## A photo folder")[2]
+    lines = re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].replace("\\\n", "").splitlines()
+    assert len(lines) == 5 and [line.split()[0] for line in lines[:2]] == ["make", "source"]
+    small_run = [*TINY, "--config.model.input_size=8", "--config.data.image_size=8", "--config.train.steps=3"]
+    for line in lines[2:]:
+        _, _, job, *flags = line.split()
+        flags = [
+            flag.replace("=photos.", f"={tmp_path}/photos.").replace("=runs", f"={tmp_path}/runs") for flag in flags
+        ]
+        flags = [flag.replace("=photos", f"={pets}/folder") for flag in flags]
+        extra = {"dit_jax.train": small_run, "dit_jax.sample": ["--num=4"]}.get(job, [])
+        code, _, err = run(job.removeprefix("dit_jax."), *flags, *extra, cache_dir=cache_dir)
+        assert code == 0, err
+    with Image.open(tmp_path / "photos.png") as grid:
+        assert "4 images" in err and grid.size[0] > 0
+    with np.load(tmp_path / "photos.npz") as found:
+        assert set(found["arr_1"].tolist()) == {0, 1}

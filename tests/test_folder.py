@@ -5,16 +5,19 @@ import hashlib
 import io
 import os
 import re
+import tarfile
 
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from bucket import leading_here
 from job import ROOT, TINY, run
 from PIL import Image
 
+from dit_jax import files
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline
+from dit_jax.data import pipeline, webdataset
 from dit_jax.data.source import bad_records, class_names, open_source
 from dit_jax.error import UsageError
 
@@ -46,6 +49,28 @@ def as_folder(root):
             (root / split / name / file).write_bytes(content)
 
 
+def tar(path, members):
+    """Write a tar of (name, bytes)."""
+    os.makedirs(path.parent, exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+
+
+def as_tars(root):
+    for split in ("train", "test"):
+        found = [(f"{name}/{file}", content, CLASSES.index(name)) for name, file, content in rows(split)]
+        for i in range(2):
+            some = found[i * 7 : (7, 99)[i]]
+            members = [
+                [(name, x), (f"{name[:-4]}.cls", str(label).encode()), (f"{name[:-4]}.json", b"{}")]
+                for name, x, label in some
+            ]
+            tar(root / f"pets-{split}-{i}.tar", [m for three in members for m in three])
+
+
 class Pets(tfds.core.GeneratorBasedBuilder):
     """The same pictures as a TFDS dataset."""
 
@@ -68,7 +93,8 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": io.BytesIO(content), "label": name}
 
 
-FORMS = {"folder": as_folder}
+FORMS = {"folder": as_folder, "tars": as_tars}
+NAMED = {"tars": ()}  # forms that keep no names of classes
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +139,8 @@ def small(size=(4, 4), mode="RGB", colour=0, form="PNG", **how):
     return out.getvalue()
 
 
-def written(root, files):
-    for name, content in files.items():
+def written(root, found):
+    for name, content in found.items():
         os.makedirs(os.path.dirname(root / name), exist_ok=True)
         (root / name).write_bytes(content)
     return config(root)
@@ -148,9 +174,10 @@ def test_without_folders_of_splits_a_tenth_is_drawn_by_name(tmp_path):
     train, test = (open_source(data, split) for split in ("train", "test"))
     assert train.classes == 0 and len(train) + len(test) == 400 and 25 <= len(test) <= 55
     assert not train.overlaps(test) and train.overlaps(train)
-    names = {train.listing.names[i] for i in train.chosen}
+    names = set(map(train.name_of, range(len(train))))
     written(tmp_path, {"more.png": small()})
-    assert {one.listing.names[i] for one in [open_source(data, "train")] for i in one.chosen} >= names
+    again = open_source(data, "train")
+    assert set(map(again.name_of, range(len(again)))) >= names
     (image,), cond = test.read(np.array([0]))
     assert image.shape == (8, 8, 3) and cond == {}
     two = written(tmp_path / "two", {"a.png": small(), "b.png": small(colour=9)})
@@ -171,10 +198,10 @@ def test_any_mode_gives_its_colours_in_rgb(tmp_path):
     }  # fmt: skip
     data = written(tmp_path, files | {".hidden.png": b"x", ".thumbs/a.png": b"x", "notes.txt": b"x"})
     data = dataclasses.replace(data, image_size=2)
-    found = open_source(data, "train").listing
-    assert list(found.names) == sorted(files)
     one = open_source(data, "train")
-    images, _ = dataclasses.replace(one, chosen=np.arange(6)).read(np.arange(6))
+    assert list(one.source.listing.names) == sorted(files)
+    all_of = dataclasses.replace(one, source=dataclasses.replace(one.source, numbers=np.arange(6)))
+    images, _ = all_of.read(np.arange(6))
     assert [images[i, 0, 0].tolist() for i in range(6)] == [
         [255] * 3,
         [7] * 3,
@@ -186,14 +213,17 @@ def test_any_mode_gives_its_colours_in_rgb(tmp_path):
     assert images[5, 1, 1].tolist() == [0, 0, 255]
 
 
-OUT = "found a picture outside, expected it in one of the class folders"
+OUT = "found a picture outside the class folders"
 WRONG = {  # -> files, what is said of them
     "nothing": ({}, "found no folder '"),
-    "no pictures": ({"a.txt"}, "found no pictures in '"),
-    "one picture": ({"a.png"}, "found 1 picture in '"),
-    "a stray picture": ({"cat/a.png", "dog/b.png", "c.png"}, f"/c.png: {OUT} cat, dog"),
+    "no pictures": ({"a.txt"}, "found 0 pictures in '"),
+    "one picture": ({"a.png"}, "found 1 pictures in '"),
+    "a stray picture": (
+        {"cat/a.png", "dog/b.png", "c.png"},
+        f"/c.png: {OUT} (cat, dog), expected all in them, or none",
+    ),
     "an empty class": ({"cat/a.png", "cat/b.png", "dog/b.txt"}, "class dog: found no pictures in '"),
-    "a class held out only": ({"train/cat/a.png", "test/dog/a.png"}, f"/test/dog/a.png: {OUT} cat"),
+    "a class held out only": ({"train/cat/a.png", "test/dog/a.png"}, f"/test/dog/a.png: {OUT} (cat), expected"),
     "no training": ({"cat/a.png", "test/cat/a.png"}, "data.split: found 'test' but no 'train' in '"),
     "one split": ({"train/cat/a.png", "val/cat/b.png"}, "data.held_out_split: found 'train' but no 'test' in '"),
 }
@@ -216,7 +246,9 @@ def test_a_class_of_which_all_is_held_out_is_refused(tmp_path):
 def test_a_split_that_is_no_plain_name_is_refused(tmp_path):
     data = written(tmp_path, {"a.png": small(), "b.png": small()})
     part = dataclasses.replace(data, split="train[:90%]")
-    assert "data.split: found 'train[:90%]', expected for a folder a plain name" in refused(open_source, part, "test")
+    assert "data.split: found 'train[:90%]', expected for data.folder a plain name" in refused(
+        open_source, part, "test"
+    )
 
 
 def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path):
@@ -228,18 +260,20 @@ def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path):
     source = open_source(dataclasses.replace(data, skip_bad=3), "train")
     found, _ = batches(dataclasses.replace(data, skip_bad=3), 3, source=source)
     assert len(found) == 3 and set(bad_records(source)) <= {5, 6, 7} and len(bad_records(source)) >= 2
-    assert "found an empty file" in refused(source.listing.fetch, [7])
+    assert "found an empty file" in refused(source.source.listing.fetch, [7])
     os.unlink(tmp_path / "cat/00.png")
-    assert re.search(r"cat/00.png: cannot read it \(No such file", refused(source.listing.fetch, [0]))
+    assert re.search(
+        r"cat/00.png: cannot read it, .*: \[Errno 2\] No such file", refused(source.source.listing.fetch, [0])
+    )
     written(tmp_path, {"cat/01.png": small((9, 9))})
-    assert "found another size than the" in refused(source.listing.fetch, [1])
+    assert "found another size than the" in refused(source.source.listing.fetch, [1])
 
 
 def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     data = written(tmp_path, {"a.png": small((30, 30)), "b.png": small((30, 30))})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    assert "cannot decode the picture: Image size (900 pixels) exceeds limit of 800" in refused(batches, data, 1)
+    assert "channels): Image size (900 pixels) exceeds limit of 800" in refused(batches, data, 1)
 
 
 def test_a_strip_that_would_be_scaled_beyond_that_is_refused(tmp_path, monkeypatch):
@@ -254,7 +288,7 @@ def test_a_folder_that_changed_since_the_run_began_is_refused(tmp_path, change):
     _, state = batches(data, 1)
     batches(data, 1, start=state)
     source = open_source(data, "train")
-    path = source.listing.names[source.chosen[-1]]
+    path = source.name_of(-1).removeprefix(f"{tmp_path}/")
     if change == "gone":
         os.unlink(tmp_path / path)
     else:
@@ -265,7 +299,7 @@ def test_a_folder_that_changed_since_the_run_began_is_refused(tmp_path, change):
 
 
 def test_names_of_classes_come_from_the_folders(pets, tmp_path):
-    assert [class_names(config(pets / form)) for form in FORMS] == [CLASSES] * len(FORMS)
+    assert all(class_names(config(pets / form)) == NAMED.get(form, CLASSES) for form in FORMS)
     assert class_names(config(pets / "folder", latents="somewhere")) == CLASSES
     assert class_names(config(tmp_path / "absent")) == () == class_names(written(tmp_path, {"a.png": small()}))
 
@@ -289,3 +323,97 @@ def test_the_commands_of_the_page_lead_from_photos_to_a_grid(pets, tmp_path, cac
         assert "4 images" in err and grid.size[0] > 0
     with np.load(tmp_path / "photos.npz") as found:
         assert set(found["arr_1"].tolist()) == {0, 1}
+
+
+# ---- shards
+
+
+def twins(count=20, label=lambda i: i % 2, start=0):
+    """Members of a tar: pictures with labels."""
+    pairs = [
+        ((f"{i:03d}.png", small(colour=(i, 0, 0))), (f"{i:03d}.cls", b"%d\n" % label(i)))
+        for i in range(start, start + count)
+    ]
+    return [member for pair in pairs for member in pair]
+
+
+SPOILED = {
+    "two pictures": (lambda m: [*m, ("003.jpg", small())], "found two files of the key '003', the second 003.jpg"),
+    "the same twice": (lambda m: [*m, m[0]], "found two files of the key '000', the second 000.png"),
+    "no label": (lambda m: m[:-1], "found no .cls beside 019.png, expected one for each picture"),
+    "no picture": (lambda m: m[1:], "found a .cls but no picture of the key '000'"),
+    "words": (lambda m: [*m[:-1], ("019.cls", b"cat")], "019.cls: found b'cat', expected the number of a class"),
+    "a class without pictures": (lambda m: [*m[:-1], ("019.cls", b"5")], "class 2: found no pictures in '"),
+    "a label of billions": (lambda m: [*m[:-1], ("019.cls", b"999999999")], "class 2: found no pictures in '"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_tars_that_do_not_fit_are_named(tmp_path, case):
+    change, expected = SPOILED[case]
+    tar(tmp_path / "a.tar", change(twins()))
+    message = refused(open_source, config(tmp_path), "train")
+    assert expected in message and (message.startswith(f"{tmp_path}/a.tar: ") or "class 2" in message)
+
+
+@pytest.mark.parametrize("size", [0, 300, 512, 700, 1024, 1536, 2000, 5000, 10_000])
+def test_a_tar_cut_short_is_named(tmp_path, size):
+    tar(tmp_path / "a.tar", twins())
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:size])
+    assert refused(open_source, config(tmp_path), "train").startswith(f"{tmp_path}/a.tar: ")
+    for bad in (whole + whole, whole[:1024] + b"x" * 512 + whole[1536:], b"x" * 2000):
+        (tmp_path / "a.tar").write_bytes(bad)
+        assert refused(open_source, config(tmp_path), "train").startswith(f"{tmp_path}/a.tar: ")
+
+
+def test_a_tar_is_indexed_once_and_anew_if_it_changes(tmp_path, monkeypatch):
+    data = dataclasses.replace(config(tmp_path / "tars"), cache=False)
+    tar(tmp_path / "tars/a.tar", twins())
+    first, state = batches(data, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(webdataset, "_scan", lambda path: pytest.fail("indexed again"))
+        jax.tree.map(np.testing.assert_array_equal, batches(data, 2)[0], first)
+    for kept in (tmp_path / "cache/dit_jax").iterdir():
+        kept.write_text(kept.read_text()[:-9])  # damaged
+    jax.tree.map(np.testing.assert_array_equal, batches(data, 2)[0], first)
+    tar(tmp_path / "tars/a.tar", twins(label=lambda i: (i + 1) % 2))
+    assert re.match(
+        r"data\.folder: a\.tar/: found '\d+ pictures, .*', expected", refused(batches, data, 1, start=state)
+    )
+
+
+def test_shards_of_several_kinds_or_splits_are_refused(tmp_path):
+    tar(tmp_path / "train-0.tar", twins())
+    data = config(tmp_path)
+    assert "data.held_out_split: found 'train' but no 'test' in" in refused(open_source, data, "train")
+    tar(tmp_path / "test-0.tar", [m for m in twins(start=40) if m[0].endswith("png")])
+    assert "found other labels or names of classes in train-0.tar than in test-0.tar" in refused(
+        open_source, data, "train"
+    )
+    tar(tmp_path / "test-0.tar", twins(start=40))
+    assert [len(open_source(data, split)) for split in ("train", "test")] == [20, 20]
+    assert len(open_source(dataclasses.replace(data, split="nowhere", held_out_split="drawn"), "drawn")) < 12
+    tar(tmp_path / "train/test.tar", twins())
+    assert "/train/test.tar: found the names of both splits in the path" in refused(open_source, data, "train")
+    written(tmp_path, {"a.png": small()})
+    assert "found both test-0.tar and a.png in" in refused(open_source, data, "train")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_every_door_reads_a_bucket_as_the_disk(pets):
+    with leading_here(page=7) as server:
+        for form in FORMS:
+            for name in files.below(str(pets / form)):
+                server.damage("add", f"{form}/{name}", data=(pets / form / name).read_bytes())
+            here, away = (config(place, cache=False) for place in (pets / form, f"gs://test/{form}"))
+            jax.tree.map(np.testing.assert_array_equal, batches(away, 3), batches(here, 3))
+            assert open_source(away, "test").describe() == open_source(here, "test").describe()
+            assert class_names(away) == class_names(here)
+        gone = files.below(str(pets / "folder"))[0]
+        source = open_source(config("gs://test/folder"), "test")
+        server.damage("delete", f"folder/{gone}")
+        assert f"gs://test/folder/{gone}: cannot read it" in refused(source.read, np.array([0]))
+    assert "data.folder: found 's3://x', expected a path on a disk or gs" in refused(
+        open_source, config("s3://x"), "train"
+    )

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -77,7 +77,7 @@ class Records:
 
     name: str
     split: str
-    source: Sequence  # TFDS's; images of the feature `Image` still encoded
+    source: Sized  # TFDS's, or any with `__getitems__`; images of the feature `Image` still encoded
     stored_shape: tuple  # (h, w, c) with None where it varies
     classes: int  # 0: the dataset has no labels
     files: tuple  # TFDS's file instructions: filename, skip, take
@@ -94,6 +94,10 @@ class Records:
     @property
     def image_shape(self) -> tuple:
         return (self.size, self.size, self.stored_shape[-1])
+
+    def name_of(self, index: int) -> str:
+        """Name a record for messages."""
+        return f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -149,23 +153,21 @@ class Records:
         """Read records as TFDS stores them, images of the feature `Image` as encoded bytes."""
         try:
             return self._some(indices.tolist())
-        except StorageError:
+        except (StorageError, UsageError):
             raise
         except _UNREADABLE as error:
-            index, why = next(((i, e) for i in indices.tolist() if (e := self._fault(i))), (indices[0], error))
+            index, why = int(indices[0]), error
+        for i in indices.tolist():
+            try:
+                self._some([i])
+            except StorageError:
+                raise
+            except _UNREADABLE as error:
+                index, why = i, error
+                break
         where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
         what = f"cannot read {_holder(self.files, index)}: {pixels.reason(why)}"
         raise UsageError(f"{where}: {what}; {_advice(self.files)}") from why
-
-    def _fault(self, index: int) -> Exception | None:
-        """Return the error of reading record `index` by itself, if any."""
-        try:
-            self._some([index])
-        except StorageError:
-            raise
-        except _UNREADABLE as error:
-            return error
-        return None
 
     def _some(self, indices: list[int]) -> list[dict]:
         with reading(self.where):
@@ -173,8 +175,7 @@ class Records:
 
     def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
         """Decode, check and resize a record: (image, label), label 0 without labels."""
-        where = f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
-        image, channels = record["image"], self.stored_shape[-1]
+        where, image, channels = self.name_of(index), record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
             try:
                 image = pixels.decode(image, channels)

@@ -1,14 +1,18 @@
 """Photo folders: the same pictures give the same batches however they lie, and what does not fit is named."""
 
 import dataclasses
+import functools
 import hashlib
 import io
+import json
 import os
 import re
 import tarfile
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from bucket import leading_here
@@ -71,6 +75,22 @@ def as_tars(root):
             tar(root / f"pets-{split}-{i}.tar", [m for three in members for m in three])
 
 
+def as_parquet(root, nested=True, named=True):
+    """As Hugging Face writes data sets: a struct of bytes and path, the names of the classes in the file's notes."""
+    notes = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": CLASSES, "_type": "ClassLabel"}}}}
+    os.makedirs(root / "data")
+    for split in ("train", "test"):
+        names, files, contents = zip(*rows(split), strict=True)
+        images = (
+            [{"bytes": x, "path": file} for x, file in zip(contents, files, strict=True)] if nested else list(contents)
+        )
+        table = pa.table({"image": images, "label": [CLASSES.index(name) for name in names]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(notes)}) if named else table
+        for i in range(2):
+            some = table.slice(i * 7, (7, 99)[i])
+            pq.write_table(some, root / "data" / f"{split}-0000{i}-of-00002.parquet", row_group_size=4)
+
+
 class Pets(tfds.core.GeneratorBasedBuilder):
     """The same pictures as a TFDS dataset."""
 
@@ -93,8 +113,9 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": io.BytesIO(content), "label": name}
 
 
-FORMS = {"folder": as_folder, "tars": as_tars}
-NAMED = {"tars": ()}  # forms that keep no names of classes
+FORMS = {"folder": as_folder, "tars": as_tars, "parquet": as_parquet}
+FORMS["bytes"] = functools.partial(as_parquet, nested=False, named=False)
+NAMED = {"tars": (), "bytes": ()}  # forms that keep no names of classes
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +419,49 @@ def test_shards_of_several_kinds_or_splits_are_refused(tmp_path):
     assert "/train/test.tar: found the names of both splits in the path" in refused(open_source, data, "train")
     written(tmp_path, {"a.png": small()})
     assert "found both test-0.tar and a.png in" in refused(open_source, data, "train")
+
+
+SCHEMAS = {
+    "no pictures": ({"label": [0, 1]}, r"found the columns label \(int64\); expected one of encoded pictures"),
+    "two columns": (
+        {"a": [b"x", b"y"], "b": [b"x", b"y"]},
+        r"a \(binary\), b \(binary\); expected one of encoded pictures",
+    ),
+    "words": (
+        {"image": [b"x", b"y"], "label": ["cat", "dog"]},
+        "column 'label': found string with 0 empty rows, expected the number",
+    ),
+    "empty labels": ({"image": [b"x", b"y"], "label": [0, None]}, "column 'label': found int64 with 1 empty rows"),
+    "a label below 0": (
+        {"image": [small()] * 40, "label": [0] * 20 + [-1] * 20},
+        r"a.parquet/\d+: found label -1, expected 0 to 0",
+    ),
+    "no bytes": ({"image": [{"bytes": None, "path": "x.png"}] * 2}, r"a.parquet/\d: cannot decode"),
+    "paths": ({"image": ["x.png", "y.png"]}, r"found the columns image \(string\)"),
+    "text": ({"image": [b"x", b"y"]}, r"a.parquet/\d: cannot decode .*: cannot identify image file"),
+}
+
+
+@pytest.mark.parametrize("case", SCHEMAS)
+def test_parquet_files_of_another_schema_are_named(tmp_path, case):
+    columns, expected = SCHEMAS[case]
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    message = refused(batches, config(tmp_path), 1)
+    assert message.startswith(f"{tmp_path}/a.parquet") and re.search(expected, message), message
+
+
+def test_damaged_parquet_files_are_named(tmp_path):
+    pq.write_table(
+        pa.table({"image": [small(colour=(i, 0, 0)) for i in range(60)]}), tmp_path / "a.parquet", row_group_size=20
+    )
+    whole, data = (tmp_path / "a.parquet").read_bytes(), config(tmp_path)
+    for bad in (b"", whole[:-9], whole[:500], b"x" * 900):
+        (tmp_path / "a.parquet").write_bytes(bad)
+        assert refused(open_source, data, "train").startswith(f"{tmp_path}/a.parquet: ")
+    (tmp_path / "a.parquet").write_bytes(whole)
+    source = open_source(data, "train")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(200) + whole[204:])
+    assert re.search(r"a\.parquet/\d+: cannot read it, it may be cut short", refused(batches, data, 1, source=source))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import folder, latents, pictures, tfds, webdataset
+from dit_jax.data import folder, latents, parquet, pictures, tfds, webdataset
 from dit_jax.data.skip import Skips
 from dit_jax.log import say
 
@@ -59,6 +59,7 @@ KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
     "folder": Kind(lambda data: bool(data.folder), folder.open_split, folder.class_names),
     "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, webdataset.class_names),
+    "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split, parquet.class_names),
     "latents": Kind(
         lambda data: bool(data.latents),
         latents.open_split,

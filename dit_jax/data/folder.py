@@ -13,6 +13,8 @@ from dit_jax.error import UsageError
 from dit_jax.files import is_folder, names, read, remote
 from dit_jax.log import notice
 
+_once = functools.cache(notice)  # the splits of a job list the same folder
+
 
 def list_all(root: str, data: DataConfig) -> Listing:
     """List the pictures of both splits, in order of their paths. Raises UsageError naming what does not fit."""
@@ -21,7 +23,7 @@ def list_all(root: str, data: DataConfig) -> Listing:
     left = collections.Counter(suffix(name) or "without a suffix" for name in files if name not in found)
     if found and left:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in left.most_common(5))
-        notice(f"data.folder: {sum(left.values()):,} files in {root!r} that are no pictures are left out ({kinds})")
+        _once(f"data.folder: files in {root!r} that are no pictures are left out ({kinds})")
     tops = {name.partition("/")[0] for name in found if "/" in name}
     named = pictures.both_or_neither(data, data.split in tops, data.held_out_split in tops, root)
     ours = (f"{data.split}/", f"{data.held_out_split}/")

@@ -31,6 +31,11 @@ def open_shard(path: str, about: dict) -> Listing:
         what = f"{labels.type} with {labels.null_count} empty rows"
         raise UsageError(f"{path}: column {label!r}: found {what}, expected the number of a class in each row")
     starts = [0, *itertools.accumulate(meta.row_group(i).num_rows for i in range(meta.num_row_groups))]
+    count = meta.num_rows
+    if not count == starts[-1] == (len(labels) if label else count) <= about["bytes"]:
+        raise UsageError(
+            f"{path}: found notes of {count:,} rows that its columns do not hold; it is damaged, copy it again"
+        )
 
     def group(number: int):
         with opened(path) as file, pq.ParquetFile(file, metadata=meta) as found:
@@ -45,7 +50,7 @@ def open_shard(path: str, about: dict) -> Listing:
             found.append((value["bytes"] if nested and value else value) or b"")
         return found
 
-    names, stamps = [str(row) for row in range(meta.num_rows)], [about["bytes"]] * meta.num_rows
+    names, stamps = [str(row) for row in range(count)], [about["bytes"]] * count
     return Listing(names, stamps, None, labels.to_numpy().astype(np.int64) if label else None, class_names, fetch)
 
 

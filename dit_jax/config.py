@@ -123,10 +123,6 @@ class DataConfig:
     def name(self) -> str:  # in records, the same wherever a folder lies
         return "folder" if self.folder else self.dataset
 
-    @property
-    def title(self) -> str:  # for people
-        return self.folder.rstrip("/").rpartition("/")[2] or self.dataset
-
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -154,7 +154,7 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
     if not quiet:
         introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
-        where = cfg.eval.reference or f"the images of {cfg.data.title}, {cfg.data.split}"
+        where = cfg.eval.reference or f"the images of {cfg.data.folder or cfg.data.dataset}, {cfg.data.split}"
         say(f"samples are compared with {where}") if cfg.eval.samples else None
     return found
 

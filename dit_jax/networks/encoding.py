@@ -187,7 +187,9 @@ def _open_images(job: Job, split: str) -> Source:
     """Open images. Raises UsageError if that fails, or the autoencoder expects another number of channels."""
     source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
     if source.image_shape[-1] != channels:
-        found = f"found {job.cfg.data.title!r} with images of {source.image_shape[-1]} channels"
+        found = (
+            f"found {job.cfg.data.folder or job.cfg.data.dataset!r} with images of {source.image_shape[-1]} channels"
+        )
         expected = f"expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
         raise UsageError(f"{source.key}: {found}, {expected}")
     return source

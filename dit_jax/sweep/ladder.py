@@ -307,7 +307,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
         text.print_table(*table)
     how = {"refused": found.refused, "disagreements": found.disagreements, "test": tested, "grid": picture}
     how |= {"notes": tuple(said), "flops": (target,) * bool(target), "verdict": tuple(lines(made))}
-    title = f"IsoFLOP scaling of {cfg.data.title}, {len(ladder)} runs"
+    title = f"IsoFLOP scaling of {cfg.data.folder or cfg.data.dataset}, {len(ladder)} runs"
     page = report.Report(title, found.fits, law.method, tuple(ladder), **how)
     print(report.opening(page))
     return report.save(os.path.join(workdir, "report.html"), page), failed

@@ -59,7 +59,8 @@ def latent_store(records: int = RECORDS) -> Iterator[str]:
         for split, count in (("train", records), ("test", 10)):
             info = LatentInfo(**kinds, **about, split=split)
             values = (rng.standard_normal(info.record_shape, np.float32) for _ in range(count))
-            write_latents(os.path.join(folder, split), info, ((i % 1000, v) for i, v in enumerate(values)))
+            examples = ((i % 1000, v) for i, v in enumerate(values))
+            write_latents(os.path.join(folder, split), info, count, lambda _, given=examples: given)
         yield folder
 
 

@@ -169,6 +169,7 @@ class TrainConfig:
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
     replay_every: int = 0  # steps between two that are computed twice and compared bit for bit; 0 = never
     profile: tuple = ()  # (first, last): steps of which each process writes a trace for xprof into W/profile
+    evaluate_every: int = 0  # steps between two evaluations in training, as by `evaluate`, one at the end; 0 = never
     grid_every: int = 0  # steps between two grids of samples in W/samples, of the EMA weights; 0 = never
     wandb: str = ""  # project of Weights & Biases that scalars and grids go to as well; "" = none
 
@@ -177,7 +178,7 @@ class TrainConfig:
         _at_least(1, self, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(1, self, "spike_window", "skips_in_a_row")
         in_range("train.seed", self.seed, 0, LARGEST)
-        _at_least(0, self, "spike", "replay_every", "keep_every", "grid_every")
+        _at_least(0, self, "spike", "replay_every", "keep_every", "evaluate_every", "grid_every")
         in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
         if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
             expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"
@@ -271,6 +272,7 @@ class EvalConfig:
     """Protocol of the held-out loss and of the sample metrics, and the grid of sampling settings to score."""
 
     times_per_image: int = 16  # noise levels per held-out image, stratified over the training distribution of t
+    fixed_times: int = 0  # equidistant t at which another held-out loss is taken, whatever the law of t; 0 = none
     max_images: int = 0  # held-out images used; 0 = all of them
     buckets: int = 8  # of t, with equal probability under its training distribution
     batch_size: int = 128  # held-out images per batch
@@ -290,7 +292,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _at_least(1, self, "times_per_image", "buckets", "batch_size")
-        _at_least(0, self, "samples", "max_images")
+        _at_least(0, self, "samples", "max_images", "fixed_times")
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")

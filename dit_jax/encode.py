@@ -10,29 +10,49 @@ the defaults, the autoencoder's own. `--whiten` chooses both so that each channe
 1 over the posteriors of `data.split`; they then serve all splits.
 
 A split appears whole or not at all. The same command again finds it done (it compares the origin and number of the latents;
-with --whiten, notes with one number per channel), or resumes after the last whole shard. SIGTERM exits 75; like a kill, it
-costs the work on one shard.
+with --whiten, notes with one number per channel), or makes the shards that are not whole yet, of the size it began with. SIGTERM
+exits 75; like a kill, it costs each host the work on one shard. Several hosts share the shards, and write the same files.
 """
 
 import dataclasses
 
 from absl import flags
 
-from dit_jax.config import resolve
-from dit_jax.job import compiled
+from dit_jax.config import Config, resolve
+from dit_jax.job import compiled, hosts
+from dit_jax.job.check import Slice, reachable
 from dit_jax.job.launch import launch, stop_flag
 
 
+def _config(values) -> Config:
+    """Return the config, with the flag's autoencoder."""
+    cfg = resolve(values.config)
+    if values.autoencoder is None:
+        return cfg
+    return dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
+
+
+def check(_: Config, __: Slice | None) -> None:
+    """Raises UsageError if there is no autoencoder, or one that is here does not fit image size and model."""
+    from dit_jax.networks.encoding import open_job
+
+    cfg, values = _config(flags.FLAGS), flags.FLAGS
+    if not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder):
+        open_job(cfg, values.dtype, values.whiten)
+
+
 def main() -> None:
+    from dit_jax.devices.processes import agreed, together
     from dit_jax.networks.encoding import encode_splits, open_job
 
     values = flags.FLAGS
-    cfg = resolve(values.config)
-    if values.autoencoder is not None:
-        cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
+    cfg = _config(values)
     splits = values.split or [cfg.data.split, cfg.data.held_out_split]
-    with stop_flag() as stop:
-        encode_splits(open_job(cfg, values.dtype, values.whiten), values.out, splits, values.shard_bytes, stop)
+    hosts.join(resolve(values.config))
+    with stop_flag() as stop, together():
+        with agreed():
+            job = open_job(cfg, values.dtype, values.whiten)
+        encode_splits(job, values.out, splits, values.shard_bytes, stop)
 
 
 if __name__ == "__main__":
@@ -47,4 +67,5 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("whiten", False, "scale and shift from the latents of data.split, one number per channel")
     flags.DEFINE_integer("shard_bytes", 1 << 30, "size of a file; a kill costs the work on one", lower_bound=1)
     compiled.define_flag()
-    launch(main, config="file")
+    hosts.define_flags()
+    launch(main, config="file", check=check)

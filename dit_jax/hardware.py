@@ -5,10 +5,14 @@ cores for v2 to v5p and tpu7x, and chips for v5e and v6e: `v3-256` is 128 chips 
 `v5e-256` (or `v5litepod-256`) 256 chips and 256 devices, `tpu7x-256` 128 chips and 256 devices. A host is one JAX process (a TPU VM, a
 node of GPUs).
 
-Figures are the makers', dense, nan if not published. TPU v2 and v3: Jouppi et al. 2020, "A Domain-Specific
-Supercomputer for Training Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e, tpu7x and the
-shapes of all slices: the "System architecture" pages of the Cloud TPU documentation. GPUs: NVIDIA's datasheets of the V100, A100, H100 and
-H200 (SXM), T4, L4 and A10, its A100 whitepaper for the clock, its Ada whitepaper for the RTX 4090 (sums in fp32), its HGX B200 datasheet.
+Figures are the makers', dense, nan if not published. TPU v2 and v3: Jouppi et al. 2020, "A Domain-Specific Supercomputer for Training
+Deep Neural Networks" (CACM 63:7). TPU v4: Jouppi et al. 2023 (arXiv 2304.01433). v5e, v5p, v6e, tpu7x and the shapes of all slices: the
+"System architecture" pages of the Cloud TPU documentation. No clock of these is published. v5e's and v5p's follow from the peak and the
+matrix units that these pages state (4 a TensorCore, 128 x 128, two FLOPs a cycle each; 1 and 2 TensorCores a chip). The same quotient
+gives the published clocks of v3 and v4, and the compiler's cycles of a large product come to 88 to 97 % of the peak of all four. For v6e
+the pages state two units of 256 x 256, which would be 3.5 GHz, but by the compiler's cycles a v6e does 1.7 times what these can; for
+tpu7x they state no number. These two therefore have no clock here. GPUs: NVIDIA's datasheets of the V100, A100, H100 and H200 (SXM), T4,
+L4 and A10, its A100 whitepaper for the clock, its Ada whitepaper for the RTX 4090 (sums in fp32), its HGX B200 datasheet.
 TARGETS and LIMITS: OpenXLA's descriptions of these GPUs (xla/backends/gpu/target_config/specs).
 """
 
@@ -85,8 +89,8 @@ CHIPS = {
     "v2": Chip("TPU v2", 2, 700e9, 4, 62e9, 700e6),  # 496 Gbit/s per link
     "v3": Chip("TPU v3", 2, 900e9, 4, 82e9, 940e6),  # 656 Gbit/s per link
     "v4": Chip("TPU v4", 1, 1200e9, 6, 50e9, 1050e6),
-    "v5e": Chip("TPU v5 lite", 1, 819e9, 4, 50e9),  # 400 GB/s, four links, both directions
-    "v5p": Chip("TPU v5", 1, 2765e9, 6, 100e9),  # 1,200 GB/s, six links, both directions
+    "v5e": Chip("TPU v5 lite", 1, 819e9, 4, 50e9, 1503e6),  # 400 GB/s, four links, both directions
+    "v5p": Chip("TPU v5", 1, 2765e9, 6, 100e9, 1751e6),  # 1,200 GB/s, six links, both directions
     "v6e": Chip("TPU v6 lite", 1, 1638e9, 4, 100e9),  # 800 GB/s, four links, both directions
     "tpu7x": Chip("TPU7x", 2, 7380e9, 6, 100e9),  # 1,200 GB/s, six links, both directions
     "v100": Chip("Tesla V100", 1, 900e9, 6, 25e9, fp32=15.7e12),
@@ -102,6 +106,12 @@ CHIPS = {
     "b200": Chip("NVIDIA B200", 1, 8000e9, 18, 50e9, tf32=1100e12, fp32=80e12),
     "cpu": Chip("cpu", 1, math.nan, 0, math.nan),
 }
+
+# Leading words of jax.Device.device_kind -> options of the compiler of a training step; docs/preflight.md says what they gain.
+WHOLE_PRODUCTS = {
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false"
+}  # gradients are scattered after their product
+OPTIONS = {"TPU v5 lite": WHOLE_PRODUCTS, "TPU v5e": WHOLE_PRODUCTS, "TPU v6": WHOLE_PRODUCTS}
 
 
 class Target(NamedTuple):

@@ -61,21 +61,24 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def pace(total: float, done: float = 0.0) -> Callable[[float], tuple[float, str]]:
-    """Return a function: amount done -> (amount a second since `pace` was called, "ETA m:ss")."""
-    since = time.perf_counter()
+def pace(total: float, done: float = 0.0, apart: Callable = float) -> Callable[[float], tuple[float, str]]:
+    """Return a function: amount done -> (amount a second since `pace` was called, "ETA m:ss"), without the seconds `apart()` so far."""
+    since = time.perf_counter() - apart()
 
     def report(now: float) -> tuple[float, str]:
-        rate = (now - done) / max(time.perf_counter() - since, 1e-9)
+        rate = (now - done) / max(time.perf_counter() - apart() - since, 1e-9)
         return rate, f"ETA {clock((total - now) / rate) if rate > 0 else '?'}"
 
     return report
 
 
-def progress(last: int, images_per_step: int, flops_per_step: float, peak: float) -> Callable[[int, dict], dict]:
+def progress(
+    last: int, images_per_step: int, flops_per_step: float, peak: float, apart: Callable = float
+) -> Callable[[int, dict], dict]:
     """Return a function of (step, scalars) that logs "step, loss, images/s, MFU, ETA" and returns the rates.
 
-    Rates are since its last call; the first gives none and no ETA, because the time before it is mostly compilation.
+    Rates are since its last call, without the seconds `apart()` so far. The first gives none and no ETA, because the time before it
+    is mostly compilation.
     """
     began, current = time.perf_counter(), None
 
@@ -83,7 +86,7 @@ def progress(last: int, images_per_step: int, flops_per_step: float, peak: float
         nonlocal current
         line, before = f"step {step:>7}/{last}  loss {scalars['loss']:.4f}  ", current
         rate, eta = before(step) if before else (0.0, "")
-        current = pace(last, step)
+        current = pace(last, step, apart)
         if not before:
             say(f"{line}{time.perf_counter() - began:.1f} s with compilation")
             return {}

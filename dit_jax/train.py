@@ -18,17 +18,22 @@ def check(cfg: Config, slice_: Slice | None) -> None:
     from dit_jax.diffusion.task import make_task
 
     make_task(cfg)
+    if cfg.train.evaluate_every:
+        from dit_jax.evaluation.protocol import check_config
+
+        check_config(cfg)
     if slice_:
         mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)
 
 
 def main() -> None:
+    from dit_jax.evaluation.in_run import make_scores
     from dit_jax.training.loop import run
 
     cfg = resolve(flags.FLAGS.config)
     hosts.join(cfg)
-    run(cfg, flags.FLAGS.workdir, since=process_start())
+    run(cfg, flags.FLAGS.workdir, since=process_start(), scoring=make_scores)
 
 
 if __name__ == "__main__":

@@ -58,3 +58,13 @@ def other_digits(folder):
     with mock.patch.object(Digits, "_generate_examples", half):
         Digits(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return folder
+
+
+def write_latents(folder, info, examples, **how):
+    """Write the examples, pairs (label, values), one after another."""
+    from dit_jax.data import latent_writer
+
+    examples = list(examples)
+    return latent_writer.write_latents(
+        folder, info, len(examples), lambda numbers: [examples[i] for i in numbers], **how
+    )

@@ -50,10 +50,9 @@ def drawn(workdir, out, cache_dir):
         return picture.size
 
 
-@pytest.mark.parametrize(
-    ("steps", "guidances", "samplers"),
-    [(2, 2, 2), pytest.param(20, 5, 3, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
-)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("steps", "guidances", "samplers"), [(2, 2, 2), (20, 5, 3)])
 def test_checkpoints_by_guidances_by_samplers_end_in_one_figure(
     steps, guidances, samplers, kept, tmp_path, cache_dir, data_dir
 ):

@@ -19,7 +19,7 @@ from dit_jax import checkpoint, files
 from dit_jax.config import AutoencoderConfig, Config, DataConfig, ModelConfig
 from dit_jax.data import pipeline, tfds
 from dit_jax.data.latent_notes import LatentInfo
-from dit_jax.data.latent_writer import continue_latents, write_latents
+from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import open_latents
 from dit_jax.error import Interrupted, JobError, StorageError, UsageError
 from dit_jax.files import lease, out
@@ -155,16 +155,20 @@ def examples(first=0, last=SIZE):
     return found[first:last]
 
 
+def examples_of(numbers):
+    return [examples()[i] for i in numbers]
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A folder of three shards on the disk."""
     folder = str(tmp_path_factory.mktemp("latents") / "train")
-    write_latents(folder, INFO, examples(), shard_bytes=SHARD)
+    write_latents(folder, INFO, SIZE, examples_of, shard_bytes=SHARD)
     return folder
 
 
 def test_latents_in_a_bucket_are_those_on_the_disk(server, plain):
-    found = write_latents(L, INFO, examples(), shard_bytes=SHARD)
+    found = write_latents(L, INFO, SIZE, examples_of, shard_bytes=SHARD)
     assert there(server, "latents/train/") == on_disk(plain)
     expected = open_latents(plain, verify=True)
     assert (found.identity, found.describe()) == (expected.identity, expected.describe())
@@ -181,13 +185,13 @@ def test_latents_in_a_bucket_are_those_on_the_disk(server, plain):
 WRITER = f"""
 import os, signal, sys
 import numpy as np
-from dit_jax.data.latent_writer import LatentInfo, continue_latents
+from dit_jax.data.latent_writer import LatentInfo, write_latents
 INFO, SIZE, SHARD = LatentInfo(**{dataclasses.asdict(INFO)}), {SIZE}, {SHARD}
 {inspect.getsource(examples)}
-def some(first):
-    yield from examples(first, 55)
+def some(numbers):
+    yield from examples(numbers[0], 55)
     os.kill(os.getpid(), signal.SIGKILL)
-continue_latents("{L}", INFO, some, shard_bytes=SHARD)
+write_latents("{L}", INFO, SIZE, some, shard_bytes=SHARD)
 """
 
 
@@ -198,39 +202,39 @@ def test_a_kill_costs_one_shard_and_its_lease_nothing(server, plain):
     left = ["latents-00000.whole", "latents-00001.whole", "latents.job", "latents.lock"]
     assert sorted(there(server, "latents/train/")) == left
     asked = []
-    continue_latents(L, INFO, lambda first: asked.append(first) or examples(first), shard_bytes=SHARD)
+    write_latents(L, INFO, SIZE, lambda numbers: asked.append(numbers[0]) or examples_of(numbers), shard_bytes=SHARD)
     assert asked == [50] and there(server, "latents/train/") == on_disk(plain)
 
 
-def failing(first, at=55):
-    yield from examples(first, at)
+def failing(numbers, at=55):
+    yield from examples(numbers[0], at)
     raise ZeroDivisionError
 
 
 def test_a_writer_that_fails_resumes_from_whole_and_sound_shards(server, plain):
-    write = lambda some: continue_latents(L, INFO, some, shard_bytes=SHARD)  # noqa: E731
+    write = lambda some: write_latents(L, INFO, SIZE, some, shard_bytes=SHARD)  # noqa: E731
     with pytest.raises(ZeroDivisionError):
-        write(lambda first: failing(first, 20))
+        write(lambda numbers: failing(numbers, 20))
     assert there(server) == {}
     with pytest.raises(ZeroDivisionError):
         write(failing)
     assert sorted(there(server, "latents/train/")) == ["latents-00000.whole", "latents-00001.whole", "latents.job"]
     refused(
-        UsageError, continue_latents, L, dataclasses.replace(INFO, dtype="float32"), examples,
+        UsageError, write_latents, L, dataclasses.replace(INFO, dtype="float32"), SIZE, examples_of,
         match="unfinished latents of another job: dtype: found 'float16', this command has 'float32'",
     )  # fmt: skip
     whole = there(server, "latents/train/")
     server.fault("status", method="GET", path="latents-00001", status=403, times=1000)
     with pytest.raises(JobError, match="no permission"):
-        write(examples)
+        write(examples_of)
     server.faults.clear()
     assert there(server, "latents/train/") == whole  # what cannot be read now is not damaged
     server.damage("flip", "latents/train/latents-00001.whole")
     files.rename(f"{L}/latents-00000.whole", f"{L}/latents-00000-of-00003.array_record")  # killed while it named them
     asked = []
-    write(lambda first: asked.append(first) or examples(first))
+    write(lambda numbers: asked.append(numbers[0]) or examples_of(numbers))
     assert asked == [25] and there(server, "latents/train/") == on_disk(plain)
-    refused(UsageError, write, examples, match="found complete latents, expected none")
+    refused(UsageError, write, examples_of, match="found complete latents, expected none")
 
 
 def test_a_write_that_the_bucket_refuses_keeps_the_whole_shards(server, plain):
@@ -238,40 +242,40 @@ def test_a_write_that_the_bucket_refuses_keeps_the_whole_shards(server, plain):
         "status", method="POST|PUT", path="upload", status=403, times=1000, after=3
     )  # the lease, the job, a shard
     with pytest.raises(JobError, match=f"latents {L}: cannot write them: .*no permission .*encode again"):
-        continue_latents(L, INFO, examples, shard_bytes=SHARD)
+        write_latents(L, INFO, SIZE, examples_of, shard_bytes=SHARD)
     server.faults.clear()
     assert sorted(there(server, "latents/train/")) == ["latents-00000.whole", "latents.job"]
     server.fault("cut", method="POST|PUT", path="upload", times=2, after=1)
     server.fault("lost", method="POST|PUT", path="upload", times=2, after=4)
     server.fault("status", path="latents", times=3, after=9)
-    continue_latents(L, INFO, examples, shard_bytes=SHARD)
+    write_latents(L, INFO, SIZE, examples_of, shard_bytes=SHARD)
     assert there(server, "latents/train/") == on_disk(plain)
 
 
 def test_two_writers_and_other_files_are_refused(server, monkeypatch):
-    def another(first):
-        refused(UsageError, write_latents, L, INFO, examples(), match="found another process writing there")
-        yield from failing(first)
+    def another(numbers):
+        refused(UsageError, write_latents, L, INFO, SIZE, examples_of, match="found another process writing there")
+        yield from failing(numbers)
 
     with pytest.raises(ZeroDivisionError):
-        continue_latents(L, INFO, another, shard_bytes=SHARD)
+        write_latents(L, INFO, SIZE, another, shard_bytes=SHARD)
     monkeypatch.setattr(lease, "RENEWAL", 0.02)
     server.reset()
 
-    def overtaken(first):
+    def overtaken(numbers):
         server.damage("add", "latents/train/latents.lock", data=b"another process's")
         while all(request.status != 412 for request in server.requests):
             time.sleep(0.01)
         time.sleep(0.3)  # until the answer is understood
-        yield from examples(first)
+        yield from examples_of(numbers)
 
     before = set(there(server, "latents/train/")) | {"latents.lock"}
     with pytest.raises(JobError, match="another process has taken this lease"):
-        continue_latents(L, INFO, overtaken, shard_bytes=SHARD)
+        write_latents(L, INFO, SIZE, overtaken, shard_bytes=SHARD)
     assert set(there(server, "latents/train/")) == before  # they are that process's now
     server.buckets["test"].clear()
     server.damage("add", "latents/train/notes.txt")
-    refused(UsageError, write_latents, L, INFO, examples(), match="found 'notes.txt', expected an empty folder")
+    refused(UsageError, write_latents, L, INFO, SIZE, examples_of, match="found 'notes.txt', expected an empty folder")
     assert list(there(server)) == ["latents/train/notes.txt"]
 
 
@@ -437,7 +441,7 @@ def test_encode_into_a_bucket_resumes_and_is_what_it_is_on_the_disk(server, imag
     encode(network[0], data_dir, str(tmp_path / "plain"), [])
     sent(server, network[0], "networks/tiny")
     with pytest.raises(Interrupted):
-        encode(N, "gs://test/data", "gs://test/latents", StopsAt(2))
+        encode(N, "gs://test/data", "gs://test/latents", StopsAt(3))
     encode(N, "gs://test/data", "gs://test/latents", [])
     assert "images to encode, 24 were before" in capfd.readouterr().err
     assert there(server, "latents/") == on_disk(tmp_path / "plain")

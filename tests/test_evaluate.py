@@ -462,8 +462,8 @@ def test_a_diverged_checkpoint_is_named_and_the_others_are_scored(workdir, tmp_p
 def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     """Whatever it fails by; a command of one cell ends with that cell's own error."""
     monkeypatch.setattr(checkpoint, "steps", lambda workdir: [7])
-    monkeypatch.setattr(evaluation, "_weights", lambda *rest: {"w": np.zeros(2, np.float32)})
-    monkeypatch.setattr(evaluation, "make_record", lambda cfg, workdir, step, weights, metrics, protocol: {
+    monkeypatch.setattr(evaluation, "_weights", lambda *rest: evaluation.Weights({}, ""))
+    monkeypatch.setattr(evaluation, "make_record", lambda cfg, workdir, step, weights, metrics, protocol, *rest: {
         "step": step, "metrics": metrics, "protocol": protocol, "protocol_id": protocol_id(protocol)
     })  # fmt: skip
 
@@ -477,7 +477,7 @@ def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, ca
 
     wanted = [task(1, TypeError("out of\nmemory")), task(2), task(3, UsageError("too few")), task(4)]
     failed, ledger = {}, Ledger("evaluate", 0.0)
-    evaluation._run(wanted, str(tmp_path), None, True, [], failed, ledger)
+    evaluation._run(wanted, str(tmp_path), None, None, True, [], failed, ledger)
     assert [r["protocol"]["samples"]["steps"] for r in records(tmp_path)] == [2, 4]
     said = capsys.readouterr().err
     assert "checkpoints/7: ema, heun 1, guidance 2: out of; it is not recorded for step 7" in said
@@ -485,6 +485,6 @@ def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, ca
     with pytest.raises(JobError, match="step 7: not all evaluated"):
         evaluation.report_failed(failed)
     with pytest.raises(UsageError, match="too few"):
-        evaluation._run([wanted[2]], str(tmp_path), None, True, [], {}, ledger)
+        evaluation._run([wanted[2]], str(tmp_path), None, None, True, [], {}, ledger)
     with pytest.raises(Interrupted):
-        evaluation._run([task(5, Interrupted()), task(6)], str(tmp_path), None, True, [], {}, ledger)
+        evaluation._run([task(5, Interrupted()), task(6)], str(tmp_path), None, None, True, [], {}, ledger)

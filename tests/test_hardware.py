@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from dit_jax.config import MeshConfig
+from dit_jax.devices.mesh import abstract_mesh, compiler_options
 from dit_jax.error import UsageError
 from dit_jax.hardware import CHIPS, DEVICES, GIB, find, names, topology
 
@@ -96,6 +100,36 @@ def test_a_device_by_the_name_that_jax_gives_it(kind, name, tera, gigabytes):
 )  # fmt: skip
 def test_a_device_of_a_similar_name_is_not_taken_for_another(kind):
     assert find(kind) is None
+
+
+def test_clocks_that_are_not_published_follow_from_the_peak_and_the_matrix_units():
+    """Each unit of 128 x 128 multiplies and adds once a cycle: as for v3 and v4, whose clocks are published."""
+    for kind, units in (("v3", 4), ("v4", 8), ("v5e", 4), ("v5p", 8)):
+        chip = CHIPS[kind]
+        peak = chip.devices * find(chip.device_kind).peak_flops
+        assert chip.clock == pytest.approx(peak / (units * 128**2 * 2), rel=2e-3), kind
+    # Of the v6e two units of 256 x 256 are published: 3.5 GHz, which the compiler's cycles contradict. Of tpu7x no number is.
+    assert math.isnan(CHIPS["v6e"].clock) and math.isnan(CHIPS["tpu7x"].clock)
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("TPU v5 lite", True),
+        ("TPU v6 lite", True),
+        ("TPU v5", False),
+        ("TPU v5p", False),
+        ("TPU v4", False),
+        ("cpu", False),
+    ],
+)
+def test_a_training_step_is_compiled_with_the_options_of_its_devices(kind, some):
+    class Absent:
+        device_kind = kind
+
+    mesh = jax.sharding.Mesh(np.array([Absent()]), ("data",))
+    assert bool(compiler_options(mesh)) is some
+    assert compiler_options(abstract_mesh(MeshConfig(), 4)) is None
 
 
 def test_the_paper_trained_at_a_known_share_of_its_pod():
@@ -191,3 +225,27 @@ print(json.dumps(found))
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
         t = topology(name)
         assert found == [t.chip.device_kind, t.devices, t.hosts, t.chips], name
+
+
+@pytest.mark.tpu
+def test_clocks_are_those_of_the_compilers_cycles():
+    """By its cycles a large product comes close to the peak and not above it, where a clock is known."""
+    code = """
+import json, jax, jax.numpy as jnp
+from dit_jax.config import MeshConfig
+from dit_jax.devices.mesh import devices_ahead, make_mesh, replicated
+from dit_jax.hardware import topology
+from dit_jax.preflight import hlo
+found = {}
+for name in ("v3-8", "v4-8", "v5e-4", "v5p-8", "v6e-4"):
+    mesh = make_mesh(MeshConfig(), devices_ahead(topology(name))[:1])
+    side = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=replicated(mesh))
+    text = jax.jit(jnp.matmul).lower(side, side).compile().as_text()
+    found[name] = 2 * 4096**3 / hlo.estimated_cycles(hlo.parse(text))
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rates = json.loads(done.stdout.splitlines()[-1])
+    assert rates.pop("v6e-4") > 2 * 256**2 * 2  # more than two units of 256 x 256 do in a cycle
+    for name, rate in rates.items():
+        assert 0.85 <= rate * topology(name).chip.clock / topology(name).peak() <= 1, name

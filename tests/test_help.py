@@ -64,6 +64,7 @@ def test_a_job_says_what_it_does_and_what_it_takes_before_it_imports(job, ask):
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source(job)))
     shared = {"launcher", "cell"} if "    define_flags()" in source(job) else set()
     shared |= {"check", "slice"} | ({"compilation_cache"} if "compiled.define_flag()" in source(job) else set())
+    shared |= {"coordinator", "num_processes", "process_id"} if "hosts.define_flags()" in source(job) else set()
     wants = re.search(r'launch\(main, config="(file|optional)"', source(job))
     own = re.findall(r"^  --(\w+)[ =\n]", out, re.MULTILINE)
     assert set(own) == defined | shared | ({"config"} if wants else set())

@@ -226,3 +226,12 @@ def wait_for_listener(address, job):
             if probe.connect_ex((host, int(port))) == 0:
                 return
         time.sleep(0.05)
+
+
+def test_an_error_of_the_runtime_is_told_from_ours():
+    """jax 0.10.2 raises a ValueError where a program that has run before loses its peer (findings/lost_peer_raises_value_error.sh)."""
+    lost = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:35754: Connection reset by peer"
+    assert processes._of_the_runtime(ValueError(lost)) and processes._of_the_runtime(jax.errors.JaxRuntimeError(lost))
+    full = "RESOURCE_EXHAUSTED: Out of memory"
+    for error in (ValueError(full), jax.errors.JaxRuntimeError(full), UsageError("A: found B"), ValueError("found 3")):
+        assert not processes._of_the_runtime(error)

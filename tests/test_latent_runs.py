@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from job import run
-from runs import saved, train
+from runs import saved, train, write_latents
 
 from dit_jax import checkpoint
 from dit_jax.config import DataConfig
 from dit_jax.data.latent_notes import LatentInfo
-from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import open_latents
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import open_source

@@ -1,5 +1,7 @@
 """Latents on disk: what is stored comes back, noise depends on seed and position only, and damage is named, never read."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,18 +11,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zlib
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from runs import write_latents
 from scipy import stats
 
 from dit_jax.config import DataConfig
-from dit_jax.data import counter, latents, pipeline, pixels, posterior, source
+from dit_jax.data import counter, latent_writer, latents, pipeline, pixels, posterior, source
 from dit_jax.data.latent_notes import DTYPES, LatentInfo, checksum, shard_name
-from dit_jax.data.latent_writer import continue_latents, write_latents
+from dit_jax.data.latent_writer import Hosts
 from dit_jax.data.latents import open_latents
 from dit_jax.error import UsageError
 
@@ -751,18 +756,18 @@ def bad_values(value):
 )
 def test_what_cannot_be_stored_is_named_and_nothing_is_left(tmp_path, example, expected):
     folder = str(tmp_path / "x")
-    message = error_of(write_latents, folder, INFO, [*examples(INFO, 4), example], shard_bytes=600)
+    message = error_of(write_latents, folder, INFO, [*examples(INFO, 4), example])
     assert message.startswith(f"latents {folder}, record 4: {expected}")
     assert os.listdir(folder) == []
 
 
 def test_a_failing_source_leaves_nothing(tmp_path):
-    def failing():
+    def failing(_):
         yield from examples(INFO, 4)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write_latents(str(tmp_path), INFO, failing(), shard_bytes=600)
+        latent_writer.write_latents(str(tmp_path), INFO, SIZE, failing)
     assert os.listdir(tmp_path) == []
     assert error_of(write_latents, str(tmp_path), INFO, []).endswith("found no records to write, expected at least one")
     assert len(write_latents(str(tmp_path), INFO, [(1, bad_values(ml_dtypes.bfloat16(3)))])) == 1
@@ -779,12 +784,12 @@ def test_complete_latents_foreign_files_and_other_writers_are_refused(store, tmp
     expected = f"latents {tmp_path}/thesis.tex: cannot make the folder: File exists"
     assert error_of(write_latents, f"{tmp_path}/thesis.tex", INFO, examples(INFO, 1)).startswith(expected)
 
-    def nested():
+    def nested(_):
         yield from examples(INFO, 2)
         message = error_of(write_latents, f"{tmp_path}/two", INFO, examples(INFO, 1))
         assert message == f"latents {tmp_path}/two: found another process writing there, expected none"
 
-    assert len(write_latents(f"{tmp_path}/two", INFO, nested())) == 2
+    assert len(latent_writer.write_latents(f"{tmp_path}/two", INFO, 2, nested)) == 2
 
 
 WRITER = """
@@ -795,8 +800,8 @@ from dit_jax.data.latent_notes import LatentInfo
 
 fields = json.loads(sys.argv[3])
 info = LatentInfo(**{**fields, "shape": tuple(fields["shape"]), "left_out": ()})
-def some():
-    for i in range(40):
+def some(numbers):
+    for i in numbers:
         if i == 30 and sys.argv[2] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         yield i % 7, np.zeros(info.record_shape, np.float32)
@@ -804,7 +809,7 @@ if sys.argv[2] == "full":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    write_latents(sys.argv[1], info, some(), shard_bytes=10 * info.layout.itemsize)
+    write_latents(sys.argv[1], info, 40, some, shard_bytes=10 * info.layout.itemsize)
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -823,7 +828,7 @@ def test_a_killed_writer_leaves_no_latents(tmp_path):
     assert left and "latents.json" not in left
     assert "found no such file, so the latents are not complete" in error_of(open_latents, folder)
     again = write_latents(folder, INFO, examples(INFO, 40))
-    assert len(again) == 40 and sorted(os.listdir(folder)) == [shard_name(0, 1), "latents.json"]
+    assert len(again) == 40 and sorted(os.listdir(folder)) == [*(shard_name(i, 4) for i in range(4)), "latents.json"]
 
 
 TENS = 10 * INFO.layout.itemsize  # shard_bytes
@@ -832,23 +837,25 @@ TENS = 10 * INFO.layout.itemsize  # shard_bytes
 def interrupted(folder, at):
     """A writer of SIZE records in shards of ten that fails at record `at`."""
 
-    def some(first):
-        yield from examples(INFO, at)[first:]
+    def some(numbers):
+        yield from examples(INFO, at)[numbers[0] :]
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        continue_latents(str(folder), INFO, some, shard_bytes=TENS)
+        latent_writer.write_latents(str(folder), INFO, SIZE, some, shard_bytes=TENS)
 
 
 def go_on(folder, info=INFO, **how):
-    """Finish it. Returns the latents, and the record from which they were asked for."""
+    """Finish it. Returns the latents, and the shards that were asked for."""
     asked = []
 
-    def rest(first):
-        asked.append(first)
-        return examples(INFO, SIZE)[first:]
+    def rest(numbers):
+        asked.extend(numbers.tolist())
+        return [examples(INFO, SIZE)[i] for i in numbers]
 
-    return continue_latents(str(folder), info, rest, shard_bytes=TENS, **how), asked[0]
+    found = latent_writer.write_latents(str(folder), info, SIZE, rest, **{"shard_bytes": TENS, **how})
+    assert asked == [i for first in asked[::10] for i in range(first, first + 10)]
+    return found, [first // 10 for first in asked[::10]]
 
 
 def spoil(path):
@@ -860,21 +867,21 @@ def spoil(path):
     writer.close()
 
 
-LEFT = {  # what a kill or a disk makes of the three whole shards -> the record to go on from
-    "as they were": (lambda folder: None, 30),
-    "killed in a shard": (lambda folder: (folder / "latents-00003.part").write_bytes(b"x"), 30),
+LEFT = {  # what a kill or a disk makes of the three whole shards -> which of them are made again
+    "as they were": (lambda folder: None, []),
+    "killed in a shard": (lambda folder: (folder / "latents-00003.part").write_bytes(b"x"), []),
     "killed while naming them": (
         lambda folder: (folder / "latents-00000.whole").rename(folder / "latents-00000-of-00003.array_record"),
-        30,
+        [],
     ),
-    "killed in the notes": (lambda folder: (folder / "latents.json.part").write_text("{"), 30),
-    "one is missing": (lambda folder: (folder / "latents-00001.whole").unlink(), 10),
-    "one is cut": (lambda folder: os.truncate(folder / "latents-00002.whole", 1000), 20),
+    "killed in the notes": (lambda folder: (folder / "latents.json.part").write_text("{"), []),
+    "one is missing": (lambda folder: (folder / "latents-00001.whole").unlink(), [1]),
+    "one is cut": (lambda folder: os.truncate(folder / "latents-00002.whole", 1000), [2]),
     "a shard twice": (
         lambda folder: shutil.copy(folder / "latents-00000.whole", folder / "latents-00001.whole"),
-        10,
+        [1],
     ),
-    "a value is another": (lambda folder: spoil(folder / "latents-00001.whole"), 10),
+    "a value is another": (lambda folder: spoil(folder / "latents-00001.whole"), [1]),
 }
 
 
@@ -883,10 +890,10 @@ def test_a_writer_goes_on_from_the_shards_that_are_whole(store, tmp_path, name):
     interrupted(tmp_path, 34)
     assert sorted(os.listdir(tmp_path)) == [*(f"latents-0000{i}.whole" for i in range(3)), "latents.job"]
     assert "found no such file, so the latents are not complete" in error_of(open_latents, str(tmp_path))
-    damage, first = LEFT[name]
+    damage, again = LEFT[name]
     damage(tmp_path)
     found, asked = go_on(tmp_path)
-    assert asked == first
+    assert asked == [*again, 3, 4, 5]
     whole = open_latents(f"{store}/train")
     assert (found.content, len(found), found.info) == (whole.content, SIZE, INFO)
     assert sorted(os.listdir(tmp_path)) == [*(shard_name(i, 6) for i in range(6)), "latents.json"]
@@ -901,14 +908,16 @@ def test_malformed_records_are_left_out_and_the_others_keep_number_and_label(tmp
     kept = [i for i in range(SIZE) if i not in BAD]
     given = [None if i in BAD else example for i, example in enumerate(examples(INFO, SIZE))]
 
-    def cut(first):
-        yield from given[first:45]
+    def cut(numbers):
+        yield from given[:45]
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        continue_latents(str(tmp_path / "cut"), INFO, cut, shard_bytes=TENS)
+        latent_writer.write_latents(str(tmp_path / "cut"), INFO, SIZE, cut, shard_bytes=TENS)
     for folder in ("cut", "whole"):
-        found = continue_latents(str(tmp_path / folder), INFO, lambda first: given[first:], shard_bytes=TENS)
+        found = latent_writer.write_latents(
+            str(tmp_path / folder), INFO, SIZE, lambda numbers: given[numbers[0] :], shard_bytes=TENS
+        )
         assert found.info == dataclasses.replace(INFO, left_out=BAD) and len(found) == len(kept)
         values, cond = open_latents(str(tmp_path / folder), verify=True).read(np.arange(len(kept)))
         expected, labels = open_latents(f"{store}/train").read(np.array(kept))
@@ -926,6 +935,117 @@ def test_malformed_records_are_left_out_and_the_others_keep_number_and_label(tmp
     assert "found record number 1, expected number 8" in error_of(open_latents(str(notes.parent)).read, np.arange(3))
 
 
+def malformed(bad):
+    return lambda numbers: [None if i in bad else examples(INFO, SIZE)[i] for i in numbers]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_shard_has_its_range_of_the_split_less_the_malformed(tmp_path):
+    """Also if nothing is left of it: then it has no file."""
+    bad = [0, 9, *range(20, 30), 59]
+    found = latent_writer.write_latents(str(tmp_path), INFO, SIZE, malformed(bad), shard_bytes=TENS)
+    assert [file["records"] for file in found.files] == [8, 10, 10, 10, 9]
+    assert sorted(os.listdir(tmp_path)) == [*(shard_name(i, 5) for i in range(5)), "latents.json"]
+    assert found.info.left_out == tuple(bad)
+    (tmp_path / "latents.json").unlink()  # killed while it named them
+    (tmp_path / "latents-00004-of-00005.array_record").rename(tmp_path / "latents-00005.whole")
+    (tmp_path / "latents.job").write_text(json.dumps({**latent_writer._job(INFO), "shard_records": 10}))
+    asked = []
+    again = latent_writer.write_latents(
+        str(tmp_path), INFO, SIZE, lambda numbers: asked.extend(numbers) or malformed(bad)(numbers), shard_bytes=99
+    )
+    assert asked == list(range(20, 30)) and again.files == found.files and again.info == found.info
+
+
+def test_shards_of_older_versions_are_kept_only_if_nothing_was_left_out(store, tmp_path):
+    """They had equal numbers of good records, whatever the numbers of those in the split, and named no size."""
+    for bad in ((), (3,)):
+        folder, given = tmp_path / str(bad), [(i, e) for i, e in enumerate(examples(INFO, SIZE)) if i not in bad]
+        folder.mkdir()
+        for number in range(3):
+            writer = ArrayRecordWriter(str(folder / f"latents-0000{number}.whole"), "group_size:1,uncompressed")
+            for i, example in given[10 * number : 10 * number + 10]:
+                writer.write(latent_writer._encode("", INFO, i, *example))
+            writer.close()
+        (folder / "latents.job").write_text(json.dumps(latent_writer._job(INFO)))
+        found, asked = go_on(folder)
+        assert asked == ([0, 1, 2] if bad else []) + [3, 4, 5] and len(found) == SIZE
+        assert found.content == open_latents(f"{store}/train").content
+
+
+def test_shards_keep_the_size_that_they_began_with(tmp_path):
+    interrupted(tmp_path / "cut", 34)
+    found, asked = go_on(tmp_path / "cut", shard_bytes=7 * INFO.layout.itemsize)
+    assert asked == [3, 4, 5] and [file["records"] for file in found.files] == [10] * 6
+    damaged = json.dumps({**latent_writer._job(INFO), "shard_records": "10"})
+    interrupted(tmp_path / "again", 34)
+    (tmp_path / "again" / "latents.job").write_text(damaged)
+    assert go_on(tmp_path / "again")[1] == [3, 4, 5]
+
+
+class Threads:
+    """Processes of one job, as threads of this one: what `devices.processes` does for those of several hosts."""
+
+    def __init__(self, count):
+        self.count, self.barrier, self.said = count, threading.Barrier(count), [None] * count
+
+    def hosts(self, index):
+        def gather(value):
+            self.barrier.wait(30)
+            self.said[index] = value
+            self.barrier.wait(30)
+            return list(self.said)
+
+        def by_leader(work):
+            return json.loads(json.dumps(gather(work() if index == 0 else None)[0]))
+
+        @contextlib.contextmanager
+        def agreed():
+            error = None
+            try:
+                yield
+            except UsageError as found:
+                error = found
+            for found in filter(None, gather(error)):
+                raise UsageError(str(found))
+
+        return Hosts(index, self.count, by_leader, agreed)
+
+    def write(self, folder, examples_of, **how):
+        def one(index):
+            return latent_writer.write_latents(str(folder), INFO, SIZE, examples_of, hosts=self.hosts(index), **how)
+
+        with concurrent.futures.ThreadPoolExecutor(self.count) as pool:
+            return [run.exception() or run.result() for run in [pool.submit(one, i) for i in range(self.count)]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_any_number_of_hosts_writes_the_same_files(count, tmp_path):
+    """Also if they go on after others, with gaps between the whole shards; and after an error of one, which all raise."""
+    bad = [3, 10, 11, *range(20, 30), 59]
+    latent_writer.write_latents(str(tmp_path / "one"), INFO, SIZE, malformed(bad), shard_bytes=TENS)
+    some = Threads(count).write(tmp_path / "some", malformed(bad), shard_bytes=TENS)
+    assert {found.content for found in some} == {open_latents(str(tmp_path / "one"), verify=True).content}
+    assert contents(tmp_path / "some") == contents(tmp_path / "one")
+
+    def failing(numbers):
+        for i in numbers:
+            if i == 15:
+                raise UsageError("record 15")
+            yield from malformed(bad)([i])
+
+    errors = Threads(count).write(tmp_path / "cut", failing, shard_bytes=TENS)
+    assert [str(error) for error in errors] == ["record 15"] * count
+    left = sorted(os.listdir(tmp_path / "cut"))
+    assert "latents-00000.whole" in left and "latents-00001.whole" not in left and "latents.json" not in left
+    assert all(name.endswith((".whole", ".job")) for name in left)
+    Threads(2).write(tmp_path / "cut", malformed(bad), shard_bytes=1)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "one")
+
+
 def test_a_writer_does_not_go_on_with_another_job(tmp_path):
     interrupted(tmp_path, 34)
     before = sorted(os.listdir(tmp_path))
@@ -938,7 +1058,7 @@ def test_a_writer_does_not_go_on_with_another_job(tmp_path):
         assert "holds unfinished latents of another job: shape: found None" in error_of(go_on, tmp_path)
     interrupted(tmp_path / "other", 34)
     found, asked = go_on(tmp_path / "other", dataclasses.replace(INFO, scale=3.0, shift=1.0))  # notes only
-    assert (asked, found.info.scale, len(found)) == (30, 3.0, SIZE)
+    assert (asked, found.info.scale, len(found)) == ([3, 4, 5], 3.0, SIZE)
 
 
 def test_scale_and_shift_may_be_settled_by_the_records(store, tmp_path):

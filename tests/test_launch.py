@@ -460,7 +460,11 @@ def test_a_job_that_is_not_there_is_refused(fakes, script, verb, variables):
     "job,words", [("sample", ["--out=gs://lab/a.npz"]), ("evaluate", []), ("encode", ["--out=gs://lab/latents"])]
 )
 def test_these_run_on_many_hosts_and_again_after_a_kill(job, words):
-    words = ["--workdir=gs://lab/run"] * (job != "encode") + ["--config=configs/digits.py"] * (job == "encode") + words
+    words = (
+        ["--workdir=gs://lab/run"] * (job != "encode")
+        + ["--config=configs/imagenet256.py", "--autoencoder=gs://lab/ae"] * (job == "encode")
+        + words
+    )
     assert f"dit_jax.{job} {words[0]}" in dry("slurm.sbatch", job, *words, **ONE_NODE | {"NODES": "4"})[-1]
     assert (
         f"in $(seq 101); do .venv/bin/python -m dit_jax.{job} {words[0]}"

@@ -81,6 +81,7 @@ def test_one_cell_installs_on_colab_and_does_nothing_elsewhere(path):
     assert not re.search("[!%]", before) and not any(re.search("^ *[!%]", cell, re.M) for cell in code[1:])
 
 
+@pytest.mark.slow
 def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
     from nbclient import NotebookClient
 

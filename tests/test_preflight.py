@@ -10,12 +10,13 @@ import pytest
 from job import ROOT, run
 
 from dit_jax import flops
-from dit_jax.config import ModelConfig, model_config, resolve
-from dit_jax.devices.layout import Layout, memory
+from dit_jax.config import MeshConfig, ModelConfig, model_config, resolve
+from dit_jax.devices.layout import FSDP, Layout, memory
+from dit_jax.devices.mesh import abstract_mesh
 from dit_jax.error import UsageError
 from dit_jax.hardware import GIB, topology
 from dit_jax.job.launch import load_config
-from dit_jax.preflight import compilation, hlo, search, text
+from dit_jax.preflight import compilation, evaluation, hlo, search, text
 from dit_jax.sampling.draw import ROWS
 
 XL = "--config=configs/imagenet256.py:DiT-XL/2"
@@ -50,7 +51,12 @@ def ask(tmp_path, cache_dir, *arguments):
         ([f"{XL},v3-265"], "slice: found 'v3-265', expected one of v3-8, v3-32"),
         ([f"{XL},v3-256,300"], "train.batch_size: found 300, expected a multiple of the 256 devices of v3-256"),
         ([XL, "--topology=v3-8", "--search=3"], "--search: found '3', expected values of mesh.fsdp among 1, 2, 4, 8"),
-        ([XL, "--topology=v3-8", "--search=4", "--job=sample"], "--search: found --job=sample"),
+        ([XL, "--topology=v3-8", "--search=4", "--job=evaluate"], "--search: found --job=evaluate"),
+        ([XL, "--topology=v4-8", "--job=evaluate", "--config.eval.loss=false"], "eval.loss, --num: found False and 0"),
+        (
+            [XL, "--topology=v4-8", "--job=evaluate", "--num=9", "--config.data.image_size=512"],
+            "autoencoder.folder: found none for latents of side 32 of images of 512 pixels",
+        ),
         ([XL, "--topology=h100x8", "--search=8", "--config.mesh.fsdp=8"], "--search: cannot compile for h100x8"),
         (
             [XL, "--topology=t4x1", "--search=1", "--config.mesh.fsdp=1"],
@@ -103,6 +109,65 @@ def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir
     assert found["fits"] and not found["collectives"] and found["bytes"]["arguments"] > 4 * flops.parameters(model)
 
 
+def test_an_evaluation_is_all_programs_that_score_a_checkpoint():
+    """50,000 images of XL/2, and 10,000 of the held-out loss, on a v4-8: what goes through which program."""
+    cfg = resolve(load_config("configs/imagenet256.py:DiT-XL/2"))
+    mesh = abstract_mesh(MeshConfig(), 4)
+    forward = flops.forward_flops(cfg.model)
+
+    def of(changes, num=50_000):
+        return list(evaluation.parts(search.changed(cfg, changes), mesh, mesh, num))
+
+    draw, decode, features, loss = of({})
+    assert [p.name for p in (draw, decode, features, loss)] == ["draw", "decode", "features", "loss"]
+    assert [p.images for p in (draw, decode, features)] == [50_000] * 3 and loss.images == 10_000
+    assert [p.program.images for p in (draw, decode, features, loss)] == [4 * 16, 4 * 4, 4 * 16, 4 * 4]
+    assert (draw.program.flops, draw.about) == (4 * 16 * 2 * 250 * forward, "ddpm 250, guidance 1.5")
+    assert loss.program.flops == 4 * 4 * 16 * forward and loss.program.arguments[1].shape == (16, 32, 32, 4)
+    assert decode.program.arguments[1].shape == (16, 32, 32, 4)
+    assert features.program.arguments[1].shape == (64, 256, 256, 3) and features.about == "Inception"
+    assert features.program.flops == pytest.approx(64 * 2 * 5.71e9, rel=0.05) and features.slow and not draw.slow
+    # A grid of 2 x 3 settings: of the six, those that cost the same are compiled once, and all are counted.
+    grid = {"eval.steps": (50, 250), "eval.guidance": (1.0, 1.5, 4.0)}
+    found = of(grid)
+    assert [(p.about, p.images) for p in found if p.name == "draw"] == [
+        ("ddpm 50, guidance 1", 50_000),
+        ("ddpm 50, guidance 1.5, 4", 100_000),
+        ("ddpm 250, guidance 1", 50_000),
+        ("ddpm 250, guidance 1.5, 4", 100_000),
+    ]
+    assert [p.images for p in found[-3:]] == [300_000, 300_000, 10_000]
+    assert of({"eval.weights": ("ema", "params")})[-1].images == 20_000
+    assert [p.name for p in of({}, 0)] == ["loss"] and of({"eval.loss": False}, 0) == []
+    pixels = list(evaluation.parts(resolve(load_config("configs/digits.py")), mesh, mesh, 9))
+    assert [(p.name, p.images) for p in pixels] == [("draw", 9), ("features", 9), ("loss", 0)]
+
+
+def test_what_an_evaluation_costs_is_the_sum_of_its_programs():
+    one = {"estimated_step_seconds": 1.0, "collective_seconds": 0.5, "chips": 4}
+    runs = [(one | {"images": 64}, 50_000), (one | {"images": 16}, 10_000)]
+    found = [{"wanted": wanted, "run": compilation.run_costs(part, wanted, 3.0)} for part, wanted in runs]
+    total = evaluation._total([*found, {"wanted": 0, "run": None}], 50_000)
+    batches = 782 + 625
+    assert total["hours"] == pytest.approx([batches / 3600, 1.5 * batches / 3600])
+    assert total["price"] == pytest.approx([12 * hours for hours in total["hours"]])
+    assert evaluation._total([*found, {"wanted": 9, "run": None}], 50_000) is None
+
+
+def test_an_evaluation_without_a_compiler_or_a_clock_says_so(tmp_path, cache_dir):
+    found, _ = ask(tmp_path, cache_dir, XL, "--topology=h100x8", "--job=evaluate", "--num=50000")
+    assert found["message"].startswith("not compiled: ") and found["fits"] is found["run"] is None
+    assert [part["part"] for part in found["parts"]] == ["draw", "decode", "features", "loss"]
+    assert found["parts"][0]["bytes"]["arguments"] >= 4 * flops.parameters(model_config("DiT-XL/2"))
+    tiny = ["--config.model.depth=1", "--config.model.width=16", "--config.sample.sampler=euler"]
+    found, err = ask(tmp_path, cache_dir, DIGITS, "--topology=cpux1", "--job=evaluate", "--num=100", *tiny)
+    assert found["fits"] and found["run"] is None and "compiling: features, a classifier ..." in err
+    assert all(part["bytes"]["temporaries"] > 0 for part in found["parts"])
+    time, loss = found["notes"]
+    assert time == "no estimate of the step: the compiler of CPU programs gives none, so no hours and no price"
+    assert loss.startswith("not counted: the held-out loss, because eval.max_images is 0")
+
+
 @pytest.mark.slow
 def test_a_search_compiles_every_layout(capsys):
     cfg = resolve(load_config("configs/digits.py"))
@@ -129,17 +194,29 @@ def test_what_is_over_the_memory_is_told_from_what_fills_it():
     assert said["fits"] == "" == compilation.too_large(16 * GIB, None)
 
 
-def test_a_slice_of_an_unknown_clock_is_ranked_and_shown_by_its_links():
-    assert compilation.no_estimate(topology("v5e-16")) == "the clock of v5e is not published"
+def test_a_slice_of_an_unknown_clock_is_ranked_and_shown_by_its_cycles_else_by_its_links(capsys):
+    assert compilation.no_estimate(topology("v6e-8")) == "the clock of v6e is not published"
     assert compilation.no_estimate(topology("v4-8")) == "the compiler of TPU programs gives none"
     report = {"mesh": {"fsdp": 16}, "remat": "dots", "accumulate": 1, "fits": True, "job": "train", "run": None}
     report |= {"bytes": {"arguments": GIB, "temporaries": GIB}, "collective_seconds": 0.0125}
     known = report | {"estimated_step_seconds": 0.05, "estimated_mfu": 0.25}
-    report |= {"estimated_step_seconds": None, "estimated_mfu": None}
+    report |= {"estimated_cycles": None, "estimated_step_seconds": None, "estimated_mfu": None}
     assert text.row(report) == "fsdp  16, remat dots, accumulate  1  links   12.5 ms, 2.00 GiB"
     assert text.row(known).endswith("    50.0 ms + links   12.5 ms, MFU 25.0%, 2.00 GiB")
     assert dict(text._speed(report)) == {"links": "12.5 ms, for the collectives at the links' full rate"}
     assert compilation.bounds(report) == [0.0125, 0.0125]
+    cycles = report | {"estimated_cycles": 251_230_396}
+    assert text.row(cycles).endswith("accumulate  1     251.2 M cycles, links   12.5 ms, 2.00 GiB")
+    assert dict(text._speed(cycles))["cycles"].startswith("251,230,396 a step: the compiler's estimate")
+    fewer = cycles | {"estimated_cycles": 251_230_395, "collective_seconds": 0.1}  # of another kind of TPU: no seconds
+    assert sorted([cycles, fewer], key=search.cost) == [fewer, cycles]
+    slow = known | {"estimated_cycles": 1, "collective_seconds": 0.1}  # seconds, where they are known
+    assert sorted([slow, known | {"estimated_cycles": 2}], key=search.cost)[1] is slow
+    search.show_ranks([cycles], topology("v6e-8"))
+    search.show_ranks([report], topology("h100x8"))
+    by = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ranked by ")]
+    assert by[0] == "ranked by the compiler's cycles alone: the clock of v6e is not published"
+    assert by[1] == "ranked by collectives alone: the compiler of GPU programs gives none"
 
 
 def test_the_notes_say_what_is_left_out_and_why():
@@ -147,8 +224,7 @@ def test_the_notes_say_what_is_left_out_and_why():
     (asked,) = compilation.notes(report, topology("v3-8"), 0, None)
     assert asked == "no hours and no price: eval.samples is 0; say for how many images, such as --num=50000"
     assert compilation.notes(report, topology("v3-8"), 10, None) == []
-    (hosts,) = compilation.notes(report, topology("v3-32"), 10, None)
-    assert hosts.startswith("the sample job drives one host; this is 4 of them")
+    assert compilation.notes(report, topology("v3-32"), 10, None) == []
     refused = report | {"job": "train", "collectives": None, "estimated_step_seconds": None}
     assert compilation.notes(refused, topology("v3-8"), 10, 4) == ["none of the 4 layouts tried fits"]
     assert compilation.notes(refused, topology("v3-8"), 10, 0)[0].startswith("none was tried")
@@ -157,8 +233,8 @@ def test_the_notes_say_what_is_left_out_and_why():
     (network,) = compilation.notes(two, topology("2xv4-64"), 10, None)
     assert network == "in no time: the sums of gradients between the 2 slices, which cross the data-center network"
     assert compilation.notes(two, topology("v4-64"), 10, None) == []
-    (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v5e-4"), 0, None)
-    assert clock == "no estimate of the step: the clock of v5e is not published, so no hours and no price"
+    (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v6e-4"), 0, None)
+    assert clock == "no estimate of the step: the clock of v6e is not published, so no hours and no price"
 
 
 def test_what_is_not_known_of_gpus_is_said():
@@ -278,11 +354,43 @@ def test_the_sampler_is_compiled_for_a_slice(tmp_path):
 
 
 @pytest.mark.tpu
+def test_the_price_of_fifty_thousand_images_with_fid(tmp_path):
+    found = compiled_for(
+        tmp_path,
+        "imagenet256.py:DiT-XL/2,v4-8",
+        "--job=evaluate",
+        "--num=50000",
+        "--price=3.22",
+        "--config.sample.steps=250",
+    )
+    draw, decode, features, loss = found["parts"]
+    assert found["fits"] and 0.2 < draw["estimated_mfu"] < 1 and not draw["collectives"]
+    for part, images in ((draw, 50_000), (decode, 50_000), (features, 50_000), (loss, 10_000)):
+        seconds = -(-images // part["images"]) * part["estimated_step_seconds"]
+        assert part["run"]["hours"][0] == pytest.approx(seconds / 3600)
+    assert found["run"]["hours"][0] == pytest.approx(sum(part["run"]["hours"][0] for part in found["parts"]))
+    assert draw["run"]["hours"][0] > 0.9 * found["run"]["hours"][0]  # 500 passes of XL/2 an image outweigh all else
+    assert found["run"]["price"][0] == pytest.approx(4 * 3.22 * found["run"]["hours"][0])
+    assert features["fits"] is None and [note.split(":")[0] for note in found["notes"]] == ["features"]
+
+
+@pytest.mark.tpu
 @pytest.mark.slow
 @pytest.mark.parametrize("slice", ["v3-8", "v3-256", "v4-8", "v4-256"])
 @pytest.mark.parametrize("config", ["imagenet256.py:DiT-B/2", "imagenet256.py:DiT-L/2", "imagenet512.py:DiT-XL/2"])
 def test_other_models_train_on_these_slices(config, slice, tmp_path):
     check_train_step(compiled_for(tmp_path, f"{config},{slice}"), config)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["B", "L", "XL"])
+@pytest.mark.parametrize("slice", [name for name in FSDP if name.startswith(("v5", "v6"))])
+def test_later_tpus_train_the_models_too(slice, model, tmp_path):
+    config = f"imagenet256.py:DiT-{model}/2,{slice}"
+    found = compiled_for(tmp_path, config)
+    check_train_step(found, config)
+    assert found["estimated_cycles"] > 0 and bool(found["run"]) == (not slice.startswith("v6e"))
 
 
 @pytest.mark.tpu

@@ -219,6 +219,7 @@ def test_any_method_has_a_report_of_its_own(method, tmp_path, runs, undrawn):
     assert not re.search(r"\b(nan|inf)\b", shown(page))
 
 
+@pytest.mark.slow
 def test_a_report_of_5000_rows_is_small_and_quick(tmp_path):
     many = tuple(ladder(noise=0.002, budgets=8, sizes=625))
     fits = {"isoflop": fit_isoflop(many, resamples=20, unbias=False), "varpro": fit_varpro(many, resamples=20)}

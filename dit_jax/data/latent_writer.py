@@ -1,25 +1,24 @@
 """Writes a folder of latents: shards under provisional names, then their final names, `latents.json` last.
 
-Leftovers of a killed writer are never read, because `latents.json` is missing. The next writer removes them
-(`write_latents`), or resumes after the whole shards (`continue_latents`):
+Leftovers of a killed writer are never read, because `latents.json` is missing. The next writer goes on from the whole shards:
 
     latents-00000.part     the shard being written
     latents-00000.whole    a shard that is finished and synced
-    latents.job            origin of the shards, which are all of one job
-    latents.lock           held by the process that writes
+    latents.job            origin of the shards, which are all of one job, and their size
+    latents.lock           held by the process that writes; by process 0 for those of several hosts
 
 In a bucket the lock is a lease, and a shard is written on the disk and uploaded once it is finished.
+Shard k has records k n to (k + 1) n - 1 of the split, less the malformed ones, whichever process writes it.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import operator
 import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.data.latent_notes import DTYPES, MAX_LEFT, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
+from dit_jax.data.latent_notes import DTYPES, MAX_SHARDS, NOTES, VERSION, LatentInfo, checksum, shard_name
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.shard import open_shard
 from dit_jax.error import JobError, StorageError, UsageError
@@ -40,10 +39,8 @@ from dit_jax.files import (
     lock,
     names,
     read_json,
-    remote,
     rename,
-    sync,
-    upload,
+    whole,
     write_file,
 )
 
@@ -53,92 +50,99 @@ _CHUNK = 256  # records read at a time
 _OURS = re.compile(
     r"latents-\d{5}(\.part|\.whole|-of-\d{5}\.array_record)|latents\.(lock|job|(json|job)\.(part|lock|tmp[\w.]+))"
 )
-_NAMED = re.compile(r"latents-(\d{5})-of-\d{5}\.array_record")
+_NAMED = re.compile(r"latents-\d{5}-of-\d{5}\.array_record")
+_WHOLE = re.compile(r"latents-(\d{5})\.whole")
+PER = "shard_records"  # key of the job: numbers of the split that a shard has
 _NOT_OF_THE_JOB = ("scale", "shift", "autoencoder", "left_out")  # these change no record that is there
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The processes that write a folder together, by default this one alone; `by_leader` and `agreed` as in `devices.processes`."""
+
+    index: int = 0
+    count: int = 1
+    by_leader: Callable = lambda work: work()
+    agreed: Callable = contextlib.nullcontext
 
 
 @dataclass
 class _Shards:
-    """Whole shards: their entries in the notes, without file names, the digest of all their records, numbers left out of them."""
+    """Shards of `per` of the split's `size` records. Of the first whole ones: entries in the notes, digest of the records, left out."""
 
+    size: int
+    per: int
     entries: list = field(default_factory=list)
     content: object = field(default_factory=hashlib.sha256)
     left_out: list = field(default_factory=list)
 
     @property
-    def next(self) -> int:
-        """The number of the split's next record."""
-        return sum(entry["records"] for entry in self.entries) + len(self.left_out)
+    def count(self) -> int:
+        return -(-self.size // self.per)
 
+    def span(self, number: int) -> range:
+        return range(number * self.per, min((number + 1) * self.per, self.size))
 
-@dataclass(frozen=True)
-class _Place:
-    """A folder that this process writes to: `disk`, where its shards are written, and `check()`, which raises if the lock is lost."""
-
-    folder: str
-    disk: str
-    check: Callable[[], None]
-
-    def part(self, number: int) -> str:
-        return os.path.join(self.disk, f"latents-{number:05d}.part")
-
-    def finish(self, number: int) -> None:
-        """Make a part a whole shard."""
-        self.check()
-        if remote(self.folder):
-            upload(self.part(number), _whole(self.folder, number))
-            delete(self.part(number))
-            self.check()
-        else:
-            sync(self.part(number))
-            rename(self.part(number), _whole(self.folder, number))
+    def add(self, number: int, entry: dict, content, left_out: list) -> None:
+        """Add a whole shard if it is the next one."""
+        if number == len(self.entries):
+            self.entries.append(entry)
+            self.content, self.left_out = content, self.left_out + left_out
 
 
 def write_latents(
-    folder: str, info: LatentInfo, examples: Iterable, *, shard_bytes: int = SHARD_BYTES
-) -> LatentRecords:
-    """Write `examples`, pairs (label, array of `info.record_shape`), and open the result. Without labels, label is 0.
-
-    Memory holds one record at a time. Removes leftovers of a killed writer first, and its own if it fails. Raises UsageError
-    naming the record that cannot be stored, or if the folder holds other files, complete latents or another writer; JobError
-    if writing fails.
-    """
-    with _claimed(folder) as place:
-        _remove_leftovers(folder)
-        with _tidied(place, shards := _Shards(), keep=False):
-            _write_shards(place, info, enumerate(examples), shard_bytes, shards)
-            _publish(place, info, shards)
-    return open_latents(folder)
-
-
-def continue_latents(
     folder: str,
     info: LatentInfo,
-    examples_from: Callable[[int], Iterable],
+    size: int,
+    examples_of: Callable[[np.ndarray], Iterable],
     *,
     settle: Callable[[LatentRecords], LatentInfo] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    hosts: Hosts = Hosts(),
 ) -> LatentRecords:
-    """Write as `write_latents` does, but resume after the whole shards: `examples_from(first)` yields records from `first` on.
+    """Write the shards that are not whole yet, publish all and open the result. All `hosts` call it, and each writes some of them.
 
-    An example None is a malformed record: it is left out, and noted; the others keep their numbers.
+    `size`: records of the split. `examples_of(numbers)` yields those of the rising numbers (n,), as pairs (label, array of
+    `info.record_shape`), label 0 without labels; None is a malformed record, which is left out and noted, while the others keep
+    their numbers. Once the last shard is written it is asked for one more. Memory holds one record at a time.
 
-    A writer that fails or is killed leaves whole shards, which are verified first, so at most one is computed again. Before
-    publication `settle` gets all records and may change scale and shift. Raises as `write_latents`, and UsageError if the
-    folder holds shards of another job.
+    A writer that fails or is killed leaves whole shards, which are verified first and keep their size. Before publication `settle`
+    gets all records, on process 0, and may change scale and shift. Raises UsageError naming the record that cannot be stored, or
+    if the folder holds other files, complete latents, shards of another job or another writer; JobError if writing fails.
     """
-    with _claimed(folder) as place:
-        shards = _take_up(folder, info)
-        with _tidied(place, shards, keep=True):
-            _write_shards(place, info, enumerate(examples_from(shards.next), shards.next), shard_bytes, shards)
-            info = dataclasses.replace(info, left_out=tuple(shards.left_out))
-            _publish(place, settle(_opened(folder, info, shards)) if settle else info, shards)
+    with contextlib.ExitStack() as stack:
+        led: list = []
+
+        def begin() -> tuple[int, list[int]]:
+            check = stack.enter_context(_claimed(folder))
+            shards, missing = _take_up(folder, info, _Shards(size, max(1, shard_bytes // info.layout.itemsize)))
+            stack.enter_context(_tidied(folder, check))
+            led.extend((check, shards))
+            return shards.per, missing
+
+        per, missing = hosts.by_leader(begin)
+        check, shards = led or (lambda: None, _Shards(size, per))
+        mine = missing[hosts.index :: hosts.count]
+        examples = iter(examples_of(np.concatenate([np.arange(0), *map(np.asarray, map(shards.span, mine))])))
+        with hosts.agreed():
+            for number in mine:
+                _write_shard(folder, check, info, shards, number, examples)
+            next(examples, None)
+        for number in range(hosts.by_leader(lambda: len(shards.entries)), shards.count):  # the others' shards
+            if not hosts.by_leader(functools.partial(_take, folder, info, shards, number)):
+                raise JobError(f"latents {folder}: shard {number} is damaged; the same command makes it again")
+
+        def publish() -> None:
+            left = dataclasses.replace(info, left_out=tuple(shards.left_out))
+            _publish(folder, check, settle(_opened(folder, left, shards)) if settle else left, shards)
+
+        hosts.by_leader(publish)
     return open_latents(folder)
 
 
 @contextlib.contextmanager
-def _claimed(folder: str) -> Iterator[_Place]:
-    """Make the folder and lock it against other writers."""
+def _claimed(folder: str) -> Iterator[Callable[[], None]]:
+    """Make the folder and lock it against other writers; yields `check()`, which raises if the lock is lost."""
     busy = UsageError(f"latents {folder}: found another process writing there, expected none")
     with contextlib.ExitStack() as stack:
         try:
@@ -153,54 +157,55 @@ def _claimed(folder: str) -> Iterator[_Place]:
         for name in names(folder):
             if not _OURS.fullmatch(name):
                 raise UsageError(f"latents {folder}: found {name!r}, expected an empty folder; name another one")
-        disk = stack.enter_context(tempfile.TemporaryDirectory(prefix="dit_jax-")) if remote(folder) else folder
-        yield _Place(folder, disk, check)
+        yield check
 
 
 @contextlib.contextmanager
-def _tidied(place: _Place, shards: _Shards, keep: bool) -> Iterator[None]:
-    """Remove the leftovers of a writer that fails, unless the folder is another one's by now; `keep`: whole shards stay."""
+def _tidied(folder: str, check: Callable[[], None]) -> Iterator[None]:
+    """Remove the leftovers of a writer that fails but whole shards, unless the folder is another one's by now."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(StorageError):
-            place.check()
-            _remove_leftovers(place.folder, keep=keep and bool(shards.entries))
+            check()
+            _remove(folder, [name for name in names(folder) if name.endswith((".whole", ".array_record"))])
         raise
 
 
-def _remove_leftovers(folder: str, keep: bool = False) -> None:
-    """Remove a writer's leftovers; with `keep`, or if `latents.json` exists, all but whole shards and the job."""
-    keep = keep or exists(os.path.join(folder, NOTES))
-    for name in set(names(folder)) - {LOCK}:
-        if _OURS.fullmatch(name) and not (keep and (name == JOB or name.endswith((".whole", ".array_record")))):
+def _remove(folder: str, kept: list[str]) -> None:
+    """Remove a writer's leftovers but those `kept`, and the job if there are any."""
+    for name in set(names(folder)) - {LOCK, *kept, *([JOB] if kept else [])}:
+        if _OURS.fullmatch(name):
             delete(os.path.join(folder, name))
 
 
-def _take_up(folder: str, info: LatentInfo) -> _Shards:
-    """Verify the whole shards of an earlier writer; the first damaged one and all after it are deleted.
+def _kept(folder: str) -> list[int]:
+    return sorted(int(found[1]) for name in names(folder) if (found := _WHOLE.fullmatch(name)))
 
-    Raises UsageError if they are of another job.
+
+def _take_up(folder: str, info: LatentInfo, shards: _Shards) -> tuple[_Shards, list[int]]:
+    """Verify the whole shards of an earlier writer: they, or `shards` if there are none, and the numbers of those that are missing.
+
+    Damaged ones are deleted. Raises UsageError if they are of another job.
     """
-    shards, job = _Shards(), _job(info)
+    job = _job(info)
     with _disk(folder):
-        for name in names(folder):  # left by a writer killed while it named the shards
-            if named := _NAMED.fullmatch(name):
-                rename(os.path.join(folder, name), _whole(folder, int(named[1])))
-        if not exists(_whole(folder, 0)):
-            _remove_leftovers(folder)
+        named = [os.path.join(folder, name) for name in names(folder) if _NAMED.fullmatch(name)]
+        noted = _noted(folder, job) if named or _kept(folder) else {}
+        found = _Shards(shards.size, noted.get(PER, shards.per))
+        for path in named:  # by a writer killed while it named the shards
+            if (number := _first_record(path)) is not None:
+                rename(path, _whole(folder, number // found.per))
+        sound = [n for n in _kept(folder) if n < found.count and _take(folder, info, found, n, exact=PER not in noted)]
+        _remove(folder, [_whole("", number) for number in sound])
+        shards = found if sound else shards
+        if shards.count > MAX_SHARDS:
+            raise UsageError(
+                f"latents {folder}: found {shards.count} shards, expected at most {MAX_SHARDS}; use larger ones"
+            )
+        if noted != (job := {**job, PER: shards.per}):
             write_file(os.path.join(folder, JOB), json.dumps(job, indent=1))
-            return shards
-        _refuse_other(folder, job)
-        while exists(shard := _whole(folder, len(shards.entries))):
-            with local(shard) as path:
-                if not _take_shard(path, info, shards):
-                    break
-        for name in set(names(folder)) - {JOB, LOCK}:
-            number = re.fullmatch(r"latents-(\d{5})\.whole", name)
-            if not (number and int(number[1]) < len(shards.entries)):
-                delete(os.path.join(folder, name))
-    return shards
+    return shards, [number for number in range(shards.count) if number not in sound]
 
 
 def _job(info: LatentInfo) -> dict:
@@ -209,107 +214,109 @@ def _job(info: LatentInfo) -> dict:
     return json.loads(json.dumps(fields))
 
 
-def _refuse_other(folder: str, job: dict) -> None:
+def _noted(folder: str, job: dict) -> dict:
+    """Read the job of the shards, by older versions without their size. Raises UsageError if it is another one."""
     try:
         found = read_json(os.path.join(folder, JOB))
     except (OSError, UsageError):
         found = {}
     for key in [*job, *found]:
-        if found.get(key) != job.get(key):
+        if key != PER and found.get(key) != job.get(key):
             raise UsageError(
                 f"latents {folder}: holds unfinished latents of another job: {key}: found {found.get(key)!r}, this command has "
                 f"{job.get(key)!r}; finish that one, delete the folder, or name another one"
             )
+    if type(found.get(PER, 1)) is not int or found.get(PER, 1) < 1:
+        del found[PER]
+    return found
 
 
-def _take_shard(path: str, info: LatentInfo, shards: _Shards) -> bool:
-    """Verify the next whole shard and add it to `shards`; returns False if it is damaged."""
-    content, due, gaps = shards.content.copy(), shards.next, []
-    try:
-        reader = open_shard(path)
-        count = reader.num_records()
-        for start in range(0, count, _CHUNK):
-            for record in reader.read(list(range(start, min(start + _CHUNK, count)))):
-                number = int.from_bytes(record[4:12], "little")
-                if len(record) != info.layout.itemsize or not due <= number < due + MAX_LEFT:
-                    return False
-                gaps += range(due, number)
-                due = number + 1
-                if record[:4] != zlib.crc32(memoryview(record)[4:]).to_bytes(4, "little"):
-                    return False
-                content.update(record)
-    except RuntimeError:
-        return False
-    shards.entries.append(_entry(path, count))
-    shards.content, shards.left_out = content, shards.left_out + gaps
-    return count > 0
+def _first_record(path: str) -> int | None:
+    with local(path) as copy, contextlib.suppress(RuntimeError, IndexError):
+        return int.from_bytes(open_shard(copy).read([0])[0][4:12], "little")
+
+
+def _take(folder: str, info: LatentInfo, shards: _Shards, number: int, exact: bool = False) -> bool:
+    """Verify a whole shard, and add it if it is the next; returns False if it is damaged, or if `exact` and a record is left out."""
+    span, content, left = shards.span(number), shards.content.copy(), []
+    due = span.start
+    with local(_whole(folder, number)) as path:
+        try:
+            reader = open_shard(path)
+            count = reader.num_records()
+            for start in range(0, count, _CHUNK):
+                for record in reader.read(list(range(start, min(start + _CHUNK, count)))):
+                    found, crc = int.from_bytes(record[4:12], "little"), zlib.crc32(memoryview(record)[4:])
+                    sound = len(record) == info.layout.itemsize and record[:4] == crc.to_bytes(4, "little")
+                    if not (sound and due <= found < span.stop):
+                        return False
+                    left += range(due, found)
+                    due = found + 1
+                    content.update(record)
+        except RuntimeError:
+            return False
+        left += range(due, span.stop)
+        if exact and left:
+            return False
+        shards.add(number, _entry(path, count), content, left)
+    return True
 
 
 def _opened(folder: str, info: LatentInfo, shards: _Shards) -> LatentRecords:
     """Open the records of shards before they have their final names."""
-    paths = [_whole(folder, i) for i in range(len(shards.entries))]
-    files = tuple({**entry, "file": path} for entry, path in zip(shards.entries, paths, strict=True))
-    return LatentRecords(folder, info, shards.content.hexdigest(), files, tuple(open_shard(path) for path in paths))
+    files = tuple({**entry, "file": _whole(folder, i)} for i, entry in enumerate(shards.entries) if entry["records"])
+    readers = tuple(open_shard(file["file"]) for file in files)
+    return LatentRecords(folder, info, shards.content.hexdigest(), files, readers)
 
 
-def _write_shards(place: _Place, info: LatentInfo, examples: Iterator, shard_bytes: int, shards: _Shards) -> None:
-    """Write `examples`, pairs (number, example), as shards and append them to `shards`."""
-    folder = place.folder
-    examples = ((i, example) for i, example in examples if example is not None or shards.left_out.append(i))
-    per_shard = max(1, shard_bytes // info.layout.itemsize)
-    for number in range(len(shards.entries), MAX_SHARDS):
-        records = (_encode(folder, info, i, *example) for i, example in itertools.islice(examples, per_shard))
-        first = next(records, None)
-        if first is None:
-            break
-        count, path, content = 0, place.part(number), shards.content.copy()
-        with _writer(folder, path) as write:
-            for record in itertools.chain([first], records):
-                write(record)
+def _write_shard(
+    folder: str, check: Callable, info: LatentInfo, shards: _Shards, number: int, examples: Iterator
+) -> None:
+    """Write the shard of the next `examples`; add it to `shards` if it is the next."""
+    count, left, content = 0, [], shards.content.copy()
+    with contextlib.ExitStack() as unfinished:
+        with _disk(folder):
+            part = os.path.join(folder, f"latents-{number:05d}.part")
+            path = unfinished.enter_context(whole(_whole(folder, number), part))
+            writer = ArrayRecordWriter(path, "group_size:1,uncompressed")  # half-precision noise does not compress
+        try:
+            for i in shards.span(number):
+                if (example := next(examples)) is None:
+                    left.append(i)
+                    continue
+                record = _encode(folder, info, i, *example)
+                with _disk(folder):
+                    writer.write(record)
                 content.update(record)
                 count += 1
+        finally:
+            with _disk(folder):
+                writer.close()
         with _disk(folder):
             entry = _entry(path, count)
-            place.finish(number)
-        shards.entries.append(entry)
-        shards.content = content
-    else:
-        raise UsageError(f"latents {folder}: found records for more than {MAX_SHARDS} shards; use a larger shard_bytes")
-    if not shards.entries:
-        raise UsageError(f"latents {folder}: found no records to write, expected at least one")
+            check()
+            unfinished.close()  # it is whole
+    shards.add(number, entry, content, left)
 
 
 def _entry(path: str, records: int) -> dict:
     return {"file": "", "records": records, "bytes": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
-def _publish(place: _Place, info: LatentInfo, shards: _Shards) -> None:
-    """Give the shards their final names and write the notes."""
-    folder, notes = place.folder, _notes(info, shards.entries, shards.content.hexdigest())
+def _publish(folder: str, check: Callable, info: LatentInfo, shards: _Shards) -> None:
+    """Give the shards their final names and write the notes. A shard without a record has none."""
+    named = {number: entry for number, entry in enumerate(shards.entries) if entry["records"]}
+    if not named:
+        raise UsageError(f"latents {folder}: found no records to write, expected at least one")
+    notes = _notes(info, list(named.values()), shards.content.hexdigest())
     with _disk(folder):
-        for i, entry in enumerate(shards.entries):
-            place.check()
-            rename(_whole(folder, i), os.path.join(folder, entry["file"]))
+        for number, entry in named.items():
+            check()
+            rename(_whole(folder, number), os.path.join(folder, entry["file"]))
         if not create(os.path.join(folder, NOTES), json.dumps(notes, indent=1)):
             raise FileExistsError(17, "another process has written the notes", os.path.join(folder, NOTES))
-        delete(os.path.join(folder, JOB))
-
-
-@contextlib.contextmanager
-def _writer(folder: str, path: str) -> Iterator[Callable]:
-    """Yield a function that appends a record to the file `path`. Raises JobError."""
-    with _disk(folder):
-        writer = ArrayRecordWriter(path, "group_size:1,uncompressed")  # half-precision noise does not compress
-
-    def write(record: bytes) -> None:
-        with _disk(folder):
-            writer.write(record)
-
-    try:
-        yield write
-    finally:
-        with _disk(folder):
-            writer.close()
+        for path in [os.path.join(folder, JOB), *(_whole(folder, n) for n in range(shards.count) if n not in named)]:
+            delete(path)
 
 
 @contextlib.contextmanager

@@ -95,21 +95,19 @@ def load_arrays(data: DataConfig, split: str, source: Source | None = None) -> t
 
 
 def in_order(
-    source: Source, data: DataConfig, rows: int, first: int = 0
+    source: Source, data: DataConfig, rows: int, indices: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
-    """Yield (which records are good, bool (b,), the good ones as in `load_arrays`) from record `first` on, b = `rows` or fewer.
+    """Yield (which records are good, bool (b,), the good ones as in `load_arrays`) of the records `indices`, b = `rows` or fewer.
 
     `data.workers` threads read ahead; malformed records are left out, at most `data.skip_bad`.
     """
-    size = len(source)
 
     def load(k: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        start = first + k * rows
-        good, found = read_kept(source.read, np.arange(start, min(start + rows, size)), source.skips)
+        good, found = read_kept(source.read, indices[k * rows : (k + 1) * rows], source.skips)
         arrays, cond = found or (np.empty((0, *source.image_shape), np.uint8), {})
         return good, source.evaluation(arrays), cond
 
-    count = -(-(size - first) // rows)
+    count = -(-len(indices) // rows)
     if not count:
         return
     options = grain.ReadOptions(num_threads=data.workers, prefetch_buffer_size=data.prefetch if data.workers else 0)

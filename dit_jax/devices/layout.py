@@ -15,6 +15,7 @@ from dit_jax.hardware import Topology, topology
 
 # slice -> devices that share the state (`mesh.fsdp`), by model size; the batch is split over all devices. For TPUs this is the first
 # choice of `preflight --search`: with fewer devices each has more optimizer work, with more than 16 XL/2's kernels have no whole tiles.
+# For v5e, v5p and v6e the same rule without a search: all devices up to 16; docs/preflight.md says what was compiled.
 # For GPUs and CPUs no compiler tells a time: small models are replicated, large ones split over all devices.
 FSDP = {
     "v3-8": {"S": 4, "B": 4, "L": 8, "XL": 8},
@@ -24,6 +25,15 @@ FSDP = {
     "v4-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
     "v4-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
     "v4-512": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v5e-16": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v5e-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v5e-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v5p-8": {"S": 4, "B": 4, "L": 4, "XL": 4},
+    "v5p-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v5p-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v6e-8": {"S": 8, "B": 8, "L": 8, "XL": 8},
+    "v6e-64": {"S": 16, "B": 16, "L": 16, "XL": 16},
+    "v6e-256": {"S": 16, "B": 16, "L": 16, "XL": 16},
     "h100x8": {"S": 1, "B": 1, "L": 8, "XL": 8},
     "h200x1": {"S": 1, "B": 1, "L": 1, "XL": 1},
     "cpux8": {"S": 2, "B": 2, "L": 8, "XL": 8},

@@ -196,6 +196,12 @@ def devices_ahead(topology: hardware.Topology) -> list:
     return list(topologies.get_topology_desc(**topology.description()).devices)
 
 
+def compiler_options(mesh) -> dict | None:
+    """Options of the compiler of a training step for a mesh, by the kind of its devices; None for absent devices and other kinds."""
+    kind = mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else ""
+    return next((options for name, options in hardware.OPTIONS.items() if kind.startswith(name)), None)
+
+
 def abstract_mesh(cfg: MeshConfig, devices: int, slices: int = 1):
     """Mesh of `devices` absent devices, whose shardings still give shard shapes. Raises UsageError as `mesh_shape`."""
     shape = mesh_shape(cfg, devices, slices)

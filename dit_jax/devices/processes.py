@@ -290,6 +290,20 @@ def agree(stopping: bool = False, error: Exception | None = None) -> bool:
     return bool(codes.max())
 
 
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A block that each process goes through at its own pace, with equally many calls of `agree`; waits for all at its end. All raise the
+    error that one has met inside, as soon as they call `agree`."""
+    try:
+        yield
+    except KINDS as error:
+        if is_common(error) or isinstance(error, Interrupted):
+            raise
+        agree(error=error)
+    else:
+        agree()
+
+
 def _told(error: Exception) -> list[str]:
     return [next(kind.__name__ for kind in KINDS if isinstance(error, kind)), str(error)]
 

@@ -3,6 +3,7 @@
 Both are Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps. The methods of a process are
 
     time(u)                          quantile function of the training times: u uniform in [0, 1) -> t
+    equidistant(count)               float64 times a count-th of the process apart, from the least noise, whatever the law
     model_time(t)                    t in the published models' units, 0 to 1000
     noise(x, t, eps)                 x_t
     times(steps, spacing)            float64 sampling grid, from 1 (noise) to 0 (clean)
@@ -52,6 +53,9 @@ class Flow:
             return u
         return jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u))
 
+    def equidistant(self, count: int) -> np.ndarray:
+        return np.arange(count) / count
+
     def model_time(self, t: Times) -> Times:
         return 1000.0 * t
 
@@ -94,6 +98,10 @@ class DDPM:
     def time(self, u: Times) -> Times:
         """Uniform over the steps 0..T-1: step k is time (k + 1) / T."""
         return (jnp.floor(u * self.timesteps) + 1) / self.timesteps
+
+    def equidistant(self, count: int) -> np.ndarray:
+        """Times of the steps floor(k T / count), k = 0 to count - 1."""
+        return (np.arange(count) * self.timesteps // count + 1) / self.timesteps
 
     def index(self, t):
         """Entries of the (T + 1)-long tables at times t."""
@@ -180,6 +188,7 @@ def discretised_log_likelihood(x, mean, log_variance):
 
 
 Process = Flow | DDPM
+LAW = ("time_law", "logit_mean", "logit_std")  # fields that give the law of t in training
 
 
 def make_process(cfg: DiffusionConfig, learn_sigma: bool) -> Process:
@@ -189,6 +198,7 @@ def make_process(cfg: DiffusionConfig, learn_sigma: bool) -> Process:
     return DDPM(cfg.schedule, cfg.timesteps, learn_sigma)
 
 
-def describe(process: Process) -> dict:
-    """Plain values of a process, for records."""
-    return {"process": type(process).__name__.lower(), **dataclasses.asdict(process)}
+def describe(process: Process, law: bool = True) -> dict:
+    """Plain values of a process, for records; without the law of t, which some losses do not depend on, unless `law`."""
+    found = {"process": type(process).__name__.lower(), **dataclasses.asdict(process)}
+    return {name: value for name, value in found.items() if law or name not in LAW}

@@ -1,4 +1,4 @@
-"""Held-out loss of EMA or raw weights on a fixed set of (image, noise, t)."""
+"""Held-out loss of EMA or raw weights on a fixed set of (image, noise, t): over the law of t, and at equidistant t."""
 
 import functools
 from collections.abc import Callable
@@ -41,12 +41,17 @@ def fixed_noise(seed: int, indices: jax.Array, times_per_image: int, shape: tupl
 
 @functools.lru_cache(maxsize=8)
 def make_losses(cfg: Config, mesh):
-    """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times_per_image). `cfg`: stripped by `_alone`."""
+    """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> losses (b, times). `cfg`: stripped by `_alone`."""
     model, weights = bind_to_draw(cfg.model, mesh)
-    objective, k = make_objective(cfg), cfg.eval.times_per_image
+    objective, k = make_objective(cfg), cfg.eval.fixed_times or cfg.eval.times_per_image
+
+    def times(indices):
+        if cfg.eval.fixed_times:
+            return jnp.tile(jnp.asarray(objective.process.equidistant(k), jnp.float32), len(indices))
+        return objective.process.time(stratified(cfg.eval.seed, indices, k).reshape(-1))
 
     def losses(params, images, cond, indices):
-        t = objective.process.time(stratified(cfg.eval.seed, indices, k).reshape(-1))
+        t = times(indices)
         eps = fixed_noise(cfg.eval.seed, indices, k, images.shape[1:]).reshape(-1, *images.shape[1:])
         x, cond = jax.tree.map(lambda rows: jnp.repeat(rows, k, axis=0), (images, cond))
         total, _ = objective.losses(model, params, {}, {"x": x, "cond": cond, "t": t, "eps": eps})
@@ -56,9 +61,9 @@ def make_losses(cfg: Config, mesh):
     return jax.jit(losses, in_shardings=(weights, rows, rows, rows), out_shardings=replicated(mesh))
 
 
-def _alone(cfg: Config) -> Config:
+def _alone(cfg: Config, fixed: int) -> Config:
     """The parts of a config that the losses depend on, so that configs equal in them share a program."""
-    points = EvalConfig(times_per_image=cfg.eval.times_per_image, buckets=1, seed=cfg.eval.seed)
+    points = EvalConfig(times_per_image=cfg.eval.times_per_image, fixed_times=fixed, buckets=1, seed=cfg.eval.seed)
     return Config(model=cfg.model, diffusion=cfg.diffusion, eval=points)
 
 
@@ -72,9 +77,36 @@ def held_out_loss(
     batch size moved the loss by up to 3e-9 of itself in float32, 6e-5 in bfloat16.) `look()` is called once a batch. Raises
     NotFiniteError.
     """
-    losses = make_losses(_alone(cfg), mesh)
-    rows = batch_split(mesh) * max(1, PAIRS // cfg.eval.times_per_image)
-    batch = -(-cfg.eval.batch_size // rows) * rows
+    table = _table(_alone(cfg, 0), cfg.eval.batch_size, params, images, cond, mesh, look)
+    buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
+    return _mean("loss", table) | {f"loss_t{b}": value for b, value in enumerate(buckets)}
+
+
+def fixed_time_loss(
+    cfg: Config, params, images: np.ndarray, cond, mesh, look: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """As `held_out_loss`, at the same eval.fixed_times times `process.equidistant` for each image, whatever the law of t in training.
+
+    `loss_fixed` is the plain mean over images and times, `loss_fixed_se` its standard error over images, `loss_fixed_t0`, ... the mean
+    at each time. The noise depends on (seed, image, time) only. With 8 times in [0, 1) it is the validation loss of MLPerf's text-to-image
+    benchmark.
+    """
+    table = _table(_alone(cfg, cfg.eval.fixed_times), cfg.eval.batch_size, params, images, cond, mesh, look)
+    return _mean("loss_fixed", table) | {f"loss_fixed_t{k}": value for k, value in enumerate(table.mean(axis=0))}
+
+
+def _mean(name: str, table: np.ndarray) -> dict[str, float]:
+    """Mean of losses (images, times), and its standard error over images, absent for one image."""
+    each = table.mean(axis=1)
+    error = {f"{name}_se": each.std(ddof=1) / np.sqrt(len(each))} if len(each) > 1 else {}
+    return {name: each.mean(), **error}
+
+
+def _table(cfg: Config, size: int, params, images: np.ndarray, cond, mesh, look: Callable[[], None]) -> np.ndarray:
+    """Losses (images, times), float64. `cfg`: stripped by `_alone`; `look()` is called once in about `size` images."""
+    losses = make_losses(cfg, mesh)
+    rows = batch_split(mesh) * max(1, PAIRS // (cfg.eval.fixed_times or cfg.eval.times_per_image))
+    batch = -(-size // rows) * rows
     found = []
     for start in range(0, len(images), rows):
         if start % batch == 0:
@@ -87,8 +119,7 @@ def held_out_loss(
     table = np.concatenate(found)
     if not np.isfinite(table).all():
         why = "the run diverged, and nothing is recorded"
-        raise NotFiniteError(f"held-out loss: found values that are not finite; {why}")
-    per_image = table.mean(axis=1)
-    buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
-    error = {"loss_se": per_image.std(ddof=1) / np.sqrt(len(per_image))} if len(per_image) > 1 else {}
-    return {"loss": per_image.mean(), **error, **{f"loss_t{b}": value for b, value in enumerate(buckets)}}
+        error = NotFiniteError(f"held-out loss: found values that are not finite; {why}")
+        error.common = True  # the table is the same on all processes
+        raise error
+    return table

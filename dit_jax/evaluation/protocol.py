@@ -6,12 +6,12 @@ import itertools
 from dataclasses import dataclass
 
 from dit_jax import flops
-from dit_jax.checkpoint import unique_images
 from dit_jax.config import Config, SampleConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import Source, all_of, open_source
 from dit_jax.devices.mesh import describe_device
 from dit_jax.devices.numerics import ambient
+from dit_jax.devices.processes import leader
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
@@ -19,7 +19,6 @@ from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.files import base
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
-from dit_jax.workdir.goodput import totals
 from dit_jax.workdir.records import protocol_id
 
 
@@ -31,21 +30,21 @@ def weights_protocol(cfg: Config) -> dict:
     return {"weights": {"ema": cfg.optim.ema, **width}}
 
 
-def loss_protocol(cfg: Config, held_out: Source) -> dict:
-    """Everything that the held-out loss depends on besides the checkpoint."""
+def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
+    """Everything that the held-out loss depends on besides the checkpoint; `fixed`: the loss at equidistant t, on which no law acts."""
     process, data = make_objective(cfg).process, held_out.describe()
+    times = {"times_per_image": cfg.eval.times_per_image, "buckets": cfg.eval.buckets}
     return {
         "data": data | {"image_size": cfg.data.image_size},
         **weights_protocol(cfg),
         "held_out": {
             "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
-            "times_per_image": cfg.eval.times_per_image,
-            "buckets": cfg.eval.buckets,
+            **({"times": f"{cfg.eval.fixed_times} equidistant"} if fixed else times),
             "seed": cfg.eval.seed,
             "labels": "true" if held_out.classes else "none",
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
-        "process": processes.describe(process),
+        "process": processes.describe(process, law=not fixed),
         **({} if "autoencoder" in data else {"autoencoder": "none"}),  # for latents, the data name it
         "dtype": cfg.model.dtype,
         **ambient(),
@@ -98,7 +97,8 @@ class Shared:
     @functools.cached_property
     def reference(self) -> scores.Reference:
         reference = scores.open_reference(self.cfg, self.network)
-        scores.warn_of_few(self.cfg, self.network, reference)
+        if leader():
+            scores.warn_of_few(self.cfg, self.network, reference)
         return reference
 
 
@@ -128,12 +128,15 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
     }
 
 
-def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict) -> dict:
+def make_record(
+    cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict, unique: int | None, spent: dict
+) -> dict:
     """The record, one JSON object: the contract between training, evaluation and `dit_jax.scaling`. `weights`: their SHA-256.
 
-    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states.
+    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `unique`: different images in
+    the training data, None if unknown; `spent`: see `goodput.totals`.
     """
-    images, unique = step * cfg.train.batch_size, unique_images(workdir, step)
+    images = step * cfg.train.batch_size
     return {
         "run": base(workdir),
         "step": step,
@@ -150,7 +153,7 @@ def make_record(cfg: Config, workdir: str, step: int, weights: str, metrics: dic
         "protocol_id": protocol_id(protocol),
         "weights_sha256": weights,
         "device": describe_device(),
-        "goodput": totals(workdir),
+        "goodput": spent,
     }
 
 

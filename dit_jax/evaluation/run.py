@@ -19,7 +19,7 @@ from dit_jax.devices.processes import agree, by_leader, is_common, leader
 from dit_jax.devices.rows import drawing_mesh, on_mesh, own_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
-from dit_jax.evaluation.loss import held_out_loss
+from dit_jax.evaluation.loss import fixed_time_loss, held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
 from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
 from dit_jax.files import remote
@@ -28,7 +28,7 @@ from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
 from dit_jax.workdir.folder import read_config
-from dit_jax.workdir.goodput import Ledger, close
+from dit_jax.workdir.goodput import Ledger, close, totals
 from dit_jax.workdir.records import append_record, protocol_id, read_records
 
 
@@ -54,10 +54,11 @@ class Task:
 
 
 class Weights(NamedTuple):
-    """Weights on the mesh, and their SHA-256."""
+    """Weights on the mesh, their SHA-256, and the number of different images that they were trained on; None: converted."""
 
     params: dict
     sha256: str
+    images: int | None = None
 
 
 def _check_stop(stop: list, what: str) -> None:
@@ -66,21 +67,23 @@ def _check_stop(stop: list, what: str) -> None:
 
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list, shared: Shared) -> list[Task]:
-    """A task for the held-out loss of each kind of weights."""
+    """Tasks for the held-out loss of each kind of weights, and for the one at equidistant t if it is asked for."""
     held_out, arrays = shared.held_out
     images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
-    def loss(step: int, weights: Weights) -> tuple[dict, dict]:
-        found = held_out_loss(cfg, weights.params, images, cond, mesh, look)
-        return found, {"metric_signs": {name: -1 for name in found if name != "loss_se"}}
+    def measure(loss: Callable, step: int, weights: Weights) -> tuple[dict, dict]:
+        found = loss(cfg, weights.params, images, cond, mesh, look)
+        return found, {"metric_signs": {name: -1 for name in found if not name.endswith("_se")}}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
         chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
-        found.append(Task(chosen, loss_protocol(chosen, held_out), loss))
+        for loss in [held_out_loss] + [fixed_time_loss] * bool(cfg.eval.fixed_times):
+            protocol = loss_protocol(chosen, held_out, loss is fixed_time_loss)
+            found.append(Task(chosen, protocol, functools.partial(measure, loss)))
     return found
 
 
@@ -232,7 +235,7 @@ def _run(
             for task in missing if found else []:
                 _check_stop(stop, f"{workdir}: what is recorded stays")
                 try:
-                    done = _record(workdir, step, task, found, ledger, quiet)
+                    done = record(workdir, step, task, found, ledger, quiet)
                 except Interrupted:
                     raise
                 except Exception as error:
@@ -250,29 +253,33 @@ def _records_of(wanted: list[Task], workdir: str, steps: Sequence[int]) -> list[
     return [done[step, task.id] for step in steps for task in wanted if (step, task.id) in done]
 
 
-def _tidied(workdir: str) -> tuple[list[int], set[tuple[int, str]]]:
-    """Drops what finished evaluations left. Returns the steps of the checkpoints, and (step, protocol id) of the records."""
+def _tidied(workdir: str, *under_way: int) -> tuple[list[int], set[tuple[int, str]]]:
+    """Drops what finished evaluations left, and what others left of a step without a checkpoint that is not `under_way`.
+
+    Returns the steps of the checkpoints, and (step, protocol id) of the records.
+    """
 
     def tidy() -> tuple[list, list]:
         steps, done = checkpoint.steps(workdir), list(read_records(workdir))
-        drop_partials(workdir, set(done), steps)
+        drop_partials(workdir, set(done), [*steps, *under_way])
         return steps, done
 
     steps, done = by_leader(tidy)
     return steps, {(step, identity) for step, identity in done}
 
 
-def _record(workdir: str, step: int, task: Task, weights: Weights, ledger: Ledger, quiet: bool) -> set[tuple[int, str]]:
-    """Measures and records one protocol of one checkpoint; returns (step, protocol id) of all records."""
+def record(workdir: str, step: int, task: Task, weights: Weights, ledger: Ledger, quiet: bool) -> set[tuple[int, str]]:
+    """Measures and records one protocol of the weights of a step; returns (step, protocol id) of all records."""
     with ledger.spend("evaluation"):
         found = task.measure(step, weights)
     if found is not None and leader():
-        record = make_record(task.cfg, workdir, step, weights.sha256, found[0], task.protocol) | found[1]
+        spent = totals(workdir, ledger.entry())
+        made = make_record(task.cfg, workdir, step, weights.sha256, found[0], task.protocol, weights.images, spent)
         with ledger.spend("save"):
-            append_record(workdir, record)
+            append_record(workdir, made | found[1])
         if not quiet:
-            say(f"step {step}  {describe(task, record['metrics'])}")
-    return _tidied(workdir)[1]
+            say(f"step {step}  {describe(task, made['metrics'])}")
+    return _tidied(workdir, step)[1]
 
 
 def describe(task: Task, metrics: dict) -> str:
@@ -280,7 +287,7 @@ def describe(task: Task, metrics: dict) -> str:
     of = task.protocol.get("samples")
     sampling = f", {of['sampler']} {of['steps']}, guidance {of['guidance']:g}" if of else ""
     return f"{task.weights}{sampling}: " + "  ".join(
-        f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith("loss_t")
+        f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith(("loss_t", "loss_fixed_t"))
     )
 
 
@@ -294,6 +301,7 @@ def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str])
     """The weights of a checkpoint, on the mesh; None if a running training has pruned it meanwhile, or if it is damaged."""
     try:
         params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model, functools.partial(on_mesh, mesh))[1]
+        images = by_leader(lambda: checkpoint.unique_images(workdir, step))
     except Exception as error:
         if jax.process_count() > 1 and not is_common(error):
             raise
@@ -304,7 +312,7 @@ def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str])
         _fail(failed, step, str(error))
         return None
     failed.pop(step, None)  # a training that restarted may have written the step anew
-    return Weights(params, weights_hash(params))
+    return Weights(params, weights_hash(params), images)
 
 
 def report_failed(failed: dict[int, str]) -> None:

@@ -1,6 +1,7 @@
 """Encodes the images of splits to latents on disk, each split whole or not at all."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,14 +9,15 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dit_jax.config import AutoencoderConfig, Config, MeshConfig
+from dit_jax.config import AutoencoderConfig, Config
 from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
-from dit_jax.data.latent_writer import continue_latents
+from dit_jax.data.latent_writer import Hosts, write_latents
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.pipeline import CHUNK, in_order
 from dit_jax.data.posterior import deviations
 from dit_jax.data.source import Source, bad_records, open_source
-from dit_jax.devices.mesh import make_mesh
+from dit_jax.devices.mesh import local_mesh
+from dit_jax.devices.processes import agree, agreed, by_leader, check_folder, compare, leader, of_all
 from dit_jax.error import Interrupted, UsageError
 from dit_jax.files import base, exists
 from dit_jax.log import drawing_progress, say, warn
@@ -70,28 +72,44 @@ def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
 
 
 def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:
-    """Make `out`/SPLIT for each split, unless it is done.
+    """Make `out`/SPLIT for each split, unless it is done. All processes of the job call it; each makes some of the shards.
 
     Raises UsageError before anything is written, for example if `out` holds other latents; JobError if writing fails;
     Interrupted when `stop` fills.
     """
     first = job.cfg.data.split
-    sources = {split: _open_images(job, split) for split in sorted(dict.fromkeys(splits), key=lambda s: s != first)}
-    held = _held(out, [first, job.cfg.data.held_out_split, *splits])
-    by = _normalisation(job, out, held, list(sources))
-    for split, info in held.items():
-        _refuse_other(os.path.join(out, split), info, job.describe(by))
+    with agreed():
+        sources = {split: _open_images(job, split) for split in sorted(dict.fromkeys(splits), key=lambda s: s != first)}
+    found = {f"{split}: {name}": value for split in sources for name, value in sources[split].identity.items()}
+    compare(of_all(found | {"autoencoder: sha256": job.autoencoder.sha256}), "give every host the same data")
+    check_folder(out, "--out")
+    by, done = by_leader(lambda: _survey(job, out, sources))
     for split, source in sources.items():
         folder = os.path.join(out, split)
-        if split in held:
-            _check_count(folder, len(open_latents(folder)) + len(held[split].left_out), len(source))
-            _check_left_out(job, folder, held[split])
-            say(f"{folder}: done before" + _without(held[split]))
+        if split in done:
+            say(f"{folder}: done before" + done[split])
         else:
             settle = whitened if job.whiten and split == first else None
-            info = encode_split(job, folder, split, source, by, settle, shard_bytes, stop).info
-            by = vae.Normalisation(info.shift, info.scale)
-        print(folder)
+            by = encode_split(job, folder, split, source, by, settle, shard_bytes, stop).info.normalisation
+        if leader():
+            print(folder)
+
+
+def _survey(job: Job, out: str, sources: dict[str, Source]) -> tuple[dict, dict[str, str]]:
+    """Return scale and shift of the latents to make, and what to say of each split that is done. Raises UsageError if one does not fit."""
+    known = [job.cfg.data.split, job.cfg.data.held_out_split, *sources]
+    held = {split: read_info(os.path.join(out, split)) for split in known if exists(os.path.join(out, split, NOTES))}
+    by = _normalisation(job, out, held, list(sources))
+    for split, info in held.items():
+        folder = os.path.join(out, split)
+        _refuse_other(folder, info, job.describe(by))
+        if split in sources:
+            there, expected = len(open_latents(folder)) + len(info.left_out), len(sources[split])
+            if there != expected:
+                why = f"holds {there:,} latents, expected {expected:,}, one an image"
+                raise UsageError(f"--out: {folder!r} {why}; use another --out")
+            _check_left_out(job, folder, info)
+    return dataclasses.asdict(by), {split: _without(info) for split, info in held.items()}
 
 
 def encode_split(
@@ -99,34 +117,50 @@ def encode_split(
     folder: str,
     split: str,
     source: Source,
-    by: vae.Normalisation,
+    by: dict,
     settle: Callable[[LatentRecords], LatentInfo] | None,
     shard_bytes: int,
     stop: list,
 ) -> LatentRecords:
-    """Encode the images of `source` into `folder`. `settle` as in `continue_latents`."""
+    """Encode the images of `source` into `folder`. `by`: scale and shift; `settle` as in `write_latents`."""
     data, size = job.cfg.data, len(source)
     say(f"{folder}: the checksum of {size:,} images ...")
     info = LatentInfo(
-        **job.describe(by),
+        **job.describe(vae.Normalisation(**{k: tuple(v) if isinstance(v, list) else v for k, v in by.items()})),
         autoencoder=base(job.cfg.autoencoder.folder),
         classes=source.classes,
         split=split,
-        source_sha256=source.describe()["sha256"],
+        source_sha256=by_leader(lambda: source.describe()["sha256"]),
     )
-    mesh = make_mesh(MeshConfig())
+    mesh = local_mesh()
     encode, rows = make_encoder(job.autoencoder, mesh), images_at_once(mesh)
 
-    def examples_from(first: int) -> Iterator[tuple[int, np.ndarray]]:
-        say(f"{folder}: {size - first:,} images to encode" + (f", {first:,} were before" if first else ""))
-        return encoded(encode, _watched(in_order(source, data, rows, first), folder, first, size, stop), data.flip)
+    def go_on() -> None:
+        """Raise Interrupted on all processes if one is to stop."""
+        if agree(bool(stop)):
+            raise Interrupted(f"{folder}: not complete; the same command goes on from the shards that are")
+
+    def examples_of(indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        counts = of_all(len(indices))
+        before = size - sum(counts)
+        say(f"{folder}: {sum(counts):,} images to encode" + (f", {before:,} were before" if before else ""))
+        progress, own = drawing_progress(0, size), max(len(indices), 1)  # all hosts are about as far as this one
+        report = lambda done: progress(before + sum(counts) * done // own)  # noqa: E731
+        batches = _watched(in_order(source, data, rows, indices), -(-max(counts) // rows), go_on, report)
+        return encoded(encode, batches, data.flip)
+
+    def step(work: Callable) -> object:
+        go_on()
+        return by_leader(work)
 
     def settled(records: LatentRecords) -> LatentInfo:
-        _check_left_out(job, folder, records.info)  # also those that an earlier start left out
+        _check_left_out(job, folder, records.info)  # of all processes, and those that an earlier start left out
         return settle(records) if settle else records.info
 
-    found = continue_latents(folder, info, examples_from, settle=settled, shard_bytes=shard_bytes)
-    for index, problem in bad_records(source).items():
+    hosts = Hosts(jax.process_index(), jax.process_count(), step, agreed)
+    found = write_latents(folder, info, size, examples_of, settle=settled, shard_bytes=shard_bytes, hosts=hosts)
+    malformed = sorted(itertools.chain(*of_all(list(bad_records(source).items()))))
+    for index, problem in malformed if leader() else ():
         warn(f"record {index} is left out: {problem}")
     what = f"{len(found):,} latents of {info.shape}, scale {found.info.scale}, shift {found.info.shift}"
     say(f"{folder}: {what}{_without(found.info)}")
@@ -172,14 +206,13 @@ def whitened(records: LatentRecords) -> LatentInfo:
     return dataclasses.replace(records.info, shift=by.shift, scale=by.scale)
 
 
-def _watched(batches: Iterable, folder: str, first: int, size: int, stop: list) -> Iterator:
-    """Yield the batches, logging progress and ETA. Raises Interrupted when `stop` fills."""
-    report, done = drawing_progress(0, size), first
-    for good, images, cond in batches:
-        if stop:
-            raise Interrupted(f"{folder}: not complete; the same command goes on from the shards that are")
-        yield good, images, cond
-        done += len(good)
+def _watched(batches: Iterator, rounds: int, go_on: Callable[[], None], report: Callable[[int], None]) -> Iterator:
+    """Yield the batches, empty ones after them up to `rounds`, and report the images so far. Calls `go_on()` before each."""
+    done = 0
+    for _ in range(rounds):
+        go_on()
+        yield (batch := next(batches, (np.zeros(0, bool), np.zeros((0, 1, 1, 1)), {})))
+        done += len(batch[0])
         report(done)
 
 
@@ -187,18 +220,11 @@ def _open_images(job: Job, split: str) -> Source:
     """Open images. Raises UsageError if that fails, or the autoencoder expects another number of channels."""
     source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
     if source.image_shape[-1] != channels:
-        found = (
-            f"found {job.cfg.data.folder or job.cfg.data.dataset!r} with images of {source.image_shape[-1]} channels"
-        )
+        name = job.cfg.data.folder or job.cfg.data.dataset
+        found = f"found {name!r} with images of {source.image_shape[-1]} channels"
         expected = f"expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
         raise UsageError(f"{source.key}: {found}, {expected}")
     return source
-
-
-def _held(out: str, splits: list[str]) -> dict[str, LatentInfo]:
-    """Read the descriptions of the complete latents in `out`."""
-    found = [split for split in splits if exists(os.path.join(out, split, NOTES))]
-    return {split: read_info(os.path.join(out, split)) for split in found}
 
 
 def _normalisation(job: Job, out: str, held: dict[str, LatentInfo], splits: list[str]) -> vae.Normalisation:
@@ -233,13 +259,6 @@ def _refuse_other(folder: str, info: LatentInfo, wanted: dict) -> None:
                 f"--out: {folder!r} holds other latents: {key}: found {getattr(info, key)!r}, this command has {value!r}; "
                 "use another --out"
             )
-
-
-def _check_count(folder: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise UsageError(
-            f"--out: {folder!r} holds {found:,} latents, expected {expected:,}, one an image; use another --out"
-        )
 
 
 def _check_left_out(job: Job, folder: str, info: LatentInfo) -> None:

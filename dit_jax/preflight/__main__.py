@@ -1,6 +1,6 @@
 """Compile a job's real step for a slice that is not there, and report its memory, collectives and time.
 
-    python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2,v3-256 [--job=sample --num=50000] [--price=2.0] [--json=OUT]
+    python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2,v3-256 [--job=evaluate --num=50000] [--price=2.0] [--json=OUT]
     python -m dit_jax.preflight --config=configs/imagenet256.py:DiT-XL/2 --topology=v3-256 --search=4,8,16,32
 
 libtpu compiles TPU programs on any x86-64 Linux machine, and so does XLA's compiler of GPU programs (`make gpu`). Programs for `cpux8`
@@ -22,16 +22,19 @@ from dit_jax.log import say
 def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
     """The sizes of fsdp to search. Raises UsageError for an impossible mesh, batch, file or size."""
     from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch
+    from dit_jax.preflight import evaluation
     from dit_jax.preflight.search import check_sizes
 
     mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
     if job == "train":
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)
+    if job == "evaluate":
+        evaluation.check(cfg, values.num or cfg.eval.samples)
     check_json(values.json)
     if values.price is not None:
         typed(values.price, float, "--price")
     if values.search and job != "train":
-        raise UsageError("--search: found --job=sample, expected the train step, whose layout there is a choice of")
+        raise UsageError(f"--search: found --job={job}, expected the train step, whose layout there is a choice of")
     return check_sizes(values.search, slice_, batch_split(mesh) // slice_.slices)
 
 
@@ -49,22 +52,25 @@ def _topology(values) -> Topology:
 
 
 def main() -> None:
+    from dit_jax.preflight import evaluation
     from dit_jax.preflight.search import changed, examine, search, show_ranks
     from dit_jax.preflight.text import show
 
     values = flags.FLAGS
     cfg, slice_, job = resolve(values.config), _topology(values), values.job
-    if job == "sample":
-        cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as the sample job does
+    if job != "train":
+        cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as these jobs do
     sizes, kind = _check(cfg, job, slice_, values), slice_.device.kind if slice_.device else "CPU"
-    say(
-        f"{job} of {cfg.data.folder or cfg.data.dataset} for {slice_.name}: {slice_.devices} x {kind}, hosts: {slice_.hosts}"
-    )
+    name = cfg.data.folder or cfg.data.dataset
+    say(f"{job} of {name} for {slice_.name}: {slice_.devices} x {kind}, hosts: {slice_.hosts}")
     if sizes:
         found = reports = search(cfg, slice_, sizes)
         show_ranks(reports, slice_)
     else:
-        found = examine(cfg, job, slice_, values.num, values.price)
+        if job == "evaluate":
+            found = evaluation.examine(cfg, slice_, values.num or cfg.eval.samples, values.price)
+        else:
+            found = examine(cfg, job, slice_, values.num, values.price)
         show(found)
         reports = [found]
     if values.json:
@@ -82,10 +88,9 @@ if __name__ == "__main__":
         None,
         "v3-8 to v6e-256, tpu7x-8, 2xv4-64, h100x8, t4x1, cpux8, ...; default: the slice of the config",
     )
-    flags.DEFINE_enum("job", "train", ("train", "sample"), "the step of a training, or the sampling of one batch")
-    flags.DEFINE_integer(
-        "num", 0, "with --job=sample: images to estimate hours for; default: eval.samples", lower_bound=0
-    )
+    jobs = "the step of a training, the sampling of one batch, or all programs that score a checkpoint"
+    flags.DEFINE_enum("job", "train", ("train", "sample", "evaluate"), jobs)
+    flags.DEFINE_integer("num", 0, "images to estimate hours for; default: eval.samples; not for train", lower_bound=0)
     flags.DEFINE_list("search", [], "values of mesh.fsdp: compile the step with each and each remat, and rank them")
     flags.DEFINE_float("price", None, "of a chip-hour", lower_bound=0.0)
     flags.DEFINE_string("json", "", "write the report here")

@@ -1,5 +1,6 @@
 """Compiles a job's program for a mesh and reports its memory, collectives and estimated time."""
 
+import functools
 import math
 import re
 import time
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from dit_jax import flops, hardware
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, make_mesh, replicated
+from dit_jax.devices.rows import drawing_mesh, on_mesh
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.log import waiting
@@ -30,9 +32,9 @@ class Program:
 
     make: Callable  # () -> the jitted function
     arguments: tuple
-    flops: int
+    flops: int | None  # None: not counted
     images: int
-    state: int  # number of leading argument arrays that a call donates and returns
+    state: int = 0  # number of leading argument arrays that a call donates and returns
 
 
 def program(cfg: Config, job: str, mesh) -> Program:
@@ -41,13 +43,21 @@ def program(cfg: Config, job: str, mesh) -> Program:
         state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
         rows, held = cfg.train.batch_size, len(jax.tree.leaves(state))
         return Program(lambda: make_train_step(cfg, mesh), (state, batch), make_objective(cfg).flops * rows, rows, held)
-    whole, rows = replicated(mesh), ROWS * batch_split(mesh)
-    shapes = abstract_state(cfg, mesh).params
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
-    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    indices = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
-    arguments, count = (params, seed, indices), image_flops(cfg) * rows
-    return Program(lambda: make_sampler(cfg.model, make_task(cfg), cfg.sample, mesh), arguments, count, rows, 0)
+    rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
+    seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch))
+    sampler = functools.partial(make_sampler, cfg.model, make_task(cfg), cfg.sample, mesh)
+    return Program(sampler, arguments, image_flops(cfg) * rows, rows)
+
+
+def placed(shapes, sharding):
+    """Abstract arrays of a tree of shapes, all placed by one sharding."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def weights(cfg: Config, mesh):
+    """A model's weights, as they lie on the mesh."""
+    return on_mesh(mesh, abstract_state(cfg, mesh).params)
 
 
 def compiled(found: Program) -> tuple:
@@ -75,9 +85,8 @@ def temporaries_of(message: str, arguments: int) -> int | None:
     return size if alone else max(size - arguments, 0)
 
 
-def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
-    """The report without compiling: None for all that only a compiler can tell."""
-    found = program(cfg, job, mesh)
+def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Program) -> dict:
+    """The report of a program without compiling: None for all that only a compiler can tell."""
     return {
         "topology": topology.name,
         "job": job,
@@ -103,6 +112,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
         "collective_seconds": None,
         "compile_seconds": None,
         "compile_cpu_seconds": None,
+        "estimated_cycles": None,
         "estimated_step_seconds": None,
         "estimated_mfu": None,
         "run": None,
@@ -114,8 +124,13 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh) -> dict:
 
 def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -> dict:
     """The whole report, by compiling the job for a mesh of `devices`."""
-    mesh = make_mesh(cfg.mesh, devices)
-    found, report = program(cfg, job, mesh), analysis(cfg, job, topology, mesh)
+    mesh = make_mesh(cfg.mesh, devices) if job == "train" else drawing_mesh(4 * flops.parameters(cfg.model), devices)
+    found = program(cfg, job, mesh)
+    return measured(analysis(cfg, job, topology, mesh, found), topology, found)
+
+
+def measured(report: dict, topology: hardware.Topology, found: Program) -> dict:
+    """The report of `analysis`, filled in by compiling its program."""
     executable, report["message"], report["compile_seconds"], report["compile_cpu_seconds"] = compiled(found)
     report["fits"] = executable is not None
     if executable is None:
@@ -157,8 +172,9 @@ def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> d
     return {
         "collectives": moved,
         "collective_seconds": sent / links if links > 0 else None,
+        "estimated_cycles": cycles or None,
         "estimated_step_seconds": seconds,
-        "estimated_mfu": found.flops / seconds / peak if seconds else None,
+        "estimated_mfu": found.flops / seconds / peak if seconds and found.flops else None,
     }
 
 
@@ -169,6 +185,11 @@ def no_estimate(topology: hardware.Topology) -> str:
     return f"the compiler of {topology.platform.upper()} programs gives none"
 
 
+def missing_time(topology: hardware.Topology) -> str:
+    """The note that a report has neither hours nor a price."""
+    return f"no estimate of the step: {no_estimate(topology)}, so no hours and no price"
+
+
 def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | None) -> list[str]:
     """What the report omits, and why. `wanted`: images of the run; `tried`: number of layouts compiled in search of one that fits."""
     found = []
@@ -176,7 +197,7 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
         none = "none was tried: no other layout of this batch should take less memory"
         found.append(f"none of the {tried} layouts tried fits" if tried else none)
     if report["collectives"] is not None and not report["estimated_step_seconds"]:
-        found.append(f"no estimate of the step: {no_estimate(topology)}, so no hours and no price")
+        found.append(missing_time(topology))
     elif report["collectives"] is not None and not wanted:
         found.append("no hours and no price: eval.samples is 0; say for how many images, such as --num=50000")
     if report["collectives"] is not None and topology.slices > 1 and report["job"] == "train":
@@ -185,9 +206,6 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
         )
     if report["collectives"] is not None and topology.platform == "gpu":
         found += gpu_notes(report, topology)
-    if report["job"] == "sample" and topology.hosts > 1:
-        hosts = f"this is {topology.hosts} of them, each with its part of the images"
-        found.append(f"the sample job drives one host; {hosts}")
     return found
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 
 from dit_jax import hardware
@@ -11,7 +10,7 @@ from dit_jax.devices.layout import REMATS, Layout, memory, options, state_bytes,
 from dit_jax.devices.mesh import abstract_mesh, devices_ahead, mesh_shape, why_not_compiled
 from dit_jax.error import UsageError
 from dit_jax.log import pace, say
-from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, run_costs
+from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, program, run_costs
 from dit_jax.preflight.text import row
 
 TRIES = 4  # most compilations in search of a layout that fits; mostly the first one does
@@ -68,7 +67,8 @@ def suggest(cfg: Config, topology: hardware.Topology, devices: list, report: dic
 def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, price: float | None) -> dict:
     """The report of a job's program, with a suggested layout if the config's does not fit. `images`: 0 means eval.samples."""
     if missing := why_not_compiled(topology):
-        report = analysis(cfg, job, topology, abstract_mesh(cfg.mesh, topology.devices, topology.slices))
+        mesh = abstract_mesh(cfg.mesh, topology.devices, topology.slices)
+        report = analysis(cfg, job, topology, mesh, program(cfg, job, mesh))
         return report | {"message": f"not compiled: {missing}"}
     say("compiling ...")
     devices = devices_ahead(topology)
@@ -106,13 +106,14 @@ def show_ranks(reports: list[dict], topology: hardware.Topology) -> None:
     for one in reports:
         print(row(one))
     if any(one["fits"] and not one["estimated_step_seconds"] for one in reports):
-        print(f"ranked by collectives alone: {no_estimate(topology)}")
+        by = "the compiler's cycles" if any(one["estimated_cycles"] for one in reports) else "collectives"
+        print(f"ranked by {by} alone: {no_estimate(topology)}")
 
 
 def search(cfg: Config, topology: hardware.Topology, sizes: list[int]) -> list[dict]:
     """Reports of the train step for each mesh.fsdp in `sizes` and each remat, with the least accumulation that may fit.
 
-    Sorted by the estimated step, if there is one, plus its collectives without overlap; layouts that do not fit come last.
+    Sorted by `cost`; layouts that do not fit come last.
     """
     devices = devices_ahead(topology)
     batch, tensor, reports = cfg.train.batch_size, layout_of(cfg, topology.devices).tensor, []
@@ -125,4 +126,9 @@ def search(cfg: Config, topology: hardware.Topology, sizes: list[int]) -> list[d
     for done, layout in enumerate(layouts, 1):
         reports.append(inspect(changed(cfg, layout.keys()), "train", topology, devices))
         say(f"{done}/{len(layouts)}  {row(reports[-1])}  {left(done)[1]}")
-    return sorted(reports, key=lambda r: (not r["fits"], bounds(r)[1] if r["fits"] else math.inf))
+    return sorted(reports, key=lambda r: (not r["fits"], *(cost(r) if r["fits"] else ())))
+
+
+def cost(report: dict) -> tuple[float, float]:
+    """What layouts are ranked by: the estimated step plus its collectives without overlap, or else cycles, then collectives."""
+    return (report["estimated_cycles"] if not report["estimated_step_seconds"] else 0) or 0, bounds(report)[1]

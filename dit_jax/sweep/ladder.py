@@ -17,6 +17,7 @@ from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.evaluation import scores
+from dit_jax.evaluation.in_run import make_scores
 from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.files import LARGEST, is_file, read, remote, whole
@@ -122,7 +123,7 @@ def open_shared(data: DataConfig, evaluation: EvalConfig) -> Shared:
 
 def run_cell(cell: Cell, quiet: bool = True) -> dict:
     """Trains and evaluates one cell; returns the record of the loss at its last step."""
-    loop.run(cell.cfg, cell.workdir, quiet)
+    loop.run(cell.cfg, cell.workdir, quiet, scoring=make_scores)
     shared = open_shared(cell.cfg.data, cell.cfg.eval)
     losses = [r for r in evaluate(cell.cfg, cell.workdir, cell.steps, quiet, shared) if "loss" in r["metrics"]]
     if gone := sorted({*cell.steps} - {record["step"] for record in losses}):

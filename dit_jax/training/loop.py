@@ -45,6 +45,7 @@ class Outputs(NamedTuple):
     now: Callable  # () -> seconds of the job so far
     trace: Callable  # (step, state), before each step
     grid: Callable | None  # (step, EMA weights, stop) -> path of a picture or ""
+    score: Callable | None  # (step, state, restored=False) -> scalars of the evaluation
 
     def log(self, pending: tuple[int, dict] | None) -> None:
         """Write and report a step and its scalars, if there are any."""
@@ -53,6 +54,11 @@ class Outputs(NamedTuple):
         step, scalars = pending
         values = {name: float(value) for name, value in jax.device_get(scalars).items() if name != "streak"}
         self.write(step, {**values, **self.report(step, values), "time": self.now()})
+
+    def evaluate(self, step: int, state, restored: bool = False) -> None:
+        """Score a state and write the scalars, if there are any."""
+        if scores := self.score(step, state, restored):
+            self.write(step, {**scores, "time": self.now()})
 
 
 def prepare_workdir(cfg: Config, workdir: str) -> None:
@@ -104,11 +110,13 @@ def _check_same_data(source: sources.Source) -> None:
         compare(found, "give every host the same data")
 
 
-def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = None) -> int:
+def run(
+    cfg: Config, workdir: str, quiet: bool = False, since: float | None = None, scoring: Callable | None = None
+) -> int:
     """Trains to `train.steps` from the folder's newest checkpoint, if any. Returns the steps done now (0: none was left).
 
-    `since`: start of the job, in seconds since the epoch (None: now). Raises UsageError, JobError, and Interrupted after SIGTERM
-    made it save and stop.
+    `since`: start of the job, in seconds since the epoch (None: now). `scoring`: `evaluation.in_run.make_scores`, if there is
+    train.evaluate_every. Raises UsageError, JobError, and Interrupted after SIGTERM made it save and stop.
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
@@ -126,6 +134,11 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         )
         _check_same_data(source)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None
+        score = None
+        if every := cfg.train.evaluate_every:
+            if not scoring:
+                raise UsageError(f"train.evaluate_every: found {every}, expected 0 for a training without `scoring`")
+            score = scoring(cfg, workdir, mesh, source.identity.get("records"), stop, ledger, quiet)
         if cfg.train.wandb and leader():
             import_wandb()
         check_folder(workdir)
@@ -136,14 +149,14 @@ def run(cfg: Config, workdir: str, quiet: bool = False, since: float | None = No
         try:
             kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
             with contextlib.closing(checkpoint.Saver(workdir, *kept)) as saver, together():
-                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, grid, quiet or not leader())
+                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, (grid, score), quiet or not leader())
         finally:
             for index, problem in sources.bad_records(source).items():
                 warn(f"record {index} was left out: {problem}")
 
 
-def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, grid, quiet: bool) -> int:
-    """Restores or initialises the state, then trains."""
+def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, watch, quiet: bool) -> int:
+    """Restores or initialises the state, then trains. `watch`: the last fields of Outputs."""
     first = checkpoint.newest_verified(workdir)
     every = cfg.train.keep_every
     stated = {"keep_at": cfg.train.keep_at, "keep_every": range(every, first + 1, every) if every else ()}
@@ -174,8 +187,13 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
         scalars = Scalars(lambda step, values, picture="": None, lambda: None, lambda: None)
     try:
         with ledger.spend("step"), tracing(cfg.train.profile, workdir) as trace:
-            outputs = Outputs(scalars.write, scalars.flush, _reporter(cfg, quiet), ledger.now, trace, grid)
-            last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
+            outputs = Outputs(scalars.write, scalars.flush, _reporter(cfg, ledger, quiet), ledger.now, trace, *watch)
+            if first and _due(first, cfg.train.evaluate_every):
+                with ledger.spend("evaluation"):
+                    outputs.evaluate(first, state, restored=True)
+            last = first
+            if not (first and stop):
+                last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
     finally:
         scalars.close()
         if leader():
@@ -189,6 +207,16 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
     step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
+
+    def save() -> None:
+        nonlocal pending, recent
+        outputs.log(pending)
+        _check_streaks(cfg, recent, state, batch)
+        pending, recent = None, []
+        with ledger.spend("save"):
+            outputs.flush()
+            _save(saver, state, batches.get_state(), meta, ledger, workdir)
+
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()
         outputs.trace(i, state)
@@ -211,26 +239,32 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
             _check_streaks(cfg, recent[:-1], state, batch)
             recent = recent[-1:]
         due = i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping
-        if due or checkpoint.stays(i, cfg.train.keep_at, cfg.train.keep_every):
-            outputs.log(pending)
-            pending = None
-            _check_streaks(cfg, recent, state, batch)
-            recent = []
-            with ledger.spend("save"):
-                outputs.flush()
-                _save(saver, state, batches.get_state(), meta, ledger, workdir)
+        due = due or checkpoint.stays(i, cfg.train.keep_at, cfg.train.keep_every)
+        if due:
+            save()
         if stopping:
             break
-        if outputs.grid and i % cfg.train.grid_every == 0:
+        drawn, scored = _due(i, cfg.train.grid_every), _due(i, cfg.train.evaluate_every, cfg.train.steps)
+        if drawn or scored:
             outputs.log(pending)
             pending = None
             with ledger.spend("evaluation"):
-                if picture := outputs.grid(i, state.ema, stop):
+                if drawn and (picture := outputs.grid(i, state.ema, stop)):
                     outputs.write(i, {}, picture)
+                if scored:
+                    outputs.evaluate(i, state)
+            if stop:  # since then: the same command scores this step
+                if not due:
+                    save()
+                break
     with ledger.spend("save"):
         saver.wait()
         everyone_is_here("saved")
     return i
+
+
+def _due(step: int, every: int, last: int = 0) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str) -> None:
@@ -244,7 +278,7 @@ def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str
     saver.save(int(state.step), state.items(), position, meta, after=lambda: write_entry(entry, workdir))
 
 
-def _reporter(cfg: Config, quiet: bool):
+def _reporter(cfg: Config, ledger: Ledger, quiet: bool):
     """A function (step, scalars) -> more scalars that prints progress; if `quiet`, it does nothing."""
     if quiet:
         return lambda step, scalars: {}
@@ -252,7 +286,7 @@ def _reporter(cfg: Config, quiet: bool):
     count, against = flops.parameters(cfg.model), f"{peak / 1e12:.3g} TFLOP/s ({source})"
     say(f"{count:,} parameters; MFU is against {against}; compiling ...")
     step_flops = make_objective(cfg).flops * cfg.train.batch_size
-    return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak)
+    return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak, lambda: ledger.seconds["evaluation"])
 
 
 def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:

@@ -8,7 +8,7 @@ import optax
 
 from dit_jax.bind import Model, bind
 from dit_jax.config import Config
-from dit_jax.devices.mesh import batch_sharding, replicated
+from dit_jax.devices.mesh import batch_sharding, compiler_options, replicated
 from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import Objective, make_objective
 from dit_jax.training.guard import choose, fingerprint, judge
@@ -92,4 +92,5 @@ def make_train_step(cfg: Config, mesh) -> Callable:
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )

@@ -48,7 +48,7 @@ FREE = (
     "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.folder", "data.latents", "data.cache", "data.workers", "data.prefetch",
     "data.skip_bad",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.keep_at", "train.keep_every",
-    "train.skips_in_a_row", "train.replay_every", "train.profile", "train.grid_every", "train.wandb",
+    "train.skips_in_a_row", "train.replay_every", "train.profile", "train.evaluate_every", "train.grid_every", "train.wandb",
     "model.remat", "model.unroll", "model.attention",
 )  # fmt: skip
 

@@ -122,11 +122,15 @@ def note(ledger: Ledger, workdir: str) -> dict:
     return entry
 
 
-def totals(workdir: str) -> dict[str, float]:
-    """Sum the seconds of all starts of a run's training by kind, for its records; {} without a ledger."""
+def totals(workdir: str, running: dict) -> dict[str, float]:
+    """Sum the seconds of all starts of a run's training by kind, for its records; {} without a ledger.
+
+    `running`: the line of the job that asks, which takes the place of what it has written so far.
+    """
     found: dict[str, float] = {}
     with _warned(workdir):
-        for line in read_lines(os.path.join(workdir, GOODPUT), LINE):
+        this, lines = (running["job"], running["since"]), read_lines(os.path.join(workdir, GOODPUT), LINE)
+        for line in [*(line for line in lines if (line["job"], line["since"]) != this), running]:
             if line["job"] == "train":
                 found = {kind: found.get(kind, 0.0) + line["seconds"].get(kind, 0.0) for kind in KINDS}
     return found

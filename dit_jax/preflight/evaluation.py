@@ -1,0 +1,216 @@
+"""What an evaluation costs on a slice: its programs, each compiled as the job would, and the images that go through each."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax import flops, hardware
+from dit_jax.bind import bind
+from dit_jax.config import Config, MeshConfig
+from dit_jax.devices import mesh as meshes
+from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.rows import drawing_mesh
+from dit_jax.error import UsageError
+from dit_jax.evaluation.loss import PAIRS, make_losses
+from dit_jax.evaluation.protocol import samplings
+from dit_jax.evaluation.scores import ROWS
+from dit_jax.log import say
+from dit_jax.models import classifier, inception, vae
+from dit_jax.networks.autoencoder import images_at_once, normalisation, open_autoencoder
+from dit_jax.preflight.compilation import Program, analysis, measured, missing_time, placed, program, run_costs, weights
+from dit_jax.sampling.draw import image_flops
+from dit_jax.training.state import abstract_batch
+
+PASSES = 6  # bfloat16 products that a TPU makes of one float32 product at the highest precision, Inception's
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program of an evaluation, and the images that go through it under all settings together; 0: not known."""
+
+    name: str
+    about: str
+    program: Program
+    images: int
+    slow: bool = False  # to compile for a TPU
+
+
+def check(cfg: Config, num: int) -> None:
+    """Raises UsageError if there is nothing to measure, or the autoencoder does not fit the model."""
+    if not num and not cfg.eval.loss:
+        raise UsageError(
+            "eval.loss, --num: found False and 0, expected at least one of them: nothing would be measured"
+        )
+    samplings(cfg)
+    if num and cfg.model.input_size != cfg.data.image_size:
+        _autoencoder(cfg)
+
+
+def parts(cfg: Config, mesh, whole, num: int) -> Iterator[Part]:
+    """The programs that score one checkpoint: `num` images of each setting, and the held-out loss.
+
+    `mesh`: of the model; `whole`: of the same devices, for networks that are whole on each.
+    """
+    settings = samplings(cfg)
+    if num:
+        yield from _draws([dataclasses.replace(cfg, sample=sample) for sample in settings], mesh, num)
+        channels = cfg.model.channels
+        if cfg.model.input_size != cfg.data.image_size:
+            network = _autoencoder(cfg)
+            channels, decoder = network.channels, _decoder(cfg, network, whole)
+            yield Part("decode", "latents to images, in float32", decoder, num * len(settings))
+        yield _features(cfg, whole, channels, num * len(settings))
+    if cfg.eval.loss:
+        kinds = len({sample.weights for sample in settings})
+        about = f"held-out loss, {cfg.eval.times_per_image} noise levels an image"
+        yield Part("loss", about, _loss(cfg, mesh), kinds * cfg.eval.max_images)
+
+
+def _draws(cells: list[Config], mesh, num: int) -> Iterator[Part]:
+    """The samplers. Settings that differ in the guidance or the kind of weights only cost the same, and are compiled once."""
+    alike: dict[tuple, list[Config]] = {}
+    for cell in cells:
+        alike.setdefault((cell.sample.sampler, cell.sample.steps, image_flops(cell)), []).append(cell)
+    for (sampler, steps, _), same in alike.items():
+        guidance = ", ".join(dict.fromkeys(f"{cell.sample.guidance:g}" for cell in same))
+        yield Part("draw", f"{sampler} {steps}, guidance {guidance}", program(same[0], "sample", mesh), num * len(same))
+
+
+def _compiler(apply: Callable, mesh) -> Callable:
+    """() -> the jitted `apply(params, rows)`, params whole on every device."""
+    whole, batch = replicated(mesh), batch_sharding(mesh)
+    return lambda: jax.jit(apply, in_shardings=(whole, batch), out_shardings=batch)
+
+
+def _arguments(mesh, params, shape: tuple, dtype) -> tuple:
+    rows = placed(jax.ShapeDtypeStruct(shape, dtype), batch_sharding(mesh))
+    return placed(params, replicated(mesh)), rows
+
+
+def _autoencoder(cfg: Config) -> vae.VAEConfig:
+    """The sizes of the config's autoencoder, else Stable Diffusion's. Raises UsageError if these do not fit the model."""
+    if cfg.autoencoder.folder:
+        return open_autoencoder(cfg).cfg
+    network, (side, size) = (
+        vae.VAEConfig(latent_channels=cfg.model.channels),
+        (cfg.model.input_size, cfg.data.image_size),
+    )
+    if side * network.factor != size:
+        raise UsageError(
+            f"autoencoder.folder: found none for latents of side {side} of images of {size} pixels, expected one, because "
+            f"Stable Diffusion's autoencoder makes a latent of {network.factor} pixels"
+        )
+    return network
+
+
+def _decoder(cfg: Config, network: vae.VAEConfig, mesh) -> Program:
+    by, side, count = normalisation(cfg.autoencoder), cfg.model.input_size, images_at_once(mesh)
+    arguments = _arguments(mesh, vae.shapes(network), (count, side, side, cfg.model.channels), jnp.float32)
+    apply = _compiler(lambda params, rows: vae.decode(network, params, vae.denormalise(by, rows)), mesh)
+    return Program(apply, arguments, None, count)
+
+
+def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
+    """The feature network. `digits`, the default, takes digits only: other data are scored with Inception."""
+    count, side = ROWS * batch_split(mesh), cfg.data.image_size
+    shape = (side, side, channels)
+    slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.name != "digits")
+    if slow:
+        about, params = "Inception", inception.shapes()
+
+        def apply(params, rows):
+            found = inception.apply(params, jnp.repeat(rows, 3, axis=-1) if channels == 1 else rows)
+            return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
+    else:
+        about = "a classifier"
+        params = jax.eval_shape(lambda key: classifier.init(key, shape, cfg.model.classes), jax.random.key(0))
+
+        def apply(params, rows):
+            return jnp.concatenate(classifier.apply(params, rows.astype(jnp.float32) / 127.5 - 1), axis=1)
+
+    arguments = _arguments(mesh, params, (count, *shape), jnp.uint8)
+    one = jax.jit(apply).lower(params, jax.ShapeDtypeStruct((1, *shape), jnp.uint8)).cost_analysis()
+    return Part(
+        "features", about, Program(_compiler(apply, mesh), arguments, int(count * one["flops"]), count), images, slow
+    )
+
+
+def _loss(cfg: Config, mesh) -> Program:
+    k = cfg.eval.times_per_image
+    rows = batch_split(mesh) * max(1, PAIRS // k)
+    batch = abstract_batch(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=rows)), mesh)
+    indices = placed(jax.ShapeDtypeStruct((rows,), jnp.int32), batch_sharding(mesh))
+    arguments = (weights(cfg, mesh), batch["image"], batch["cond"], indices)
+    return Program(lambda: make_losses(cfg, mesh), arguments, bind(cfg.model).flops * k * rows, rows)
+
+
+def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | None) -> dict:
+    """The report of an evaluation of one checkpoint: of each program as `compilation.measured`, and what all of them cost."""
+    missing = meshes.why_not_compiled(topology)
+    if missing:
+        mesh = whole = meshes.abstract_mesh(MeshConfig(), topology.devices, topology.slices)
+    else:
+        devices = meshes.devices_ahead(topology)
+        mesh, whole = drawing_mesh(4 * flops.parameters(cfg.model), devices), meshes.make_mesh(MeshConfig(), devices)
+    found = []
+    for part in parts(cfg, mesh, whole, num):
+        report = analysis(cfg, "evaluate", topology, mesh, part.program)
+        if not missing and part.slow and topology.platform == "tpu":
+            report["estimated_step_seconds"] = PASSES * part.program.flops / (topology.peak() * topology.devices)
+        elif not missing:
+            say(f"compiling: {part.name}, {part.about} ...")
+            report = measured(report, topology, part.program)
+        report["run"] = run_costs(report, part.images, price)
+        found.append({"part": part.name, "about": part.about, "wanted": part.images} | report)
+    if not found:
+        raise UsageError(
+            "eval.loss, --num: found False and 0, expected at least one of them: nothing would be measured"
+        )
+    shared = ("topology", "job", "devices", "chips", "hosts", "mesh", "parameters")
+    return {name: found[0][name] for name in shared} | {
+        "images": num,
+        "settings": len(samplings(cfg)) if num else 0,
+        "parts": found,
+        "fits": None if missing else all(part["fits"] is not False for part in found),
+        "run": _total(found, num),
+        "message": f"not compiled: {missing}" if missing else _messages(found),
+        "notes": _notes(found, topology, num, missing),
+    }
+
+
+def _messages(found: list[dict]) -> str:
+    return "; ".join(f"{part['part']}: {part['message']}" for part in found if part["message"])
+
+
+def _total(found: list[dict], num: int) -> dict | None:
+    """The sum of what the parts cost, but for those of an unknown number of images; None if a cost is not known."""
+    runs = [part["run"] for part in found if part["wanted"]]
+    if not runs or None in runs:
+        return None
+    sums = {
+        name: [sum(ends) for ends in zip(*(run[name] for run in runs), strict=True)] for name in ("hours", "chip_hours")
+    }
+    priced = runs[0]["price"] is not None
+    price = [sum(ends) for ends in zip(*(run["price"] for run in runs), strict=True)] if priced else None
+    return {"images": num, **sums, "price": price}
+
+
+def _notes(found: list[dict], topology: hardware.Topology, num: int, missing: str) -> list[str]:
+    """What the report omits, and why."""
+    notes = []
+    if not missing and not all(part["estimated_step_seconds"] for part in found if part["fits"]):
+        notes.append(missing_time(topology))
+    if not missing and any(part["fits"] is None for part in found):
+        notes.append(
+            "features: not compiled, because that takes many minutes; the time is a lower bound, six bfloat16 passes at the peak"
+        )
+    if not num:
+        notes.append("no images are drawn: eval.samples is 0; say how many, such as --num=50000")
+    if any(not part["wanted"] for part in found):
+        notes.append(
+            "not counted: the held-out loss, because eval.max_images is 0, all images of a split that is not read here"
+        )
+    return notes

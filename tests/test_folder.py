@@ -24,8 +24,11 @@ from dit_jax.config import DataConfig
 from dit_jax.data import pipeline, webdataset
 from dit_jax.data.source import bad_records, class_names, open_source
 from dit_jax.error import UsageError
+from dit_jax.models import vae
+from dit_jax.networks.folder import save_network
 
 CLASSES = ("cat", "dog")
+NETWORK = vae.VAEConfig(channels=3, widths=(8, 8), groups=4, blocks=1)
 
 
 def picture(number):
@@ -480,4 +483,28 @@ def test_every_door_reads_a_bucket_as_the_disk(pets):
         assert f"gs://test/folder/{gone}: cannot read it" in refused(source.read, np.array([0]))
     assert "data.folder: found 's3://x', expected a path on a disk or gs" in refused(
         open_source, config("s3://x"), "train"
+    )
+
+
+def test_latents_are_made_of_a_folder_and_keep_its_names(pets, tmp_path, cache_dir):
+    params = jax.tree.map(np.asarray, vae.init(NETWORK, jax.random.key(0)))
+    made = {"file": "tiny.safetensors", "sha256": "0" * 64, "format": "sd-vae"}
+    save_network(str(tmp_path / "vae"), "sd-vae", dataclasses.asdict(NETWORK), params, made)
+    flags = [
+        f"--autoencoder={tmp_path}/vae",
+        f"--out={tmp_path}/z",
+        "--config.model.input_size=4",
+        "--config.model.patch=1",
+    ]
+    flags += [f"--config.data.folder={pets}/tars", "--config.data.image_size=8", "--config.model.channels=4"]
+    code, _, err = run("encode", "--config=configs/photos.py", *flags, cache_dir=cache_dir, devices=1)
+    assert code == 0, err
+    data = config(pets / "tars", latents=f"{tmp_path}/z", flip=False)
+    found, images = open_source(data, "train"), open_source(config(pets / "tars"), "train")
+    assert (len(found), found.image_shape) == (30, (4, 4, 4)) and not found.overlaps(open_source(data, "test"))
+    assert found.describe()["source_sha256"] == images.describe()["sha256"]
+    np.testing.assert_array_equal(found.read(np.arange(30))[1]["label"], images.read(np.arange(30))[1]["label"])
+    other = dataclasses.replace(data, folder="")
+    assert "data.dataset: found 'digits', expected 'folder', which the latents in" in refused(
+        open_source, other, "train"
     )

@@ -25,6 +25,7 @@ CORE = [
     "orbax-checkpoint",
     "pillow",
     "protobuf",
+    "pyarrow",
     "rich",
     "safetensors",
     "scikit-learn",

@@ -101,6 +101,7 @@ class DataConfig:
     dataset: str = "digits"  # a TFDS name; `digits` is built here from scikit-learn
     split: str = "train"  # trained on
     held_out_split: str = "test"  # never trained on
+    folder: str = ""  # of pictures, .tar or .parquet files that are read in place of `dataset`; "" = none
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
     flip: bool = False  # random horizontal flips, determined by (seed, position)
@@ -117,6 +118,10 @@ class DataConfig:
             raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
         _at_least(1, self, "image_size")
         _at_least(0, self, "workers", "prefetch", "skip_bad")
+
+    @property
+    def name(self) -> str:  # in records, the same wherever a folder lies
+        return "folder" if self.folder else self.dataset
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,7 @@ class TrainConfig:
     skips_in_a_row: int = 10  # consecutive skipped steps (not finite, or spikes) that stop the run
     replay_every: int = 0  # steps between two that are computed twice and compared bit for bit; 0 = never
     profile: tuple = ()  # (first, last): steps of which each process writes a trace for xprof into W/profile
-    evaluate_every: int = (
-        0  # steps between two evaluations while it trains, as by `evaluate`; one at the end; 0 = never
-    )
+    evaluate_every: int = 0  # steps between two evaluations in training, as by `evaluate`, one at the end; 0 = never
     grid_every: int = 0  # steps between two grids of samples in W/samples, of the EMA weights; 0 = never
     wandb: str = ""  # project of Weights & Biases that scalars and grids go to as well; "" = none
 

@@ -10,20 +10,25 @@ import json
 import math
 import os
 import sys
+import tarfile
 import zipfile
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from absl import flags
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from ml_collections import config_flags
+from PIL import Image
 from safetensors.numpy import save
 from test_scaling_runs import record
 
-from dit_jax.config import Config, resolve, template, to_dict
+from dit_jax.config import Config, DataConfig, resolve, template, to_dict
+from dit_jax.data.source import open_source
 from dit_jax.error import UsageError
 from dit_jax.job import launch
 from dit_jax.networks.weights import read_arrays
@@ -352,6 +357,50 @@ def test_files_of_arrays(folder, named):
     arrays_of(folder, named)
 
 
+# the doors to pictures in shards
+
+
+def shards() -> dict:
+    """File name -> bytes of shards of 8 pictures."""
+    files = {"a.tar": io.BytesIO(), "a.parquet": io.BytesIO()}
+    pictures = []
+    for i in range(8):
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(file := io.BytesIO(), "PNG")
+        pictures.append(file.getvalue())
+    with tarfile.open(fileobj=files["a.tar"], mode="w") as tar:
+        for i, content in enumerate(pictures):
+            for name, data in ((f"{i}.png", content), (f"{i}.cls", b"%d" % (i % 2))):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    table = pa.table({"image": [{"bytes": x, "path": ""} for x in pictures], "label": [0, 1] * 4})
+    pq.write_table(table, files["a.parquet"], row_group_size=3)
+    return {name: file.getvalue() for name, file in files.items()}
+
+
+SHARDS = shards()
+SHARD_FILES = st.sampled_from(sorted(SHARDS)).flatmap(
+    lambda name: st.tuples(st.just(name), EDITS.map(lambda edits: edited(SHARDS[name], edits)))
+)
+
+
+def pictures_of(folder, named):
+    path = folder / named[0].partition(".")[2] / named[0]
+    path.parent.mkdir(exist_ok=True)
+    data = DataConfig(folder=str(path.parent), image_size=2)
+    file_of(path, named[1])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", "/dev/null/none")
+        source = outcome(open_source, data, "train")
+    return source and outcome(source.read, np.arange(len(source)))
+
+
+@FUZZ
+@given(SHARD_FILES)
+def test_shards_of_pictures(folder, named):
+    pictures_of(folder, named)
+
+
 # that the fuzzers see both sides
 
 
@@ -364,8 +413,9 @@ def test_files_of_arrays(folder, named):
         (RECORD_FILES, lambda folder, case: case != LINES and records_of(folder, case)),
         (CSV_FILES, lambda folder, case: case != TABLE and table_of(folder, case)),
         (ARRAY_FILES, lambda folder, case: case[1] != ARRAYS[case[0]] and arrays_of(folder, case)),
+        (SHARD_FILES, lambda folder, case: case[1] != SHARDS[case[0]] and pictures_of(folder, case)),
     ],
-    ids=["values", "overrides", "config files", "records", "tables", "arrays"],
+    ids=["values", "overrides", "config files", "records", "tables", "arrays", "shards"],
 )
 def test_cases_that_pass_and_cases_that_do_not_are_both_drawn(folder, strategy, read):
     quick = settings(FUZZ, max_examples=3000, phases=[Phase.generate])

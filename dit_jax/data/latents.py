@@ -185,7 +185,7 @@ def open_split(data: DataConfig, split: str) -> LatentRecords:
         raise UsageError(f"data.split: found {split!r}, {expected}")
     found = open_latents(os.path.join(data.latents, split))
     for key, value, expected in (
-        ("data.dataset", data.dataset, found.info.dataset),
+        ("data.folder" if data.folder else "data.dataset", data.name, found.info.dataset),
         ("data.split or data.held_out_split", split, found.info.split),
         ("data.image_size", data.image_size, found.info.image_size),
     ):

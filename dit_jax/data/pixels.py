@@ -1,11 +1,16 @@
 """Pixels: decoding, ADM's centre crop, mirror images, and uint8 to the range [-1, 1] of models."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dit_jax.data.counter import mirrored
+
+warnings.simplefilter(
+    "error", Image.DecompressionBombWarning
+)  # more than Image.MAX_IMAGE_PIXELS: raised before decoding
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
@@ -14,7 +19,8 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     It is turned as its EXIF orientation says. 16 bits are scaled, 65535 to 255, and so are floats, 1 to 255. Transparent
     images are composited over white, unless there are 4 channels. Palettes, CMYK, YCbCr, HSV and LAB are converted by Pillow,
     grey from RGB too (ITU-R 601-2). Raises ValueError for pixels without such a range: integers of 32 bits, other floats,
-    transparency beside 16 bits or more. Raises any error of the decoder.
+    transparency beside 16 bits or more. Raises any error of the decoder,
+    and an error before decoding for more pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89,478,485).
     """
     with Image.open(io.BytesIO(encoded)) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -45,7 +51,8 @@ def _scaled(image: Image.Image, form: str | None) -> Image.Image:
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """Resize uint8 (h, w, c) to (size, size, c) by ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`).
 
-    Halves with a box filter while the short side is at least twice `size`, scales it to `size` bicubically, and crops.
+    Halves with a box filter while the short side is at least twice `size`, scales it to `size` bicubically, and crops. Raises
+    ValueError for a strip that scaled would have more pixels than `Image.MAX_IMAGE_PIXELS`.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -53,7 +60,10 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     while min(picture.size) >= 2 * size:
         picture = picture.resize(tuple(n // 2 for n in picture.size), resample=Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize(tuple(round(n * scale) for n in picture.size), resample=Image.Resampling.BICUBIC)
+    scaled = tuple(round(n * scale) for n in picture.size)
+    if Image.MAX_IMAGE_PIXELS and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"found {image.shape[1]} x {image.shape[0]} pixels, expected sides less unequal")
+    picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size].reshape(size, size, image.shape[-1])
@@ -62,6 +72,11 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 def flip(images: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
     """Mirror images (b, h, w, c) left to right at random, by a hash of (seed, global position (b,))."""
     return np.where(mirrored(seed, positions)[:, None, None, None], images[:, :, ::-1], images)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import latents, tfds
+from dit_jax.data import folder, latents, parquet, pictures, tfds, webdataset
 from dit_jax.data.skip import Skips
 from dit_jax.log import say
 
@@ -57,7 +57,14 @@ class Kind:
 
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
-    "latents": Kind(lambda data: bool(data.latents), latents.open_split, tfds.class_names),  # those of the images
+    "folder": Kind(lambda data: bool(data.folder), folder.open_split, folder.class_names),
+    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, webdataset.class_names),
+    "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split, parquet.class_names),
+    "latents": Kind(
+        lambda data: bool(data.latents),
+        latents.open_split,
+        lambda data: class_names(dataclasses.replace(data, latents="")),  # of the images
+    ),
 }
 
 

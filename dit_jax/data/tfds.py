@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -77,7 +77,7 @@ class Records:
 
     name: str
     split: str
-    source: Sequence  # TFDS's; images of the feature `Image` still encoded
+    source: Sized  # TFDS's, or any with `__getitems__`; images of the feature `Image` still encoded
     stored_shape: tuple  # (h, w, c) with None where it varies
     classes: int  # 0: the dataset has no labels
     files: tuple  # TFDS's file instructions: filename, skip, take
@@ -95,14 +95,19 @@ class Records:
     def image_shape(self) -> tuple:
         return (self.size, self.size, self.stored_shape[-1])
 
+    def name_of(self, index: int) -> str:
+        """Name a record for messages."""
+        return f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
+
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
         """Read uint8 (b, size, size, c), and {"label": int32 (b,)} or {}. Raises UsageError if a record is malformed."""
         found = [self._checked(i, record) for i, record in zip(indices.tolist(), self._stored(indices), strict=True)]
-        images = np.stack([pixels.resize(image, self.size) for image, _ in found])
-        return images, {"label": np.array([label for _, label in found], np.int32)} if self.classes else {}
+        return np.stack([image for image, _ in found]), {
+            "label": np.array([label for _, label in found], np.int32)
+        } if self.classes else {}
 
     def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         return pixels.to_float(pixels.flip(arrays, positions, seed) if self.flip else arrays)
@@ -148,37 +153,36 @@ class Records:
         """Read records as TFDS stores them, images of the feature `Image` as encoded bytes."""
         try:
             return self._some(indices.tolist())
-        except StorageError:
+        except (StorageError, UsageError):
             raise
         except _UNREADABLE as error:
-            index, why = next(((i, e) for i in indices.tolist() if (e := self._fault(i))), (indices[0], error))
+            index, why = int(indices[0]), error
+        for i in indices.tolist():
+            try:
+                self._some([i])
+            except StorageError:
+                raise
+            except _UNREADABLE as error:
+                index, why = i, error
+                break
         where = f"dataset {self.name!r}, split {self.split!r}, record {index}"
-        what = f"cannot read {_holder(self.files, index)}: {_line(why)}"
+        what = f"cannot read {_holder(self.files, index)}: {pixels.reason(why)}"
         raise UsageError(f"{where}: {what}; {_advice(self.files)}") from why
-
-    def _fault(self, index: int) -> Exception | None:
-        """Return the error of reading record `index` by itself, if any."""
-        try:
-            self._some([index])
-        except StorageError:
-            raise
-        except _UNREADABLE as error:
-            return error
-        return None
 
     def _some(self, indices: list[int]) -> list[dict]:
         with reading(self.where):
             return self.source.__getitems__(indices)
 
     def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
-        """Decode and check a record: (image, label), label 0 without labels."""
-        where = f"dataset {self.name!r}, split {self.split!r}, record {index} of {_holder(self.files, index)}"
-        image, channels = record["image"], self.stored_shape[-1]
+        """Decode, check and resize a record: (image, label), label 0 without labels."""
+        where, image, channels = self.name_of(index), record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
             try:
                 image = pixels.decode(image, channels)
             except Exception as error:  # decoders raise any error on bytes that are no image
-                raise UsageError(f"{where}: cannot decode the image ({channels} channels): {_line(error)}") from error
+                raise UsageError(
+                    f"{where}: cannot decode the image ({channels} channels): {pixels.reason(error)}"
+                ) from error
         fits = image.ndim == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, image.shape, strict=True))
         if image.dtype != np.uint8 or not fits:
             found = f"{image.dtype} {image.shape}"
@@ -186,7 +190,10 @@ class Records:
         label = int(record["label"]) if self.classes else 0
         if not 0 <= label < max(self.classes, 1):
             raise UsageError(f"{where}: found label {label}, expected 0 to {self.classes - 1}")
-        return image, label
+        try:
+            return pixels.resize(image, self.size), label
+        except ValueError as error:
+            raise UsageError(f"{where}: cannot resize the image: {error}") from error
 
 
 def open_split(data: DataConfig, split: str) -> Records:
@@ -281,8 +288,10 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
         raise UsageError(f"{where}, which is neither known to TFDS nor prepared in {directory}") from error
     except Exception as error:  # TFDS raises any error on damaged metadata
         if remote(directory) and bucket.refused_others(error):
-            raise StorageError(f"dataset {name!r}: cannot read it now in {directory}: {_line(error)}") from error
-        raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {_line(error)}") from error
+            raise StorageError(
+                f"dataset {name!r}: cannot read it now in {directory}: {pixels.reason(error)}"
+            ) from error
+        raise UsageError(f"dataset {name!r}: cannot open it in {directory}: {pixels.reason(error)}") from error
 
 
 def _check_place(directory: str) -> None:
@@ -322,7 +331,7 @@ def _build(builder: Digits, directory: str) -> Digits:
     except (OSError, ValueError) as error:
         builder = _open("digits", directory)
         if not _ready(builder):
-            raise UsageError(f"dataset 'digits': cannot build it in {directory}: {_line(error)}") from error
+            raise UsageError(f"dataset 'digits': cannot build it in {directory}: {pixels.reason(error)}") from error
     return builder
 
 
@@ -338,7 +347,7 @@ def _check_file(where: str, file, advice: str) -> None:
     except StorageError:
         raise
     except _UNREADABLE as error:
-        raise UsageError(f"{where}: cannot read {path}: {_line(error)}; {advice}") from error
+        raise UsageError(f"{where}: cannot read {path}: {pixels.reason(error)}; {advice}") from error
     if found != file.examples_in_shard:
         raise UsageError(f"{where}: {path}: found {found} records, expected {file.examples_in_shard}; {advice}")
 
@@ -351,7 +360,3 @@ def _holder(files: Sequence, index: int) -> str:
 
 def _advice(files: Sequence) -> str:
     return f"delete {os.path.dirname(files[0].filename)} and prepare the dataset again (digits do so themselves)"
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -113,7 +113,7 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
     """Everything that the sample metrics depend on besides the checkpoint."""
     network, autoencoder = shared.network, sampling.autoencoder
     return {
-        "data": {"dataset": cfg.data.dataset, "image_size": cfg.data.image_size},
+        "data": {"dataset": cfg.data.name, "image_size": cfg.data.image_size},
         **draws_protocol(cfg),
         "process": processes.describe(sampling.task.process),
         "uint8": UINT8,

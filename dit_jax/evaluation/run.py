@@ -160,7 +160,7 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
     compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)
     if not quiet:
         introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
-        where = cfg.eval.reference or f"the images of {cfg.data.dataset}, {cfg.data.split}"
+        where = cfg.eval.reference or f"the images of {cfg.data.folder or cfg.data.dataset}, {cfg.data.split}"
         say(f"samples are compared with {where}") if cfg.eval.samples else None
     return found
 

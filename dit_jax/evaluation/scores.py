@@ -152,9 +152,9 @@ def check_config(cfg: Config, key: str) -> None:
             "eval.classifier: empty, expected the folder of a feature network; train it with `python -m dit_jax.features "
             "--config=CONFIG --out=DIR`"
         )
-    if cfg.eval.features == "digits" and cfg.data.dataset != "digits":
+    if cfg.eval.features == "digits" and cfg.data.name != "digits":
         raise UsageError(
-            f"eval.features: found 'digits' for {cfg.data.dataset!r}, expected 'inception' or 'classifier'; or set "
+            f"eval.features: found 'digits' for {cfg.data.folder or cfg.data.dataset!r}, expected 'inception' or 'classifier'; or set "
             "eval.samples=0 for the held-out loss alone"
         )
     if not cfg.eval.reference and (cfg.data.latents or not cfg.data.cache):
@@ -213,7 +213,7 @@ def open_reference(cfg: Config, network: Network) -> Reference:
         split = open_source(all_of(cfg.data), cfg.data.split)
         rows = network.rows(as_uint8(load_arrays(cfg.data, cfg.data.split, split)[0]))
         source = split.describe() | {"images": len(split)}
-        return _of_rows([rows], network, source, f"{cfg.data.dataset} {cfg.data.split}")
+        return _of_rows([rows], network, source, f"{cfg.data.name} {cfg.data.split}")
     found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
     source = {"sha256": found.sha256}
     if found.images is not None and network.shape not in (None, found.images.shape[1:]):

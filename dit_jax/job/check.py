@@ -26,6 +26,7 @@ PATHS = (
 )  # flags that name a path
 KEYS = (
     ("data", "data_dir"),
+    ("data", "folder"),
     ("data", "latents"),
     ("autoencoder", "folder"),
     ("eval", "inception"),

@@ -45,7 +45,7 @@ class Job:
             "autoencoder_sha256": self.autoencoder.sha256,
             "scale": _floats(by.scale),
             "shift": _floats(by.shift),
-            "dataset": self.cfg.data.dataset,
+            "dataset": self.cfg.data.name,
             "image_size": self.cfg.data.image_size,
         }
 
@@ -220,9 +220,10 @@ def _open_images(job: Job, split: str) -> Source:
     """Open images. Raises UsageError if that fails, or the autoencoder expects another number of channels."""
     source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
     if source.image_shape[-1] != channels:
-        found = f"found {job.cfg.data.dataset!r} with images of {source.image_shape[-1]} channels"
+        name = job.cfg.data.folder or job.cfg.data.dataset
+        found = f"found {name!r} with images of {source.image_shape[-1]} channels"
         expected = f"expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
-        raise UsageError(f"data.dataset: {found}, {expected}")
+        raise UsageError(f"{source.key}: {found}, {expected}")
     return source
 
 

@@ -13,6 +13,7 @@ KEY = "dit_jax"
 GROUPS = ("model", "diffusion", "data", "train", "optim", "sample", "autoencoder", "eval")
 LOCAL = (
     ("data", "data_dir"),
+    ("data", "folder"),
     ("data", "latents"),
     ("autoencoder", "folder"),
     ("eval", "inception"),

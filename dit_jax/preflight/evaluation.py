@@ -120,7 +120,7 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
     """The feature network. `digits`, the default, takes digits only: other data are scored with Inception."""
     count, side = ROWS * batch_split(mesh), cfg.data.image_size
     shape = (side, side, channels)
-    slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.dataset != "digits")
+    slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.name != "digits")
     if slow:
         about, params = "Inception", inception.shapes()
 

@@ -82,7 +82,7 @@ def run(data: DataConfig, out: str, steps: int, seed: int) -> dict:
     params = fit(data, split, steps, seed)
     images, cond = pipeline.load_arrays(data, data.held_out_split, held_out)
     found = {
-        "dataset": data.dataset,
+        "dataset": data.name,
         "split": data.split,
         "steps": steps,
         "seed": seed,

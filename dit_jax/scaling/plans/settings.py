@@ -119,7 +119,7 @@ def _of_runs(known: list[tuple[Run, Config]], family: Family) -> Settings:
     """The settings of the first, the largest, of these runs."""
     (run, config), rate = known[0], _rate(known)
     text = f"the learning rates of RUNS follow no power of the width; the plan takes that of {run.name}"
-    file = FILES.get((config.data.dataset, config.data.image_size), "")
+    file = FILES.get((config.data.name, config.data.image_size), "")
     source, warnings = f"config.json of RUNS ({run.name})", () if rate else (text,)
     return Settings(config.model, config.train.batch_size, family, source, file, config, rate, warnings=warnings)
 

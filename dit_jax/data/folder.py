@@ -1,0 +1,59 @@
+"""A folder of picture files: class folders (a class is the first folder of a path) or flat, without labels."""
+
+import collections
+import functools
+import os
+
+import numpy as np
+
+from dit_jax.config import DataConfig
+from dit_jax.data import pictures
+from dit_jax.data.pictures import IMAGES, Listing, suffix
+from dit_jax.error import UsageError
+from dit_jax.files import is_folder, names, read, remote
+from dit_jax.log import notice
+
+_once = functools.cache(notice)  # the splits of a job list the same folder
+
+
+def list_all(root: str, data: DataConfig) -> Listing:
+    """List the pictures of both splits, in order of their paths. Raises UsageError naming what does not fit."""
+    files = pictures.visible(root)
+    found = {name: about["bytes"] for name, about in files.items() if suffix(name) in IMAGES}
+    left = collections.Counter(suffix(name) or "without a suffix" for name in files if name not in found)
+    if found and left:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left.most_common(5))
+        _once(f"data.folder: files in {root!r} that are no pictures are left out ({kinds})")
+    tops = {name.partition("/")[0] for name in found if "/" in name}
+    named = pictures.both_or_neither(data, data.split in tops, data.held_out_split in tops, root)
+    ours = (f"{data.split}/", f"{data.held_out_split}/")
+    paths = [name for name in found if not named or name.startswith(ours)]
+    test = np.array([named and name.startswith(ours[1]) for name in paths], bool)
+    of = np.array(["".join(name.split("/")[named:-1][:1]) for name in paths], str)  # the class; "" in no folder
+    classes = np.unique(of[~test]).tolist()
+    flat = not any(classes)
+    for name, top in zip(paths, of.tolist(), strict=True):
+        if top not in classes or not (top or flat):
+            where = f"outside the class folders ({', '.join(filter(None, classes))})"
+            raise UsageError(f"{os.path.join(root, name)}: found a picture {where}, expected all in them, or none")
+    folder = os.path.join(root, data.split) if named else root
+    for name in [] if flat or remote(root) else sorted({*names(folder)} - {*classes}):
+        if not pictures.hidden(name) and is_folder(os.path.join(folder, name)):
+            expected = "expected at least one (links to folders are not followed); add some, or delete the folder"
+            raise UsageError(f"data.folder: class {name}: found no pictures in {folder!r}, {expected}")
+    labels = None if flat else np.searchsorted(classes, of)
+    return Listing(
+        paths, [found[name] for name in paths], test if named else None, labels, () if flat else tuple(classes),
+        lambda records: [_content(os.path.join(root, paths[i]), found[paths[i]]) for i in records],
+    )  # fmt: skip
+
+
+def _content(path: str, size: int) -> bytes:
+    with pictures.reading(path, size):
+        content = read(path, size)
+    if len(content) != size:
+        raise UsageError(f"{path}: found another size than the {size:,} bytes at the start: it changed since")
+    return content
+
+
+open_split, class_names = (functools.partial(f, list_all) for f in (pictures.open_split, pictures.class_names))

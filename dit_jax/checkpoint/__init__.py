@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 import jax
@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dit_jax.checkpoint.arrays import check_tree, few, frugal, in_chunks, leaves
+from dit_jax.checkpoint.arrays import check_tree, few, frugal, in_chunks, leaves, told_to_others
 from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
@@ -247,21 +247,10 @@ def load(
     at = path_of(workdir, by_leader(lambda: find_step(workdir, step, item)))
     check_model(at, model)
     like = place(jax.eval_shape(lambda: dit.init(model, random_key(0))))
-    with agreed(), slow(at, "reading"), freed_at_once(), _told_to_others(at):
+    with agreed(), slow(at, "reading"), freed_at_once(), told_to_others(at):
         check_tree(at, item, like)
         with _reader(frugal(at, {item: like})) as reader:
             return model, reader.restore(os.path.join(at, item), like)
-
-
-@contextlib.contextmanager
-def _told_to_others(at: str) -> Iterator[None]:
-    """Among several processes, turns what the disk refuses, such as a checkpoint pruned meanwhile, into a JobError, which all hear of."""
-    try:
-        yield
-    except OSError as error:
-        if jax.process_count() == 1 or isinstance(error, StorageError):
-            raise
-        raise JobError(f"{at}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def find_step(workdir: str, step: int | None = None, item: str = "") -> int:

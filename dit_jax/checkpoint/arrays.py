@@ -1,16 +1,18 @@
 """How Orbax writes and reads the arrays of a checkpoint: in blocks that a part can be read from, within a bound of the host's memory."""
 
+import contextlib
 import functools
 import logging
 import math
 import os
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dit_jax.error import UsageError
+from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.files import is_folder
 
 # Replicas write their parts of large arrays alone: each slice of a small one would cost a compiled program and a copy.
@@ -66,6 +68,17 @@ def frugal(at: str, like: dict) -> ocp.StandardCheckpointHandler:
             touched = [-(-p // c) * c + (c if p % c and c % p else 0) for p, c in sides]
             largest = max(largest, size * math.prod(touched))
     return ocp.StandardCheckpointHandler(restore_concurrent_gb=max(IN_FLIGHT * share, largest + 1) / 1e9)
+
+
+@contextlib.contextmanager
+def told_to_others(at: str) -> Iterator[None]:
+    """Among several processes, turns what the disk refuses, such as a checkpoint pruned meanwhile, into a JobError, which all hear of."""
+    try:
+        yield
+    except OSError as error:
+        if jax.process_count() == 1 or isinstance(error, StorageError):
+            raise
+        raise JobError(f"{at}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def few(lines: list[str]) -> str:

@@ -12,6 +12,7 @@ from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig
 from dit_jax.devices import mesh as meshes
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.numerics import random_key
 from dit_jax.devices.rows import drawing_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.loss import PAIRS, alone, make_losses
@@ -129,7 +130,7 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
             return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
     else:
         about = "a classifier"
-        params = jax.eval_shape(lambda key: classifier.init(key, shape, cfg.model.classes), jax.random.key(0))
+        params = jax.eval_shape(lambda: classifier.init(random_key(0), shape, cfg.model.classes))
 
         def apply(params, rows):
             return jnp.concatenate(classifier.apply(params, rows.astype(jnp.float32) / 127.5 - 1), axis=1)

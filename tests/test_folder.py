@@ -21,7 +21,7 @@ from PIL import Image
 
 from dit_jax import files
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline, webdataset
+from dit_jax.data import parquet, pipeline, webdataset
 from dit_jax.data.source import bad_records, class_names, open_source
 from dit_jax.error import UsageError
 from dit_jax.models import vae
@@ -306,6 +306,63 @@ def test_a_strip_that_would_be_scaled_beyond_that_is_refused(tmp_path, monkeypat
     assert "found 1 x 500 pixels, expected sides less unequal" in refused(batches, data, 1)
 
 
+def test_a_picture_of_another_form_than_its_name_says_starts_no_program(tmp_path, monkeypatch):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n%%EOF\n"
+    data = written(tmp_path, {"a.png": eps, "b.png": eps})
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **how: pytest.fail("started"))
+    assert re.search(r"/[ab]\.png: cannot decode .*: cannot identify image file", refused(batches, data, 1))
+
+
+ODD = {
+    "._x.tar": "file",
+    "x.tar": "folder",
+    "x.parquet": "folder",
+    "cat/.#notes": "link",
+    ".a/b.png": "link",
+    "cat/c.txt": "link",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_hidden_files_folders_and_dead_links_beside_pictures_are_passed_over(tmp_path, name):
+    data = written(tmp_path, {f"{c}/{i}.png": small() for c in CLASSES for i in range(20)})
+    os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+    {"file": lambda p: p.touch(), "folder": lambda p: p.mkdir(), "link": lambda p: p.symlink_to("nowhere")}[ODD[name]](
+        tmp_path / name
+    )
+    if ODD[name] == "folder":
+        assert f"class {name}: found no pictures" in refused(open_source, data, "train")
+    else:
+        assert open_source(data, "train").classes == 2
+    os.renames(tmp_path / name, tmp_path / "only" / name)
+    assert "found 0 pictures in" in refused(open_source, config(tmp_path / "only"), "train")
+
+
+def test_a_dead_link_of_a_picture_is_named(tmp_path):
+    data = written(tmp_path, {f"{i}.png": small() for i in range(20)})
+    (tmp_path / "x.png").symlink_to("nowhere")
+    assert f"{tmp_path}/x.png: found a link that leads nowhere" in refused(open_source, data, "train")
+
+
+def test_a_split_without_a_picture_is_refused(tmp_path):
+    data = written(tmp_path / "flat", {"26.jpg": small(), "34.jpg": small()})  # both below a tenth
+    assert [len(open_source(data, split)) for split in ("train", "test")] == [1, 1]
+    (tmp_path / "shards").mkdir()
+    for split, image in (("train", [small(), small()]), ("test", [])):
+        pq.write_table(pa.table({"image": pa.array(image, pa.binary())}), tmp_path / "shards" / f"{split}.parquet")
+    data = config(tmp_path / "shards")
+    assert len(open_source(data, "train")) == 2
+    assert "data.held_out_split: found no pictures of split 'test' in" in refused(open_source, data, "test")
+
+
+def test_shards_are_found_below_all_levels(pets, tmp_path):
+    (tmp_path / "hub" / "mnist").mkdir(parents=True)
+    for path in (pets / "parquet" / "data").iterdir():
+        (tmp_path / "hub" / "mnist" / path.name).symlink_to(path)
+    found = open_source(config(tmp_path), "train")
+    assert (len(found), found.classes) == (30, 2) and class_names(config(tmp_path)) == CLASSES
+
+
 @pytest.mark.parametrize("change", ["added", "gone", "another"])
 def test_a_folder_that_changed_since_the_run_began_is_refused(tmp_path, change):
     data = written(tmp_path, {f"{c}/{i}.png": small(colour=(i, 0, 0)) for c in CLASSES for i in range(20)})
@@ -432,7 +489,7 @@ SCHEMAS = {
     ),
     "words": (
         {"image": [b"x", b"y"], "label": ["cat", "dog"]},
-        "column 'label': found string with 0 empty rows, expected the number",
+        "column 'label': found string, expected the number",
     ),
     "empty labels": ({"image": [b"x", b"y"], "label": [0, None]}, "column 'label': found int64 with 1 empty rows"),
     "a label below 0": (
@@ -467,6 +524,20 @@ def test_damaged_parquet_files_are_named(tmp_path):
     assert re.search(r"a\.parquet/\d+: cannot read it, it may be cut short", refused(batches, data, 1, source=source))
 
 
+def test_parquet_files_that_would_fill_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    rows = pa.table({"image": [b"x"] * 100_000, "label": [0] * 100_000})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_, **how: pytest.fail("read"))
+    assert "a.parquet: found notes of 100,000 rows that its columns do not" in refused(
+        open_source, config(tmp_path), "train"
+    )
+    monkeypatch.setattr(parquet, "_LARGEST", 200)
+    pq.write_table(pa.table({"image": [small(), small((9, 9))], "label": [0, 0]}), tmp_path / "a.parquet")
+    assert re.search(
+        r"a row group of \d+ bytes, expected at most 200; write", refused(open_source, config(tmp_path), "train")
+    )
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_every_door_reads_a_bucket_as_the_disk(pets):
     with leading_here(page=7) as server:
@@ -477,6 +548,10 @@ def test_every_door_reads_a_bucket_as_the_disk(pets):
             jax.tree.map(np.testing.assert_array_equal, batches(away, 3), batches(here, 3))
             assert open_source(away, "test").describe() == open_source(here, "test").describe()
             assert class_names(away) == class_names(here)
+        server.damage("add", "odd//etc/x.png", data=small())
+        assert "gs://test/odd: found the object '/etc/x.png', expected" in refused(
+            open_source, config("gs://test/odd"), "train"
+        )
         gone = files.below(str(pets / "folder"))[0]
         source = open_source(config("gs://test/folder"), "test")
         server.damage("delete", f"folder/{gone}")

@@ -31,13 +31,13 @@ def list_all(root: str, data: DataConfig) -> Listing:
     test = np.array([named and name.startswith(ours[1]) for name in paths], bool)
     of = np.array(["".join(name.split("/")[named:-1][:1]) for name in paths], str)  # the class; "" in no folder
     classes = np.unique(of[~test]).tolist()
-    flat = not any(classes)
+    flat, known = not any(classes), {*classes}
     for name, top in zip(paths, of.tolist(), strict=True):
-        if top not in classes or not (top or flat):
+        if top not in known or not (top or flat):
             where = f"outside the class folders ({', '.join(filter(None, classes))})"
             raise UsageError(f"{os.path.join(root, name)}: found a picture {where}, expected all in them, or none")
     folder = os.path.join(root, data.split) if named else root
-    for name in [] if flat or remote(root) else sorted({*names(folder)} - {*classes}):
+    for name in [] if flat or remote(root) else sorted({*names(folder)} - known):
         if not pictures.hidden(name) and is_folder(os.path.join(folder, name)):
             expected = "expected at least one (links to folders are not followed); add some, or delete the folder"
             raise UsageError(f"data.folder: class {name}: found no pictures in {folder!r}, {expected}")

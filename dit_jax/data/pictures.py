@@ -1,7 +1,7 @@
 """Encoded pictures that lie in `data.folder`: the `Source` that all doors to such a folder share, its splits and its checks.
 
 A door (`folder`, `webdataset`, `parquet`) lists all records of a folder. If the listing names no splits, a record is held out if the first
-8 bytes of the SHA-256 of its name, as a number, are below a tenth of their range, or the lowest of all if none is.
+8 bytes of the SHA-256 of its name, as a number, are below a tenth of their range, or the lowest of all if none or all are.
 """
 
 import bisect
@@ -21,11 +21,12 @@ from dit_jax.data import pixels
 from dit_jax.data.skip import Skips
 from dit_jax.data.tfds import Records
 from dit_jax.error import StorageError, UsageError, check_scheme
-from dit_jax.files import is_folder, names, sizes
+from dit_jax.files import is_file, is_folder, names, sizes
 
 IMAGES = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 _SHARE = 2**64 // 10  # of the hashes: held out
 SHARDS = (".tar", ".parquet")
+_READ = {*SHARDS, *IMAGES}
 _OPENERS = 16  # threads that open shards
 _MOST_GROUPS = 1000  # kept in an identity
 
@@ -96,20 +97,34 @@ def place(data: DataConfig) -> str:
 
 
 def holds(data: DataConfig, kind: str) -> bool:
-    """Return whether a config's folder holds shards of that suffix: itself, or the folders of its splits or `data` in it."""
-    if not data.folder:
-        return False
-    root = place(data)
-    folders = [root, *(os.path.join(root, name) for name in (data.split, data.held_out_split, "data"))]
-    return any(suffix(name) == kind for folder in folders for name in names(folder))
+    """Return whether a config's folder, or the first below it that holds pictures or shards, holds shards of that suffix."""
+    return bool(data.folder) and kind in _first(place(data))
+
+
+def _first(folder: str) -> set[str]:
+    """Return the suffixes of the pictures and shards in a folder, or else in the first one below it that holds any."""
+    found, here = [name for name in names(folder) if name and not hidden(name)], {}
+    for name in found:
+        here.setdefault(suffix(name), []).append(os.path.join(folder, name))
+    if kinds := {kind for kind in _READ & {*here} if any(map(is_file, here[kind]))}:
+        return kinds
+    inside = (path for paths in here.values() for path in paths if is_folder(path) and not os.path.islink(path))
+    return next(filter(None, map(_first, inside)), set())
 
 
 def visible(root: str) -> dict[str, dict]:
-    """Map the files below a folder that are not hidden, nor in a hidden folder, to what `files.sizes` says of them."""
+    """Map the files below a folder that are not hidden, nor in a hidden folder, to what `files.sizes` says of those that are read."""
     if not is_folder(root):
         raise UsageError(f"data.folder: found no folder {root!r}, expected one of pictures, .tar or .parquet files")
-    found = sizes(root)
-    return {name: found[name] for name in sorted(found) if not hidden(name)}
+    try:
+        found = sizes(root, lambda name: suffix(name) in _READ and not hidden(name))
+    except FileNotFoundError as error:
+        what = "found a link that leads nowhere, or a file that has just gone"
+        raise UsageError(f"{error.filename}: {what}, expected a file; delete the link, or mend it") from None
+    found = {name: found[name] for name in sorted(found) if not hidden(name)}
+    if odd := next((name for name in found if suffix(name) in _READ and "" in name.split("/")), ""):
+        raise UsageError(f"{root}: found the object {odd!r}, expected names without empty parts; rename it")
+    return found
 
 
 def hidden(name: str) -> bool:
@@ -139,7 +154,9 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
     """
     files = visible(root)
     paths = [name for name in files if suffix(name) == kind]
-    if odd := next((name for name in files if suffix(name) in {*SHARDS, *IMAGES} - {kind}), ""):
+    if not paths:
+        raise UsageError(f"data.folder: found no {kind} files in {root!r} any more, expected those of a moment ago")
+    if odd := next((name for name in files if suffix(name) in _READ - {kind}), ""):
         raise UsageError(f"data.folder: found both {paths[0]} and {odd} in {root!r}, expected one form of pictures")
     words = [rf"(?<![^-_./]){re.escape(name)}(?![^-_./])" for name in (data.split, data.held_out_split)]
     inside = {name: [bool(re.search(word, name)) for word in words] for name in paths}
@@ -193,6 +210,9 @@ def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig,
     test = _drawn(found.names) if found.held_out is None else found.held_out
     classes = _classes(root, data, found, test)
     chosen = np.flatnonzero(test if split == data.held_out_split else ~test)
+    if not len(chosen):
+        key = "data.split" if split == data.split else "data.held_out_split"
+        raise UsageError(f"{key}: found no pictures of split {split!r} in {root!r}, expected at least one; add some")
     return Pictures(
         data.name, split, Chosen(root, found, chosen), (None, None, 3), classes, (), _identity(found, chosen, data.name, split),
         data.image_size, data.flip, Skips(data.skip_bad),
@@ -210,7 +230,7 @@ def _drawn(found: Sequence[str]) -> np.ndarray:
     digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in found)
     numbers = np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64)
     share = numbers < np.uint64(_SHARE)
-    return share if share.any() else numbers == numbers.min()
+    return share if share.any() and not share.all() else numbers == numbers.min()
 
 
 def _classes(root: str, data: DataConfig, found: Listing, test: np.ndarray) -> int:

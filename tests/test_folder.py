@@ -1,6 +1,7 @@
 """Photo folders: the same pictures give the same batches however they lie, and what does not fit is named."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -20,12 +21,13 @@ from job import ROOT, TINY, run
 from PIL import Image
 
 from dit_jax import files
-from dit_jax.config import DataConfig
-from dit_jax.data import parquet, pipeline, webdataset
-from dit_jax.data.source import bad_records, class_names, open_source
+from dit_jax.config import Config, DataConfig, ModelConfig
+from dit_jax.data import folder, parquet, pictures, pipeline, webdataset
+from dit_jax.data.source import bad_records, class_names, introduce, open_source
 from dit_jax.error import UsageError
 from dit_jax.models import vae
 from dit_jax.networks.folder import save_network
+from dit_jax.sampling import label
 
 CLASSES = ("cat", "dog")
 NETWORK = vae.VAEConfig(channels=3, widths=(8, 8), groups=4, blocks=1)
@@ -352,7 +354,7 @@ def test_a_split_without_a_picture_is_refused(tmp_path):
         pq.write_table(pa.table({"image": pa.array(image, pa.binary())}), tmp_path / "shards" / f"{split}.parquet")
     data = config(tmp_path / "shards")
     assert len(open_source(data, "train")) == 2
-    assert "data.held_out_split: found no pictures of split 'test' in" in refused(open_source, data, "test")
+    assert "data.folder: found no pictures of split 'test' in" in refused(open_source, data, "test")
 
 
 def test_shards_are_found_below_all_levels(pets, tmp_path):
@@ -385,6 +387,81 @@ def test_names_of_classes_come_from_the_folders(pets, tmp_path):
     assert class_names(config(tmp_path / "absent")) == () == class_names(written(tmp_path, {"a.png": small()}))
 
 
+def test_a_run_keeps_the_names_of_its_classes(tmp_path):
+    data = written(tmp_path / "photos", {f"{c}/{i}.png": small() for c in CLASSES for i in range(20)})
+    cfg, workdir = Config(data=data, model=ModelConfig(classes=2)), str(tmp_path / "run")
+    os.mkdir(workdir)
+    assert label.names_of(cfg, workdir) == CLASSES
+    label.keep_names(workdir, open_source(data, "train").class_names)
+    (tmp_path / "photos/dog").rename(tmp_path / "photos/ant")
+    assert class_names(data) == ("ant", "cat") and label.names_of(cfg, workdir) == CLASSES
+    assert label.find_classes(["cat", "dog"], cfg, workdir) == (0, 1)
+
+
+def test_names_are_not_asked_of_a_place_that_does_not_answer(monkeypatch, tmp_path):
+    def absent(*_):
+        raise UsageError("gs://: the clients are not installed")
+
+    monkeypatch.setattr(pictures, "names", absent)
+    assert class_names(config("gs://test/photos")) == ()
+    monkeypatch.undo()
+    tar(tmp_path / "a.tar", twins())
+    monkeypatch.setattr(webdataset, "open_shard", absent)
+    monkeypatch.setattr(webdataset, "_scan", lambda path: pytest.fail("scanned"))
+    assert class_names(config(tmp_path)) == ()
+
+
+SPLITS = {
+    "training_set and test_set": {
+        f"{s}_set/{c}/{i}.png" for s in ("training", "test") for c in CLASSES for i in range(9)
+    },
+    "Train and Test": {f"{s}/{i}.png" for s in ("Train", "Test") for i in range(9)},
+    "parts": {f"{s}/{c}/{i}.png" for s in ("one", "two") for c in CLASSES for i in range(9)},
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_splits_are_not_taken_for_classes(tmp_path, case):
+    data = written(tmp_path, dict.fromkeys(SPLITS[case], small()))
+    first, *_, last = sorted({name.partition("/")[0] for name in SPLITS[case]})
+    why = "hold the folders cat, dog" if case == "parts" else "are named like splits"
+    message = refused(open_source, data, "train")
+    assert f"data.folder: found classes {first}, {last} in" in message and why in message
+    assert "name two in data.split and data.held_out_split" in message
+    data = dataclasses.replace(data, split=last, held_out_split=first)
+    assert len(open_source(data, last)) == len(SPLITS[case]) // 2
+
+
+def test_names_of_classes_and_pictures_outside_of_splits_are_told(tmp_path, caplog):
+    names = {f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("tram", "train", "trial") for i in range(3)}
+    data = written(tmp_path, dict.fromkeys(names | {"val/cat/0.png", "extra.png"}, small()))
+    introduce(open_source(data, "train"))
+    assert "9 images 8 x 8 x 3, 3 classes (train, tram, trial), from" in caplog.text
+    assert "2 pictures outside 'train' and 'test' are left out" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_what_a_machine_refuses_is_no_malformed_picture(tmp_path, number, monkeypatch):
+    data = written(tmp_path, {f"{i}.png": small() for i in range(20)})
+    source = open_source(dataclasses.replace(data, skip_bad=9), "train")
+
+    def fails(*_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(folder, "read", fails)
+    with pytest.raises(OSError, match="refused"):
+        source.read(np.array([0]))
+
+
+@pytest.mark.parametrize("form", ["tars", "parquet"])
+def test_a_shard_that_is_replaced_in_a_run_is_refused(pets, tmp_path, form):
+    FORMS[form](tmp_path)
+    source = open_source(config(tmp_path), "train")
+    for path in tmp_path.rglob("*-*"):
+        os.utime(path, ns=(1, 1))
+    assert re.search("found another size or time than at the start", refused(source.read, np.array([0])))
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_lead_from_photos_to_a_grid(pets, tmp_path, cache_dir):
     page = (ROOT / "docs" / "data.md").read_text().partition("## A photo folder")[2]
@@ -400,6 +477,7 @@ def test_the_commands_of_the_page_lead_from_photos_to_a_grid(pets, tmp_path, cac
         extra = {"dit_jax.train": small_run, "dit_jax.sample": ["--num=4"]}.get(job, [])
         code, _, err = run(job.removeprefix("dit_jax."), *flags, *extra, cache_dir=cache_dir)
         assert code == 0, err
+    assert json.loads((tmp_path / "runs/photos/classes.json").read_text()) == {"names": [*CLASSES]}
     with Image.open(tmp_path / "photos.png") as grid:
         assert "4 images" in err and grid.size[0] > 0
     with np.load(tmp_path / "photos.npz") as found:
@@ -519,9 +597,8 @@ def test_damaged_parquet_files_are_named(tmp_path):
         (tmp_path / "a.parquet").write_bytes(bad)
         assert refused(open_source, data, "train").startswith(f"{tmp_path}/a.parquet: ")
     (tmp_path / "a.parquet").write_bytes(whole)
-    source = open_source(data, "train")
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(200) + whole[204:])
-    assert re.search(r"a\.parquet/\d+: cannot read it, it may be cut short", refused(batches, data, 1, source=source))
+    assert re.search(r"a\.parquet/\d+: cannot read it, it may be cut short", refused(batches, data, 1))
 
 
 def test_parquet_files_that_would_fill_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
@@ -533,9 +610,21 @@ def test_parquet_files_that_would_fill_the_memory_are_refused_before_they_are_re
     )
     monkeypatch.setattr(parquet, "_LARGEST", 200)
     pq.write_table(pa.table({"image": [small(), small((9, 9))], "label": [0, 0]}), tmp_path / "a.parquet")
-    assert re.search(
-        r"a row group of \d+ bytes, expected at most 200; write", refused(open_source, config(tmp_path), "train")
+    assert re.search(r"a row group of \d+ bytes, expected 200; write", refused(open_source, config(tmp_path), "train"))
+
+
+def test_of_several_records_the_one_that_cannot_be_read_is_named(tmp_path):
+    pq.write_table(
+        pa.table({"image": [small(colour=(i, 0, 0)) for i in range(60)]}), tmp_path / "a.parquet", row_group_size=20
     )
+    start = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(2).column(0)
+    whole = bytearray((tmp_path / "a.parquet").read_bytes())
+    offset = start.dictionary_page_offset or start.data_page_offset
+    whole[offset : offset + 30] = bytes(30)
+    (tmp_path / "a.parquet").write_bytes(whole)
+    fetch = open_source(config(tmp_path), "train").source.listing.fetch
+    assert len(fetch([0, 25])) == 2
+    assert f"{tmp_path}/a.parquet/45: cannot read it" in refused(fetch, [0, 25, 45])
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")

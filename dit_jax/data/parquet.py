@@ -22,8 +22,7 @@ _kept = functools.lru_cache(maxsize=_GROUPS)(lambda group, number: group(number)
 
 def open_shard(path: str, about: dict) -> Listing:
     """List one file. `about`: of `files.sizes`. Raises UsageError naming what does not fit, pyarrow's errors."""
-    import pyarrow as pa  # here because few jobs need it
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # here because few jobs need it
 
     with opened(path) as file, pq.ParquetFile(file) as found:
         meta, schema = found.metadata, found.schema_arrow
@@ -33,11 +32,10 @@ def open_shard(path: str, about: dict) -> Listing:
         if not count == starts[-1] <= about["bytes"]:
             raise UsageError(damaged)
         if (most := max((group.total_byte_size for group in groups), default=0)) > _LARGEST:
-            expected = f"expected at most {_LARGEST:,}; write the file with smaller groups"
-            raise UsageError(f"{path}: found a row group of {most:,} bytes, {expected}")
+            raise UsageError(f"{path}: found a row group of {most:,} bytes, expected {_LARGEST:,}; write smaller ones")
         image, nested, label, class_names = _columns(path, schema)
         labels, kind = None, schema.field(label).type if label else ""
-        if label and pa.types.is_integer(kind):
+        if label and str(kind).startswith(("int", "uint")):
             labels = found.read([label], use_threads=False)[label]
     if label and (labels is None or labels.null_count):
         what = f"{kind} with {labels.null_count} empty rows" if labels else kind
@@ -46,7 +44,7 @@ def open_shard(path: str, about: dict) -> Listing:
         raise UsageError(damaged)
 
     def group(number: int):
-        with opened(path) as file, pq.ParquetFile(file, metadata=meta) as found:
+        with pictures.unchanged(path, about) as file, pq.ParquetFile(file, metadata=meta) as found:
             columns = [f"{image}.bytes" if nested else image]
             return found.read_row_group(number, columns=columns, use_threads=False)[image]
 

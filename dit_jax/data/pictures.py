@@ -6,6 +6,7 @@ A door (`folder`, `webdataset`, `parquet`) lists all records of a folder. If the
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from dit_jax.data import pixels
 from dit_jax.data.skip import Skips
 from dit_jax.data.tfds import Records
 from dit_jax.error import StorageError, UsageError, check_scheme
-from dit_jax.files import is_file, is_folder, names, sizes
+from dit_jax.files import is_file, is_folder, names, opened, remote, sizes
 
 IMAGES = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 _SHARE = 2**64 // 10  # of the hashes: held out
@@ -69,6 +71,10 @@ class Pictures(Records):
     def where(self) -> str:
         return self.source.root
 
+    @property
+    def class_names(self) -> tuple:
+        return self.source.listing.class_names
+
     def name_of(self, index: int) -> str:
         return os.path.join(self.source.root, self.source.listing.names[self.source.numbers[index]])
 
@@ -84,9 +90,11 @@ def reading(path: str, size: int = 1) -> Iterator[None]:
         raise UsageError(f"{path}: found an empty file, expected one with pictures")
     try:
         yield
-    except (StorageError, UsageError):
+    except (StorageError, UsageError, MemoryError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EACCES):  # of the machine, not of the file
+            raise
         raise UsageError(f"{path}: cannot read it, it may be cut short or damaged: {pixels.reason(error)}") from error
 
 
@@ -119,8 +127,7 @@ def visible(root: str) -> dict[str, dict]:
     try:
         found = sizes(root, lambda name: suffix(name) in _READ and not hidden(name))
     except FileNotFoundError as error:
-        what = "found a link that leads nowhere, or a file that has just gone"
-        raise UsageError(f"{error.filename}: {what}, expected a file; delete the link, or mend it") from None
+        raise UsageError(f"{error.filename}: found a link that leads nowhere, expected a file; delete it") from None
     found = {name: found[name] for name in sorted(found) if not hidden(name)}
     if odd := next((name for name in found if suffix(name) in _READ and "" in name.split("/")), ""):
         raise UsageError(f"{root}: found the object {odd!r}, expected names without empty parts; rename it")
@@ -133,6 +140,17 @@ def hidden(name: str) -> bool:
 
 def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+@contextlib.contextmanager
+def unchanged(path: str, about: dict) -> Iterator[IO[bytes]]:
+    """Open a shard for reading. Raises UsageError if its size, or on a disk its time, is another than in `about`."""
+    with opened(path) as file:
+        found = file.seek(0, os.SEEK_END), None if remote(path) else os.fstat(file.fileno()).st_mtime_ns
+        if found != (about["bytes"], about["time"]):
+            raise UsageError(f"{path}: found another size or time than at the start; it was replaced")
+        file.seek(0)
+        yield file
 
 
 def both_or_neither(data: DataConfig, train: bool, test: bool, root: str) -> bool:
@@ -150,12 +168,10 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
     """List the records of all shards of a kind, a suffix, in order of their paths. Raises UsageError naming what does not fit.
 
     A shard is in a split if its path has the split's name between separators, as in `train/0.tar` or `data/train-00000.parquet`.
-    `open_shard`: (path, what `files.sizes` says of it) -> its records, without the shard's path in their names.
+    `open_shard`: (path, what `files.sizes` says of it and its "time") -> its records, without the shard's path in their names.
     """
     files = visible(root)
     paths = [name for name in files if suffix(name) == kind]
-    if not paths:
-        raise UsageError(f"data.folder: found no {kind} files in {root!r} any more, expected those of a moment ago")
     if odd := next((name for name in files if suffix(name) in _READ - {kind}), ""):
         raise UsageError(f"data.folder: found both {paths[0]} and {odd} in {root!r}, expected one form of pictures")
     words = [rf"(?<![^-_./]){re.escape(name)}(?![^-_./])" for name in (data.split, data.held_out_split)]
@@ -168,7 +184,7 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
     def open_one(name: str) -> Listing:
         path = os.path.join(root, name)
         with reading(path, files[name]["bytes"]):
-            return open_shard(path, files[name])
+            return open_shard(path, files[name] | {"time": None if remote(path) else os.stat(path).st_mtime_ns})
 
     with ThreadPoolExecutor(_OPENERS) as pool:
         shards = list(pool.map(open_one, paths))
@@ -185,9 +201,15 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
         found, of = {}, {i: bisect.bisect_right(starts, i) - 1 for i in records}
         for number in set(of.values()):
             wanted = sorted(i for i in of if of[i] == number)
-            with reading(os.path.join(root, names[wanted[0]])):
-                found |= zip(wanted, shards[number].fetch([i - starts[number] for i in wanted]), strict=True)
+            try:
+                found |= zip(wanted, some(number, wanted), strict=True)
+            except UsageError:  # which of them?
+                found |= {i: some(number, [i])[0] for i in wanted}
         return [found[i] for i in records]
+
+    def some(number: int, wanted: list[int]) -> list[bytes]:
+        with reading(os.path.join(root, names[wanted[0]])):
+            return shards[number].fetch([i - starts[number] for i in wanted])
 
     held_out = np.repeat([inside[name][1] for name in paths], counts) if named else None
     labels = np.concatenate([shard.labels for shard in shards]) if labelled else None
@@ -211,8 +233,7 @@ def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig,
     classes = _classes(root, data, found, test)
     chosen = np.flatnonzero(test if split == data.held_out_split else ~test)
     if not len(chosen):
-        key = "data.split" if split == data.split else "data.held_out_split"
-        raise UsageError(f"{key}: found no pictures of split {split!r} in {root!r}, expected at least one; add some")
+        raise UsageError(f"data.folder: found no pictures of split {split!r} in {root!r}, expected some; add one")
     return Pictures(
         data.name, split, Chosen(root, found, chosen), (None, None, 3), classes, (), _identity(found, chosen, data.name, split),
         data.image_size, data.flip, Skips(data.skip_bad),
@@ -220,10 +241,8 @@ def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig,
 
 
 def class_names(list_all: Callable[[str, DataConfig], Listing], data: DataConfig) -> tuple[str, ...]:
-    """Return the names of the classes; () without, or if the folder is not on this machine."""
-    with contextlib.suppress(UsageError, OSError):
-        return list_all(place(data), data).class_names
-    return ()
+    """Return the names of the classes; () without."""
+    return list_all(place(data), data).class_names
 
 
 def _drawn(found: Sequence[str]) -> np.ndarray:

@@ -8,8 +8,7 @@ from PIL import Image, ImageOps
 
 from dit_jax.data.counter import mirrored
 
-# Pillow has more, and starts Ghostscript for one.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow starts a program for another
 warnings.simplefilter(
     "error", Image.DecompressionBombWarning
 )  # more than Image.MAX_IMAGE_PIXELS: raised before decoding

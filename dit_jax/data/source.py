@@ -1,5 +1,6 @@
 """The interface of a split of data (`Source`), and the table of its kinds."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from dit_jax.config import DataConfig
 from dit_jax.data import folder, latents, parquet, pictures, tfds, webdataset
 from dit_jax.data.skip import Skips
+from dit_jax.error import UsageError
 from dit_jax.log import say
 
 
@@ -58,7 +60,7 @@ class Kind:
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
     "folder": Kind(lambda data: bool(data.folder), folder.open_split, folder.class_names),
-    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, webdataset.class_names),
+    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split),
     "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split, parquet.class_names),
     "latents": Kind(
         lambda data: bool(data.latents),
@@ -78,8 +80,10 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
-    """Return the name of each class; () without classes, or if the data are not on this machine."""
-    return _kind(data).names(data)
+    """Return the name of each class; () without classes, or if the data are not on this machine, or do not answer."""
+    with contextlib.suppress(UsageError, OSError):
+        return _kind(data).names(data)
+    return ()
 
 
 def introduce(*opened: Source) -> None:
@@ -87,6 +91,8 @@ def introduce(*opened: Source) -> None:
     for found in opened:
         about, shape = found.identity, " x ".join(map(str, found.image_shape))
         labels = f"{found.classes} classes" if found.classes else "no labels"
+        if names := getattr(found, "class_names", ()):
+            labels += f" ({', '.join(names[:8])}{', ...' * (len(names) > 8)})"
         say(f"data: {about['name']}, {about['split']}: {len(found):,} images {shape}, {labels}, from {found.where}")
 
 

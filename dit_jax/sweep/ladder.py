@@ -259,7 +259,7 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
         images, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         make(os.path.dirname(path))
         with whole(path) as unfinished:
-            grid(images, labels, names_of(cell.cfg)).save(unfinished, "PNG")
+            grid(images, labels, names_of(cell.cfg, cell.workdir)).save(unfinished, "PNG")
     return path
 
 

@@ -660,14 +660,16 @@ def test_latents_are_made_of_a_folder_and_keep_its_names(pets, tmp_path, cache_d
         "--config.model.input_size=4",
         "--config.model.patch=1",
     ]
-    flags += [f"--config.data.folder={pets}/tars", "--config.data.image_size=8", "--config.model.channels=4"]
+    flags += [f"--config.data.folder={pets}/folder", "--config.data.image_size=8", "--config.model.channels=4"]
     code, _, err = run("encode", "--config=configs/photos.py", *flags, cache_dir=cache_dir, devices=1)
     assert code == 0, err
-    data = config(pets / "tars", latents=f"{tmp_path}/z", flip=False)
-    found, images = open_source(data, "train"), open_source(config(pets / "tars"), "train")
+    data = config(pets / "folder", latents=f"{tmp_path}/z", flip=False)
+    found, images = open_source(data, "train"), open_source(config(pets / "folder"), "train")
     assert (len(found), found.image_shape) == (30, (4, 4, 4)) and not found.overlaps(open_source(data, "test"))
     assert found.describe()["source_sha256"] == images.describe()["sha256"]
     np.testing.assert_array_equal(found.read(np.arange(30))[1]["label"], images.read(np.arange(30))[1]["label"])
+    renamed = written(tmp_path / "renamed", {f"{c}/{i}.png": small() for c in ("ant", "cat") for i in range(20)})
+    assert class_names(dataclasses.replace(data, folder=renamed.folder)) == CLASSES == found.class_names
     other = dataclasses.replace(data, folder="")
     assert "data.dataset: found 'digits', expected 'folder', which the latents in" in refused(
         open_source, other, "train"

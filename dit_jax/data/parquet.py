@@ -81,4 +81,4 @@ def _columns(path: str, schema) -> tuple[str, bool, str, tuple]:
 
 
 _list_all = functools.partial(pictures.list_shards, ".parquet", open_shard)
-open_split, class_names = (functools.partial(f, _list_all) for f in (pictures.open_split, pictures.class_names))
+open_split = functools.partial(pictures.open_split, _list_all)

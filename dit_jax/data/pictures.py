@@ -66,14 +66,11 @@ class Pictures(Records):
     """The `Source` for the pictures of one split, in RGB. UsageErrors on reading name the picture."""
 
     key = "data.folder"
+    class_names = property(lambda self: self.source.listing.class_names)
 
     @property
     def where(self) -> str:
         return self.source.root
-
-    @property
-    def class_names(self) -> tuple:
-        return self.source.listing.class_names
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.source.root, self.source.listing.names[self.source.numbers[index]])
@@ -238,11 +235,6 @@ def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig,
         data.name, split, Chosen(root, found, chosen), (None, None, 3), classes, (), _identity(found, chosen, data.name, split),
         data.image_size, data.flip, Skips(data.skip_bad),
     )  # fmt: skip
-
-
-def class_names(list_all: Callable[[str, DataConfig], Listing], data: DataConfig) -> tuple[str, ...]:
-    """Return the names of the classes; () without."""
-    return list_all(place(data), data).class_names
 
 
 def _drawn(found: Sequence[str]) -> np.ndarray:

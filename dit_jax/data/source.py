@@ -54,19 +54,15 @@ class Kind:
 
     chosen: Callable[[DataConfig], bool]
     open: Callable[[DataConfig, str], Source]
-    names: Callable[[DataConfig], tuple[str, ...]] = lambda data: ()
+    names: Callable[[DataConfig], tuple[str, ...]] = lambda data: open_source(data, data.split).class_names
 
 
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
-    "folder": Kind(lambda data: bool(data.folder), folder.open_split, folder.class_names),
-    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split),
-    "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split, parquet.class_names),
-    "latents": Kind(
-        lambda data: bool(data.latents),
-        latents.open_split,
-        lambda data: class_names(dataclasses.replace(data, latents="")),  # of the images
-    ),
+    "folder": Kind(lambda data: bool(data.folder), folder.open_split),
+    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, lambda data: ()),
+    "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split),
+    "latents": Kind(lambda data: bool(data.latents), latents.open_split),
 }
 
 
@@ -81,8 +77,10 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
     """Return the name of each class; () without classes, or if the data are not on this machine, or do not answer."""
-    with contextlib.suppress(UsageError, OSError):
-        return _kind(data).names(data)
+    for some in (data, dataclasses.replace(data, latents="")):  # latents may lack what their images have
+        with contextlib.suppress(UsageError, OSError):
+            if names := _kind(some).names(some):
+                return names
     return ()
 
 

@@ -28,6 +28,7 @@ from dit_jax.error import UsageError
 from dit_jax.models import vae
 from dit_jax.networks.folder import save_network
 from dit_jax.sampling import label
+from dit_jax.sweep import ladder
 
 CLASSES = ("cat", "dog")
 NETWORK = vae.VAEConfig(channels=3, widths=(8, 8), groups=4, blocks=1)
@@ -625,6 +626,16 @@ def test_of_several_records_the_one_that_cannot_be_read_is_named(tmp_path):
     fetch = open_source(config(tmp_path), "train").source.listing.fetch
     assert len(fetch([0, 25])) == 2
     assert f"{tmp_path}/a.parquet/45: cannot read it" in refused(fetch, [0, 25, 45])
+
+
+def test_a_sweep_goes_on_with_its_data_only(tmp_path):
+    data = written(tmp_path / "photos", {f"{c}/{i}.png": small() for c in CLASSES for i in range(20)})
+    cfg = Config(data=data, model=ModelConfig(input_size=8, channels=3, classes=2))
+    for _ in range(2):
+        ladder.prepare(cfg, str(tmp_path / "sweep"))
+    written(tmp_path / "photos", {"cat/new.png": small()})
+    message = refused(ladder.prepare, cfg, str(tmp_path / "sweep"))
+    assert f"{tmp_path}/sweep: found other data than the sweep began with" in message
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")

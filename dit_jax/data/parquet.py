@@ -34,9 +34,8 @@ def open_shard(path: str, about: dict) -> Listing:
         if (most := max((group.total_byte_size for group in groups), default=0)) > _LARGEST:
             raise UsageError(f"{path}: found a row group of {most:,} bytes, expected {_LARGEST:,}; write smaller ones")
         image, nested, label, class_names = _columns(path, schema)
-        labels, kind = None, schema.field(label).type if label else ""
-        if label and str(kind).startswith(("int", "uint")):
-            labels = found.read([label], use_threads=False)[label]
+        kind = str(schema.field(label).type) if label else ""
+        labels = found.read([label], use_threads=False)[label] if kind.startswith(("int", "uint")) else None
     if label and (labels is None or labels.null_count):
         what = f"{kind} with {labels.null_count} empty rows" if labels else kind
         raise UsageError(f"{path}: column {label!r}: found {what}, expected the number of a class in each row")

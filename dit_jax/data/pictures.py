@@ -146,7 +146,6 @@ def unchanged(path: str, about: dict) -> Iterator[IO[bytes]]:
         found = file.seek(0, os.SEEK_END), None if remote(path) else os.fstat(file.fileno()).st_mtime_ns
         if found != (about["bytes"], about["time"]):
             raise UsageError(f"{path}: found another size or time than at the start; it was replaced")
-        file.seek(0)
         yield file
 
 

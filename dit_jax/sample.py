@@ -36,7 +36,9 @@ def _bound(values) -> tuple:
     cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
     make_task(cfg)
     names = ("workdir", "num", "seed", "step", "out", "grid", "images", "rgb")
-    wanted = Request(**{name: getattr(values, name) for name in names}, labels=find_classes(values.labels, cfg))
+    wanted = Request(
+        **{name: getattr(values, name) for name in names}, labels=find_classes(values.labels, cfg, values.workdir)
+    )
     if not wanted.files:
         raise UsageError("--out, --grid, --images: found none, expected at least one of them")
     check_ending("--out", values.out, ".npz")

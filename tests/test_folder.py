@@ -1,6 +1,7 @@
 """Photo folders: the same pictures give the same batches however they lie, and what does not fit is named."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -20,12 +21,14 @@ from job import ROOT, TINY, run
 from PIL import Image
 
 from dit_jax import files
-from dit_jax.config import DataConfig
-from dit_jax.data import pipeline, webdataset
-from dit_jax.data.source import bad_records, class_names, open_source
+from dit_jax.config import Config, DataConfig, ModelConfig
+from dit_jax.data import folder, parquet, pictures, pipeline, webdataset
+from dit_jax.data.source import bad_records, class_names, introduce, open_source
 from dit_jax.error import UsageError
 from dit_jax.models import vae
 from dit_jax.networks.folder import save_network
+from dit_jax.sampling import label
+from dit_jax.sweep import ladder
 
 CLASSES = ("cat", "dog")
 NETWORK = vae.VAEConfig(channels=3, widths=(8, 8), groups=4, blocks=1)
@@ -306,6 +309,63 @@ def test_a_strip_that_would_be_scaled_beyond_that_is_refused(tmp_path, monkeypat
     assert "found 1 x 500 pixels, expected sides less unequal" in refused(batches, data, 1)
 
 
+def test_a_picture_of_another_form_than_its_name_says_starts_no_program(tmp_path, monkeypatch):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n%%EOF\n"
+    data = written(tmp_path, {"a.png": eps, "b.png": eps})
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **how: pytest.fail("started"))
+    assert re.search(r"/[ab]\.png: cannot decode .*: cannot identify image file", refused(batches, data, 1))
+
+
+ODD = {
+    "._x.tar": "file",
+    "x.tar": "folder",
+    "x.parquet": "folder",
+    "cat/.#notes": "link",
+    ".a/b.png": "link",
+    "cat/c.txt": "link",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_hidden_files_folders_and_dead_links_beside_pictures_are_passed_over(tmp_path, name):
+    data = written(tmp_path, {f"{c}/{i}.png": small() for c in CLASSES for i in range(20)})
+    os.makedirs(os.path.dirname(tmp_path / name), exist_ok=True)
+    {"file": lambda p: p.touch(), "folder": lambda p: p.mkdir(), "link": lambda p: p.symlink_to("nowhere")}[ODD[name]](
+        tmp_path / name
+    )
+    if ODD[name] == "folder":
+        assert f"class {name}: found no pictures" in refused(open_source, data, "train")
+    else:
+        assert open_source(data, "train").classes == 2
+    os.renames(tmp_path / name, tmp_path / "only" / name)
+    assert "found 0 pictures in" in refused(open_source, config(tmp_path / "only"), "train")
+
+
+def test_a_dead_link_of_a_picture_is_named(tmp_path):
+    data = written(tmp_path, {f"{i}.png": small() for i in range(20)})
+    (tmp_path / "x.png").symlink_to("nowhere")
+    assert f"{tmp_path}/x.png: found a link that leads nowhere" in refused(open_source, data, "train")
+
+
+def test_a_split_without_a_picture_is_refused(tmp_path):
+    data = written(tmp_path / "flat", {"26.jpg": small(), "34.jpg": small()})  # both below a tenth
+    assert [len(open_source(data, split)) for split in ("train", "test")] == [1, 1]
+    (tmp_path / "shards").mkdir()
+    for split, image in (("train", [small(), small()]), ("test", [])):
+        pq.write_table(pa.table({"image": pa.array(image, pa.binary())}), tmp_path / "shards" / f"{split}.parquet")
+    data = config(tmp_path / "shards")
+    assert len(open_source(data, "train")) == 2
+    assert "data.folder: found no pictures of split 'test' in" in refused(open_source, data, "test")
+
+
+def test_shards_are_found_below_all_levels(pets, tmp_path):
+    (tmp_path / "hub" / "mnist").mkdir(parents=True)
+    for path in (pets / "parquet" / "data").iterdir():
+        (tmp_path / "hub" / "mnist" / path.name).symlink_to(path)
+    found = open_source(config(tmp_path), "train")
+    assert (len(found), found.classes) == (30, 2) and class_names(config(tmp_path)) == CLASSES
+
+
 @pytest.mark.parametrize("change", ["added", "gone", "another"])
 def test_a_folder_that_changed_since_the_run_began_is_refused(tmp_path, change):
     data = written(tmp_path, {f"{c}/{i}.png": small(colour=(i, 0, 0)) for c in CLASSES for i in range(20)})
@@ -328,6 +388,81 @@ def test_names_of_classes_come_from_the_folders(pets, tmp_path):
     assert class_names(config(tmp_path / "absent")) == () == class_names(written(tmp_path, {"a.png": small()}))
 
 
+def test_a_run_keeps_the_names_of_its_classes(tmp_path):
+    data = written(tmp_path / "photos", {f"{c}/{i}.png": small() for c in CLASSES for i in range(20)})
+    cfg, workdir = Config(data=data, model=ModelConfig(classes=2)), str(tmp_path / "run")
+    os.mkdir(workdir)
+    assert label.names_of(cfg, workdir) == CLASSES
+    label.keep_names(workdir, open_source(data, "train").class_names)
+    (tmp_path / "photos/dog").rename(tmp_path / "photos/ant")
+    assert class_names(data) == ("ant", "cat") and label.names_of(cfg, workdir) == CLASSES
+    assert label.find_classes(["cat", "dog"], cfg, workdir) == (0, 1)
+
+
+def test_names_are_not_asked_of_a_place_that_does_not_answer(monkeypatch, tmp_path):
+    def absent(*_):
+        raise UsageError("gs://: the clients are not installed")
+
+    monkeypatch.setattr(pictures, "names", absent)
+    assert class_names(config("gs://test/photos")) == ()
+    monkeypatch.undo()
+    tar(tmp_path / "a.tar", twins())
+    monkeypatch.setattr(webdataset, "open_shard", absent)
+    monkeypatch.setattr(webdataset, "_scan", lambda path: pytest.fail("scanned"))
+    assert class_names(config(tmp_path)) == ()
+
+
+SPLITS = {
+    "training_set and test_set": {
+        f"{s}_set/{c}/{i}.png" for s in ("training", "test") for c in CLASSES for i in range(9)
+    },
+    "Train and Test": {f"{s}/{i}.png" for s in ("Train", "Test") for i in range(9)},
+    "parts": {f"{s}/{c}/{i}.png" for s in ("one", "two") for c in CLASSES for i in range(9)},
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_splits_are_not_taken_for_classes(tmp_path, case):
+    data = written(tmp_path, dict.fromkeys(SPLITS[case], small()))
+    first, *_, last = sorted({name.partition("/")[0] for name in SPLITS[case]})
+    why = "hold the folders cat, dog" if case == "parts" else "are named like splits"
+    message = refused(open_source, data, "train")
+    assert f"data.folder: found classes {first}, {last} in" in message and why in message
+    assert "name two in data.split and data.held_out_split" in message
+    data = dataclasses.replace(data, split=last, held_out_split=first)
+    assert len(open_source(data, last)) == len(SPLITS[case]) // 2
+
+
+def test_names_of_classes_and_pictures_outside_of_splits_are_told(tmp_path, caplog):
+    names = {f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("tram", "train", "trial") for i in range(3)}
+    data = written(tmp_path, dict.fromkeys(names | {"val/cat/0.png", "extra.png"}, small()))
+    introduce(open_source(data, "train"))
+    assert "9 images 8 x 8 x 3, 3 classes (train, tram, trial), from" in caplog.text
+    assert "2 pictures outside 'train' and 'test' are left out" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_what_a_machine_refuses_is_no_malformed_picture(tmp_path, number, monkeypatch):
+    data = written(tmp_path, {f"{i}.png": small() for i in range(20)})
+    source = open_source(dataclasses.replace(data, skip_bad=9), "train")
+
+    def fails(*_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(folder, "read", fails)
+    with pytest.raises(OSError, match="refused"):
+        source.read(np.array([0]))
+
+
+@pytest.mark.parametrize("form", ["tars", "parquet"])
+def test_a_shard_that_is_replaced_in_a_run_is_refused(pets, tmp_path, form):
+    FORMS[form](tmp_path)
+    source = open_source(config(tmp_path), "train")
+    for path in tmp_path.rglob("*-*"):
+        os.utime(path, ns=(1, 1))
+    assert re.search("found another size or time than at the start", refused(source.read, np.array([0])))
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_lead_from_photos_to_a_grid(pets, tmp_path, cache_dir):
     page = (ROOT / "docs" / "data.md").read_text().partition("## A photo folder")[2]
@@ -343,6 +478,7 @@ def test_the_commands_of_the_page_lead_from_photos_to_a_grid(pets, tmp_path, cac
         extra = {"dit_jax.train": small_run, "dit_jax.sample": ["--num=4"]}.get(job, [])
         code, _, err = run(job.removeprefix("dit_jax."), *flags, *extra, cache_dir=cache_dir)
         assert code == 0, err
+    assert json.loads((tmp_path / "runs/photos/classes.json").read_text()) == {"names": [*CLASSES]}
     with Image.open(tmp_path / "photos.png") as grid:
         assert "4 images" in err and grid.size[0] > 0
     with np.load(tmp_path / "photos.npz") as found:
@@ -432,7 +568,7 @@ SCHEMAS = {
     ),
     "words": (
         {"image": [b"x", b"y"], "label": ["cat", "dog"]},
-        "column 'label': found string with 0 empty rows, expected the number",
+        "column 'label': found string, expected the number",
     ),
     "empty labels": ({"image": [b"x", b"y"], "label": [0, None]}, "column 'label': found int64 with 1 empty rows"),
     "a label below 0": (
@@ -462,9 +598,44 @@ def test_damaged_parquet_files_are_named(tmp_path):
         (tmp_path / "a.parquet").write_bytes(bad)
         assert refused(open_source, data, "train").startswith(f"{tmp_path}/a.parquet: ")
     (tmp_path / "a.parquet").write_bytes(whole)
-    source = open_source(data, "train")
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(200) + whole[204:])
-    assert re.search(r"a\.parquet/\d+: cannot read it, it may be cut short", refused(batches, data, 1, source=source))
+    assert re.search(r"a\.parquet/\d+: cannot read it, it may be cut short", refused(batches, data, 1))
+
+
+def test_parquet_files_that_would_fill_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    rows = pa.table({"image": [b"x"] * 100_000, "label": [0] * 100_000})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_, **how: pytest.fail("read"))
+    assert "a.parquet: found notes of 100,000 rows that its columns do not" in refused(
+        open_source, config(tmp_path), "train"
+    )
+    monkeypatch.setattr(parquet, "_LARGEST", 200)
+    pq.write_table(pa.table({"image": [small(), small((9, 9))], "label": [0, 0]}), tmp_path / "a.parquet")
+    assert re.search(r"a row group of \d+ bytes, expected 200; write", refused(open_source, config(tmp_path), "train"))
+
+
+def test_of_several_records_the_one_that_cannot_be_read_is_named(tmp_path):
+    pq.write_table(
+        pa.table({"image": [small(colour=(i, 0, 0)) for i in range(60)]}), tmp_path / "a.parquet", row_group_size=20
+    )
+    start = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(2).column(0)
+    whole = bytearray((tmp_path / "a.parquet").read_bytes())
+    offset = start.dictionary_page_offset or start.data_page_offset
+    whole[offset : offset + 30] = bytes(30)
+    (tmp_path / "a.parquet").write_bytes(whole)
+    fetch = open_source(config(tmp_path), "train").source.listing.fetch
+    assert len(fetch([0, 25])) == 2
+    assert f"{tmp_path}/a.parquet/45: cannot read it" in refused(fetch, [0, 25, 45])
+
+
+def test_a_sweep_goes_on_with_its_data_only(tmp_path):
+    data = written(tmp_path / "photos", {f"{c}/{i}.png": small() for c in CLASSES for i in range(20)})
+    cfg = Config(data=data, model=ModelConfig(input_size=8, channels=3, classes=2))
+    for _ in range(2):
+        ladder.prepare(cfg, str(tmp_path / "sweep"))
+    written(tmp_path / "photos", {"cat/new.png": small()})
+    message = refused(ladder.prepare, cfg, str(tmp_path / "sweep"))
+    assert f"{tmp_path}/sweep: found other data than the sweep began with" in message
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -477,6 +648,10 @@ def test_every_door_reads_a_bucket_as_the_disk(pets):
             jax.tree.map(np.testing.assert_array_equal, batches(away, 3), batches(here, 3))
             assert open_source(away, "test").describe() == open_source(here, "test").describe()
             assert class_names(away) == class_names(here)
+        server.damage("add", "odd//etc/x.png", data=small())
+        assert "gs://test/odd: found the object '/etc/x.png', expected" in refused(
+            open_source, config("gs://test/odd"), "train"
+        )
         gone = files.below(str(pets / "folder"))[0]
         source = open_source(config("gs://test/folder"), "test")
         server.damage("delete", f"folder/{gone}")
@@ -496,14 +671,16 @@ def test_latents_are_made_of_a_folder_and_keep_its_names(pets, tmp_path, cache_d
         "--config.model.input_size=4",
         "--config.model.patch=1",
     ]
-    flags += [f"--config.data.folder={pets}/tars", "--config.data.image_size=8", "--config.model.channels=4"]
+    flags += [f"--config.data.folder={pets}/folder", "--config.data.image_size=8", "--config.model.channels=4"]
     code, _, err = run("encode", "--config=configs/photos.py", *flags, cache_dir=cache_dir, devices=1)
     assert code == 0, err
-    data = config(pets / "tars", latents=f"{tmp_path}/z", flip=False)
-    found, images = open_source(data, "train"), open_source(config(pets / "tars"), "train")
+    data = config(pets / "folder", latents=f"{tmp_path}/z", flip=False)
+    found, images = open_source(data, "train"), open_source(config(pets / "folder"), "train")
     assert (len(found), found.image_shape) == (30, (4, 4, 4)) and not found.overlaps(open_source(data, "test"))
     assert found.describe()["source_sha256"] == images.describe()["sha256"]
     np.testing.assert_array_equal(found.read(np.arange(30))[1]["label"], images.read(np.arange(30))[1]["label"])
+    renamed = written(tmp_path / "renamed", {f"{c}/{i}.png": small() for c in ("ant", "cat") for i in range(20)})
+    assert class_names(dataclasses.replace(data, folder=renamed.folder)) == CLASSES == found.class_names
     other = dataclasses.replace(data, folder="")
     assert "data.dataset: found 'digits', expected 'folder', which the latents in" in refused(
         open_source, other, "train"

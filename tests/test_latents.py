@@ -799,7 +799,7 @@ from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latent_notes import LatentInfo
 
 fields = json.loads(sys.argv[3])
-info = LatentInfo(**{**fields, "shape": tuple(fields["shape"]), "left_out": ()})
+info = LatentInfo(**{**fields, "shape": tuple(fields["shape"]), "class_names": (), "left_out": ()})
 def some(numbers):
     for i in numbers:
         if i == 30 and sys.argv[2] == "kill":

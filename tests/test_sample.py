@@ -373,12 +373,12 @@ def test_classes_are_asked_for_by_number_name_or_a_part_of_it(asked, found, monk
     monkeypatch.setattr(label, "class_names", lambda data: names)
     cfg = Config(model=ModelConfig(classes=5))
     if isinstance(found, tuple):
-        assert label.find_classes(asked.split(","), cfg) == found
+        assert label.find_classes(asked.split(","), cfg, "nowhere") == found
     else:
         with pytest.raises(UsageError, match=re.escape(found)):
-            label.find_classes(asked.split(","), cfg)
+            label.find_classes(asked.split(","), cfg, "nowhere")
     monkeypatch.setattr(label, "class_names", lambda data: names[:2])  # another data set's
-    assert label.names_of(cfg) == ("0", "1", "2", "3", "4")
+    assert label.names_of(cfg, "nowhere") == ("0", "1", "2", "3", "4")
 
 
 def test_names_of_classes_come_with_the_data_and_nothing_is_built(data_dir, tmp_path):

@@ -30,7 +30,13 @@ _HEADER = [("crc", "<u4"), ("index", "<u8"), ("label", "<i4")]
 _MAX_RECORD, _MAX_NOTES, MAX_SHARDS = 1 << 26, 1 << 22, 10_000  # bytes, bytes, files
 MAX_LEFT = 10_000  # malformed records
 _NOTES_KEYS = {"version": int, "records": int, "content": str, "shards": list, "checksum": str}
-_LISTS = {"left_out": list, "shape": list, "scale": float | list, "shift": float | list}  # JSON has no tuples
+_LISTS = {
+    "class_names": list,
+    "left_out": list,
+    "shape": list,
+    "scale": float | list,
+    "shift": float | list,
+}  # JSON has no tuples
 _SHARD_KEYS = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
@@ -51,6 +57,7 @@ class LatentInfo:
     split: str
     source_sha256: str
     image_size: int
+    class_names: tuple = ()  # as they were then; () if the classes have numbers only
     left_out: tuple = ()  # numbers of the split's malformed records, which have no latent; the others keep their numbers
 
     def __post_init__(self):
@@ -68,6 +75,10 @@ class LatentInfo:
         for name, low, high in (("classes", 0, 2**31 - 1), ("image_size", 1, 65536)):
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name}: found {getattr(self, name)}, expected {low} to {high}")
+        if len(self.class_names) not in (0, self.classes) or not all(type(name) is str for name in self.class_names):
+            raise UsageError(
+                f"class_names: found {shown(self.class_names)[:99]}, expected {self.classes} names, or none"
+            )
         lowest = [-1, *self.left_out]
         if len(lowest) > MAX_LEFT or not all(type(n) is int and low < n for low, n in itertools.pairwise(lowest)):
             raise UsageError(f"left_out: found {shown(self.left_out)[:99]}, expected up to {MAX_LEFT} rising numbers")
@@ -143,7 +154,7 @@ def _load_notes(path: str) -> dict:
     try:
         if isinstance(notes, dict) and notes.get("version", VERSION) != VERSION:
             raise UsageError(f"version: found {notes['version']!r}, expected {VERSION}")
-        whole = {"left_out": []} | notes if isinstance(notes, dict) else notes
+        whole = {"class_names": [], "left_out": []} | notes if isinstance(notes, dict) else notes
         _keys("notes", whole, {**LatentInfo.__annotations__, **_NOTES_KEYS, **_LISTS})
         found, stated = checksum(notes), notes["checksum"]
         if found != stated:

@@ -53,7 +53,7 @@ _OURS = re.compile(
 _NAMED = re.compile(r"latents-\d{5}-of-\d{5}\.array_record")
 _WHOLE = re.compile(r"latents-(\d{5})\.whole")
 PER = "shard_records"  # key of the job: numbers of the split that a shard has
-_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder", "left_out")  # these change no record that is there
+_NOT_OF_THE_JOB = ("scale", "shift", "autoencoder", "class_names", "left_out")  # these change no record that is there
 
 
 @dataclass(frozen=True)
@@ -361,9 +361,8 @@ def _notes(info: LatentInfo, shards: list[dict], content: str) -> dict:
         shard["file"] = shard_name(i, len(shards))
     records = sum(shard["records"] for shard in shards)
     notes = {"version": VERSION, "records": records, **dataclasses.asdict(info), "content": content, "shards": shards}
-    notes["shape"], notes["left_out"] = list(info.shape), list(info.left_out)
-    if not info.left_out:
-        del notes["left_out"]
+    notes |= {name: list(getattr(info, name)) for name in ("shape", "class_names", "left_out")}
+    notes = {name: value for name, value in notes.items() if value != []}
     return {**notes, "checksum": checksum(notes)}
 
 

@@ -40,6 +40,7 @@ class LatentRecords:
     flip: bool = False
     skips: Skips = field(default_factory=Skips, compare=False)
     key = "data.latents"
+    class_names = property(lambda self: self.info.class_names)
 
     @property
     def where(self) -> str:

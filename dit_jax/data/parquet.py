@@ -16,6 +16,7 @@ from dit_jax.error import UsageError
 from dit_jax.files import opened
 
 _GROUPS = 8  # row groups that are kept, of all files
+_LARGEST = 1 << 31  # bytes of one
 _kept = functools.lru_cache(maxsize=_GROUPS)(lambda group, number: group(number))
 
 
@@ -24,21 +25,25 @@ def open_shard(path: str, about: dict) -> Listing:
     import pyarrow.parquet as pq  # here because few jobs need it
 
     with opened(path) as file, pq.ParquetFile(file) as found:
-        meta = found.metadata
-        image, nested, label, class_names = _columns(path, found.schema_arrow)
-        labels = found.read([label], use_threads=False)[label] if label else None
-    if label and ("int" not in str(labels.type) or labels.null_count):
-        what = f"{labels.type} with {labels.null_count} empty rows"
+        meta, schema = found.metadata, found.schema_arrow
+        groups, count = [meta.row_group(i) for i in range(meta.num_row_groups)], meta.num_rows
+        starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
+        damaged = f"{path}: found notes of {count:,} rows that its columns do not hold; it is damaged, copy it again"
+        if not count == starts[-1] <= about["bytes"]:
+            raise UsageError(damaged)
+        if (most := max((group.total_byte_size for group in groups), default=0)) > _LARGEST:
+            raise UsageError(f"{path}: found a row group of {most:,} bytes, expected {_LARGEST:,}; write smaller ones")
+        image, nested, label, class_names = _columns(path, schema)
+        kind = str(schema.field(label).type) if label else ""
+        labels = found.read([label], use_threads=False)[label] if kind.startswith(("int", "uint")) else None
+    if label and (labels is None or labels.null_count):
+        what = f"{kind} with {labels.null_count} empty rows" if labels else kind
         raise UsageError(f"{path}: column {label!r}: found {what}, expected the number of a class in each row")
-    starts = [0, *itertools.accumulate(meta.row_group(i).num_rows for i in range(meta.num_row_groups))]
-    count = meta.num_rows
-    if not count == starts[-1] == (len(labels) if label else count) <= about["bytes"]:
-        raise UsageError(
-            f"{path}: found notes of {count:,} rows that its columns do not hold; it is damaged, copy it again"
-        )
+    if label and len(labels) != count:
+        raise UsageError(damaged)
 
     def group(number: int):
-        with opened(path) as file, pq.ParquetFile(file, metadata=meta) as found:
+        with pictures.unchanged(path, about) as file, pq.ParquetFile(file, metadata=meta) as found:
             columns = [f"{image}.bytes" if nested else image]
             return found.read_row_group(number, columns=columns, use_threads=False)[image]
 
@@ -75,4 +80,4 @@ def _columns(path: str, schema) -> tuple[str, bool, str, tuple]:
 
 
 _list_all = functools.partial(pictures.list_shards, ".parquet", open_shard)
-open_split, class_names = (functools.partial(f, _list_all) for f in (pictures.open_split, pictures.class_names))
+open_split = functools.partial(pictures.open_split, _list_all)

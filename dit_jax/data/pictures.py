@@ -1,11 +1,12 @@
 """Encoded pictures that lie in `data.folder`: the `Source` that all doors to such a folder share, its splits and its checks.
 
 A door (`folder`, `webdataset`, `parquet`) lists all records of a folder. If the listing names no splits, a record is held out if the first
-8 bytes of the SHA-256 of its name, as a number, are below a tenth of their range, or the lowest of all if none is.
+8 bytes of the SHA-256 of its name, as a number, are below a tenth of their range, or the lowest of all if none or all are.
 """
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
@@ -21,11 +23,12 @@ from dit_jax.data import pixels
 from dit_jax.data.skip import Skips
 from dit_jax.data.tfds import Records
 from dit_jax.error import StorageError, UsageError, check_scheme
-from dit_jax.files import is_folder, names, sizes
+from dit_jax.files import is_file, is_folder, names, opened, remote, sizes
 
 IMAGES = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"))
 _SHARE = 2**64 // 10  # of the hashes: held out
 SHARDS = (".tar", ".parquet")
+_READ = {*SHARDS, *IMAGES}
 _OPENERS = 16  # threads that open shards
 _MOST_GROUPS = 1000  # kept in an identity
 
@@ -63,6 +66,7 @@ class Pictures(Records):
     """The `Source` for the pictures of one split, in RGB. UsageErrors on reading name the picture."""
 
     key = "data.folder"
+    class_names = property(lambda self: self.source.listing.class_names)
 
     @property
     def where(self) -> str:
@@ -83,9 +87,11 @@ def reading(path: str, size: int = 1) -> Iterator[None]:
         raise UsageError(f"{path}: found an empty file, expected one with pictures")
     try:
         yield
-    except (StorageError, UsageError):
+    except (StorageError, UsageError, MemoryError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOENT, errno.EACCES):  # of the machine, not of the file
+            raise
         raise UsageError(f"{path}: cannot read it, it may be cut short or damaged: {pixels.reason(error)}") from error
 
 
@@ -96,20 +102,33 @@ def place(data: DataConfig) -> str:
 
 
 def holds(data: DataConfig, kind: str) -> bool:
-    """Return whether a config's folder holds shards of that suffix: itself, or the folders of its splits or `data` in it."""
-    if not data.folder:
-        return False
-    root = place(data)
-    folders = [root, *(os.path.join(root, name) for name in (data.split, data.held_out_split, "data"))]
-    return any(suffix(name) == kind for folder in folders for name in names(folder))
+    """Return whether a config's folder, or the first below it that holds pictures or shards, holds shards of that suffix."""
+    return bool(data.folder) and kind in _first(place(data))
+
+
+def _first(folder: str) -> set[str]:
+    """Return the suffixes of the pictures and shards in a folder, or else in the first one below it that holds any."""
+    found, here = [name for name in names(folder) if name and not hidden(name)], {}
+    for name in found:
+        here.setdefault(suffix(name), []).append(os.path.join(folder, name))
+    if kinds := {kind for kind in _READ & {*here} if any(map(is_file, here[kind]))}:
+        return kinds
+    inside = (path for paths in here.values() for path in paths if is_folder(path) and not os.path.islink(path))
+    return next(filter(None, map(_first, inside)), set())
 
 
 def visible(root: str) -> dict[str, dict]:
-    """Map the files below a folder that are not hidden, nor in a hidden folder, to what `files.sizes` says of them."""
+    """Map the files below a folder that are not hidden, nor in a hidden folder, to what `files.sizes` says of those that are read."""
     if not is_folder(root):
         raise UsageError(f"data.folder: found no folder {root!r}, expected one of pictures, .tar or .parquet files")
-    found = sizes(root)
-    return {name: found[name] for name in sorted(found) if not hidden(name)}
+    try:
+        found = sizes(root, lambda name: suffix(name) in _READ and not hidden(name))
+    except FileNotFoundError as error:
+        raise UsageError(f"{error.filename}: found a link that leads nowhere, expected a file; delete it") from None
+    found = {name: found[name] for name in sorted(found) if not hidden(name)}
+    if odd := next((name for name in found if suffix(name) in _READ and "" in name.split("/")), ""):
+        raise UsageError(f"{root}: found the object {odd!r}, expected names without empty parts; rename it")
+    return found
 
 
 def hidden(name: str) -> bool:
@@ -118,6 +137,16 @@ def hidden(name: str) -> bool:
 
 def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+@contextlib.contextmanager
+def unchanged(path: str, about: dict) -> Iterator[IO[bytes]]:
+    """Open a shard for reading. Raises UsageError if its size, or on a disk its time, is another than in `about`."""
+    with opened(path) as file:
+        found = file.seek(0, os.SEEK_END), None if remote(path) else os.fstat(file.fileno()).st_mtime_ns
+        if found != (about["bytes"], about["time"]):
+            raise UsageError(f"{path}: found another size or time than at the start; it was replaced")
+        yield file
 
 
 def both_or_neither(data: DataConfig, train: bool, test: bool, root: str) -> bool:
@@ -135,11 +164,11 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
     """List the records of all shards of a kind, a suffix, in order of their paths. Raises UsageError naming what does not fit.
 
     A shard is in a split if its path has the split's name between separators, as in `train/0.tar` or `data/train-00000.parquet`.
-    `open_shard`: (path, what `files.sizes` says of it) -> its records, without the shard's path in their names.
+    `open_shard`: (path, what `files.sizes` says of it and its "time") -> its records, without the shard's path in their names.
     """
     files = visible(root)
     paths = [name for name in files if suffix(name) == kind]
-    if odd := next((name for name in files if suffix(name) in {*SHARDS, *IMAGES} - {kind}), ""):
+    if odd := next((name for name in files if suffix(name) in _READ - {kind}), ""):
         raise UsageError(f"data.folder: found both {paths[0]} and {odd} in {root!r}, expected one form of pictures")
     words = [rf"(?<![^-_./]){re.escape(name)}(?![^-_./])" for name in (data.split, data.held_out_split)]
     inside = {name: [bool(re.search(word, name)) for word in words] for name in paths}
@@ -151,7 +180,7 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
     def open_one(name: str) -> Listing:
         path = os.path.join(root, name)
         with reading(path, files[name]["bytes"]):
-            return open_shard(path, files[name])
+            return open_shard(path, files[name] | {"time": None if remote(path) else os.stat(path).st_mtime_ns})
 
     with ThreadPoolExecutor(_OPENERS) as pool:
         shards = list(pool.map(open_one, paths))
@@ -168,9 +197,15 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
         found, of = {}, {i: bisect.bisect_right(starts, i) - 1 for i in records}
         for number in set(of.values()):
             wanted = sorted(i for i in of if of[i] == number)
-            with reading(os.path.join(root, names[wanted[0]])):
-                found |= zip(wanted, shards[number].fetch([i - starts[number] for i in wanted]), strict=True)
+            try:
+                found |= zip(wanted, some(number, wanted), strict=True)
+            except UsageError:  # which of them?
+                found |= {i: some(number, [i])[0] for i in wanted}
         return [found[i] for i in records]
+
+    def some(number: int, wanted: list[int]) -> list[bytes]:
+        with reading(os.path.join(root, names[wanted[0]])):
+            return shards[number].fetch([i - starts[number] for i in wanted])
 
     held_out = np.repeat([inside[name][1] for name in paths], counts) if named else None
     labels = np.concatenate([shard.labels for shard in shards]) if labelled else None
@@ -193,24 +228,19 @@ def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig,
     test = _drawn(found.names) if found.held_out is None else found.held_out
     classes = _classes(root, data, found, test)
     chosen = np.flatnonzero(test if split == data.held_out_split else ~test)
+    if not len(chosen):
+        raise UsageError(f"data.folder: found no pictures of split {split!r} in {root!r}, expected some; add one")
     return Pictures(
         data.name, split, Chosen(root, found, chosen), (None, None, 3), classes, (), _identity(found, chosen, data.name, split),
         data.image_size, data.flip, Skips(data.skip_bad),
     )  # fmt: skip
 
 
-def class_names(list_all: Callable[[str, DataConfig], Listing], data: DataConfig) -> tuple[str, ...]:
-    """Return the names of the classes; () without, or if the folder is not on this machine."""
-    with contextlib.suppress(UsageError, OSError):
-        return list_all(place(data), data).class_names
-    return ()
-
-
 def _drawn(found: Sequence[str]) -> np.ndarray:
     digests = (hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in found)
     numbers = np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64)
     share = numbers < np.uint64(_SHARE)
-    return share if share.any() else numbers == numbers.min()
+    return share if share.any() and not share.all() else numbers == numbers.min()
 
 
 def _classes(root: str, data: DataConfig, found: Listing, test: np.ndarray) -> int:

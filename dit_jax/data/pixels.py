@@ -8,13 +8,14 @@ from PIL import Image, ImageOps
 
 from dit_jax.data.counter import mirrored
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow starts a program for another
 warnings.simplefilter(
     "error", Image.DecompressionBombWarning
 )  # more than Image.MAX_IMAGE_PIXELS: raised before decoding
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """Decode an image's first frame to uint8 (h, w, channels): grey, RGB, or RGBA for 4 channels.
+    """Decode the first frame of an image, one of `FORMATS`, to uint8 (h, w, channels): grey, RGB, or RGBA for 4 channels.
 
     It is turned as its EXIF orientation says. 16 bits are scaled, 65535 to 255, and so are floats, 1 to 255. Transparent
     images are composited over white, unless there are 4 channels. Palettes, CMYK, YCbCr, HSV and LAB are converted by Pillow,
@@ -22,7 +23,7 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     transparency beside 16 bits or more. Raises any error of the decoder,
     and an error before decoding for more pixels than Pillow's `Image.MAX_IMAGE_PIXELS` (89,478,485).
     """
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             image = _scaled(image, image.format)

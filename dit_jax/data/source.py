@@ -1,5 +1,6 @@
 """The interface of a split of data (`Source`), and the table of its kinds."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from dit_jax.config import DataConfig
 from dit_jax.data import folder, latents, parquet, pictures, tfds, webdataset
 from dit_jax.data.skip import Skips
+from dit_jax.error import UsageError
 from dit_jax.log import say
 
 
@@ -52,19 +54,15 @@ class Kind:
 
     chosen: Callable[[DataConfig], bool]
     open: Callable[[DataConfig, str], Source]
-    names: Callable[[DataConfig], tuple[str, ...]] = lambda data: ()
+    names: Callable[[DataConfig], tuple[str, ...]] = lambda data: open_source(data, data.split).class_names
 
 
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
-    "folder": Kind(lambda data: bool(data.folder), folder.open_split, folder.class_names),
-    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, webdataset.class_names),
-    "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split, parquet.class_names),
-    "latents": Kind(
-        lambda data: bool(data.latents),
-        latents.open_split,
-        lambda data: class_names(dataclasses.replace(data, latents="")),  # of the images
-    ),
+    "folder": Kind(lambda data: bool(data.folder), folder.open_split),
+    "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, lambda data: ()),
+    "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split),
+    "latents": Kind(lambda data: bool(data.latents), latents.open_split),
 }
 
 
@@ -78,8 +76,12 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
-    """Return the name of each class; () without classes, or if the data are not on this machine."""
-    return _kind(data).names(data)
+    """Return the name of each class; () without classes, or if the data are not on this machine, or do not answer."""
+    for some in (data, dataclasses.replace(data, latents="")):  # latents may lack what their images have
+        with contextlib.suppress(UsageError, OSError):
+            if names := _kind(some).names(some):
+                return names
+    return ()
 
 
 def introduce(*opened: Source) -> None:
@@ -87,6 +89,8 @@ def introduce(*opened: Source) -> None:
     for found in opened:
         about, shape = found.identity, " x ".join(map(str, found.image_shape))
         labels = f"{found.classes} classes" if found.classes else "no labels"
+        if names := getattr(found, "class_names", ()):
+            labels += f" ({', '.join(names[:8])}{', ...' * (len(names) > 8)})"
         say(f"data: {about['name']}, {about['split']}: {len(found):,} images {shape}, {labels}, from {found.where}")
 
 

@@ -156,6 +156,8 @@ class Records:
         except (StorageError, UsageError):
             raise
         except _UNREADABLE as error:
+            if not self.files:  # a folder's: what is wrong with a picture is a UsageError
+                raise
             index, why = int(indices[0]), error
         for i in indices.tolist():
             try:
@@ -230,11 +232,8 @@ def open_split(data: DataConfig, split: str) -> Records:
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
-    """Return the names of the classes, which TFDS keeps beside the data; () if it has none here. Builds nothing."""
-    try:
-        features = _open(data.dataset, _directory(data.data_dir)).info.features
-    except UsageError:
-        return ()
+    """Return the names of the classes, which TFDS keeps beside the data; () if it has none. Builds nothing."""
+    features = _open(data.dataset, _directory(data.data_dir)).info.features
     return tuple(getattr(features["label"], "names", None) or ()) if "label" in features else ()
 
 

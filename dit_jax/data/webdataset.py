@@ -25,8 +25,8 @@ _TAIL = 1 << 20  # bytes that may follow a tar's last member, all zero
 
 def open_shard(path: str, about: dict) -> Listing:
     """List one tar by its index. `about`: of `files.sizes`. Raises UsageError naming what does not fit, tarfile's errors."""
-    stamp = about.get("crc32c") or os.stat(path).st_mtime_ns
-    key = hashlib.sha256(json.dumps([1, absolute(path), about["bytes"], stamp]).encode()).hexdigest()
+    stamp = [1, absolute(path), about["bytes"], about.get("crc32c") or about["time"]]
+    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dit_jax")
     try:
         rows = json.loads(read(os.path.join(folder, f"{key}.json"), LARGEST))
@@ -41,7 +41,7 @@ def open_shard(path: str, about: dict) -> Listing:
         raise UsageError(f"{path}: found no .cls beside {bare}, expected one for each picture, as others have it")
 
     def fetch(numbers: list[int]) -> list[bytes]:
-        with opened(path) as file:
+        with pictures.unchanged(path, about) as file:
             return [file.read(sizes[i]) for i in numbers if file.seek(offsets[i]) >= 0]
 
     stamps = list(zip(offsets, sizes, strict=True))
@@ -90,4 +90,4 @@ def _add(samples: dict, path: str, member: tarfile.TarInfo, file: io.BufferedIOB
 
 
 _list_all = functools.partial(pictures.list_shards, ".tar", open_shard)
-open_split, class_names = (functools.partial(f, _list_all) for f in (pictures.open_split, pictures.class_names))
+open_split = functools.partial(pictures.open_split, _list_all)

@@ -283,11 +283,12 @@ def below(folder: str) -> list[str]:
     return sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in found)
 
 
-def sizes(folder: str) -> dict[str, dict]:
-    """Map the files below a folder (see `below`) to their "bytes", and in a bucket to their "crc32c"."""
+def sizes(folder: str, wanted: Callable[[str], bool] = bool) -> dict[str, dict]:
+    """Map the files below a folder (see `below`) to their "bytes", and in a bucket to their "crc32c"; to {} on a disk if not `wanted`."""
     if remote(folder):
         return {name: {"bytes": one.bytes, "crc32c": one.crc32c} for name, one in bucket.listing(folder).items()}
-    return {name: {"bytes": os.path.getsize(os.path.join(folder, name))} for name in below(folder)}
+    found = below(folder)
+    return {name: {"bytes": os.path.getsize(os.path.join(folder, name))} if wanted(name) else {} for name in found}
 
 
 def delete(path: str, first: str = "") -> None:

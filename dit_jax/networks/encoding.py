@@ -129,6 +129,7 @@ def encode_split(
         **job.describe(vae.Normalisation(**{k: tuple(v) if isinstance(v, list) else v for k, v in by.items()})),
         autoencoder=base(job.cfg.autoencoder.folder),
         classes=source.classes,
+        class_names=tuple(getattr(source, "class_names", ())),
         split=split,
         source_sha256=by_leader(lambda: source.describe()["sha256"]),
     )

@@ -1,24 +1,35 @@
 """Classes to draw, by their numbers or by names of the data set."""
 
+import os
 from collections.abc import Sequence
 
 from dit_jax.config import Config
 from dit_jax.data.source import class_names
 from dit_jax.error import UsageError, alike
+from dit_jax.files import is_file, json_text, read_json, write_file
+
+NAMES = "classes.json"  # in a run's folder
 
 
-def names_of(cfg: Config) -> tuple[str, ...]:
-    """A name for each class of the model: the data set's if it is on this machine and fits, else its number; () without classes."""
-    classes = cfg.model.classes
-    found = class_names(cfg.data) if classes else ()
+def keep_names(workdir: str, names: Sequence[str]) -> None:
+    """Write the names of a run's classes into its folder, as a folder of pictures may change, and its names with it."""
+    if names:
+        write_file(os.path.join(workdir, NAMES), json_text({"names": [*names]}) + "\n")
+
+
+def names_of(cfg: Config, workdir: str) -> tuple[str, ...]:
+    """A name for each class of a run's model: as the run keeps it, else as the data have it, else its number; () without classes."""
+    classes, path = cfg.model.classes, os.path.join(workdir, NAMES)
+    kept = read_json(path).get("names") if classes and is_file(path) else None
+    found = tuple(map(str, kept)) if isinstance(kept, list) else class_names(cfg.data) if classes else ()
     return found if len(found) == classes else tuple(map(str, range(classes)))
 
 
-def find_classes(values: Sequence[str], cfg: Config) -> tuple[int, ...]:
+def find_classes(values: Sequence[str], cfg: Config, workdir: str) -> tuple[int, ...]:
     """The numbers of the classes that `--labels` names: each a number, a name or a part of one. Raises UsageError."""
     if values and not cfg.model.classes:
         raise UsageError(f"--labels: found {','.join(values)}, expected none: this model has no classes")
-    names = () if all(map(_number, values)) else [_plain(name) for name in names_of(cfg)]
+    names = () if all(map(_number, values)) else [_plain(name) for name in names_of(cfg, workdir)]
     for value in values:
         if _number(value) and not int(value) < cfg.model.classes:
             expected = f"expected class numbers from 0 to {cfg.model.classes - 1}, with commas"

@@ -67,5 +67,5 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     if wanted.grid and leader():
         model = f"{base(wanted.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
         caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {wanted.seed}"
-        picture.save_grid(wanted.grid, drawn(min(wanted.num, picture.GRID)), names_of(cfg), caption)
+        picture.save_grid(wanted.grid, drawn(min(wanted.num, picture.GRID)), names_of(cfg, wanted.workdir), caption)
     everyone_is_here("files")

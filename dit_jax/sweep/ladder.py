@@ -20,7 +20,7 @@ from dit_jax.evaluation import scores
 from dit_jax.evaluation.in_run import make_scores
 from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings
 from dit_jax.evaluation.run import run as evaluate
-from dit_jax.files import LARGEST, is_file, read, remote, whole
+from dit_jax.files import LARGEST, is_file, json_text, read, remote, whole, write_file
 from dit_jax.files import make_folder as make
 from dit_jax.job.compiled import use_cache
 from dit_jax.job.launcher import check_launcher, find_cell, hand_over
@@ -207,8 +207,12 @@ def prepare(cfg: Config, workdir: str) -> Source:
     if changed := [k for k in now if now[k] != before[k] and not k.startswith(tuple(free))]:
         key = changed[0]
         raise UsageError(f"{workdir} holds another sweep: {key} is {before[key]!r} there, {now[key]!r} in the command")
+    path, data = os.path.join(workdir, "data.json"), json_text({one.identity["split"]: one.identity for one in opened})
+    if is_file(path) and read(path, LARGEST).decode() != data:
+        raise UsageError(f"{workdir}: found other data than the sweep began with (data.json); use a new folder")
     if old is cfg or rungs > known:
         make_folder(workdir, "sweep.json", cfg)
+        write_file(path, data)
     introduce(*opened)
     return opened[1]
 
@@ -259,7 +263,7 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
         images, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         make(os.path.dirname(path))
         with whole(path) as unfinished:
-            grid(images, labels, names_of(cell.cfg)).save(unfinished, "PNG")
+            grid(images, labels, names_of(cell.cfg, cell.workdir)).save(unfinished, "PNG")
     return path
 
 

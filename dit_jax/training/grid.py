@@ -23,7 +23,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     All processes call it, because the weights are gathered from all; process 0 draws, by `cfg.sample` and train.seed, and holds the
     weights whole on each of its devices meanwhile. Raises UsageError now if the settings exclude each other or lack an autoencoder.
     """
-    sampling, names = open_sampling(cfg, local_mesh()), names_of(cfg)
+    sampling, names = open_sampling(cfg, local_mesh()), names_of(cfg, workdir)
 
     def draw(step: int, ema: dict, stop: list) -> str:
         params = whole(ema)

@@ -25,6 +25,7 @@ from dit_jax.files import is_file, write_file
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import follow_latents
+from dit_jax.sampling.label import keep_names
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.grid import make_grid
 from dit_jax.training.guard import all_finite, run_twice
@@ -144,6 +145,8 @@ def run(
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
+            if cfg.data.folder and not checkpoint.steps(workdir):
+                keep_names(workdir, getattr(source, "class_names", ()) or sources.class_names(cfg.data))
             sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")
         try:

@@ -86,30 +86,32 @@ def _on_mesh(apply: Callable, params, mesh) -> Callable[[np.ndarray], np.ndarray
     return rows
 
 
+def classifier_rows(params, images: jax.Array) -> jax.Array:
+    """Rows of images uint8 (b, h, w, c): the classifier's features and logits."""
+    return jnp.concatenate(classifier.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
+
+
+def inception_rows(params, images: jax.Array) -> jax.Array:
+    """Rows of images uint8 (b, h, w, 1 or 3): Inception's features, spatial features and logits without bias."""
+    rgb = jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    found = inception.apply(params, rgb)
+    return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
+
+
 def _classifier(name: str, folder: str, mesh) -> Network:
     config, weights, meta = load_network(folder, "classifier")
-
-    def apply(params, images):
-        return jnp.concatenate(classifier.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
-
     about, rules = meta["source"], {}
     if name != "digits":  # whose accuracy the checksum tells
         held_out = about["held_out"]
         rules = {name: f"accuracy {about['accuracy']:.4f} on {held_out['records']} images of {held_out['dataset']}"}
-    parts, rows = {"pool": classifier.WIDTH, "logits": config["classes"]}, _on_mesh(apply, weights, mesh)
+    parts, rows = {"pool": classifier.WIDTH, "logits": config["classes"]}, _on_mesh(classifier_rows, weights, mesh)
     return Network(name, meta["sha256"], parts, rows, "of the last layer", tuple(config["image_shape"]), rules)
 
 
 def _inception(folder: str, mesh) -> Network:
     _, weights, meta = load_network(folder, "inception")
-
-    def apply(params, images):
-        rgb = jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-        found = inception.apply(params, rgb)
-        return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
-
     logits, rules = "without the bias of the last layer", {"resize": "TensorFlow 1 bilinear, 299"}
-    return Network("inception", meta["sha256"], INCEPTION, _on_mesh(apply, weights, mesh), logits, rules=rules)
+    return Network("inception", meta["sha256"], INCEPTION, _on_mesh(inception_rows, weights, mesh), logits, rules=rules)
 
 
 def keeping(network: Network, shape: tuple) -> Network:

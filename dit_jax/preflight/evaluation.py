@@ -17,7 +17,7 @@ from dit_jax.devices.rows import drawing_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.loss import PAIRS, alone, make_losses
 from dit_jax.evaluation.protocol import samplings
-from dit_jax.evaluation.scores import ROWS
+from dit_jax.evaluation.scores import ROWS, classifier_rows, inception_rows
 from dit_jax.log import say
 from dit_jax.models import classifier, inception, vae
 from dit_jax.networks.autoencoder import images_at_once, normalisation, open_autoencoder
@@ -123,18 +123,10 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
     shape = (side, side, channels)
     slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.name != "digits")
     if slow:
-        about, params = "Inception", inception.shapes()
-
-        def apply(params, rows):
-            found = inception.apply(params, jnp.repeat(rows, 3, axis=-1) if channels == 1 else rows)
-            return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
+        about, params, apply = "Inception", inception.shapes(), inception_rows
     else:
-        about = "a classifier"
+        about, apply = "a classifier", classifier_rows
         params = jax.eval_shape(lambda: classifier.init(random_key(0), shape, cfg.model.classes))
-
-        def apply(params, rows):
-            return jnp.concatenate(classifier.apply(params, rows.astype(jnp.float32) / 127.5 - 1), axis=1)
-
     arguments = _arguments(mesh, params, (count, *shape), jnp.uint8)
     one = jax.jit(apply).lower(params, jax.ShapeDtypeStruct((1, *shape), jnp.uint8)).cost_analysis()
     return Part(

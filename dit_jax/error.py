@@ -81,6 +81,13 @@ def in_range(name: str, found, low=-math.inf, high=math.inf) -> None:
         raise UsageError(f"{name}: found {shown(found)}, expected {expected}")
 
 
+def at_least(low: int | float, config, *names: str) -> None:
+    """Raises UsageError if one of the fields `names` is below `low`."""
+    group = type(config).__name__.removesuffix("Config").lower()
+    for name in names:
+        in_range(f"{group}.{name}", getattr(config, name), low)
+
+
 def alike(name: str, known, most: int = 1, cutoff: float = 0.6) -> list[str]:
     """Return the known names most similar to `name`, nearest first."""
     return difflib.get_close_matches(name[:100], list(known), most, cutoff)

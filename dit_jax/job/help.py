@@ -1,4 +1,4 @@
-"""The `--help` of a job: its docstring, its flags, and every key of the config with the comment beside it in config.py."""
+"""The `--help` of a job: its docstring, its flags, and every key of the config with the comment beside it in `config`."""
 
 import ast
 import dataclasses
@@ -67,15 +67,15 @@ def _group(name: str, values) -> str:
 
 @functools.cache
 def comments() -> dict[str, dict[str, str]]:
-    """Map config class -> field -> the comment beside it in config.py, or ""."""
-    source = inspect.getsource(configs)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    beside = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    return {
-        node.name: {f.target.id: beside.get(f.end_lineno, "") for f in node.body if isinstance(f, ast.AnnAssign)}
-        for node in classes
-    }
+    """Map config class -> field -> the comment beside it in its file of `config`, or ""."""
+    found = {}
+    for kind in (type(getattr(configs.Config(), f.name)) for f in dataclasses.fields(configs.Config)):
+        source = inspect.getsource(kind)
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        beside = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+        found[kind.__name__] = {field.target.id: beside.get(field.end_lineno, "") for field in fields}
+    return found
 
 
 def _plain(value) -> str:

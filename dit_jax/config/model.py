@@ -1,0 +1,91 @@
+"""Settings of the model, its noising process and its autoencoder."""
+
+from dataclasses import dataclass
+
+from dit_jax.error import UsageError, at_least, choice, in_range, number, shown
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a DiT."""
+
+    depth: int = 12  # transformer blocks
+    width: int = 384  # features of a token; a multiple of 4 and of `heads`
+    heads: int = 6  # attention heads
+    patch: int = 2  # side of the square of one token
+    input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
+    channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
+    classes: int = 1000  # labels without the null class; 0 = images without labels
+    mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
+    learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
+    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention
+    qk_norm: bool = False  # normalise queries and keys
+    dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
+    attention: str = "auto"  # auto | xla | cudnn
+    remat: str = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full
+    unroll: int = 1  # blocks per iteration of the layer scan; `depth` = fully unrolled
+
+    def __post_init__(self):
+        at_least(1, self, "depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll")
+        at_least(0, self, "classes")
+        choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
+        choice("model.remat", self.remat, ("none", "dots", "full"))
+        for name, of in (("heads", "width"), ("patch", "input_size"), ("unroll", "depth")):
+            if getattr(self, of) % (found := getattr(self, name)):
+                raise UsageError(f"model.{name}: found {found}, expected a divisor of model.{of} = {getattr(self, of)}")
+        if self.width % 4:
+            raise UsageError(
+                f"model.width: found {self.width}, expected a multiple of 4 (two sines and two cosines a position)"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
+        return self.conditioning in ("adaln", "adaln_zero")
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learn_sigma else 1)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Noising process and loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, velocity-prediction."""
+
+    process: str = "ddpm"  # ddpm | flow
+    schedule: str = "linear"  # ddpm: linear | cosine
+    timesteps: int = 1000  # ddpm: length of the discrete chain
+    time_law: str = "uniform"  # flow: distribution of t in training: uniform | logit_normal
+    logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t)
+    logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
+
+    def __post_init__(self):
+        choice("diffusion.process", self.process, ("ddpm", "flow"))
+        choice("diffusion.schedule", self.schedule, ("linear", "cosine"))
+        choice("diffusion.time_law", self.time_law, ("uniform", "logit_normal"))
+        in_range("diffusion.timesteps", self.timesteps, 2)
+        in_range("diffusion.logit_std", self.logit_std, 1e-3)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Autoencoder of latent diffusion. The model's input is (z - shift) scale for a latent z."""
+
+    folder: str = ""  # written by `convert --source=sd-vae`; "" = the model's output is the image
+    scale: tuple = (0.18215,)  # one number, or one per channel (whitening)
+    shift: tuple = (0.0,)  # one number, or one per channel
+
+    def __post_init__(self):
+        for name in ("scale", "shift"):
+            found = getattr(self, name)
+            if not found or not all(map(number, found)) or (name == "scale" and min(found) <= 0):
+                raise UsageError(
+                    f"autoencoder.{name}: found {shown(found)}, expected a tuple of numbers, one or one per channel"
+                )

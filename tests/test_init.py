@@ -80,8 +80,10 @@ def test_classes_take_rows_by_name_or_number_and_the_null_row_stays():
     begun, _, old, _ = warm(rows=(0, 1), classes=2)
     np.testing.assert_array_equal(begun[TABLE], old[TABLE][np.array([0, 1, 3])])
     sides = [Config(dataclasses.replace(MODEL, classes=count)) for count in (3, 4)]
-    assert _rows(*sides, (), ()) == [0, 1, 2, None] and _rows(*sides, ("a", "b", "c"), ()) == [0, 1, 2, None]
-    assert _rows(*sides, ("crane", "b", "crane"), ("b", "crane", "d", "crane")) == [1, 0, None, 2]
+    for names in ((), ("a", "b", "c")):
+        assert _rows(*sides, names, ()) == {"rows_by": "number", "rows": [0, 1, 2, None]}
+    found = _rows(*sides, ("crane", "b", "crane"), ("b", "crane", "d", "crane"))
+    assert found == {"rows_by": "name", "rows": [1, 0, None, 2]}
 
 
 def output(model, weights, x, label=None):
@@ -313,7 +315,7 @@ def test_a_converted_model_is_a_source_and_its_compute_may_be_unknown(cfg, sourc
     assert found.record[RESIZED] == [TABLE, "output/linear/bias", OUTPUT, KERNEL] and found.record[NEW] == []
     said = capsys.readouterr().err
     assert "parameters in 17 arrays: blocks, output/modulation, patch_embedding/bias, time_embedding" in said
-    assert "labels: 3 of 4 classes have a row among the 10 of the source" in said
+    assert "labels:  3 of 4 classes take a row of the source's 10, by name" in said
     assert "model.classes: 10 there, 4 here" in said and "model.patch: 2 there, 4 here" in said
 
 
@@ -322,7 +324,7 @@ def test_source_and_run_may_be_in_a_bucket(cfg, source, begun, tmp_path):
     with bucket.leading_here(page=50) as server:
         server.load(Path(source).parent)
         start = open_init(cfg, "gs://test/new", make_mesh(cfg.mesh), ("gs://test/first", 2), tuple, quiet=True)
-        assert start.record == read_init(begun) | {"source": "gs://test/first"}
+        assert start.record == read_init(begun) | {"source": "gs://test/first", "rows_by": "number"}
         assert_same(start.weights[0], checkpoint.load(source)[1])
         loop.prepare_workdir(cfg, "gs://test/new", start.record)
         assert read_init("gs://test/new") == check_same_init("gs://test/new", "gs://test/first/", None) == start.record

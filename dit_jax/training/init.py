@@ -72,14 +72,14 @@ def open_init(
         old = check_source(cfg, source, step)
         if not leader():  # where the source may be another copy
             checkpoint.find_step(source, step, "ema")
-    rows = begun["rows"] if begun else by_leader(lambda: _rows(old, cfg, known_names(old, source), names()))
+    labels = begun or by_leader(lambda: _rows(old, cfg, known_names(old, source), names()))
     weights = checkpoint.load(source, step, "ema", old.model, functools.partial(on_mesh, mesh))[1]
     digest = weights_hash(weights)
     _check_same_weights(source, step, digest)
     if begun and begun["weights_sha256"] != digest:
         where = f"--init: {source}, step {step}: found weights with the SHA-256 {digest}"
         raise UsageError(f"{where}, expected {begun['weights_sha256']}, as when {workdir} began; use another --workdir")
-    warm = WarmStart(old.model, cfg.model, tuple(rows), old.train.label_dropout > 0)
+    warm = WarmStart(old.model, cfg.model, tuple(labels["rows"]), old.train.label_dropout > 0)
     fresh = abstract_state(cfg, mesh).params
     kinds = warm.kinds(fresh, weights)
     begun = begun or {
@@ -88,7 +88,7 @@ def open_init(
         "step": step,
         "flops_train": by_leader(lambda: _flops(old, source, step)),
         "weights_sha256": digest,
-        "rows": list(rows),
+        **labels,
         **{kind: [name for name in kinds if kinds[name] == kind] for kind in (TAKEN, RESIZED, NEW)},
     }
     if not quiet:
@@ -108,12 +108,13 @@ def _check_same_weights(source: str, step: int, digest: str) -> None:
     compare(of_all({f"--init: {name}": value for name, value in found.items()}), "give every host the same weights")
 
 
-def _rows(old: Config, new: Config, old_names: Sequence, new_names: Sequence) -> list[int | None]:
-    """For each new class the old class with its name if both sides know names, else with its number; None if there is none."""
+def _rows(old: Config, new: Config, old_names: Sequence, new_names: Sequence) -> dict:
+    """Rows: for each new class the old class with its name if both sides know names, else with its number; None if there is none."""
     if not (old_names and new_names):
-        return [number if number < old.model.classes else None for number in range(new.model.classes)]
-    numbers = {name: number for number, name in enumerate(_distinct(old_names))}
-    return [numbers.get(name) for name in _distinct(new_names)]
+        numbers = range(new.model.classes)
+        return {"rows_by": "number", "rows": [number if number < old.model.classes else None for number in numbers]}
+    found = {name: number for number, name in enumerate(_distinct(old_names))}
+    return {"rows_by": "name", "rows": [found.get(name) for name in _distinct(new_names)]}
 
 
 def _distinct(names: Sequence) -> list[tuple]:
@@ -142,9 +143,10 @@ def _introduce(record: Mapping, old: Config, new: Config, fresh) -> None:
             count = sum(sizes[name] for name in names)
             say(f"  {kind + ':':8} {count:,} parameters in {len(names)} arrays: {', '.join(_grouped(names, sizes))}")
     if record["rows"] and old.model.classes:
-        kept = sum(row is not None for row in record["rows"])
+        kept, by = sum(row is not None for row in record["rows"]), record.get("rows_by", "name")
+        why = "" if by == "name" else ", as the names of one side are unknown"
         say(
-            f"  labels: {kept} of {new.model.classes} classes have a row among the {old.model.classes} of the source, as has no class"
+            f"  labels:  {kept} of {new.model.classes} classes take a row of the source's {old.model.classes}, by {by}{why}"
         )
     before, after = (
         flatten({k: to_dict(cfg)[k] for k in ("model", "diffusion")}) | {"data": space(cfg)} for cfg in (old, new)

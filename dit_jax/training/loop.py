@@ -145,7 +145,7 @@ def run(
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
-            if cfg.data.folder and not checkpoint.steps(workdir):
+            if any(part.folder for part in cfg.data.parts) and not checkpoint.steps(workdir):
                 keep_names(workdir, getattr(source, "class_names", ()) or sources.class_names(cfg.data))
             sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")

@@ -154,7 +154,7 @@ def open_split(data: DataConfig, split: str, open_source: Callable, class_names:
             source = open_source(part, part.split if train else part.held_out_split)
         except UsageError as error:
             raise UsageError(f"data.mixture: {title}: {error}") from error
-        if train or source.identity not in (one.identity for one in found.values()):
+        if train or (source.where, source.identity) not in ((one.where, one.identity) for one in found.values()):
             found[title] = source
             titles.append((title, part))
     parts = tuple(found.values())

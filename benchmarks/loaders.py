@@ -1,11 +1,11 @@
-"""Images a second on one core: JPEG files read in random order, decoded, cropped to 256 px, flipped, to batches of float32, by five loaders.
+"""Images a second on one core: JPEG files read at random, decoded, cropped to 256 px, flipped, to float32 batches, by five loaders.
 
 python benchmarks/loaders.py [--repeats=7] [--peers=.venv/peers] [--tensorflow=.venv/tensorflow] [--json=OUT]
 
-The files are crops of the photographs that scikit-learn ships, JPEG of quality 90, in two sets: 256 x 256 px, and 500 x 375 px (resized
-and cropped to 256). Loaders: our folder and our tar, plain grain with Pillow, tf.data, and PyTorch's DataLoader with torchvision. Each has a
-process of its own on one core, the same for all, and no reading threads; they take turns, and each turn is timed by the clock and by the
-CPU seconds of the process. PyTorch comes by `make peers`, TensorFlow by
+The files are crops of the photographs that scikit-learn ships, JPEG of quality 90, in two sets: 256 x 256 px, and 500 x 375 px
+(resized and cropped to 256). Loaders: our folder and our tar, plain grain with Pillow, tf.data, and PyTorch's DataLoader with
+torchvision. Each has a process of its own on one core, the same for all, and no reading threads. They take turns; each turn is timed
+by the clock and by the CPU seconds of the process. PyTorch comes by `make peers`, TensorFlow by
 `pip install --target .venv/tensorflow tensorflow-cpu` (1.5 GB). A loader whose library is not there is left out.
 """
 
@@ -82,9 +82,22 @@ def load_tensorflow(folder: str) -> Iterator:
     return images.with_options(options).as_numpy_iterator()
 
 
+@functools.cache
+def _define_operators():
+    """Define what a torchvision for GPUs lacks beside a PyTorch for CPUs, and looks for on import."""
+    import torch
+
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return operators
+
+
 def load_torch(folder: str) -> Iterator:
     import torch
     from PIL import Image
+
+    _define_operators()
     from torchvision import transforms
 
     torch.set_num_threads(1)
@@ -169,7 +182,7 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen | None:
         | ONE
         | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path, os.environ.get("PYTHONPATH")]))}
     )
-    module = {"tf.data": "tensorflow", "torch DataLoader": "torchvision"}.get(name, "grain")
+    module = {"tf.data": "tensorflow", "torch DataLoader": "torch"}.get(name, "grain")
     if subprocess.run([sys.executable, "-c", f"import {module}"], env=env, capture_output=True, check=False).returncode:
         print(f"{name}: left out, as {module} cannot be imported (see --help)", file=sys.stderr)
         return None

@@ -12,14 +12,14 @@ from job import TINY, run
 from PIL import Image
 from runs import assert_same_run, saved, write_latents
 
-from dit_jax.config import AutoencoderConfig, Config, DataConfig, resolve, to_dict
+from dit_jax.config import AutoencoderConfig, Config, DataConfig, EvalConfig, resolve, to_dict
 from dit_jax.data import mixture, pipeline
 from dit_jax.data.latent_notes import LatentInfo
 from dit_jax.data.mixture import interleave
 from dit_jax.data.order import order
 from dit_jax.data.source import bad_records, class_names, introduce, open_source
 from dit_jax.error import UsageError
-from dit_jax.evaluation.protocol import make_record
+from dit_jax.evaluation.protocol import check_config, make_record
 from dit_jax.networks.encoding import open_job
 from dit_jax.workdir.folder import check_same_run, make_folder
 from dit_jax.workdir.records import read_records
@@ -365,8 +365,14 @@ def test_train_resume_and_evaluate(tmp_path, cache_dir, data_dir):
     assert code == 0, err
     *_, record = read_records(str(whole)).values()
     assert record["unique_images"] == 1442 and record["mixture"][0] == [3, "digits", "train[:1000]", "test"]
-    code, _, err = run("evaluate", f"--workdir={whole}", "--config.eval.samples=100", cache_dir=cache_dir)
-    assert code == 2 and "eval.features: found 'digits' for '3 digits + 1 digits'" in err
+
+
+def test_sample_metrics_need_a_reference(digits):
+    cfg = Config(data=digits, eval=EvalConfig(features="inception", inception="inception", samples=3000))
+    assert "or a mixture, whose splits do not hold the weights" in error_of(check_config, cfg)
+    check_config(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, reference="train.npz")))
+    own = dataclasses.replace(cfg, eval=EvalConfig(features="digits", samples=300))
+    assert "eval.features: found 'digits' for '3 digits + 1 digits'" in error_of(check_config, own)
 
 
 def test_encode_refuses_a_mixture(tmp_path):

@@ -3,9 +3,9 @@
 python benchmarks/loaders.py [--repeats=7] [--peers=.venv/peers] [--tensorflow=.venv/tensorflow] [--json=OUT]
 
 The files are crops of the photographs that scikit-learn ships, JPEG of quality 90, in two sets: 256 x 256 px, and 500 x 375 px
-(resized and cropped to 256). Loaders: our folder and our tar, plain grain with Pillow, tf.data, and PyTorch's DataLoader with
-torchvision. Each has a process of its own on one core, the same for all, and no reading threads. They take turns; each turn is timed
-by the clock and by the CPU seconds of the process. PyTorch comes by `make peers`, TensorFlow by
+(resized bicubically as a whole, then cropped to 256). Loaders: our folder and our tar, plain grain with Pillow, tf.data, and
+PyTorch's DataLoader with torchvision. Each has a process of its own on one core, the same for all, and no reading threads. They take
+turns; each turn is timed by the clock and by the CPU seconds of the process. PyTorch comes by `make peers`, TensorFlow by
 `pip install --target .venv/tensorflow tensorflow-cpu` (1.5 GB). A loader whose library is not there is left out.
 """
 
@@ -52,7 +52,11 @@ def load_grain(folder: str) -> Iterator:
 
     def load(path: str, rng) -> np.ndarray:
         with Image.open(path) as image:
-            image = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+            image = image.convert("RGB")
+        if image.size != (SIDE, SIDE):
+            width, height = (round(n * SIDE / min(image.size)) for n in image.size)
+            left, top = (width - SIDE) // 2, (height - SIDE) // 2
+            image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
         image = ImageOps.mirror(image) if rng.random() < 0.5 else image
         return np.asarray(image, np.float32) / np.float32(127.5) - np.float32(1)
 
@@ -182,9 +186,10 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen | None:
         | ONE
         | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path, os.environ.get("PYTHONPATH")]))}
     )
-    module = {"tf.data": "tensorflow", "torch DataLoader": "torch"}.get(name, "grain")
-    if subprocess.run([sys.executable, "-c", f"import {module}"], env=env, capture_output=True, check=False).returncode:
-        print(f"{name}: left out, as {module} cannot be imported (see --help)", file=sys.stderr)
+    module = {"tf.data": "tensorflow", "torch DataLoader": "torchvision"}.get(name, "grain")
+    there = f"import sys; from importlib.util import find_spec; sys.exit(find_spec({module!r}) is None)"
+    if subprocess.run([sys.executable, "-c", there], env=env, check=False).returncode:
+        print(f"{name}: left out, as {module} is not there (see --help)", file=sys.stderr)
         return None
     command = [sys.executable, __file__, f"--worker={name}", f"--core={args.core}"]
     return subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

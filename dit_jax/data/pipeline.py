@@ -1,7 +1,8 @@
 """Records to batches with grain, in a global order that does not depend on the number of processes.
 
 Example p of a run (p = 0, 1, ...) is record `order(seed, p // n, n)[p % n]` of a split of n records: every epoch is a new
-permutation. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows rB/P to (r+1)B/P - 1.
+permutation. A mixture has an order of its own. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows
+rB/P to (r+1)B/P - 1.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data.counter import ORDER, hash_counters
+from dit_jax.data.order import make_order
 from dit_jax.data.skip import read_good, read_kept
 from dit_jax.data.source import Source, open_source
 from dit_jax.error import UsageError
@@ -42,15 +43,19 @@ def make_batches(
         raise UsageError(f"train.batch_size: found {batch_size}, expected a multiple of the {process_count} processes")
     source = open_source(data, data.split) if source is None else source
     read, rows = _reader(source, data), batch_size // process_count
+    records_at = getattr(source, "make_order", functools.partial(make_order, len(source)))(seed)
 
     def load(k: int) -> dict:
         positions = np.arange(rows) + (k * batch_size + process_index * rows)
-        arrays, cond = read(_records_at(positions, len(source), seed))
+        arrays, cond = read(records_at(positions))
         return {"image": source.training(arrays, positions, seed), "cond": cond}
 
     threads = 0 if data.cache and rows * max(source.image_shape[:2]) ** 2 < SMALL else data.workers
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch if threads else 0)
-    return Batches(iter(grain.MapDataset.range(_FOREVER).map(load).to_iter_dataset(options)), source)
+    iterator = iter(grain.MapDataset.range(_FOREVER).map(load).to_iter_dataset(options))
+    if not hasattr(source, "drawn"):
+        return Batches(iterator, source)
+    return Batches(iterator, source, lambda k: {"drawn": source.drawn(k * batch_size, seed)})
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,20 @@ class Batches(Iterator):
     """Endless batches made by `make_batches`.
 
     `get_state()` returns the JSON value {"next_index": k, "source": identity}. k is the index of the next global batch, the
-    same on every process; batches read ahead do not count.
+    same on every process; batches read ahead do not count. For a mixture "drawn" says the position of each part, for people: k
+    alone restores it.
     """
 
     iterator: grain.DatasetIterator
     source: Source
+    position: Callable[[int], dict] = lambda k: {}
 
     def __next__(self) -> dict:
         return next(self.iterator)
 
     def get_state(self) -> dict:
-        return {**self.iterator.get_state(), "source": self.source.identity}
+        state = self.iterator.get_state()
+        return {**state, "source": self.source.identity, **self.position(state["next_index"])}
 
     def set_state(self, state: dict) -> None:
         """Continue where `get_state` was called. Raises UsageError if that was on another source.
@@ -116,23 +124,6 @@ def in_order(
         yield from iterator
     finally:
         iterator.close()
-
-
-def order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Permute 0..size-1 for an epoch, by sorting hashes."""
-    return np.argsort(hash_counters(seed, ORDER, epoch, np.arange(size)), kind="stable")
-
-
-def _records_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Return the records (b,) at consecutive global positions (b,), which may span epochs."""
-    epochs = range(int(positions[0]) // size, int(positions[-1]) // size + 1)
-    within = positions - epochs[0] * size
-    if len(epochs) == 1:
-        return _epoch(seed, epochs[0], size)[within]
-    return np.concatenate([_epoch(seed, e, size) for e in epochs])[within]
-
-
-_epoch = functools.lru_cache(maxsize=4)(order)
 
 
 def _read(source: Source, indices: np.ndarray) -> tuple[np.ndarray, dict]:

@@ -15,7 +15,13 @@ warnings.simplefilter(
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """Decode the first frame of an image, one of `FORMATS`, to uint8 (h, w, channels): grey, RGB, or RGBA for 4 channels.
+    """Decode an image to uint8 (h, w, channels); see `open_picture`."""
+    pixels = np.asarray(open_picture(encoded, channels))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def open_picture(encoded: bytes, channels: int) -> Image.Image:
+    """Decode the first frame of an image, one of `FORMATS`, to grey, RGB, or RGBA for 4 channels.
 
     It is turned as its EXIF orientation says. 16 bits are scaled, 65535 to 255, and so are floats, 1 to 255. Transparent
     images are composited over white, unless there are 4 channels. Palettes, CMYK, YCbCr, HSV and LAB are converted by Pillow,
@@ -31,8 +37,9 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
         if image.has_transparency_data and channels < 4:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
-    return pixels.reshape(*pixels.shape[:2], channels)
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        image.load()
+        return image if image.mode == mode else image.convert(mode)  # which copies
 
 
 def _scaled(image: Image.Image, form: str | None) -> Image.Image:
@@ -49,30 +56,40 @@ def _scaled(image: Image.Image, form: str | None) -> Image.Image:
     return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize uint8 (h, w, c) to (size, size, c) by ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`).
+def resize(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
+    """Resize uint8 (h, w, c), or a picture, to (size, size, c) by ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`).
 
     Halves with a box filter while the short side is at least twice `size`, scales it to `size` bicubically, and crops. Raises
     ValueError for a strip that scaled would have more pixels than `Image.MAX_IMAGE_PIXELS`.
     """
-    if image.shape[:2] == (size, size):
-        return image
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if isinstance(image, np.ndarray):
+        if image.shape[:2] == (size, size):
+            return image
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if image.size != (size, size):
+        image = _cropped(image, size)
+    return np.asarray(image).reshape(size, size, len(image.getbands()))
+
+
+def _cropped(picture: Image.Image, size: int) -> Image.Image:
+    (width, height), box = picture.size, Image.Resampling.BOX
     while min(picture.size) >= 2 * size:
-        picture = picture.resize(tuple(n // 2 for n in picture.size), resample=Image.Resampling.BOX)
+        picture = picture.resize(tuple(n // 2 for n in picture.size), resample=box)
     scale = size / min(picture.size)
     scaled = tuple(round(n * scale) for n in picture.size)
     if Image.MAX_IMAGE_PIXELS and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"found {image.shape[1]} x {image.shape[0]} pixels, expected sides less unequal")
+        raise ValueError(f"found {width} x {height} pixels, expected sides less unequal")
     picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size].reshape(size, size, image.shape[-1])
+    left, top = ((n - size) // 2 for n in scaled)
+    return picture.crop((left, top, left + size, top + size))
 
 
 def flip(images: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
     """Mirror images (b, h, w, c) left to right at random, by a hash of (seed, global position (b,))."""
-    return np.where(mirrored(seed, positions)[:, None, None, None], images[:, :, ::-1], images)
+    found, rows = images.copy(), np.flatnonzero(mirrored(seed, positions))
+    backwards = np.arange(images.shape[2])[::-1]  # `take` copies whole pixels, a slice goes by channels
+    found[rows] = np.take(images[rows], backwards, axis=2)
+    return found
 
 
 def reason(error: BaseException) -> str:

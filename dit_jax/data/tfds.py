@@ -180,14 +180,16 @@ class Records:
         where, image, channels = self.name_of(index), record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
             try:
-                image = pixels.decode(image, channels)
+                image = pixels.open_picture(image, channels)
             except Exception as error:  # decoders raise any error on bytes that are no image
                 raise UsageError(
                     f"{where}: cannot decode the image ({channels} channels): {pixels.reason(error)}"
                 ) from error
-        fits = image.ndim == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, image.shape, strict=True))
-        if image.dtype != np.uint8 or not fits:
-            found = f"{image.dtype} {image.shape}"
+        stored, eight = isinstance(image, np.ndarray), np.dtype(np.uint8)
+        dtype, shape = (image.dtype, image.shape) if stored else (eight, (*image.size[::-1], channels))
+        fits = len(shape) == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, shape, strict=True))
+        if dtype != eight or not fits:
+            found = f"{dtype} {shape}"
             raise UsageError(f"{where}: found an image {found}, expected uint8 {self.stored_shape}")
         label = int(record["label"]) if self.classes else 0
         if not 0 <= label < max(self.classes, 1):

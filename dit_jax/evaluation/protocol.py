@@ -144,6 +144,7 @@ def make_record(
         "images_seen": images,
         "tokens_seen": images * cfg.model.tokens,
         **({} if unique is None else {"unique_images": unique}),
+        **({"mixture": cfg.data.recipe} if cfg.data.mixture else {}),
         "params": flops.parameters(cfg.model),
         "params_active": flops.active_parameters(cfg.model),
         "flops_train": make_objective(cfg).flops * images,

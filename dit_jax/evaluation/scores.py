@@ -156,13 +156,13 @@ def check_config(cfg: Config, key: str) -> None:
         )
     if cfg.eval.features == "digits" and cfg.data.name != "digits":
         raise UsageError(
-            f"eval.features: found 'digits' for {cfg.data.folder or cfg.data.dataset!r}, expected 'inception' or 'classifier'; or set "
+            f"eval.features: found 'digits' for {cfg.data.title!r}, expected 'inception' or 'classifier'; or set "
             "eval.samples=0 for the held-out loss alone"
         )
-    if not cfg.eval.reference and (cfg.data.latents or not cfg.data.cache):
+    if not cfg.eval.reference and (cfg.data.mixture or cfg.data.latents or not cfg.data.cache):
         raise UsageError(
             "eval.reference: empty, expected an npz of reference statistics or images: the data set is too large to be held "
-            "in memory, or is of latents"
+            "in memory, or is of latents, or a mixture, whose splits do not hold the weights"
         )
     check_number(cfg, key)
 

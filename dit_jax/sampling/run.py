@@ -48,8 +48,7 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     _, params = checkpoint.load(wanted.workdir, step, cfg.sample.weights, cfg.model, place)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
     shape = " x ".join(map(str, sampling.shape))
-    name = cfg.data.folder or cfg.data.dataset
-    say(f"{wanted.num} images {shape} of {name} from step {step} ({cfg.sample.weights}), {settings}")
+    say(f"{wanted.num} images {shape} of {cfg.data.title} from step {step} ({cfg.sample.weights}), {settings}")
 
     def draw(indices, most: int) -> Iterator:
         return sampling.draw(params, wanted.seed, indices, most, stop)

@@ -158,7 +158,7 @@ def run(
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir, start and start.record)
-            if cfg.data.folder and not checkpoint.steps(workdir):
+            if any(part.folder for part in cfg.data.parts) and not checkpoint.steps(workdir):
                 keep_names(workdir, names())
             sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")

@@ -41,6 +41,7 @@ class LatentRecords:
     skips: Skips = field(default_factory=Skips, compare=False)
     key = "data.latents"
     class_names = property(lambda self: self.info.class_names)
+    captions = None
 
     @property
     def where(self) -> str:

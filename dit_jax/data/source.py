@@ -28,6 +28,7 @@ class Source(Protocol):
     classes: int  # 0: no labels
     image_shape: tuple  # (h, w, c) of what a model sees
     identity: dict  # JSON, cheap: name, split, records, checksum of their index; a resumed run needs the same
+    captions: Callable | None  # (indices (b,)) -> the captions of each record, tuples of str; None: the data have none
     skips: Skips
 
     def __len__(self) -> int: ...
@@ -91,6 +92,7 @@ def introduce(*opened: Source) -> None:
         labels = f"{found.classes} classes" if found.classes else "no labels"
         if names := getattr(found, "class_names", ()):
             labels += f" ({', '.join(names[:8])}{', ...' * (len(names) > 8)})"
+        labels += f", {len(found):,} with captions" if found.captions else ""
         say(f"data: {about['name']}, {about['split']}: {len(found):,} images {shape}, {labels}, from {found.where}")
 
 

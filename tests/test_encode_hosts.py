@@ -170,9 +170,9 @@ def test_a_slice_of_several_hosts_is_taken(command, tmp_path, cache_dir):
     job = Job("encode", "--check", *command, f"--out={tmp_path}/x", "--slice=2x8", cache_dir=cache_dir)
     _, err = job.communicate()
     assert job.returncode == 0 and "slice 2x8 (16 devices, 2 hosts)" in err, err
-    job = Job("encode", "--check", "--config=configs/digits.py", f"--out={tmp_path}/x", cache_dir=cache_dir)
+    job = Job("encode", "--check", "--config=configs/digits.py", f"--out={tmp_path}/x", "--whiten", cache_dir=cache_dir)
     _, err = job.communicate()
-    assert job.returncode == 2 and err.startswith("error: --autoencoder: not given"), err
+    assert job.returncode == 2 and err.startswith("error: --whiten: found no --autoencoder"), err
 
 
 @pytest.mark.bucket

@@ -32,6 +32,12 @@ class Captions:
     fetch: Callable  # (numbers of records) -> their captions, tuples of str; raises UsageError naming what is none
 
 
+def inside(found):
+    """Return the value of the first key of a mapping that captions have, and any other value as it is."""
+    keys = [name for name in NAMES if name in found] if hasattr(found, "keys") else []
+    return found[keys[0]] if keys else found
+
+
 def checked(where: str, found: object) -> tuple[str, ...]:
     """Return one caption or a list of them, in UTF-8 if in bytes, without white space around. Raises UsageError naming `where`."""
     values = found if isinstance(found, (list, tuple)) else [found]

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import folder, latents, parquet, pictures, tfds, webdataset
+from dit_jax.data import folder, images, latents, parquet, pictures, tfds, webdataset
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
 from dit_jax.log import say
@@ -63,6 +63,7 @@ KINDS = {  # the last row that a config chooses opens its data
     "folder": Kind(lambda data: bool(data.folder), folder.open_split),
     "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, lambda data: ()),
     "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split),
+    "images": Kind(images.chosen, images.open_split),
     "latents": Kind(lambda data: bool(data.latents), latents.open_split),
 }
 

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from dit_jax.config import DataConfig
 from dit_jax.data import pixels
-from dit_jax.data.captions import NAMES, checked
+from dit_jax.data.captions import NAMES, checked, inside
 from dit_jax.data.shard import open_shard, reading
 from dit_jax.data.skip import Skips
 from dit_jax.error import StorageError, UsageError, check_scheme
@@ -87,6 +87,7 @@ class Records:
     flip: bool
     skips: Skips = field(default_factory=Skips, compare=False)
     text: str = ""  # the feature of captions; "": none
+    arrays: bool = False  # the source has pixels, else encoded images
     key = "data.dataset"
 
     @property
@@ -111,13 +112,20 @@ class Records:
             "label": np.array([label for _, label in found], np.int32)
         } if self.classes else {}
 
+    def encoded(self, indices: np.ndarray) -> list[tuple[int, bytes]]:
+        """Read (label, the image's file or a PNG of its pixels) at `indices`. Raises UsageError as `read` does."""
+        records = self._stored(indices)
+        labels = [self._checked(i, record)[1] for i, record in zip(indices.tolist(), records, strict=True)]
+        files = (pixels.png(record["image"]) if self.arrays else record["image"] for record in records)
+        return list(zip(labels, files, strict=True))
+
     @property
     def captions(self) -> Callable | None:
         return self._captions if self.text else None
 
     def _captions(self, indices: np.ndarray) -> list[tuple[str, ...]]:
         return [
-            checked(f"{self.name_of(i)}: {self.text}", _inner(record[self.text]))
+            checked(f"{self.name_of(i)}: {self.text}", inside(record[self.text]))
             for i, record in zip(indices.tolist(), self._stored(indices), strict=True)
         ]
 
@@ -240,7 +248,7 @@ def open_split(data: DataConfig, split: str) -> Records:
     identity = {"name": builder.info.full_name, "split": split, **records}
     return Records(
         name, split, source, tuple(features["image"].shape), classes, tuple(files), identity,
-        data.image_size, data.flip, Skips(data.skip_bad), text,
+        data.image_size, data.flip, Skips(data.skip_bad), text, not encoded,
     )  # fmt: skip
 
 
@@ -248,14 +256,8 @@ def _is_text(feature: tfds.features.FeatureConnector) -> bool:
     """Return whether a feature holds text, or is a sequence of texts or, as in COCO, of features with one called as captions are."""
     if isinstance(feature, tfds.features.Sequence):
         inner = feature.feature
-        return _is_text(_inner(inner) if isinstance(inner, tfds.features.FeaturesDict) else inner)
+        return _is_text(inside(inner) if isinstance(inner, tfds.features.FeaturesDict) else inner)
     return isinstance(feature, tfds.features.Text) and not feature.encoder
-
-
-def _inner(found):
-    """Return the value of the first key that captions have in a mapping, and another value as it is."""
-    keys = [key for key in NAMES if key in found] if hasattr(found, "keys") else []
-    return found[keys[0]] if keys else found
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import os
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from bucket import leading_here
-from job import run
+from job import ROOT, run
 from test_folder import batches, config, refused, small, tar, written
 
 from dit_jax import files
 from dit_jax.config import DataConfig
 from dit_jax.data import captions
-from dit_jax.data.source import introduce, open_source
+from dit_jax.data.source import class_names, introduce, open_source
 
 COUNT = 12
 
@@ -353,3 +356,30 @@ def test_captions_are_read_from_a_bucket_as_from_the_disk(told):
                 here, away = (open_source(config(place), split) for place in (told / form, f"gs://test/{form}"))
                 assert away.captions(np.arange(4)) == here.captions(np.arange(4))
                 assert away.identity == here.identity
+
+
+def test_the_builder_of_the_page_needs_no_tensorflow(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text().partition("## A TFDS dataset of your own")[2]
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    names = {f"photos/{s}/{c}/{i}.jpg": (s, c, i) for s in ("train", "test") for c in ("cat", "dog") for i in range(3)}
+    written(tmp_path, {name: small(colour=(i, 0, 0), form="JPEG") for name, (_, _, i) in names.items()})
+    check = "\nimport sys; assert not {'tensorflow', 'torch'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = DataConfig(dataset="animals", data_dir=str(tmp_path / "tfds"), image_size=4)
+    source = open_source(data, "train")
+    assert (len(source), source.classes, class_names(data)) == (6, 2, ("cat", "dog"))
+    _, cond = source.read(np.arange(6))
+    said = [(f"a photo of a {('cat', 'dog')[label]}",) for label in cond["label"]]
+    assert source.captions(np.arange(6)) == said
+    stored = {content for _, content in source.encoded(np.arange(6))}
+    assert stored == {small(colour=(i, 0, 0), form="JPEG") for i in range(3)}  # the bytes of the files
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed, and encodes arrays"
+)
+def test_a_builder_that_yields_arrays_needs_tensorflow(tmp_path):
+    with pytest.raises(ModuleNotFoundError):
+        tfds.features.Image(shape=(4, 4, 3)).encode_example(np.zeros((4, 4, 3), np.uint8))
+    tfds.features.Image(shape=(None, None, 3)).encode_example(io.BytesIO(small()))

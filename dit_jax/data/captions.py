@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from dit_jax.error import UsageError, shown
 from dit_jax.files import read
-from dit_jax.files.text import LONGEST, numbered, parse_json
+from dit_jax.files.text import LARGEST, LONGEST, numbered, parse_json
 from dit_jax.log import notice
 
 NAMES = ("caption", "captions", "text")  # of columns, keys of JSON and features of TFDS; the first counts
@@ -64,7 +64,7 @@ def of_lines(where: str, content: bytes) -> tuple[str, ...]:
 def of_json(where: str, content: bytes) -> tuple[str, ...]:
     """Return the captions of a JSON object; () if it has none. Raises UsageError naming `where`."""
     try:
-        found = parse_json(content)
+        found = parse_json(content, LARGEST)
     except ValueError as error:
         raise UsageError(f"{where}: not readable as JSON in UTF-8 ({error})") from None
     name = next((name for name in NAMES if isinstance(found, dict) and name in found), "")

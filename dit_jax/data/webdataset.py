@@ -61,9 +61,10 @@ def open_shard(path: str, about: dict) -> Listing:
 def _captions(path: str, file: io.BufferedIOBase, name: str, offset: int, size: int) -> tuple[str, ...]:
     """Read the captions in a .txt or .json; () if a .json has none. Raises UsageError."""
     file.seek(offset)
-    if size > LONGEST:
-        raise UsageError(f"{path}: {name}: found {size:,} bytes, expected text of up to {LONGEST:,}")
-    parse = captions.of_json if name.lower().endswith(".json") else captions.of_lines
+    is_json = name.lower().endswith(".json")  # which may be long for other reasons
+    if size > (most := LARGEST if is_json else LONGEST):
+        raise UsageError(f"{path}: {name}: found {size:,} bytes, expected text of up to {most:,}")
+    parse = captions.of_json if is_json else captions.of_lines
     return parse(f"{path}: {name}", file.read(size))
 
 

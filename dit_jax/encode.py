@@ -1,6 +1,9 @@
 """Encode images to latents: `python -m dit_jax.encode --config=configs/imagenet256.py --autoencoder=DIR --out=DIR [--split=train ...]`.
 
-Images of each split, by default `data.split` and `data.held_out_split`, are cropped as in training and encoded. The moments
+Without an autoencoder the images are copied into shards as they are: the bytes of their files (or PNG if the data are pixels), labels,
+names of classes and captions. Training reads them with `--config.data.folder=OUT`, and sees what it would see of the data itself.
+
+With one, the images of each split, by default `data.split` and `data.held_out_split`, are cropped as in training and encoded. The moments
 of their posteriors go to OUT/SPLIT in record order, with those of the mirror images if the config has `data.flip`. Training
 reads them with `--config.data.latents=OUT`. Malformed images are left out, at most `data.skip_bad` of a split. The
 autoencoder is a folder that `convert --source=sd-vae` wrote. A latent depends on its image only, not on the number of devices.
@@ -33,7 +36,7 @@ def _config(values) -> Config:
 
 
 def check(_: Config, __: Slice | None) -> None:
-    """Raises UsageError if there is no autoencoder, or one that is here does not fit image size and model."""
+    """Raises UsageError if an autoencoder that is here does not fit image size and model."""
     from dit_jax.networks.encoding import open_job
 
     cfg, values = _config(flags.FLAGS), flags.FLAGS
@@ -57,13 +60,15 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "autoencoder", None, "folder of a converted autoencoder; default: the config's autoencoder.folder"
+        "autoencoder",
+        None,
+        "folder of a converted autoencoder; default: autoencoder.folder of the config; none: images are copied",
     )
     flags.DEFINE_string("out", None, "the folder that gets one folder a split", required=True)
     flags.DEFINE_multi_string(
         "split", [], "a split to encode; may be given again. Default: data.split and data.held_out_split"
     )
-    flags.DEFINE_enum("dtype", "float16", ("float16", "bfloat16", "float32"), "of the stored moments")
+    flags.DEFINE_enum("dtype", "float16", ("float16", "bfloat16", "float32"), "of the stored moments of latents")
     flags.DEFINE_boolean("whiten", False, "scale and shift from the latents of data.split, one number per channel")
     flags.DEFINE_integer("shard_bytes", 1 << 30, "size of a file; a kill costs the work on one", lower_bound=1)
     compiled.define_flag()

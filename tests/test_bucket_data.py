@@ -304,7 +304,7 @@ def test_damaged_latents_are_named(server, plain, how, name, match):
 def test_a_flipped_bit_of_a_record_is_named(server, plain):
     sent(server, plain, "latents/train")
     name, data = "latents-00001-of-00003.array_record", bytearray(on_disk(plain)["latents-00001-of-00003.array_record"])
-    data[data.index(open_latents(plain).readers[1].read([5])[0]) + 100] ^= 1
+    data[data.index(open_latents(plain).shards.readers[1].read([5])[0]) + 100] ^= 1
     server.damage("add", f"latents/train/{name}", data=bytes(data))
     found = open_latents(L)
     refused(UsageError, found.read, np.arange(25, 35), match=rf"{L}/{name}, record 30: cannot read it: Corrupted")

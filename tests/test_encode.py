@@ -299,7 +299,8 @@ def test_malformed_images_are_left_out_and_the_others_keep_their_place(
 def test_what_cannot_be_encoded_is_named(network, tmp_path, data_dir):
     out = tmp_path / "out"
     assert error((tmp_path / "none",), out).startswith(f"{tmp_path}/none/meta.json: cannot be read")
-    assert error(("",), out).startswith("--autoencoder: not given")
+    assert error(("",), out).startswith("--dtype=float32: found no --autoencoder, expected one, as it is of latents")
+    assert error(("",), out, whiten=True).startswith("--whiten: found no --autoencoder, expected one")
     assert error(network, out, data={"image_size": 9}).startswith("data.image_size: found 9, expected a multiple of 2")
     assert "makes latents of side 8 with 4 channels from images of 16" in error(network, out, data={"image_size": 16})
     assert "found split 'tset'" in error(network, out, ["tset"])

@@ -145,6 +145,20 @@ def test_a_lost_host_ends_all_and_another_number_goes_on(one, command, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_hosts_copy_images_into_the_files_of_one(command, tmp_path, cache_dir):
+    plain = [flag for flag in command if not flag.startswith(("--autoencoder", "--whiten", "--shard"))]
+    plain.append("--shard_bytes=2000")
+    for count in (1, 2):
+        assert f"warning: record {BAD} is left out" in encode(count, plain, tmp_path / str(count), cache_dir)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") and len(contents(tmp_path / "1")) > 6
+    out, _, codes, _ = in_the_middle(2, 1, signal.SIGTERM, plain, tmp_path / "cut", cache_dir)
+    assert codes == [75, 75]
+    encode(1, plain, out, cache_dir)
+    assert contents(out) == contents(tmp_path / "1")
+
+
+@pytest.mark.slow
 def test_four_hosts_write_the_files_of_one(one, command, tmp_path, cache_dir):
     encode(4, command, tmp_path / "out", cache_dir)
     assert contents(tmp_path / "out") == one
@@ -170,9 +184,9 @@ def test_a_slice_of_several_hosts_is_taken(command, tmp_path, cache_dir):
     job = Job("encode", "--check", *command, f"--out={tmp_path}/x", "--slice=2x8", cache_dir=cache_dir)
     _, err = job.communicate()
     assert job.returncode == 0 and "slice 2x8 (16 devices, 2 hosts)" in err, err
-    job = Job("encode", "--check", "--config=configs/digits.py", f"--out={tmp_path}/x", cache_dir=cache_dir)
+    job = Job("encode", "--check", "--config=configs/digits.py", f"--out={tmp_path}/x", "--whiten", cache_dir=cache_dir)
     _, err = job.communicate()
-    assert job.returncode == 2 and err.startswith("error: --autoencoder: not given"), err
+    assert job.returncode == 2 and err.startswith("error: --whiten: found no --autoencoder"), err
 
 
 @pytest.mark.bucket

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,15 +24,18 @@ from runs import write_latents
 from scipy import stats
 
 from dit_jax.config import DataConfig
-from dit_jax.data import counter, latent_writer, latents, pipeline, pixels, posterior, source
-from dit_jax.data.latent_notes import DTYPES, LatentInfo, checksum, shard_name
-from dit_jax.data.latent_writer import Hosts
+from dit_jax.data import counter, latent_writer, latents, notes, pipeline, pixels, posterior, source
+from dit_jax.data import shard as shard_files
+from dit_jax.data.latent_notes import DTYPES, LatentInfo
 from dit_jax.data.latents import open_latents
+from dit_jax.data.notes import checksum
 from dit_jax.data.order import order as permuted
+from dit_jax.data.shard_writer import Hosts, job_of
 from dit_jax.error import UsageError
 
 pytestmark = pytest.mark.timeout(60)  # nothing hangs, whatever is broken
 
+shard_name = functools.partial(notes.shard_name, "latents")
 SIZE = 60
 INFO = LatentInfo(
     shape=(4, 4, 2),
@@ -120,7 +124,7 @@ def test_what_is_written_comes_back(tmp_path, dtype, moments, mirrored):
 
 def test_a_record_is_laid_out_as_documented(store):
     found = open_latents(f"{store}/train")
-    raw = found._stored(np.array([31]))[0]
+    raw = found.shards.read(np.array([31]))[0]
     assert int.from_bytes(raw[:4], "little") == zlib.crc32(raw[4:])
     assert int.from_bytes(raw[4:12], "little") == 31 and int.from_bytes(raw[12:16], "little") == 31 % 7
     expected = examples(INFO, SIZE)[31][1].astype(np.float16)
@@ -381,7 +385,7 @@ def seal_shard(folder, shard):
 
     def change(notes):
         path = folder / notes["shards"][shard]["file"]
-        notes["shards"][shard] |= {"bytes": path.stat().st_size, "sha256": latents.file_sha256(str(path))}
+        notes["shards"][shard] |= {"bytes": path.stat().st_size, "sha256": shard_files.file_sha256(str(path))}
 
     change_notes(folder, change)
 
@@ -558,7 +562,7 @@ def test_no_damage_of_the_notes_passes(broken):
 
 def records_of(shard):
     """The bytes of the records of one shard of the split of the fixture."""
-    reader = latents.open_shard(str(shard))
+    reader = shard_files.open_shard(str(shard))
     return reader.read(list(range(reader.num_records())))
 
 
@@ -953,7 +957,7 @@ def test_a_shard_has_its_range_of_the_split_less_the_malformed(tmp_path):
     assert found.info.left_out == tuple(bad)
     (tmp_path / "latents.json").unlink()  # killed while it named them
     (tmp_path / "latents-00004-of-00005.array_record").rename(tmp_path / "latents-00005.whole")
-    (tmp_path / "latents.job").write_text(json.dumps({**latent_writer._job(INFO), "shard_records": 10}))
+    (tmp_path / "latents.job").write_text(json.dumps({**job_of(INFO), "shard_records": 10}))
     asked = []
     again = latent_writer.write_latents(
         str(tmp_path), INFO, SIZE, lambda numbers: asked.extend(numbers) or malformed(bad)(numbers), shard_bytes=99
@@ -969,9 +973,9 @@ def test_shards_of_older_versions_are_kept_only_if_nothing_was_left_out(store, t
         for number in range(3):
             writer = ArrayRecordWriter(str(folder / f"latents-0000{number}.whole"), "group_size:1,uncompressed")
             for i, example in given[10 * number : 10 * number + 10]:
-                writer.write(latent_writer._encode("", INFO, i, *example))
+                writer.write(INFO.pack("", i, *example))
             writer.close()
-        (folder / "latents.job").write_text(json.dumps(latent_writer._job(INFO)))
+        (folder / "latents.job").write_text(json.dumps(job_of(INFO)))
         found, asked = go_on(folder)
         assert asked == ([0, 1, 2] if bad else []) + [3, 4, 5] and len(found) == SIZE
         assert found.content == open_latents(f"{store}/train").content
@@ -981,7 +985,7 @@ def test_shards_keep_the_size_that_they_began_with(tmp_path):
     interrupted(tmp_path / "cut", 34)
     found, asked = go_on(tmp_path / "cut", shard_bytes=7 * INFO.layout.itemsize)
     assert asked == [3, 4, 5] and [file["records"] for file in found.files] == [10] * 6
-    damaged = json.dumps({**latent_writer._job(INFO), "shard_records": "10"})
+    damaged = json.dumps({**job_of(INFO), "shard_records": "10"})
     interrupted(tmp_path / "again", 34)
     (tmp_path / "again" / "latents.job").write_text(damaged)
     assert go_on(tmp_path / "again")[1] == [3, 4, 5]

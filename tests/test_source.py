@@ -21,7 +21,7 @@ class Stripes:
     """Striped images drawn from their numbers: an endless source needs no file."""
 
     key, where = "data.dataset", "their numbers"
-    image_shape = (8, 8, 1)
+    image_shape, captions = (8, 8, 1), None
 
     def __init__(self, data, split):
         self.first, self.count = {"train": (0, 64), "test": (64, 16)}[split]

@@ -1,4 +1,4 @@
-"""A folder of picture files: class folders (a class is the first folder of a path) or flat, without labels."""
+"""A folder of picture files: class folders (a class is the first folder of a path) or flat, without labels; captions beside them."""
 
 import collections
 import functools
@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import pictures
+from dit_jax.data import captions, pictures
 from dit_jax.data.pictures import IMAGES, Listing, suffix
 from dit_jax.error import UsageError
 from dit_jax.files import is_folder, names, read, remote
@@ -22,14 +22,15 @@ def list_all(root: str, data: DataConfig) -> Listing:
     """List the pictures of both splits, in order of their paths. Raises UsageError naming what does not fit."""
     files = pictures.visible(root)
     found = {name: about["bytes"] for name, about in files.items() if suffix(name) in IMAGES}
-    left = collections.Counter(suffix(name) or "without a suffix" for name in files if name not in found)
+    tops = {name.partition("/")[0] for name in found if "/" in name}
+    named = pictures.both_or_neither(data, data.split in tops, data.held_out_split in tops, root)
+    ours = (f"{data.split}/", f"{data.held_out_split}/") if named else ""
+    paths = [name for name in found if name.startswith(ours)]
+    words, used = captions.in_folder(root, files, found, paths, lambda name: name.startswith(ours))
+    left = collections.Counter(suffix(name) or "without a suffix" for name in {*files} - {*found} - used)
     if found and left:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in left.most_common(5))
         _once(f"data.folder: files in {root!r} that are no pictures are left out ({kinds})")
-    tops = {name.partition("/")[0] for name in found if "/" in name}
-    named = pictures.both_or_neither(data, data.split in tops, data.held_out_split in tops, root)
-    ours = (f"{data.split}/", f"{data.held_out_split}/")
-    paths = [name for name in found if not named or name.startswith(ours)]
     if left := len(found) - len(paths):
         _once(f"data.folder: {left:,} pictures outside {data.split!r} and {data.held_out_split!r} are left out")
     test = np.array([named and name.startswith(ours[1]) for name in paths], bool)
@@ -49,7 +50,7 @@ def list_all(root: str, data: DataConfig) -> Listing:
     labels = None if flat else np.searchsorted(classes, of)
     return Listing(
         paths, [found[name] for name in paths], test if named else None, labels, () if flat else tuple(classes),
-        lambda records: [_content(os.path.join(root, paths[i]), found[paths[i]]) for i in records],
+        lambda records: [_content(os.path.join(root, paths[i]), found[paths[i]]) for i in records], words,
     )  # fmt: skip
 
 

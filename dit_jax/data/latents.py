@@ -2,49 +2,43 @@
 
 A record has a fixed size, little-endian: CRC-32 of the rest (uint32), its number in the split (uint64), its label (int32; 0
 without labels), then the values (copies, parts, h, w, c) in float16, bfloat16 or float32. Copies: the image and, if
-`mirrored`, its mirror image. Parts: the posterior's mean and, if `moments`, its log-variance.
+`mirrored`, its mirror image. Parts: the posterior's mean and, if `moments`, its log-variance. In version 2 captions follow (`strings`).
 """
 
 import dataclasses
 import functools
 import os
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 
 from dit_jax.config import DataConfig
 from dit_jax.data.counter import mirrored
-from dit_jax.data.latent_notes import ADVICE, NOTES, LatentInfo, read_notes
+from dit_jax.data.latent_notes import LatentInfo
+from dit_jax.data.notes import read_notes
 from dit_jax.data.posterior import posterior_mean, sample_posterior
-from dit_jax.data.shard import open_shard, reading
+from dit_jax.data.shard import ADVICE, Shards, open_shards, real, split_strings
 from dit_jax.data.skip import Skips
-from dit_jax.error import StorageError, UsageError
-from dit_jax.files import absolute, file_sha256, remote, sizes
+from dit_jax.error import UsageError
 
 # Bits of the exponent: all set in inf and NaN.
 _EXPONENT = {"float16": ("u2", 0x7C00), "bfloat16": ("u2", 0x7F80), "float32": ("u4", 0x7F800000)}
-_CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
 class LatentRecords:
     """The `Source` for latents of one split. Threads may share it."""
 
-    folder: str
     info: LatentInfo
     content: str  # SHA-256 of all records in order
-    files: tuple  # the shards' entries in the notes
-    readers: tuple
+    shards: Shards
     flip: bool = False
     skips: Skips = field(default_factory=Skips, compare=False)
     key = "data.latents"
     class_names = property(lambda self: self.info.class_names)
-
-    @property
-    def where(self) -> str:
-        return self.folder
+    where = folder = property(lambda self: self.shards.folder)
+    files = property(lambda self: self.shards.files)
 
     @property
     def classes(self) -> int:
@@ -69,7 +63,16 @@ class LatentRecords:
         return np.delete(np.arange(len(self) + len(left)), left)
 
     def __len__(self) -> int:
-        return sum(file["records"] for file in self.files)
+        return len(self.shards)
+
+    @property
+    def captions(self) -> Callable | None:
+        return self._captions if self.info.captions_sha256 else None
+
+    def _captions(self, indices: np.ndarray) -> list[tuple[str, ...]]:
+        self.shards.check(indices, stored := self.shards.read(indices))
+        size = self.info.layout.itemsize
+        return [tuple(text.decode() for text in split_strings(record[size:])) for record in stored]
 
     def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         mirror = mirrored(seed, positions) if self.flip else None
@@ -87,7 +90,7 @@ class LatentRecords:
                     f"latents {other.folder}: {name}: found {second}, expected {first}, as in {self.folder}; encode again"
                 )
         shards = [{shard["sha256"] for shard in source.files} for source in (self, other)]
-        same_folder = _real(self.folder) == _real(other.folder)
+        same_folder = real(self.folder) == real(other.folder)
         return same_folder or self.content == other.content or bool(shards[0] & shards[1])
 
     def describe(self) -> dict:
@@ -112,15 +115,14 @@ class LatentRecords:
 
         Raises UsageError naming file and record if one cannot be read, or does not fit its position and the notes.
         """
-        stored, layout = self._stored(indices), self.info.layout
+        stored, layout = self.shards.read(indices), self.info.layout
         for i, record in zip(indices.tolist(), stored, strict=True):
-            if len(record) != layout.itemsize:
-                raise UsageError(f"{self._where(i)}: found {len(record)} bytes, expected {layout.itemsize}; {ADVICE}")
-        table = np.frombuffer(b"".join(stored), layout)
-        for i, record, crc in zip(indices.tolist(), stored, table["crc"].tolist(), strict=True):
-            found = zlib.crc32(memoryview(record)[_CRC_BYTES:])
-            if found != crc:
-                raise UsageError(f"{self._where(i)}: found CRC-32 {found:08x}, expected {crc:08x}; {ADVICE}")
+            if not self.info.fits(len(record)):
+                where = self.shards.where(i)
+                raise UsageError(f"{where}: found {len(record)} bytes, expected {layout.itemsize}; {ADVICE}")
+        self.shards.check(indices, stored)
+        whole = stored if not self.info.captions_sha256 else [record[: layout.itemsize] for record in stored]
+        table = np.frombuffer(b"".join(whole), layout)
         self._check(indices, table)
         return table["values"], {"label": table["label"].astype(np.int32)} if self.classes else {}
 
@@ -137,42 +139,7 @@ class LatentRecords:
                 found = f"found label {labels[i]}, expected 0 to {last}"
             else:
                 found = "found NaN or infinity, expected finite values"
-            raise UsageError(f"{self._where(int(indices[i]))}: {found}; {ADVICE}")
-
-    def _stored(self, indices: np.ndarray) -> list[bytes]:
-        """Read the records at `indices` as bytes. Raises UsageError naming file and record."""
-        starts = np.cumsum([0] + [file["records"] for file in self.files])
-        shards = np.searchsorted(starts, indices, "right") - 1
-        stored = [b""] * len(indices)
-        for shard in np.unique(shards).tolist():
-            rows = np.flatnonzero(shards == shard)
-            within = (indices[rows] - starts[shard]).tolist()
-            try:
-                found = self._some(shard, within)
-            except StorageError:
-                raise
-            except RuntimeError:
-                found = [self._one(shard, i, int(indices[row])) for i, row in zip(within, rows, strict=True)]
-            for row, record in zip(rows.tolist(), found, strict=True):
-                stored[row] = record
-        return stored
-
-    def _one(self, shard: int, within: int, index: int) -> bytes:
-        try:
-            return self._some(shard, [within])[0]
-        except StorageError:
-            raise
-        except RuntimeError as error:
-            raise UsageError(f"{self._where(index)}: cannot read it: {str(error).splitlines()[0]}; {ADVICE}") from error
-
-    def _some(self, shard: int, within: list[int]) -> list[bytes]:
-        with reading(self.folder):
-            return self.readers[shard].read(within)
-
-    def _where(self, index: int) -> str:
-        ends = np.cumsum([file["records"] for file in self.files])
-        file = self.files[int(np.searchsorted(ends, index, "right"))]["file"]
-        return f"latents {os.path.join(self.folder, file)}, record {index}"
+            raise UsageError(f"{self.shards.where(int(indices[i]))}: {found}; {ADVICE}")
 
 
 def open_split(data: DataConfig, split: str) -> LatentRecords:
@@ -206,10 +173,8 @@ def open_latents(folder: str, verify: bool = False) -> LatentRecords:
 
     `verify` also reads every shard and compares its SHA-256. Raises UsageError naming the file.
     """
-    info, notes = read_notes(os.path.join(folder, NOTES))
-    there = sizes(folder) if remote(folder) else {}
-    readers = tuple(_open_shard(folder, file, verify, there) for file in notes["shards"])
-    return LatentRecords(folder, info, notes["content"], tuple(notes["shards"]), readers)
+    info, notes = read_notes(folder, LatentInfo)
+    return LatentRecords(info, notes["content"], open_shards("latents", folder, notes["shards"], verify))
 
 
 def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -219,30 +184,3 @@ def _finite(values: np.ndarray, dtype: str) -> np.ndarray:
     if not np.any(bits & mask == mask):
         return np.ones(len(values), bool)
     return np.array([not np.any(row & mask == mask) for row in bits])
-
-
-def _real(path: str) -> str:
-    return absolute(path) if remote(path) else os.path.realpath(path)
-
-
-def _open_shard(folder: str, shard: dict, verify: bool, there: dict) -> ArrayRecordReader:
-    """Open one shard. `there`: a bucket's listing. Raises UsageError if the file is not the one in the notes."""
-    path = os.path.join(folder, shard["file"])
-    if os.path.dirname(_real(path)) != _real(folder):
-        raise UsageError(f"latents {path}: found a link to {_real(path)}, expected a file of this folder")
-    try:
-        if remote(path) and shard["file"] not in there:
-            raise FileNotFoundError(2, "no such object", path)
-        if (size := there[shard["file"]]["bytes"] if there else os.path.getsize(path)) != shard["bytes"]:
-            raise UsageError(f"latents {path}: found {size} bytes, expected {shard['bytes']}; {ADVICE}")
-        if verify and (digest := file_sha256(path)) != shard["sha256"]:
-            raise UsageError(f"latents {path}: found SHA-256 {digest}, expected {shard['sha256']}; {ADVICE}")
-        reader = open_shard(path)
-    except StorageError:
-        raise
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"latents {path}: cannot read it: {str(error).splitlines()[0]}; {ADVICE}") from error
-    records = reader.num_records()
-    if records != shard["records"]:
-        raise UsageError(f"latents {path}: found {records} records, expected {shard['records']}; {ADVICE}")
-    return reader

@@ -5,6 +5,7 @@ examples of part i, ordered by hashes of their positions, so after q W examples 
 number c of part i is the one that this part alone has at position c (`data.order`), with epochs of its own.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable
@@ -100,6 +101,20 @@ class Mixture:
         back = np.argsort(np.concatenate(rows))
         return found[0] if len(found) == 1 else jax.tree.map(lambda *x: np.concatenate(x)[back], *found)
 
+    @property
+    def captions(self) -> Callable | None:
+        """As of a source; None if a part has none."""
+        return self._captions if all(part.captions for part in self.parts) else None
+
+    def _captions(self, indices: np.ndarray) -> list[tuple[str, ...]]:
+        of, found = np.searchsorted(self.starts, indices, "right") - 1, [()] * len(indices)
+        for i in np.unique(of).tolist():
+            rows = np.flatnonzero(of == i)
+            some = self.parts[i].captions(indices[rows] - self.starts[i])
+            for row, captions in zip(rows.tolist(), some, strict=True):
+                found[row] = captions
+        return found
+
     def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         return self.parts[0].training(arrays, positions, seed)
 
@@ -108,7 +123,7 @@ class Mixture:
 
     def make_order(self, seed: int) -> Callable[[np.ndarray], np.ndarray]:
         """Make a function: consecutive positions (b,) -> records (b,)."""
-        alone = [make_order(len(part), seed) for part in self.parts]
+        alone = [getattr(part, "make_order", functools.partial(make_order, len(part)))(seed) for part in self.parts]
 
         def records_at(positions: np.ndarray) -> np.ndarray:
             of, count = interleave(self.weights, positions, seed)

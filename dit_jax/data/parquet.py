@@ -1,23 +1,29 @@
-"""Parquet files of encoded pictures: a column of structs {bytes, path}, as Hugging Face's data sets have it, or of bytes; `label`.
+"""Parquet files of encoded pictures: a column of structs {bytes, path}, as Hugging Face has it, or of bytes; labels; captions.
 
 A picture is read with its row group, so reading at random is fast with small row groups or `data.cache`.
 """
 
 import bisect
 import functools
+import hashlib
+import io
 import itertools
 import json
+import os
+import re
 
 import numpy as np
 
 from dit_jax.data import pictures
+from dit_jax.data.captions import NAMES, Captions, checked
 from dit_jax.data.pictures import Listing
 from dit_jax.error import UsageError
 from dit_jax.files import opened
 
-_GROUPS = 8  # row groups that are kept, of all files
+_GROUPS = 8  # columns of row groups that are kept, of all files
 _LARGEST = 1 << 31  # bytes of one
-_kept = functools.lru_cache(maxsize=_GROUPS)(lambda group, number: group(number))
+_TEXT = r"(large_)?string(_view)?|(large_)?list(_view)?<\w+: (large_)?string(_view)?( not null)?>"  # types of captions
+_kept = functools.lru_cache(maxsize=_GROUPS)(lambda group, column, number: group(column, number))
 
 
 def open_shard(path: str, about: dict) -> Listing:
@@ -33,7 +39,8 @@ def open_shard(path: str, about: dict) -> Listing:
             raise UsageError(damaged)
         if (most := max((group.total_byte_size for group in groups), default=0)) > _LARGEST:
             raise UsageError(f"{path}: found a row group of {most:,} bytes, expected {_LARGEST:,}; write smaller ones")
-        image, nested, label, class_names = _columns(path, schema)
+        image, nested, label, class_names, text = _columns(path, schema)
+        stamp = _footer(file) if text else ""
         kind = str(schema.field(label).type) if label else ""
         labels = found.read([label], use_threads=False)[label] if kind.startswith(("int", "uint")) else None
     if label and (labels is None or labels.null_count):
@@ -42,25 +49,37 @@ def open_shard(path: str, about: dict) -> Listing:
     if label and len(labels) != count:
         raise UsageError(damaged)
 
-    def group(number: int):
+    def group(column: str, number: int):
         with pictures.unchanged(path, about) as file, pq.ParquetFile(file, metadata=meta) as found:
-            columns = [f"{image}.bytes" if nested else image]
-            return found.read_row_group(number, columns=columns, use_threads=False)[image]
+            columns = [f"{column}.bytes" if nested and column == image else column]
+            return found.read_row_group(number, columns=columns, use_threads=False)[column]
 
-    def fetch(rows: list[int]) -> list[bytes]:
-        found = []
-        for row in rows:
-            number = bisect.bisect_right(starts, row) - 1
-            value = _kept(group, number)[row - starts[number]].as_py()
-            found.append((value["bytes"] if nested and value else value) or b"")
-        return found
+    def fetch(column: str, rows: list[int]) -> list:
+        numbers = [bisect.bisect_right(starts, row) - 1 for row in rows]
+        return [_kept(group, column, i)[row - starts[i]].as_py() for i, row in zip(numbers, rows, strict=True)]
+
+    def fetch_images(rows: list[int]) -> list[bytes]:
+        return [(value["bytes"] if nested and value else value) or b"" for value in fetch(image, rows)]
+
+    def fetch_captions(rows: list[int]) -> list[tuple[str, ...]]:
+        found = zip(rows, fetch(text, rows), strict=True)
+        return [checked(f"{path}/{row}: column {text!r}", "" if value is None else value) for row, value in found]
 
     names, stamps = [str(row) for row in range(count)], [about["bytes"]] * count
-    return Listing(names, stamps, None, labels.to_numpy().astype(np.int64) if label else None, class_names, fetch)
+    numbers = labels.to_numpy().astype(np.int64) if label else None
+    words = Captions([stamp] * count, fetch_captions) if text else None
+    return Listing(names, stamps, None, numbers, class_names, fetch_images, words)
 
 
-def _columns(path: str, schema) -> tuple[str, bool, str, tuple]:
-    """Find in a file: the column of pictures, whether it is of structs, the column of labels or "", the names of the classes."""
+def _footer(file: io.BufferedIOBase) -> str:
+    """Return a checksum of a file's own notes: sizes of all columns' chunks, and of text the first and last in order."""
+    file.seek(-8, os.SEEK_END)
+    file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
+    return hashlib.sha256(file.read()).hexdigest()
+
+
+def _columns(path: str, schema) -> tuple[str, bool, str, tuple, str]:
+    """Find in a file: the column of pictures, whether it is of structs, of labels, the names of the classes, of captions; "": none."""
     types = {column.name: str(column.type) for column in schema}
 
     def one(name: str, fitting: list[str], what: str) -> str:
@@ -76,7 +95,8 @@ def _columns(path: str, schema) -> tuple[str, bool, str, tuple]:
     known = [name for name in types if notes.get(name, {}).get("_type") == "ClassLabel"]
     fitting = known + ["label"] * ("label" in types)
     label = one("label", fitting, "labels") if fitting else ""
-    return image, image in structs, label, tuple(notes.get(label, {}).get("names", ()))
+    text = next((name for name in NAMES if re.fullmatch(_TEXT, types.get(name, ""))), "")
+    return image, image in structs, label, tuple(notes.get(label, {}).get("names", ())), text
 
 
 _list_all = functools.partial(pictures.list_shards, ".parquet", open_shard)

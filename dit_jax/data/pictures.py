@@ -7,8 +7,10 @@ A door (`folder`, `webdataset`, `parquet`) lists all records of a folder. If the
 import bisect
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ import numpy as np
 
 from dit_jax.config import DataConfig
 from dit_jax.data import pixels
+from dit_jax.data.captions import Captions
 from dit_jax.data.skip import Skips
 from dit_jax.data.tfds import Records
 from dit_jax.error import StorageError, UsageError, check_scheme
@@ -43,6 +46,7 @@ class Listing:
     labels: np.ndarray | None  # (n,); None: no labels
     class_names: tuple  # () if the classes have numbers only
     fetch: Callable  # (numbers of records) -> their encoded pictures; raises UsageError naming one that cannot be read
+    captions: Captions | None = None  # of all records, or None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Pictures(Records):
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.source.root, self.source.listing.names[self.source.numbers[index]])
+
+    @property
+    def captions(self) -> Callable | None:
+        words, numbers = self.source.listing.captions, self.source.numbers
+        return (lambda indices: words.fetch(numbers[indices].tolist())) if words else None
 
     def overlaps(self, other: "Pictures") -> bool:
         """Return whether two splits share a picture, of one folder or of one that lies in the other."""
@@ -191,32 +200,42 @@ def list_shards(kind: str, open_shard: Callable[[str, dict], Listing], root: str
 
     with ThreadPoolExecutor(_OPENERS) as pool:
         shards = list(pool.map(open_one, paths))
-    labelled, classes = shards[0].labels is not None, shards[0].class_names
+    labelled, classes, worded = shards[0].labels is not None, shards[0].class_names, shards[0].captions is not None
     for name, shard in zip(paths, shards, strict=True):
         if (shard.labels is not None, shard.class_names) != (labelled, classes):
             where = f"data.folder: found other labels or names of classes in {name} than in {paths[0]}"
             raise UsageError(f"{where}, expected the same in all of {root!r}")
+        if (shard.captions is not None) != worded:
+            some, bare = (paths[0], name) if worded else (name, paths[0])
+            where = f"data.folder: found captions in {some}, none in {bare}"
+            raise UsageError(f"{where}, expected them in all of {root!r}, or in none")
     counts = [len(shard.names) for shard in shards]
     starts = [0, *itertools.accumulate(counts)]
     names = [f"{path}/{name}" for path, shard in zip(paths, shards, strict=True) for name in shard.names]
 
-    def fetch(records: list[int]) -> list[bytes]:
+    def fetch(part: Callable, records: list[int]) -> list:
+        """Fetch a part of each record, its picture or its captions, shard by shard."""
         found, of = {}, {i: bisect.bisect_right(starts, i) - 1 for i in records}
         for number in set(of.values()):
             wanted = sorted(i for i in of if of[i] == number)
             try:
-                found |= zip(wanted, some(number, wanted), strict=True)
+                found |= zip(wanted, some(part, number, wanted), strict=True)
             except UsageError:  # which of them?
-                found |= {i: some(number, [i])[0] for i in wanted}
+                found |= {i: some(part, number, [i])[0] for i in wanted}
         return [found[i] for i in records]
 
-    def some(number: int, wanted: list[int]) -> list[bytes]:
+    def some(part: Callable, number: int, wanted: list[int]) -> list:
         with reading(os.path.join(root, names[wanted[0]])):
-            return shards[number].fetch([i - starts[number] for i in wanted])
+            return part(shards[number]).fetch([i - starts[number] for i in wanted])
 
     held_out = np.repeat([inside[name][1] for name in paths], counts) if named else None
     labels = np.concatenate([shard.labels for shard in shards]) if labelled else None
-    return Listing(names, [stamp for shard in shards for stamp in shard.stamps], held_out, labels, classes, fetch)
+    words = [stamp for shard in shards if worded for stamp in shard.captions.stamps]
+    return Listing(
+        names, [stamp for shard in shards for stamp in shard.stamps], held_out, labels, classes,
+        functools.partial(fetch, lambda shard: shard),
+        Captions(words, functools.partial(fetch, lambda shard: shard.captions)) if worded else None,
+    )  # fmt: skip
 
 
 def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig, split: str) -> Pictures:
@@ -273,4 +292,9 @@ def _identity(found: Listing, chosen: np.ndarray, name: str, split: str) -> dict
     parts = {f"{part}/": f"{len(lines[part]):,} pictures, {sums[part][:16]}" for part in lines if part}
     shown = parts if len(parts) <= _MOST_GROUPS else {}
     whole = hashlib.sha256("".join(sums.values()).encode()).hexdigest()
-    return {"name": name, "split": split, **shown, "records": len(chosen), "sha256": whole}
+    words = {"captions": _stamped([found.captions.stamps[i] for i in chosen])} if found.captions else {}
+    return {"name": name, "split": split, **shown, "records": len(chosen), "sha256": whole, **words}
+
+
+def _stamped(stamps: list) -> str:
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()

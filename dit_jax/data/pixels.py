@@ -56,6 +56,13 @@ def _scaled(image: Image.Image, form: str | None) -> Image.Image:
     return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
+def png(image: np.ndarray) -> bytes:
+    """Encode uint8 (h, w, c) without loss; c is 1, 3 or 4."""
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    return file.getvalue()
+
+
 def resize(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
     """Resize uint8 (h, w, c), or a picture, to (size, size, c) by ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`).
 

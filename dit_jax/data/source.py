@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import folder, latents, mixture, parquet, pictures, tfds, webdataset
+from dit_jax.data import folder, images, latents, mixture, parquet, pictures, tfds, webdataset
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
 from dit_jax.log import say
@@ -28,6 +28,7 @@ class Source(Protocol):
     classes: int  # 0: no labels
     image_shape: tuple  # (h, w, c) of what a model sees
     identity: dict  # JSON, cheap: name, split, records, checksum of their index; a resumed run needs the same
+    captions: Callable | None  # (indices (b,)) -> the captions of each record, tuples of str; None: the data have none
     skips: Skips
 
     def __len__(self) -> int: ...
@@ -62,6 +63,7 @@ KINDS = {  # the last row that a config chooses opens its data
     "folder": Kind(lambda data: bool(data.folder), folder.open_split),
     "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, lambda data: ()),
     "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split),
+    "images": Kind(images.chosen, images.open_split),
     "latents": Kind(lambda data: bool(data.latents), latents.open_split),
     "mixture": Kind(
         lambda data: bool(data.mixture),
@@ -96,6 +98,7 @@ def introduce(*opened: Source) -> None:
         labels = f"{found.classes} classes" if found.classes else "no labels"
         if names := getattr(found, "class_names", ()):
             labels += f" ({', '.join(names[:8])}{', ...' * (len(names) > 8)})"
+        labels += f", {len(found):,} with captions" if found.captions else ""
         say(f"data: {about['name']}, {about['split']}: {len(found):,} images {shape}, {labels}, from {found.where}")
 
 

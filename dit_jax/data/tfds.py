@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 
 from dit_jax.config import DataConfig
 from dit_jax.data import pixels
+from dit_jax.data.captions import NAMES, checked, inside
 from dit_jax.data.shard import open_shard, reading
 from dit_jax.data.skip import Skips
 from dit_jax.error import StorageError, UsageError, check_scheme
@@ -85,6 +86,8 @@ class Records:
     size: int  # pixels; images are cropped and resized to it
     flip: bool
     skips: Skips = field(default_factory=Skips, compare=False)
+    text: str = ""  # the feature of captions; "": none
+    arrays: bool = False  # the source has pixels, else encoded images
     key = "data.dataset"
 
     @property
@@ -108,6 +111,23 @@ class Records:
         return np.stack([image for image, _ in found]), {
             "label": np.array([label for _, label in found], np.int32)
         } if self.classes else {}
+
+    def encoded(self, indices: np.ndarray) -> list[tuple[int, bytes]]:
+        """Read (label, the image's file or a PNG of its pixels) at `indices`. Raises UsageError as `read` does."""
+        records = self._stored(indices)
+        labels = [self._checked(i, record)[1] for i, record in zip(indices.tolist(), records, strict=True)]
+        files = (pixels.png(record["image"]) if self.arrays else record["image"] for record in records)
+        return list(zip(labels, files, strict=True))
+
+    @property
+    def captions(self) -> Callable | None:
+        return self._captions if self.text else None
+
+    def _captions(self, indices: np.ndarray) -> list[tuple[str, ...]]:
+        return [
+            checked(f"{self.name_of(i)}: {self.text}", inside(record[self.text]))
+            for i, record in zip(indices.tolist(), self._stored(indices), strict=True)
+        ]
 
     def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         return pixels.to_float(pixels.flip(arrays, positions, seed) if self.flip else arrays)
@@ -224,13 +244,22 @@ def open_split(data: DataConfig, split: str) -> Records:
         where = f"dataset {name!r}, split {split!r}"
         list(pool.map(lambda file: _check_file(where, file, _advice(files)), files))
     encoded = isinstance(features["image"], tfds.features.Image)
+    text = next((key for key in NAMES if key in features and _is_text(features[key])), "")
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()} if encoded else None)
     records = {"records": len(source), "sha256": _index(builder, files)}
     identity = {"name": builder.info.full_name, "split": split, **records}
     return Records(
         name, split, source, tuple(features["image"].shape), classes, tuple(files), identity,
-        data.image_size, data.flip, Skips(data.skip_bad),
+        data.image_size, data.flip, Skips(data.skip_bad), text, not encoded,
     )  # fmt: skip
+
+
+def _is_text(feature: tfds.features.FeatureConnector) -> bool:
+    """Return whether a feature holds text, or is a sequence of texts or, as in COCO, of features with one called as captions are."""
+    if isinstance(feature, tfds.features.Sequence):
+        inner = feature.feature
+        return _is_text(inside(inner) if isinstance(inner, tfds.features.FeaturesDict) else inner)
+    return isinstance(feature, tfds.features.Text) and not feature.encoder
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:

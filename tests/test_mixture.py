@@ -377,6 +377,6 @@ def test_sample_metrics_need_a_reference(digits):
 
 def test_encode_refuses_a_mixture(tmp_path):
     cfg = Config(data=DataConfig(mixture=TWO), autoencoder=AutoencoderConfig(folder=str(tmp_path)))
-    assert "encode each part, then mix the latents" in error_of(open_job, cfg, "float16", False)
+    assert "encode each part, then mix what is encoded" in error_of(open_job, cfg, "float16", False)
     data = DataConfig(mixture=((3, "folder=a", "latents=b"), (1, FIRST)), latents="c")
     assert data.images == DataConfig(mixture=((3, "folder=a"), (1, FIRST)))

@@ -276,7 +276,7 @@ def test_missing_and_foreign_folders(job, tmp_path, cache_dir):
 def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     """Two processes on one folder: the watcher records the last step and ends; the training is not disturbed."""
     workdir = tmp_path / "live"
-    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=50"]
+    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=30"]
     training = Job("train", *flags, cache_dir=cache_dir)
     wait_for_step(training, workdir, 1)
     code, _, err = run(
@@ -286,7 +286,7 @@ def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     _, training_err = training.communicate(timeout=60)
     assert training.returncode == 0, training_err
     steps = [record["step"] for record in records(workdir)]
-    assert steps[-1] == 50 and steps == sorted(set(steps))
+    assert steps[-1] == 30 and steps == sorted(set(steps))
 
 
 def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):

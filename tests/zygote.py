@@ -90,7 +90,6 @@ def answer(request: dict) -> object:
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*fork.*")
     gc.freeze()  # children neither look through what is imported here nor copy its pages
-    gc.set_threshold(50_000)  # tracing makes many objects and no circles: looking for some took a tenth of a job's time
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)
 

@@ -1,6 +1,7 @@
 """Every test runs with 8 virtual devices, shapes checked by jaxtyping + beartype, silent broadcasting and warnings as errors."""
 
 import fcntl
+import gc
 import os
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def uninterrupted(tmp_path_factory, data_dir, cache_dir):
             assert code == 0, err
             (folder / "done").touch()
     return folder / "run"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """`checkpoint.load` collects garbage: half a second each time, if it looks through all that tests have left and imported."""
+    gc.collect()
+    gc.freeze()
 
 
 LONGEST_FIRST = ("test_sweep", "test_evaluate", "test_guard", "test_kills", "test_peers", "test_sample", "test_seams")

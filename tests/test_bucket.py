@@ -592,9 +592,12 @@ def unfinished(server):
     return {step for step in steps if f"runs/a/checkpoints/{step}/manifest.json" not in names}
 
 
-def wait_to_kill(process, server, rng):
-    """Wait for a random moment of one of three kinds; returns its name, or None if the run ended before."""
-    kind, done = rng.choice(["any time", "after a request", "in a save"]), len(server.requests) + rng.randrange(1, 400)
+KINDS = ("any time", "after a request", "in a save")
+
+
+def wait_to_kill(process, server, rng, kinds=KINDS):
+    """Wait for a random moment of one of these kinds; returns its name, or None if the run ended before."""
+    kind, done = rng.choice(kinds), len(server.requests) + rng.randrange(1, 400)
     delay = rng.uniform(0, 4.0) if kind == "any time" else rng.uniform(0, 0.1)
     goal = {"any time": lambda: True, "after a request": lambda: len(server.requests) >= done}
     goal["in a save"] = lambda: unfinished(server)
@@ -614,7 +617,7 @@ def torture(kills, server, uninterrupted, tmp_path, cache_dir):
     rng, counts, left, runs = random.Random(seed), {}, 0, 1
     while sum(counts.values()) < kills or not left:
         process = begun(server, "train", *train(W), cache_dir=cache_dir)
-        kind = wait_to_kill(process, server, rng)
+        kind = wait_to_kill(process, server, rng, KINDS if sum(counts.values()) < kills else KINDS[2:])
         if kind:
             process.send_signal(signal.SIGKILL)
         _, err = process.communicate()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from job import Job, run, wait_for_step
 from runs import STEPS, assert_same_run, train
+from test_train import check_compilations
 
 from dit_jax import checkpoint
 from dit_jax.config import MeshConfig, to_dict
@@ -109,11 +110,14 @@ def test_damage_is_named_and_the_newest_that_verifies_is_taken(case, workdir, ca
             checkpoint.load(str(workdir), 60)
 
 
-def test_training_falls_back_says_so_and_ends_the_same(workdir, uninterrupted, cache_dir):
+def test_training_falls_back_says_so_and_ends_the_same(workdir, uninterrupted, tmp_path, cache_dir):
+    """And a run that goes on compiles every program once."""
     zero_page(at(workdir, 60))
     flip_a_bit_of_the_ema(at(workdir, 50))
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    noted = tmp_path / "compilations"
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir, environment={"COMPILATIONS": str(noted)})
     assert code == 0, err
+    check_compilations(noted, workdir, 40)
     assert "60 is damaged" in err and "50 is damaged" in err and "set aside as 50.damaged" in err
     assert_same_run(uninterrupted, workdir)
     assert sorted(os.listdir(workdir / "checkpoints")) == ["40", "50", "50.damaged", "60", "60.damaged", "lock"]
@@ -158,10 +162,10 @@ def test_a_checkpoint_under_another_name_is_refused(workdir):
 
 def test_two_trainings_never_share_a_folder(workdir, cache_dir):
     saver = checkpoint.Saver(str(workdir), 3)
-    code, _, err = run("train", *train(workdir, steps=70), cache_dir=cache_dir)
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
     assert code == 1 and "another process trains this run" in err
     saver.close()
-    code, _, err = run("train", *train(workdir, steps=70), cache_dir=cache_dir)
+    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
     assert code == 0, err
 
 
@@ -286,9 +290,9 @@ def test_a_full_disk_surfaces_and_older_checkpoints_stay(uninterrupted, tmp_path
 
 
 def test_without_permission_to_write_the_error_surfaces_at_the_next_step(uninterrupted, tmp_path, cache_dir):
-    workdir = tmp_path / "run"
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     process = Job("train", *train(workdir, steps=100_000), cache_dir=cache_dir, plain_user=True)
-    wait_for_step(process, workdir, 25)
+    wait_for_step(process, workdir, STEPS + 1)
     (workdir / "checkpoints").chmod(0o500)
     _, err = process.communicate(timeout=60)
     (workdir / "checkpoints").chmod(0o700)

@@ -19,7 +19,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
 def test_a_closed_pipe_ends_with_0_and_says_nothing(command):
-    for streams in (1, 2):  # standard output; and standard error too, as in 2>&1 | head
+    # standard output; and standard error too, as in 2>&1 | head, for one command of each front end: that of jobs and that of the wing
+    for streams in (1, 2) if "--help" in command else (1,):
         reader, writer = os.pipe()
         os.close(reader)
         err = writer if streams == 2 else subprocess.PIPE

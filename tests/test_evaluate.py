@@ -32,12 +32,8 @@ from dit_jax.workdir.records import protocol_id
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_dir, cache_dir):
-    path = tmp_path_factory.mktemp("evaluated") / "run"
-    flags = ["--config=configs/digits.py", f"--workdir={path}", *TINY, "--config.train.steps=40"]
-    code, _, err = run("train", *flags, cache_dir=cache_dir)
-    assert code == 0, err
-    return path
+def workdir(uninterrupted, tmp_path_factory):
+    return shutil.copytree(uninterrupted, tmp_path_factory.mktemp("evaluated") / "run")
 
 
 def records(workdir):
@@ -48,7 +44,7 @@ def test_one_record_per_checkpoint_and_protocol(workdir, cache_dir):
     code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
     assert code == 0, err
     first = records(workdir)
-    assert sorted(r["step"] for r in first) == [20, 20, 30, 30, 40, 40]
+    assert sorted(r["step"] for r in first) == [40, 40, 50, 50, 60, 60]
     assert len({(r["step"], r["protocol_id"]) for r in first}) == 6
     code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
     assert code == 0 and records(workdir) == first
@@ -87,7 +83,7 @@ def test_a_record_says_everything(workdir):
 def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
     """Recomputed here one image at a time, without batches, meshes or padding."""
     cfg = read_config(str(workdir))
-    _, params = checkpoint.load(str(workdir), 40)
+    _, params = checkpoint.load(str(workdir), 60)
     images, cond = jax.tree.map(lambda x: x[:21], load_arrays(cfg.data, "test"))
     found = loss.held_out_loss(cfg, params, images, cond, make_mesh(MeshConfig()))
     alone = loss.held_out_loss(cfg, params, *jax.tree.map(lambda x: x[:1], (images, cond)), make_mesh(MeshConfig()))
@@ -112,7 +108,7 @@ def test_the_loss_is_the_mean_over_a_fixed_stratified_set(workdir):
 
 def test_a_diverged_model_is_not_recorded(workdir):
     cfg = read_config(str(workdir))
-    _, params = checkpoint.load(str(workdir), 40)
+    _, params = checkpoint.load(str(workdir), 60)
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     with pytest.raises(UsageError, match="not finite; the run diverged, and nothing is recorded"):
         loss.held_out_loss(cfg, broken, *load_arrays(cfg.data, "test"), make_mesh(MeshConfig()))
@@ -133,7 +129,7 @@ def test_protocols_differ_by_ema_buckets_and_seed(workdir):
 
 def drawn(workdir, sampler="ddpm", batch_size=16, num=20, devices=8, **changes):
     cfg = read_config(str(workdir))
-    _, params = checkpoint.load(str(workdir), 40)
+    _, params = checkpoint.load(str(workdir), 60)
     settings = SampleConfig(sampler=sampler, steps=4, guidance=2.0, batch_size=batch_size, **changes)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     batches = list(draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh).images(params, 7, num))
@@ -196,7 +192,7 @@ BAD = {
     "guidance": ("sample", ["--guidance=-1"], "sample.guidance: found -1.0, expected a value from 0 to 1000"),
     "steps": ("sample", ["--steps=0"], "sample.steps: found 0, expected at least 1"),
     "labels": ("sample", ["--labels=3,12"], "--labels: found '12', expected class numbers from 0 to 9"),
-    "step": ("sample", ["--step=55"], "found no checkpoint of step 55, expected one of [20, 30, 40]"),
+    "step": ("sample", ["--step=55"], "found no checkpoint of step 55, expected one of [40, 50, 60]"),
     "ending": ("sample", ["--out=grid.png"], "--out: found 'grid.png', expected a name that ends in .npz"),
     "slice": ("sample", ["--slice=v4-8"], "--slice: found it without --check, expected both"),
     "hosts": (
@@ -280,7 +276,7 @@ def test_missing_and_foreign_folders(job, tmp_path, cache_dir):
 def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     """Two processes on one folder: the watcher records the last step and ends; the training is not disturbed."""
     workdir = tmp_path / "live"
-    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=50"]
+    flags = ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, "--config.train.steps=30"]
     training = Job("train", *flags, cache_dir=cache_dir)
     wait_for_step(training, workdir, 1)
     code, _, err = run(
@@ -290,7 +286,7 @@ def test_watch_follows_a_run_that_is_still_training(tmp_path, cache_dir):
     _, training_err = training.communicate(timeout=60)
     assert training.returncode == 0, training_err
     steps = [record["step"] for record in records(workdir)]
-    assert steps[-1] == 50 and steps == sorted(set(steps))
+    assert steps[-1] == 30 and steps == sorted(set(steps))
 
 
 def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):
@@ -303,7 +299,7 @@ def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):
 def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
-    _, params = checkpoint.load(str(workdir), 40)
+    _, params = checkpoint.load(str(workdir), 60)
     images, cond = jax.tree.map(lambda x: x[:41], load_arrays(cfg.data, "test"))
     found = []
     for batch_size, devices in ((128, 1), (1, 1), (20, 8)):
@@ -315,7 +311,7 @@ def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
 
 def copy_of(workdir, folder):
     """The run without its records."""
-    shutil.copytree(workdir, folder / "run", ignore=shutil.ignore_patterns("eval", "20", "30"))
+    shutil.copytree(workdir, folder / "run", ignore=shutil.ignore_patterns("eval", "40", "50"))
     return folder / "run"
 
 
@@ -428,35 +424,35 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_evaluated(workdir, tmp
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     workdir = tmp_path / "run"
     biggest = max(
-        (p for p in (workdir / "checkpoints" / "30" / "ema").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+        (p for p in (workdir / "checkpoints" / "50" / "ema").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
     )
     data = bytearray(biggest.read_bytes())
     data[len(data) // 2] ^= 1
     biggest.write_bytes(data)
     for arguments in ([], ["--watch"]):
         code, _, err = run("evaluate", f"--workdir={workdir}", *arguments, cache_dir=cache_dir)
-        assert code == 1 and "checkpoints/30" in err and "it is not recorded for step 30" in err, err
-        assert err.strip().splitlines()[-1].startswith("error: step 30: not all evaluated")
-        assert [r["step"] for r in records(workdir)] == [20, 40]
+        assert code == 1 and "checkpoints/50" in err and "it is not recorded for step 50" in err, err
+        assert err.strip().splitlines()[-1].startswith("error: step 50: not all evaluated")
+        assert [r["step"] for r in records(workdir)] == [40, 60]
 
 
 def test_a_diverged_checkpoint_is_named_and_the_others_are_scored(workdir, tmp_path, cache_dir, monkeypatch, capsys):
-    """The weights of step 30 are made NaN as they are loaded."""
+    """The weights of step 50 are made NaN as they are loaded."""
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     load = checkpoint.load
 
     def broken(path, step, *rest):
         model, params = load(path, step, *rest)
-        return model, jax.tree.map(lambda leaf: leaf * np.nan, params) if step == 30 else params
+        return model, jax.tree.map(lambda leaf: leaf * np.nan, params) if step == 50 else params
 
     monkeypatch.setattr(checkpoint, "load", broken)
     cfg = read_config(str(tmp_path / "run"))
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=70, loss=False, bootstrap=0))
-    with pytest.raises(JobError, match="step 30: not all evaluated"):
+    with pytest.raises(JobError, match="step 50: not all evaluated"):
         evaluate_run(cfg, str(tmp_path / "run"), quiet=True)
-    assert [r["step"] for r in records(tmp_path / "run")] == [20, 40]
+    assert [r["step"] for r in records(tmp_path / "run")] == [40, 60]
     said = capsys.readouterr().err
-    assert "checkpoints/30: ema, euler 4, guidance 2: samples 0 to" in said and "it is not recorded for step 30" in said
+    assert "checkpoints/50: ema, euler 4, guidance 2: samples 0 to" in said and "it is not recorded for step 50" in said
 
 
 def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):

@@ -20,9 +20,12 @@ def saving(workdir):
     return root.is_dir() and any(checkpoint.SAVING in name for name in os.listdir(root))
 
 
-def wait_to_kill(process, workdir, rng):
-    """Wait for a random moment of one of three kinds; returns its name, or None if the run ended before."""
-    kind = rng.choice(["any time", "between saves", "in a save"])
+KINDS = ("any time", "between saves", "in a save")
+
+
+def wait_to_kill(process, workdir, rng, kinds=KINDS):
+    """Wait for a random moment of one of these kinds; returns its name, or None if the run ended before."""
+    kind = rng.choice(kinds)
     delay = rng.uniform(0, 4.0) if kind == "any time" else rng.uniform(0, 0.15)
     reached = steps_logged(workdir)
     goal = {"any time": lambda: True, "between saves": lambda: steps_logged(workdir) > reached}
@@ -64,7 +67,7 @@ def torture(kills, uninterrupted, folder, cache_dir):
     while sum(counts.values()) < kills or most < 2 or unfinished < 1:
         before = written(workdir)
         process = Job("train", *train(workdir), cache_dir=cache_dir)
-        kind = wait_to_kill(process, workdir, rng)
+        kind = wait_to_kill(process, workdir, rng, KINDS if sum(counts.values()) < kills else KINDS[2:])
         if kind:
             process.send_signal(signal.SIGKILL)
             while process.poll() is None:

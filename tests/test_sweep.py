@@ -1,6 +1,5 @@
-"""The sweep: a small ladder end to end, a cell that fails, a worker that dies, and a second run that finds all done.
-
-And the same ladder with one run per size (sweep.curves), and cells that are scored by their samples (sweep.samples).
+"""The sweep: a small ladder with one run per size (sweep.curves) end to end, a cell that fails, a worker that dies, and a second
+run that finds all done. And one run per size and budget, and cells that are scored by their samples (sweep.samples).
 """
 
 import contextlib
@@ -68,9 +67,10 @@ def test_cells_spend_their_budget_with_one_aspect_ratio(tmp_path):
 
 
 def few():
-    """The same with two budgets: seven cells, the largest width once."""
+    """The same with two budgets and one run per size: four cells, the largest width for one budget only."""
     c = small()
-    c.sweep.update(budgets=BUDGETS, windows=((0, 3), (0, 4)))
+    c.eval.update(guidance=(1.0, 2.0), bootstrap=0)
+    c.sweep.update(budgets=BUDGETS, windows=((0, 3), (0, 4)), curves=True)
     return c
 
 
@@ -104,8 +104,8 @@ def test_a_failed_cell_costs_the_others_nothing(swept):
     (failed,) = [cell for cell in ladder.make_cells(cfg, str(workdir)) if cell.cfg.model.width == 16]
     assert f"error: 1 cell(s) failed: {failed.name}; the same command tries them again" in said
     assert os.listdir(failed.workdir) == ["thesis.txt"]
-    runs = load_runs([str(workdir)])
-    assert len(runs) == 6
+    runs = load_runs([str(workdir / "cells")], curves=True)
+    assert len(runs) == 6 and len({run.name for run in runs}) == 3
     for found in runs:
         assert 0 < found.loss < 3 and found.loss_se > 0
 
@@ -125,6 +125,7 @@ def test_the_loop_is_closed(swept):
     assert (workdir / "extrapolation" / name / "samples" / "grid-euler4-guidance2-2.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_everything_done(swept, capsys):
     cfg, workdir, _ = swept
     before = {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
@@ -133,7 +134,7 @@ def test_a_second_run_finds_everything_done(swept, capsys):
     assert before == {p: p.read_bytes() for p in workdir.rglob("records.jsonl")}
     assert metrics == {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
     said = capsys.readouterr()
-    assert "6 of 7 cells are finished" in said.err
+    assert "3 of 4 cells are finished" in said.err
     assert "Laws of compute" in said.out and str(workdir / "report.html") in said.out
 
 
@@ -177,9 +178,8 @@ def test_no_budgets_and_too_small_budgets(tmp_path):
 
 
 def by_curves(curves=True, **changes):
-    """The ladder's first three sizes, with one run per size."""
+    """The ladder's first three sizes alone."""
     c = few()
-    c.eval.update(guidance=(1.0, 2.0), bootstrap=0)
     c.sweep.update(windows=((0, 3), (0, 3)), extrapolate=0.0, curves=curves)
     c.sweep.update(changes)
     return c
@@ -200,15 +200,12 @@ def train_cell(name, workdir, folder, cache_dir, *more):
 
 @pytest.fixture(scope="module")
 def curves(swept, tmp_path_factory, cache_dir):
-    """The ladder with one run per size."""
-    folder, cfg = tmp_path_factory.mktemp("curves"), resolve(by_curves())
-    workdir = folder / "sweep"
+    """The ladder without what failed and what lies beyond it, as a sweep of its own."""
+    cfg, workdir = resolve(by_curves()), tmp_path_factory.mktemp("curves") / "sweep"
     ladder.prepare(cfg, str(workdir))
+    shutil.copytree(swept[1] / "cells", workdir / "cells", ignore=shutil.ignore_patterns("w16-d4"))
     (workdir / "compiled").symlink_to(cache_dir)
-    cells = ladder.make_cells(cfg, str(workdir))
-    for cell in cells:
-        train_cell(cell.name, workdir, folder, cache_dir)
-    return cfg, workdir, cells
+    return cfg, workdir, ladder.make_cells(cfg, str(workdir))
 
 
 def test_a_size_is_trained_once_as_far_as_its_largest_budget(curves):
@@ -221,11 +218,17 @@ def test_a_size_is_trained_once_as_far_as_its_largest_budget(curves):
     assert sum(cell.budget for cell in apart) == 3 * sum(BUDGETS)
 
 
-def test_the_loss_at_a_budget_is_that_of_a_separate_run(curves, swept):
-    """Bit for bit, for all six pairs of size and budget: same weights, same loss, same FLOPs."""
-    cfg, workdir, _ = swept
-    one, other = records_of(ladder.make_cells(cfg, str(workdir))), records_of(curves[2])
-    assert len(one) == 6 and one.keys() == other.keys()
+@pytest.mark.parametrize("names", [("C2.00e08-w12-d3",), pytest.param(None, marks=pytest.mark.slow)])
+def test_the_loss_at_a_budget_is_that_of_a_separate_run(names, curves, tmp_path, cache_dir):
+    """Bit for bit: same weights, same loss, same FLOPs. One pair of size and budget; all six in the slow case."""
+    cfg, workdir = resolve(by_curves(curves=False)), tmp_path / "apart"
+    ladder.prepare(cfg, str(workdir))
+    (workdir / "compiled").symlink_to(cache_dir)
+    cells = [cell for cell in ladder.make_cells(cfg, str(workdir)) if names is None or cell.name in names]
+    for cell in cells:
+        train_cell(cell.name, workdir, tmp_path, cache_dir, "--config.sweep.curves=False")
+    one, other = records_of(cells), records_of(curves[2])
+    assert len(one) == len(names or range(6)) and one.keys() <= other.keys() and len(other) == 6
     for at, record in one.items():
         for field in ("metrics", "weights_sha256", "flops_train", "images_seen", "protocol_id"):
             assert record[field] == other[at][field], at
@@ -252,7 +255,9 @@ def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cac
     workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
     for path in Path(workdir).rglob("records.jsonl"):
         path.write_text("".join(json.dumps(planted(json.loads(line))) + "\n" for line in path.read_text().splitlines()))
+    before = {p: p.read_bytes() for name in ("records.jsonl", "metrics.jsonl") for p in Path(workdir).rglob(name)}
     assert ladder.run(cfg, workdir) == []
+    assert len(before) == 6 and all(p.read_bytes() == found for p, found in before.items())
     said = capsys.readouterr()
     assert "3 of 3 cells are finished" in said.err and "Laws of compute" in said.out
     further = {"budgets": (*BUDGETS, 9e8), "windows": ((0, 3), (0, 3), (2, 3))}

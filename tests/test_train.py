@@ -64,17 +64,6 @@ def test_every_program_is_compiled_once(uninterrupted):
     check_compilations(uninterrupted.parent / "compilations", uninterrupted, 0)
 
 
-def test_a_resumed_run_compiles_every_program_once(uninterrupted, tmp_path, cache_dir):
-    workdir, noted = tmp_path / "run", tmp_path / "compilations"
-    shutil.copytree(uninterrupted, workdir)
-    for step in (50, 60):
-        shutil.rmtree(checkpoint.path_of(str(workdir), step))
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir, environment={"COMPILATIONS": str(noted)})
-    assert code == 0, err
-    assert saved(workdir, STEPS)["data"]["next_index"] == STEPS
-    check_compilations(noted, workdir, 40)
-
-
 @pytest.mark.slow
 def test_a_run_can_be_extended_when_its_schedule_is_constant(uninterrupted, tmp_path, cache_dir):
     workdir = tmp_path / "extended"
@@ -134,16 +123,6 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(case, tmp_path, data_d
     assert not workdir.exists()
 
 
-def test_a_second_start_finds_its_compiled_programs(tmp_path, cache_dir):
-    kept, found = tmp_path / "kept", []
-    for start in ("a", "b"):
-        flags = train(tmp_path / start, f"--compilation_cache={kept}", steps=1)
-        code, _, err = run("train", *flags, cache_dir=cache_dir)
-        assert code == 0, err
-        found.append({path.name for path in kept.iterdir() if not path.name.endswith("-atime")})
-    assert found[0] == found[1] and any(name.startswith("jit_step-") for name in found[0])
-
-
 def test_another_config_for_a_folder_is_refused_and_nothing_is_lost(uninterrupted, cache_dir):
     before = (uninterrupted / "config.json").read_bytes()
     code, _, err = run("train", *train(uninterrupted, "--config.optim.learning_rate=0.5"), cache_dir=cache_dir)
@@ -175,20 +154,30 @@ def test_a_run_does_not_go_on_with_other_records_of_the_same_name(uninterrupted,
     assert saved(workdir)["data"]["next_index"] == STEPS
 
 
-def test_what_a_kill_at_the_start_left_is_no_foreign_folder(tmp_path, cache_dir):
-    (tmp_path / "config.json.tmp123").write_text("{")
-    code, _, err = run("train", *train(tmp_path, steps=2), cache_dir=cache_dir)
+def check_a_second_start(workdir, flags, kept, cache_dir):
+    """That it finds its compiled programs; what a kill at the start left in its folder makes the folder no foreign one."""
+    before = programs(kept)
+    workdir.mkdir()
+    (workdir / "config.json.tmp123").write_text("{")
+    code, _, err = run("train", *train(workdir, *flags, steps=20), cache_dir=cache_dir)
     assert code == 0, err
+    assert programs(kept) == before and any(name.startswith("jit_step-") for name in before)
+
+
+def programs(folder):
+    return {path.name for path in folder.iterdir() if not path.name.endswith("-atime")}
 
 
 def test_the_paper_s_process_trains_evaluates_and_samples(tmp_path, data_dir, cache_dir):
     """DDPM with learned variance, cosine decay, accumulation and guidance on three channels, through the jobs."""
     flags = ["--config.diffusion.process=ddpm", "--config.model.learn_sigma=True", "--config.optim.accumulate=2"]
     flags += ["--config.optim.schedule=cosine", "--config.sample.sampler=ddpm", "--config.sample.channels=first3"]
-    workdir = tmp_path / "ddpm"
+    workdir, kept = tmp_path / "ddpm", tmp_path / "kept"
+    flags.append(f"--compilation_cache={kept}")
     noted = {job: {"COMPILATIONS": str(tmp_path / job)} for job in ("train", "evaluate", "sample")}
     code, _, err = run("train", *train(workdir, *flags, steps=20), cache_dir=cache_dir, environment=noted["train"])
     assert code == 0, err
+    check_a_second_start(tmp_path / "again", flags, kept, cache_dir)
     lines = scalars(workdir)
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["mse"] + lines[-1]["vb"], rel=1e-5)
     assert lines[-1]["learning_rate"] < 0.1 * lines[5]["learning_rate"]

@@ -219,10 +219,9 @@ def restore(workdir: str, step: int, like: dict, model: ModelConfig) -> tuple[di
     at = path_of(workdir, step)
     check_model(at, model)
     with slow(at, "restoring"), freed_at_once():
-        for name, tree in like.items():
-            check_tree(at, name, tree)
+        stored = {name: check_tree(at, name, tree) for name, tree in like.items()}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        with _reader(ocp.CompositeCheckpointHandler(**dict.fromkeys(like, frugal(at, like)))) as reader:
+        with _reader(ocp.CompositeCheckpointHandler(**dict.fromkeys(like, frugal(stored, like)))) as reader:
             found = reader.restore(at, args=ocp.args.Composite(**arguments))
     return {name: found[name] for name in like}, _read_values(at, "data")
 
@@ -248,8 +247,8 @@ def load(
     check_model(at, model)
     like = place(jax.eval_shape(lambda: dit.init(model, random_key(0))))
     with agreed(), slow(at, "reading"), freed_at_once(), told_to_others(at):
-        check_tree(at, item, like)
-        with _reader(frugal(at, {item: like})) as reader:
+        stored = check_tree(at, item, like)
+        with _reader(frugal({item: stored}, {item: like})) as reader:
             return model, reader.restore(os.path.join(at, item), like)
 
 

@@ -24,24 +24,21 @@ CHUNK = 8 << 20  # largest block of an array in a file, bytes: what a reader of 
 IN_FLIGHT = 1 / 20  # part of a process's share of the state that a restore may have on the way; each byte takes up to 3
 
 
-def check_tree(at: str, item: str, like) -> None:
-    """Raises UsageError naming leaves that are missing, unknown, or differ in shape or dtype from `like`."""
+def check_tree(at: str, item: str, like) -> dict:
+    """Maps paths to the stored arrays' metadata. Raises UsageError naming leaves that are missing, unknown, or unlike `like`."""
     if not is_folder(os.path.join(at, item)):
         raise UsageError(f"{os.path.join(at, item)}: missing, expected the item {item!r} of a checkpoint")
-    found, wanted = leaves(_stored(at, item)), leaves(like)
+    stored = ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree
+    found, wanted = leaves(stored), leaves(like)
     names = [n for n in {**wanted, **found} if found.get(n) != wanted.get(n)]
     if names:
         shown = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
         raise UsageError(f"{os.path.join(at, item)}: other leaves than the config's model has: {few(shown)}")
+    return _named(stored)
 
 
 def in_chunks(tree) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(tree, jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK), tree))
-
-
-def _stored(at: str, item: str):
-    """Return the metadata of an item's arrays, as a tree."""
-    return ocp.StandardCheckpointHandler().metadata(epath.Path(at) / item).tree
 
 
 def _named(tree) -> dict:
@@ -55,16 +52,18 @@ def leaves(tree) -> dict[str, str]:
     return {path: f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in _named(tree).items()}
 
 
-def frugal(at: str, like: dict) -> ocp.StandardCheckpointHandler:
-    """Return a reader with at most IN_FLIGHT of this process's share on the way, and always room for the largest read."""
+def frugal(stored: dict, like: dict) -> ocp.StandardCheckpointHandler:
+    """Return a reader with at most IN_FLIGHT of this process's share on the way, and always room for the largest read.
+
+    `stored`, `like`: by item, what `check_tree` found and the abstract arrays.
+    """
     share, largest = 0, 0
     for item, tree in like.items():
-        stored = _named(_stored(at, item))
         for path, leaf in _named(tree).items():
             part, size = leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
             share += size * math.prod(part) * len(leaf.sharding.addressable_devices)
             # whole chunks are read; parts that neither divide nor are divided by them may touch one more
-            sides = zip(part, stored[path].storage.chunk_shape, strict=True)
+            sides = zip(part, stored[item][path].storage.chunk_shape, strict=True)
             touched = [-(-p // c) * c + (c if p % c and c % p else 0) for p, c in sides]
             largest = max(largest, size * math.prod(touched))
     return ocp.StandardCheckpointHandler(restore_concurrent_gb=max(IN_FLIGHT * share, largest + 1) / 1e9)

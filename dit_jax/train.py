@@ -7,7 +7,7 @@ from absl import flags
 
 from dit_jax.config import Config, resolve
 from dit_jax.job import compiled, hosts
-from dit_jax.job.check import Slice
+from dit_jax.job.check import Slice, reachable
 from dit_jax.job.launch import launch
 from dit_jax.workdir.goodput import process_start
 
@@ -18,6 +18,10 @@ def check(cfg: Config, slice_: Slice | None) -> None:
     from dit_jax.diffusion.task import make_task
 
     make_task(cfg)
+    if cfg.data.encode == "in_step" and (not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder)):
+        from dit_jax.networks.autoencoder import follow_latents
+
+        follow_latents(cfg)
     if cfg.train.evaluate_every:
         from dit_jax.evaluation.protocol import check_config
 

@@ -9,20 +9,27 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dit_jax.config import AutoencoderConfig, Config
+from dit_jax.config import Config
 from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.data.latent_writer import Hosts, write_latents
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.pipeline import CHUNK, in_order
 from dit_jax.data.posterior import deviations
-from dit_jax.data.source import Source, bad_records, open_source
+from dit_jax.data.source import Source, bad_records
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.devices.processes import agree, agreed, by_leader, check_folder, compare, leader, of_all
 from dit_jax.error import Interrupted, UsageError
 from dit_jax.files import base, exists
 from dit_jax.log import drawing_progress, say, warn
 from dit_jax.models import vae
-from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encoder, open_autoencoder
+from dit_jax.networks.autoencoder import (
+    Autoencoder,
+    images_at_once,
+    make_encoder,
+    open_autoencoder,
+    own_normalisation,
+)
+from dit_jax.networks.in_step import open_images
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,10 @@ def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
             "--autoencoder: not given, expected a folder that `python -m dit_jax.convert --source=sd-vae` wrote"
         )
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents=""))
-    autoencoder, default = open_autoencoder(cfg), AutoencoderConfig()
-    if (cfg.autoencoder.scale, cfg.autoencoder.shift) == (default.scale, default.shift):
-        by = autoencoder.cfg
-        if not (by.scale or whiten):
-            found = f"found none for {cfg.autoencoder.folder!r}, whose file did not say it"
-            raise UsageError(f"autoencoder.scale: {found}; give --config.autoencoder.scale and shift, or --whiten")
-        own = vae.Normalisation(by.shift, by.scale or default.scale[0])
-        autoencoder = dataclasses.replace(autoencoder, normalisation=own)
+    autoencoder = open_autoencoder(cfg)
+    if autoencoder.cfg.scale or not whiten:
+        by = own_normalisation(cfg.autoencoder, autoencoder.cfg)
+        autoencoder = dataclasses.replace(autoencoder, normalisation=by)
     return Job(cfg, autoencoder, dtype, whiten)
 
 
@@ -79,7 +82,10 @@ def encode_splits(job: Job, out: str, splits: list[str], shard_bytes: int, stop:
     """
     first = job.cfg.data.split
     with agreed():
-        sources = {split: _open_images(job, split) for split in sorted(dict.fromkeys(splits), key=lambda s: s != first)}
+        sources = {
+            split: open_images(job.cfg, job.autoencoder.cfg, split)
+            for split in sorted(dict.fromkeys(splits), key=lambda s: s != first)
+        }
     found = {f"{split}: {name}": value for split in sources for name, value in sources[split].identity.items()}
     compare(of_all(found | {"autoencoder: sha256": job.autoencoder.sha256}), "give every host the same data")
     check_folder(out, "--out")
@@ -215,17 +221,6 @@ def _watched(batches: Iterator, rounds: int, go_on: Callable[[], None], report: 
         yield (batch := next(batches, (np.zeros(0, bool), np.zeros((0, 1, 1, 1)), {})))
         done += len(batch[0])
         report(done)
-
-
-def _open_images(job: Job, split: str) -> Source:
-    """Open images. Raises UsageError if that fails, or the autoencoder expects another number of channels."""
-    source, channels = open_source(job.cfg.data, split), job.autoencoder.cfg.channels
-    if source.image_shape[-1] != channels:
-        name = job.cfg.data.folder or job.cfg.data.dataset
-        found = f"found {name!r} with images of {source.image_shape[-1]} channels"
-        expected = f"expected {channels}, as the autoencoder {job.cfg.autoencoder.folder!r} has"
-        raise UsageError(f"{source.key}: {found}, {expected}")
-    return source
 
 
 def _normalisation(job: Job, out: str, held: dict[str, LatentInfo], splits: list[str]) -> vae.Normalisation:

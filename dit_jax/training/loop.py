@@ -213,7 +213,6 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
     encoder = encoder_of(batches.source, mesh)
     program, meta = make_train_step(cfg, mesh, encoder), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
-
     step = lambda state, batch: program(state, batch, *encoder.weights)  # noqa: E731
 
     def save() -> None:

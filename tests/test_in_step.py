@@ -12,6 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from job import run
 from runs import saved, scalars, train
+from test_hosts import STEPS, train_on
 
 from dit_jax import checkpoint
 from dit_jax.config import (
@@ -144,7 +145,8 @@ def test_the_encoder_is_an_argument_of_the_step_and_no_part_of_its_state(network
     assert len(jax.tree.leaves(one.in_avals)) == len(jax.tree.leaves((state, batch, encoder.weights)))
     assert "decoder" not in encoder.weights[0] and all(w.is_fully_replicated for w in jax.tree.leaves(encoder.weights))
     state = make_state(cfg, mesh_of(cfg))
-    assert find_layer(cfg, state, batch, encoder).startswith("all numbers are finite now; the largest gradient")
+    batch["image"]["pixels"][3] = np.nan
+    assert find_layer(cfg, state, batch, encoder) == "the first output that is not finite is that of the encoder"
 
 
 def macs(jaxpr):
@@ -294,7 +296,7 @@ def test_an_absent_encoder_has_the_sizes_of_stable_diffusions(capsys):
     assert found.arguments[1]["image"]["noise"].shape == (16, 32, 32, 4)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found.arguments[2])) == 34_163_664
     with pytest.raises(
-        UsageError, match=r"autoencoder.folder: found none for latents of side 32 of images of 512 pixels"
+        UsageError, match=r"autoencoder.folder: found no '/nowhere' here for latents of side 32 of images of 512 pixels"
     ):
         autoencoder(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, image_size=512)))
 
@@ -316,3 +318,24 @@ def test_a_benchmark_times_the_step_with_its_encoder(network, tmp_path, cache_di
     found = json.loads(out.read_text())["train"]
     assert found["flops_encoder"] == 64 * 2 * vae.encoder_macs(TINY, 8, 8) and found["sides"]["jax"]["recompiles"] == 0
     assert "model TFLOP/s and MFU leave out the encoder in the step" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_and_score_as_one(network, tmp_path, data_dir, cache_dir):
+    found = {}
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        more = [
+            *MODEL,
+            *DATA,
+            IN_STEP,
+            f"--config.autoencoder.folder={network}",
+            f"--config.train.evaluate_every={STEPS}",
+        ]
+        train_on(count, workdir, cache_dir, *more)
+        record = json.loads((workdir / "eval" / "records.jsonl").read_text())
+        found[count] = [line["loss"] for line in scalars(workdir) if "loss" in line], record
+    np.testing.assert_allclose(found[2][0], found[1][0], rtol=1e-5)
+    assert found[2][1]["protocol"] == found[1][1]["protocol"]
+    np.testing.assert_allclose(found[2][1]["metrics"]["loss"], found[1][1]["metrics"]["loss"], rtol=1e-5)

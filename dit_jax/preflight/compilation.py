@@ -73,8 +73,9 @@ def autoencoder(cfg: Config) -> vae.VAEConfig:
         return find_network(cfg)
     network = vae.VAEConfig(latent_channels=cfg.model.channels)
     if side * network.factor != size:
+        found = f"no {folder!r} here" if folder else "none"
         raise UsageError(
-            f"autoencoder.folder: found none for latents of side {side} of images of {size} pixels, expected one, because "
+            f"autoencoder.folder: found {found} for latents of side {side} of images of {size} pixels, expected one, because "
             f"Stable Diffusion's autoencoder makes a latent of {network.factor} pixels"
         )
     if folder:

@@ -28,6 +28,7 @@ def find_layer(cfg: Config, state: TrainState, batch: dict, encoder: StepEncoder
         points = objective.draw(model, step_key(cfg, state.step - 1), encoder.apply(batch, *weights))
         noisy, t = process.noise(points["x"], points["t"], points["eps"]), process.model_time(points["t"])
         outputs = dit.activations(model.cfg, params, noisy, t, points["cond"])
+        outputs = [("the encoder", points["x"])] * bool(encoder.weights) + outputs
         names.extend(name for name, _ in outputs)
         _, grads = gradients(objective, model, params, extras, points, cfg.optim.accumulate)
         return [jnp.isfinite(x).all() for _, x in outputs], jax.tree_util.tree_map_with_path(_norms, grads)

@@ -23,9 +23,7 @@ class DataConfig:
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
     latents: str = ""  # folder written by `encode`, with one folder of latents per split; "" = images
-    encode: str = (
-        "precomputed"  # precomputed: inputs as stored | in_step: `autoencoder.folder` encodes the images in the step
-    )
+    encode: str = "precomputed"  # precomputed: as stored | in_step: the step encodes images, by `autoencoder.folder`
     skip_bad: int = 0  # malformed records that may be skipped; 0 = the first is an error
 
     def __post_init__(self):

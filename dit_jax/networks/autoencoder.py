@@ -192,10 +192,9 @@ def make_step_encoder(network: vae.VAEConfig, by: vae.Normalisation, encoder: di
         return vae.normalise(by, vae.sample(*posterior, data["noise"]))
 
     def apply(batch: dict, weights: dict) -> dict:
-        rows, split = len(batch["image"]["pixels"]), batch_split(mesh)
-        count = (
-            rows // split // math.gcd(rows // split, AT_ONCE)
-        )  # image i goes to part i mod count, so that none moves
+        rows = len(batch["image"]["pixels"])
+        own = rows // batch_split(mesh)
+        count = own // math.gcd(own, AT_ONCE)  # parts; image i goes to part i mod count, so that it stays on its device
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(rows // count, count, *x.shape[1:]), 1, 0), batch["image"]
         )

@@ -33,6 +33,10 @@ def check(cfg: Config, slice_: Slice | None) -> None:
         from dit_jax.training.init import check_source
 
         check_source(cfg, source, step)
+    if cfg.data.encode == "in_step" and (not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder)):
+        from dit_jax.networks.autoencoder import follow_latents
+
+        follow_latents(cfg)
     if cfg.train.evaluate_every:
         from dit_jax.evaluation.protocol import check_config
 

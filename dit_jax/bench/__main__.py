@@ -38,6 +38,8 @@ def check_peer(module, cfg: Config) -> None:
         raise UsageError(
             f"--peer: found {jax.device_count()} devices, expected one, as the peer takes one (CUDA_VISIBLE_DEVICES=0)"
         )
+    if cfg.data.encode == "in_step":
+        raise UsageError("data.encode: found 'in_step' with --peer, expected 'precomputed': a peer trains on latents")
     module.check(cfg, jax.default_backend())
 
 

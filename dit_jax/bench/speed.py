@@ -18,7 +18,7 @@ from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig, SampleConfig, TrainConfig, model_config
 from dit_jax.devices.mesh import make_mesh, replicated
 from dit_jax.devices.numerics import random_key
-from dit_jax.preflight.compilation import Program, program
+from dit_jax.preflight.compilation import Program, encoder_flops, program
 from dit_jax.training.state import make_state
 
 TARGETS = {"cpu": 0.30}  # share of the peak that training the default model should reach; elsewhere OTHER_TARGET
@@ -42,12 +42,19 @@ def prepared(cfg: Config, job: str) -> Config:
     return cfg if job == "train" else dataclasses.replace(cfg, mesh=MeshConfig())
 
 
-def make_arguments(cfg: Config, job: str, mesh, rows: int) -> tuple:
+def make_arguments(cfg: Config, job: str, mesh, found: Program) -> tuple:
     """Arguments of the job's program. The values of weights and images do not affect the time."""
     if job == "train":
-        return make_state(cfg, mesh), fixed_batch(cfg, mesh)
+        _, batch, *weights = found.arguments
+        drawn, rng = fixed_batch(cfg, mesh), np.random.default_rng(0)
+        if cfg.data.encode == "in_step":
+            drawn["image"], *weights = jax.tree.map(
+                lambda leaf: jax.device_put(rng.normal(size=leaf.shape, scale=0.1).astype(np.float32), leaf.sharding),
+                (batch["image"], *weights),
+            )
+        return make_state(cfg, mesh), drawn, *weights
     params = jax.device_put(bind(cfg.model).init(random_key(0)), replicated(mesh))
-    return params, 0, np.arange(rows, dtype=np.int32)
+    return params, 0, np.arange(found.images, dtype=np.int32)
 
 
 def make_ours(found: Program, job: str, arguments: tuple, names: list[str]) -> Side:
@@ -59,7 +66,7 @@ def make_ours(found: Program, job: str, arguments: tuple, names: list[str]) -> S
         for _ in range(n):
             out = call(*arguments)
             if job == "train":  # the old state was donated
-                arguments = (out[0], arguments[1])
+                arguments = (out[0], *arguments[1:])
         jax.block_until_ready(out)
 
     def memory() -> tuple[int, str]:
@@ -104,7 +111,7 @@ def measure(
     cfg = prepared(cfg, job)
     mesh = make_mesh(cfg.mesh)
     found = program(cfg, job, mesh)
-    arguments = make_arguments(cfg, job, mesh, found.images)
+    arguments = make_arguments(cfg, job, mesh, found)
     size = size or MATRIX.get(jax.default_backend(), OTHER_MATRIX)
     with compilations() as names:
         sides = {"torch": make_theirs(peer, cfg, job, arguments, found.images)} if peer else {}
@@ -129,7 +136,7 @@ def measure(
 
 
 def describe(cfg: Config, job: str, found: Program) -> dict:
-    """The workload, for the report; `flops` and `images` are of one call."""
+    """The workload, for the report; `flops`, `flops_encoder` and `images` are of one call."""
     names = ("width", "depth", "heads", "patch", "tokens", "dtype", "attention", "remat")
     sampling = {name: getattr(cfg.sample, name) for name in ("sampler", "steps", "guidance")}
     return {
@@ -138,6 +145,7 @@ def describe(cfg: Config, job: str, found: Program) -> dict:
         "sampling": sampling if job == "sample" else None,
         "images": found.images,
         "flops": found.flops,
+        "flops_encoder": encoder_flops(cfg) * found.images if job == "train" else 0,
     }
 
 

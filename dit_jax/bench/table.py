@@ -35,6 +35,8 @@ def show_speed(title: str, found: dict) -> None:
     table(("", *sides), zip(rows, *map(_rates, sides.values()), strict=True))
     peak = shown(found["peak_tflops"], _number(found["peak_tflops"]["median"]))
     print(f"MFU is of {peak} TFLOP/s: {found['peak_source']}")
+    if work := found["flops_encoder"]:
+        print(f"model TFLOP/s and MFU leave out the encoder in the step, {work / 1e12:.3g} TFLOP a call")
     if found.get("target"):
         reached = verdict(sides["jax"]["mfu"]["median"] >= found["target"])
         print(f"MFU of jax, target >= {found['target']:.0%}: {reached}")

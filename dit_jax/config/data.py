@@ -27,6 +27,7 @@ class DataConfig:
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
     latents: str = ""  # folder written by `encode`, with one folder of latents per split; "" = images
+    encode: str = "precomputed"  # precomputed: as stored | in_step: the step encodes images, by `autoencoder.folder`
     skip_bad: int = 0  # malformed records that may be skipped; 0 = the first is an error
 
     def __post_init__(self):
@@ -34,6 +35,12 @@ class DataConfig:
         if len(self.dataset) > 200 or not DATASET.fullmatch(self.dataset):
             expected = "a TFDS name: letters, digits and _, then /config and :1.2.3 where it has them"
             raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
+        choice("data.encode", self.encode, ("precomputed", "in_step"))
+        if self.encode == "in_step" and self.latents:
+            expected = (
+                "expected none with data.encode = 'in_step', which encodes images; or set data.encode=precomputed"
+            )
+            raise UsageError(f"data.latents: found {self.latents!r}, {expected}")
         at_least(1, self, "image_size")
         at_least(0, self, "workers", "prefetch", "skip_bad")
         _ = self.parts  # raises for a part that is wrong

@@ -96,10 +96,10 @@ class Batches(Iterator):
         self.iterator.close()
 
 
-def load_arrays(data: DataConfig, split: str, source: Source | None = None) -> tuple[np.ndarray, dict]:
-    """Read a whole split in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...)."""
+def load_arrays(data: DataConfig, split: str, source: Source | None = None, most: int = 0) -> tuple[np.ndarray, dict]:
+    """Read a split, or its first `most` records, in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...)."""
     source = open_source(data, split) if source is None else source
-    return _read_all(source, source.evaluation)
+    return _read_all(source, source.evaluation, most)
 
 
 def in_order(
@@ -139,9 +139,9 @@ def _reader(source: Source, data: DataConfig) -> Callable:
     return lambda indices: jax.tree.map(lambda x: x[indices], whole)
 
 
-def _read_all(source: Source, change: Callable) -> tuple[np.ndarray, dict]:
-    """Read the whole split in record order, applying `change` to the arrays; memory holds it once."""
-    size, whole = len(source), None
+def _read_all(source: Source, change: Callable, most: int = 0) -> tuple[np.ndarray, dict]:
+    """Read the split, or its first `most` records, in order, applying `change` to the arrays; memory holds it once."""
+    size, whole = min(len(source), most or len(source)), None
     for start in range(0, size, CHUNK):
         chunk = np.arange(start, min(start + CHUNK, size))
         arrays, cond = _read(source, chunk)

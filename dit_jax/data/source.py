@@ -37,7 +37,10 @@ class Source(Protocol):
         """Read stored arrays (b, ...) and `cond` at `indices` (b,)."""
 
     def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-        """Return the model's inputs float32 (b, h, w, c); flips and noise depend on (seed, global position (b,)) only."""
+        """Return the model's inputs float32 (b, h, w, c), or arrays (b, ...) that the step makes them of (`networks.in_step`).
+
+        Flips and noise depend on (seed, global position (b,)) only.
+        """
 
     def evaluation(self, arrays: np.ndarray) -> np.ndarray:
         """Return the inputs for scoring, float32 (b, h, w, c), without random draws."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import Source, all_of, open_source
+from dit_jax.data.source import Source, all_of
 from dit_jax.devices.mesh import describe_device
 from dit_jax.devices.numerics import ambient
 from dit_jax.devices.processes import leader
@@ -18,6 +18,7 @@ from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.files import base
+from dit_jax.networks.in_step import encoder_flops, open_splits
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
 from dit_jax.workdir.folder import read_init
 from dit_jax.workdir.records import protocol_id
@@ -88,8 +89,9 @@ class Shared:
     @functools.cached_property
     def held_out(self) -> tuple[Source, tuple]:
         """The held-out split and its arrays (images, cond)."""
-        source = open_source(all_of(self.cfg.data), self.cfg.data.held_out_split)
-        return source, load_arrays(self.cfg.data, self.cfg.data.held_out_split, source)
+        data = all_of(self.cfg.data)
+        (source,) = open_splits(dataclasses.replace(self.cfg, data=data), data.held_out_split)
+        return source, load_arrays(data, data.held_out_split, source, self.cfg.eval.max_images)
 
     @functools.cached_property
     def network(self) -> scores.Network:
@@ -150,6 +152,7 @@ def make_record(
         "flops_train": make_objective(cfg).flops * images,
         **({"init": {key: begun[key] for key in ("run", "step", "flops_train")}} if begun else {}),
         "flops_image": flops.forward_flops(cfg.model),
+        **({"flops_encoder": of * images} if (of := encoder_flops(cfg)) else {}),
         **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,

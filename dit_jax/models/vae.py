@@ -214,6 +214,28 @@ def decode(cfg: VAEConfig, params: dict, latents: jax.Array) -> jax.Array:
     return Decoder(cfg).apply({"params": params["decoder"]}, latents)
 
 
+def sample(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
+    """Draw from the posterior by standard normal noise; all are (b, h, w, z)."""
+    return mean + jnp.exp(log_variance / 2) * noise
+
+
+def encoder_macs(cfg: VAEConfig, height: int, width: int) -> int:
+    """MACs of encoding one image of height x width pixels: convolutions and attention, as `flops` counts a DiT.
+
+    A convolution at n places has 9 n c_in c_out MACs (1 x 1: n c_in c_out), its padding included, and attention 4 n c^2 + 2 n^2 c.
+    """
+    area, c, z, last = height * width, cfg.widths[0], 2 * cfg.latent_channels, len(cfg.widths) - 1
+    macs = 9 * area * cfg.channels * c
+    for i, out in enumerate(cfg.widths):
+        for _ in range(cfg.blocks):
+            macs += area * (9 * c * out + 9 * out * out + (c * out if c != out else 0))
+            c = out
+        area = area if i == last else area // 4
+        macs += 0 if i == last else 9 * area * c * c
+    middle = 4 * 9 * area * c * c + 4 * area * c * c + 2 * area * area * c  # two blocks and the attention between them
+    return macs + middle + 9 * area * c * z + (area * z * z if cfg.quant else 0)
+
+
 def _check(name: str, x: jax.Array, channels: int) -> None:
     if x.ndim != 4 or x.shape[-1] != channels:
         raise UsageError(f"{name}: found shape {x.shape}, expected (b, h, w, {channels})")
@@ -248,15 +270,26 @@ class Normalisation:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def normalise(by: Normalisation, latents: jax.Array) -> jax.Array:
+    """Latents of the diffusion model from those of the autoencoder (b, h, w, z). Raises UsageError on a wrong number of channels."""
+    shift, scale = _rows(by, latents)
+    return (latents - shift) * scale
+
+
 def denormalise(by: Normalisation, latents: jax.Array) -> jax.Array:
     """Latents of the autoencoder from those of the diffusion model (b, h, w, z). Raises UsageError on a wrong number of channels."""
+    shift, scale = _rows(by, latents)
+    return latents / scale + shift
+
+
+def _rows(by: Normalisation, latents: jax.Array) -> list:
+    """Shift and scale, each a number or an array (1, 1, 1, z)."""
     channels, rows = latents.shape[-1], []
     for name, value in (("shift", by.shift), ("scale", by.scale)):
         if isinstance(value, tuple) and len(value) != channels:
             raise UsageError(f"normalisation.{name}: found {len(value)} channels, expected the latents' {channels}")
         rows.append(jnp.asarray(value, latents.dtype).reshape(1, 1, 1, -1) if isinstance(value, tuple) else value)
-    shift, scale = rows
-    return latents / scale + shift
+    return rows
 
 
 def whitening(batches: Iterable) -> Normalisation:

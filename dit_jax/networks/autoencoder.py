@@ -1,14 +1,17 @@
-"""Images to latents and back: a converted autoencoder, compiled for the mesh.
+"""Images to latents and back: a converted autoencoder, compiled for the mesh, or its frozen encoder as a part of a training step.
 
 The notes of a run's training latents set their normalisation, (z - shift) scale. Training copies it to the run's config
-(`follow_latents`) for sampling without the latents; if the latents are present, sampling compares the two.
+(`follow_latents`) for sampling without the latents; if the latents are present, sampling compares the two. The network computes in
+its own dtype, float32, also inside a step of a model in bfloat16, so that latents are the same on each road.
 """
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.error import UsageError
 from dit_jax.files import is_file
 from dit_jax.models import vae
-from dit_jax.networks.folder import load_network
+from dit_jax.networks.folder import load_network, read_meta
 
 AT_ONCE = 4  # images that a device encodes or decodes at a time; one of 512 px takes 134 MB in a widest layer
 
@@ -47,11 +50,29 @@ def normalisation(cfg: AutoencoderConfig) -> vae.Normalisation:
     return vae.Normalisation(shift, scale)
 
 
-def follow_latents(cfg: Config) -> Config:
-    """Set `autoencoder.scale` and `shift` of a run on latents from their notes; other configs are returned as they are.
+def own_normalisation(cfg: AutoencoderConfig, network: vae.VAEConfig) -> vae.Normalisation:
+    """Return the config's normalisation, or the network's own if the config has the defaults. Raises UsageError if that is unknown."""
+    default = AutoencoderConfig()
+    if (cfg.scale, cfg.shift) != (default.scale, default.shift):
+        return normalisation(cfg)
+    if not network.scale:
+        found = f"found none for {cfg.folder!r}, whose file did not say it"
+        raise UsageError(
+            f"autoencoder.scale: {found}; give --config.autoencoder.scale and shift (`encode --whiten` finds them)"
+        )
+    return vae.Normalisation(float(network.shift), float(network.scale))
 
-    Raises UsageError if the config sets other values than the notes, unless both are its defaults.
+
+def follow_latents(cfg: Config) -> Config:
+    """Set `autoencoder.scale` and `shift` of a run on latents from their notes, of one that encodes in the step by `own_normalisation`.
+
+    Other configs are returned as they are. Raises UsageError if the config sets other values than the notes, unless both are its
+    defaults, or if there is no autoencoder to encode by, or it does not fit.
     """
+    if cfg.data.encode == "in_step":
+        by = own_normalisation(cfg.autoencoder, find_network(cfg))
+        taken = {name: _by_channel(getattr(by, name), 1) for name in ("scale", "shift")}
+        return dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, **taken))
     info = _notes_of(cfg)
     if info is None:
         return cfg
@@ -86,20 +107,19 @@ def _by_channel(value: float | tuple, channels: int) -> tuple:
     return values * channels if len(values) == 1 else values
 
 
-def open_autoencoder(cfg: Config) -> Autoencoder | None:
-    """Load the autoencoder of a model of latents; None for a model of pixels.
-
-    Raises UsageError if it does not fit the model, or if `data.latents` are present and normalised otherwise.
-    """
+def find_network(cfg: Config) -> vae.VAEConfig | None:
+    """Read the sizes of the autoencoder of a model of latents; None for a model of pixels. Raises UsageError if it does not fit."""
     folder, model = cfg.autoencoder.folder, cfg.model
     if not folder:
-        if cfg.data.parts[0].latents or model.input_size != cfg.data.image_size:
+        if cfg.data.parts[0].latents or cfg.data.encode == "in_step" or model.input_size != cfg.data.image_size:
+            what = f"for a model of latents of {model.input_size} x {model.input_size}"
+            what = "with data.encode = 'in_step'" if cfg.data.encode == "in_step" else what
             raise UsageError(
-                f"autoencoder.folder: found none for a model of latents of {model.input_size} x {model.input_size}, expected a "
-                "folder that `python -m dit_jax.convert --source=sd-vae` wrote"
+                f"autoencoder.folder: found none {what}, expected a folder that `python -m dit_jax.convert "
+                "--source=sd-vae` wrote"
             )
         return None
-    found, params, meta = load_network(folder, "sd-vae")
+    found = read_meta(folder, "sd-vae")["config"]
     network = vae.VAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
     if cfg.data.image_size % network.factor:
         raise UsageError(
@@ -112,6 +132,17 @@ def open_autoencoder(cfg: Config) -> Autoencoder | None:
             f"autoencoder.folder: {folder!r} makes latents of side {shape[0]} with {shape[1]} channels from images of "
             f"{cfg.data.image_size} pixels, but the model's have side {wanted[0]} and {wanted[1]} channels"
         )
+    return network
+
+
+def open_autoencoder(cfg: Config) -> Autoencoder | None:
+    """Load the autoencoder of a model of latents; None for a model of pixels.
+
+    Raises UsageError if it does not fit the model, or if `data.latents` are present and normalised otherwise.
+    """
+    if (network := find_network(cfg)) is None:
+        return None
+    _, params, meta = load_network(cfg.autoencoder.folder, "sd-vae")
     if (info := _notes_of(cfg)) is not None:
         _check_normalisation(cfg, info)
     return Autoencoder(network, params, normalisation(cfg.autoencoder), meta["sha256"], meta["source"])
@@ -137,6 +168,50 @@ def make_encoder(autoencoder: Autoencoder, mesh) -> Callable[[np.ndarray], jax.A
         return program(params, filled)
 
     return encode
+
+
+class StepEncoder(NamedTuple):
+    """What a training step does first with a batch of data, by default nothing.
+
+    apply(batch, *weights)   the batch that the model sees: `image` (b, h, w, c) and `cond`
+    weights                  frozen arrays on the mesh, or their shapes; arguments of the step, no part of its state
+    """
+
+    apply: Callable = lambda batch: batch
+    weights: tuple = ()
+
+
+def make_step_encoder(network: vae.VAEConfig, by: vae.Normalisation, encoder: dict, mesh) -> StepEncoder:
+    """Return the encoding of a batch whose `image` is {"pixels": (b, H, W, C) in [-1, 1], "noise": standard normals (b, h, w, c)}.
+
+    `encoder`: parameters on the mesh, or their shapes. A device encodes its images at most AT_ONCE at a time, whatever
+    optim.accumulate, so the memory does not grow with the batch.
+    """
+
+    def draw(weights: dict, data: dict) -> jax.Array:
+        posterior = vae.encode(network, weights, data["pixels"])
+        return vae.normalise(by, vae.sample(*posterior, data["noise"]))
+
+    def apply(batch: dict, weights: dict) -> dict:
+        rows = len(batch["image"]["pixels"])
+        own = rows // batch_split(mesh)
+        count = own // math.gcd(own, AT_ONCE)  # parts; image i goes to part i mod count, so that it stays on its device
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(rows // count, count, *x.shape[1:]), 1, 0), batch["image"]
+        )
+        with jax.named_scope("encoder"):
+            latents = jnp.moveaxis(jax.lax.map(lambda part: draw(weights, part), parts), 0, 1)
+        return batch | {"image": latents.reshape(rows, *latents.shape[2:])}
+
+    return StepEncoder(apply, ({"encoder": encoder},))
+
+
+def put_encoder(autoencoder: Autoencoder, mesh) -> dict:
+    """Place the encoder's parameters whole on every device of the mesh, on which each process puts its own copy."""
+    whole = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, whole, leaf.__getitem__), autoencoder.params["encoder"]
+    )
 
 
 def make_decoder(autoencoder: Autoencoder | None, mesh) -> Callable[[np.ndarray], np.ndarray]:

@@ -8,22 +8,29 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from dit_jax.config import AutoencoderConfig, Config
+from dit_jax.config import Config
 from dit_jax.data.latent_notes import NOTES, LatentInfo, read_info
 from dit_jax.data.latent_writer import write_latents
 from dit_jax.data.latents import LatentRecords, open_latents
 from dit_jax.data.pipeline import CHUNK, in_order
 from dit_jax.data.posterior import deviations
 from dit_jax.data.shard_writer import Hosts
-from dit_jax.data.source import Source, open_source
+from dit_jax.data.source import Source
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.devices.processes import agreed, by_leader, check_folder, compare, leader, of_all
 from dit_jax.error import UsageError
 from dit_jax.files import base, exists
 from dit_jax.log import say
 from dit_jax.models import vae
-from dit_jax.networks.autoencoder import Autoencoder, images_at_once, make_encoder, open_autoencoder
+from dit_jax.networks.autoencoder import (
+    Autoencoder,
+    images_at_once,
+    make_encoder,
+    open_autoencoder,
+    own_normalisation,
+)
 from dit_jax.networks.copying import CopyJob, captions_checksum
+from dit_jax.networks.in_step import open_images
 from dit_jax.networks.sharing import check_left_out, without, write_split
 
 DTYPE = "float16"  # by default
@@ -60,13 +67,7 @@ class Job:
 
     def open(self, split: str) -> Source:
         """Open images. Raises UsageError if that fails, or the autoencoder expects another number of channels."""
-        source, channels = open_source(self.cfg.data, split), self.autoencoder.cfg.channels
-        if source.image_shape[-1] != channels:
-            name = self.cfg.data.folder or self.cfg.data.dataset
-            found = f"found {name!r} with images of {source.image_shape[-1]} channels"
-            expected = f"expected {channels}, as the autoencoder {self.cfg.autoencoder.folder!r} has"
-            raise UsageError(f"{source.key}: {found}, {expected}")
-        return source
+        return open_images(self.cfg, self.autoencoder.cfg, split)
 
     def survey(self, out: str, sources: dict[str, Source]) -> tuple[dict, dict[str, str]]:
         """Return scale and shift of the latents to make, and what to say of each split that is done. Raises UsageError."""
@@ -135,14 +136,10 @@ def open_job(cfg: Config, dtype: str, whiten: bool) -> Job | CopyJob:
                 f"{given}: found no --autoencoder, expected one, as it is of latents; or leave {given} out"
             )
         return CopyJob(cfg)
-    autoencoder, default = open_autoencoder(cfg), AutoencoderConfig()
-    if (cfg.autoencoder.scale, cfg.autoencoder.shift) == (default.scale, default.shift):
-        by = autoencoder.cfg
-        if not (by.scale or whiten):
-            found = f"found none for {cfg.autoencoder.folder!r}, whose file did not say it"
-            raise UsageError(f"autoencoder.scale: {found}; give --config.autoencoder.scale and shift, or --whiten")
-        own = vae.Normalisation(by.shift, by.scale or default.scale[0])
-        autoencoder = dataclasses.replace(autoencoder, normalisation=own)
+    autoencoder = open_autoencoder(cfg)
+    if autoencoder.cfg.scale or not whiten:
+        by = own_normalisation(cfg.autoencoder, autoencoder.cfg)
+        autoencoder = dataclasses.replace(autoencoder, normalisation=by)
     return Job(cfg, autoencoder, dtype, whiten)
 
 

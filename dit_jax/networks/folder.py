@@ -49,9 +49,7 @@ def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
 
     Raises UsageError if there is none, it is of another kind, or its weights do not match its meta.
     """
-    meta = read_meta(folder)
-    if meta["kind"] != kind:
-        raise UsageError(f"{folder}: found a network of kind {meta['kind']!r}, expected {kind!r}")
+    meta = read_meta(folder, kind)
     weights = os.path.join(folder, WEIGHTS)
     if not is_file(weights):
         raise UsageError(f"{weights}: missing; convert the network again")
@@ -66,8 +64,8 @@ def load_network(folder: str, kind: str) -> tuple[dict, dict, dict]:
     return meta["config"], _nest(flat, weights), meta
 
 
-def read_meta(folder: str) -> dict:
-    """Read the meta of a network's folder. Raises UsageError if it is invalid."""
+def read_meta(folder: str, kind: str = "") -> dict:
+    """Read the meta of a network's folder. Raises UsageError if it is invalid, or of another kind than stated."""
     path = os.path.join(folder, META)
     try:
         meta = read_json(path)
@@ -78,9 +76,11 @@ def read_meta(folder: str) -> dict:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
     if set(meta) != set(KEYS):
         raise UsageError(f"{path}: found other keys than expected: {', '.join(KEYS)}")
-    for key, kind in KEYS.items():
-        if type(meta[key]) is not kind:
-            raise UsageError(f"{path}: {key}: found a {type(meta[key]).__name__}, expected {kind.__name__}")
+    for key, expected in KEYS.items():
+        if type(meta[key]) is not expected:
+            raise UsageError(f"{path}: {key}: found a {type(meta[key]).__name__}, expected {expected.__name__}")
+    if kind and meta["kind"] != kind:
+        raise UsageError(f"{folder}: found a network of kind {meta['kind']!r}, expected {kind!r}")
     return meta
 
 

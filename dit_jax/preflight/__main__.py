@@ -23,11 +23,14 @@ def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
     """The sizes of fsdp to search. Raises UsageError for an impossible mesh, batch, file or size."""
     from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch
     from dit_jax.preflight import evaluation
+    from dit_jax.preflight.compilation import autoencoder
     from dit_jax.preflight.search import check_sizes
 
     mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
     if job == "train":
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)
+        if cfg.data.encode == "in_step":
+            autoencoder(cfg)
     if job == "evaluate":
         evaluation.check(cfg, values.num or cfg.eval.samples)
     check_json(values.json)

@@ -16,13 +16,18 @@ from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, 
 from dit_jax.devices.rows import drawing_mesh, on_mesh
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
-from dit_jax.log import waiting
+from dit_jax.error import UsageError
+from dit_jax.job.check import reachable
+from dit_jax.log import notice, waiting
+from dit_jax.models import vae
+from dit_jax.networks.autoencoder import StepEncoder, find_network, make_step_encoder, normalisation
 from dit_jax.preflight import hlo
 from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
 from dit_jax.training.state import abstract_batch, abstract_state
 from dit_jax.training.step import make_train_step
 
 FULL = 0.9  # share of a device's memory above which a program counts as one that does not fit
+_once = functools.cache(notice)  # several ask for the autoencoder
 PREALLOCATED = 0.75  # share of a GPU's memory that JAX takes at its start, by default
 
 
@@ -40,14 +45,42 @@ class Program:
 def program(cfg: Config, job: str, mesh) -> Program:
     """The train step, or the sampler of one batch by `cfg.sample`."""
     if job == "train":
-        state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
-        rows, held = cfg.train.batch_size, len(jax.tree.leaves(state))
-        return Program(lambda: make_train_step(cfg, mesh), (state, batch), make_objective(cfg).flops * rows, rows, held)
+        state, batch, encoder = abstract_state(cfg, mesh), abstract_batch(cfg, mesh), StepEncoder()
+        if cfg.data.encode == "in_step":
+            batch["image"], encoder = _encoded(cfg, mesh, batch["image"])
+        rows, held, arguments = cfg.train.batch_size, len(jax.tree.leaves(state)), (state, batch, *encoder.weights)
+        work = make_objective(cfg).flops * rows
+        return Program(lambda: make_train_step(cfg, mesh, encoder), arguments, work, rows, held)
     rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch))
     sampler = functools.partial(make_sampler, cfg.model, make_task(cfg), cfg.sample, mesh)
     return Program(sampler, arguments, image_flops(cfg) * rows, rows)
+
+
+def _encoded(cfg: Config, mesh, latents) -> tuple[dict, StepEncoder]:
+    """The images of a batch that the step encodes to `latents`, which have the shape of the noise, and the encoder."""
+    network, size, rows = autoencoder(cfg), cfg.data.image_size, latents.shape[0]
+    pixels = jax.ShapeDtypeStruct((rows, size, size, network.channels), jnp.float32, sharding=latents.sharding)
+    encoder, by = placed(vae.shapes(network)["encoder"], replicated(mesh)), normalisation(cfg.autoencoder)
+    return {"pixels": pixels, "noise": latents}, make_step_encoder(network, by, encoder, mesh)
+
+
+def autoencoder(cfg: Config) -> vae.VAEConfig:
+    """The sizes of the config's autoencoder, of Stable Diffusion's if it is not here. Raises UsageError if these do not fit the model."""
+    folder, side, size = cfg.autoencoder.folder, cfg.model.input_size, cfg.data.image_size
+    if folder and reachable(folder):
+        return find_network(cfg)
+    network = vae.VAEConfig(latent_channels=cfg.model.channels)
+    if side * network.factor != size:
+        found = f"no {folder!r} here" if folder else "none"
+        raise UsageError(
+            f"autoencoder.folder: found {found} for latents of side {side} of images of {size} pixels, expected one, because "
+            f"Stable Diffusion's autoencoder makes a latent of {network.factor} pixels"
+        )
+    if folder:
+        _once(f"autoencoder.folder: {folder!r} is not on this machine; Stable Diffusion's sizes are taken")
+    return network
 
 
 def placed(shapes, sharding):
@@ -108,6 +141,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Pr
         },
         "fits": None,
         "flops_step": found.flops,
+        "flops_encoder": encoder_flops(cfg) * found.images if job == "train" else 0,
         "collectives": None,
         "collective_seconds": None,
         "compile_seconds": None,
@@ -120,6 +154,12 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Pr
         "suggestion": "",
         "notes": [],
     }
+
+
+def encoder_flops(cfg: Config) -> int:
+    """FLOPs of encoding an image in the step, which those of the step leave out; 0 if it does not."""
+    size = cfg.data.image_size
+    return 2 * vae.encoder_macs(autoencoder(cfg), size, size) if cfg.data.encode == "in_step" else 0
 
 
 def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -> dict:

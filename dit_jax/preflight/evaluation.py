@@ -20,8 +20,18 @@ from dit_jax.evaluation.protocol import samplings
 from dit_jax.evaluation.scores import ROWS, classifier_rows, inception_rows
 from dit_jax.log import say
 from dit_jax.models import classifier, inception, vae
-from dit_jax.networks.autoencoder import images_at_once, normalisation, open_autoencoder
-from dit_jax.preflight.compilation import Program, analysis, measured, missing_time, placed, program, run_costs, weights
+from dit_jax.networks.autoencoder import images_at_once, normalisation
+from dit_jax.preflight.compilation import (
+    Program,
+    analysis,
+    autoencoder,
+    measured,
+    missing_time,
+    placed,
+    program,
+    run_costs,
+    weights,
+)
 from dit_jax.sampling.draw import image_flops
 from dit_jax.training.state import abstract_batch
 
@@ -47,7 +57,7 @@ def check(cfg: Config, num: int) -> None:
         )
     samplings(cfg)
     if num and cfg.model.input_size != cfg.data.image_size:
-        _autoencoder(cfg)
+        autoencoder(cfg)
 
 
 def parts(cfg: Config, mesh, whole, num: int) -> Iterator[Part]:
@@ -60,7 +70,7 @@ def parts(cfg: Config, mesh, whole, num: int) -> Iterator[Part]:
         yield from _draws([dataclasses.replace(cfg, sample=sample) for sample in settings], mesh, num)
         channels = cfg.model.channels
         if cfg.model.input_size != cfg.data.image_size:
-            network = _autoencoder(cfg)
+            network = autoencoder(cfg)
             channels, decoder = network.channels, _decoder(cfg, network, whole)
             yield Part("decode", "latents to images, in float32", decoder, num * len(settings))
         yield _features(cfg, whole, channels, num * len(settings))
@@ -92,22 +102,6 @@ def _compiler(apply: Callable, mesh) -> Callable:
 def _arguments(mesh, params, shape: tuple, dtype) -> tuple:
     rows = placed(jax.ShapeDtypeStruct(shape, dtype), batch_sharding(mesh))
     return placed(params, replicated(mesh)), rows
-
-
-def _autoencoder(cfg: Config) -> vae.VAEConfig:
-    """The sizes of the config's autoencoder, else Stable Diffusion's. Raises UsageError if these do not fit the model."""
-    if cfg.autoencoder.folder:
-        return open_autoencoder(cfg).cfg
-    network, (side, size) = (
-        vae.VAEConfig(latent_channels=cfg.model.channels),
-        (cfg.model.input_size, cfg.data.image_size),
-    )
-    if side * network.factor != size:
-        raise UsageError(
-            f"autoencoder.folder: found none for latents of side {side} of images of {size} pixels, expected one, because "
-            f"Stable Diffusion's autoencoder makes a latent of {network.factor} pixels"
-        )
-    return network
 
 
 def _decoder(cfg: Config, network: vae.VAEConfig, mesh) -> Program:

@@ -75,6 +75,9 @@ def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, pri
     report, tried = inspect(cfg, job, topology, devices), None
     if not report["fits"] and job == "train":
         report["suggestion"], tried = suggest(cfg, topology, devices, report)
+    if job == "train" and cfg.data.encode == "in_step":
+        say("compiling the step on precomputed latents ...")
+        report["precomputed"] = inspect(changed(cfg, {"data.encode": "precomputed"}), job, topology, devices)
     wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else images or cfg.eval.samples
     report["run"] = run_costs(report, wanted, price)
     return report | {"notes": notes(report, topology, wanted, tried)}

@@ -39,12 +39,17 @@ def _lines(report: dict) -> Iterator[tuple[str, str]]:
     again = f"; remat {report['remat']}, accumulate {report['accumulate']}" if report["job"] == "train" else ""
     yield "mesh", mesh + again
     yield "parameters", f"{report['parameters']:,}"
-    yield "FLOPs", f"{report['flops_step']:.4e} for {report['images']:,} images"
+    encoder = f"; without the encoder's {report['flops_encoder']:.4e}" if report["flops_encoder"] else ""
+    yield "FLOPs", f"{report['flops_step']:.4e} for {report['images']:,} images{encoder}"
     yield from _memory(report)
     for name, one in (report["collectives"] or {}).items():
         moved = f"{one['bytes'] / 1e9:9.3f} GB, sent by a device {one['sent'] / 1e9:9.3f} GB"
         yield f"  {name:18}", f"{one['count']:6,} a step, {moved}"
     yield from _speed(report)
+    if other := report.get("precomputed"):
+        yield "beside it", "the same step on precomputed latents, without the encoder"
+        for name, text in (*_memory(other), *_speed(other)):
+            yield f"  {name:10}", text
     yield from _remarks(report)
 
 

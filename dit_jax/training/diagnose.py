@@ -8,11 +8,12 @@ from dit_jax.bind import bind
 from dit_jax.config import Config
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.models import dit
+from dit_jax.networks.autoencoder import StepEncoder
 from dit_jax.training.state import TrainState
 from dit_jax.training.step import gradients, step_key
 
 
-def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
+def find_layer(cfg: Config, state: TrainState, batch: dict, encoder: StepEncoder = StepEncoder()) -> str:
     """Returns a clause that names the layer at fault in the last, skipped step. `state`: after that step; `batch`: its batch.
 
     It names the first layer whose output is not finite; else the last whose gradient is not finite, because the backward pass
@@ -23,16 +24,17 @@ def find_layer(cfg: Config, state: TrainState, batch: dict) -> str:
     model, objective = bind(cfg.model), make_objective(cfg)
     process = objective.process
 
-    def examine(params, extras, batch):
-        points = objective.draw(model, step_key(cfg, state.step - 1), batch)
+    def examine(params, extras, batch, *weights):
+        points = objective.draw(model, step_key(cfg, state.step - 1), encoder.apply(batch, *weights))
         noisy, t = process.noise(points["x"], points["t"], points["eps"]), process.model_time(points["t"])
         outputs = dit.activations(model.cfg, params, noisy, t, points["cond"])
+        outputs = [("the encoder", points["x"])] * bool(encoder.weights) + outputs
         names.extend(name for name, _ in outputs)
         _, grads = gradients(objective, model, params, extras, points, cfg.optim.accumulate)
         return [jnp.isfinite(x).all() for _, x in outputs], jax.tree_util.tree_map_with_path(_norms, grads)
 
     try:
-        finite, norms = jax.device_get(jax.jit(examine)(state.params, state.extras, batch))
+        finite, norms = jax.device_get(jax.jit(examine)(state.params, state.extras, batch, *encoder.weights))
     except jax.errors.JaxRuntimeError as error:  # it keeps every layer's output and may run out of memory
         return f"which layer it is could not be found ({str(error).splitlines()[0][:100]})"
     for name, good in zip(names, finite, strict=True):

@@ -25,7 +25,8 @@ from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.files import is_file, write_file
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
-from dit_jax.networks.autoencoder import follow_latents
+from dit_jax.networks.autoencoder import StepEncoder, follow_latents
+from dit_jax.networks.in_step import encoder_flops, encoder_of, open_splits
 from dit_jax.sampling.label import keep_names
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.grid import make_grid
@@ -84,11 +85,12 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
     Raises UsageError unless they fit the model and share no images, and unless the sampler fits the process.
     """
     data, model = cfg.data, cfg.model
-    source, held_out = sources.open_source(data, data.split), sources.open_source(data, data.held_out_split)
+    source, held_out = open_splits(cfg, data.split, data.held_out_split)
     if source.image_shape[0] == data.image_size == 8 * model.input_size:
         raise UsageError(
             f"data.latents: found none for a model of {model.input_size} x {model.input_size} latents and images of "
-            f"{data.image_size} pixels, expected a folder of latents, or data.image_size = model.input_size to train on pixels"
+            f"{data.image_size} pixels, expected a folder of latents, or data.encode = in_step to encode while training, or "
+            "data.image_size = model.input_size to train on pixels"
         )
     if data.split == data.held_out_split or source.overlaps(held_out):
         raise UsageError(
@@ -225,13 +227,15 @@ def _train(
 
 def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs) -> int:
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
-    step, meta = make_train_step(cfg, mesh), {"model": to_dict(cfg.model), **provenance(), **ambient()}
+    encoder = encoder_of(batches.source, mesh)
+    program, meta = make_train_step(cfg, mesh, encoder), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
+    step = lambda state, batch: program(state, batch, *encoder.weights)  # noqa: E731
 
     def save() -> None:
         nonlocal pending, recent
         outputs.log(pending)
-        _check_streaks(cfg, recent, state, batch)
+        _check_streaks(cfg, recent, state, batch, encoder)
         pending, recent = None, []
         with ledger.spend("save"):
             outputs.flush()
@@ -256,7 +260,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         recent.append((i, scalars))
         stopping = asked_to_stop(i) if jax.process_count() > 1 else bool(stop)
         if i % cfg.train.skips_in_a_row == 0:
-            _check_streaks(cfg, recent[:-1], state, batch)
+            _check_streaks(cfg, recent[:-1], state, batch, encoder)
             recent = recent[-1:]
         due = i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping
         due = due or checkpoint.stays(i, cfg.train.keep_at, cfg.train.keep_every)
@@ -304,19 +308,22 @@ def _reporter(cfg: Config, ledger: Ledger, quiet: bool):
         return lambda step, scalars: {}
     peak, source = peak_flops()
     count, against = flops.parameters(cfg.model), f"{peak / 1e12:.3g} TFLOP/s ({source})"
-    say(f"{count:,} parameters; MFU is against {against}; compiling ...")
+    beside = encoder_flops(cfg)
+    apart = f" and leaves out the encoder's {beside:.3g} FLOPs an image" if beside else ""
+    say(f"{count:,} parameters; MFU is against {against}{apart}; compiling ...")
     step_flops = make_objective(cfg).flops * cfg.train.batch_size
     return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak, lambda: ledger.seconds["evaluation"])
 
 
-def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict) -> None:
+def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict, encoder: StepEncoder) -> None:
     """Raises JobError if too many steps in a row were skipped. `recent`: (step, scalars); `state`, `batch`: of the newest step."""
     streaks = jax.device_get([scalars["streak"] for _, scalars in recent])
     for (step, scalars), streak in zip(recent, streaks, strict=True):
         if streak >= cfg.train.skips_in_a_row:
             values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            layer = find_layer(cfg, state, batch, encoder)
             raise JobError(
-                f"step {step}: {streak} steps in a row were skipped, as {_reason(values)}; {find_layer(cfg, state, batch)}. "
+                f"step {step}: {streak} steps in a row were skipped, as {_reason(values)}; {layer}. "
                 "The state is that of the last good step, and its checkpoints are kept. Look at the data; or train in "
                 "another --workdir with a lower optim.learning_rate, with optim.clip or model.qk_norm; a larger "
                 "train.skips_in_a_row lets this run go on"

@@ -11,6 +11,7 @@ from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, compiler_options, replicated
 from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import Objective, make_objective
+from dit_jax.networks.autoencoder import StepEncoder
 from dit_jax.training.guard import choose, fingerprint, judge
 from dit_jax.training.optim import ema_decay, learning_rate, make_optimizer, update_ema
 from dit_jax.training.state import TrainState, abstract_state
@@ -80,16 +81,17 @@ def step_key(cfg: Config, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(random_key(cfg.train.seed), step)
 
 
-def make_train_step(cfg: Config, mesh) -> Callable:
-    """Compiles `train_step` for a mesh: (state, batch) -> (state, scalars). The old state is donated."""
-    shardings, model = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh)), bind(cfg.model, mesh)
+def make_train_step(cfg: Config, mesh, encoder: StepEncoder = StepEncoder()) -> Callable:
+    """Compiles `train_step` for a mesh: (state, batch, *encoder.weights) -> (state, scalars). The old state is donated."""
+    model, places = bind(cfg.model, mesh), jax.tree.map(lambda leaf: leaf.sharding, encoder.weights)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
 
-    def step(state, batch):
-        return train_step(cfg, model, state, batch)
+    def step(state, batch, *weights):
+        return train_step(cfg, model, state, encoder.apply(batch, *weights))
 
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), *places),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(mesh),

@@ -56,7 +56,7 @@ def _version(name: str) -> str:
 # Keys that a resumed run may change: none of them changes what training computes.
 FREE = (
     "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.folder", "data.latents", "data.cache", "data.workers", "data.prefetch",
-    "data.skip_bad",
+    "data.skip_bad", "autoencoder.folder",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.keep_at", "train.keep_every",
     "train.skips_in_a_row", "train.replay_every", "train.profile", "train.evaluate_every", "train.grid_every", "train.wandb",
     "model.remat", "model.unroll", "model.attention",

@@ -20,7 +20,8 @@ class Source(Protocol):
     """Records of one split, read at random by several threads. Raises UsageError naming a record that cannot be read.
 
     `cond` is a tree of arrays with leading axis b, the conditioning of each image: {"label": int32 (b,)} for class labels, {}
-    without. It is opaque to other rooms.
+    without. It is opaque to other rooms. Pictures of several sizes also have `sizes` and `scaled`, as `tfds.Records` does, for
+    `data.buckets` and `data.crop`.
     """
 
     key: str  # of the config that names the data, for messages

@@ -104,10 +104,30 @@ class Records:
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
         """Read uint8 (b, size, size, c), and {"label": int32 (b,)} or {}. Raises UsageError if a record is malformed."""
-        found = [self._checked(i, record) for i, record in zip(indices.tolist(), self._stored(indices), strict=True)]
-        return np.stack([image for image, _ in found]), {
-            "label": np.array([label for _, label in found], np.int32)
-        } if self.classes else {}
+        shape = (self.size, self.size)
+        images, cond = self.scaled(indices, [shape] * len(indices))
+        return pixels.crops(images, shape), cond
+
+    def scaled(self, indices: np.ndarray, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, dict]:
+        """Read each image scaled to cover its shape (h, w), as an array (b,) of arrays uint8 (H, W, c), and `cond` as `read`."""
+        records = zip(indices.tolist(), self._stored(indices), shapes, strict=True)
+        found, images = [self._checked(*record) for record in records], np.empty(len(indices), object)
+        for i, (image, _) in enumerate(found):
+            images[i] = image
+        return images, {"label": np.array([label for _, label in found], np.int32)} if self.classes else {}
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Read heights and widths (b, 2) as the images stand, encoded ones from their heads. Raises UsageError as `read`."""
+        images = zip(indices.tolist(), (record["image"] for record in self._stored(indices)), strict=True)
+        return np.array(
+            [image.shape[:2] if isinstance(image, np.ndarray) else self._size(i, image) for i, image in images]
+        )
+
+    def _size(self, index: int, encoded: bytes) -> tuple[int, int]:
+        try:
+            return pixels.size_of(encoded)
+        except Exception as error:  # decoders raise any error on bytes that are no image
+            raise UsageError(f"{self.name_of(index)}: cannot read the image's size: {pixels.reason(error)}") from error
 
     def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
         return pixels.to_float(pixels.flip(arrays, positions, seed) if self.flip else arrays)
@@ -175,8 +195,8 @@ class Records:
         with reading(self.where):
             return self.source.__getitems__(indices)
 
-    def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
-        """Decode, check and resize a record: (image, label), label 0 without labels."""
+    def _checked(self, index: int, record: dict, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+        """Decode, check and scale a record: (image that covers `shape`, label), label 0 without labels."""
         where, image, channels = self.name_of(index), record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
             try:
@@ -193,7 +213,7 @@ class Records:
         if not 0 <= label < max(self.classes, 1):
             raise UsageError(f"{where}: found label {label}, expected 0 to {self.classes - 1}")
         try:
-            return pixels.resize(image, self.size), label
+            return pixels.cover(image, shape), label
         except ValueError as error:
             raise UsageError(f"{where}: cannot resize the image: {error}") from error
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
+from dit_jax.data import aspect
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import Source, all_of, open_source
 from dit_jax.devices.mesh import describe_device
@@ -32,10 +33,10 @@ def weights_protocol(cfg: Config) -> dict:
 
 def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
     """Everything that the held-out loss depends on besides the checkpoint; `fixed`: the loss at equidistant t, on which no law acts."""
-    process, data = make_objective(cfg).process, held_out.describe()
+    process, data, buckets = make_objective(cfg).process, held_out.describe(), cfg.data.buckets
     times = {"times_per_image": cfg.eval.times_per_image, "buckets": cfg.eval.buckets}
     return {
-        "data": data | {"image_size": cfg.data.image_size},
+        "data": data | {"image_size": cfg.data.image_size} | ({"buckets": list(buckets)} if buckets else {}),
         **weights_protocol(cfg),
         "held_out": {
             "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
@@ -88,7 +89,7 @@ class Shared:
     def held_out(self) -> tuple[Source, tuple]:
         """The held-out split and its arrays (images, cond)."""
         source = open_source(all_of(self.cfg.data), self.cfg.data.held_out_split)
-        return source, load_arrays(self.cfg.data, self.cfg.data.held_out_split, source)
+        return source, load_arrays(self.cfg.data, self.cfg.data.held_out_split, source, self.cfg.data.buckets)
 
     @functools.cached_property
     def network(self) -> scores.Network:
@@ -129,23 +130,23 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
 
 
 def make_record(
-    cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict, unique: int | None, spent: dict
+    cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict, data: dict, spent: dict
 ) -> dict:
     """The record, one JSON object: the contract between training, evaluation and `dit_jax.scaling`. `weights`: their SHA-256.
 
-    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `unique`: different images in
-    the training data, None if unknown; `spent`: see `goodput.totals`.
+    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `data`: identity of
+    the training data, {} if unknown; `spent`: see `goodput.totals`.
     """
-    images = step * cfg.train.batch_size
+    seen, cost = aspect.seen(data, cfg.train, step), make_objective(cfg).flops
     return {
         "run": base(workdir),
         "step": step,
-        "images_seen": images,
-        "tokens_seen": images * cfg.model.tokens,
-        **({} if unique is None else {"unique_images": unique}),
+        "images_seen": sum(seen.values()),
+        "tokens_seen": sum(images * flops.tokens(cfg.model, shape) for shape, images in seen.items()),
+        **({"unique_images": data["records"]} if "records" in data else {}),
         "params": flops.parameters(cfg.model),
         "params_active": flops.active_parameters(cfg.model),
-        "flops_train": make_objective(cfg).flops * images,
+        "flops_train": sum(images * cost(shape) for shape, images in seen.items()),
         "flops_image": flops.forward_flops(cfg.model),
         **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},

@@ -40,9 +40,11 @@ class Program:
 def program(cfg: Config, job: str, mesh) -> Program:
     """The train step, or the sampler of one batch by `cfg.sample`."""
     if job == "train":
-        state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
+        largest = max(cfg.data.buckets, key=math.prod, default=None)
+        state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh, largest)
         rows, held = cfg.train.batch_size, len(jax.tree.leaves(state))
-        return Program(lambda: make_train_step(cfg, mesh), (state, batch), make_objective(cfg).flops * rows, rows, held)
+        step_flops = make_objective(cfg).flops(largest) * rows
+        return Program(lambda: make_train_step(cfg, mesh), (state, batch), step_flops, rows, held)
     rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch))

@@ -75,6 +75,13 @@ class Pictures(Records):
     def name_of(self, index: int) -> str:
         return os.path.join(self.source.root, self.source.listing.names[self.source.numbers[index]])
 
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """As `Records.sizes`; of picture files on a disk nothing but the heads is read."""
+        paths = [self.name_of(i) for i in indices.tolist()]
+        if remote(self.where) or not all(map(os.path.isfile, paths)):
+            return super().sizes(indices)
+        return np.array([self._size(i, path) for i, path in zip(indices.tolist(), paths, strict=True)])
+
     def overlaps(self, other: "Pictures") -> bool:
         """Return whether two splits of one folder share a record."""
         return bool(np.isin(self.source.numbers, other.source.numbers).any())

@@ -36,12 +36,12 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def size_of(encoded: bytes) -> tuple[int, int]:
-    """Read the height and width of an encoded image as `decode` gives it, without decoding. Raises any error of the decoder.
+def size_of(encoded: bytes | str) -> tuple[int, int]:
+    """Read the height and width of an encoded image, or of that in a file, as `decode` gives it, without decoding.
 
-    An orientation that a PNG states behind its pixels is not seen.
+    Raises any error of the decoder. An orientation that a PNG states behind its pixels is not seen.
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with Image.open(encoded if isinstance(encoded, str) else io.BytesIO(encoded), formats=FORMATS) as image:
         height, width = image.size[::-1]  # Pillow turns TIFF itself, and would decode a PNG to look for an orientation
         known = (
             {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & {*image.info} if image.format == "PNG" else True

@@ -123,7 +123,7 @@ class Records:
             [image.shape[:2] if isinstance(image, np.ndarray) else self._size(i, image) for i, image in images]
         )
 
-    def _size(self, index: int, encoded: bytes) -> tuple[int, int]:
+    def _size(self, index: int, encoded: bytes | str) -> tuple[int, int]:
         try:
             return pixels.size_of(encoded)
         except Exception as error:  # decoders raise any error on bytes that are no image

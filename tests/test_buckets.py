@@ -170,12 +170,15 @@ def test_neither_cache_nor_threads_nor_resuming_change_a_batch(cfg, buckets):
 def test_the_position_keeps_the_number_of_pictures_in_each_bucket(cfg):
     iterator = pipeline.make_batches(cfg.data, batch_size=BATCH, seed=0)
     state = json.loads(json.dumps(iterator.get_state()))
-    assert sum(state["source"]["buckets"].values()) == state["source"]["records"]
+    buckets = state["source"]["buckets"]
+    assert [(h, w) for h, w, _ in buckets] == [*SHAPES]
+    assert sum(count for *_, count in buckets) == state["source"]["records"]
     iterator.set_state(state)
-    state["source"]["buckets"]["8 x 8"] += 1
-    assert error_of(iterator.set_state, state).startswith("data.folder: buckets: found {'8 x 8': ")
-    state["source"]["buckets"] = {"8 x 8": 1}
-    assert "expected {'8 x 8': 1}" in error_of(iterator.set_state, state)
+    expected = aspect.seen(state["source"], cfg.train, 5)
+    assert expected == dict(zip(SHAPES, Schedule(iterator.buckets.counts, BATCH, cfg.train.seed).seen(5), strict=True))
+    state["source"]["buckets"] = [[8, 8, 1]]
+    message = error_of(iterator.set_state, state)
+    assert message.startswith(f"data.folder: buckets: found {buckets}, expected [[8, 8, 1]], as in the data")
 
 
 # ---- scaling and cropping

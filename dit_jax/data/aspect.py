@@ -94,13 +94,13 @@ class Buckets:
         ordered = np.concatenate([_order(self, bucket, epoch, seed) for epoch in epochs])
         return ordered[examples - epochs[0] * count], self.shapes[bucket]
 
-    def describe(self) -> dict:
-        """Return JSON: the number of records in each bucket, by its shape. See `seen`."""
-        return {f"{h} x {w}": count for (h, w), count in zip(self.shapes, self.counts, strict=True)}
+    def describe(self) -> list[list[int]]:
+        """Return JSON: [h, w, records] of each bucket, in order, which `seen` reads."""
+        return [[*shape, count] for shape, count in zip(self.shapes, self.counts, strict=True)]
 
     def introduce(self, batch: int) -> None:
         """Log the buckets at the start of a job, and warn of those with fewer records than a batch."""
-        say(f"data.buckets: {', '.join(f'{shape}: {count:,}' for shape, count in self.describe().items())}")
+        say(f"data.buckets: {', '.join(f'{h} x {w}: {count:,}' for h, w, count in self.describe())}")
         for shape, count in zip(self.shapes, self.counts, strict=True):
             if count < batch:
                 what = (
@@ -142,7 +142,7 @@ def open_buckets(source, shapes: tuple[Shape, ...]) -> Buckets:
 
 def seen(identity: dict, train: TrainConfig, steps: int) -> dict[Shape | None, int]:
     """Images of each shape in the first steps of a training, by the `identity` of its data; without buckets all are of None."""
-    counts = {tuple(map(int, name.split(" x "))): count for name, count in identity.get("buckets", {}).items()}
+    counts = {(h, w): count for h, w, count in identity.get("buckets", ())}
     if not counts:
         return {None: steps * train.batch_size}
     found = Schedule(tuple(counts.values()), train.batch_size, train.seed).seen(steps)

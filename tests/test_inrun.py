@@ -63,7 +63,7 @@ def state_on(mesh):
 
 
 def score_on(mesh, workdir, state, stop=(), cfg=CFG, **options):
-    return make_scores(cfg, str(workdir), mesh, 1442, list(stop), Ledger("train", 0.0), quiet=True)(4, state, **options)
+    return make_scores(cfg, str(workdir), mesh, {"records": 1442}, list(stop), Ledger("train", 0.0), quiet=True)(4, state, **options)
 
 
 @pytest.fixture(scope="module")

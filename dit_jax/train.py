@@ -1,23 +1,38 @@
 """Train a DiT: `python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.train.steps=2000 ...]`.
 
 The same command again resumes from the newest checkpoint, bit for bit, or finds nothing to do. SIGTERM saves and exits 75.
+`--init=OTHER` begins a new run with the weights of another run or of a converted model, as far as they fit.
 """
 
 from absl import flags
 
 from dit_jax.config import Config, resolve
+from dit_jax.error import UsageError
 from dit_jax.job import compiled, hosts
-from dit_jax.job.check import Slice
+from dit_jax.job.check import Slice, reachable
 from dit_jax.job.launch import launch
 from dit_jax.workdir.goodput import process_start
 
 
+def _init() -> tuple[str, int | None]:
+    """Return the run whose weights a new one begins with, and its step. Raises UsageError for a step of no run."""
+    source, step = flags.FLAGS.init, flags.FLAGS.init_step
+    if step is not None and not source:
+        raise UsageError(f"--init_step: found {step} without --init, expected both, or neither")
+    return source, step
+
+
 def check(cfg: Config, slice_: Slice | None) -> None:
-    """Raises UsageError if training would refuse the config, or its mesh and batch on the slice."""
+    """Raises UsageError if training would refuse the config, its mesh and batch on the slice, or the weights to begin with."""
     from dit_jax.devices.mesh import abstract_mesh, check_batch
     from dit_jax.diffusion.task import make_task
 
     make_task(cfg)
+    source, step = _init()
+    if source and reachable(source):
+        from dit_jax.training.init import check_source
+
+        check_source(cfg, source, step)
     if cfg.train.evaluate_every:
         from dit_jax.evaluation.protocol import check_config
 
@@ -33,11 +48,13 @@ def main() -> None:
 
     cfg = resolve(flags.FLAGS.config)
     hosts.join(cfg)
-    run(cfg, flags.FLAGS.workdir, since=process_start(), scoring=make_scores)
+    run(cfg, flags.FLAGS.workdir, since=process_start(), scoring=make_scores, init=_init())
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    flags.DEFINE_string("init", "", "run folder, or one that `convert` wrote, whose EMA weights a new run begins with")
+    flags.DEFINE_integer("init_step", None, "checkpoint of --init; default: the newest", lower_bound=0)
     hosts.define_flags()
     compiled.define_flag()
     launch(main, config="file", check=check)

@@ -18,6 +18,8 @@ import pytest
 from apart import apart
 from job import Job, steps_logged
 from runs import assert_same_run, train
+from test_encode import MODEL, save_vae
+from test_encode_hosts import contents
 from test_hosts import free_address
 
 from dit_jax.workdir.records import read_records
@@ -38,7 +40,9 @@ class Case(NamedTuple):
     flags: Callable[[Path], list]  # what it takes beside those that name the other processes
     under_way: Callable[[Path], object]  # whether it has done something there; much is left then
     assert_same: Callable[[Path, Path], None]  # two folders hold the same results, bit for bit
-    trained: bool = True  # the folder is at first a copy of the small run's (tests/runs.py)
+    prepare: Callable[[Path, Path], object] = (
+        shutil.copytree
+    )  # (the small run's folder of tests/runs.py, folder): what it holds at first
 
 
 def parts(folder):
@@ -54,12 +58,17 @@ def assert_same_records(one, other):
     assert a == b and len(a) == 2  # the held-out loss, and a score of images
 
 
+def assert_same_latents(one, other):
+    assert contents(one / "latents") == contents(other / "latents") != {}
+
+
+RECORD = 2 * 4 * 4 * 4 * 2 + 16  # bytes of a latent: parts, float16, and CRC, number and label
 CASES = {
     "train": Case(
         lambda folder: train(folder, "--config.train.checkpoint_every=4", steps=STEPS),
         lambda folder: steps_logged(folder) >= 6,
         functools.partial(assert_same_run, steps=STEPS),
-        trained=False,
+        prepare=lambda trained, folder: None,
     ),
     "sample": Case(
         lambda folder: [
@@ -76,6 +85,18 @@ CASES = {
         lambda folder: [f"--workdir={folder}", "--at=60", "--config.eval.samples=512", *LONG],
         parts,
         assert_same_records,
+    ),
+    "encode": Case(
+        lambda folder: [
+            "--config=configs/digits.py",
+            *MODEL,
+            f"--autoencoder={folder / 'vae'}",
+            f"--out={folder / 'latents'}",
+            f"--shard_bytes={12 * RECORD}",
+        ],
+        lambda folder: list(folder.rglob("*.whole")),
+        assert_same_latents,
+        prepare=lambda trained, folder: save_vae(folder / "vae", 0),
     ),
 }
 
@@ -98,7 +119,7 @@ def healed(network):
 def job(request, uninterrupted, tmp_path_factory, cache_dir):
     """(name, case, folder where two processes have done it on loopback)."""
     name, case, folder = request.param, CASES[request.param], tmp_path_factory.mktemp("loopback") / "run"
-    prepare(case, uninterrupted, folder)
+    case.prepare(uninterrupted, folder)
     jobs = start(name, case, folder, cache_dir, [free_address()] * 2, [()] * 2)
     assert finish(jobs)[0] == [0, 0]
     return name, case, folder
@@ -107,13 +128,8 @@ def job(request, uninterrupted, tmp_path_factory, cache_dir):
 @pytest.fixture
 def folder(job, uninterrupted, tmp_path):
     """A folder to do the job in."""
-    prepare(job[1], uninterrupted, tmp_path / "run")
+    job[1].prepare(uninterrupted, tmp_path / "run")
     return tmp_path / "run"
-
-
-def prepare(case, trained, folder):
-    if case.trained:
-        shutil.copytree(trained, folder)
 
 
 def start(name, case, folder, cache_dir, coordinators, insides):

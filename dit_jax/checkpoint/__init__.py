@@ -319,7 +319,7 @@ def check_trained(workdir: str) -> None:
         source = read_meta(workdir, found[-1]).get("source") or {}
         raise UsageError(
             f"{path_of(workdir, found[-1])}: holds weights only, converted from {source.get('file', 'a file')}, and no "
-            "state of an optimizer: this run can be sampled and evaluated, not trained on; use another --workdir"
+            f"state of an optimizer: this run can be sampled and evaluated, not trained on; begin a new one with --init={workdir}"
         )
 
 

@@ -20,6 +20,7 @@ from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.files import base
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
+from dit_jax.workdir.folder import read_init
 from dit_jax.workdir.records import protocol_id
 
 
@@ -135,9 +136,9 @@ def make_record(
     """The record, one JSON object: the contract between training, evaluation and `dit_jax.scaling`. `weights`: their SHA-256.
 
     Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `data`: identity of
-    the training data, {} if unknown; `spent`: see `goodput.totals`.
+    the training data, {} if unknown; `spent`: see `goodput.totals`. `init`, if the run began with other weights, is what these cost.
     """
-    seen, cost = aspect.seen(data, cfg.train, step), make_objective(cfg).flops
+    seen, cost, begun = aspect.seen(data, cfg.train, step), make_objective(cfg).flops, read_init(workdir)
     return {
         "run": base(workdir),
         "step": step,
@@ -147,6 +148,7 @@ def make_record(
         "params": flops.parameters(cfg.model),
         "params_active": flops.active_parameters(cfg.model),
         "flops_train": sum(images * cost(shape) for shape, images in seen.items()),
+        **({"init": {key: begun[key] for key in ("run", "step", "flops_train")}} if begun else {}),
         "flops_image": flops.forward_flops(cfg.model),
         **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},

@@ -12,7 +12,7 @@ from dit_jax.config import Config, resolve
 from dit_jax.error import StorageError, UsageError
 from dit_jax.files import be_quick, bucket_of, exists, introduce, remote
 from dit_jax.log import say
-from dit_jax.workdir.folder import check_same_run
+from dit_jax.workdir.folder import check_same_init, check_same_run
 
 PATHS = (
     "workdir",
@@ -22,6 +22,7 @@ PATHS = (
     "json",
     "autoencoder",
     "weights",
+    "init",
     "compilation_cache",
 )  # flags that name a path
 KEYS = (
@@ -88,6 +89,7 @@ def run_check(job: str, config: str, check: Callable | None) -> None:
         say(f"not checked, as they are not on this machine: {', '.join(absent)}{run}")
     if job == "train" and cfg and reachable(os.path.join(values.workdir, "config.json")):
         check_same_run(cfg, values.workdir)
+        check_same_init(values.workdir, values.init, values.init_step)
 
 
 def introduce_buckets() -> None:

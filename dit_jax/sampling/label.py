@@ -17,12 +17,17 @@ def keep_names(workdir: str, names: Sequence[str]) -> None:
         write_file(os.path.join(workdir, NAMES), json_text({"names": [*names]}) + "\n")
 
 
-def names_of(cfg: Config, workdir: str) -> tuple[str, ...]:
-    """A name for each class of a run's model: as the run keeps it, else as the data have it, else its number; () without classes."""
+def known_names(cfg: Config, workdir: str) -> tuple[str, ...]:
+    """The name of each class of a run's model: as the run keeps it, else as the data have it; () if neither says, or without classes."""
     classes, path = cfg.model.classes, os.path.join(workdir, NAMES)
     kept = read_json(path).get("names") if classes and is_file(path) else None
     found = tuple(map(str, kept)) if isinstance(kept, list) else class_names(cfg.data) if classes else ()
-    return found if len(found) == classes else tuple(map(str, range(classes)))
+    return found if len(found) == classes else ()
+
+
+def names_of(cfg: Config, workdir: str) -> tuple[str, ...]:
+    """A name for each class of a run's model, its number if no name is known; () without classes."""
+    return known_names(cfg, workdir) or tuple(map(str, range(cfg.model.classes)))
 
 
 def find_classes(values: Sequence[str], cfg: Config, workdir: str) -> tuple[int, ...]:

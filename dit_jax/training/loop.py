@@ -1,10 +1,11 @@
 """The training loop: open the data, restore or initialise the state, step, log, save."""
 
 import contextlib
+import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from dit_jax.sampling.label import keep_names
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.grid import make_grid
 from dit_jax.training.guard import all_finite, run_twice
+from dit_jax.training.init import Start, open_init
 from dit_jax.training.state import abstract_state, make_state, restored_state
 from dit_jax.training.step import make_train_step
 from dit_jax.training.trace import step_annotation, tracing
@@ -63,15 +65,18 @@ class Outputs(NamedTuple):
             self.write(step, {**scores, "time": self.now()})
 
 
-def prepare_workdir(cfg: Config, workdir: str) -> None:
-    """Makes the run's folder with config.json, or checks that it belongs to this run; a larger train.steps is written there."""
+def prepare_workdir(cfg: Config, workdir: str, init: Mapping | None = None) -> None:
+    """Makes the run's folder with config.json, and with `init` as init.json, or checks that it belongs to this run.
+
+    A larger train.steps is written there.
+    """
     path = os.path.join(workdir, "config.json")
     if is_file(path):
         checkpoint.check_trained(workdir)
         check_same_run(cfg, workdir)
         if read_config(workdir).train.steps >= cfg.train.steps:
             return
-    make_folder(workdir, "config.json", cfg)
+    make_folder(workdir, "config.json", cfg, init)
 
 
 def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
@@ -113,12 +118,18 @@ def _check_same_data(batches: Batches) -> None:
 
 
 def run(
-    cfg: Config, workdir: str, quiet: bool = False, since: float | None = None, scoring: Callable | None = None
+    cfg: Config,
+    workdir: str,
+    quiet: bool = False,
+    since: float | None = None,
+    scoring: Callable | None = None,
+    init: tuple[str, int | None] = ("", None),
 ) -> int:
     """Trains to `train.steps` from the folder's newest checkpoint, if any. Returns the steps done now (0: none was left).
 
     `since`: start of the job, in seconds since the epoch (None: now). `scoring`: `evaluation.in_run.make_scores`, if there is
-    train.evaluate_every. Raises UsageError, JobError, and Interrupted after SIGTERM made it save and stop.
+    train.evaluate_every. `init`: run folder, and step or None, whose weights a new run begins with. Raises UsageError, JobError, and
+    Interrupted after SIGTERM made it save and stop.
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
@@ -143,11 +154,13 @@ def run(
             score = scoring(cfg, workdir, mesh, batches.identity, stop, ledger, quiet)
         if cfg.train.wandb and leader():
             import_wandb()
+        names = functools.cache(lambda: getattr(source, "class_names", ()) or sources.class_names(cfg.data))
+        start = open_init(cfg, workdir, mesh, init, names, quiet)
         check_folder(workdir)
         if leader():
-            prepare_workdir(cfg, workdir)
+            prepare_workdir(cfg, workdir, start and start.record)
             if cfg.data.folder and not checkpoint.steps(workdir):
-                keep_names(workdir, getattr(source, "class_names", ()) or sources.class_names(cfg.data))
+                keep_names(workdir, names())
             sources.introduce(*([] if quiet else [source, held_out]))
             if batches.buckets and not quiet:
                 batches.buckets.introduce(cfg.train.batch_size)
@@ -155,14 +168,18 @@ def run(
         try:
             kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
             with contextlib.closing(checkpoint.Saver(workdir, *kept)) as saver, together():
-                return _train(cfg, workdir, mesh, saver, batches, stop, ledger, (grid, score), quiet or not leader())
+                return _train(
+                    cfg, workdir, mesh, saver, batches, stop, ledger, (grid, score), start, quiet or not leader()
+                )
         finally:
             for index, problem in sources.bad_records(source).items():
                 warn(f"record {index} was left out: {problem}")
 
 
-def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, watch, quiet: bool) -> int:
-    """Restores or initialises the state, then trains. `watch`: the last fields of Outputs."""
+def _train(
+    cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, watch, start: Start | None, quiet: bool
+) -> int:
+    """Restores or initialises the state, then trains. `watch`: the last fields of Outputs; `start`: what a new run begins with."""
     first = checkpoint.newest_verified(workdir)
     every = cfg.train.keep_every
     stated = {"keep_at": cfg.train.keep_at, "keep_every": range(every, first + 1, every) if every else ()}
@@ -180,7 +197,7 @@ def _train(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: 
         state = restored_state(first, items, like)
         batches.set_state(position)
     else:
-        state = make_state(cfg, mesh)
+        state = make_state(cfg, mesh, start.begin, start.weights.pop()) if start else make_state(cfg, mesh)
         if leader():
             write_file(
                 os.path.join(workdir, "parameters.txt"), get_parameter_overview(state.params, include_stats=False)

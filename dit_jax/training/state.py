@@ -46,9 +46,9 @@ def initial(cfg: Config) -> Callable[[], TrainState]:
     return lambda: init_state(cfg)
 
 
-def init_state(cfg: Config) -> TrainState:
-    """Initial state, a pure function of the config: weights from train.seed, EMA equal to them, zero moments."""
-    params = bind(cfg.model).init(random_key(cfg.train.seed))
+def init_state(cfg: Config, change: Callable = lambda params: params) -> TrainState:
+    """Initial state, a pure function of the config: weights from train.seed after `change`, EMA equal to them, zero moments."""
+    params = change(bind(cfg.model).init(random_key(cfg.train.seed)))
     opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
     extras = make_objective(cfg).init_extras(params)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, init_guard(), extras)
@@ -72,10 +72,16 @@ def abstract_batch(cfg: Config, mesh, shape: flops.Shape = None) -> dict:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
 
 
-def make_state(cfg: Config, mesh) -> TrainState:
-    """Initial state, each leaf created on the devices that keep it."""
+def make_state(cfg: Config, mesh, begin: Callable | None = None, *weights: dict) -> TrainState:
+    """Initial state, each leaf created on the devices that keep it. `begin(fresh, *weights)`: the weights to start from, if not `fresh`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
-    return jax.jit(initial(cfg), out_shardings=shardings)()
+    if begin is None:
+        return jax.jit(initial(cfg), out_shardings=shardings)()
+
+    def warm(*weights) -> TrainState:
+        return init_state(cfg, lambda fresh: begin(fresh, *weights))
+
+    return jax.jit(warm, out_shardings=shardings)(*weights)
 
 
 def restored_state(step: int, items: dict, like: TrainState) -> TrainState:

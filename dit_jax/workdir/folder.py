@@ -6,18 +6,28 @@ import subprocess
 from collections.abc import Mapping
 
 from dit_jax.config import Config, resolve, to_dict
-from dit_jax.error import StorageError, UsageError
-from dit_jax.files import is_file, is_folder, json_text, names, read_json, write_file
+from dit_jax.error import StorageError, UsageError, shown
+from dit_jax.files import absolute, is_file, is_folder, json_text, names, read_json, write_file
 from dit_jax.files import make_folder as make
 
+INIT = "init.json"  # of a run that began from other weights
+INIT_KEYS = {
+    "source": (str,),
+    "run": (str,),
+    "step": (int,),
+    "flops_train": (int, float, type(None)),
+    "weights_sha256": (str,),
+    "rows": (list,),
+}
 
-def read_config(workdir: str, name: str = "config.json") -> Config:
-    """Read the config of a run folder. Raises UsageError if the folder is missing or holds no run."""
+
+def read_config(workdir: str, name: str = "config.json", flag: str = "--workdir") -> Config:
+    """Read the config of a run folder, which `flag` names. Raises UsageError if the folder is missing or holds no run."""
     path = os.path.join(workdir, name)
     if not is_folder(workdir):
-        raise UsageError(f"--workdir: no folder {workdir!r}, expected a run made by dit_jax.train")
+        raise UsageError(f"{flag}: no folder {workdir!r}, expected a run made by dit_jax.train")
     if not is_file(path):
-        raise UsageError(f"--workdir: {workdir!r} holds no {name}, expected a run made by dit_jax.train")
+        raise UsageError(f"{flag}: {workdir!r} holds no {name}, expected a run made by dit_jax.train")
     values = read_json(path)
     if "config" not in values:
         raise UsageError(f"{path}: found no key 'config', expected a file written by dit_jax.train")
@@ -75,11 +85,43 @@ def check_same_run(cfg: Config, workdir: str) -> None:
         raise UsageError(f"{workdir} holds a run of another config: {shown}{more}; use another --workdir")
 
 
-def make_folder(workdir: str, name: str, cfg: Config) -> None:
-    """Write the config as `workdir`/`name`; the folder must be new, empty or already hold `name`. Raises UsageError."""
+def read_init(workdir: str) -> dict:
+    """Read what a run began from: `source`, `run`, `step`, `flops_train`, `weights_sha256`, `rows`, ...; {} if it began from none.
+
+    Raises UsageError if the file is damaged.
+    """
+    path = os.path.join(workdir, INIT)
+    found = read_json(path) if is_file(path) else {}
+    for key, kinds in INIT_KEYS.items() if found else ():
+        if type(found.get(key)) not in kinds:
+            what, expected = shown(found.get(key)), " or ".join(kind.__name__ for kind in kinds)
+            raise UsageError(f"{path}: {key}: found {what}, expected {expected}; restore the file from a copy")
+    return found
+
+
+def check_same_init(workdir: str, source: str, step: int | None) -> dict:
+    """Return `read_init`. Raises UsageError if the folder holds a run that began otherwise than `--init` and `--init_step` say."""
+    found = read_init(workdir)
+    if not found and not is_file(os.path.join(workdir, "config.json")):
+        return {}
+    if found and not source:
+        problem = f"no --init, expected --init={found['source']}, as the run began from it"
+    elif source and not found:
+        problem = f"--init={source}, expected none: the run in this folder began without"
+    elif source and source != found["source"] and absolute(source) != absolute(found["source"]):
+        problem = f"--init={source}, expected {found['source']}, as the run began from it"
+    elif step not in (None, found.get("step")):
+        problem = f"--init_step={step}, expected {found['step']}, as the run began from it"
+    else:
+        return found
+    raise UsageError(f"{workdir}: found {problem}; or use another --workdir")
+
+
+def make_folder(workdir: str, name: str, cfg: Config, init: Mapping | None = None) -> None:
+    """Write the config as `workdir`/`name`, after `init` as INIT; the folder must be new, empty or hold one of them. Raises UsageError."""
     if is_file(workdir):
         raise UsageError(f"--workdir: {workdir!r} is a file, expected a folder")
-    held = [file for file in names(workdir) if ".tmp" not in file]
+    held = [file for file in names(workdir) if ".tmp" not in file and file != INIT]
     if held and name not in held:
         raise UsageError(
             f"--workdir: {workdir!r} is not empty and holds no {name}; expected a new folder or one made before"
@@ -87,6 +129,8 @@ def make_folder(workdir: str, name: str, cfg: Config) -> None:
     text = json_text({"config": to_dict(cfg), **provenance()}, indent=1) + "\n"
     try:
         make(workdir)
+        if init:
+            write_file(os.path.join(workdir, INIT), json_text(init, indent=1) + "\n")
         write_file(os.path.join(workdir, name), text)
     except StorageError:
         raise

@@ -16,6 +16,7 @@ from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, spa
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
+from dit_jax.scaling.runs.run import require_same_start
 from dit_jax.scaling.verdicts.methods import fit_one
 
 
@@ -29,8 +30,11 @@ def run(args) -> dict:
     return finite(result | {"warnings": warnings})
 
 
-def _points(args, paths, sampled: bool = False) -> list[Point]:
-    return load_points(paths, args.metric, args.where, sampled, parse_names(args.column), args.curves)
+def _points(args, paths, sampled: bool = False, fitted: bool = True) -> list[Point]:
+    found = load_points(paths, args.metric, args.where, sampled, parse_names(args.column), args.curves)
+    for point in found if fitted else ():
+        require_same_start(found[0], point)
+    return found
 
 
 def _chosen(points: list[Point], args) -> tuple[list, list[str]]:
@@ -184,7 +188,7 @@ def reach(ends: tuple, none: str, never: str) -> str:
 
 def run_frontier(args) -> tuple[dict, list]:
     """Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning."""
-    points = _points(args, args.runs, sampled=args.cost == "flops")
+    points = _points(args, args.runs, sampled=args.cost == "flops", fitted=False)
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
     served = serve(points, args.images_served) if args.images_served else []
     best_at = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in args.at]

@@ -18,7 +18,8 @@ from dit_jax.scaling.names import SAMPLING
 from dit_jax.scaling.runs import Run, flatten
 from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, positive
 from dit_jax.scaling.runs.columns import Columns, Expected, read_rows, scaled
-from dit_jax.scaling.runs.load import parse_record, sources
+from dit_jax.scaling.runs.load import init_of, parse_record, sources
+from dit_jax.scaling.runs.run import tell_start
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
@@ -52,6 +53,7 @@ class Point:
     source: str = ""  # file and line, for messages
     sign: int = 0  # of the metric: +1 more is better, -1 less, 0 = not recorded
     run_name: str = ""  # the training run, of which curves give several points
+    init: dict = field(default_factory=dict)  # run, step and flops_train of the weights that it began with; {} = none
 
     @property
     def sampling(self) -> str:
@@ -67,7 +69,7 @@ class Point:
                 column = {"train": "flops_train"}.get(name, name)
                 raise UsageError(f"{self.source}: no {column} of {self.name}, expected it for a fit of budgets")
         numbers = dict(params=self.params, tokens=self.tokens, flops=self.train, loss=self.score, loss_se=self.score_se)
-        return Run(self.name, images=self.images, protocol=self.protocol, source=self.source, **numbers)
+        return Run(self.name, images=self.images, protocol=self.protocol, init=self.init, source=self.source, **numbers)
 
 
 def higher_is_better(metric: str, points: Sequence[Point] = ()) -> bool:
@@ -126,6 +128,7 @@ def load_points(
             )
     for point in (found := [p for p in points if p.loss_protocol]):
         _same(found[0], point, "loss_protocol")
+    tell_start(points)
     return points
 
 
@@ -216,7 +219,7 @@ def _of_record(record: dict, metric: str, where: str, with_loss: dict | None, na
     sign = signs.get(metric, 0) if isinstance(signs, dict) else signs
     if sign not in (-1, 0, 1):
         raise UsageError(f"{where}: metric_signs: found {shown(sign)} for {metric}, expected 1 or -1")
-    more = dict(protocol=protocol, sign=int(sign), run_name=record["run"])
+    more = dict(protocol=protocol, sign=int(sign), run_name=record["run"], init=init_of(record, where))
     more |= {"loss_protocol": with_loss["protocol"]} if with_loss and metric != "loss" else {}
     return _point(
         row | {metric: record["metrics"][metric]}, metric, where, _mapping(protocol, "metrics").get("bootstrap"), **more

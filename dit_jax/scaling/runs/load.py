@@ -9,7 +9,7 @@ from concurrent import futures
 from dataclasses import replace
 from itertools import pairwise
 
-from dit_jax.error import UsageError
+from dit_jax.error import UsageError, shown
 from dit_jax.files import DEEPEST, LARGEST, absolute, base, below, is_file, names, numbered, parse_json, read, remote
 from dit_jax.log import warn
 from dit_jax.scaling.runs.cells import (
@@ -25,7 +25,7 @@ from dit_jax.scaling.runs.cells import (
 )
 from dit_jax.scaling.runs.columns import Columns, Expected, is_records, read_rows
 from dit_jax.scaling.runs.conventions import of_record, require_same
-from dit_jax.scaling.runs.run import Run
+from dit_jax.scaling.runs.run import Run, require_same_start, tell_start
 from dit_jax.scaling.runs.stated import COLUMNS as STATED
 from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
 from dit_jax.workdir.scalars import segments
@@ -69,8 +69,9 @@ def load_runs(
     have the columns params, loss, and tokens or flops, of which one may be missing: C = 6ND then. `columns` gives them our names (ours ->
     theirs, or FACTOR*THEIRS), `stated` says what they do not (field of a Convention -> one of its CHOICES). `where` holds FIELD=VALUE texts
     over a table's own columns, or the dotted names of a protocol: only what agrees is taken. `best_of` names the column of a sweep, whose
-    cells become `Run.setting`. Refused: runs whose protocols or conventions differ, tables of several studies, and losses that are blank or
-    nan, unless `missing` keeps them as nan (`verdicts.quality.drop` leaves them out).
+    cells become `Run.setting`. Refused: runs whose protocols or conventions differ, or of which only some began with other
+    weights, tables of several studies, and losses that are blank or nan, unless `missing` keeps them as nan (`verdicts.quality.drop`
+    leaves them out).
     """
     stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -89,7 +90,9 @@ def load_runs(
         raise UsageError(f"RUNS: found no run in {', '.join(map(str, paths)) or 'an empty list'}{chosen}")
     for run in runs[1:]:
         _same_protocol(runs[0], run)
+        require_same_start(runs[0], run)
         require_same(runs[0].convention, run.convention, run.source)
+    tell_start(runs)
     gone = [] if missing else [run.source for run in runs if math.isnan(run.loss)]
     if gone:
         what = f"loss is nan or blank in {len(gone)} of {len(runs)} rows"
@@ -258,8 +261,18 @@ def _run(record: dict, metric: str, where: str) -> Run:
         metrics=metrics,
         source=where,
         convention=convention,
+        init=init_of(record, where),
         **values,
     )
+
+
+def init_of(record: dict, where: str) -> dict:
+    """What a record's run began with, checked; {} if nothing."""
+    found = record.get("init") or {}
+    cost = found.get("flops_train") if isinstance(found, dict) else None
+    if found and not (isinstance(found, dict) and isinstance(found.get("run"), str) and type(found.get("step")) is int):
+        raise UsageError(f"{where}: init is {shown(found)}, expected an object with run, step and flops_train")
+    return found and found | {"flops_train": None if cost is None else positive(cost, "init.flops_train", where, True)}
 
 
 def _metric(record: dict, name: str, where: str, default: float | None = None) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from dit_jax.error import UsageError
+from dit_jax.log import notice
 from dit_jax.scaling.runs.conventions import Convention
 
 ROUNDING = 1e-12  # of a loss: what differs by less differs by how float64 rounds
@@ -29,9 +30,35 @@ class Run:
     setting: str = ""  # of what a sweep at one size and budget varies, such as its learning rate
     protocol: dict = field(default_factory=dict)
     protocol_id: str = ""
+    init: dict = field(default_factory=dict)  # run, step and flops_train of the weights that it began with; {} = none
     metrics: dict = field(default_factory=dict)
     source: str = ""  # file and line, for messages
     convention: Convention = field(default_factory=Convention)
+
+
+def require_same_start(first, other) -> None:
+    """Raises UsageError if one of two runs or points began with the weights of another training and the other did not."""
+    if bool(first.init) != bool(other.init):
+        a, b = (run.init or "(absent)" for run in (first, other))
+        raise UsageError(
+            f"{other.source}: init is {b}, but {a} in {first.source}; one fit takes runs that all began with other weights, or all "
+            "without: leave the others out"
+        )
+
+
+def tell_start(runs: Sequence) -> None:
+    """Log a notice if runs or points began with other weights, because C does not count the training of these."""
+    begun = {(run.init["run"], run.init["step"]): run.init["flops_train"] for run in runs if run.init}
+    if not begun:
+        return
+    from_, *more = (f"{name} at step {step}" for name, step in begun)
+    known = [cost for cost in begun.values() if cost is not None]
+    cost = f"up to {max(known):.3g} FLOPs" if known else "of unknown FLOPs"
+    count = sum(bool(run.init) for run in runs)
+    notice(
+        f"init: {count} of {len(runs)} runs began with other weights ({from_}{f' and {len(more)} more' if more else ''}), whose training "
+        f"({cost} a run) is not in flops_train"
+    )
 
 
 def require_varied(runs: Sequence[Run]) -> None:

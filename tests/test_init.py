@@ -331,7 +331,7 @@ def test_source_and_run_may_be_in_a_bucket(cfg, source, begun, tmp_path):
 
 
 def record_of(cfg, workdir, step=4):
-    return make_record(cfg, workdir, step, "0" * 64, {"loss": 0.5, "fid": 3.0}, {"data": "digits"}, 9, {})
+    return make_record(cfg, workdir, step, "0" * 64, {"loss": 0.5, "fid": 3.0}, {"data": "digits"}, {"records": 9}, {})
 
 
 def test_a_record_says_what_its_run_began_with_and_chains_add_up(cfg, source, begun, tmp_path):

@@ -22,6 +22,7 @@ import dataclasses
 from absl import flags
 
 from dit_jax.config import Config, resolve
+from dit_jax.error import UsageError
 from dit_jax.job import compiled, hosts
 from dit_jax.job.check import Slice, reachable
 from dit_jax.job.launch import launch, stop_flag
@@ -30,6 +31,8 @@ from dit_jax.job.launch import launch, stop_flag
 def _config(values) -> Config:
     """Return the config, with the flag's autoencoder."""
     cfg = resolve(values.config)
+    if cfg.data.buckets:
+        raise UsageError(f"data.buckets: found {cfg.data.buckets}, expected (): latents are of squares of one size")
     if values.autoencoder is None:
         return cfg
     return dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))

@@ -15,6 +15,7 @@ with T image tokens, patch p, C channels in and C_out out, width d, depth L and 
 
 from dit_jax.config import ModelConfig
 
+Shape = tuple[int, int] | None  # (h, w) of images in pixels of the model's input; None: input_size x input_size
 TIME_FREQUENCIES = 256  # sinusoids that embed a timestep
 # Fields of `cond`, as in models.conditioning.FIELDS: whether a model has one, and the trainable parameters of its embedding.
 FIELDS = {"label": (lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width)}
@@ -26,9 +27,14 @@ def fields(cfg: ModelConfig) -> list[str]:
     return [name for name, (present, _) in FIELDS.items() if present(cfg)]
 
 
-def component_macs(cfg: ModelConfig) -> dict[str, int]:
-    """MACs of one forward pass of one image, by component."""
-    n, d, patch = cfg.tokens, cfg.width, cfg.patch**2
+def tokens(cfg: ModelConfig, shape: Shape = None) -> int:
+    """Tokens of an image of `shape` (h, w)."""
+    return cfg.tokens if shape is None else (shape[0] // cfg.patch) * (shape[1] // cfg.patch)
+
+
+def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
+    """MACs of one forward pass of one image of `shape` (h, w), by component."""
+    n, d, patch = tokens(cfg, shape), cfg.width, cfg.patch**2
     extra = 1 + len(fields(cfg))  # condition tokens: time, and each field
     s = n + extra if cfg.conditioning == "in_context" else n
     cross = 2 * n * d * d + 2 * extra * d * d + 2 * n * extra * d if cfg.conditioning == "cross_attention" else 0
@@ -44,19 +50,19 @@ def component_macs(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-def forward_macs(cfg: ModelConfig) -> int:
+def forward_macs(cfg: ModelConfig, shape: Shape = None) -> int:
     """MACs of one unguided forward pass of one image, the DiT paper's "Gflops" x 1e9."""
-    return sum(component_macs(cfg).values())
+    return sum(component_macs(cfg, shape).values())
 
 
-def forward_flops(cfg: ModelConfig) -> int:
+def forward_flops(cfg: ModelConfig, shape: Shape = None) -> int:
     """FLOPs of one unguided forward pass of one image."""
-    return 2 * forward_macs(cfg)
+    return 2 * forward_macs(cfg, shape)
 
 
-def train_flops(cfg: ModelConfig, images: int = 1) -> int:
+def train_flops(cfg: ModelConfig, images: int = 1, shape: Shape = None) -> int:
     """Training FLOPs, three forward passes per image (the backward pass counts as two), without rematerialisation."""
-    return 3 * forward_flops(cfg) * images
+    return 3 * forward_flops(cfg, shape) * images
 
 
 def component_parameters(cfg: ModelConfig) -> dict[str, int]:

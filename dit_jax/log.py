@@ -73,24 +73,25 @@ def pace(total: float, done: float = 0.0, apart: Callable = float) -> Callable[[
 
 
 def progress(
-    last: int, images_per_step: int, flops_per_step: float, peak: float, apart: Callable = float
+    last: int, images_per_step: int, flops_until: Callable[[int], float], peak: float, apart: Callable = float
 ) -> Callable[[int, dict], dict]:
     """Return a function of (step, scalars) that logs "step, loss, images/s, MFU, ETA" and returns the rates.
 
-    Rates are since its last call, without the seconds `apart()` so far. The first gives none and no ETA, because the time before it
-    is mostly compilation.
+    `flops_until(step)`: FLOPs of all steps up to one. Rates are since its last call, without the seconds `apart()` so far. The first
+    gives none and no ETA, because the time before it is mostly compilation.
     """
-    began, current = time.perf_counter(), None
+    began, current, reported = time.perf_counter(), None, 0
 
     def report(step: int, scalars: dict) -> dict:
-        nonlocal current
+        nonlocal current, reported
         line, before = f"step {step:>7}/{last}  loss {scalars['loss']:.4f}  ", current
         rate, eta = before(step) if before else (0.0, "")
-        current = pace(last, step, apart)
+        per_step = (flops_until(step) - flops_until(reported)) / max(step - reported, 1)
+        current, reported = pace(last, step, apart), step
         if not before:
             say(f"{line}{time.perf_counter() - began:.1f} s with compilation")
             return {}
-        rates = {"images_per_second": rate * images_per_step, "mfu": rate * flops_per_step / peak}
+        rates = {"images_per_second": rate * images_per_step, "mfu": rate * per_step / peak}
         say(f"{line}{rates['images_per_second']:,.0f} images/s  MFU {rates['mfu']:.1%}  {eta}")
         return rates
 

@@ -7,6 +7,7 @@ way, or on one host after 20 s without them. On several hosts each draws its sha
 """
 
 import dataclasses
+import re
 
 from absl import flags
 
@@ -36,8 +37,13 @@ def _bound(values) -> tuple:
     cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
     make_task(cfg)
     names = ("workdir", "num", "seed", "step", "out", "grid", "images", "rgb")
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", values.size or "0x0", re.ASCII)
+    if not found:
+        raise UsageError(f"--size: found {values.size!r}, expected HxW in pixels, such as 64x96")
     wanted = Request(
-        **{name: getattr(values, name) for name in names}, labels=find_classes(values.labels, cfg, values.workdir)
+        **{name: getattr(values, name) for name in names},
+        labels=find_classes(values.labels, cfg, values.workdir),
+        size=(int(found[1]), int(found[2])) if values.size else None,
     )
     if not wanted.files:
         raise UsageError("--out, --grid, --images: found none, expected at least one of them")
@@ -89,6 +95,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "samples.npz", what)
     flags.DEFINE_string("grid", "", "PNG of the images, a row a class; of the first 400 if there are more")
     flags.DEFINE_string("images", "", "folder of PNGs, one an image; new or empty")
+    flags.DEFINE_string(
+        "size", "", "HxW of the images in pixels, such as a bucket of the run; default: data.image_size"
+    )
     flags.DEFINE_bool("rgb", False, "three equal channels for grey images, in every output")
     compiled.define_flag()
     hosts.define_flags()

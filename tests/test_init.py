@@ -230,7 +230,7 @@ def test_the_first_step_is_one_from_the_source_s_weights_and_the_first_images(cf
 
 def test_a_run_notes_what_it_began_with(cfg, source, begun):
     found = read_init(begun)
-    cost = make_objective(cfg).flops * 2 * 16
+    cost = make_objective(cfg).flops() * 2 * 16
     assert {key: found[key] for key in ("source", "run", "step", "flops_train", "rows", RESIZED, NEW)} == {
         "source": source, "run": "first", "step": 2, "flops_train": cost, "rows": [*range(10)], RESIZED: [], NEW: [],
     }  # fmt: skip
@@ -331,11 +331,11 @@ def test_source_and_run_may_be_in_a_bucket(cfg, source, begun, tmp_path):
 
 
 def record_of(cfg, workdir, step=4):
-    return make_record(cfg, workdir, step, "0" * 64, {"loss": 0.5, "fid": 3.0}, {"data": "digits"}, 9, {})
+    return make_record(cfg, workdir, step, "0" * 64, {"loss": 0.5, "fid": 3.0}, {"data": "digits"}, {"records": 9}, {})
 
 
 def test_a_record_says_what_its_run_began_with_and_chains_add_up(cfg, source, begun, tmp_path):
-    cost = make_objective(cfg).flops * 16
+    cost = make_objective(cfg).flops() * 16
     assert "init" not in record_of(cfg, source)
     record = record_of(cfg, begun)
     assert record["init"] == {"run": "first", "step": 2, "flops_train": 2 * cost} and record["flops_train"] == 4 * cost
@@ -348,7 +348,7 @@ def test_the_wing_says_that_compute_lies_elsewhere_and_mixes_no_such_runs(cfg, s
     for folder, workdir in zip(folders, (begun, begun, source), strict=True):
         append_record(str(folder), record_of(cfg, workdir) | {"run": folder.name})
     runs = load_runs(folders[:2])
-    assert [run.init["flops_train"] for run in runs] == [make_objective(cfg).flops * 32] * 2
+    assert [run.init["flops_train"] for run in runs] == [make_objective(cfg).flops() * 32] * 2
     said = capsys.readouterr().err
     assert said.count("notice") == 1 and "init: 2 of 2 runs began with other weights (first at step 2)" in said
     with pytest.raises(

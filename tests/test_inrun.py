@@ -63,7 +63,9 @@ def state_on(mesh):
 
 
 def score_on(mesh, workdir, state, stop=(), cfg=CFG, **options):
-    return make_scores(cfg, str(workdir), mesh, 1442, list(stop), Ledger("train", 0.0), quiet=True)(4, state, **options)
+    return make_scores(cfg, str(workdir), mesh, {"records": 1442}, list(stop), Ledger("train", 0.0), quiet=True)(
+        4, state, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +174,9 @@ def test_a_record_has_the_time_of_its_training_so_far_once(tmp_path):
 def scoring(calls, stop_at=None):
     """Stands for `make_scores`: notes the calls, and is told to stop at a step."""
 
-    def make(cfg, workdir, mesh, unique, stop, ledger, quiet):
+    def make(cfg, workdir, mesh, data, stop, ledger, quiet):
         def score(step, state, restored=False):
-            calls.append((step, restored, unique))
+            calls.append((step, restored, data["records"]))
             if step == stop_at:
                 stop.append(15)
                 return {}

@@ -89,4 +89,4 @@ def test_a_record_counts_the_images_that_the_run_had(kept, tmp_path, cache_dir):
         lines = [json.loads(line) for line in (workdir / "eval" / "records.jsonl").read_text().splitlines()]
         assert [line["unique_images"] for line in lines] == [images] * steps
     shutil.rmtree(few / "checkpoints" / "10" / "data")  # as in weights that were converted
-    assert checkpoint.unique_images(str(few), 10) is None
+    assert checkpoint.trained_on(str(few), 10) == {}

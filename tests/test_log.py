@@ -17,7 +17,7 @@ from dit_jax.workdir import scalars
 def test_progress_reports_rates_and_eta(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
-    report = log.progress(400, images_per_step=32, flops_per_step=1e9, peak=1e11)
+    report = log.progress(400, images_per_step=32, flops_until=lambda step: 1e9 * step, peak=1e11)
     now[0] += 25.0
     assert report(1, {"loss": 2.0}) == {}
     assert "25.0 s with compilation" in capsys.readouterr().err

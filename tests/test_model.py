@@ -158,7 +158,7 @@ def test_patches_go_row_by_row_and_back():
     x = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype(jnp.float32)
     patches = patchify(x, 2)
     np.testing.assert_array_equal(patches[0, 1], x[0, :2, 2:].reshape(-1))
-    np.testing.assert_array_equal(unpatchify(patches, 2, 2), x)
+    np.testing.assert_array_equal(unpatchify(patches, 2, 2, 2), x)
 
 
 def pulled_back(function, *inputs):

@@ -305,10 +305,10 @@ def _read_values(at: str, item: str) -> dict:
     return dict(parse_json(read(os.path.join(at, item, "metadata"), LARGEST), LARGEST))
 
 
-def unique_images(workdir: str, step: int) -> int | None:
-    """Return the number of different images that a checkpoint's training had; None if only weights were converted."""
+def trained_on(workdir: str, step: int) -> dict:
+    """Return the identity of the data that a checkpoint was trained on; {} if only weights were converted."""
     trained = is_folder(os.path.join(path_of(workdir, step), "data"))
-    return read_meta(workdir, step, "data").get("source", {}).get("records") if trained else None
+    return read_meta(workdir, step, "data").get("source", {}) if trained else {}
 
 
 def check_trained(workdir: str) -> None:

@@ -40,6 +40,13 @@ class Config:
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
+        for shape in self.data.buckets:
+            if any(side % self.model.patch for side in shape):
+                expected = f"sides that are multiples of model.patch = {self.model.patch}"
+                raise UsageError(f"data.buckets: found {shape}, expected {expected}")
+        if self.data.buckets and self.sweep.budgets:
+            why = "the budgets of a ladder count images of one shape"
+            raise UsageError(f"data.buckets: found {self.data.buckets}, expected () with sweep.budgets: {why}")
         for name, needed in (("schedule", "constant"), ("ema", "power")):
             if self.sweep.curves and (found := getattr(self.optim, name)) != needed:
                 why = "else a run stopped at a budget's step is not the run of that budget"

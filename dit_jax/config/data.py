@@ -22,6 +22,8 @@ class DataConfig:
     mixture: tuple = ()  # of several data: rows (WEIGHT, 'KEY=VALUE', ...), such as ((3, 'folder=photos'), (1, 'dataset=digits'))
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
+    buckets: tuple = ()  # (h, w) in pixels of batches of pictures, each in that of nearest aspect ratio; () = squares of image_size
+    crop: str = "center"  # center | random: where pictures are cropped, determined by (seed, position); for scores always center
     flip: bool = False  # random horizontal flips, determined by (seed, position)
     cache: bool = True  # keep the decoded split in memory (for small datasets)
     workers: int = 2  # reading threads
@@ -42,8 +44,30 @@ class DataConfig:
             )
             raise UsageError(f"data.latents: found {self.latents!r}, {expected}")
         at_least(1, self, "image_size")
+        choice("data.crop", self.crop, ("center", "random"))
+        self._check_buckets()
         at_least(0, self, "workers", "prefetch", "skip_bad")
         _ = self.parts  # raises for a part that is wrong
+
+    def _check_buckets(self) -> None:
+        for shape in self.buckets:
+            if not (
+                isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**15 for n in shape)
+            ):
+                raise UsageError(
+                    f"data.buckets: found {shown(shape)}, expected pairs (h, w) of pixels, such as (64, 96)"
+                )
+        if len({*self.buckets}) < len(self.buckets):
+            raise UsageError(f"data.buckets: found {shown(self.buckets)}, expected each pair once")
+        if self.buckets and self.encode == "in_step":
+            why = "the encoder in the step takes squares of data.image_size"
+            raise UsageError(
+                f"data.buckets: found {shown(self.buckets)}, expected () with data.encode = 'in_step': {why}"
+            )
+        for name, usual in (("buckets", ()), ("crop", "center")):
+            if self.latents and (found := getattr(self, name)) != usual:
+                why = "latents were cropped when they were encoded, to squares"
+                raise UsageError(f"data.{name}: found {shown(found)}, expected {usual!r} beside data.latents: {why}")
 
     @property
     def name(self) -> str:  # in records, the same wherever a folder lies

@@ -84,6 +84,13 @@ class Pictures(Records):
         words, numbers = self.source.listing.captions, self.source.numbers
         return (lambda indices: words.fetch(numbers[indices].tolist())) if words else None
 
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """As `Records.sizes`; of picture files on a disk nothing but the heads is read."""
+        paths = [self.name_of(i) for i in indices.tolist()]
+        if remote(self.where) or not all(map(os.path.isfile, paths)):
+            return super().sizes(indices)
+        return np.array([self._size(i, path) for i, path in zip(indices.tolist(), paths, strict=True)])
+
     def overlaps(self, other: "Pictures") -> bool:
         """Return whether two splits share a picture, of one folder or of one that lies in the other."""
         names, others = self.source.listing.names, other.source.listing.names

@@ -1,8 +1,8 @@
 """Records to batches with grain, in a global order that does not depend on the number of processes.
 
 Example p of a run (p = 0, 1, ...) is record `order(seed, p // n, n)[p % n]` of a split of n records: every epoch is a new
-permutation. A mixture has an order of its own. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows
-rB/P to (r+1)B/P - 1.
+permutation. A mixture, and pictures in buckets (`aspect`), have orders of their own. Global batch k holds examples kB to
+(k+1)B - 1; process r of P reads its rows rB/P to (r+1)B/P - 1.
 """
 
 import functools
@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from dit_jax.config import DataConfig
+from dit_jax.data import pixels
+from dit_jax.data.aspect import Buckets, open_buckets
 from dit_jax.data.order import make_order
 from dit_jax.data.skip import read_good, read_kept
 from dit_jax.data.source import Source, open_source
@@ -42,20 +44,32 @@ def make_batches(
     if batch_size % process_count:
         raise UsageError(f"train.batch_size: found {batch_size}, expected a multiple of the {process_count} processes")
     source = open_source(data, data.split) if source is None else source
-    read, rows = _reader(source, data), batch_size // process_count
+    buckets, square = open_buckets(source, data.buckets) if data.buckets else None, (data.image_size, data.image_size)
+    if data.crop == "random" and not hasattr(source, "scaled"):
+        raise UsageError(
+            f"data.crop: found 'random' for {source.key}, expected 'center': its images are cropped already"
+        )
     records_at = getattr(source, "make_order", functools.partial(make_order, len(source)))(seed)
+    shapes = _shapes_of(buckets, data, square)
+    read, rows = _reader(source, data, shapes), batch_size // process_count
 
     def load(k: int) -> dict:
         positions = np.arange(rows) + (k * batch_size + process_index * rows)
-        arrays, cond = read(records_at(positions))
+        if buckets:
+            records, shape = buckets.batch(k, batch_size, seed)
+            arrays, cond = read(records[process_index * rows :][:rows])
+        else:
+            (arrays, cond), shape = read(records_at(positions)), square
+        if shapes:
+            arrays = pixels.crops(arrays, shape, positions, seed if data.crop == "random" else None)
         return {"image": source.training(arrays, positions, seed), "cond": cond}
 
     threads = 0 if data.cache and rows * max(source.image_shape[:2]) ** 2 < SMALL else data.workers
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch if threads else 0)
     iterator = iter(grain.MapDataset.range(_FOREVER).map(load).to_iter_dataset(options))
     if not hasattr(source, "drawn"):
-        return Batches(iterator, source)
-    return Batches(iterator, source, lambda k: {"drawn": source.drawn(k * batch_size, seed)})
+        return Batches(iterator, source, buckets)
+    return Batches(iterator, source, buckets, lambda k: {"drawn": source.drawn(k * batch_size, seed)})
 
 
 @dataclass(frozen=True)
@@ -69,21 +83,27 @@ class Batches(Iterator):
 
     iterator: grain.DatasetIterator
     source: Source
+    buckets: Buckets | None = None
     position: Callable[[int], dict] = lambda k: {}
+
+    @property
+    def identity(self) -> dict:
+        """Of the source, with the number of records in each bucket."""
+        return self.source.identity | ({"buckets": self.buckets.describe()} if self.buckets else {})
 
     def __next__(self) -> dict:
         return next(self.iterator)
 
     def get_state(self) -> dict:
         state = self.iterator.get_state()
-        return {**state, "source": self.source.identity, **self.position(state["next_index"])}
+        return {**state, "source": self.identity, **self.position(state["next_index"])}
 
     def set_state(self, state: dict) -> None:
         """Continue where `get_state` was called. Raises UsageError if that was on another source.
 
         Older states have part of the identity, for latents only, under "latents".
         """
-        identity = self.source.identity
+        identity = self.identity
         for name, expected in state.get("source", state.get("latents", {})).items():
             if identity.get(name) != expected:
                 raise UsageError(
@@ -96,10 +116,24 @@ class Batches(Iterator):
         self.iterator.close()
 
 
-def load_arrays(data: DataConfig, split: str, source: Source | None = None, most: int = 0) -> tuple[np.ndarray, dict]:
-    """Read a split, or its first `most` records, in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...)."""
+def load_arrays(
+    data: DataConfig, split: str, source: Source | None = None, most: int = 0, buckets: tuple = ()
+) -> tuple[np.ndarray, dict]:
+    """Read a split, or its first `most` records, in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...).
+
+    With `buckets` each image has the shape (h, w) of its own, and they come as an array (n,) of arrays (h, w, c).
+    """
     source = open_source(data, split) if source is None else source
-    return _read_all(source, source.evaluation, most)
+    if not buckets:
+        return _read_all(source, lambda arrays, _: source.evaluation(arrays), most=most)
+    shapes = open_buckets(source, buckets).shapes_of
+
+    def cut(arrays: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        for i, shape in enumerate(shapes(indices)):
+            arrays[i] = source.evaluation(pixels.crop(arrays[i], shape)[None])[0]
+        return arrays
+
+    return _read_all(source, cut, shapes, most)
 
 
 def in_order(
@@ -126,26 +160,39 @@ def in_order(
         iterator.close()
 
 
-def _read(source: Source, indices: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Read arrays and `cond`, replacing malformed records if `data.skip_bad` allows it."""
-    return read_good(source.read, indices, len(source), source.skips)
+def _shapes_of(buckets: Buckets | None, data: DataConfig, square: tuple) -> Callable | None:
+    """Return a function: records (b,) -> the shapes (h, w) that they are cropped to here; None if the source crops them."""
+    if buckets:
+        return buckets.shapes_of
+    return (lambda indices: [square] * len(indices)) if data.crop == "random" else None
 
 
-def _reader(source: Source, data: DataConfig) -> Callable:
+def _read(source: Source, shapes: Callable | None, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Read arrays and `cond`, replacing malformed records if `data.skip_bad` allows it. `shapes`: see `_shapes_of`."""
+    read = source.read
+    if shapes:
+        wanted = shapes(indices)
+        read = lambda some: source.scaled(some, wanted[: len(some)])  # noqa: E731, a replacement has the shape of what it replaces
+    return read_good(read, indices, len(source), source.skips)
+
+
+def _reader(source: Source, data: DataConfig, shapes: Callable | None) -> Callable:
     """Return a function: indices (b,) -> stored arrays (b, ...) and `cond`, from memory if `data.cache`."""
     if not data.cache:
-        return functools.partial(_read, source)
-    whole = _read_all(source, lambda arrays: arrays)
+        return functools.partial(_read, source, shapes)
+    whole = _read_all(source, lambda arrays, _: arrays, shapes)
     return lambda indices: jax.tree.map(lambda x: x[indices], whole)
 
 
-def _read_all(source: Source, change: Callable, most: int = 0) -> tuple[np.ndarray, dict]:
-    """Read the split, or its first `most` records, in order, applying `change` to the arrays; memory holds it once."""
+def _read_all(
+    source: Source, change: Callable, shapes: Callable | None = None, most: int = 0
+) -> tuple[np.ndarray, dict]:
+    """Read the split, or its first `most` records, in order, applying `change` to arrays and their records; memory holds it once."""
     size, whole = min(len(source), most or len(source)), None
     for start in range(0, size, CHUNK):
         chunk = np.arange(start, min(start + CHUNK, size))
-        arrays, cond = _read(source, chunk)
-        part = change(arrays), cond
+        arrays, cond = _read(source, shapes, chunk)
+        part = change(arrays, chunk), cond
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((size, *x.shape[1:]), x.dtype), part)
         for rows, some in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):

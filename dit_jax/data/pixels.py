@@ -1,4 +1,4 @@
-"""Pixels: decoding, ADM's centre crop, mirror images, and uint8 to the range [-1, 1] of models."""
+"""Pixels: decoding, ADM's rule of scaling, crops, mirror images, and uint8 to the range [-1, 1] of models."""
 
 import io
 import warnings
@@ -6,8 +6,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from dit_jax.data.counter import mirrored
+from dit_jax.data.counter import CROP, hash_counters, mirrored
 
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the tag of EXIF, and its values that exchange the sides
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow starts a program for another
 warnings.simplefilter(
     "error", Image.DecompressionBombWarning
@@ -42,6 +43,20 @@ def open_picture(encoded: bytes, channels: int) -> Image.Image:
         return image if image.mode == mode else image.convert(mode)  # which copies
 
 
+def size_of(encoded: bytes | str) -> tuple[int, int]:
+    """Read the height and width of an encoded image, or of that in a file, as `decode` gives it, without decoding.
+
+    Raises any error of the decoder. An orientation that a PNG states behind its pixels is not seen.
+    """
+    with Image.open(encoded if isinstance(encoded, str) else io.BytesIO(encoded), formats=FORMATS) as image:
+        height, width = image.size[::-1]  # Pillow turns TIFF itself, and would decode a PNG to look for an orientation
+        known = (
+            {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & {*image.info} if image.format == "PNG" else True
+        )
+        turned = known and image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in TURNED
+        return (width, height) if turned else (height, width)
+
+
 def _scaled(image: Image.Image, form: str | None) -> Image.Image:
     """Return an image of integers of 16 bits, or of floats, with 8 bits. Raises ValueError if its range is not known."""
     values, mode = np.asarray(image), image.mode
@@ -63,32 +78,54 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def resize(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """Resize uint8 (h, w, c), or a picture, to (size, size, c) by ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`).
+def cover(image: np.ndarray | Image.Image, shape: tuple[int, int]) -> np.ndarray:
+    """Scale uint8 (H, W, c), or a picture, so that it covers `shape` (h, w): one side is equal, the other at least as long.
 
-    Halves with a box filter while the short side is at least twice `size`, scales it to `size` bicubically, and crops. Raises
-    ValueError for a strip that scaled would have more pixels than `Image.MAX_IMAGE_PIXELS`.
+    The rule is that of ADM's `center_crop_arr` (Dhariwal & Nichol 2021, `image_datasets`), whose shape is square: a box filter halves
+    the image while both sides are at least twice those of `shape`, then it is scaled bicubically. Raises ValueError for a strip
+    that scaled would have more pixels than `Image.MAX_IMAGE_PIXELS`.
     """
+    picture, least = image, shape[::-1]
     if isinstance(image, np.ndarray):
-        if image.shape[:2] == (size, size):
+        if image.shape[:2] == shape:
             return image
-        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    if image.size != (size, size):
-        image = _cropped(image, size)
-    return np.asarray(image).reshape(size, size, len(image.getbands()))
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if picture.size != least:
+        picture = _covering(picture, least)
+    return np.asarray(picture).reshape(*picture.size[::-1], len(picture.getbands()))
 
 
-def _cropped(picture: Image.Image, size: int) -> Image.Image:
+def _covering(picture: Image.Image, least: tuple[int, int]) -> Image.Image:
     (width, height), box = picture.size, Image.Resampling.BOX
-    while min(picture.size) >= 2 * size:
+    while all(n >= 2 * m for n, m in zip(picture.size, least, strict=True)):
         picture = picture.resize(tuple(n // 2 for n in picture.size), resample=box)
-    scale = size / min(picture.size)
+    scale = max(m / n for n, m in zip(picture.size, least, strict=True))
     scaled = tuple(round(n * scale) for n in picture.size)
     if Image.MAX_IMAGE_PIXELS and scaled[0] * scaled[1] > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"found {width} x {height} pixels, expected sides less unequal")
-    picture = picture.resize(scaled, resample=Image.Resampling.BICUBIC)
-    left, top = ((n - size) // 2 for n in scaled)
-    return picture.crop((left, top, left + size, top + size))
+    return picture.resize(scaled, resample=Image.Resampling.BICUBIC)
+
+
+def crop(image: np.ndarray, shape: tuple[int, int], draw: int | None = None) -> np.ndarray:
+    """Cut `shape` (h, w) out of an image (H, W, c), from the centre, or along each side as the 64 bits of `draw` say."""
+    if image.shape[:2] == shape:
+        return image
+    spare = [have - want for have, want in zip(image.shape, shape, strict=False)]
+    top, left = (n // 2 if draw is None else draw * (n + 1) >> 64 for n in spare)
+    return image[top : top + shape[0], left : left + shape[1]]
+
+
+def resize(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
+    """Scale and centre-crop uint8 (h, w, c), or a picture, to (size, size, c) by ADM's rule; see `cover`."""
+    return crop(cover(image, (size, size)), (size, size))
+
+
+def crops(
+    images: np.ndarray, shape: tuple[int, int], positions: np.ndarray | None = None, seed: int | None = None
+) -> np.ndarray:
+    """Cut all of `images`, an array (b,) of arrays, by a hash of (seed, global position (b,)), or from the centre without a seed."""
+    draws = [None] * len(images) if seed is None else hash_counters(seed, CROP, 0, positions).tolist()
+    return np.stack([crop(image, shape, draw) for image, draw in zip(images, draws, strict=True)])
 
 
 def flip(images: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:

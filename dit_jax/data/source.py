@@ -20,7 +20,8 @@ class Source(Protocol):
     """Records of one split, read at random by several threads. Raises UsageError naming a record that cannot be read.
 
     `cond` is a tree of arrays with leading axis b, the conditioning of each image: {"label": int32 (b,)} for class labels, {}
-    without. It is opaque to other rooms. A source with an order or positions of its own has `make_order` or `drawn`, as `mixture`.
+    without. It is opaque to other rooms. A source with an order or positions of its own has `make_order` or `drawn`, as `mixture`;
+    pictures of several sizes have `sizes` and `scaled`, as `tfds.Records`, for `data.buckets` and `data.crop`.
     """
 
     key: str  # of the config that names the data, for messages

@@ -107,15 +107,36 @@ class Records:
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
         """Read uint8 (b, size, size, c), and {"label": int32 (b,)} or {}. Raises UsageError if a record is malformed."""
-        found = [self._checked(i, record) for i, record in zip(indices.tolist(), self._stored(indices), strict=True)]
-        return np.stack([image for image, _ in found]), {
-            "label": np.array([label for _, label in found], np.int32)
-        } if self.classes else {}
+        shape = (self.size, self.size)
+        images, cond = self.scaled(indices, [shape] * len(indices))
+        return pixels.crops(images, shape), cond
+
+    def scaled(self, indices: np.ndarray, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, dict]:
+        """Read each image scaled to cover its shape (h, w), as an array (b,) of arrays uint8 (H, W, c), and `cond` as `read`."""
+        records = zip(indices.tolist(), self._stored(indices), shapes, strict=True)
+        found, images = [self._checked(*record) for record in records], np.empty(len(indices), object)
+        for i, (image, _) in enumerate(found):
+            images[i] = image
+        return images, {"label": np.array([label for _, label in found], np.int32)} if self.classes else {}
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Read heights and widths (b, 2) as the images stand, encoded ones from their heads. Raises UsageError as `read`."""
+        images = zip(indices.tolist(), (record["image"] for record in self._stored(indices)), strict=True)
+        return np.array(
+            [image.shape[:2] if isinstance(image, np.ndarray) else self._size(i, image) for i, image in images]
+        )
+
+    def _size(self, index: int, encoded: bytes | str) -> tuple[int, int]:
+        try:
+            return pixels.size_of(encoded)
+        except Exception as error:  # decoders raise any error on bytes that are no image
+            raise UsageError(f"{self.name_of(index)}: cannot read the image's size: {pixels.reason(error)}") from error
 
     def encoded(self, indices: np.ndarray) -> list[tuple[int, bytes]]:
         """Read (label, the image's file or a PNG of its pixels) at `indices`. Raises UsageError as `read` does."""
         records = self._stored(indices)
-        labels = [self._checked(i, record)[1] for i, record in zip(indices.tolist(), records, strict=True)]
+        square = (self.size, self.size)
+        labels = [self._checked(i, record, square)[1] for i, record in zip(indices.tolist(), records, strict=True)]
         files = (pixels.png(record["image"]) if self.arrays else record["image"] for record in records)
         return list(zip(labels, files, strict=True))
 
@@ -195,8 +216,8 @@ class Records:
         with reading(self.where):
             return self.source.__getitems__(indices)
 
-    def _checked(self, index: int, record: dict) -> tuple[np.ndarray, int]:
-        """Decode, check and resize a record: (image, label), label 0 without labels."""
+    def _checked(self, index: int, record: dict, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+        """Decode, check and scale a record: (image that covers `shape`, label), label 0 without labels."""
         where, image, channels = self.name_of(index), record["image"], self.stored_shape[-1]
         if not isinstance(image, np.ndarray):
             try:
@@ -206,16 +227,16 @@ class Records:
                     f"{where}: cannot decode the image ({channels} channels): {pixels.reason(error)}"
                 ) from error
         stored, eight = isinstance(image, np.ndarray), np.dtype(np.uint8)
-        dtype, shape = (image.dtype, image.shape) if stored else (eight, (*image.size[::-1], channels))
-        fits = len(shape) == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, shape, strict=True))
+        dtype, whole = (image.dtype, image.shape) if stored else (eight, (*image.size[::-1], channels))
+        fits = len(whole) == 3 and all(n in (None, m) for n, m in zip(self.stored_shape, whole, strict=True))
         if dtype != eight or not fits:
-            found = f"{dtype} {shape}"
+            found = f"{dtype} {whole}"
             raise UsageError(f"{where}: found an image {found}, expected uint8 {self.stored_shape}")
         label = int(record["label"]) if self.classes else 0
         if not 0 <= label < max(self.classes, 1):
             raise UsageError(f"{where}: found label {label}, expected 0 to {self.classes - 1}")
         try:
-            return pixels.resize(image, self.size), label
+            return pixels.cover(image, shape), label
         except ValueError as error:
             raise UsageError(f"{where}: cannot resize the image: {error}") from error
 

@@ -30,7 +30,7 @@ class Objective(NamedTuple):
     process                                   the noising process
     draw(model, key, batch)                   a batch {"image", "cond"} -> points (x, cond, t, eps), a dict of arrays (b, ...)
     losses(model, params, extras, points)     losses (b,) and a dict of their parts (b,); draws nothing
-    flops                                     training FLOPs of one image
+    flops(shape)                              training FLOPs of one image of shape (h, w), by default model.input_size squared
     init_extras(params)                       state kept between steps, a pytree in `TrainState.extras`
     update_extras(extras, params, step)       extras after an accepted step, from the new raw weights and the number of steps before it
     """
@@ -38,7 +38,7 @@ class Objective(NamedTuple):
     process: Process
     draw: Callable
     losses: Callable
-    flops: int
+    flops: Callable
     init_extras: Callable = nothing
     update_extras: Callable = unchanged
 
@@ -81,7 +81,7 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
 
         return loss(process, denoise, points["x"], points["t"], points["eps"])
 
-    return Objective(process, draw, losses, flops.train_flops(cfg.model))
+    return Objective(process, draw, losses, lambda shape=None: flops.train_flops(cfg.model, shape=shape))
 
 
 OBJECTIVES = {"ddpm": lambda cfg: denoising(cfg, noise_prediction), "flow": lambda cfg: denoising(cfg, velocity)}

@@ -15,11 +15,11 @@ from dit_jax.workdir.records import read_records
 
 
 def make_scores(
-    cfg: Config, workdir: str, mesh, unique: int | None, stop: list, ledger: Ledger, quiet: bool = False
+    cfg: Config, workdir: str, mesh, data: dict, stop: list, ledger: Ledger, quiet: bool = False
 ) -> Callable[..., dict[str, float]]:
     """Returns score(step, state, restored=False) -> scalars for the run's curves, {} if there is nothing new or `stop` is not empty.
 
-    `state` has the weights `ema` and `params` on `mesh`; they are not copied. `unique`: different images in the training data. What is
+    `state` has the weights `ema` and `params` on `mesh`; they are not copied. `data`: identity of the training data. What is
     recorded is not measured again, and then a `restored` state's scalars are written already. A protocol that the model fails, for
     instance by numbers that are not finite, is a warning. Of a grid of samplings the first gives the scalars. All processes call both
     functions. Raises UsageError for a protocol that is impossible.
@@ -50,7 +50,7 @@ def make_scores(
         try:
             for kind in dict.fromkeys(task.weights for task in missing):
                 params = getattr(state, kind)
-                weights = Weights(params, weights_hash(params), unique)
+                weights = Weights(params, weights_hash(params), data)
                 for task in [task for task in missing if task.weights == kind]:
                     measure(step, task, weights)
         except Interrupted:

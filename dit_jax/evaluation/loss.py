@@ -104,20 +104,24 @@ def _mean(name: str, table: np.ndarray) -> dict[str, float]:
 
 
 def _table(cfg: Config, size: int, params, images: np.ndarray, cond, mesh, look: Callable[[], None]) -> np.ndarray:
-    """Losses (images, times), float64. `cfg`: stripped by `alone`; `look()` is called once in about `size` images."""
-    losses = make_losses(cfg, mesh)
+    """Losses (images, times), float64. `cfg`: stripped by `alone`; `look()` is called once in about `size` images.
+
+    `images`: (n, h, w, c), or an array (n,) of arrays (h, w, c), of which those of one shape are computed together.
+    """
+    losses, shapes = make_losses(cfg, mesh), [image.shape for image in images]
     rows = batch_split(mesh) * max(1, PAIRS // (cfg.eval.fixed_times or cfg.eval.times_per_image))
     batch = -(-size // rows) * rows
-    found = []
-    for start in range(0, len(images), rows):
-        if start % batch == 0:
-            look()
-        indices = np.arange(start, start + rows, dtype=np.int32)
-        safe = np.minimum(indices, len(images) - 1)  # padding of the last rows, dropped below
-        chosen = jax.tree.map(lambda rows, safe=safe: rows[safe], (images, cond))
-        values = np.asarray(losses(params, *put_whole(mesh, (*chosen, indices))), np.float64)
-        found.append(values[: len(images) - start])
-    table = np.concatenate(found)
+    table = np.empty((len(images), cfg.eval.fixed_times or cfg.eval.times_per_image))
+    for shape in dict.fromkeys(shapes):
+        alike = np.array([i for i, other in enumerate(shapes) if other == shape], np.int32)
+        for start in range(0, len(alike), rows):
+            if start % batch == 0:
+                look()
+            some = alike[start : start + rows]
+            filled = np.concatenate([some, np.repeat(some[-1:], rows - len(some))])  # padding, dropped below
+            chosen, of = np.stack([*images[filled]]), jax.tree.map(lambda rows, filled=filled: rows[filled], cond)
+            values = np.asarray(losses(params, *put_whole(mesh, (chosen, of, filled))), np.float64)
+            table[some] = values[: len(some)]
     if not np.isfinite(table).all():
         why = "the run diverged, and nothing is recorded"
         raise common(NotFiniteError(f"held-out loss: found values that are not finite; {why}"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
+from dit_jax.data import aspect
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import Source, all_of
 from dit_jax.devices.mesh import describe_device
@@ -34,10 +35,10 @@ def weights_protocol(cfg: Config) -> dict:
 
 def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
     """Everything that the held-out loss depends on besides the checkpoint; `fixed`: the loss at equidistant t, on which no law acts."""
-    process, data = make_objective(cfg).process, held_out.describe()
+    process, data, buckets = make_objective(cfg).process, held_out.describe(), cfg.data.buckets
     times = {"times_per_image": cfg.eval.times_per_image, "buckets": cfg.eval.buckets}
     return {
-        "data": data | {"image_size": cfg.data.image_size},
+        "data": data | {"image_size": cfg.data.image_size} | ({"buckets": list(buckets)} if buckets else {}),
         **weights_protocol(cfg),
         "held_out": {
             "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
@@ -91,7 +92,7 @@ class Shared:
         """The held-out split and its arrays (images, cond)."""
         data = all_of(self.cfg.data)
         (source,) = open_splits(dataclasses.replace(self.cfg, data=data), data.held_out_split)
-        return source, load_arrays(data, data.held_out_split, source, self.cfg.eval.max_images)
+        return source, load_arrays(data, data.held_out_split, source, self.cfg.eval.max_images, data.buckets)
 
     @functools.cached_property
     def network(self) -> scores.Network:
@@ -132,27 +133,27 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
 
 
 def make_record(
-    cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict, unique: int | None, spent: dict
+    cfg: Config, workdir: str, step: int, weights: str, metrics: dict, protocol: dict, data: dict, spent: dict
 ) -> dict:
     """The record, one JSON object: the contract between training, evaluation and `dit_jax.scaling`. `weights`: their SHA-256.
 
-    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `unique`: different images in
-    the training data, None if unknown; `spent`: see `goodput.totals`. `init`, if the run began with other weights, is what these cost.
+    Metrics depend on the protocol, the weights and the kind of device, which the record therefore states. `data`: identity of
+    the training data, {} if unknown; `spent`: see `goodput.totals`. `init`, if the run began with other weights, is what these cost.
     """
-    images, begun = step * cfg.train.batch_size, read_init(workdir)
+    seen, cost, begun = aspect.seen(data, cfg.train, step), make_objective(cfg).flops, read_init(workdir)
     return {
         "run": base(workdir),
         "step": step,
-        "images_seen": images,
-        "tokens_seen": images * cfg.model.tokens,
-        **({} if unique is None else {"unique_images": unique}),
+        "images_seen": sum(seen.values()),
+        "tokens_seen": sum(images * flops.tokens(cfg.model, shape) for shape, images in seen.items()),
+        **({"unique_images": data["records"]} if "records" in data else {}),
         **({"mixture": cfg.data.recipe} if cfg.data.mixture else {}),
         "params": flops.parameters(cfg.model),
         "params_active": flops.active_parameters(cfg.model),
-        "flops_train": make_objective(cfg).flops * images,
+        "flops_train": sum(images * cost(shape) for shape, images in seen.items()),
         **({"init": {key: begun[key] for key in ("run", "step", "flops_train")}} if begun else {}),
         "flops_image": flops.forward_flops(cfg.model),
-        **({"flops_encoder": of * images} if (of := encoder_flops(cfg)) else {}),
+        **({"flops_encoder": of * sum(seen.values())} if (of := encoder_flops(cfg)) else {}),
         **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,

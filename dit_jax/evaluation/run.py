@@ -56,11 +56,11 @@ class Task:
 
 
 class Weights(NamedTuple):
-    """Weights on the mesh, their SHA-256, and the number of different images that they were trained on; None: converted."""
+    """Weights on the mesh, their SHA-256, and the identity of the data that they were trained on; {}: converted."""
 
     params: dict
     sha256: str
-    images: int | None = None
+    data: dict = {}  # noqa: RUF012, never changed
 
 
 def _check_stop(stop: list, what: str) -> None:
@@ -277,7 +277,7 @@ def record(workdir: str, step: int, task: Task, weights: Weights, ledger: Ledger
         found = task.measure(step, weights)
     if found is not None and leader():
         spent = totals(workdir, ledger.entry())
-        made = make_record(task.cfg, workdir, step, weights.sha256, found[0], task.protocol, weights.images, spent)
+        made = make_record(task.cfg, workdir, step, weights.sha256, found[0], task.protocol, weights.data, spent)
         with ledger.spend("save"):
             append_record(workdir, made | found[1])
         if not quiet:
@@ -304,7 +304,7 @@ def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str])
     """The weights of a checkpoint, on the mesh; None if a running training has pruned it meanwhile, or if it is damaged."""
     try:
         params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model, functools.partial(on_mesh, mesh))[1]
-        images = by_leader(lambda: checkpoint.unique_images(workdir, step))
+        data = by_leader(lambda: checkpoint.trained_on(workdir, step))
     except Exception as error:
         if jax.process_count() > 1 and not is_common(error):
             raise
@@ -315,7 +315,7 @@ def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str])
         _fail(failed, step, str(error))
         return None
     failed.pop(step, None)  # a training that restarted may have written the step anew
-    return Weights(params, weights_hash(params), images)
+    return Weights(params, weights_hash(params), data)
 
 
 def report_failed(failed: dict[int, str]) -> None:

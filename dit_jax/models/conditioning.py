@@ -28,8 +28,14 @@ def timestep_features(t: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def positions(side: int, width: int) -> np.ndarray:
-    """Fixed sin-cos position table (n, d), float32, of a side x side grid. The first half of d encodes the column, the second the row."""
+def positions(side: int, width: int, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """Fixed sin-cos position table (n, d), float32, of a grid of (rows, columns) patches, by default side x side.
+
+    The first half of d encodes the column, the second the row. Coordinates are 0 to side - 1 in a square grid; those of another grid
+    have the same spacing and the same centre, so that they may be negative or halves: row r is at r - (rows - side) / 2 (Esser et al.
+    2024, arXiv 2403.03206, "Positional encodings for variable aspect ratios", without the change of scale).
+    """
+    rows, columns = grid or (side, side)
     quarter = width // 4
     frequencies = MAX_PERIOD ** -(np.arange(quarter, dtype=np.float64) / quarter)
 
@@ -37,8 +43,9 @@ def positions(side: int, width: int) -> np.ndarray:
         angles = index[:, None] * frequencies[None]
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    row, column = np.divmod(np.arange(side * side), side)
-    return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    encoded = [encode(column - (columns - side) / 2), encode(row - (rows - side) / 2)]
+    return np.concatenate(encoded, axis=1).astype(np.float32)
 
 
 class TimeEmbedding(nn.Module):

@@ -114,16 +114,16 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x, t, cond):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        side = cfg.input_size // cfg.patch
+        rows, columns = (size // cfg.patch for size in x.shape[1:3])
         h = nn.Dense(cfg.width, kernel_init=xavier, dtype=dtype, name="patch_embedding")(patchify(x, cfg.patch))
-        h = h + positions(side, cfg.width).astype(dtype)[None]
+        h = h + positions(cfg.input_size // cfg.patch, cfg.width, (rows, columns)).astype(dtype)[None]
         vector, tokens = conditioning.embed(cfg, t, cond)
         c = vector if cfg.adaptive else tokens
         if cfg.conditioning == "in_context":
             h = jnp.concatenate([h, c], axis=1)
         h, _ = _scanned_block(cfg, self.place)(h, c)
-        h = Output(cfg, self.place, name="output")(h[:, : side**2], c)
-        return unpatchify(h, cfg.patch, side).astype(jnp.float32)
+        h = Output(cfg, self.place, name="output")(h[:, : rows * columns], c)
+        return unpatchify(h, cfg.patch, rows, columns).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,7 +137,7 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict:
 def apply(
     cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, cond: Mapping | jax.Array, place: Callable = as_it_is
 ) -> jax.Array:
-    """Runs the model: x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32.
+    """Runs the model: x (b, h, w, c) with h and w any multiples of the patch, t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32.
 
     `cond`: see `conditioning`; bare labels (b,) in 0 to K (K = null) stand for {"label": labels}. With `cfg.learn_sigma` the last half
     of c_out is the learned-range variance. On several devices, `place(name, arrays)` lays out arrays by name: "weights", a tree of one

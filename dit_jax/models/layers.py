@@ -41,11 +41,11 @@ def patchify(x: jax.Array, patch: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
-def unpatchify(x: jax.Array, patch: int, side: int) -> jax.Array:
-    """Inverse of `patchify`, (b, n, p p c) -> (b, h, w, c), for a grid of side x side patches."""
+def unpatchify(x: jax.Array, patch: int, rows: int, columns: int) -> jax.Array:
+    """Inverse of `patchify`, (b, n, p p c) -> (b, h, w, c), for a grid of rows x columns patches."""
     b = x.shape[0]
-    x = x.reshape(b, side, side, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, side * patch, side * patch, -1)
+    x = x.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * patch, columns * patch, -1)
 
 
 class Norm(nn.Module):

@@ -45,11 +45,12 @@ class Program:
 def program(cfg: Config, job: str, mesh) -> Program:
     """The train step, or the sampler of one batch by `cfg.sample`."""
     if job == "train":
-        state, batch, encoder = abstract_state(cfg, mesh), abstract_batch(cfg, mesh), StepEncoder()
+        largest = max(cfg.data.buckets, key=math.prod, default=None)
+        state, batch, encoder = abstract_state(cfg, mesh), abstract_batch(cfg, mesh, largest), StepEncoder()
         if cfg.data.encode == "in_step":
             batch["image"], encoder = _encoded(cfg, mesh, batch["image"])
         rows, held, arguments = cfg.train.batch_size, len(jax.tree.leaves(state)), (state, batch, *encoder.weights)
-        work = make_objective(cfg).flops * rows
+        work = make_objective(cfg).flops(largest) * rows
         return Program(lambda: make_train_step(cfg, mesh, encoder), arguments, work, rows, held)
     rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)

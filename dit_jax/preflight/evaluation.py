@@ -1,6 +1,7 @@
 """What an evaluation costs on a slice: its programs, each compiled as the job would, and the images that go through each."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax import flops, hardware
-from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig
 from dit_jax.devices import mesh as meshes
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
@@ -131,10 +131,11 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
 def _loss(points: Config, cfg: Config, mesh) -> Program:
     k = points.eval.fixed_times or points.eval.times_per_image
     rows = batch_split(mesh) * max(1, PAIRS // k)
-    batch = abstract_batch(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=rows)), mesh)
+    shape = max(cfg.data.buckets, key=math.prod, default=None)
+    batch = abstract_batch(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=rows)), mesh, shape)
     indices = placed(jax.ShapeDtypeStruct((rows,), jnp.int32), batch_sharding(mesh))
     arguments = (weights(cfg, mesh), batch["image"], batch["cond"], indices)
-    return Program(lambda: make_losses(points, mesh), arguments, bind(cfg.model).flops * k * rows, rows)
+    return Program(lambda: make_losses(points, mesh), arguments, flops.forward_flops(cfg.model, shape) * k * rows, rows)
 
 
 def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | None) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 from dit_jax import hardware
@@ -80,7 +81,10 @@ def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, pri
         report["precomputed"] = inspect(changed(cfg, {"data.encode": "precomputed"}), job, topology, devices)
     wanted = cfg.train.steps * cfg.train.batch_size if job == "train" else images or cfg.eval.samples
     report["run"] = run_costs(report, wanted, price)
-    return report | {"notes": notes(report, topology, wanted, tried)}
+    largest = (
+        [f"the step is that of the largest bucket, {max(cfg.data.buckets, key=math.prod)}"] if cfg.data.buckets else []
+    )
+    return report | {"notes": notes(report, topology, wanted, tried) + largest * (job == "train")}
 
 
 def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -> list[int]:

@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from dit_jax.bind import Model, bind, bind_to_draw
+from dit_jax.bind import Model, bind_to_draw
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
 from dit_jax.devices.mesh import batch_sharding, hosts_of, put_batch, replicated
 from dit_jax.devices.numerics import ambient, random_key
-from dit_jax.devices.processes import agree, host_copy
+from dit_jax.devices.processes import agree, host_copy, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
 from dit_jax.diffusion import guidance
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError, UsageError
+from dit_jax.flops import Shape, forward_flops
+from dit_jax.log import warn
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
 
@@ -50,13 +52,16 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=128)  # a grid of settings goes through all of them for each checkpoint
-def make_sampler(model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = ()) -> Callable:
+def make_sampler(
+    model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = (), size: Shape = None
+) -> Callable:
     """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32.
 
-    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. The weights lie on the mesh by
-    `devices.mesh.spec`.
+    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. `size`: (h, w), by default
+    model.input_size squared. The weights lie on the mesh by `devices.mesh.spec`.
     """
-    (bound, weights), shape = bind_to_draw(model, mesh), (model.input_size, model.input_size, model.channels)
+    (bound, weights), side = bind_to_draw(model, mesh), model.input_size
+    shape = (*(size or (side, side)), model.channels)
 
     def sample(params, seed, indices):
         keys = image_keys(seed, indices)
@@ -85,8 +90,8 @@ def weights_hash(params) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Everything that drawing needs besides weights: config, devices, decoder of latents, the values of `cond` asked for, and whether
-    grey images get three equal channels."""
+    """Everything that drawing needs besides weights: config, devices, decoder of latents, the values of `cond` asked for, whether
+    grey images get three equal channels, and (h, w) of the images in pixels, if they are no squares of data.image_size."""
 
     cfg: Config
     mesh: object
@@ -94,6 +99,7 @@ class Sampling:
     decode: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     wanted: Mapping[str, tuple] = field(default_factory=dict)
     rgb: bool = False
+    size: Shape = None
 
     @functools.cached_property
     def task(self) -> Task:
@@ -106,12 +112,17 @@ class Sampling:
         size, channels = self.cfg.model.input_size, self.cfg.model.channels
         if self.autoencoder is not None:
             size, channels = self.cfg.data.image_size, self.autoencoder.cfg.channels
-        return (size, size, 3 if self.rgb else channels)
+        return (*(self.size or (size, size)), 3 if self.rgb else channels)
+
+    @property
+    def inner(self) -> Shape:
+        """(h, w) of the model's output for `size`."""
+        return self.size and tuple(side // _pixels(self.cfg) for side in self.size)
 
     @property
     def flops(self) -> int:
         """FLOPs of one image, guided steps counted twice."""
-        return image_flops(self.cfg)
+        return image_flops(self.cfg, self.inner)
 
     def images(
         self, params, seed: int, num: int, first: int = 0, stop: Sequence = ()
@@ -131,7 +142,8 @@ class Sampling:
         same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
         7e-7 in float32 and by one level in 1 of 15,360 pixels; in bfloat16 by up to 5 levels in a quarter of all pixels.)
         """
-        draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, tuple(self.wanted.items()))
+        wanted = tuple(self.wanted.items())
+        draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, wanted, self.inner)
         rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
         batch = rows * max(1, -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts)))
         for start in range(0, most, batch):
@@ -179,15 +191,36 @@ class Sampling:
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}
-        job |= {"rgb": True} if self.rgb else {}
+        job |= ({"rgb": True} if self.rgb else {}) | ({"size": self.size} if self.size else {})
         return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS} | ambient()))
 
 
-def open_sampling(cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None, rgb: bool = False) -> Sampling:
+def _pixels(cfg: Config) -> int:
+    """Pixels along the side of one of the model's, 1 without an autoencoder."""
+    return max(cfg.data.image_size // cfg.model.input_size, 1)
+
+
+def _trained_size(cfg: Config, size: Shape) -> Shape:
+    """Returns None for the usual square, else `size`; warns if the model was trained on no such images. Raises UsageError for sides
+    that are no whole tokens."""
+    square, token = (cfg.data.image_size,) * 2, cfg.model.patch * _pixels(cfg)
+    if size and any(side < 1 or side % token for side in size):
+        raise UsageError(f"--size: found {size[0]}x{size[1]}, expected multiples of {token} pixels, as a token has")
+    known, asked = cfg.data.buckets or (square,), size or square
+    if asked not in known and leader():
+        trained = ", ".join(f"{h}x{w}" for h, w in known)
+        warn(f"images of {asked[0]}x{asked[1]} pixels are drawn from a model trained on {trained}")
+    return None if asked == square else asked
+
+
+def open_sampling(
+    cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None, rgb: bool = False, size: Shape = None
+) -> Sampling:
     """Binds `cfg.sample`. Raises UsageError for settings that exclude each other or an autoencoder that does not fit."""
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
-    found = Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, own_mesh(mesh)), wanted or {})
+    size = _trained_size(cfg, size)
+    found = Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, own_mesh(mesh)), wanted or {}, size=size)
     if rgb and found.shape[-1] not in (1, 3):
         raise UsageError(f"--rgb: found images of {found.shape[-1]} channels, expected 1 or 3")
     return dataclasses.replace(found, rgb=rgb)
@@ -203,9 +236,9 @@ def describe_sample(cfg: SampleConfig) -> dict:
     return settings
 
 
-def image_flops(cfg: Config) -> int:
-    """FLOPs of one image of `cfg.sample`, guided steps counted twice."""
+def image_flops(cfg: Config, size: Shape = None) -> int:
+    """FLOPs of one image of `cfg.sample`, guided steps counted twice. `size`: (h, w) of the model's output."""
     calls = make_task(cfg).evaluations.astype(np.float32)  # as the program compares them
     low, high = np.float32(cfg.sample.interval)
     guided = 0 if cfg.sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
-    return bind(cfg.model).flops * (len(calls) + guided)
+    return forward_flops(cfg.model, size) * (len(calls) + guided)

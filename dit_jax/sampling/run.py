@@ -19,7 +19,8 @@ from dit_jax.sampling.label import names_of
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted: `num` images of a run, and the files that get them; "" = none. `labels`: classes in turn, () = by the policy."""
+    """What is wanted: `num` images of a run, and the files that get them; "" = none. `labels`: classes in turn, () = by the policy;
+    `size`: (h, w) in pixels, None = square."""
 
     workdir: str
     num: int
@@ -30,6 +31,7 @@ class Request:
     images: str
     labels: tuple[int, ...] = ()
     rgb: bool = False
+    size: tuple[int, int] | None = None
 
     @property
     def files(self) -> list[str]:
@@ -43,7 +45,7 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     by_leader(lambda: (check_out("--out", wanted.out), check_out("--grid", wanted.grid, picture.MARK)))
     step = by_leader(lambda: parts.find_step(wanted.workdir, wanted.step, wanted.out, cfg.sample.weights))
     mesh = drawing_mesh(4 * flops.parameters(cfg.model))
-    sampling = open_sampling(cfg, mesh, {"label": wanted.labels} if wanted.labels else None, wanted.rgb)
+    sampling = open_sampling(cfg, mesh, {"label": wanted.labels} if wanted.labels else None, wanted.rgb, wanted.size)
     place = functools.partial(on_mesh, mesh)
     _, params = checkpoint.load(wanted.workdir, step, cfg.sample.weights, cfg.model, place)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"

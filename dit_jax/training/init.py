@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dit_jax import checkpoint
 from dit_jax.config import Config, to_dict
+from dit_jax.data import aspect
 from dit_jax.devices.processes import agreed, by_leader, compare, leader, of_all
 from dit_jax.devices.rows import on_mesh
 from dit_jax.diffusion.objective import make_objective
@@ -131,7 +132,8 @@ def _flops(cfg: Config, source: str, step: int) -> float | int | None:
     before = read_init(source).get("flops_train", 0)
     if step == 0 or before is None:
         return None
-    return before + make_objective(cfg).flops * step * cfg.train.batch_size
+    cost, images = make_objective(cfg).flops, aspect.seen(checkpoint.trained_on(source, step), cfg.train, step)
+    return before + sum(count * cost(shape) for shape, count in images.items())
 
 
 def _introduce(record: Mapping, old: Config, new: Config, fresh) -> None:

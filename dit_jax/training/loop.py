@@ -15,7 +15,8 @@ from dit_jax import checkpoint, flops
 from dit_jax.bind import bind
 from dit_jax.config import Config, to_dict
 from dit_jax.data import source as sources
-from dit_jax.data.pipeline import make_batches
+from dit_jax.data.aspect import seen
+from dit_jax.data.pipeline import Batches, make_batches
 from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
 from dit_jax.devices.numerics import ambient
 from dit_jax.devices.processes import asked_to_stop, check_folder, compare, everyone_is_here, gather, leader, together
@@ -111,10 +112,10 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
     return source, held_out
 
 
-def _check_same_data(source: sources.Source) -> None:
+def _check_same_data(batches: Batches) -> None:
     """Raises CommonError on all processes unless all opened the same records, wherever these are stored."""
     if jax.process_count() > 1:
-        found = gather({f"{source.key}: {name}": value for name, value in source.identity.items()})
+        found = gather({f"{batches.source.key}: {name}": value for name, value in batches.identity.items()})
         compare(found, "give every host the same data")
 
 
@@ -146,13 +147,13 @@ def run(
             process_count=jax.process_count(),
             source=source,
         )
-        _check_same_data(source)
+        _check_same_data(batches)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None
         score = None
         if every := cfg.train.evaluate_every:
             if not scoring:
                 raise UsageError(f"train.evaluate_every: found {every}, expected 0 for a training without `scoring`")
-            score = scoring(cfg, workdir, mesh, source.identity.get("records"), stop, ledger, quiet)
+            score = scoring(cfg, workdir, mesh, batches.identity, stop, ledger, quiet)
         if cfg.train.wandb and leader():
             import_wandb()
         names = functools.cache(lambda: getattr(source, "class_names", ()) or sources.class_names(cfg.data))
@@ -163,6 +164,8 @@ def run(
             if any(part.folder for part in cfg.data.parts) and not checkpoint.steps(workdir):
                 keep_names(workdir, names())
             sources.introduce(*([] if quiet else [source, held_out]))
+            if batches.buckets and not quiet:
+                batches.buckets.introduce(cfg.train.batch_size)
         everyone_is_here("workdir")
         try:
             kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
@@ -209,7 +212,9 @@ def _train(
         scalars = Scalars(lambda step, values, picture="": None, lambda: None, lambda: None)
     try:
         with ledger.spend("step"), tracing(cfg.train.profile, workdir) as trace:
-            outputs = Outputs(scalars.write, scalars.flush, _reporter(cfg, ledger, quiet), ledger.now, trace, *watch)
+            outputs = Outputs(
+                scalars.write, scalars.flush, _reporter(cfg, ledger, batches.identity, quiet), ledger.now, trace, *watch
+            )
             if first and _due(first, cfg.train.evaluate_every):
                 with ledger.spend("evaluation"):
                     outputs.evaluate(first, state, restored=True)
@@ -229,7 +234,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
     encoder = encoder_of(batches.source, mesh)
     program, meta = make_train_step(cfg, mesh, encoder), {"model": to_dict(cfg.model), **provenance(), **ambient()}
-    first, every, pending, kind, recent = int(state.step), cfg.train.replay_every, None, "compile", []
+    first, every, pending, known, recent = int(state.step), cfg.train.replay_every, None, set(), []
     step = lambda state, batch: program(state, batch, *encoder.weights)  # noqa: E731
 
     def save() -> None:
@@ -246,13 +251,15 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         outputs.trace(i, state)
         with ledger.spend("data"):
             batch = put_batch(mesh, next(batches))
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        kind = "step" if shapes in known else "compile"  # a program for each bucket
         with ledger.spend(kind), step_annotation(i):
             twice = every and i % every == 0
             state, scalars = run_twice(step, state, batch, i) if twice else step(state, batch)
         ledger.last = i
         if kind == "compile" and leader():
             note(ledger, workdir)
-        kind = "step"
+        known.add(shapes)
         outputs.log(pending)
         pending = None
         if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
@@ -302,17 +309,23 @@ def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str
     saver.save(int(state.step), state.items(), position, meta, after=lambda: write_entry(entry, workdir))
 
 
-def _reporter(cfg: Config, ledger: Ledger, quiet: bool):
+def _reporter(cfg: Config, ledger: Ledger, data: dict, quiet: bool):
     """A function (step, scalars) -> more scalars that prints progress; if `quiet`, it does nothing."""
     if quiet:
         return lambda step, scalars: {}
     peak, source = peak_flops()
     count, against = flops.parameters(cfg.model), f"{peak / 1e12:.3g} TFLOP/s ({source})"
-    beside = encoder_flops(cfg)
-    apart = f" and leaves out the encoder's {beside:.3g} FLOPs an image" if beside else ""
-    say(f"{count:,} parameters; MFU is against {against}{apart}; compiling ...")
-    step_flops = make_objective(cfg).flops * cfg.train.batch_size
-    return progress(cfg.train.steps, cfg.train.batch_size, step_flops, peak, lambda: ledger.seconds["evaluation"])
+    beside, cost = encoder_flops(cfg), make_objective(cfg).flops
+    without = f" and leaves out the encoder's {beside:.3g} FLOPs an image" if beside else ""
+    say(f"{count:,} parameters; MFU is against {against}{without}; compiling ...")
+
+    def flops_until(step: int) -> float:
+        return float(sum(images * cost(shape) for shape, images in seen(data, cfg.train, step).items()))
+
+    def apart() -> float:
+        return ledger.seconds["evaluation"] + ledger.seconds["compile"]  # a bucket is compiled when it is first met
+
+    return progress(cfg.train.steps, cfg.train.batch_size, flops_until, peak, apart)
 
 
 def _check_streaks(cfg: Config, recent: list[tuple[int, dict]], state, batch: dict, encoder: StepEncoder) -> None:

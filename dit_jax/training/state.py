@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import flops
 from dit_jax.bind import bind
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, state_sharding
@@ -63,11 +64,11 @@ def abstract_state(cfg: Config, mesh) -> TrainState:
     )
 
 
-def abstract_batch(cfg: Config, mesh) -> dict:
-    """Shapes, dtypes and shardings of a training batch."""
+def abstract_batch(cfg: Config, mesh, shape: flops.Shape = None) -> dict:
+    """Shapes, dtypes and shardings of a training batch of images of `shape` (h, w), by default model.input_size squared."""
     model, rows, sharding = cfg.model, cfg.train.batch_size, batch_sharding(mesh)
-    shape = (rows, model.input_size, model.input_size, model.channels)
-    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32), "cond": conditioning.example(model, rows)}
+    images = (rows, *(shape or (model.input_size, model.input_size)), model.channels)
+    batch = {"image": jax.ShapeDtypeStruct(images, jnp.float32), "cond": conditioning.example(model, rows)}
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
 
 

@@ -35,6 +35,18 @@ _INFO = "dataset_info.json"  # of TFDS, written last: with it a dataset is prepa
 _UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # raised by the libraries on damaged files
 
 
+def digit_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits, in their order there: images uint8 (n, 8, 8), labels (n,), and which are `test`, bool (n,)."""
+    from sklearn.datasets import load_digits  # takes seconds to import, and is needed once
+
+    levels, labels = load_digits(return_X_y=True)
+    images = ((255 * levels.astype(np.int64) + 8) // 16).astype(np.uint8).reshape(-1, 8, 8)
+    number = np.zeros(len(labels), np.int64)  # within its class
+    for digit in range(10):
+        number[labels == digit] = np.arange((labels == digit).sum())
+    return images, labels, number % 5 == 4
+
+
 class Digits(tfds.core.GeneratorBasedBuilder):
     """The 1,797 digits of `sklearn.datasets.load_digits`, in their order there.
 
@@ -60,15 +72,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
 
     def _generate_examples(self, held_out: bool):
-        from sklearn.datasets import load_digits  # takes seconds to import, and is needed once
-
-        levels, labels = load_digits(return_X_y=True)
-        images = ((255 * levels.astype(np.int64) + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
-        seen = np.zeros(10, np.int64)
-        for i, label in enumerate(labels):
-            if (seen[label] % 5 == 4) == held_out:
-                yield i, {"image": images[i], "label": int(label)}
-            seen[label] += 1
+        images, labels, test = digit_images()
+        for i in np.flatnonzero(test == held_out).tolist():
+            yield i, {"image": images[i, ..., None], "label": int(labels[i])}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def main() -> None:
 
     values = flags.FLAGS
     check(cfg := resolve(values.config), None)
-    data = dataclasses.replace(cfg.data, latents="", skip_bad=0)  # of images, also where a model is of latents
+    data = dataclasses.replace(cfg.data.images, skip_bad=0)  # of images, also where a model is of latents
     meta = run(data, values.out, values.steps, values.seed)
     about = meta["source"]
     print(

@@ -35,7 +35,7 @@ class Field(NamedTuple):
 
 FIELDS = {
     "label": Field(lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width),
-    "text": Field(lambda cfg: bool(cfg.text), lambda cfg: BYTES * cfg.width, lambda cfg: cfg.text_length),
+    "text": Field(lambda cfg: bool(cfg.text), lambda cfg: BYTES * cfg.width, lambda cfg: cfg.caption_tokens),
 }
 MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6}  # vectors per block; the output has 2
 

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 
 from dit_jax.config import DataConfig
 from dit_jax.data import pipeline, pixels, source
+from dit_jax.data.order import order as permuted
 from dit_jax.data.source import open_source
 from dit_jax.error import UsageError
 
@@ -218,7 +219,7 @@ def test_restored_position_continues_exactly(data, monkeypatch, small):
 
 
 def test_every_epoch_is_another_permutation(data):
-    orders = [pipeline.order(5, epoch, TRAIN) for epoch in range(3)] + [pipeline.order(6, 0, TRAIN)]
+    orders = [permuted(5, epoch, TRAIN) for epoch in range(3)] + [permuted(6, 0, TRAIN)]
     for a in orders:
         assert sorted(a) == list(range(TRAIN))
     for i, a in enumerate(orders):
@@ -232,14 +233,14 @@ def test_every_epoch_is_another_permutation(data):
 
 
 def test_order_is_pinned():
-    assert pipeline.order(0, 0, 10).tolist() == [2, 9, 5, 7, 8, 4, 6, 0, 1, 3]
-    assert pipeline.order(2**31 - 1, 7, 10).tolist() == [3, 2, 1, 0, 9, 4, 6, 5, 8, 7]
+    assert permuted(0, 0, 10).tolist() == [2, 9, 5, 7, 8, 4, 6, 0, 1, 3]
+    assert permuted(2**31 - 1, 7, 10).tolist() == [3, 2, 1, 0, 9, 4, 6, 5, 8, 7]
 
 
 def test_a_batch_may_span_several_epochs(data):
     small = dataclasses.replace(data, split="test[:10]", flip=False)
     labels = batches(small, 2, batch_size=32, seed=1)
-    order = np.concatenate([pipeline.order(1, epoch, 10) for epoch in range(7)])
+    order = np.concatenate([permuted(1, epoch, 10) for epoch in range(7)])
     images = pipeline.load_arrays(small, "test[:10]")[0]
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in labels]), images[order[:64]])
 
@@ -488,7 +489,7 @@ def test_images_without_labels_have_no_cond(tmp_path, monkeypatch):
     assert (opened.classes, opened.image_shape, opened.describe()["classes"]) == (0, (4, 4, 1), 0)
     for cache in (True, False):
         (batch,) = batches(dataclasses.replace(config, cache=cache), 1, batch_size=12, seed=3)
-        np.testing.assert_array_equal(np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5), pipeline.order(3, 0, 12))
+        np.testing.assert_array_equal(np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5), permuted(3, 0, 12))
         assert batch["cond"] == {}
     images, cond = pipeline.load_arrays(config, "train", opened)
     assert images.shape == (12, 4, 4, 1) and cond == {}
@@ -500,7 +501,7 @@ def test_malformed_images_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Grids, "image", encoded_but(lambda b: b"text"))
     Grids(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     config = DataConfig(dataset="grids", data_dir=str(tmp_path), image_size=32, skip_bad=1)
-    order = np.concatenate([pipeline.order(3, epoch, 12) for epoch in range(8)])
+    order = np.concatenate([permuted(3, epoch, 12) for epoch in range(8)])
     order[order == 7] = 8
     for cache, workers in ((True, 0), (False, 0), (False, 3)):
         data = dataclasses.replace(config, cache=cache, workers=workers)
@@ -521,7 +522,7 @@ def test_a_damaged_digit_may_be_left_out(broken):
     (bad,) = source.bad_records(opened)
     assert f"record {bad}: cannot read {path}: Corrupted" in source.bad_records(opened)[bad]
     np.testing.assert_array_equal(images[bad], images[bad + 1])
-    expected = np.concatenate([pipeline.order(3, epoch, TRAIN) for epoch in range(2)])[: 48 * 40]
+    expected = np.concatenate([permuted(3, epoch, TRAIN) for epoch in range(2)])[: 48 * 40]
     found = batches(config, 40)
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in found]), images[expected])
     np.testing.assert_array_equal(np.concatenate([b["cond"]["label"] for b in found]), cond["label"][expected])

@@ -27,6 +27,7 @@ from dit_jax.data import counter, latent_writer, latents, pipeline, pixels, post
 from dit_jax.data.latent_notes import DTYPES, LatentInfo, checksum, shard_name
 from dit_jax.data.latent_writer import Hosts
 from dit_jax.data.latents import open_latents
+from dit_jax.data.order import order as permuted
 from dit_jax.error import UsageError
 
 pytestmark = pytest.mark.timeout(60)  # nothing hangs, whatever is broken
@@ -289,7 +290,7 @@ def test_means_alone_are_not_sampled(tmp_path):
     info = dataclasses.replace(INFO, moments=False, mirrored=False, dtype="bfloat16")
     write_latents(str(tmp_path / "train"), info, examples(info, 20))
     images, cond = pipeline.load_arrays(config(tmp_path), "train")
-    order = np.concatenate([pipeline.order(3, epoch, 20) for epoch in range(4)])
+    order = np.concatenate([permuted(3, epoch, 20) for epoch in range(4)])
     drawn = batches(config(tmp_path), 5)
     np.testing.assert_array_equal(drawn["image"], images[order])
     np.testing.assert_array_equal(drawn["label"], cond["label"][order])
@@ -690,7 +691,7 @@ def test_malformed_records_are_replaced_and_counted(store, spoiled, cache):
         assert f"record {number}: {what}" in bad[number]
     good = open_latents(f"{store}/train")
     positions = np.arange(192)
-    order = STANDS[np.concatenate([pipeline.order(3, epoch, SIZE) for epoch in range(4)])[:192]]
+    order = STANDS[np.concatenate([permuted(3, epoch, SIZE) for epoch in range(4)])[:192]]
     values, cond = good.read(order)
     mirror = counter.mirrored(3, positions)
     np.testing.assert_array_equal(found["image"], posterior.sample_posterior(INFO, values, positions, 3, mirror))

@@ -1,11 +1,14 @@
 """Settings of the images."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
-from dit_jax.error import UsageError, at_least
+from dit_jax.error import UsageError, at_least, choice, shown
 
 DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
+PART = ("dataset", "split", "held_out_split", "folder", "data_dir", "latents")  # keys that a part of a mixture may set
+MOST = 1000  # of a weight
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class DataConfig:
     split: str = "train"  # trained on
     held_out_split: str = "test"  # never trained on
     folder: str = ""  # of pictures, .tar or .parquet files that are read in place of `dataset`; "" = none
+    mixture: tuple = ()  # of several data: rows (WEIGHT, 'KEY=VALUE', ...), such as ((3, 'folder=photos'), (1, 'dataset=digits'))
     data_dir: str = ""  # "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     image_size: int = 8  # pixels; other sizes are centre-cropped and resized to it (ADM's rule)
     flip: bool = False  # random horizontal flips, determined by (seed, position)
@@ -32,7 +36,52 @@ class DataConfig:
             raise UsageError(f"data.dataset: found {self.dataset!r}, expected {expected}")
         at_least(1, self, "image_size")
         at_least(0, self, "workers", "prefetch", "skip_bad")
+        _ = self.parts  # raises for a part that is wrong
 
     @property
     def name(self) -> str:  # in records, the same wherever a folder lies
-        return "folder" if self.folder else self.dataset
+        return "mixture" if self.mixture else "folder" if self.folder else self.dataset
+
+    @property
+    def title(self) -> str:
+        """What the data are called before people."""
+        found = (f"{row[0]} {part.title}" for row, part in zip(self.mixture, self.parts, strict=True))
+        return " + ".join(found) if self.mixture else self.folder or self.dataset
+
+    @property
+    def parts(self) -> tuple["DataConfig", ...]:
+        """The data of each part of a mixture; otherwise these data alone."""
+        return tuple(_part(self, *one) for one in enumerate(self.mixture, 1)) or (self,)
+
+    @property
+    def images(self) -> "DataConfig":
+        """The same data as images, where they are read as latents."""
+        rows = ((row[0], *(text for text in row[1:] if not text.startswith("latents="))) for row in self.mixture)
+        return dataclasses.replace(self, latents="", mixture=tuple(rows))
+
+    @property
+    def recipe(self) -> tuple:
+        """(weight, name, split, held-out split) of each part of a mixture, the same wherever it lies."""
+        parts = zip(self.mixture, self.parts, strict=False)
+        return tuple((row[0], part.name, part.split, part.held_out_split) for row, part in parts)
+
+
+def _part(data: DataConfig, number: int, row: object) -> DataConfig:
+    """Return the data of one row of a mixture. Raises UsageError."""
+    where, example = f"data.mixture: part {number}", "such as (3, 'folder=photos')"
+    weight, *texts = row if isinstance(row, tuple) and row else (None,)
+    if isinstance(weight, float) or (type(weight) is int and not 1 <= weight <= MOST):
+        expected = f"a whole number from 1 to {MOST}: 7 and 3 for 0.7 and 0.3"
+        raise UsageError(f"{where}: found the weight {shown(weight)}, expected {expected}")
+    if type(weight) is not int or not all(isinstance(text, str) and "=" in text for text in texts):
+        raise UsageError(f"{where}: found {shown(row)}, expected (WEIGHT, 'KEY=VALUE', ...), {example}")
+    pairs = [text.split("=", 1) for text in texts]
+    for i, (key, _) in enumerate(pairs):
+        choice(f"{where}: key", key, PART)
+        if key in (other for other, _ in pairs[:i]):
+            raise UsageError(f"{where}: found {key} twice, expected it once")
+    changes = dict(pairs)
+    try:
+        return dataclasses.replace(data, mixture=(), **({"folder": ""} if "dataset" in changes else {}) | changes)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

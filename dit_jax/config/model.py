@@ -58,6 +58,11 @@ class ModelConfig:
         return (self.input_size // self.patch) ** 2
 
     @property
+    def caption_tokens(self) -> int:
+        """Tokens of the caption of an image; 0 for a model without captions."""
+        return self.text_length if self.text else 0
+
+    @property
     def adaptive(self) -> bool:
         """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
         return self.conditioning in ("adaln", "adaln_zero", "adaln_cross")

@@ -1,10 +1,11 @@
-"""Captions to tokens: which caption of an image a visit gets, and its bytes."""
+"""Captions: read with their images, and turned into tokens."""
 
 import numpy as np
 
 from dit_jax.data.counter import CAPTION, hash_counters
+from dit_jax.error import UsageError
 
-CAPTIONS = "captions"  # the key of `cond` under which a batch carries tuples of str, before they are tokens
+_KEY = "captions"  # of `cond` on the way
 
 
 def byte_tokens(texts: list[str], length: int) -> np.ndarray:
@@ -16,7 +17,32 @@ def byte_tokens(texts: list[str], length: int) -> np.ndarray:
     return found
 
 
-def chosen(captions: np.ndarray, positions: np.ndarray, seed: int) -> list[str]:
-    """Draw one of the captions of each image, by (seed, global position (b,)). `captions`: tuples of str, object (b,)."""
+def read_captioned(source, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Read as a source does, with the captions of each record, tuples of str, in `cond`."""
+    arrays, cond = source.read(indices)
+    found = np.empty(len(indices), object)
+    for i, some in enumerate(source.captions(indices)):
+        found[i] = some
+    return arrays, cond | {_KEY: found}
+
+
+def as_tokens(cond: dict, positions: np.ndarray, seed: int, length: int) -> dict:
+    """Replace the captions in `cond` by the tokens of one of each, drawn by (seed, position (b,)); without any, return it as it is."""
+    if _KEY not in cond:
+        return cond
+    chosen = draw(cond[_KEY].tolist(), positions, seed)
+    return {name: value for name, value in cond.items() if name != _KEY} | {"text": byte_tokens(chosen, length)}
+
+
+def draw(captions: list[tuple[str, ...]], positions: np.ndarray, seed: int) -> list[str]:
+    """Draw one of the captions of each image, by (seed, position (b,))."""
     draws = hash_counters(seed, CAPTION, 0, positions).tolist()
-    return [some[draw % len(some)] for some, draw in zip(captions.tolist(), draws, strict=True)]
+    return [some[number % len(some)] for some, number in zip(captions, draws, strict=True)]
+
+
+def prompts(source, most: int) -> list[str]:
+    """A caption of each of the first `most` records of a split, the one that `load_arrays` draws. Raises UsageError if it has none."""
+    if source.captions is None:
+        raise UsageError(f"{source.key}: found no captions in {source.where}, expected some to draw images from")
+    numbers = np.arange(min(most, len(source)))
+    return draw(source.captions(numbers), numbers, 0)

@@ -6,7 +6,7 @@ only, not on the batch, the process, or earlier draws.
 
 import numpy as np
 
-ORDER, FLIP, NOISE = 1, 2, 3  # streams of the hash
+ORDER, FLIP, NOISE, MIXTURE = 1, 2, 3, 7  # streams of the hash
 SCENE, CAPTION = 16, 17
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _ROWS = 16  # positions at a time, so that temporaries stay in the cache

@@ -76,8 +76,15 @@ class Pictures(Records):
         return os.path.join(self.source.root, self.source.listing.names[self.source.numbers[index]])
 
     def overlaps(self, other: "Pictures") -> bool:
-        """Return whether two splits of one folder share a record."""
-        return bool(np.isin(self.source.numbers, other.source.numbers).any())
+        """Return whether two splits share a picture, of one folder or of one that lies in the other."""
+        names, others = self.source.listing.names, other.source.listing.names
+        if self.source.root == other.source.root and names == others:
+            return bool(np.isin(self.source.numbers, other.source.numbers).any())
+        return not self._paths().isdisjoint(other._paths())
+
+    def _paths(self) -> set[str]:
+        root = self.source.root if remote(self.source.root) else os.path.realpath(self.source.root)
+        return {os.path.join(root, self.source.listing.names[i]) for i in self.source.numbers.tolist()}
 
 
 @contextlib.contextmanager

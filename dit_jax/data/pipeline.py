@@ -1,7 +1,8 @@
 """Records to batches with grain, in a global order that does not depend on the number of processes.
 
 Example p of a run (p = 0, 1, ...) is record `order(seed, p // n, n)[p % n]` of a split of n records: every epoch is a new
-permutation. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows rB/P to (r+1)B/P - 1.
+permutation. A mixture has an order of its own. Global batch k holds examples kB to (k+1)B - 1; process r of P reads its rows
+rB/P to (r+1)B/P - 1.
 """
 
 import functools
@@ -13,7 +14,8 @@ import jax
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data.counter import ORDER, hash_counters
+from dit_jax.data.captions import as_tokens, read_captioned
+from dit_jax.data.order import make_order
 from dit_jax.data.skip import read_good, read_kept
 from dit_jax.data.source import Source, open_source
 from dit_jax.error import UsageError
@@ -31,26 +33,35 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     source: Source | None = None,
+    text_length: int = 0,
 ) -> "Batches":
     """Make an endless iterator over this process's rows of the global batches of `data.split`.
 
     A batch is {"image": float32 (b, h, w, c), "cond": tree of arrays (b, ...)}, b = batch_size / process_count, with images
-    from `Source.training`. `source`: the split if already open (for `bad_records`). Raises UsageError if data cannot be read
+    from `Source.training`. `source`: the split if already open (for `bad_records`). With `text_length`, `cond` has tokens int32
+    (b, text_length) as "text", of a caption of each image drawn by (seed, position). Raises UsageError if data cannot be read
     (also in `next`), or if the processes do not divide the batch.
     """
     if batch_size % process_count:
         raise UsageError(f"train.batch_size: found {batch_size}, expected a multiple of the {process_count} processes")
     source = open_source(data, data.split) if source is None else source
-    read, rows = _reader(source, data), batch_size // process_count
+    read, rows = _reader(source, data, text_length > 0), batch_size // process_count
+    records_at = getattr(source, "make_order", functools.partial(make_order, len(source)))(seed)
 
     def load(k: int) -> dict:
         positions = np.arange(rows) + (k * batch_size + process_index * rows)
-        arrays, cond = read(_records_at(positions, len(source), seed))
-        return {"image": source.training(arrays, positions, seed), "cond": cond}
+        arrays, cond = read(records_at(positions))
+        return {
+            "image": source.training(arrays, positions, seed),
+            "cond": as_tokens(cond, positions, seed, text_length),
+        }
 
     threads = 0 if data.cache and rows * max(source.image_shape[:2]) ** 2 < SMALL else data.workers
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch if threads else 0)
-    return Batches(iter(grain.MapDataset.range(_FOREVER).map(load).to_iter_dataset(options)), source)
+    iterator = iter(grain.MapDataset.range(_FOREVER).map(load).to_iter_dataset(options))
+    if not hasattr(source, "drawn"):
+        return Batches(iterator, source)
+    return Batches(iterator, source, lambda k: {"drawn": source.drawn(k * batch_size, seed)})
 
 
 @dataclass(frozen=True)
@@ -58,17 +69,20 @@ class Batches(Iterator):
     """Endless batches made by `make_batches`.
 
     `get_state()` returns the JSON value {"next_index": k, "source": identity}. k is the index of the next global batch, the
-    same on every process; batches read ahead do not count.
+    same on every process; batches read ahead do not count. For a mixture "drawn" says the position of each part, for people: k
+    alone restores it.
     """
 
     iterator: grain.DatasetIterator
     source: Source
+    position: Callable[[int], dict] = lambda k: {}
 
     def __next__(self) -> dict:
         return next(self.iterator)
 
     def get_state(self) -> dict:
-        return {**self.iterator.get_state(), "source": self.source.identity}
+        state = self.iterator.get_state()
+        return {**state, "source": self.source.identity, **self.position(state["next_index"])}
 
     def set_state(self, state: dict) -> None:
         """Continue where `get_state` was called. Raises UsageError if that was on another source.
@@ -88,10 +102,16 @@ class Batches(Iterator):
         self.iterator.close()
 
 
-def load_arrays(data: DataConfig, split: str, source: Source | None = None) -> tuple[np.ndarray, dict]:
-    """Read a whole split in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...)."""
+def load_arrays(
+    data: DataConfig, split: str, source: Source | None = None, text_length: int = 0
+) -> tuple[np.ndarray, dict]:
+    """Read a whole split in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...).
+
+    With `text_length` a caption of each record, drawn by its number, is in `cond` as "text", as in a batch.
+    """
     source = open_source(data, split) if source is None else source
-    return _read_all(source, source.evaluation)
+    arrays, cond = _read_all(source, source.evaluation, text_length > 0)
+    return arrays, as_tokens(cond, np.arange(len(arrays)), 0, text_length)
 
 
 def in_order(
@@ -118,42 +138,26 @@ def in_order(
         iterator.close()
 
 
-def order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Permute 0..size-1 for an epoch, by sorting hashes."""
-    return np.argsort(hash_counters(seed, ORDER, epoch, np.arange(size)), kind="stable")
+def _read(source: Source, captions: bool, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Read arrays and `cond`, with captions if asked, replacing malformed records if `data.skip_bad` allows it."""
+    read = functools.partial(read_captioned, source) if captions else source.read
+    return read_good(read, indices, len(source), source.skips)
 
 
-def _records_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Return the records (b,) at consecutive global positions (b,), which may span epochs."""
-    epochs = range(int(positions[0]) // size, int(positions[-1]) // size + 1)
-    within = positions - epochs[0] * size
-    if len(epochs) == 1:
-        return _epoch(seed, epochs[0], size)[within]
-    return np.concatenate([_epoch(seed, e, size) for e in epochs])[within]
-
-
-_epoch = functools.lru_cache(maxsize=4)(order)
-
-
-def _read(source: Source, indices: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Read arrays and `cond`, replacing malformed records if `data.skip_bad` allows it."""
-    return read_good(source.read, indices, len(source), source.skips)
-
-
-def _reader(source: Source, data: DataConfig) -> Callable:
+def _reader(source: Source, data: DataConfig, captions: bool = False) -> Callable:
     """Return a function: indices (b,) -> stored arrays (b, ...) and `cond`, from memory if `data.cache`."""
     if not data.cache:
-        return functools.partial(_read, source)
-    whole = _read_all(source, lambda arrays: arrays)
+        return functools.partial(_read, source, captions)
+    whole = _read_all(source, lambda arrays: arrays, captions)
     return lambda indices: jax.tree.map(lambda x: x[indices], whole)
 
 
-def _read_all(source: Source, change: Callable) -> tuple[np.ndarray, dict]:
+def _read_all(source: Source, change: Callable, captions: bool = False) -> tuple[np.ndarray, dict]:
     """Read the whole split in record order, applying `change` to the arrays; memory holds it once."""
     size, whole = len(source), None
     for start in range(0, size, CHUNK):
         chunk = np.arange(start, min(start + CHUNK, size))
-        arrays, cond = _read(source, chunk)
+        arrays, cond = _read(source, captions, chunk)
         part = change(arrays), cond
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((size, *x.shape[1:]), x.dtype), part)

@@ -31,7 +31,8 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
         if image.has_transparency_data and channels < 4:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))  # convert copies
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -72,7 +73,10 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def flip(images: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
     """Mirror images (b, h, w, c) left to right at random, by a hash of (seed, global position (b,))."""
-    return np.where(mirrored(seed, positions)[:, None, None, None], images[:, :, ::-1], images)
+    found, rows = images.copy(), np.flatnonzero(mirrored(seed, positions))
+    backwards = np.arange(images.shape[2])[::-1]  # `take` copies whole pixels, a slice goes by channels
+    found[rows] = np.take(images[rows], backwards, axis=2)
+    return found
 
 
 def reason(error: BaseException) -> str:

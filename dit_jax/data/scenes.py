@@ -230,7 +230,8 @@ class Scenes:
         digest = hashlib.sha256(
             b"".join(paint(scene, self.held_out).tobytes() for scene in few) + repr(few).encode()
         ).hexdigest()
-        return {"name": NAME, "split": self.split, "records": self.count, "sha256": digest}
+        finite = {} if self.split == "train" else {"records": self.count}
+        return {"name": NAME, "split": self.split, **finite, "sha256": digest}
 
     @property
     def held_out(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import folder, latents, parquet, pictures, tfds, webdataset
+from dit_jax.data import folder, latents, mixture, parquet, pictures, scenes, tfds, webdataset
 from dit_jax.data.skip import Skips
 from dit_jax.error import UsageError
 from dit_jax.log import say
@@ -59,10 +59,16 @@ class Kind:
 
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
+    "scenes": Kind(lambda data: data.dataset == scenes.NAME, scenes.open_split, lambda data: ()),
     "folder": Kind(lambda data: bool(data.folder), folder.open_split),
     "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, lambda data: ()),
     "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split),
     "latents": Kind(lambda data: bool(data.latents), latents.open_split),
+    "mixture": Kind(
+        lambda data: bool(data.mixture),
+        lambda data, split: mixture.open_split(data, split, open_source, class_names),
+        lambda data: next(filter(None, map(class_names, data.parts)), ()),
+    ),
 }
 
 
@@ -77,7 +83,7 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
     """Return the name of each class; () without classes, or if the data are not on this machine, or do not answer."""
-    for some in (data, dataclasses.replace(data, latents="")):  # latents may lack what their images have
+    for some in (data, data.images):  # latents may lack what their images have
         with contextlib.suppress(UsageError, OSError):
             if names := _kind(some).names(some):
                 return names

@@ -43,7 +43,7 @@ EXPLICIT = {
     "process_id": "JAX_PROCESS_ID",
 }
 # Config keys that may differ between hosts: the place of the data and the way of reading them.
-OWN = ("data.data_dir", "data.folder", "data.latents", "data.cache", "data.workers", "data.prefetch")
+OWN = ("data.data_dir", "data.folder", "data.mixture", "data.latents", "data.cache", "data.workers", "data.prefetch")
 KINDS = (NotFiniteError, UsageError, StorageError, JobError, Interrupted)  # errors that processes tell each other of
 PATIENCE = 5.0  # seconds until a new file must be visible on all hosts
 

@@ -163,13 +163,14 @@ def check_config(cfg: Config, key: str) -> None:
         )
     if cfg.eval.features in ("digits", "scenes") and cfg.data.name != cfg.eval.features:
         raise UsageError(
-            f"eval.features: found {cfg.eval.features!r} for {cfg.data.folder or cfg.data.dataset!r}, expected 'inception' or 'classifier'; or set "
+            f"eval.features: found {cfg.eval.features!r} for {cfg.data.title!r}, expected 'inception' or 'classifier'; or set "
             "eval.samples=0 for the held-out loss alone"
         )
-    if not cfg.eval.reference and (cfg.data.latents or not (cfg.data.cache or cfg.data.name == "scenes")):
+    held = cfg.data.cache or cfg.data.name == "scenes"  # whose reference is the held-out split
+    if not cfg.eval.reference and (cfg.data.mixture or cfg.data.latents or not held):
         raise UsageError(
             "eval.reference: empty, expected an npz of reference statistics or images: the data set is too large to be held "
-            "in memory, or is of latents"
+            "in memory, or is of latents, or a mixture, whose splits do not hold the weights"
         )
     check_number(cfg, key)
 

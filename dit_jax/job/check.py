@@ -110,5 +110,7 @@ def reachable(path: str) -> bool:
 
 def _paths(values: flags.FlagValues, cfg: Config | None) -> list[tuple[str, str]]:
     found = [(f"--{name}", values[name].value) for name in PATHS if name in values]
-    found += [(f"{group}.{key}", getattr(getattr(cfg, group), key)) for group, key in KEYS] if cfg else []
+    if cfg:
+        groups = {"data": cfg.data.parts, "autoencoder": (cfg.autoencoder,), "eval": (cfg.eval,)}
+        found += [(f"{group}.{key}", getattr(one, key)) for group, key in KEYS for one in groups[group]]
     return [(name, path) for name, path in found if path]

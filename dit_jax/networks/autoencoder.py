@@ -65,8 +65,9 @@ def follow_latents(cfg: Config) -> Config:
 
 def _notes_of(cfg: Config) -> LatentInfo | None:
     """Read the notes of the latents of `data.split`; None if the config names none, or they are not present."""
-    folder = os.path.join(cfg.data.latents, cfg.data.split)
-    return read_info(folder) if cfg.data.latents and is_file(os.path.join(folder, NOTES)) else None
+    data = cfg.data.parts[0]
+    folder = os.path.join(data.latents, data.split)
+    return read_info(folder) if data.latents and is_file(os.path.join(folder, NOTES)) else None
 
 
 def _check_normalisation(cfg: Config, info: LatentInfo) -> None:
@@ -75,7 +76,7 @@ def _check_normalisation(cfg: Config, info: LatentInfo) -> None:
         found, expected = getattr(cfg.autoencoder, name), getattr(info, name)
         if _by_channel(found, info.shape[-1]) != _by_channel(expected, info.shape[-1]):
             raise UsageError(
-                f"autoencoder.{name}: found {found}, expected {expected}, that of the latents in {cfg.data.latents!r} "
+                f"autoencoder.{name}: found {found}, expected {expected}, that of the latents in {cfg.data.parts[0].latents!r} "
                 "(data.latents), which a model learns in this normalisation"
             )
 
@@ -92,7 +93,7 @@ def open_autoencoder(cfg: Config) -> Autoencoder | None:
     """
     folder, model = cfg.autoencoder.folder, cfg.model
     if not folder:
-        if cfg.data.latents or model.input_size != cfg.data.image_size:
+        if cfg.data.parts[0].latents or model.input_size != cfg.data.image_size:
             raise UsageError(
                 f"autoencoder.folder: found none for a model of latents of {model.input_size} x {model.input_size}, expected a "
                 "folder that `python -m dit_jax.convert --source=sd-vae` wrote"

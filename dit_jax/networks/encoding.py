@@ -59,7 +59,9 @@ def open_job(cfg: Config, dtype: str, whiten: bool) -> Job:
         raise UsageError(
             "--autoencoder: not given, expected a folder that `python -m dit_jax.convert --source=sd-vae` wrote"
         )
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, latents=""))
+    if cfg.data.mixture:
+        raise UsageError("data.mixture: found a mixture, expected none: encode each part, then mix the latents")
+    cfg = dataclasses.replace(cfg, data=cfg.data.images)
     autoencoder, default = open_autoencoder(cfg), AutoencoderConfig()
     if (cfg.autoencoder.scale, cfg.autoencoder.shift) == (default.scale, default.shift):
         by = autoencoder.cfg

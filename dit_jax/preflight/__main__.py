@@ -61,8 +61,7 @@ def main() -> None:
     if job != "train":
         cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as these jobs do
     sizes, kind = _check(cfg, job, slice_, values), slice_.device.kind if slice_.device else "CPU"
-    name = cfg.data.folder or cfg.data.dataset
-    say(f"{job} of {name} for {slice_.name}: {slice_.devices} x {kind}, hosts: {slice_.hosts}")
+    say(f"{job} of {cfg.data.title} for {slice_.name}: {slice_.devices} x {kind}, hosts: {slice_.hosts}")
     if sizes:
         found = reports = search(cfg, slice_, sizes)
         show_ranks(reports, slice_)

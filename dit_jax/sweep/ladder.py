@@ -200,7 +200,7 @@ def prepare(cfg: Config, workdir: str) -> Source:
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
     old = read_config(workdir, "sweep.json") if is_file(os.path.join(workdir, "sweep.json")) else cfg
-    free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir", "data.folder"]
+    free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir", "data.folder", "data.mixture"]
     rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
     free += ["sweep.budgets", "sweep.windows"] * (cfg.sweep.curves and rungs >= known)  # runs go on to further budgets
     before, now = flatten(to_dict(old)), flatten(to_dict(cfg))
@@ -312,7 +312,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
         text.print_table(*table)
     how = {"refused": found.refused, "disagreements": found.disagreements, "test": tested, "grid": picture}
     how |= {"notes": tuple(said), "flops": (target,) * bool(target), "verdict": tuple(lines(made))}
-    title = f"IsoFLOP scaling of {cfg.data.folder or cfg.data.dataset}, {len(ladder)} runs"
+    title = f"IsoFLOP scaling of {cfg.data.title}, {len(ladder)} runs"
     page = report.Report(title, found.fits, law.method, tuple(ladder), **how)
     print(report.opening(page))
     return report.save(os.path.join(workdir, "report.html"), page), failed

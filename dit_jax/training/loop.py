@@ -100,6 +100,9 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
             raise UsageError(
                 f"{key}: found {found}, expected {expected}{none}, as the data ({getattr(data, where)}) has; set --config.{key}={expected}"
             )
+    if model.text and None in (source.captions, held_out.captions):
+        expected = "expected data with captions; set --config.model.text='' to train without"
+        raise UsageError(f"model.text: found {model.text!r} and no captions in {source.where}, {expected}")
     make_task(cfg)
     return source, held_out
 
@@ -132,6 +135,7 @@ def run(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             source=source,
+            text_length=cfg.model.caption_tokens,
         )
         _check_same_data(source)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None
@@ -145,7 +149,7 @@ def run(
         check_folder(workdir)
         if leader():
             prepare_workdir(cfg, workdir)
-            if cfg.data.folder and not checkpoint.steps(workdir):
+            if any(part.folder for part in cfg.data.parts) and not checkpoint.steps(workdir):
                 keep_names(workdir, getattr(source, "class_names", ()) or sources.class_names(cfg.data))
             sources.introduce(*([] if quiet else [source, held_out]))
         everyone_is_here("workdir")

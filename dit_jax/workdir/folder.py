@@ -66,7 +66,7 @@ def flatten(values: Mapping, separator: str = ".") -> dict:
 
 def check_same_run(cfg: Config, workdir: str) -> None:
     """Raises UsageError if the folder's config differs in a key that changes what is computed."""
-    old, new = flatten(to_dict(read_config(workdir))), flatten(to_dict(cfg))
+    old, new = (flatten(to_dict(c)) | {"data.mixture": c.data.recipe} for c in (read_config(workdir), cfg))
     free = [*FREE, "train.steps"] if cfg.optim.schedule == "constant" else list(FREE)
     changed = [key for key in new if new[key] != old[key] and not key.startswith(tuple(free))]
     if changed:

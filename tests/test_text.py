@@ -1,4 +1,4 @@
-"""Models of captions: padding is not seen, dropping empties the caption, FLOPs and parameters are exact, and a run is drawn from by prompt."""
+"""Models of captions: padding is not seen, dropping empties the caption, FLOPs are exact, and a run is drawn from by prompt."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def test_padding_is_not_seen_and_places_are(made):
 
 
 def test_a_dropped_caption_is_the_empty_one(made):
-    cfg, params, x, t, ids = made
+    cfg, *_, ids = made
     np.testing.assert_array_equal(conditioning.null(cfg, {"text": ids})["text"], 0)
     dropped = conditioning.drop(cfg, jax.random.key(0), {"text": jnp.tile(ids[:1], (400, 1))}, 0.25)["text"]
     empty = np.asarray(dropped.sum(axis=1) == 0)

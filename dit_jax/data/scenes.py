@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -179,7 +179,7 @@ def parse(caption: str) -> tuple[str, list[tuple[int, int]], int, int]:
     return LISTS[len(listed)], [thing(found) for found in listed], -1, -1
 
 
-def asked(captions: list[str]) -> Prompts:
+def asked(captions: Sequence[str]) -> Prompts:
     """The captions as the arrays that the metric of composition takes. Raises UsageError as `parse`."""
     found = [parse(caption) for caption in captions]
     things = np.full((len(found), 4, 2), NONE)

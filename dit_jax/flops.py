@@ -7,24 +7,49 @@ image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are 
 
 with T image tokens, patch p, C channels in and C_out out, width d, depth L and MLP ratio r, and by conditioning:
 
-                        in_context   cross_attention           adaln   adaln_zero
-    S, tokens           T + 2        T                         T       T
-    m, o, modulation    0, 0         0, 0                      4, 2    6, 2
-    x                   0            (2T + 4) d^2 + 4 T d      0       0
+                        in_context   cross_attention           adaln   adaln_zero   adaln_cross
+    S, tokens           T + 2 + M    T                         T       T            T
+    m, o, modulation    0, 0         0, 0                      4, 2    6, 2         6, 2
+    x                   0            (2T + 4) d^2 + 4 T d      0       0            (2T + 2M) d^2 + 2 T M d
+
+M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
+the label, T + 2 and (2T + 4) have one token less.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from dit_jax.config import ModelConfig
 
 Shape = tuple[int, int] | None  # (h, w) of images in pixels of the model's input; None: input_size x input_size
 TIME_FREQUENCIES = 256  # sinusoids that embed a timestep
-# Fields of `cond`, as in models.conditioning.FIELDS: whether a model has one, and the trainable parameters of its embedding.
-FIELDS = {"label": (lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width)}
-MODULATIONS = {"adaln": 4, "adaln_zero": 6}  # vectors per block; the output has 2
+BYTES = 257  # tokens of text read as bytes: padding and each byte
+
+
+class Field(NamedTuple):
+    """A row as in models.conditioning.FIELDS: whether a model has the field, the trainable parameters of its embedding, its tokens."""
+
+    present: Callable
+    parameters: Callable
+    tokens: Callable = lambda cfg: 1
+
+
+FIELDS = {
+    "label": Field(lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width),
+    "text": Field(lambda cfg: bool(cfg.text), lambda cfg: BYTES * cfg.width, lambda cfg: cfg.caption_tokens),
+}
+MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6}  # vectors per block; the output has 2
 
 
 def fields(cfg: ModelConfig) -> list[str]:
     """Names of the fields in the model's `cond`."""
-    return [name for name, (present, _) in FIELDS.items() if present(cfg)]
+    return [name for name, field in FIELDS.items() if field.present(cfg)]
+
+
+def crossed_tokens(cfg: ModelConfig) -> int:
+    """Tokens that cross-attention reads; 0 without it."""
+    known = {name: FIELDS[name].tokens(cfg) for name in fields(cfg)}
+    return {"cross_attention": 1 + sum(known.values()), "adaln_cross": known.get("text", 0)}.get(cfg.conditioning, 0)
 
 
 def tokens(cfg: ModelConfig, shape: Shape = None) -> int:
@@ -35,9 +60,10 @@ def tokens(cfg: ModelConfig, shape: Shape = None) -> int:
 def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
     """MACs of one forward pass of one image of `shape` (h, w), by component."""
     n, d, patch = tokens(cfg, shape), cfg.width, cfg.patch**2
-    extra = 1 + len(fields(cfg))  # condition tokens: time, and each field
+    extra = 1 + sum(FIELDS[name].tokens(cfg) for name in fields(cfg))  # condition tokens: time, and those of each field
     s = n + extra if cfg.conditioning == "in_context" else n
-    cross = 2 * n * d * d + 2 * extra * d * d + 2 * n * extra * d if cfg.conditioning == "cross_attention" else 0
+    m = crossed_tokens(cfg)
+    cross = 2 * n * d * d + 2 * m * d * d + 2 * n * m * d if m else 0
     return {
         "patch_embedding": n * patch * cfg.channels * d,
         "time_embedding": TIME_FREQUENCIES * d + d * d,
@@ -70,11 +96,11 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     d, patch, hidden = cfg.width, cfg.patch**2, cfg.mlp_ratio * cfg.width
     attention = 4 * d * d + 4 * d + (2 * (d // cfg.heads) if cfg.qk_norm else 0)
     mlp = 2 * d * hidden + hidden + d
-    crossed = cfg.conditioning == "cross_attention"
+    crossed = crossed_tokens(cfg) > 0
     return {
         "patch_embedding": patch * cfg.channels * d + d,
         "time_embedding": TIME_FREQUENCIES * d + d + d * d + d,
-        **{f"{name}_table": FIELDS[name][1](cfg) for name in fields(cfg)},
+        **{f"{name}_table": FIELDS[name].parameters(cfg) for name in fields(cfg)},
         "attention": cfg.depth * attention,
         "cross_attention": cfg.depth * attention if crossed else 0,
         "mlp": cfg.depth * mlp,
@@ -94,6 +120,6 @@ def active_parameters(cfg: ModelConfig) -> int:
 
     Excluded are weights that act once per image: modulation, time, labels, and the keys and values of cross-attention.
     """
-    d, crossed = cfg.width, 2 if cfg.conditioning == "cross_attention" else 0
+    d, crossed = cfg.width, 2 if crossed_tokens(cfg) else 0
     per_block = (4 + crossed + 2 * cfg.mlp_ratio) * d * d
     return cfg.depth * per_block + cfg.patch**2 * d * (cfg.channels + cfg.out_channels)

@@ -29,6 +29,7 @@ def _bound(values) -> tuple:
     """Return the config and the `sampling.run.Request` of the command. Raises UsageError if they do not fit the model."""
     from dit_jax.diffusion.task import make_task
     from dit_jax.sampling.label import find_classes
+    from dit_jax.sampling.prompt import find_prompts
     from dit_jax.sampling.run import Request
 
     cfg = resolve(values.config)
@@ -44,6 +45,7 @@ def _bound(values) -> tuple:
         **{name: getattr(values, name) for name in names},
         labels=find_classes(values.labels, cfg, values.workdir),
         size=(int(found[1]), int(found[2])) if values.size else None,
+        prompts=find_prompts(values.prompt, values.prompts, cfg.model),
     )
     if not wanted.files:
         raise UsageError("--out, --grid, --images: found none, expected at least one of them")
@@ -91,6 +93,10 @@ if __name__ == "__main__":
         "batch_size", None, "images drawn before they are kept, in multiples of 16 per device; changes none"
     )
     flags.DEFINE_list("labels", [], "classes to draw, in turn: numbers, or (parts of) names; default: the label policy")
+    flags.DEFINE_multi_string("prompt", [], "words to draw from, for a model of captions; may be given again: in turn")
+    flags.DEFINE_string(
+        "prompts", "", "file of them: .txt, a prompt a line; .csv or .jsonl, with a column prompt, caption or text"
+    )
     what = "npz of uint8 images and labels; another job's file is never overwritten; empty = none"
     flags.DEFINE_string("out", "samples.npz", what)
     flags.DEFINE_string("grid", "", "PNG of the images, a row a class; of the first 400 if there are more")

@@ -50,7 +50,7 @@ def assert_same_run(one, other, steps=STEPS):
 
 def other_digits(folder):
     """Builds a dataset in `folder` that is called digits 1.0.0 too, of every other image: 721 for training, and others held out."""
-    from dit_jax.data.tfds import Digits
+    from dit_jax.data.digits import Digits
 
     def half(self, held_out, every=Digits._generate_examples):
         return itertools.islice(every(self, held_out), int(held_out), None, 2)

@@ -84,7 +84,7 @@ def test_a_field_of_cond_is_one_row_and_its_arithmetic(cfg, kind, monkeypatch):
         null=lambda cfg, values: jnp.full_like(values, styles),
         draw=draw,
     )
-    monkeypatch.setitem(flops.FIELDS, "style", (lambda cfg: True, lambda cfg: (styles + 1) * cfg.width))
+    monkeypatch.setitem(flops.FIELDS, "style", flops.Field(lambda cfg: True, lambda cfg: (styles + 1) * cfg.width))
     monkeypatch.setitem(conditioning.FIELDS, "style", row)
     jax.clear_caches()  # `init` of this config was compiled without the field
     chosen = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, conditioning=kind, depth=2))

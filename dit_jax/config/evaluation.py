@@ -56,7 +56,7 @@ class EvalConfig:
     buckets: int = 8  # of t, with equal probability under its training distribution
     batch_size: int = 128  # held-out images per batch
     samples: int = 0  # images drawn for the sample metrics; 0 = none
-    features: str = "digits"  # feature network of the sample metrics: digits | inception | classifier
+    features: str = "digits"  # feature network of the sample metrics: digits | scenes | inception | classifier
     classifier: str = ""  # folder of a network of your own images, written by `features`
     inception: str = ""  # folder of the Inception network, written by `convert --source=inception`
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
@@ -75,7 +75,7 @@ class EvalConfig:
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")
-        choice("eval.features", self.features, ("digits", "inception", "classifier"))
+        choice("eval.features", self.features, ("digits", "scenes", "inception", "classifier"))
         for name, kind in (("samplers", str), ("steps", int), ("guidance", float), ("weights", str)):
             for value in getattr(self, name):
                 if not (number(value) if kind is float else type(value) is kind):

@@ -16,9 +16,13 @@ class ModelConfig:
     input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
     channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
     classes: int = 1000  # labels without the null class; 0 = images without labels
+    text: str = ""  # how captions are read: "" (none) | bytes (a learned embedding of UTF-8)
+    text_length: int = 64  # tokens of a caption, of bytes: bytes; longer ones are cut
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention
+    conditioning: str = (
+        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention; with text: in_context | adaln_cross
+    )
     qk_norm: bool = False  # normalise queries and keys
     dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn
@@ -27,8 +31,16 @@ class ModelConfig:
 
     def __post_init__(self):
         at_least(1, self, "depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll")
+        at_least(1, self, "text_length")
         at_least(0, self, "classes")
-        choice("model.conditioning", self.conditioning, ("in_context", "cross_attention", "adaln", "adaln_zero"))
+        choice("model.text", self.text, ("", "bytes"))
+        kinds = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_cross")
+        choice("model.conditioning", self.conditioning, kinds)
+        if bool(self.text) and self.conditioning not in ("in_context", "adaln_cross"):
+            expected = "expected in_context or adaln_cross for a model of captions (model.text)"
+            raise UsageError(f"model.conditioning: found {self.conditioning!r}, {expected}")
+        if self.conditioning == "adaln_cross" and not self.text:
+            raise UsageError("model.text: found '', expected 'bytes' for model.conditioning = 'adaln_cross'")
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         choice("model.remat", self.remat, ("none", "dots", "full"))
@@ -46,9 +58,14 @@ class ModelConfig:
         return (self.input_size // self.patch) ** 2
 
     @property
+    def caption_tokens(self) -> int:
+        """Tokens of the caption of an image; 0 for a model without captions."""
+        return self.text_length if self.text else 0
+
+    @property
     def adaptive(self) -> bool:
         """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
-        return self.conditioning in ("adaln", "adaln_zero")
+        return self.conditioning in ("adaln", "adaln_zero", "adaln_cross")
 
     @property
     def out_channels(self) -> int:

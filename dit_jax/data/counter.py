@@ -6,7 +6,7 @@ only, not on the batch, the process, or earlier draws.
 
 import numpy as np
 
-ORDER, FLIP, NOISE, CROP, BATCHES, MIXTURE = 1, 2, 3, 4, 5, 7  # streams of the hash
+ORDER, FLIP, NOISE, CROP, BATCHES, SCENE, MIXTURE, CAPTION = range(1, 9)  # streams of the hash
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _ROWS = 16  # positions at a time, so that temporaries stay in the cache
 

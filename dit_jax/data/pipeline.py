@@ -19,6 +19,7 @@ from dit_jax.data.aspect import Buckets, open_buckets
 from dit_jax.data.order import make_order
 from dit_jax.data.skip import read_good, read_kept
 from dit_jax.data.source import Source, open_source
+from dit_jax.data.words import as_tokens, read_captioned
 from dit_jax.error import UsageError
 
 CHUNK = 256  # records read at a time from a whole split
@@ -34,11 +35,13 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     source: Source | None = None,
+    text_length: int = 0,
 ) -> "Batches":
     """Make an endless iterator over this process's rows of the global batches of `data.split`.
 
     A batch is {"image": float32 (b, h, w, c), "cond": tree of arrays (b, ...)}, b = batch_size / process_count, with images
-    from `Source.training`. `source`: the split if already open (for `bad_records`). Raises UsageError if data cannot be read
+    from `Source.training`. `source`: the split if already open (for `bad_records`). With `text_length`, `cond` has tokens int32
+    (b, text_length) as "text", of a caption of each image drawn by (seed, position). Raises UsageError if data cannot be read
     (also in `next`), or if the processes do not divide the batch.
     """
     if batch_size % process_count:
@@ -51,7 +54,7 @@ def make_batches(
         )
     records_at = getattr(source, "make_order", functools.partial(make_order, len(source)))(seed)
     shapes = _shapes_of(buckets, data, square)
-    read, rows = _reader(source, data, shapes), batch_size // process_count
+    read, rows = _reader(source, data, shapes, text_length > 0), batch_size // process_count
 
     def load(k: int) -> dict:
         positions = np.arange(rows) + (k * batch_size + process_index * rows)
@@ -62,7 +65,10 @@ def make_batches(
             (arrays, cond), shape = read(records_at(positions)), square
         if shapes:
             arrays = pixels.crops(arrays, shape, positions, seed if data.crop == "random" else None)
-        return {"image": source.training(arrays, positions, seed), "cond": cond}
+        return {
+            "image": source.training(arrays, positions, seed),
+            "cond": as_tokens(cond, positions, seed, text_length),
+        }
 
     threads = 0 if data.cache and rows * max(source.image_shape[:2]) ** 2 < SMALL else data.workers
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch if threads else 0)
@@ -117,23 +123,30 @@ class Batches(Iterator):
 
 
 def load_arrays(
-    data: DataConfig, split: str, source: Source | None = None, most: int = 0, buckets: tuple = ()
+    data: DataConfig,
+    split: str,
+    source: Source | None = None,
+    most: int = 0,
+    buckets: tuple = (),
+    text_length: int = 0,
 ) -> tuple[np.ndarray, dict]:
     """Read a split, or its first `most` records, in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...).
 
-    With `buckets` each image has the shape (h, w) of its own, and they come as an array (n,) of arrays (h, w, c).
+    With `buckets` each image has the shape (h, w) of its own, and they come as an array (n,) of arrays (h, w, c). With `text_length`
+    a caption of each record, drawn by its number, is in `cond` as "text", as in a batch.
     """
     source = open_source(data, split) if source is None else source
-    if not buckets:
-        return _read_all(source, lambda arrays, _: source.evaluation(arrays), most=most)
-    shapes = open_buckets(source, buckets).shapes_of
+    shapes = open_buckets(source, buckets).shapes_of if buckets else None
 
     def cut(arrays: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        if not shapes:
+            return source.evaluation(arrays)
         for i, shape in enumerate(shapes(indices)):
             arrays[i] = source.evaluation(pixels.crop(arrays[i], shape)[None])[0]
         return arrays
 
-    return _read_all(source, cut, shapes, most)
+    arrays, cond = _read_all(source, cut, shapes, most, text_length > 0)
+    return arrays, as_tokens(cond, np.arange(len(arrays)), 0, text_length)
 
 
 def in_order(
@@ -167,31 +180,36 @@ def _shapes_of(buckets: Buckets | None, data: DataConfig, square: tuple) -> Call
     return (lambda indices: [square] * len(indices)) if data.crop == "random" else None
 
 
-def _read(source: Source, shapes: Callable | None, indices: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Read arrays and `cond`, replacing malformed records if `data.skip_bad` allows it. `shapes`: see `_shapes_of`."""
+def _read(source: Source, shapes: Callable | None, captions: bool, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Read arrays and `cond`, with captions if asked, replacing malformed records if `data.skip_bad` allows it.
+
+    `shapes`: see `_shapes_of`.
+    """
     read = source.read
     if shapes:
         wanted = shapes(indices)
         read = lambda some: source.scaled(some, wanted[: len(some)])  # noqa: E731, a replacement has the shape of what it replaces
+    if captions:
+        read = functools.partial(read_captioned, source, read)
     return read_good(read, indices, len(source), source.skips)
 
 
-def _reader(source: Source, data: DataConfig, shapes: Callable | None) -> Callable:
+def _reader(source: Source, data: DataConfig, shapes: Callable | None, captions: bool) -> Callable:
     """Return a function: indices (b,) -> stored arrays (b, ...) and `cond`, from memory if `data.cache`."""
     if not data.cache:
-        return functools.partial(_read, source, shapes)
-    whole = _read_all(source, lambda arrays, _: arrays, shapes)
+        return functools.partial(_read, source, shapes, captions)
+    whole = _read_all(source, lambda arrays, _: arrays, shapes, captions=captions)
     return lambda indices: jax.tree.map(lambda x: x[indices], whole)
 
 
 def _read_all(
-    source: Source, change: Callable, shapes: Callable | None = None, most: int = 0
+    source: Source, change: Callable, shapes: Callable | None = None, most: int = 0, captions: bool = False
 ) -> tuple[np.ndarray, dict]:
     """Read the split, or its first `most` records, in order, applying `change` to arrays and their records; memory holds it once."""
     size, whole = min(len(source), most or len(source)), None
     for start in range(0, size, CHUNK):
         chunk = np.arange(start, min(start + CHUNK, size))
-        arrays, cond = _read(source, shapes, chunk)
+        arrays, cond = _read(source, shapes, captions, chunk)
         part = change(arrays, chunk), cond
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((size, *x.shape[1:]), x.dtype), part)

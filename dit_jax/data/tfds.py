@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from dit_jax.config import DataConfig
 from dit_jax.data import pixels
 from dit_jax.data.captions import NAMES, checked, inside
+from dit_jax.data.digits import Digits
 from dit_jax.data.shard import open_shard, reading
 from dit_jax.data.skip import Skips
 from dit_jax.error import StorageError, UsageError, check_scheme
@@ -34,42 +35,6 @@ _CHUNK = 256  # records read at a time from a whole split
 _OPENERS = 16  # threads that open files
 _INFO = "dataset_info.json"  # of TFDS, written last: with it a dataset is prepared
 _UNREADABLE = (RuntimeError, ValueError, TypeError, KeyError, OSError)  # raised by the libraries on damaged files
-
-
-class Digits(tfds.core.GeneratorBasedBuilder):
-    """The 1,797 digits of `sklearn.datasets.load_digits`, in their order there.
-
-    A grey level v in 0..16 is stored as u = `(255 v + 8) // 16`, that is 255 v / 16 rounded to nearest (8 -> 128);
-    `(16 u + 127) // 255` gives v back. Of each class, images number 4, 9, 14, ... are `test`, the others `train`.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Every 5th image of a class is held out."}  # noqa: RUF012, TFDS reads a class attribute
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Handwritten digits, 8 x 8 pixels, from scikit-learn.",
-            homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
-            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=10)}),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,  # record i is the i-th image of the split
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
-
-    def _generate_examples(self, held_out: bool):
-        from sklearn.datasets import load_digits  # takes seconds to import, and is needed once
-
-        levels, labels = load_digits(return_X_y=True)
-        images = ((255 * levels.astype(np.int64) + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
-        seen = np.zeros(10, np.int64)
-        for i, label in enumerate(labels):
-            if (seen[label] % 5 == 4) == held_out:
-                yield i, {"image": images[i], "label": int(label)}
-            seen[label] += 1
 
 
 @dataclass(frozen=True)

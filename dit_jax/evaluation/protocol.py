@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
 from dit_jax.data import aspect
 from dit_jax.data.pipeline import load_arrays
-from dit_jax.data.source import Source, all_of
+from dit_jax.data.scenes import asked
+from dit_jax.data.source import Source, all_of, open_source
+from dit_jax.data.words import prompts
 from dit_jax.devices.mesh import describe_device
 from dit_jax.devices.numerics import ambient
 from dit_jax.devices.processes import leader
@@ -45,6 +48,7 @@ def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
             **({"times": f"{cfg.eval.fixed_times} equidistant"} if fixed else times),
             "seed": cfg.eval.seed,
             "labels": "true" if held_out.classes else "none",
+            **({"captions": "one an image, by its number"} if cfg.model.text else {}),
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
         "process": processes.describe(process, law=not fixed),
@@ -90,9 +94,18 @@ class Shared:
     @functools.cached_property
     def held_out(self) -> tuple[Source, tuple]:
         """The held-out split and its arrays (images, cond)."""
-        data = all_of(self.cfg.data)
+        data, most = all_of(self.cfg.data), self.cfg.eval.max_images
         (source,) = open_splits(dataclasses.replace(self.cfg, data=data), data.held_out_split)
-        return source, load_arrays(data, data.held_out_split, source, self.cfg.eval.max_images, data.buckets)
+        tokens = self.cfg.model.caption_tokens
+        return source, load_arrays(data, data.held_out_split, source, most, data.buckets, tokens)
+
+    @functools.cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Captions that images are drawn from, one of each held-out record, as many as images at most; () for a model without captions."""
+        if not self.cfg.model.text:
+            return ()
+        source = open_source(all_of(self.cfg.data), self.cfg.data.held_out_split)
+        return tuple(prompts(source, self.cfg.eval.samples))
 
     @functools.cached_property
     def network(self) -> scores.Network:
@@ -101,6 +114,8 @@ class Shared:
     @functools.cached_property
     def reference(self) -> scores.Reference:
         reference = scores.open_reference(self.cfg, self.network)
+        if self.cfg.eval.features == "scenes" and self.prompts:
+            reference.parts["prompts"] = asked(self.prompts)
         if leader():
             scores.warn_of_few(self.cfg, self.network, reference)
         return reference
@@ -121,6 +136,7 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         **draws_protocol(cfg),
         "process": processes.describe(sampling.task.process),
         "uint8": UINT8,
+        **describe_prompts(cfg, shared),
         "autoencoder": autoencoder.describe() if autoencoder else "none",
         "features": f"{network.name} {network.sha256}",
         "reference": shared.reference.source,
@@ -130,6 +146,14 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         "attention": cfg.model.attention,
         "flops": "exact, 2 x MACs, training = 3 x forward, of the diffusion model alone",
     }
+
+
+def describe_prompts(cfg: Config, shared: Shared) -> dict:
+    """The captions that images are drawn from, for records; {} for a model without captions."""
+    if not (texts := shared.prompts):
+        return {}
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return {"prompts": {"captions_of": cfg.data.held_out_split, "number": len(texts), "sha256": digest}}
 
 
 def make_record(

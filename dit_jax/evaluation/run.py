@@ -27,6 +27,7 @@ from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
+from dit_jax.sampling.prompt import wanted_prompts
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
 from dit_jax.workdir.records import append_record, protocol_id, read_records
@@ -154,7 +155,7 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
     shared = shared or Shared(cfg, own_mesh(mesh))
     found = _loss_tasks(cfg, mesh, workdir, stop, shared) if cfg.eval.loss else []
     if cfg.eval.samples:
-        sampling = open_sampling(cfg, mesh)
+        sampling = open_sampling(cfg, mesh, wanted_prompts(cfg.model, shared.prompts))
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
     compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)
@@ -290,7 +291,9 @@ def describe(task: Task, metrics: dict) -> str:
     of = task.protocol.get("samples")
     sampling = f", {of['sampler']} {of['steps']}, guidance {of['guidance']:g}" if of else ""
     return f"{task.weights}{sampling}: " + "  ".join(
-        f"{k} {v:.4g}" for k, v in metrics.items() if not k.startswith(("loss_t", "loss_fixed_t"))
+        f"{k} {v:.4g}"
+        for k, v in metrics.items()
+        if not k.startswith(("loss_t", "loss_fixed_t")) and not ("composition" in k and k.endswith(("_low", "_high")))
     )
 
 

@@ -91,6 +91,13 @@ def classifier_rows(params, images: jax.Array) -> jax.Array:
     return jnp.concatenate(classifier.apply(params, images.astype(jnp.float32) / 127.5 - 1), axis=1)
 
 
+def scene_rows(params, images: jax.Array) -> jax.Array:
+    """Rows of scenes uint8 (b, 16, 16, 3): features and logits of the digits network for the brightest channel of each quarter."""
+    grey = images.max(axis=-1).reshape(-1, 2, 8, 2, 8).transpose(0, 1, 3, 2, 4).reshape(-1, 8, 8, 1)
+    features, logits = classifier.apply(params, grey.astype(jnp.float32) / 127.5 - 1)
+    return jnp.concatenate([part.reshape(len(images), -1) for part in (features, logits)], axis=1)
+
+
 def inception_rows(params, images: jax.Array) -> jax.Array:
     """Rows of images uint8 (b, h, w, 1 or 3): Inception's features, spatial features and logits without bias."""
     rgb = jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
@@ -154,12 +161,13 @@ def check_config(cfg: Config, key: str) -> None:
             "eval.classifier: empty, expected the folder of a feature network; train it with `python -m dit_jax.features "
             "--config=CONFIG --out=DIR`"
         )
-    if cfg.eval.features == "digits" and cfg.data.name != "digits":
+    if cfg.eval.features in ("digits", "scenes") and cfg.data.name != cfg.eval.features:
         raise UsageError(
-            f"eval.features: found 'digits' for {cfg.data.title!r}, expected 'inception' or 'classifier'; or set "
+            f"eval.features: found {cfg.eval.features!r} for {cfg.data.title!r}, expected 'inception' or 'classifier'; or set "
             "eval.samples=0 for the held-out loss alone"
         )
-    if not cfg.eval.reference and (cfg.data.mixture or cfg.data.latents or not cfg.data.cache):
+    held = cfg.data.cache or cfg.data.name == "scenes"  # whose reference is the held-out split
+    if not cfg.eval.reference and (cfg.data.mixture or cfg.data.latents or not held):
         raise UsageError(
             "eval.reference: empty, expected an npz of reference statistics or images: the data set is too large to be held "
             "in memory, or is of latents, or a mixture, whose splits do not hold the weights"
@@ -170,7 +178,7 @@ def check_config(cfg: Config, key: str) -> None:
 def check_number(cfg: Config, key: str) -> None:
     """Raises UsageError if there are too few samples for a covariance or too many to keep."""
     num, name = cfg.eval.samples, cfg.eval.features
-    width = INCEPTION["pool"] if name == "inception" else classifier.WIDTH
+    width = {"inception": INCEPTION["pool"], "scenes": 4 * classifier.WIDTH}.get(name, classifier.WIDTH)
     try:
         check_room(num, width)
     except ValueError as error:
@@ -195,6 +203,12 @@ def open_network(cfg: Config, mesh) -> Network:
     """Opens the network named by `eval.features`. Raises UsageError if its folder holds another kind."""
     if cfg.eval.features == "inception":
         return _inception(cfg.eval.inception, mesh)
+    if cfg.eval.features == "scenes":
+        _, weights, meta = load_network(DIGITS, "classifier")
+        parts = {"pool": 4 * classifier.WIDTH, "cells": 40}
+        return Network(
+            "scenes", meta["sha256"], parts, _on_mesh(scene_rows, weights, mesh), "of the quarters", (16, 16, 3)
+        )
     return _classifier(cfg.eval.features, DIGITS if cfg.eval.features == "digits" else cfg.eval.classifier, mesh)
 
 
@@ -212,10 +226,11 @@ class Reference:
 def open_reference(cfg: Config, network: Network) -> Reference:
     """Reads the npz of `eval.reference`, else the images of `data.split`. Raises UsageError if it does not fit the network."""
     if not cfg.eval.reference:
-        split = open_source(all_of(cfg.data), cfg.data.split)
-        rows = network.rows(as_uint8(load_arrays(cfg.data, cfg.data.split, split)[0]))
+        name = cfg.data.held_out_split if cfg.data.name == "scenes" else cfg.data.split  # training scenes have no end
+        split = open_source(all_of(cfg.data), name)
+        rows = network.rows(as_uint8(load_arrays(cfg.data, name, split)[0]))
         source = split.describe() | {"images": len(split)}
-        return _of_rows([rows], network, source, f"{cfg.data.name} {cfg.data.split}")
+        return _of_rows([rows], network, source, f"{cfg.data.name} {name}")
     found = read_reference(cfg.eval.reference, network.parts["pool"], network.parts.get("spatial", 0))
     source = {"sha256": found.sha256}
     if found.images is not None and network.shape not in (None, found.images.shape[1:]):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 class Metric:
     """A row of `table.METRICS`; `evaluate` measures every row whose needs are met.
 
-    `needs` names parts of a batch, "pool" (b, d), "spatial" (b, s), "logits" (b, classes), float32, and "images" (b, h, w, c) uint8;
-    parts of the reference, "gaussian" and "spatial_gaussian", each (mean, covariance), and "features" (m, d); or a feature network,
-    such as "inception".
+    `needs` names parts of a batch, "pool" (b, d), "spatial" (b, s), "logits" (b, classes), float32, "images" (b, h, w, c) uint8, and
+    "cells" (b, 40), the logits of four digits; parts of the reference, "gaussian" and "spatial_gaussian", each (mean, covariance),
+    "features" (m, d), and "prompts" (`composition.Prompts`); or a feature network, such as "inception".
     `update(state, batch, total) -> state` adds a batch, a dict of the parts above. Samples come in order. `state` is None at first;
     `total` is the final number of samples.
     `finish(state, reference, settings) -> {ending: value}` computes the numbers; an ending ("", "_std", "_low") follows the name in

@@ -1,7 +1,15 @@
 """Table of the metrics of drawn images, in the order of the records. A new metric is a file with a row, listed here."""
 
-from dit_jax.metrics import fid, inception_score, kernel, precision_recall
+from dit_jax.metrics import composition, fid, inception_score, kernel, precision_recall
 from dit_jax.metrics.metric import Metric
 
-ROWS = (fid.FID, fid.SFID, inception_score.IS, kernel.KID, precision_recall.PRECISION, precision_recall.RECALL)
+ROWS = (
+    fid.FID,
+    fid.SFID,
+    inception_score.IS,
+    kernel.KID,
+    precision_recall.PRECISION,
+    precision_recall.RECALL,
+    composition.COMPOSITION,
+)
 METRICS: dict[str, Metric] = {row.name: row for row in ROWS}

@@ -75,10 +75,31 @@ class LabelEmbedding(nn.Module):
         return table(labels)
 
 
+class TextEmbedding(nn.Module):
+    """Embedding of a caption's bytes (b, m) -> (b, m, d): a table of each byte, plus fixed sinusoids of its place."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(flops.BYTES, self.width, embedding_init=small_normal, dtype=self.dtype, name="table")
+        places = timestep_features(jnp.arange(ids.shape[1]), self.width)
+        return table(ids) + places.astype(self.dtype)[None]
+
+
+class Condition(NamedTuple):
+    """Embedded condition: a vector (b, d) and tokens (b, m, d), each None if the model has none; which tokens are there, bool (b, m)."""
+
+    vector: jax.Array | None
+    tokens: jax.Array | None
+    mask: jax.Array | None = None  # None: all
+
+
 class Field(NamedTuple):
     """A field of `cond`: a row of FIELDS. The row of the same name in `flops.FIELDS` decides which models have the field.
 
-    embed(cfg, name)   module that maps values (b, ...) to vectors (b, d); its parameters are named `name`
+    embed(cfg, name)   module that maps values (b, ...) to vectors (b, d) or tokens (b, m, d); its parameters are named `name`
     example(cfg)       shape of one value, and dtype
     null(cfg, values)  null values, in the shape of `values`
     draw(cfg, rule, keys, indices, wanted)   values (b, ...) for samples: `wanted` in turn if given, else by the rule `sample.labels`
@@ -102,12 +123,25 @@ def draw_labels(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array
     return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, LABEL_DRAW), (), 0, cfg.classes))(keys)
 
 
+def draw_text(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array, wanted: tuple = ()) -> jax.Array:
+    """Captions int32 (b, m): `wanted`, rows of tokens, in turn; without any the empty caption."""
+    if wanted:
+        return jnp.asarray(wanted, jnp.int32)[indices % len(wanted)]
+    return jnp.zeros((len(indices), cfg.text_length), jnp.int32)
+
+
 FIELDS = {
     "label": Field(
         embed=lambda cfg, name: LabelEmbedding(cfg.classes, cfg.width, jnp.dtype(cfg.dtype), name=name),
         example=lambda cfg: ((), jnp.int32),
         null=lambda cfg, values: jnp.full_like(values, cfg.classes),
         draw=draw_labels,
+    ),
+    "text": Field(  # tokens from 1, then zeros: the empty caption is all zeros
+        embed=lambda cfg, name: TextEmbedding(cfg.width, jnp.dtype(cfg.dtype), name=name),
+        example=lambda cfg: ((cfg.text_length,), jnp.int32),
+        null=lambda cfg, values: jnp.zeros_like(values),
+        draw=draw_text,
     ),
 }
 
@@ -156,8 +190,10 @@ def labels(cond: Mapping, rows: int) -> jax.Array:
     return cond.get("label", jnp.zeros(rows, jnp.int32))
 
 
-def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> tuple[jax.Array | None, jax.Array | None]:
-    """Embeddings of t (b,) and of each field: summed as (vector (b, d), None) with adaLN, else stacked as (None, tokens (b, m, d)).
+def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
+    """Embeddings of t (b,) and of each field: with adaLN a vector, the sum of all, a caption's by its mean; else tokens, a row of all.
+
+    With `adaln_cross` the tokens are the caption's.
 
     Call it inside a flax module, which gets the parameters `time_embedding` and `NAME_embedding`. Raises UsageError if a field is missing.
     """
@@ -168,6 +204,18 @@ def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> tuple[jax.Array | No
         )
     found = [TimeEmbedding(cfg.width, flops.TIME_FREQUENCIES, jnp.dtype(cfg.dtype), name="time_embedding")(t)]
     found += [field.embed(cfg, f"{name}_embedding")(cond[name]) for name, field in wanted.items()]
+    if "text" not in wanted:
+        return Condition(sum(found[1:], found[0]), None) if cfg.adaptive else Condition(None, jnp.stack(found, axis=1))
+    *vectors, text = found
+    mask = cond["text"] > 0
     if cfg.adaptive:
-        return sum(found[1:], found[0]), None
-    return None, jnp.stack(found, axis=1)
+        count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        pooled = jnp.where(mask[..., None], text, 0).sum(axis=1) / count.astype(text.dtype)
+        # A first token that is always there: attention needs one.
+        return Condition(sum(vectors[1:], vectors[0]) + pooled, text, jnp.asarray(mask).at[:, 0].set(True))
+    there = jnp.ones((len(t), len(vectors)), bool)
+    return Condition(
+        None,
+        jnp.concatenate([jnp.stack(vectors, axis=1), text], axis=1),
+        jnp.concatenate([there, mask], axis=1),
+    )

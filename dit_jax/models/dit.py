@@ -27,20 +27,24 @@ from dit_jax.models.layers import (
 )
 
 
-def _attention(cls, cfg: ModelConfig, name: str):
+def _attention(cls, cfg: ModelConfig, name: str, **how):
     implementation = "xla" if cfg.attention == "auto" else cfg.attention
-    return cls(cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name)
+    return cls(cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name, **how)
 
 
 class AdaptiveBlock(nn.Module):
-    """Block of `adaln` or `adaln_zero`: x (b, n, d), c (b, d) -> x. Only `adaln_zero` has gates, which start at zero."""
+    """Block of `adaln`, `adaln_zero` or `adaln_cross`: x (b, n, d), c a Condition -> x. Only `adaln` has no gates, which start at zero.
+
+    `adaln_cross` also attends to a caption, without modulation, by a projection that starts at zero (Chen et al. 2023, PixArt-alpha,
+    arXiv 2310.00426, section 2.3).
+    """
 
     cfg: ModelConfig
     place: Callable = as_it_is
 
     @nn.compact
     def __call__(self, x, c):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        cfg, dtype, (c, tokens, mask) = self.cfg, jnp.dtype(self.cfg.dtype), c
         attention = _attention(Attention, cfg, "attention")
         mlp = Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")
         if cfg.conditioning == "adaln":
@@ -49,13 +53,15 @@ class AdaptiveBlock(nn.Module):
             return x + mlp(modulate(layer_norm(x), shift2, scale2)), None
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, place=self.place, name="modulation")(c)
         x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
+        if cfg.conditioning == "adaln_cross":
+            x = x + _attention(CrossAttention, cfg, "cross_attention", out_init=zeros)(x, tokens, mask)
         return x + gate2[:, None] * mlp(modulate(layer_norm(x), shift2, scale2)), None
 
 
 class PlainBlock(nn.Module):
-    """Standard pre-norm block of `in_context` or `cross_attention`: x (b, n, d), c (b, 2, d) -> x.
+    """Standard pre-norm block of `in_context` or `cross_attention`: x (b, n, d), c a Condition -> x.
 
-    With `in_context`, c is already among the tokens x and unused here.
+    With `in_context`, the condition is already among the tokens x, and its mask is that of x.
     """
 
     cfg: ModelConfig
@@ -63,15 +69,15 @@ class PlainBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        x = x + _attention(Attention, cfg, "attention")(Norm(dtype, name="norm1")(x))
-        if cfg.conditioning == "cross_attention":
-            x = x + _attention(CrossAttention, cfg, "cross_attention")(Norm(dtype, name="cross_norm")(x), c)
+        cfg, dtype, within = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.conditioning == "in_context"
+        x = x + _attention(Attention, cfg, "attention")(Norm(dtype, name="norm1")(x), c.mask if within else None)
+        if not within:
+            x = x + _attention(CrossAttention, cfg, "cross_attention")(Norm(dtype, name="cross_norm")(x), c.tokens)
         return x + Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")(Norm(dtype, name="norm2")(x)), None
 
 
 class Output(nn.Module):
-    """Output layer, x (b, n, d), c (b, d) -> (b, n, p p c_out): adaLN (a plain norm if c is tokens), then a Linear; both start at zero."""
+    """Output layer, x (b, n, d), c a Condition -> (b, n, p p c_out): adaLN, or a plain norm, then a Linear; both start at zero."""
 
     cfg: ModelConfig
     place: Callable = as_it_is
@@ -80,7 +86,7 @@ class Output(nn.Module):
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         if cfg.adaptive:
-            shift, scale = Modulation(2, dtype, place=self.place, name="modulation")(c)
+            shift, scale = Modulation(2, dtype, place=self.place, name="modulation")(c.vector)
             h = modulate(layer_norm(x), shift, scale)
         else:
             h = Norm(dtype, name="norm")(x)
@@ -117,10 +123,11 @@ class DiT(nn.Module):
         rows, columns = (size // cfg.patch for size in x.shape[1:3])
         h = nn.Dense(cfg.width, kernel_init=xavier, dtype=dtype, name="patch_embedding")(patchify(x, cfg.patch))
         h = h + positions(cfg.input_size // cfg.patch, cfg.width, (rows, columns)).astype(dtype)[None]
-        vector, tokens = conditioning.embed(cfg, t, cond)
-        c = vector if cfg.adaptive else tokens
+        c = conditioning.embed(cfg, t, cond)
         if cfg.conditioning == "in_context":
-            h = jnp.concatenate([h, c], axis=1)
+            if c.mask is not None:
+                c = c._replace(mask=jnp.concatenate([jnp.ones(h.shape[:2], bool), c.mask], axis=1))
+            h = jnp.concatenate([h, c.tokens], axis=1)
         h, _ = _scanned_block(cfg, self.place)(h, c)
         h = Output(cfg, self.place, name="output")(h[:, : rows * columns], c)
         return unpatchify(h, cfg.patch, rows, columns).astype(jnp.float32)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 KEPT = "kept"  # checkpoint name of the residuals that `remat = dots` saves
@@ -35,26 +36,30 @@ gelu.defvjp(_gelu_forward, lambda slope, gradient: (gradient * slope,))
 
 
 @jax.custom_vjp
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Attention softmax(q k^T / sqrt(h)) v: q (b, n, k, h), k and v (b, m, k, h) -> (b, n, k, h), logits and softmax in float32.
+
+    `mask` (b, m): which keys are there, at least one; None: all.
 
     The backward pass uses the forward pass's weights, in v's dtype, and takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022, arXiv
     2205.14135, appendix B.2). `remat = dots` recomputes the weights (b, k, n, m), because copying them to and from the scan's memory
     takes longer.
     """
-    return _attention_forward(q, k, v)[0]
+    return _attention_forward(q, k, v, mask)[0]
 
 
-def _attention_forward(q, k, v):
+def _attention_forward(q, k, v, mask):
     logits = jnp.einsum("bnkh,bmkh->bknm", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
     weights = jnp.exp((logits - logits.max(axis=-1, keepdims=True)) / math.sqrt(q.shape[-1]))
     weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     out = jnp.einsum("bknm,bmkh->bnkh", weights, v)
-    return out, (q, k, v, weights, out)
+    return out, (q, k, v, mask, weights, out)
 
 
 def _attention_backward(kept, gradient):
-    q, k, v, weights, out = kept
+    q, k, v, mask, weights, out = kept
     total = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1).transpose(0, 2, 1)[..., None]
     slope = jnp.einsum("bnkh,bmkh->bknm", gradient, v, preferred_element_type=jnp.float32) - total
     logits = (weights.astype(jnp.float32) * slope / math.sqrt(q.shape[-1])).astype(q.dtype)
@@ -62,6 +67,7 @@ def _attention_backward(kept, gradient):
         jnp.einsum("bknm,bmkh->bnkh", logits, k),
         jnp.einsum("bknm,bnkh->bmkh", logits, q),
         jnp.einsum("bknm,bnkh->bmkh", weights, gradient),
+        None if mask is None else np.zeros(mask.shape, jax.dtypes.float0),
     )
 
 

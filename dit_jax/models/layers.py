@@ -94,17 +94,19 @@ class _Heads(nn.Module):
     qk_norm: bool
     implementation: str
     dtype: jnp.dtype
+    out_init: Callable = xavier
 
-    def attend(self, q, k, v, d: int):
-        """Attention and output projection: q (b, n, k, h), k and v (b, m, k, h) -> (b, n, d)."""
+    def attend(self, q, k, v, d: int, mask=None):
+        """Attention and output projection: q (b, n, k, h), k and v (b, m, k, h), mask of keys (b, m) or None -> (b, n, d)."""
         if self.qk_norm:
             q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
         if self.implementation == "xla":
-            h = softmax_attention(q, k, v)
+            h = softmax_attention(q, k, v, mask)
         else:
-            h = keep(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
-        return keep(nn.DenseGeneral(d, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="proj")(h))
+            keys = None if mask is None else mask[:, None, None]
+            h = keep(jax.nn.dot_product_attention(q, k, v, mask=keys, implementation=self.implementation))
+        return keep(nn.DenseGeneral(d, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="proj")(h))
 
     def project(self, x, name: str):
         """Linear projection to heads, (b, n, d) -> (b, n, k, h)."""
@@ -113,20 +115,20 @@ class _Heads(nn.Module):
 
 
 class Attention(_Heads):
-    """Multi-head self-attention over tokens, (b, n, d) -> (b, n, d)."""
+    """Multi-head self-attention over tokens, (b, n, d) -> (b, n, d). `mask` (b, n): which tokens are there; None: all."""
 
     @nn.compact
-    def __call__(self, x):
-        return self.attend(*Heads(3, self.heads, self.dtype, name="qkv")(x), x.shape[-1])
+    def __call__(self, x, mask=None):
+        return self.attend(*Heads(3, self.heads, self.dtype, name="qkv")(x), x.shape[-1], mask)
 
 
 class CrossAttention(_Heads):
-    """Multi-head attention of tokens x (b, n, d) to tokens c (b, m, d) -> (b, n, d)."""
+    """Multi-head attention of tokens x (b, n, d) to tokens c (b, m, d) -> (b, n, d). `mask` (b, m): which c are there; None: all."""
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x, c, mask=None):
         k, v = Heads(2, self.heads, self.dtype, name="kv")(c)
-        return self.attend(self.project(x, "q"), k, v, x.shape[-1])
+        return self.attend(self.project(x, "q"), k, v, x.shape[-1], mask)
 
 
 class Mlp(nn.Module):

@@ -55,7 +55,8 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
 def make_sampler(
     model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = (), size: Shape = None
 ) -> Callable:
-    """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32.
+    """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32,
+    of a model of captions the numbers of the prompts.
 
     `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. `size`: (h, w), by default
     model.input_size squared. The weights lie on the mesh by `devices.mesh.spec`.
@@ -67,7 +68,9 @@ def make_sampler(
         keys = image_keys(seed, indices)
         cond = bound.draw(cfg.labels, keys, indices, dict(wanted))
         images = task.walk(make_denoiser(bound, task, cfg, params, cond), draw_noise(keys, 0, shape), keys)
-        return images, conditioning.labels(cond, len(indices))
+        prompts = len(dict(wanted).get("text", ()))
+        labels = indices % prompts if prompts else conditioning.labels(cond, len(indices))
+        return images, labels
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
     return jax.jit(sample, in_shardings=(weights, whole, rows), out_shardings=(rows, rows))
@@ -187,6 +190,8 @@ class Sampling:
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
+        if texts := self.wanted.get("text", ()):
+            job["prompts"] = f"{len(texts)}, SHA-256 {hashlib.sha256(json.dumps(texts).encode()).hexdigest()}"
         for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(self.cfg.diffusion))):
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:

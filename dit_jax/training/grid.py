@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 
 from dit_jax.config import Config
+from dit_jax.data.source import open_source
+from dit_jax.data.words import prompts
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.devices.processes import leader, whole
 from dit_jax.error import NotFiniteError
@@ -12,9 +14,11 @@ from dit_jax.log import warn
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
 from dit_jax.sampling.picture import save_grid
+from dit_jax.sampling.prompt import wanted_prompts
 
 FOLDER = "samples"  # in the run's folder
 NUMBER = 64  # images of a grid
+PROMPTS = 16  # of them, for a model of captions: those of the first held-out images
 
 
 def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
@@ -23,7 +27,11 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     All processes call it, because the weights are gathered from all; process 0 draws, by `cfg.sample` and train.seed, and holds the
     weights whole on each of its devices meanwhile. Raises UsageError now if the settings exclude each other or lack an autoencoder.
     """
-    sampling, names = open_sampling(cfg, local_mesh()), names_of(cfg, workdir)
+    names, wanted = names_of(cfg, workdir), None
+    if cfg.model.text:
+        names = tuple(prompts(open_source(cfg.data, cfg.data.held_out_split), PROMPTS))
+        wanted = wanted_prompts(cfg.model, names)
+    sampling = open_sampling(cfg, local_mesh(), wanted)
 
     def draw(step: int, ema: dict, stop: list) -> str:
         params = whole(ema)

@@ -108,6 +108,9 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
             raise UsageError(
                 f"{key}: found {found}, expected {expected}{none}, as the data ({getattr(data, where)}) has; set --config.{key}={expected}"
             )
+    if model.text and None in (source.captions, held_out.captions):
+        expected = "expected data with captions; set --config.model.text='' to train without"
+        raise UsageError(f"model.text: found {model.text!r} and no captions in {source.where}, {expected}")
     make_task(cfg)
     return source, held_out
 
@@ -146,6 +149,7 @@ def run(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             source=source,
+            text_length=cfg.model.caption_tokens,
         )
         _check_same_data(batches)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None

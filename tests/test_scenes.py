@@ -1,0 +1,145 @@
+"""Scenes of coloured digits with words: what is drawn is what is said, held-out pairs are held out, and compositions are scored exactly."""
+
+import numpy as np
+import pytest
+
+from dit_jax.config import DataConfig
+from dit_jax.data import scenes
+from dit_jax.data.pipeline import load_arrays, make_batches
+from dit_jax.data.source import open_source
+from dit_jax.data.words import as_tokens, byte_tokens, draw, prompts
+from dit_jax.error import UsageError
+from dit_jax.metrics import composition
+
+DATA = DataConfig(dataset="scenes", image_size=16, cache=False, workers=0)
+SOME = 1500
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {name: open_source(DATA, name) for name in ("train", "test", "unseen")}
+
+
+def logits_of(scene):
+    """Of a perfect classifier of the quarters."""
+    found = np.zeros((4, 10))
+    for thing in scene.things:
+        found[thing.place, thing.digit] = 1
+    return found.reshape(-1)
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_picture_is_right_for_its_captions_and_wrong_for_others(splits, which):
+    found = splits["train"].scenes(np.arange(SOME))
+    images = splits["train"].read(np.arange(SOME))[0]
+    asked = scenes.asked([scene.captions[which] for scene in found])
+    seen = composition.detect(np.stack(list(map(logits_of, found))), images, asked.palette)
+    rows = np.arange(SOME)
+    assert composition.right(*seen, asked, rows).all()
+    assert composition.right(*seen, asked, (rows + 1) % SOME).mean() < 0.01
+
+
+def test_a_mirror_image_is_wrong_where_a_place_or_a_relation_across_is_stated(splits):
+    found = splits["train"].scenes(np.arange(SOME))
+    asked = scenes.asked([scene.captions[-1] for scene in found])
+    digits, colours = composition.detect(
+        np.stack(list(map(logits_of, found))), splits["train"].read(np.arange(SOME))[0], asked.palette
+    )
+    flipped = composition.right(digits[:, [1, 0, 3, 2]], colours[:, [1, 0, 3, 2]], asked, np.arange(SOME))
+    across = (asked.place >= 0) | np.isin(asked.relation, (0, 1))
+    twins = np.array(
+        [len({thing[:2] for thing in scene.things}) == 1 for scene in found]
+    )  # a red three left of a red three
+    assert not flipped[across & ~twins].any() and flipped[~across].all()
+
+
+@pytest.mark.parametrize(
+    "quarters, right",
+    [
+        ([(3, 0), None, None, (7, 2)], False),  # no relation between opposite corners
+        ([(3, 0), (7, 2), None, None], True),
+        ([None, None, (3, 0), (7, 2)], True),
+        ([(7, 2), (3, 0), None, None], False),
+        ([(3, 0), (7, 2), (1, 1), None], False),  # one too many
+        ([(3, 0), None, None, None], False),
+        ([(3, 2), (7, 0), None, None], False),  # each has the other's colour
+    ],
+)
+def test_a_relation_needs_its_digits_colours_and_places(quarters, right):
+    asked = scenes.asked(["a red three left of a blue seven"])
+    digits, colours = (np.array([[-1 if q is None else q[k] for q in quarters]]) for k in (0, 1))
+    assert composition.right(digits, colours, asked, np.array([0])).tolist() == [right]
+
+
+def test_held_out_pairs_are_in_no_training_scene_and_in_each_unseen_one(splits):
+    def held(scene):
+        pair = any(scenes.held_out_pair(thing.colour, thing.digit) for thing in scene.things)
+        digits = [thing.digit for thing in scene.things]
+        return pair or (scene.kind == "relation" and scenes.held_out_relation(*digits))
+
+    for name, expected in (("train", False), ("test", False), ("unseen", True)):
+        assert {held(scene) for scene in splits[name].scenes(np.arange(SOME))} == {expected}
+    assert sum(scenes.held_out_pair(c, d) for c in range(6) for d in range(10)) == 12
+    kinds = {scene.kind for scene in splits["train"].scenes(np.arange(SOME))}
+    assert kinds == set(scenes.KINDS)
+
+
+def test_scenes_are_functions_of_their_numbers_and_training_has_no_end(splits):
+    one, two = splits["train"].scenes(np.array([5, 7])), splits["train"].scenes(np.array([7]))
+    assert one[1] == two[0] != one[0]
+    first, other = (next(make_batches(DATA, batch_size=8, seed=seed, text_length=64)) for seed in (0, 1))
+    assert not np.array_equal(first["image"], other["image"])
+    halves = [
+        next(make_batches(DATA, batch_size=8, seed=0, process_index=i, process_count=2, text_length=64)) for i in (0, 1)
+    ]
+    np.testing.assert_array_equal(np.concatenate([half["cond"]["text"] for half in halves]), first["cond"]["text"])
+    np.testing.assert_array_equal(np.concatenate([half["image"] for half in halves]), first["image"])
+
+
+def test_a_caption_of_each_image_is_drawn_by_seed_and_visit():
+    captions = [("one", "two", "three")] * 300
+    found = [draw(captions, np.arange(300), seed) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    counts = [found[0].count(word) for word in captions[0]]
+    assert min(counts) > 70
+    cond = np.empty(300, object)
+    cond[:] = captions
+    tokens = as_tokens({"captions": cond, "label": np.zeros(300)}, np.arange(300), 0, 4)
+    np.testing.assert_array_equal(tokens["text"], byte_tokens(found[0], 4))
+    assert set(tokens) == {"text", "label"}
+
+
+def test_bytes_are_tokens_from_one_and_long_texts_are_cut():
+    assert byte_tokens(["ab", "", "é"], 3).tolist() == [[98, 99, 0], [0, 0, 0], [0xC3 + 1, 0xA9 + 1, 0]]
+    assert byte_tokens(["abcdef"], 3).tolist() == [[98, 99, 100]]
+
+
+def test_the_held_out_captions_are_the_prompts(splits):
+    texts = prompts(splits["test"], 40)
+    cond = load_arrays(DATA, "test", text_length=64)[1]
+    np.testing.assert_array_equal(cond["text"][:40], byte_tokens(texts, 64))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a red tree", "red three", "five green fives", "a red three left of", "a red one and a"]
+)
+def test_other_text_is_no_caption_of_scenes(text):
+    with pytest.raises(UsageError, match="caption: found"):
+        scenes.parse(text)
+
+
+@pytest.mark.parametrize("change", [{"image_size": 8}, {"flip": True}, {"cache": True}])
+def test_settings_that_scenes_cannot_have_are_named(change):
+    data = DataConfig(**{"dataset": "scenes", "image_size": 16, "cache": False} | change)
+    with pytest.raises(UsageError, match=f"data.{next(iter(change))}: found"):
+        open_source(data, "train")
+    with pytest.raises(UsageError, match="expected train, test, unseen of scenes"):
+        open_source(DATA, "validation")
+
+
+def test_an_interval_of_a_share_covers():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        low, high = composition.interval(rng.binomial(60, 0.9) / 60, 60)
+        held += low <= 0.9 <= high
+    assert 0.93 < held / 2000 < 0.98

@@ -21,7 +21,7 @@ help:
 	@echo "make test       the tests (about 12 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"
-	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
+	@echo "make parity     models, samplers and metrics against PyTorch, diffusers, transformers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
 	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"

@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates (MACs) and FLOPs of a DiT in closed form, exact for the models in `models/`.
+"""Parameters, multiply-accumulates (MACs) and FLOPs of a DiT in closed form, exact for the models in `models/`; FLOPs of frozen encoders.
 
 One MAC is one multiply and one add, so FLOPs = 2 x MACs. The DiT paper's "Gflops" are the MACs of one unguided forward pass of one
 image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are not counted.

@@ -6,7 +6,6 @@ import string
 
 import jax
 import numpy as np
-import sentencepiece
 from safetensors.numpy import save_file
 
 from dit_jax.networks import diffusers_dit, inception, text, vae
@@ -94,6 +93,8 @@ def tokenizer_files(kind, vocabulary=40):
         words = [*some, *(f"{c}</w>" for c in some), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
         names = {word: i for i, word in enumerate(words)}
         return {"vocab.json": json.dumps(names).encode(), "merges.txt": b"#version: 0.2\nc a\nca t</w>\n"}
+    import sentencepiece  # of the extra `text`
+
     model = io.BytesIO()
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     sentencepiece.SentencePieceTrainer.train(

@@ -23,6 +23,7 @@ from dit_jax.models import bert, clip, t5
 from dit_jax.models.encoder import Sizes
 from dit_jax.networks import locate, text, tokenizer
 from dit_jax.networks.tensors import Tensors
+from dit_jax.networks.transfer import import_encoder
 
 SMALL = {"depth": 2, "width": 16, "heads": 2, "hidden": 24}
 VOCABULARY = 40
@@ -424,21 +425,35 @@ def test_shards_and_what_is_not_of_the_encoder(folders, tmp_path):
         read_folder("t5", folder)
 
 
-def test_values_keep_the_precision_of_the_file(folders, tmp_path):
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)], ids=str)
+def test_values_keep_the_precision_of_the_file(folders, tmp_path, dtype):
     def halve(arrays):
-        arrays |= {name: value.astype(np.float16) for name, value in arrays.items()}
-        arrays["encoder.layer.1.output.dense.bias"] = arrays["encoder.layer.1.output.dense.bias"].astype(np.float32)
+        arrays |= {name: value.astype(dtype) for name, value in arrays.items()}
 
-    folder = edited(folders, tmp_path, "bert", tensors=halve)
-    with pytest.raises(UsageError, match=r"layer.1.output.dense.bias: found float32, expected float16 as in block 0"):
-        read_folder("bert", folder)
-    save_file(
-        {n: v.astype(np.float16) for n, v in load_file(folder / "model.safetensors").items()},
-        folder / "model.safetensors",
-    )
-    found = read_folder("bert", folder)[1]["text"]
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float16"}
-    same(found, jax.tree.map(lambda x: x.astype(np.float16), drawn(BERT)))
+    folder, out = edited(folders, tmp_path, "bert", tensors=halve), str(tmp_path / "net")
+    import_encoder("bert", str(folder), out)
+    found = text.load_encoder(out, "bert").params["text"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {dtype}
+    same(found, jax.tree.map(lambda x: x.astype(dtype), drawn(BERT)))
+
+
+def test_blocks_of_two_precisions_are_refused(folders, tmp_path):
+    def halve(arrays):
+        arrays["encoder.layer.1.output.dense.bias"] = arrays["encoder.layer.1.output.dense.bias"].astype(np.float16)
+
+    with pytest.raises(UsageError, match=r"layer.1.output.dense.bias: found float16, expected float32 as in block 0"):
+        read_folder("bert", edited(folders, tmp_path, "bert", tensors=halve))
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.int32)], ids=str)
+def test_a_tensor_that_is_not_finite_or_no_floats_is_named(folders, tmp_path, dtype):
+    def spoil(arrays):
+        value = arrays["encoder.layer.1.output.dense.bias"].astype(dtype)
+        value[3] = 7 if dtype.kind == "i" else np.inf
+        arrays["encoder.layer.1.output.dense.bias"] = value
+
+    with pytest.raises(UsageError, match=r"layer.1.output.dense.bias: (holds numbers that are not finite|found int32)"):
+        read_folder("bert", edited(folders, tmp_path, "bert", tensors=spoil))
 
 
 # Tokenizers

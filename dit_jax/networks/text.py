@@ -14,7 +14,7 @@ from math import prod
 import jax
 import numpy as np
 
-from dit_jax.error import UsageError, build, shown
+from dit_jax.error import UsageError, build, choice, shown
 from dit_jax.models import bert, clip, t5
 from dit_jax.models.encoder import Sizes
 from dit_jax.networks.folder import load_network
@@ -281,9 +281,9 @@ def load_encoder(folder: str, kind: str, dtype: str = "float32") -> Encoder:
     """Load a folder that `convert` made, to compute in `dtype`. Raises UsageError if it is of another kind or damaged."""
     config, params, meta = load_network(folder, kind)
     where, source = os.path.join(folder, "meta.json: config."), meta["source"]
-    cfgs = {
-        half: build(CONFIGS[kind][half], values | {"dtype": dtype}, f"{where}{half}.")
-        for half, values in config.items()
-    }
+    cfgs = {}
+    for half, values in config.items():
+        choice(f"{where}half", half, CONFIGS[kind])
+        cfgs[half] = build(CONFIGS[kind][half], {**values, "dtype": dtype}, f"{where}{half}.")
     about = {"kind": kind, "file": source["file"], "sha256": meta["sha256"], "tokenizer": source["tokenizer"]}
     return Encoder(kind, cfgs, params, about)

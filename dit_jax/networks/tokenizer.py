@@ -83,8 +83,9 @@ def _check_caption(i: int, caption: str) -> None:
 def open_tokenizer(folder: str) -> Tokenizer:
     """Open the tokenizer of a converted encoder. Raises UsageError if it has none, or a file is not what was converted."""
     meta = read_meta(folder)
-    stated = meta["source"].get("tokenizer")
-    if not stated or meta["kind"] not in FORMS:
+    stated, text = meta["source"].get("tokenizer"), meta["config"].get("text")
+    forms = [{*form, OPTIONS} for form in FORMS.get(meta["kind"], ())]
+    if not stated or not any(set(stated) <= form for form in forms) or not isinstance(text, dict):
         raise UsageError(
             f"{folder}: found a network of kind {meta['kind']!r} without a tokenizer, expected a text encoder"
         )
@@ -93,7 +94,7 @@ def open_tokenizer(folder: str) -> Tokenizer:
         if (found := hashlib.sha256(content).hexdigest()) != stated[name]:
             expected = f"expected {stated[name]} of meta.json; damaged: convert the encoder again"
             raise UsageError(f"{os.path.join(folder, name)}: found sha256 {found}, {expected}")
-    return make_tokenizer(meta["kind"], files, meta["config"]["text"]["vocabulary"], folder)
+    return make_tokenizer(meta["kind"], files, text.get("vocabulary", 0), folder)
 
 
 def find_files(kind: str, folder: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs dev peers tpu gpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
+.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
@@ -21,7 +21,7 @@ help:
 	@echo "make test       the tests (about 12 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"
-	@echo "make parity     models, samplers and metrics against PyTorch, diffusers and torch-fidelity; reading PyTorch's files"
+	@echo "make parity     models, samplers and metrics against PyTorch, diffusers, transformers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
 	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
@@ -34,6 +34,7 @@ help:
 	@echo "make lint       ruff, for Python 3.11 and 3.13"
 	@echo "make setup      install dit_jax and its locked dependencies in $(VENV); make dev: also the tools for tests"
 	@echo "make gcs        also the clients of Google Cloud Storage, for gs:// paths"
+	@echo "make text       also the tokenizers of text encoders"
 	@echo "make lock       resolve the dependencies again and rewrite the locks"
 
 $(BIN)/uv: requirements-bootstrap.lock
@@ -56,6 +57,13 @@ $(VENV)/.gcs: $(VENV)/.setup requirements-gcs.lock
 	@touch $@
 
 gcs: $(VENV)/.gcs
+
+$(VENV)/.text: $(VENV)/.setup requirements-text.lock
+	@echo "installing the tokenizers ..."
+	@$(UV) --no-deps -r requirements-text.lock
+	@touch $@
+
+text: $(VENV)/.text
 
 $(VENV)/.dev: $(VENV)/.setup requirements-dev.lock
 	@echo "installing the tools for tests ..."
@@ -161,6 +169,7 @@ lock: $(BIN)/uv
 	$(COMPILE) setup.py -o requirements.lock
 	$(COMPILE) setup.py --extra dev -c requirements.lock -o requirements-dev.lock
 	$(COMPILE) setup.py --extra gcs -c requirements-dev.lock $(call WITHOUT,requirements.lock) -o requirements-gcs.lock
+	$(COMPILE) setup.py --extra text -c requirements-dev.lock $(call WITHOUT,requirements.lock) -o requirements-text.lock
 	$(COMPILE) setup.py --extra gpu-compiler -c requirements-dev.lock $(call WITHOUT,requirements.lock) -o requirements-gpu.lock
 	$(COMPILE) requirements-tpu.in -c requirements.lock $(call WITHOUT,requirements.lock) -o requirements-tpu.lock
 	$(COMPILE) requirements-xpk.in -o requirements-xpk.lock

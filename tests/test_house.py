@@ -98,6 +98,8 @@ def test_rooms_keep_their_libraries():
     only_in("tensorflow_datasets", {"data"})
     only_in("matplotlib", {"scaling"})
     only_in("torch", {"networks"})
+    only_in("tokenizers", {"networks"})
+    only_in("sentencepiece", {"networks"})
     only_in("filelock", {"files"})
     only_in("fcntl", set())
     only_in("google", {"files"})

@@ -81,6 +81,7 @@ def test_the_locks_pin_what_setup_py_asks_for_once_for_each_python(python):
         ("requirements.lock", setup["CORE"]),
         ("requirements-dev.lock", extras["dev"]),
         ("requirements-gpu.lock", gpu),
+        ("requirements-text.lock", extras["text"]),
     )
     for lock, asked in locks:
         lines = [Requirement(line.split(" --hash")[0]) for line in requirements(ROOT / lock)]

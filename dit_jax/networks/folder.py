@@ -1,6 +1,7 @@
 """Folders of converted networks: our parameters in `weights.safetensors`, and their description, `meta.json`.
 
-meta: `kind`, `config`, `parameters` (their number), `sha256` of the weights, `source` (`file`, `sha256`, `format`).
+meta: `kind`, `config`, `parameters` (their number), `sha256` of the weights, `source` (`file`, `sha256`, `format`; of a text encoder
+also `tokenizer`, the SHA-256 of each of its files beside the weights).
 """
 
 import json
@@ -21,10 +22,13 @@ WEIGHTS, META = "weights.safetensors", "meta.json"
 KEYS = {"kind": str, "config": dict, "parameters": int, "sha256": str, "source": dict}
 
 
-def save_network(folder: str, kind: str, config: dict, params: Mapping, source: dict) -> dict:
+def save_network(
+    folder: str, kind: str, config: dict, params: Mapping, source: dict, files: Mapping[str, bytes] | None = None
+) -> dict:
     """Write a network's folder, whole or not at all; returns its meta. `folder` must be new, or empty.
 
-    `params`: nested dicts of arrays, keys without "/". `config`, `source`: JSON values. Raises JobError if writing fails.
+    `params`: nested dicts of arrays, keys without "/". `config`, `source`: JSON values. `files`: others beside the weights.
+    Raises JobError if writing fails.
     """
     try:
         # in C order, because safetensors writes the memory of an array
@@ -36,6 +40,8 @@ def save_network(folder: str, kind: str, config: dict, params: Mapping, source: 
             count = sum(value.size for value in flat.values())
             digest = file_sha256(weights)
             meta = {"kind": kind, "config": config, "parameters": count, "sha256": digest, "source": source}
+            for name, content in (files or {}).items():
+                write_file(os.path.join(unfinished, name), content)
             write_file(os.path.join(unfinished, META), json.dumps(meta, indent=1) + "\n")
     except StorageError:
         raise

@@ -1,10 +1,11 @@
-"""Finds weights in the forms that people have: files, checkpoints of a training, folders of diffusers (also half, in shards), pipelines."""
+"""Finds weights in the forms that people have: files, checkpoints of a training, folders of diffusers and of transformers (also half,
+in shards), pipelines."""
 
 import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dit_jax.error import UsageError, shown
@@ -13,6 +14,7 @@ from dit_jax.networks.tensors import Tensors
 from dit_jax.networks.weights import fetched, read_file
 
 STEM = "diffusion_pytorch_model"  # of a file of weights in a folder of diffusers
+DIFFUSERS, TRANSFORMERS = (STEM, STEM), ("model", "pytorch_model")  # that of each ending
 VARIANTS, ENDINGS = ("", ".fp16", ".bf16"), (".safetensors", ".bin")  # the full precision first
 WRAPPERS = (
     "module",
@@ -40,13 +42,17 @@ class Found:
         return {"file": os.path.basename(self.name), "sha256": whole, "format": form} | chosen
 
 
-def find(weights: str, part: str) -> Found:
-    """Find a file, or the weights in a folder of diffusers or in the folder `part` of a pipeline's root. Raises UsageError."""
+def find(weights: str, part: str, stems: tuple[str, str] = DIFFUSERS) -> Found:
+    """Find a file, or the weights in a folder of diffusers or in the folder `part` of a pipeline's root. Raises UsageError.
+
+    `stems`: TRANSFORMERS for a folder of transformers.
+    """
     if is_file(weights):
         return Found(weights, (weights,), "", {})
     if not is_folder(weights):
         raise UsageError(f"--weights: no file or folder {weights!r}")
-    pairs = [(f"{STEM}{v}{end}", f"{STEM}{end}.index{v}.json") for v in VARIANTS for end in ENDINGS]
+    kinds = list(zip(stems, ENDINGS, strict=True))
+    pairs = [(f"{stem}{v}{end}", f"{stem}{end}.index{v}.json") for v in VARIANTS for stem, end in kinds]
     for folder in (weights, os.path.join(weights, part)):
         config = os.path.join(folder, "config.json")
         config = config if is_file(config) else ""
@@ -56,7 +62,7 @@ def find(weights: str, part: str) -> Found:
             if is_file(path := os.path.join(folder, index)):
                 shards = _shards(path)
                 return Found(path, tuple(sorted({os.path.join(folder, s) for s in shards.values()})), config, shards)
-    forms = ", ".join(f"{whole} (or {index})" for whole, index in pairs[:1]) + f", or with {' or '.join(ENDINGS[1:])}"
+    forms = f"{pairs[0][0]} (or {pairs[0][1]}), or {pairs[1][0]}"
     raise UsageError(f"--weights: {weights!r}: found none of {forms}, in the folder or in {part}/")
 
 
@@ -79,25 +85,31 @@ def _shards(path: str) -> dict:
     return found
 
 
-def read(found: Found, marker: str, item: str = "") -> tuple[Tensors, dict, str]:
+def read(
+    found: Found, marker: str, item: str = "", unused: Callable[[str], bool] = lambda name: False
+) -> tuple[Tensors, dict, str]:
     """Read (tensors, the file's notes, a line that says what was found). `marker`: a tensor that the network has.
 
-    `item`: "ema" or "params", for a file that holds both; by default the EMA. Raises UsageError if it does not.
+    `item`: "ema" or "params", for a file that holds both; by default the EMA. Raises UsageError if it does not. Tensors that are
+    `unused(name)` are not read.
     """
     arrays, notes, group = {}, {}, ""
 
     def choose(names: list) -> dict:
         nonlocal group
-        kept, group = _choose(found.name, names, marker, item)
+        names = [name for name in names if not unused(name)]
+        kept, group = (
+            (dict(zip(names, names, strict=True)), "") if found.index else _choose(found.name, names, marker, item)
+        )
         return kept
 
     for file in found.files:
-        part, said = read_file(file, choose=None if found.index else choose)
+        part, said = read_file(file, choose=choose)
         notes |= said
         if found.index and (other := [n for n in part if found.index.get(n) != os.path.basename(file)]):
             raise UsageError(f"{file}: found {other[0]!r}, which {found.name} does not place there")
         arrays |= part
-    if missing := [name for name in found.index if name not in arrays]:
+    if missing := [name for name in found.index if name not in arrays and not unused(name)]:
         raise UsageError(f"{found.name}: {missing[0]}: missing from {found.index[missing[0]]}")
     kinds = ", ".join(sorted({a.dtype.name for a in arrays.values()}))
     line = f"{found.name}: {len(arrays)} tensors of {kinds}" + (f", {group} of the file's groups" if group else "")

@@ -23,16 +23,24 @@ class Tensors:
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Return the float32 values of a tensor of floats, in their own layout."""
+        return np.asarray(self._check(name, shape), np.float32)
+
+    def pop(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the values of a tensor of floats in its own dtype and let go of it, so that a large file is not held twice."""
+        values = self._check(name, shape)
+        del self.arrays[name]
+        return values
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         found = self._find(name)
         if found.shape != tuple(shape):
             raise UsageError(f"{self.where}: {name}: found shape {found.shape}, expected {tuple(shape)}")
-        values = np.asarray(found, np.float32)
         if not (np.issubdtype(found.dtype, np.floating) or found.dtype.name == "bfloat16"):
             raise UsageError(f"{self.where}: {name}: found {found.dtype}, expected floats")
-        if not np.isfinite(values).all():
+        if not np.isfinite(found).all():
             raise UsageError(f"{self.where}: {name}: holds numbers that are not finite")
         self.left.discard(name)
-        return values
+        return found
 
     def skip(self, *names: str) -> None:
         """Ignore tensors if they are present (counters, tables that are recomputed)."""

@@ -13,7 +13,7 @@ from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.files import absolute, delete, file_sha256, is_file, read_json, remote, sync, whole, write_file
 from dit_jax.files.out import UNFINISHED, holds, new_folder
 from dit_jax.log import say, warn
-from dit_jax.networks import diffusers_dit, dit, folder, locate, notes
+from dit_jax.networks import diffusers_dit, dit, folder, locate, notes, text, tokenizer
 from dit_jax.networks.tensors import Tensors
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import flatten, provenance, read_config
@@ -134,6 +134,37 @@ def import_network(source: str, weights: str, out: str, item: str = "") -> None:
     say(f"{out}: {meta['parameters']:,} parameters of {source}" + (f", {_sizes(config)}" if config else ""))
 
 
+def import_encoder(kind: str, weights: str, out: str) -> None:
+    """Convert an encoder of text, or CLIP's of images too, from a folder of transformers to a folder with its tokenizer.
+
+    Raises UsageError if the weights, the tokenizer or `out` do not fit.
+    """
+    located = locate.find(weights, "text_encoder", locate.TRANSFORMERS)
+    if not located.config:
+        raise UsageError(f"--weights: {weights!r}: expected a folder of transformers, with config.json and its weights")
+    cfgs = text.configs(kind, read_json(located.config), located.config)
+    files = tokenizer.find_files(kind, os.path.dirname(located.config)) if "text" in cfgs else {}
+    tokens = tokenizer.make_tokenizer(kind, files, cfgs["text"].vocabulary, weights) if files else None
+    if kind == "clip" and tokens:
+        text.check_end(cfgs["text"], tokens.end, tokens.size, located.config)
+    with locate.fetched_files(located) as found:
+        origin = found.describe(kind) | {"tokenizer": tokens.sha256 if tokens else {}}
+        if holds(out):
+            _check_same(out, folder.read_meta(out)["source"], origin)
+            folder.load_network(out, kind)
+            say(f"{out}: done before, from the same {found.name}")
+            return
+        tensors, _, line = locate.read(found, "", unused=lambda name: bool(text.UNUSED[kind].fullmatch(name)))
+    cfgs, params = text.read(kind, tensors, cfgs)
+    config = {half: dataclasses.asdict(cfg) for half, cfg in cfgs.items()}
+    meta = folder.save_network(out, kind, config, params, origin, files)
+    say(line)
+    sizes = "; ".join(f"{half}: {cfg.depth} blocks of width {cfg.width}" for half, cfg in cfgs.items())
+    say(f"{out}: {meta['parameters']:,} parameters of {kind}, {sizes}")
+    if tokens:
+        say(f"tokenizer: {tokens.size:,} entries, {', '.join(files)}")
+
+
 def _read_vae(tensors: Tensors, config: Mapping) -> tuple[dict, dict]:
     from dit_jax.networks import vae
 
@@ -176,7 +207,7 @@ def _check_done(out: str, origin: dict, step: int | None, heads: int, classes: i
 
 
 def _check_same(out: str, found: Mapping, origin: dict) -> None:
-    keys = [key for key in ("sha256", "format", "item") if found.get(key) != origin.get(key)]
+    keys = [key for key in ("sha256", "format", "item", "tokenizer") if found.get(key) != origin.get(key)]
     if keys:
         shown = "; ".join(f"{key}: the folder has {found.get(key)!r}, the command {origin.get(key)!r}" for key in keys)
         raise UsageError(f"--out: {out!r} holds other weights, of {found.get('file')!r} ({shown}); use another --out")

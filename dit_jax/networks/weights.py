@@ -67,7 +67,7 @@ def read_arrays(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> dict[str
 def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES, choose=None) -> tuple[dict[str, np.ndarray], dict]:
     """Read as `read_arrays` does, and the file's own notes: safetensors' metadata, or {"args": ...} of a PyTorch checkpoint.
 
-    `choose(names) -> {name: new name}` says which arrays are kept; the others of a PyTorch checkpoint take no memory.
+    `choose(names) -> {name: new name}` says which arrays are kept; the others of a safetensors or PyTorch file take no memory.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
@@ -245,18 +245,20 @@ def _read_safetensors(path: str, max_bytes: int) -> tuple[dict, dict]:
                 pass
         except (ValueError, safetensors.SafetensorError) as error:
             raise UsageError(f"{path}: damaged or no safetensors: {error}") from None
-        notes = header.pop("__metadata__", None) or {}
-        arrays = {n: _tensor(file, 8 + length, entry, max_bytes, f"{path}: {n}") for n, entry in header.items()}
-        return arrays, notes
+    notes = header.pop("__metadata__", None) or {}
+    arrays = {n: functools.partial(_tensor, path, 8 + length, entry, max_bytes, n) for n, entry in header.items()}
+    return arrays, notes
 
 
-def _tensor(file: IO[bytes], start: int, entry: dict, max_bytes: int, where: str) -> np.ndarray:
+def _tensor(path: str, start: int, entry: dict, max_bytes: int, name: str) -> np.ndarray:
+    where = f"{path}: {name}"
     if entry["dtype"] not in SAFETENSORS:
         raise UsageError(f"{where}: found the dtype {entry['dtype']!r}, expected one of {', '.join(SAFETENSORS)}")
     dtype = np.dtype(SAFETENSORS[entry["dtype"]])
     count = _check_shape(entry["shape"], dtype.itemsize, max_bytes, where)
-    file.seek(start + entry["data_offsets"][0])
-    return _native(_bytes(file, count, where), dtype, entry["shape"])
+    with open(path, "rb") as file:
+        file.seek(start + entry["data_offsets"][0])
+        return _native(_bytes(file, count, where), dtype, entry["shape"])
 
 
 # PyTorch

@@ -244,7 +244,7 @@ def test_crops_and_flips_are_drawn_by_seed_and_visit(tmp_path, buckets):
 
 def test_scores_see_the_centre_of_each_held_out_picture(cfg):
     source = open_source(cfg.data, "test")
-    images, cond = pipeline.load_arrays(cfg.data, "test", source, SHAPES)
+    images, cond = pipeline.load_arrays(cfg.data, "test", source, buckets=SHAPES)
     shapes, whole = (
         aspect.open_buckets(source, SHAPES).shapes_of(np.arange(len(source))),
         source.sizes(np.arange(len(source))),

@@ -186,9 +186,9 @@ def test_the_held_out_split_holds_each_part_once(digits):
 
 def test_records_carry_the_weights(digits, tmp_path):
     cfg = Config(data=digits)
-    record = make_record(cfg, str(tmp_path), 3, "0", {"loss": 1.0}, {}, 1442, {})
+    record = make_record(cfg, str(tmp_path), 3, "0", {"loss": 1.0}, {}, {"records": 1442}, {})
     assert record["mixture"] == ((3, "digits", "train[:1000]", "test"), (1, "digits", "train[1000:]", "test"))
-    assert "mixture" not in make_record(Config(), str(tmp_path), 3, "0", {"loss": 1.0}, {}, 1442, {})
+    assert "mixture" not in make_record(Config(), str(tmp_path), 3, "0", {"loss": 1.0}, {}, {"records": 1442}, {})
 
 
 def test_a_run_keeps_its_weights_while_its_folders_may_move(tmp_path):
@@ -327,7 +327,7 @@ def test_a_malformed_record_is_replaced_within_its_part(tmp_path):
     with open(path, "wb") as file:
         file.write(b"none")
     opened = open_source(data, "train")
-    found = pipeline._read(opened, np.arange(len(opened)))[0]
+    found = pipeline._read(opened, None, False, np.arange(len(opened)))[0]
     np.testing.assert_array_equal(found[last], opened.read(np.array([0]))[0][0])
     assert list(bad_records(opened)) == [last] and path in bad_records(opened)[last]
     assert path in error_of(pipeline.load_arrays, dataclasses.replace(data, skip_bad=0), "train")

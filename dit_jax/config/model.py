@@ -20,9 +20,7 @@ class ModelConfig:
     text_length: int = 64  # tokens of a caption, of bytes: bytes; longer ones are cut
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = (
-        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention; with text: in_context | adaln_cross
-    )
+    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross (of captions)
     qk_norm: bool = False  # normalise queries and keys
     dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn

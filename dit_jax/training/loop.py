@@ -265,9 +265,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
             note(ledger, workdir)
         known.add(shapes)
         outputs.log(pending)
-        pending = None
-        if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps):
-            pending = (i, scalars)
+        pending = (i, scalars) if i % cfg.train.log_every == 0 or i in (1, cfg.train.steps) else None
         recent.append((i, scalars))
         stopping = asked_to_stop(i) if jax.process_count() > 1 else bool(stop)
         if i % cfg.train.skips_in_a_row == 0:

@@ -13,13 +13,14 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x test test-slow test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
+.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x test test-slow test-data test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
 	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
 	@echo "make test       the tests (about 12 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
+	@echo "make test-data  the same 200 pictures through every door of the data: kills, hosts, positions (about 5 minutes)"
 	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"
 	@echo "make parity     models, samplers and metrics against PyTorch, diffusers, transformers and torch-fidelity; reading PyTorch's files"
 	@echo "make parity-quick  the same with fewer sizes of models"
@@ -84,7 +85,10 @@ test: dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
-	$(BIN)/python -m pytest -m "slow and not bucket and not tpu and not parity and not gpu_compiler"
+	$(BIN)/python -m pytest -m "slow and not bucket and not doors and not tpu and not parity and not gpu_compiler"
+
+test-data: dev
+	$(BIN)/python -m pytest -m doors tests/test_doors.py
 
 test-bucket: dev
 	$(BIN)/python -m pytest -m "not slow" --durations=5 tests/test_bucket*.py

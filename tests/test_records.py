@@ -90,7 +90,7 @@ def test_copies_give_what_their_source_gives(told, stored, tmp_path, form, caplo
     assert_same_source(copied, data)
     found = open_source(copied, "train")
     introduce(found)
-    assert f"12 images 8 x 8 x 3, no labels, 12 with captions, from {tmp_path}/data/train" in caplog.text
+    assert f"12 images 8 x 8 x 3, no labels, with captions, from {tmp_path}/data/train" in caplog.text
     assert "not latents" not in caplog.text and len(found.source.shards.files) == 2
     assert found.captions(np.array([3, 0, 3])) == [words(3), words(0), words(3)]
     assert not found.overlaps(open_source(copied, "test")) and found.overlaps(open_source(copied, "train"))

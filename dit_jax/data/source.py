@@ -103,8 +103,9 @@ def introduce(*opened: Source) -> None:
         labels = f"{found.classes} classes" if found.classes else "no labels"
         if names := getattr(found, "class_names", ()):
             labels += f" ({', '.join(names[:8])}{', ...' * (len(names) > 8)})"
-        labels += f", {len(found):,} with captions" if found.captions else ""
-        say(f"data: {about['name']}, {about['split']}: {len(found):,} images {shape}, {labels}, from {found.where}")
+        labels += ", with captions" if found.captions else ""
+        count = f"{len(found):,} images" if "records" in about else "images without end,"
+        say(f"data: {about['name']}, {about['split']}: {count} {shape}, {labels}, from {found.where}")
 
 
 def bad_records(source: Source) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """Text to image from nothing but scikit-learn's digits: coloured digits in the quarters of 16 x 16 pixels, drawn from words.
 
-python -m dit_jax.train    --config=configs/scenes.py --workdir=runs/scenes
-python -m dit_jax.sample   --workdir=runs/scenes --prompt='a red three left of a blue seven' --num=16 --grid=grid.png
+python -m dit_jax.train --config=configs/scenes.py --workdir=runs/scenes
+python -m dit_jax.sample --workdir=runs/scenes --prompt='a red three left of a blue seven' --num=16 --grid=grid.png
 python -m dit_jax.evaluate --workdir=runs/scenes
 python -m dit_jax.evaluate --workdir=runs/scenes --config.data.held_out_split=unseen
 

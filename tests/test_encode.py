@@ -24,7 +24,7 @@ from dit_jax.data.pipeline import load_arrays, make_batches
 from dit_jax.data.posterior import deviations, posterior_mean
 from dit_jax.data.source import open_source
 from dit_jax.devices.mesh import make_mesh
-from dit_jax.error import UsageError
+from dit_jax.error import Interrupted, UsageError
 from dit_jax.models import vae
 from dit_jax.networks import encoding
 from dit_jax.networks.autoencoder import follow_latents, images_at_once, make_encoder, open_autoencoder
@@ -261,10 +261,10 @@ def encode_without(network, out, bad, skip_bad, monkeypatch):
     """Encode TEST, whose images `bad` cannot be decoded."""
     checked = tfds.Records._checked
 
-    def some(self, index, record):
+    def some(self, index, record, shape):
         if index in bad:
             raise UsageError(f"record {index}: cannot decode the image")
-        return checked(self, index, record)
+        return checked(self, index, record, shape)
 
     with monkeypatch.context() as patch:
         patch.setattr(tfds.Records, "_checked", some)
@@ -352,3 +352,21 @@ def test_a_kill_costs_one_shard_at_most(plain, network, tmp_path, cache_dir, num
     assert code == 0 and f"{205 - 8 * len(whole)} images to encode, {8 * len(whole)} were before" in err, err
     assert open_latents(f"{out}/{TRAIN}", verify=True).content == open_latents(f"{plain}/{TRAIN}").content
     assert all(name == "latents.json" or name.endswith(".array_record") for name in os.listdir(out / TRAIN))
+
+
+def test_a_stop_while_the_scale_is_found_loses_no_latent(network, tmp_path):
+    """The shards stay, and the same command gives the files of one that was not stopped."""
+    folders, whole = [tmp_path / name for name in ("stopped", "whole")], []
+    for out in folders:
+        job, stop = encoding.open_job(config(network), "float32", whiten=True), []
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if out == folders[0]:
+                    patch.setattr(encoding, "whitened", lambda records, stop, of=encoding.whitened: of(records, [1]))
+                encoding.encode_splits(job, str(out), [TRAIN], 1 << 30, stop)
+        except Interrupted as error:
+            whole.append(str(error))
+            encoding.encode_splits(job, str(out), [TRAIN], 1 << 30, stop)
+    assert len(whole) == 1 and "goes on from the shards" in whole[0]
+    one, other = ({p.name: p.read_bytes() for p in (out / TRAIN).iterdir()} for out in folders)
+    assert one == other

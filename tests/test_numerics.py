@@ -49,13 +49,14 @@ def test_no_setting_of_the_environment_changes_a_draw():
 
 
 def test_every_key_is_of_the_named_generator():
-    """A key made elsewhere would be of the environment's generator; two are for shapes only."""
+    """A key made elsewhere would be of the environment's generator; those of models are for shapes only."""
     users = {
         p.relative_to(ROOT / "dit_jax").as_posix()
         for p in (ROOT / "dit_jax").rglob("*.py")
         if "random.key(" in p.read_text()
     }
-    assert users == {"devices/numerics.py", "models/inception.py", "models/vae.py"}
+    shapes = {f"models/{name}.py" for name in ("bert", "clip", "inception", "t5", "vae")}
+    assert users == {"devices/numerics.py"} | shapes
     assert not [p for p in (ROOT / "dit_jax").rglob("*.py") if "PRNGKey(" in p.read_text()]
 
 

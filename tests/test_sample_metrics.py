@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_jax.config import EvalConfig
+from dit_jax.config import DataConfig, EvalConfig
+from dit_jax.data.scenes import asked
+from dit_jax.data.source import open_source
+from dit_jax.data.words import prompts
 from dit_jax.error import UsageError
 from dit_jax.metrics import extrapolate, features, frechet, inception_score, kernel
 from dit_jax.metrics.precision_recall import precision, recall
@@ -156,11 +159,19 @@ def test_the_bootstrap_holds_the_distance_expected_at_its_n():
 
 # ---- the rows of the table
 
-SET = {"pool": normal(20, 60, 6), "spatial": normal(21, 60, 5), "logits": normal(22, 60, 7)}
+SCENES = open_source(DataConfig(dataset="scenes", image_size=16, cache=False), "test")
+SET = {
+    "pool": normal(20, 60, 6),
+    "spatial": normal(21, 60, 5),
+    "logits": normal(22, 60, 7),
+    "cells": normal(24, 60, 40),
+}
+SET["images"] = SCENES.read(np.arange(60))[0]
 REFERENCE = {
     "gaussian": (np.zeros(6), np.eye(6)),
     "spatial_gaussian": (np.zeros(5), np.eye(5)),
     "features": normal(23, 80, 6),
+    "prompts": asked(prompts(SCENES, 60)),
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +18,7 @@ from dit_jax.data.shard_writer import Hosts
 from dit_jax.data.source import Source
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.devices.processes import agreed, by_leader, check_folder, compare, leader, of_all
-from dit_jax.error import UsageError
+from dit_jax.error import Interrupted, UsageError
 from dit_jax.files import base, exists
 from dit_jax.log import say
 from dit_jax.models import vae
@@ -105,7 +105,7 @@ class Job:
         def settled(records: LatentRecords) -> LatentInfo:
             left = records.info.left_out  # of all processes, and those that an earlier start left out
             check_left_out(folder, left, data.skip_bad)
-            return whitened(records) if self.whiten and split == data.split else records.info
+            return whitened(records, stop) if self.whiten and split == data.split else records.info
 
         def write(examples_of: Callable, hosts: Hosts) -> None:
             found.append(
@@ -189,14 +189,19 @@ def _fetched(good: np.ndarray, labels: np.ndarray, copies: list[jax.Array]) -> I
     yield from (next(found) if kept else None for kept in good)
 
 
-def whitened(records: LatentRecords) -> LatentInfo:
+def whitened(records: LatentRecords, stop: Sequence = ()) -> LatentInfo:
     """Return the notes with the shift and scale that give posterior samples mean 0 and variance 1 in each channel.
 
-    Computed without sampling: the points mean - deviation and mean + deviation have the posterior's mean and variance.
+    Computed without sampling: the points mean - deviation and mean + deviation have the posterior's mean and variance. Raises
+    Interrupted once `stop` is not empty.
     """
 
     def points() -> Iterator[np.ndarray]:
         for start in range(0, len(records), CHUNK):
+            if stop:
+                raise Interrupted(
+                    f"{records.folder}: no scale yet; the same command goes on from the shards that are there"
+                )
             values, _ = records.read(np.arange(start, min(start + CHUNK, len(records))))
             mean, deviation = values[:, :, 0].astype(np.float32), deviations(values[:, :, 1])
             yield np.stack([mean - deviation, mean + deviation])

@@ -73,7 +73,7 @@ def as_tars(root):
     for split in ("train", "test"):
         found = [(f"{name}/{file}", content, CLASSES.index(name)) for name, file, content in rows(split)]
         for i in range(2):
-            some = found[i * 7 : (7, 99)[i]]
+            some = found[i * 7 : (7, 999)[i]]
             members = [
                 [(name, x), (f"{name[:-4]}.cls", str(label).encode()), (f"{name[:-4]}.json", b"{}")]
                 for name, x, label in some
@@ -93,7 +93,7 @@ def as_parquet(root, nested=True, named=True):
         table = pa.table({"image": images, "label": [CLASSES.index(name) for name in names]})
         table = table.replace_schema_metadata({"huggingface": json.dumps(notes)}) if named else table
         for i in range(2):
-            some = table.slice(i * 7, (7, 99)[i])
+            some = table.slice(i * 7, (7, 999)[i])
             pq.write_table(some, root / "data" / f"{split}-0000{i}-of-00002.parquet", row_group_size=4)
 
 

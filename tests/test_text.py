@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from job import run
 
-from dit_jax import flops
+from dit_jax import checkpoint, flops
 from dit_jax.config import (
     Config,
     DataConfig,
@@ -18,11 +18,14 @@ from dit_jax.config import (
     OptimConfig,
     SampleConfig,
     TrainConfig,
+    to_dict,
 )
+from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.models import conditioning, dit
-from dit_jax.sampling.prompt import find_prompts
+from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.prompt import find_prompts, wanted_prompts
 from dit_jax.training import loop
 
 KINDS = ("in_context", "adaln_cross")
@@ -202,3 +205,18 @@ def test_prompts_come_from_flags_or_a_file(tmp_path, capsys):
 def test_models_that_cannot_be_are_named(changes, expected):
     with pytest.raises(UsageError, match=expected):
         ModelConfig(**changes)
+
+
+def test_runs_and_images_from_before_there_were_captions_go_on(monkeypatch):
+    """Their checkpoints and jobs do not name the keys of captions."""
+    cfg = ModelConfig(qk_norm=True)
+    older = {key: value for key, value in to_dict(cfg).items() if not key.startswith("text")}
+    monkeypatch.setattr(checkpoint, "_read_values", lambda at, item: {"step": 3, "model": older})
+    checkpoint.check_model("checkpoints/3", cfg)
+    with pytest.raises(UsageError, match="model.text: found '', expected 'bytes'"):
+        checkpoint.check_model("checkpoints/3", model("in_context"))
+    sampled = dataclasses.replace(config(), model=dataclasses.replace(config().model, text="", classes=10))
+    keys = open_sampling(sampled, make_mesh(sampled.mesh)).describe("0", 3, 0)
+    assert not [key for key in keys if "text" in key or "prompt" in key]
+    keys = open_sampling(config(), make_mesh(sampled.mesh), wanted_prompts(config().model, ["x"])).describe("0", 3, 0)
+    assert keys["model.text"] == "bytes" and keys["prompts"].startswith("1, SHA-256")

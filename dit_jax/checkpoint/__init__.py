@@ -327,7 +327,7 @@ def check_model(at: str, model: ModelConfig) -> None:
     meta = _read_values(at, "meta")
     if str(meta["step"]) != os.path.basename(at):
         raise JobError(f"{at}: the checkpoint is of step {meta['step']}; give the folder its name back")
-    found, wanted = meta["model"], to_dict(model)
+    wanted, found = to_dict(model), to_dict(ModelConfig()) | meta["model"]  # older ones lack later keys
     keys = [key for key in {**wanted, **found} if key not in FREE and found.get(key) != wanted.get(key)]
     if keys:
         shown = "; ".join(f"model.{k}: found {found.get(k)!r}, expected {wanted.get(k)!r}" for k in keys[:4])

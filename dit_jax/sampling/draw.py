@@ -187,6 +187,8 @@ class Sampling:
         """Everything that image i depends on besides the kind of device: a flat dict that JSON keeps. `sha256`: of the weights."""
         model, settings = to_dict(self.cfg.model), describe_sample(self.cfg.sample)
         del model["remat"], model["unroll"]
+        if not self.cfg.model.text:  # as in older jobs
+            del model["text"], model["text_length"]
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}

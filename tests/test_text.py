@@ -213,8 +213,9 @@ def test_runs_and_images_from_before_there_were_captions_go_on(monkeypatch):
     older = {key: value for key, value in to_dict(cfg).items() if not key.startswith("text")}
     monkeypatch.setattr(checkpoint, "_read_values", lambda at, item: {"step": 3, "model": older})
     checkpoint.check_model("checkpoints/3", cfg)
-    with pytest.raises(UsageError, match="model.text: found '', expected 'bytes'"):
-        checkpoint.check_model("checkpoints/3", model("in_context"))
+    captioned = dataclasses.replace(cfg, text="bytes", conditioning="in_context")
+    with pytest.raises(UsageError, match=r"model\.text: found '', expected 'bytes'"):
+        checkpoint.check_model("checkpoints/3", captioned)
     sampled = dataclasses.replace(config(), model=dataclasses.replace(config().model, text="", classes=10))
     keys = open_sampling(sampled, make_mesh(sampled.mesh)).describe("0", 3, 0)
     assert not [key for key in keys if "text" in key or "prompt" in key]

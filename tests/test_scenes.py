@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from dit_jax.config import DataConfig
+from dit_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from dit_jax.data import scenes
 from dit_jax.data.pipeline import load_arrays, make_batches
 from dit_jax.data.source import open_source
 from dit_jax.data.words import as_tokens, byte_tokens, draw, prompts
+from dit_jax.devices.mesh import local_mesh
 from dit_jax.error import UsageError
+from dit_jax.evaluation import scores
 from dit_jax.metrics import composition
 
 DATA = DataConfig(dataset="scenes", image_size=16, cache=False, workers=0)
@@ -143,3 +145,20 @@ def test_an_interval_of_a_share_covers():
         low, high = composition.interval(rng.binomial(60, 0.9) / 60, 60)
         held += low <= 0.9 <= high
     assert 0.93 < held / 2000 < 0.98
+
+
+def test_real_scenes_reach_the_ceiling_of_the_classifier(splits):
+    """What the shipped classifier reads of held-out writings; and pictures of other prompts score nothing."""
+    cfg = Config(
+        data=DATA,
+        model=ModelConfig(text="bytes", conditioning="in_context"),
+        eval=EvalConfig(samples=400, features="scenes"),
+    )
+    network = scores.keeping(scores.open_network(cfg, local_mesh()), (16, 16, 3))
+    images = splits["test"].read(np.arange(400))[0]
+    reference = {"prompts": scenes.asked(prompts(splits["test"], 400))}
+    row, parts = composition.COMPOSITION, network.decode(network.encode(images))
+    found = row.finish(row.update(None, parts, 400), reference, cfg.eval)
+    assert found[""] > 0.93 and found["_low"] < found[""] < found["_high"] and found["_single"] > 0.95
+    rolled = {name: np.roll(part, 1, axis=0) for name, part in parts.items()}
+    assert row.finish(row.update(None, rolled, 400), reference, cfg.eval)[""] < 0.02

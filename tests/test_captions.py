@@ -104,13 +104,17 @@ FORMS = {"text": as_text, "metadata": as_metadata, "tars": as_tars, "parquet": a
 FORMS["json"] = functools.partial(as_tars, form="json")
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    root = tmp_path_factory.mktemp("told")
+def in_every_form(root):
+    """Write the pictures with their captions into `root`, a folder for each door; returns it."""
     Told(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
     for form, write in FORMS.items():
         write(root / form)
     return root
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    return in_every_form(tmp_path_factory.mktemp("told"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from test_folder import CLASSES, NETWORK, as_folder, as_parquet, as_tars, pictur
 from test_records import copy
 
 from dit_jax.config import DataConfig
-from dit_jax.data import pipeline
 from dit_jax.models import vae
 from dit_jax.networks.folder import save_network
 
@@ -65,14 +64,7 @@ def config(settings, **changes):
     return DataConfig(**{"image_size": SIZE, "flip": True, "cache": False, "workers": 0} | settings | changes)
 
 
-def batches(data, count, process=0, processes=1, start=None):
-    iterator = pipeline.make_batches(data, batch_size=BATCH, seed=3, process_index=process, process_count=processes)
-    if start is not None:
-        iterator.set_state(start)
-    found = [next(iterator) for _ in range(count)]
-    state = iterator.get_state()
-    iterator.close()
-    return found, state
+batches = functools.partial(test_folder.batches, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("door", SAME[1:])
@@ -88,7 +80,7 @@ def test_one_two_and_four_processes_have_one_order_and_go_on_from_any_position(d
     data, count = config(doors[door]), 26  # more than two epochs
     whole, _ = batches(data, count)
     for processes in (2, 4):
-        parts = [batches(data, count, i, processes)[0] for i in range(processes)]
+        parts = [batches(data, count, process_index=i, process_count=processes)[0] for i in range(processes)]
         jax.tree.map(lambda one, *some: np.testing.assert_array_equal(one, np.concatenate(some)), whole, *parts)
     for done in (1, 10, 11, 25):
         state = batches(data, done)[1]

@@ -143,8 +143,8 @@ def config(folder, **changes):
     return DataConfig(folder=str(folder), **{"image_size": 8, "flip": True} | changes)
 
 
-def batches(data, count, start=None, **how):
-    iterator = pipeline.make_batches(data, batch_size=12, seed=3, **how)
+def batches(data, count, start=None, batch_size=12, **how):
+    iterator = pipeline.make_batches(data, batch_size=batch_size, seed=3, **how)
     if start is not None:
         iterator.set_state(start)
     found = [next(iterator) for _ in range(count)]

@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from bucket import leading_here
 from job import Job, run
 from PIL import Image
-from test_captions import FORMS, Told, words
+from test_captions import FORMS, in_every_form, words
 from test_folder import batches, config, refused, small, tar, written
 
 from dit_jax import files
@@ -48,11 +48,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    root = tmp_path_factory.mktemp("told")
-    Told(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
-    for form, write in FORMS.items():
-        write(root / form)
-    return root
+    return in_every_form(tmp_path_factory.mktemp("told"))
 
 
 @pytest.fixture(scope="module")

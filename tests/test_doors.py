@@ -11,8 +11,9 @@ import pytest
 import tensorflow_datasets as tfds
 import test_folder
 from job import Job, run, steps_logged
-from runs import assert_same_run, train
+from runs import assert_same_run, saved, scalars, train
 from test_folder import CLASSES, NETWORK, as_folder, as_parquet, as_tars, picture
+from test_hosts import train_on
 from test_records import copy
 
 from dit_jax.config import DataConfig
@@ -139,6 +140,20 @@ def test_kills_change_no_bit(doors, door, network, cache_dir, tmp_path):
     code, _, err = run("train", *killed, cache_dir=cache_dir, devices=1)
     assert code == 0, err
     assert_same_run(tmp_path / "whole", tmp_path / "killed", STEPS)
+
+
+@pytest.mark.parametrize("door", ["folder", "tfds", "mixture", "buckets", "latents", "in_step"])
+def test_jobs_of_one_two_and_four_processes_train_alike(doors, door, network, cache_dir, tmp_path):
+    """Losses of each step to 1e-5, which another order of the images would change by far more, and one position in the data."""
+    chosen, found = flags(doors, door, network, cache_dir, tmp_path), []
+    for count in (1, 2, 4):
+        train_on(count, tmp_path / str(count), cache_dir, *chosen)
+        found.append((scalars(tmp_path / str(count)), saved(tmp_path / str(count), STEPS)["data"]))
+    losses = [[line["loss"] for line in lines] for lines, _ in found]
+    assert len(losses[0]) == STEPS and np.std(losses[0]) > 0.01
+    for other, (_, position) in zip(losses[1:], found[1:], strict=True):
+        np.testing.assert_allclose(other, losses[0], rtol=1e-5)
+        assert position == found[0][1]
 
 
 def test_there_are_200_pictures(doors):

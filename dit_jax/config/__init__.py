@@ -39,6 +39,9 @@ class Config:
     def __post_init__(self):
         if self.diffusion.process == "flow" and self.model.learn_sigma:
             raise UsageError("model.learn_sigma: found True, expected False with diffusion.process = 'flow'")
+        if self.data.captions and not self.model.encoded:
+            expected = f"expected '' with model.text = {self.model.text!r}, which has no encoder"
+            raise UsageError(f"data.captions: found {self.data.captions!r}, {expected}")
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")

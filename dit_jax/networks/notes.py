@@ -15,6 +15,8 @@ LOCAL = (
     ("data", "data_dir"),
     ("data", "folder"),
     ("data", "latents"),
+    ("data", "captions"),
+    ("model", "text_encoder"),
     ("autoencoder", "folder"),
     ("eval", "inception"),
     ("eval", "reference"),

@@ -156,7 +156,7 @@ def test_labels_become_words_by_a_template(tmp_path, capsys):
     assert said == [f"a photo of a {['pear', 'ripe apple'][label]}" for label in labels]
     assert source.identity["template"] == held_out.describe()["template"] == "a photo of a {}"
     assert prompts(held_out, 2) == [source.captions(np.arange(2))[0][0]] * 2
-    tell_cut(open_text(dataclasses.replace(cfg.model, text_length=20)), source, 12)
+    tell_cut(dataclasses.replace(cfg.model, text_length=20), source, 12)
     assert (
         "data: 6 of 12 captions of the first 12 images are cut after model.text_length = 20 bytes"
         in capsys.readouterr().err

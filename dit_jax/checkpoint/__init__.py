@@ -53,12 +53,8 @@ from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
-FREE = (
-    "remat",
-    "unroll",
-    "attention",
-    "text_encoder",
-)  # keys of the model config that change how it is computed, not what
+# Keys of the model config that change how it is computed, not what.
+FREE = ("remat", "unroll", "attention", "text_encoder")
 
 
 def folder(workdir: str) -> str:
@@ -333,7 +329,6 @@ def check_model(at: str, model: ModelConfig) -> None:
     if str(meta["step"]) != os.path.basename(at):
         raise JobError(f"{at}: the checkpoint is of step {meta['step']}; give the folder its name back")
     wanted, found = to_dict(model), to_dict(ModelConfig()) | meta["model"]  # older ones lack later keys
-    found["text_sha256"] = tuple(found["text_sha256"])  # a list in JSON
     keys = [key for key in {**wanted, **found} if key not in FREE and found.get(key) != wanted.get(key)]
     if keys:
         shown = "; ".join(f"model.{k}: found {found.get(k)!r}, expected {wanted.get(k)!r}" for k in keys[:4])

@@ -22,7 +22,7 @@ class ModelConfig:
     text_length: int = 64  # tokens of a caption, of bytes: bytes; longer ones are cut
     text_encoder: str = ""  # clip, t5, bert: folder written by `convert`, such as --source=t5
     text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins
-    text_sha256: tuple = ()  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
+    text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance

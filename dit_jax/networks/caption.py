@@ -143,9 +143,9 @@ def follow_text(model: ModelConfig) -> ModelConfig:
     meta = read_meta(model.text_encoder, model.text)
     width = sizes_of(model).width
     tokenizer = hashlib.sha256(json.dumps(meta["source"].get("tokenizer"), sort_keys=True).encode()).hexdigest()
-    sums = (meta["sha256"], tokenizer)
+    sums = f"{meta['sha256']} {tokenizer}"
     for name, found in (("text_width", width), ("text_sha256", sums)):
-        if (stated := getattr(model, name)) not in (0, (), found):
+        if (stated := getattr(model, name)) not in (0, "", found):
             what = f"{model.text_encoder!r} has {name.removeprefix('text_')} {found}, expected {stated}"
             raise UsageError(
                 f"model.text_encoder: {what}, as the model has: give it the encoder that it was trained with"
@@ -220,8 +220,10 @@ def chained(*encoders: StepEncoder) -> StepEncoder:
     )
 
 
-def tell_cut(text: Text, source, most: int) -> None:
-    """Log how many captions of the first `most` records are too long for the model; captions that cannot be read are not counted."""
+def tell_cut(model: ModelConfig, source, most: int) -> None:
+    """Log how many captions of the first `most` records are too long for a model; captions that cannot be read are not counted."""
+    if (text := open_text(model)) is None:
+        return
     captions, count = [], min(most, len(source))
     with contextlib.suppress(UsageError):  # reading them says so
         captions += itertools.chain.from_iterable(captions_of(source, np.arange(count)))
@@ -240,5 +242,5 @@ def describe_text(model: ModelConfig) -> dict:
     """The frozen encoder of captions, for protocols; {} for a model without."""
     if not model.encoded:
         return {}
-    sums = zip(("encoder_sha256", "tokenizer_sha256"), model.text_sha256, strict=True)
+    sums = zip(("encoder_sha256", "tokenizer_sha256"), model.text_sha256.split(), strict=True)
     return {"text": {"encoder": model.text, **dict(sums), "length": model.text_length}}

@@ -19,7 +19,7 @@ from dit_jax.networks.sharing import AT_ONCE
 
 def about(model: ModelConfig) -> text_cache.About:
     """What the states of a model's captions are, in the notes of a cache."""
-    return text_cache.About(model.text, *model.text_sha256, model.text_length, model.text_width, model.dtype)
+    return text_cache.About(model.text, *model.text_sha256.split(), model.text_length, model.text_width, model.dtype)
 
 
 def cached(text: Text, folder: str) -> Callable:
@@ -32,6 +32,12 @@ def cached(text: Text, folder: str) -> Callable:
         return found | ({"empty": np.repeat(empty, len(captions), axis=0)} if text.cfg.null == "empty" else {})
 
     return tokens
+
+
+def tokens_of(cfg: Config) -> Callable | None:
+    """A function: captions -> what the batches of a training hold of them; None for a model without captions."""
+    text = open_text(cfg.model)
+    return cached(text, cfg.data.captions) if cfg.data.captions else text and text.tokens
 
 
 def encode_captions(cfg: Config, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:

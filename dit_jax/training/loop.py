@@ -1,7 +1,6 @@
 """The training loop: open the data, restore or initialise the state, step, log, save."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -28,8 +27,8 @@ from dit_jax.files import is_file, write_file
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import StepEncoder, follow_latents
-from dit_jax.networks.caption import chained, open_text, step_encoder, tell_cut, text_flops
-from dit_jax.networks.caption_states import cached
+from dit_jax.networks.caption import chained, follow, step_encoder, tell_cut, text_flops
+from dit_jax.networks.caption_states import tokens_of
 from dit_jax.networks.in_step import encoder_flops, encoder_of, open_splits
 from dit_jax.sampling.label import keep_names
 from dit_jax.training.diagnose import find_layer
@@ -122,7 +121,7 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
 def _check_same_data(batches: Batches, cfg: Config) -> None:
     """Raises CommonError on all processes unless all opened the same records and encoder of captions, wherever these are stored."""
     if jax.process_count() > 1:
-        sums = {"model.text_sha256": list(cfg.model.text_sha256)} if cfg.model.encoded else {}
+        sums = {"model.text_sha256": cfg.model.text_sha256}
         found = gather({f"{batches.source.key}: {name}": value for name, value in batches.identity.items()} | sums)
         compare(found, "give every host the same data")
 
@@ -143,9 +142,7 @@ def run(
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
-        (source, held_out), cfg = open_data(cfg), follow_latents(cfg)
-        text = open_text(cfg.model)
-        cfg = dataclasses.replace(cfg, model=text.cfg) if text else cfg
+        (source, held_out), cfg = open_data(cfg), follow(follow_latents(cfg))
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
         bind(cfg.model, mesh)  # says now if these devices lack its attention
@@ -156,7 +153,7 @@ def run(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             source=source,
-            tokens=cached(text, cfg.data.captions) if cfg.data.captions else text and text.tokens,
+            tokens=tokens_of(cfg),
         )
         _check_same_data(batches, cfg)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None
@@ -174,11 +171,8 @@ def run(
             prepare_workdir(cfg, workdir, start and start.record)
             if any(part.folder for part in cfg.data.parts) and not checkpoint.steps(workdir):
                 keep_names(workdir, names())
-            sources.introduce(*([] if quiet else [source, held_out]))
-            if text and not quiet:
-                tell_cut(text, source, 1000)
-            if batches.buckets and not quiet:
-                batches.buckets.introduce(cfg.train.batch_size)
+            if not quiet:
+                _introduce(cfg, batches, held_out)
         everyone_is_here("workdir")
         try:
             kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
@@ -189,6 +183,14 @@ def run(
         finally:
             for index, problem in sources.bad_records(source).items():
                 warn(f"record {index} was left out: {problem}")
+
+
+def _introduce(cfg: Config, batches: Batches, held_out: sources.Source) -> None:
+    """Logs what the run is trained on."""
+    sources.introduce(batches.source, held_out)
+    tell_cut(cfg.model, batches.source, 1000)
+    if batches.buckets:
+        batches.buckets.introduce(cfg.train.batch_size)
 
 
 def _train(

@@ -79,7 +79,7 @@ def check_same_run(cfg: Config, workdir: str) -> None:
     """Raises UsageError if the folder's config differs in a key that changes what is computed."""
     old, new = (flatten(to_dict(c)) | {"data.mixture": c.data.recipe} for c in (read_config(workdir), cfg))
     free = [*FREE, "train.steps"] if cfg.optim.schedule == "constant" else list(FREE)
-    unset = {"model.text_width": 0, "model.text_sha256": ()}  # in a command: a run that begins sets them
+    unset = {"model.text_width": 0, "model.text_sha256": ""}  # in a command: a run that begins sets them
     new = {key: value for key, value in new.items() if key not in unset or value != unset[key]}
     changed = [key for key in new if new[key] != old[key] and not key.startswith(tuple(free))]
     if changed:

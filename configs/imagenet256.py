@@ -40,7 +40,7 @@ def get_config(arg="DiT-XL/2"):
     c.optim.update(learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0, b1=0.9, b2=0.999)
     c.optim.update(ema="constant", ema_decay=0.9999)
     steps = 7_000_000 if model == "DiT-XL/2" else 400_000
-    c.train.update(steps=steps, batch_size=batch or 256, label_dropout=0.1, checkpoint_every=50_000)
+    c.train.update(steps=steps, batch_size=batch or 256, cond_dropout=0.1, checkpoint_every=50_000)
     c.mesh.fsdp = 4
     c.sample.update(sampler="ddpm", steps=250, guidance=1.5, channels="first3", labels="uniform")
     c.eval.update(max_images=10_000)

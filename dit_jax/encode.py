@@ -12,6 +12,9 @@ Stored latents are not normalised: scale and shift are noted beside them, those 
 the defaults, the autoencoder's own. `--whiten` chooses both so that each channel of a model's input has mean 0 and variance
 1 over the posteriors of `data.split`; they then serve all splits.
 
+`--captions` encodes the captions of the splits in place of their images, by `model.text_encoder` of the config: each caption once, found by
+its checksum, without padding. Training reads them with `--config.data.captions=OUT`.
+
 A split appears whole or not at all. The same command again finds it done (it compares the origin and number of the latents;
 with --whiten, notes with one number per channel), or makes the shards that are not whole yet, of the size it began with. SIGTERM
 exits 75; like a kill, it costs each host the work on one shard. Several hosts share the shards, and write the same files.
@@ -43,12 +46,15 @@ def check(_: Config, __: Slice | None) -> None:
     from dit_jax.networks.encoding import open_job
 
     cfg, values = _config(flags.FLAGS), flags.FLAGS
+    if values.captions:
+        return
     if not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder):
         open_job(cfg, values.dtype, values.whiten)
 
 
 def main() -> None:
     from dit_jax.devices.processes import agreed, together
+    from dit_jax.networks.caption_states import encode_captions
     from dit_jax.networks.encoding import encode_splits, open_job
 
     values = flags.FLAGS
@@ -56,6 +62,9 @@ def main() -> None:
     splits = values.split or [cfg.data.split, cfg.data.held_out_split]
     hosts.join(resolve(values.config))
     with stop_flag() as stop, together():
+        if values.captions:
+            encode_captions(cfg, values.out, splits, values.shard_bytes, stop)
+            return
         with agreed():
             job = open_job(cfg, values.dtype, values.whiten)
         encode_splits(job, values.out, splits, values.shard_bytes, stop)
@@ -72,6 +81,7 @@ if __name__ == "__main__":
         "split", [], "a split to encode; may be given again. Default: data.split and data.held_out_split"
     )
     flags.DEFINE_enum("dtype", "float16", ("float16", "bfloat16", "float32"), "of the stored moments of latents")
+    flags.DEFINE_boolean("captions", False, "encode captions in place of images, by model.text_encoder")
     flags.DEFINE_boolean("whiten", False, "scale and shift from the latents of data.split, one number per channel")
     flags.DEFINE_integer("shard_bytes", 1 << 30, "size of a file; a kill costs the work on one", lower_bound=1)
     compiled.define_flag()

@@ -13,7 +13,8 @@ with T image tokens, patch p, C channels in and C_out out, width d, depth L and 
     x                   0            (2T + 4) d^2 + 4 T d      0       0            (2T + 2M) d^2 + 2 T M d
 
 M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
-the label, T + 2 and (2T + 4) have one token less.
+the label, T + 2 and (2T + 4) have one token less. The states of a frozen encoder, of width w, add their projection, M w d; the encoder
+itself is counted apart (`encoder_macs`).
 """
 
 from collections.abc import Callable
@@ -27,16 +28,29 @@ BYTES = 257  # tokens of text read as bytes: padding and each byte
 
 
 class Field(NamedTuple):
-    """A row as in models.conditioning.FIELDS: whether a model has the field, the trainable parameters of its embedding, its tokens."""
+    """A row as in models.conditioning.FIELDS: whether a model has the field, the trainable parameters of its embedding, its tokens, and
+    the MACs of its embedding."""
 
     present: Callable
     parameters: Callable
     tokens: Callable = lambda cfg: 1
+    macs: Callable = lambda cfg: 0
+
+
+def text_parameters(cfg: ModelConfig) -> int:
+    """Trainable parameters of the embedding of captions, and of the learned null condition."""
+    rows = cfg.state_width + 1 if cfg.encoded else BYTES
+    return (rows + cfg.text_length * (cfg.null == "learned")) * cfg.width
 
 
 FIELDS = {
     "label": Field(lambda cfg: cfg.classes > 0, lambda cfg: (cfg.classes + 1) * cfg.width),
-    "text": Field(lambda cfg: bool(cfg.text), lambda cfg: BYTES * cfg.width, lambda cfg: cfg.caption_tokens),
+    "text": Field(
+        lambda cfg: bool(cfg.text),
+        text_parameters,
+        lambda cfg: cfg.caption_tokens,
+        lambda cfg: cfg.caption_tokens * cfg.state_width * cfg.width if cfg.encoded else 0,
+    ),
 }
 MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6}  # vectors per block; the output has 2
 
@@ -64,9 +78,11 @@ def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
     s = n + extra if cfg.conditioning == "in_context" else n
     m = crossed_tokens(cfg)
     cross = 2 * n * d * d + 2 * m * d * d + 2 * n * m * d if m else 0
+    embeddings = {f"{name}_embedding": FIELDS[name].macs(cfg) for name in fields(cfg)}
     return {
         "patch_embedding": n * patch * cfg.channels * d,
         "time_embedding": TIME_FREQUENCIES * d + d * d,
+        **{name: macs for name, macs in embeddings.items() if macs},
         "attention_projections": cfg.depth * 4 * s * d * d,
         "attention_scores": cfg.depth * 2 * s * s * d,
         "cross_attention": cfg.depth * cross,

@@ -37,6 +37,10 @@ def check(cfg: Config, slice_: Slice | None) -> None:
         from dit_jax.networks.autoencoder import follow_latents
 
         follow_latents(cfg)
+    if cfg.model.encoded and reachable(cfg.model.text_encoder):
+        from dit_jax.networks.caption import open_text
+
+        open_text(cfg.model)
     if cfg.train.evaluate_every:
         from dit_jax.evaluation.protocol import check_config
 

@@ -15,6 +15,7 @@ from job import run
 from dit_jax import flops
 from dit_jax.config import SIZES, Config, resolve, template, to_dict
 from dit_jax.error import UsageError
+from dit_jax.workdir.folder import check_same_run, read_config
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -64,7 +65,7 @@ def test_imagenet_files_train_as_the_paper_does():
         assert (cfg.optim.learning_rate, cfg.optim.schedule, cfg.optim.weight_decay) == (1e-4, "constant", 0.0)
         assert (cfg.optim.b1, cfg.optim.b2, cfg.optim.warmup_steps, cfg.optim.clip) == (0.9, 0.999, 0, 0.0)
         assert (cfg.optim.ema, cfg.optim.ema_decay, cfg.train.batch_size) == ("constant", 0.9999, 256)
-        assert (cfg.data.flip, cfg.train.label_dropout, cfg.model.learn_sigma) == (True, 0.1, True)
+        assert (cfg.data.flip, cfg.train.cond_dropout, cfg.model.learn_sigma) == (True, 0.1, True)
         assert (cfg.diffusion.process, cfg.diffusion.schedule, cfg.diffusion.timesteps) == ("ddpm", "linear", 1000)
         sample = cfg.sample
         assert (sample.sampler, sample.steps, sample.guidance, sample.channels) == ("ddpm", 250, 1.5, "first3")
@@ -116,6 +117,28 @@ def test_the_template_takes_no_other_key():
     for group in (template(), template().train):
         with pytest.raises((AttributeError, KeyError), match="stepz"):
             group.stepz = 3
+
+
+def test_older_names_of_keys_are_read(tmp_path):
+    """By config files, and in the config.json of older runs, which go on."""
+    c = template()
+    c.train.update(label_dropout=0.25)
+    assert resolve(c).train.cond_dropout == 0.25 == c.train.cond_dropout
+    stored = to_dict(cfg := resolve(c))
+    stored["train"]["label_dropout"] = stored["train"].pop("cond_dropout")
+    (tmp_path / "config.json").write_text(json.dumps({"config": stored}))
+    assert read_config(str(tmp_path)) == cfg
+    check_same_run(cfg, str(tmp_path))
+    assert to_dict(resolve(template(cfg))) == to_dict(cfg)
+    stored["train"]["cond_dropout"] = 0.5
+    with pytest.raises(UsageError, match=r"train.label_dropout: found 0.25, and train.cond_dropout = 0.5, expected"):
+        resolve(stored)
+
+
+def test_older_names_of_keys_are_options(tmp_path, cache_dir):
+    flags = ["--config=configs/digits.py", f"--workdir={tmp_path / 'new'}"]
+    code, _, err = run("train", *flags, "--config.train.label_dropout=1.5", cache_dir=cache_dir)
+    assert code == 2 and "train.cond_dropout: found 1.5, expected a value from 0 to 1" in err
 
 
 def test_integers_serve_as_floats_and_lists_as_tuples():
@@ -186,7 +209,7 @@ def test_floats_are_finite(key, value):
         ("optim.warmup_steps", 2**40, "at most 2147483647"),
         ("eval.samples", 2**31, "at most 2147483647"),
         ("train.seed", 2**31, "at most 2147483647"),
-        ("train.label_dropout", 1.1, "a value from 0 to 1"),
+        ("train.cond_dropout", 1.1, "a value from 0 to 1"),
         ("train.batch_size", 0, "at least 1"),
         ("mesh.fsdp", 0, "a number of devices"),
         ("sample.guidance", -1.0, "a value from 0 to 1000"),

@@ -44,7 +44,7 @@ def gaussian_denoiser(process):
 def task(process="ddpm", dropout=0.1, **sample):
     """The task of a config with these sampling settings."""
     model = ModelConfig(learn_sigma=process == "ddpm")
-    train = TrainConfig(label_dropout=dropout)
+    train = TrainConfig(cond_dropout=dropout)
     return make_task(Config(model, DiffusionConfig(process=process), sample=SampleConfig(**sample), train=train))
 
 

@@ -75,7 +75,7 @@ def test_the_power_emas_profile_has_the_width_asked_for(width):
 
 
 def test_the_draws_of_a_step():
-    cfg = Config(train=TrainConfig(label_dropout=0.25))
+    cfg = Config(train=TrainConfig(cond_dropout=0.25))
     objective, model = make_objective(cfg), bind(cfg.model)
     batch = {"image": jnp.zeros((4096, 2, 2, 1)), "cond": {"label": jnp.zeros(4096, jnp.int32)}}
     t, eps, cond = itemgetter("t", "eps", "cond")(objective.draw(model, jax.random.key(0), batch))

@@ -1,5 +1,7 @@
 """Scenes of coloured digits with words: what is drawn is what is said, held-out pairs are held out, and compositions are scored exactly."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.metrics import composition
 
+TOKENS = functools.partial(byte_tokens, length=64)
 DATA = DataConfig(dataset="scenes", image_size=16, cache=False, workers=0)
 SOME = 1500
 
@@ -89,10 +92,10 @@ def test_held_out_pairs_are_in_no_training_scene_and_in_each_unseen_one(splits):
 def test_scenes_are_functions_of_their_numbers_and_training_has_no_end(splits):
     one, two = splits["train"].scenes(np.array([5, 7])), splits["train"].scenes(np.array([7]))
     assert one[1] == two[0] != one[0]
-    first, other = (next(make_batches(DATA, batch_size=8, seed=seed, text_length=64)) for seed in (0, 1))
+    first, other = (next(make_batches(DATA, batch_size=8, seed=seed, tokens=TOKENS)) for seed in (0, 1))
     assert not np.array_equal(first["image"], other["image"])
     halves = [
-        next(make_batches(DATA, batch_size=8, seed=0, process_index=i, process_count=2, text_length=64)) for i in (0, 1)
+        next(make_batches(DATA, batch_size=8, seed=0, process_index=i, process_count=2, tokens=TOKENS)) for i in (0, 1)
     ]
     np.testing.assert_array_equal(np.concatenate([half["cond"]["text"] for half in halves]), first["cond"]["text"])
     np.testing.assert_array_equal(np.concatenate([half["image"] for half in halves]), first["image"])
@@ -106,7 +109,9 @@ def test_a_caption_of_each_image_is_drawn_by_seed_and_visit():
     assert min(counts) > 70
     cond = np.empty(300, object)
     cond[:] = captions
-    tokens = as_tokens({"captions": cond, "label": np.zeros(300)}, np.arange(300), 0, 4)
+    tokens = as_tokens(
+        {"captions": cond, "label": np.zeros(300)}, np.arange(300), 0, functools.partial(byte_tokens, length=4)
+    )
     np.testing.assert_array_equal(tokens["text"], byte_tokens(found[0], 4))
     assert set(tokens) == {"text", "label"}
 
@@ -118,7 +123,7 @@ def test_bytes_are_tokens_from_one_and_long_texts_are_cut():
 
 def test_the_held_out_captions_are_the_prompts(splits):
     texts = prompts(splits["test"], 40)
-    cond = load_arrays(DATA, "test", text_length=64)[1]
+    cond = load_arrays(DATA, "test", tokens=TOKENS)[1]
     np.testing.assert_array_equal(cond["text"][:40], byte_tokens(texts, 64))
 
 

@@ -1,6 +1,8 @@
 """Models of captions: padding is not seen, dropping empties the caption, FLOPs are exact, and a run is drawn from by prompt."""
 
 import dataclasses
+import hashlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,14 @@ from dit_jax.config import (
     TrainConfig,
     to_dict,
 )
+from dit_jax.data.words import byte_tokens
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.models import conditioning, dit
+from dit_jax.sampling import picture
 from dit_jax.sampling.draw import open_sampling
-from dit_jax.sampling.prompt import find_prompts, wanted_prompts
+from dit_jax.sampling.prompt import Prompts, find_prompts
 from dit_jax.training import loop
 
 KINDS = ("in_context", "adaln_cross")
@@ -107,6 +111,28 @@ def test_attention_with_a_mask_is_that_without_the_masked_keys(made):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learned_null_is_a_table_in_place_of_all_tokens(kind):
+    cfg = model(kind, null="learned")
+    params = dit.init(cfg, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == flops.parameters(cfg)
+    assert flops.parameters(cfg) - flops.parameters(model(kind)) == 12 * 32
+    ids = np.zeros((3, 12), np.int32)
+    ids[0, :5] = 5, 6, 7, 8, 9
+    null = conditioning.null(cfg, {"text": ids[:1]})
+    dropped = conditioning.drop(cfg, jax.random.key(0), {"text": jnp.asarray(ids)}, 1.0)
+    values = {"text": jnp.concatenate([ids, null["text"], dropped["text"]])}
+    module = conditioning.TextEmbedding(cfg)
+    found = module.apply({"params": params["text_embedding"]}, values["text"])
+    mask = conditioning.text_mask(cfg, values["text"])
+    for row in (3, 4, 5, 6):
+        np.testing.assert_array_equal(found[row], params["text_embedding"]["null"])
+        assert mask[row].all()
+    assert mask[0].sum() == 5 and not mask[1].any()
+    plain = conditioning.TextEmbedding(model(kind)).apply({"params": params["text_embedding"]}, ids)
+    np.testing.assert_array_equal(found[:3], plain)
+
+
 def config(kind="in_context", **changes):
     small = ModelConfig(
         depth=1, width=16, heads=2, patch=4, input_size=16, channels=3, classes=0, learn_sigma=False,
@@ -170,6 +196,7 @@ def test_data_without_captions_are_refused_for_a_model_of_captions(tmp_path):
         ("a.csv", "prompt\nx\n \n", "found an empty prompt in row 2"),
         ("a.jsonl", "[1]\n", "found a line that is no JSON object"),
         ("a.jsonl", "{\n", "cannot read it"),
+        ("a.csv", "prompt,seed\nx,1\ny,-2\n", "found the seed '-2' in row 2, expected a whole number"),
         ("a.pdf", "x", "expected a file that ends in .txt, .csv or .jsonl"),
     ],
 )
@@ -180,12 +207,36 @@ def test_files_of_prompts_that_do_not_fit_are_named(tmp_path, name, content, exp
         find_prompts([], str(path), model("in_context"))
 
 
+def test_a_file_says_negative_prompts_and_seeds(tmp_path):
+    cfg = model("in_context")
+    (tmp_path / "a.csv").write_text("prompt,negative_prompt,seed\nx,,7\ny,blurred,\n")
+    assert find_prompts([], str(tmp_path / "a.csv"), cfg) == Prompts(("x", "y"), ("", "blurred"), (7, None))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": "y", "negative_prompt": "z", "seed": 3}\n')
+    assert find_prompts([], str(tmp_path / "a.jsonl"), cfg) == Prompts(("x", "y"), ("", "z"), (None, 3))
+
+
+def test_prompts_stand_under_their_pictures():
+    """In a row of theirs, or side by side with one picture each; long ones in several lines, and nothing is cut."""
+    images = np.full((8, 16, 16, 3), 200, np.uint8)
+    rows = picture.prompt_grid(images, np.arange(8) % 2, ["one", "two"])
+    assert rows.size == (4 * 50, 2 * (50 + picture.LINE + picture.MARGIN))
+    beside = picture.prompt_grid(images[:4], np.arange(4), ["one", "two", "three", "four"], "a caption")
+    assert (
+        beside.size[0] == 300
+        and beside.size[1] == 2 * (50 + picture.LINE + picture.MARGIN) + picture.LINE + picture.MARGIN
+    )
+    under = np.asarray(rows)[52 : 50 + picture.LINE, :60]
+    assert (under < 100).any() and (np.asarray(rows)[1:40, 1:40] == 200).all()
+    long = picture.prompt_grid(images[:1], np.zeros(1, int), ["word " * 20 + "x" * 50])
+    assert long.size[0] == picture.NARROW and long.size[1] > 50 + 5 * picture.LINE
+
+
 def test_prompts_come_from_flags_or_a_file(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a red three\n\n  two green fives \n")
     (tmp_path / "a.jsonl").write_text('{"caption": "x"}\n{"caption": "y"}\n')
     cfg = model("in_context")
-    assert find_prompts([], str(tmp_path / "a.txt"), cfg) == ("a red three", "two green fives")
-    assert find_prompts([], str(tmp_path / "a.jsonl"), cfg) == ("x", "y")
+    assert find_prompts([], str(tmp_path / "a.txt"), cfg).texts == ("a red three", "two green fives")
+    assert find_prompts([], str(tmp_path / "a.jsonl"), cfg).texts == ("x", "y")
     with pytest.raises(UsageError, match="found both, expected one"):
         find_prompts(["x"], str(tmp_path / "a.txt"), cfg)
     with pytest.raises(UsageError, match="--prompt: found one, expected none: this model has no captions"):
@@ -199,7 +250,9 @@ def test_prompts_come_from_flags_or_a_file(tmp_path, capsys):
     [
         ({"text": "bytes"}, "model.conditioning: found 'adaln_zero', expected in_context or adaln_cross"),
         ({"conditioning": "adaln_cross"}, "model.text: found '', expected 'bytes'"),
-        ({"text": "words", "conditioning": "in_context"}, "model.text: found 'words', expected"),
+        ({"text": "letters", "conditioning": "in_context"}, "model.text: found 'letters', expected"),
+        ({"null": "learned"}, "model.null: found 'learned', expected one of empty"),
+        ({"text_encoder": "nets/t5"}, "model.text_encoder: found 'nets/t5', expected none with model.text = ''"),
     ],
 )
 def test_models_that_cannot_be_are_named(changes, expected):
@@ -210,7 +263,7 @@ def test_models_that_cannot_be_are_named(changes, expected):
 def test_runs_and_images_from_before_there_were_captions_go_on(monkeypatch):
     """Their checkpoints and jobs do not name the keys of captions."""
     cfg = ModelConfig(qk_norm=True)
-    older = {key: value for key, value in to_dict(cfg).items() if not key.startswith("text")}
+    older = {key: value for key, value in to_dict(cfg).items() if not key.startswith(("text", "null"))}
     monkeypatch.setattr(checkpoint, "_read_values", lambda at, item: {"step": 3, "model": older})
     checkpoint.check_model("checkpoints/3", cfg)
     captioned = dataclasses.replace(cfg, text="bytes", conditioning="in_context")
@@ -218,6 +271,9 @@ def test_runs_and_images_from_before_there_were_captions_go_on(monkeypatch):
         checkpoint.check_model("checkpoints/3", captioned)
     sampled = dataclasses.replace(config(), model=dataclasses.replace(config().model, text="", classes=10))
     keys = open_sampling(sampled, make_mesh(sampled.mesh)).describe("0", 3, 0)
-    assert not [key for key in keys if "text" in key or "prompt" in key]
-    keys = open_sampling(config(), make_mesh(sampled.mesh), wanted_prompts(config().model, ["x"])).describe("0", 3, 0)
+    assert not [key for key in keys if "text" in key or "prompt" in key or "null" in key]
+    keys = open_sampling(config(), make_mesh(sampled.mesh), prompts=Prompts(("x",))).describe("0", 3, 0)
     assert keys["model.text"] == "bytes" and keys["prompts"].startswith("1, SHA-256")
+    assert not {"model.null", "model.text_sha256", "model.text_encoder", "model.text_width"} & {*keys}
+    tokens = json.dumps([byte_tokens(["x"], 40)[0].tolist()])
+    assert keys["prompts"].endswith(hashlib.sha256(tokens.encode()).hexdigest())

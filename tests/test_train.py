@@ -84,8 +84,8 @@ BAD = {
     ),
     "wrong type": (["--config.train.steps=many"], "--config.train.steps: found 'many', expected int"),
     "out of range": (
-        ["--config.train.label_dropout=1.5"],
-        "train.label_dropout: found 1.5, expected a value from 0 to 1",
+        ["--config.train.cond_dropout=1.5"],
+        "train.cond_dropout: found 1.5, expected a value from 0 to 1",
     ),
     "bad choice": (
         ["--config.diffusion.process=flows"],

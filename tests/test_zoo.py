@@ -139,7 +139,7 @@ FLOW = Config(
     model=dataclasses.replace(TINY, learn_sigma=False, dtype="bfloat16"),
     diffusion=DiffusionConfig(process="flow", time_law="logit_normal", logit_mean=0.5),
     data=DataConfig(image_size=8, data_dir="/home/me/data"),
-    train=TrainConfig(steps=70, label_dropout=0.0),
+    train=TrainConfig(steps=70, cond_dropout=0.0),
     sample=SampleConfig(sampler="heun", steps=7),
 )
 LATENTS = dataclasses.replace(

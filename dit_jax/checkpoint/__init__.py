@@ -53,7 +53,8 @@ from dit_jax.workdir.folder import read_config
 
 ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
-FREE = ("remat", "unroll", "attention")  # keys of the model config that change how it is computed, not what
+# Keys of the model config that change how it is computed, not what.
+FREE = ("remat", "unroll", "attention", "text_encoder")
 
 
 def folder(workdir: str) -> str:

@@ -5,6 +5,7 @@ A config file in `configs/` changes the `ConfigDict` of all defaults from `templ
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ml_collections
@@ -13,8 +14,9 @@ from dit_jax.config.data import DataConfig
 from dit_jax.config.evaluation import EvalConfig, SampleConfig
 from dit_jax.config.model import AutoencoderConfig, DiffusionConfig, ModelConfig
 from dit_jax.config.training import MeshConfig, OptimConfig, SweepConfig, TrainConfig
-from dit_jax.error import UsageError, build, choice
+from dit_jax.error import UsageError, build, choice, shown
 
+RENAMED = (("train", "label_dropout", "cond_dropout"),)  # (group, older name, name) of keys that are read under both
 # name -> (depth, width, heads): Peebles & Xie 2023, Table 1.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
@@ -37,6 +39,9 @@ class Config:
     def __post_init__(self):
         if self.diffusion.process == "flow" and self.model.learn_sigma:
             raise UsageError("model.learn_sigma: found True, expected False with diffusion.process = 'flow'")
+        if self.data.captions and not self.model.encoded:
+            expected = f"expected '' with model.text = {self.model.text!r}, which has no encoder"
+            raise UsageError(f"data.captions: found {self.data.captions!r}, {expected}")
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
@@ -69,11 +74,30 @@ def to_dict(config) -> dict:
     return dataclasses.asdict(config)
 
 
-def template() -> ml_collections.ConfigDict:
-    """ConfigDict of all defaults, the starting point of a config file. It is locked: a new key is an error."""
-    return ml_collections.ConfigDict(to_dict(Config()), type_safe=False).lock()
+def template(cfg: Config | None = None) -> ml_collections.ConfigDict:
+    """ConfigDict of a config, by default of all defaults: the starting point of a config file. It is locked: a new key is an error.
+
+    It also has the keys of RENAMED, each one value under two names.
+    """
+    values = ml_collections.ConfigDict(to_dict(cfg or Config()), type_safe=False)
+    for group, old, new in RENAMED:
+        values[group][old] = values[group].get_ref(new)
+    return values.lock()
 
 
 def resolve(values: object) -> Config:
     """Builds a Config from a nested mapping (ConfigDict or JSON). Raises UsageError with the key, the value found and the expected."""
-    return build(Config, values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values, "")
+    return build(Config, _renamed(values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values), "")
+
+
+def _renamed(values: object) -> object:
+    """Give the keys of RENAMED their new names. Raises UsageError for both names with two values."""
+    for group, old, new in RENAMED:
+        found = values.get(group) if isinstance(values, Mapping) else None
+        if isinstance(found, Mapping) and old in found:
+            if shown(found.get(new, found[old])) != shown(found[old]):
+                both = f"found {shown(found[old])}, and {group}.{new} = {shown(found[new])}"
+                raise UsageError(f"{group}.{old}: {both}, expected {group}.{new} alone, which is its new name")
+            kept = {key: value for key, value in found.items() if key != old}
+            values = {**values, group: {new: found[old], **kept}}
+    return values

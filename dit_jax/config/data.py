@@ -25,10 +25,14 @@ class DataConfig:
     buckets: tuple = ()  # (h, w) in pixels of batches of pictures, each in that of nearest aspect ratio; () = squares of image_size
     crop: str = "center"  # center | random: where pictures are cropped, determined by (seed, position); for scores always center
     flip: bool = False  # random horizontal flips, determined by (seed, position)
+    template: str = (
+        ""  # captions of labelled data without any: 'a photo of a {}', with the name of the class; "" = none
+    )
     cache: bool = True  # keep the decoded split in memory (for small datasets)
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
     latents: str = ""  # folder written by `encode`, with one folder of latents per split; "" = images
+    captions: str = ""  # folder written by `encode --captions`, with states of captions; "" = the step encodes captions
     encode: str = "precomputed"  # precomputed: as stored | in_step: the step encodes images, by `autoencoder.folder`
     skip_bad: int = 0  # malformed records that may be skipped; 0 = the first is an error
 
@@ -46,6 +50,9 @@ class DataConfig:
         at_least(1, self, "image_size")
         choice("data.crop", self.crop, ("center", "random"))
         self._check_buckets()
+        if self.template and self.template.count("{}") != 1:
+            expected = "text with {} once, where the name of the class goes, such as 'a photo of a {}'"
+            raise UsageError(f"data.template: found {self.template!r}, expected {expected}")
         at_least(0, self, "workers", "prefetch", "skip_bad")
         _ = self.parts  # raises for a part that is wrong
 

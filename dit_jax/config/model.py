@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from dit_jax.error import UsageError, at_least, choice, in_range, number, shown
 
+ENCODERS = ("clip", "t5", "bert")  # kinds of frozen encoders of text
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -16,8 +18,12 @@ class ModelConfig:
     input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
     channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
     classes: int = 1000  # labels without the null class; 0 = images without labels
-    text: str = ""  # how captions are read: "" (none) | bytes (a learned embedding of UTF-8)
+    text: str = ""  # how captions are read: "" (none) | bytes (a learned embedding of UTF-8) | clip | t5 | bert (a frozen encoder)
     text_length: int = 64  # tokens of a caption, of bytes: bytes; longer ones are cut
+    text_encoder: str = ""  # clip, t5, bert: folder written by `convert`, such as --source=t5
+    text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins
+    text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
+    null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross (of captions)
@@ -30,15 +36,22 @@ class ModelConfig:
     def __post_init__(self):
         at_least(1, self, "depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll")
         at_least(1, self, "text_length")
-        at_least(0, self, "classes")
-        choice("model.text", self.text, ("", "bytes"))
+        at_least(0, self, "classes", "text_width")
+        choice("model.text", self.text, ("", "bytes", *ENCODERS))
+        choice("model.null", self.null, ("empty", "learned") if self.text else ("empty",))
+        for name in ("text_encoder", "text_width", "text_sha256"):
+            if not self.encoded and (found := getattr(self, name)):
+                expected = f"expected none with model.text = {self.text!r}, or {', '.join(ENCODERS)} as model.text"
+                raise UsageError(f"model.{name}: found {shown(found)}, {expected}")
         kinds = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_cross")
         choice("model.conditioning", self.conditioning, kinds)
         if bool(self.text) and self.conditioning not in ("in_context", "adaln_cross"):
             expected = "expected in_context or adaln_cross for a model of captions (model.text)"
             raise UsageError(f"model.conditioning: found {self.conditioning!r}, {expected}")
         if self.conditioning == "adaln_cross" and not self.text:
-            raise UsageError("model.text: found '', expected 'bytes' for model.conditioning = 'adaln_cross'")
+            raise UsageError(
+                "model.text: found '', expected 'bytes' or an encoder for model.conditioning = 'adaln_cross'"
+            )
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         choice("model.remat", self.remat, ("none", "dots", "full"))
@@ -59,6 +72,21 @@ class ModelConfig:
     def caption_tokens(self) -> int:
         """Tokens of the caption of an image; 0 for a model without captions."""
         return self.text_length if self.text else 0
+
+    @property
+    def encoded(self) -> bool:
+        """Whether captions are states of a frozen encoder."""
+        return self.text in ENCODERS
+
+    @property
+    def state_width(self) -> int:
+        """Features of an encoder's states. Raises UsageError while they are unknown."""
+        if not self.text_width:
+            raise UsageError(
+                f"model.text_width: found 0, expected the features of a state of {self.text}, or model.text_encoder, a "
+                f"folder here that `python -m dit_jax.convert --source={self.text}` wrote"
+            )
+        return self.text_width
 
     @property
     def adaptive(self) -> bool:

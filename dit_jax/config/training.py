@@ -39,7 +39,9 @@ class TrainConfig:
     steps: int = 400_000  # of the optimizer
     batch_size: int = 256  # images per step, over all devices and processes
     seed: int = 0  # of initial weights, data order, noise and dropout
-    label_dropout: float = 0.1  # share of labels replaced by the null class
+    cond_dropout: float = (
+        0.1  # share of conditions (labels, captions) replaced by the null one; label_dropout in older configs
+    )
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones
@@ -60,7 +62,7 @@ class TrainConfig:
         at_least(1, self, "spike_window", "skips_in_a_row")
         in_range("train.seed", self.seed, 0, LARGEST)
         at_least(0, self, "spike", "replay_every", "keep_every", "evaluate_every", "grid_every")
-        in_range("train.label_dropout", self.label_dropout, 0.0, 1.0)
+        in_range("train.cond_dropout", self.cond_dropout, 0.0, 1.0)
         if [*self.keep_at] != sorted({step for step in self.keep_at if type(step) is int and 0 < step <= self.steps}):
             expected = f"strictly rising whole numbers from 1 to train.steps = {self.steps}"
             raise UsageError(f"train.keep_at: found {shown(self.keep_at)}, expected {expected}")

@@ -11,7 +11,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dit_jax.error import UsageError, shown
 from dit_jax.files import read
@@ -30,6 +30,7 @@ class Captions:
 
     stamps: Sequence  # of each record: what changes if its captions do, such as the size of their file
     fetch: Callable  # (numbers of records) -> their captions, tuples of str; raises UsageError naming what is none
+    missing: dict = field(default_factory=dict)  # record without a caption -> what to say of it
 
 
 def inside(found):
@@ -77,8 +78,8 @@ def in_folder(
     """Find the captions of the pictures `paths` of a folder: (captions or None, names of their files, which may be of no caption).
 
     `files`: all that are visible, and what `files.sizes` says of them; `pictures`: those of them that are pictures; `inside(name)`:
-    whether a file is where `paths` are. Raises UsageError naming a picture without a caption or with two sources of them, or what
-    has no picture.
+    whether a file is where `paths` are. Raises UsageError naming a picture with two sources of captions, or what has no picture; those
+    without a caption are `missing`.
     """
     rows, used = _metadata(root, files, pictures)
     texts = _texts(root, files, pictures, inside)
@@ -88,18 +89,22 @@ def in_folder(
         if name in texts and name in rows:
             both = f"found captions in {texts[name]} and in {rows[name][0]}"
             raise UsageError(f"{os.path.join(root, name)}: {both}, expected one of them")
-        if name not in texts and name not in rows:
-            what = "found no caption, which other pictures have"
-            expected = f"expected {os.path.splitext(name)[0]}.txt, or a row of {' or '.join(_METADATA)}"
-            raise UsageError(f"{os.path.join(root, name)}: {what}; {expected}")
+    missing = {
+        i: f"{os.path.join(root, name)}: found no caption, which other pictures have; expected {os.path.splitext(name)[0]}.txt, or a row "
+        f"of {' or '.join(_METADATA)}"
+        for i, name in enumerate(paths)
+        if name not in texts and name not in rows
+    }
     sizes = {name: _size(os.path.join(root, texts[name]), files[texts[name]]) for name in paths if name in texts}
-    stamps = [sizes[name] if name in sizes else json.dumps(rows[name][1]) for name in paths]
+    stamps = [sizes[name] if name in sizes else json.dumps(rows[name][1] if name in rows else "") for name in paths]
 
     def fetch(records: list[int]) -> list[tuple[str, ...]]:
+        if lacking := next((missing[i] for i in records if i in missing), ""):
+            raise UsageError(lacking)
         names = [paths[i] for i in records]
         return [_read(os.path.join(root, texts[n]), sizes[n]) if n in sizes else rows[n][1] for n in names]
 
-    return Captions(stamps, fetch), used | {*texts.values()}
+    return Captions(stamps, fetch, missing), used | {*texts.values()}
 
 
 def _texts(root: str, files: dict, pictures: dict, inside: Callable) -> dict[str, str]:

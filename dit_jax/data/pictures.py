@@ -263,6 +263,9 @@ def open_split(list_all: Callable[[str, DataConfig], Listing], data: DataConfig,
     chosen = np.flatnonzero(test if split == data.held_out_split else ~test)
     if not len(chosen):
         raise UsageError(f"data.folder: found no pictures of split {split!r} in {root!r}, expected some; add one")
+    missing = found.captions.missing if found.captions else {}
+    if not data.skip_bad and (lacking := next((missing[i] for i in chosen.tolist() if i in missing), "")):
+        raise UsageError(lacking)
     return Pictures(
         data.name, split, Chosen(root, found, chosen), (None, None, 3), classes, (), _identity(found, chosen, data.name, split),
         data.image_size, data.flip, Skips(data.skip_bad),

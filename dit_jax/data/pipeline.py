@@ -35,13 +35,13 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     source: Source | None = None,
-    text_length: int = 0,
+    tokens: Callable | None = None,
 ) -> "Batches":
     """Make an endless iterator over this process's rows of the global batches of `data.split`.
 
     A batch is {"image": float32 (b, h, w, c), "cond": tree of arrays (b, ...)}, b = batch_size / process_count, with images
-    from `Source.training`. `source`: the split if already open (for `bad_records`). With `text_length`, `cond` has tokens int32
-    (b, text_length) as "text", of a caption of each image drawn by (seed, position). Raises UsageError if data cannot be read
+    from `Source.training`. `source`: the split if already open (for `bad_records`). With `tokens`, a function of captions,
+    `cond` has those of a caption of each image, drawn by (seed, position), as "text". Raises UsageError if data cannot be read
     (also in `next`), or if the processes do not divide the batch.
     """
     if batch_size % process_count:
@@ -54,7 +54,7 @@ def make_batches(
         )
     records_at = getattr(source, "make_order", functools.partial(make_order, len(source)))(seed)
     shapes = _shapes_of(buckets, data, square)
-    read, rows = _reader(source, data, shapes, text_length > 0), batch_size // process_count
+    read, rows = _reader(source, data, shapes, tokens is not None), batch_size // process_count
 
     def load(k: int) -> dict:
         positions = np.arange(rows) + (k * batch_size + process_index * rows)
@@ -67,7 +67,7 @@ def make_batches(
             arrays = pixels.crops(arrays, shape, positions, seed if data.crop == "random" else None)
         return {
             "image": source.training(arrays, positions, seed),
-            "cond": as_tokens(cond, positions, seed, text_length),
+            "cond": as_tokens(cond, positions, seed, tokens),
         }
 
     threads = 0 if data.cache and rows * max(source.image_shape[:2]) ** 2 < SMALL else data.workers
@@ -128,12 +128,12 @@ def load_arrays(
     source: Source | None = None,
     most: int = 0,
     buckets: tuple = (),
-    text_length: int = 0,
+    tokens: Callable | None = None,
 ) -> tuple[np.ndarray, dict]:
     """Read a split, or its first `most` records, in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...).
 
-    With `buckets` each image has the shape (h, w) of its own, and they come as an array (n,) of arrays (h, w, c). With `text_length`
-    a caption of each record, drawn by its number, is in `cond` as "text", as in a batch.
+    With `buckets` each image has the shape (h, w) of its own, and they come as an array (n,) of arrays (h, w, c). With `tokens`
+    those of a caption of each record, drawn by its number, are in `cond` as "text", as in a batch.
     """
     source = open_source(data, split) if source is None else source
     shapes = open_buckets(source, buckets).shapes_of if buckets else None
@@ -145,8 +145,8 @@ def load_arrays(
             arrays[i] = source.evaluation(pixels.crop(arrays[i], shape)[None])[0]
         return arrays
 
-    arrays, cond = _read_all(source, cut, shapes, most, text_length > 0)
-    return arrays, as_tokens(cond, np.arange(len(arrays)), 0, text_length)
+    arrays, cond = _read_all(source, cut, shapes, most, tokens is not None)
+    return arrays, as_tokens(cond, np.arange(len(arrays)), 0, tokens)
 
 
 def in_order(

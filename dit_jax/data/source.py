@@ -11,6 +11,7 @@ import numpy as np
 from dit_jax.config import DataConfig
 from dit_jax.data import folder, images, latents, mixture, parquet, pictures, scenes, tfds, webdataset
 from dit_jax.data.skip import Skips
+from dit_jax.data.words import in_words
 from dit_jax.error import UsageError
 from dit_jax.log import say
 
@@ -84,14 +85,14 @@ def _kind(data: DataConfig) -> Kind:
 
 def open_source(data: DataConfig, split: str) -> Source:
     """Open a split of the config's data. Raises UsageError if it cannot be opened."""
-    return _kind(data).open(data, split)
+    return in_words(_kind(data).open(data, split), data.template, lambda: class_names(data))
 
 
 def class_names(data: DataConfig) -> tuple[str, ...]:
     """Return the name of each class; () without classes, or if the data are not on this machine, or do not answer."""
     for some in (data, data.images):  # latents may lack what their images have
         with contextlib.suppress(UsageError, OSError):
-            if names := _kind(some).names(some):
+            if names := _kind(some := dataclasses.replace(some, template="")).names(some):
                 return names
     return ()
 

@@ -1,10 +1,12 @@
 """Captions on their way to a model: read with their images, one drawn for each visit, and turned into tokens."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from dit_jax.data.counter import CAPTION, hash_counters
+from dit_jax.data.skip import read_kept
 from dit_jax.error import UsageError
 
 _KEY = "captions"  # of `cond` on the way
@@ -19,21 +21,77 @@ def byte_tokens(texts: list[str], length: int) -> np.ndarray:
     return found
 
 
+@dataclass(frozen=True)
+class Worded:
+    """A labelled source with captions made of the names of its classes, and in all else that source."""
+
+    source: object
+    template: str
+    names: tuple[str, ...]
+    key = property(lambda self: self.source.key)
+    where = property(lambda self: self.source.where)
+    classes = property(lambda self: self.source.classes)
+    image_shape = property(lambda self: self.source.image_shape)
+    skips = property(lambda self: self.source.skips)
+    identity = property(lambda self: self.source.identity | {"template": self.template})
+
+    def __getattr__(self, name: str):  # what only some sources have, such as `sizes`
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, dict]:
+        return self.source.read(indices)
+
+    def training(self, arrays: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+        return self.source.training(arrays, positions, seed)
+
+    def evaluation(self, arrays: np.ndarray) -> np.ndarray:
+        return self.source.evaluation(arrays)
+
+    def captions(self, indices: np.ndarray) -> list[tuple[str, ...]]:
+        return self.of_labels(self.source.read(indices)[1]["label"])
+
+    def of_labels(self, labels: np.ndarray) -> list[tuple[str, ...]]:
+        """The caption of each label."""
+        return [(self.template.replace("{}", self.names[label].replace("_", " ")),) for label in labels.tolist()]
+
+    def overlaps(self, other) -> bool:
+        return self.source.overlaps(other.source if isinstance(other, Worded) else other)
+
+    def describe(self) -> dict:
+        return self.source.describe() | {"template": self.template}
+
+
+def in_words(source, template: str, names: Callable[[], tuple[str, ...]]):
+    """Give captions to a labelled source that has none. Raises UsageError if its classes have no names."""
+    if not template or source.captions is not None or not source.classes:
+        return source
+    found = getattr(source, "class_names", ()) or names()
+    if len(found) != source.classes:
+        raise UsageError(
+            f"data.template: found no names of the {source.classes} classes in {source.where}, expected some"
+        )
+    return Worded(source, template, tuple(found))
+
+
 def read_captioned(source, read: Callable, indices: np.ndarray) -> tuple[np.ndarray, dict]:
     """Read by a function of a source, with the captions of each record, tuples of str, in `cond`."""
     arrays, cond = read(indices)
     found = np.empty(len(indices), object)
-    for i, some in enumerate(source.captions(indices)):
+    said = source.of_labels(cond["label"]) if hasattr(source, "of_labels") else source.captions(indices)
+    for i, some in enumerate(said):
         found[i] = some
     return arrays, cond | {_KEY: found}
 
 
-def as_tokens(cond: dict, positions: np.ndarray, seed: int, length: int) -> dict:
-    """Replace the captions in `cond` by the tokens of one of each, drawn by (seed, position (b,)); without any, return it as it is."""
+def as_tokens(cond: dict, positions: np.ndarray, seed: int, tokens: Callable | None) -> dict:
+    """Replace the captions in `cond` by `tokens` of one of each, drawn by (seed, position (b,)); without any, return it as it is."""
     if _KEY not in cond:
         return cond
     chosen = draw(cond[_KEY].tolist(), positions, seed)
-    return {name: value for name, value in cond.items() if name != _KEY} | {"text": byte_tokens(chosen, length)}
+    return {name: value for name, value in cond.items() if name != _KEY} | {"text": tokens(chosen)}
 
 
 def draw(captions: list[tuple[str, ...]], positions: np.ndarray, seed: int) -> list[str]:
@@ -47,4 +105,5 @@ def prompts(source, most: int) -> list[str]:
     if source.captions is None:
         raise UsageError(f"{source.key}: found no captions in {source.where}, expected some to draw images from")
     numbers = np.arange(min(most, len(source)))
-    return draw(source.captions(numbers), numbers, 0)
+    good, found = read_kept(source.captions, numbers, source.skips)
+    return draw(found or [], numbers[good], 0)

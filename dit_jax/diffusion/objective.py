@@ -72,7 +72,7 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
         time_key, noise_key, cond_key = jax.random.split(key, 3)
         x = batch["image"]
         t = process.time(jax.random.uniform(time_key, x.shape[:1]))
-        cond = model.drop(cond_key, batch["cond"], cfg.train.label_dropout)
+        cond = model.drop(cond_key, batch["cond"], cfg.train.cond_dropout)
         return {"x": x, "cond": cond, "t": t, "eps": jax.random.normal(noise_key, x.shape)}
 
     def losses(model, params, extras, points: dict):

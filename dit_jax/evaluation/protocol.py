@@ -22,6 +22,7 @@ from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
 from dit_jax.files import base
+from dit_jax.networks.caption import describe_text, open_text, text_flops
 from dit_jax.networks.in_step import encoder_flops, open_splits
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
 from dit_jax.workdir.folder import read_init
@@ -47,8 +48,9 @@ def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
             "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
             **({"times": f"{cfg.eval.fixed_times} equidistant"} if fixed else times),
             "seed": cfg.eval.seed,
-            "labels": "true" if held_out.classes else "none",
+            "labels": "true" if held_out.classes and cfg.model.classes else "none",
             **({"captions": "one an image, by its number"} if cfg.model.text else {}),
+            **describe_text(cfg.model),
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
         "process": processes.describe(process, law=not fixed),
@@ -96,8 +98,9 @@ class Shared:
         """The held-out split and its arrays (images, cond)."""
         data, most = all_of(self.cfg.data), self.cfg.eval.max_images
         (source,) = open_splits(dataclasses.replace(self.cfg, data=data), data.held_out_split)
-        tokens = self.cfg.model.caption_tokens
-        return source, load_arrays(data, data.held_out_split, source, most, data.buckets, tokens)
+        text = open_text(self.cfg.model)
+        images, cond = load_arrays(data, data.held_out_split, source, most, data.buckets, text and text.tokens)
+        return source, (images, cond | ({"text": text.encode(cond["text"])} if text else {}))
 
     @functools.cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -137,6 +140,7 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         "process": processes.describe(sampling.task.process),
         "uint8": UINT8,
         **describe_prompts(cfg, shared),
+        **describe_text(cfg.model),
         "autoencoder": autoencoder.describe() if autoencoder else "none",
         "features": f"{network.name} {network.sha256}",
         "reference": shared.reference.source,
@@ -178,6 +182,7 @@ def make_record(
         **({"init": {key: begun[key] for key in ("run", "step", "flops_train")}} if begun else {}),
         "flops_image": flops.forward_flops(cfg.model),
         **({"flops_encoder": of * sum(seen.values())} if (of := encoder_flops(cfg)) else {}),
+        **({"flops_text_encoder": of * sum(seen.values())} if (of := text_flops(cfg)) else {}),
         **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,

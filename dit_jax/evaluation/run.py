@@ -25,9 +25,10 @@ from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, mak
 from dit_jax.files import remote
 from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
+from dit_jax.networks.caption import tell_cut
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
-from dit_jax.sampling.prompt import wanted_prompts
+from dit_jax.sampling.prompt import Prompts
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
 from dit_jax.workdir.records import append_record, protocol_id, read_records
@@ -155,12 +156,14 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
     shared = shared or Shared(cfg, own_mesh(mesh))
     found = _loss_tasks(cfg, mesh, workdir, stop, shared) if cfg.eval.loss else []
     if cfg.eval.samples:
-        sampling = open_sampling(cfg, mesh, wanted_prompts(cfg.model, shared.prompts))
+        sampling = open_sampling(cfg, mesh, prompts=Prompts(shared.prompts))
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
     compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)
     if not quiet:
         introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
+        if cfg.eval.loss and leader():
+            tell_cut(cfg.model, shared.held_out[0], len(shared.held_out[1][0]))
         where = cfg.eval.reference or f"the images of {cfg.data.folder or cfg.data.dataset}, {cfg.data.split}"
         say(f"samples are compared with {where}") if cfg.eval.samples else None
     return found

@@ -29,6 +29,8 @@ KEYS = (
     ("data", "data_dir"),
     ("data", "folder"),
     ("data", "latents"),
+    ("data", "captions"),
+    ("model", "text_encoder"),
     ("autoencoder", "folder"),
     ("eval", "inception"),
     ("eval", "classifier"),
@@ -113,6 +115,6 @@ def reachable(path: str) -> bool:
 def _paths(values: flags.FlagValues, cfg: Config | None) -> list[tuple[str, str]]:
     found = [(f"--{name}", values[name].value) for name in PATHS if name in values]
     if cfg:
-        groups = {"data": cfg.data.parts, "autoencoder": (cfg.autoencoder,), "eval": (cfg.eval,)}
+        groups = {"data": cfg.data.parts, "autoencoder": (cfg.autoencoder,), "model": (cfg.model,), "eval": (cfg.eval,)}
         found += [(f"{group}.{key}", getattr(one, key)) for group, key in KEYS for one in groups[group]]
     return [(name, path) for name, path in found if path]

@@ -18,7 +18,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dit_jax.config import template, to_dict
+from dit_jax.config import template
 from dit_jax.error import (
     IDLE,
     Interrupted,
@@ -168,7 +168,7 @@ def _line(error: BaseException) -> str:
 
 
 def _config_of(workdir: str) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(to_dict(read_config(workdir)), type_safe=False)
+    return template(read_config(workdir)).unlock()
 
 
 def _early_value(name: str) -> str:

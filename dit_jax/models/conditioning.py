@@ -15,6 +15,7 @@ import numpy as np
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
+from dit_jax.models.layers import layer_norm
 
 MAX_PERIOD = 10_000.0
 small_normal = nn.initializers.normal(0.02)
@@ -76,16 +77,40 @@ class LabelEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Embedding of a caption's bytes (b, m) -> (b, m, d): a table of each byte, plus fixed sinusoids of its place."""
+    """Embedding of captions -> (b, m, d).
 
-    width: int
-    dtype: jnp.dtype
+    Bytes (b, m): a table of each byte, plus fixed sinusoids of its place. States of an encoder (b, m, w): a norm, because encoders
+    differ in scale (Saharia et al. 2022, arXiv 2205.11487, section 2.3), then a Linear, whose weights also serve as the norm's. With
+    `null = learned` the rows of the null condition are a trained table (m, d).
+    """
+
+    cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, ids):
-        table = nn.Embed(flops.BYTES, self.width, embedding_init=small_normal, dtype=self.dtype, name="table")
-        places = timestep_features(jnp.arange(ids.shape[1]), self.width)
-        return table(ids) + places.astype(self.dtype)[None]
+    def __call__(self, values):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        if cfg.encoded:
+            states = layer_norm(values["states"])
+            found = nn.Dense(cfg.width, kernel_init=small_normal, dtype=dtype, name="projection")(states)
+        else:
+            table = nn.Embed(flops.BYTES, cfg.width, embedding_init=small_normal, dtype=dtype, name="table")
+            places = timestep_features(jnp.arange(values.shape[1]), cfg.width)
+            found = table(values) + places.astype(dtype)[None]
+        if cfg.null == "empty":
+            return found
+        learned = self.param("null", small_normal, (cfg.text_length, cfg.width)).astype(dtype)
+        return jnp.where(_is_null(cfg, values)[:, None, None], learned[None], found)
+
+
+def _is_null(cfg: ModelConfig, values) -> jax.Array:
+    """Which captions are the learned null condition, bool (b,): those without any token of their own."""
+    return ~values["mask"].any(axis=1) if cfg.encoded else values[:, 0] < 0
+
+
+def text_mask(cfg: ModelConfig, values) -> jax.Array:
+    """Which tokens of captions are there, bool (b, m); of the learned null condition all."""
+    mask = values["mask"] if cfg.encoded else values > 0
+    return mask if cfg.null == "empty" else mask | _is_null(cfg, values)[:, None]
 
 
 class Condition(NamedTuple):
@@ -100,7 +125,7 @@ class Field(NamedTuple):
     """A field of `cond`: a row of FIELDS. The row of the same name in `flops.FIELDS` decides which models have the field.
 
     embed(cfg, name)   module that maps values (b, ...) to vectors (b, d) or tokens (b, m, d); its parameters are named `name`
-    example(cfg)       shape of one value, and dtype
+    example(cfg)       (shape of one value, dtype), or a tree of them
     null(cfg, values)  null values, in the shape of `values`
     draw(cfg, rule, keys, indices, wanted)   values (b, ...) for samples: `wanted` in turn if given, else by the rule `sample.labels`
     """
@@ -123,11 +148,34 @@ def draw_labels(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array
     return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, LABEL_DRAW), (), 0, cfg.classes))(keys)
 
 
-def draw_text(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array, wanted: tuple = ()) -> jax.Array:
-    """Captions int32 (b, m): `wanted`, rows of tokens, in turn; without any the empty caption."""
-    if wanted:
-        return jnp.asarray(wanted, jnp.int32)[indices % len(wanted)]
-    return jnp.zeros((len(indices), cfg.text_length), jnp.int32)
+def draw_text(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array, wanted: tuple = ()):
+    """The null condition: captions are given to a sampler image by image."""
+    return null_text(
+        cfg, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _rows_of(cfg, "text", len(indices)))
+    )
+
+
+EMPTY = {"clip": 2, "t5": 1, "bert": 2}  # tokens of the empty caption: its start and end
+
+
+def text_example(cfg: ModelConfig):
+    """Shape and dtype of a caption: ids of bytes (m,); or states (m, w), which tokens are there (m,), and the empty caption's states."""
+    if not cfg.encoded:
+        return ((cfg.text_length,), jnp.int32)
+    empty = {"empty": ((EMPTY[cfg.text], cfg.state_width), jnp.dtype(cfg.dtype))} if cfg.null == "empty" else {}
+    states = ((cfg.text_length, cfg.state_width), jnp.dtype(cfg.dtype))
+    return {"states": states, "mask": ((cfg.text_length,), jnp.bool_), **empty}
+
+
+def null_text(cfg: ModelConfig, values):
+    """The null condition in the shape of captions: the empty caption, or what stands for the learned one."""
+    if not cfg.encoded:
+        return jnp.zeros_like(values) if cfg.null == "empty" else jnp.full_like(values, -1)
+    if cfg.null == "learned":
+        return jax.tree.map(jnp.zeros_like, values)
+    (b, m, _), empty = values["states"].shape, values["empty"]
+    there = jnp.broadcast_to(jnp.arange(m)[None] < empty.shape[1], (b, m))
+    return {"states": jnp.pad(empty, ((0, 0), (0, m - empty.shape[1]), (0, 0))), "mask": there, "empty": empty}
 
 
 FIELDS = {
@@ -137,10 +185,10 @@ FIELDS = {
         null=lambda cfg, values: jnp.full_like(values, cfg.classes),
         draw=draw_labels,
     ),
-    "text": Field(  # tokens from 1, then zeros: the empty caption is all zeros
-        embed=lambda cfg, name: TextEmbedding(cfg.width, jnp.dtype(cfg.dtype), name=name),
-        example=lambda cfg: ((cfg.text_length,), jnp.int32),
-        null=lambda cfg, values: jnp.zeros_like(values),
+    "text": Field(  # of bytes tokens from 1, then zeros: the empty caption is all zeros, the learned null condition all -1
+        embed=lambda cfg, name: TextEmbedding(cfg, name=name),
+        example=text_example,
+        null=null_text,
         draw=draw_text,
     ),
 }
@@ -156,10 +204,18 @@ def as_cond(cond) -> Mapping:
     return cond if isinstance(cond, Mapping) else {"label": cond}
 
 
-def example(cfg: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def example(cfg: ModelConfig, rows: int) -> dict:
     """Shapes and dtypes of `cond` for a batch of `rows` images."""
-    kinds = {name: field.example(cfg) for name, field in fields(cfg).items()}
-    return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in kinds.items()}
+    return {name: _rows_of(cfg, name, rows) for name in fields(cfg)}
+
+
+def _rows_of(cfg: ModelConfig, name: str, rows: int):
+    """Shapes and dtypes of `rows` values of a field."""
+    return jax.tree.map(
+        lambda kind: jax.ShapeDtypeStruct((rows, *kind[0]), kind[1]),
+        FIELDS[name].example(cfg),
+        is_leaf=lambda found: isinstance(found, tuple),
+    )
 
 
 def null(cfg: ModelConfig, cond: Mapping) -> dict:
@@ -176,7 +232,7 @@ def drop(cfg: ModelConfig, key: jax.Array, cond: Mapping, rate: float) -> dict:
     def choose(empty, values):
         return jnp.where(dropped.reshape(-1, *[1] * (values.ndim - 1)), empty, values)
 
-    return {name: choose(empty, cond[name]) for name, empty in null(cfg, cond).items()}
+    return {name: jax.tree.map(choose, empty, cond[name]) for name, empty in null(cfg, cond).items()}
 
 
 def draw(cfg: ModelConfig, rule: str, keys: jax.Array, indices: jax.Array, wanted: Mapping) -> dict:
@@ -207,7 +263,7 @@ def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
     if "text" not in wanted:
         return Condition(sum(found[1:], found[0]), None) if cfg.adaptive else Condition(None, jnp.stack(found, axis=1))
     *vectors, text = found
-    mask = cond["text"] > 0
+    mask = text_mask(cfg, cond["text"])
     if cfg.adaptive:
         count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
         pooled = jnp.where(mask[..., None], text, 0).sum(axis=1) / count.astype(text.dtype)

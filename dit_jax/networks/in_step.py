@@ -46,7 +46,7 @@ class EncodedImages:
     captions = property(lambda self: self.images.captions)
 
     def __getattr__(self, name: str):  # an order of its own that the images may have
-        if name in ("make_order", "drawn", "scaled"):
+        if name in ("make_order", "drawn", "scaled", "of_labels"):
             return getattr(self.images, name)
         raise AttributeError(name)
 

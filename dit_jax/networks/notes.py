@@ -15,6 +15,8 @@ LOCAL = (
     ("data", "data_dir"),
     ("data", "folder"),
     ("data", "latents"),
+    ("data", "captions"),
+    ("model", "text_encoder"),
     ("autoencoder", "folder"),
     ("eval", "inception"),
     ("eval", "reference"),
@@ -40,7 +42,7 @@ def write(cfg: Config, step: int) -> dict[str, str]:
     config = {group: value for group, value in to_dict(cfg).items() if group in GROUPS}
     for group, name in LOCAL:
         config[group][name] = ""
-    found = {"config": config, "step": step, "null": bool(cfg.train.label_dropout), "input": space(cfg)}
+    found = {"config": config, "step": step, "null": bool(cfg.train.cond_dropout), "input": space(cfg)}
     return {KEY: json.dumps(found)}  # one key, because safetensors writes several in any order
 
 
@@ -61,7 +63,7 @@ def read(metadata: Mapping, where: str) -> Notes | None:
 def apply(stated: Notes | None, model: ModelConfig, null: bool, where: str) -> Config:
     """Return the run's config for a model read from tensors: as stated, else the paper's at 8 pixels a latent.
 
-    Without a trained null class, label dropout is 0. Raises UsageError if the tensors are of another model than stated.
+    Without a trained null class, train.cond_dropout is 0. Raises UsageError if the tensors are of another model than stated.
     """
     if stated:
         named = to_dict(stated.config.model)
@@ -77,7 +79,7 @@ def apply(stated: Notes | None, model: ModelConfig, null: bool, where: str) -> C
     values.data.image_size = pixels
     values.model.update(to_dict(model))
     if not null:
-        values.train.label_dropout = 0.0
+        values.train.cond_dropout = 0.0
     return resolve(values)
 
 
@@ -89,6 +91,6 @@ def unsaid(cfg: Config, single: bool) -> list[str]:
             found.append(f"diffusion.{key} is {getattr(cfg.diffusion, key)!r}")
     if space(cfg) == "pixels":
         found.append("the model sees pixels, not latents")
-    if not single and not cfg.train.label_dropout:
+    if not single and not cfg.train.cond_dropout:
         found.append("the null row was never trained: it must be sampled at guidance 1")
     return found

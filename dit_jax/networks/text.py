@@ -113,6 +113,20 @@ CONFIGS = {
     "t5": {"text": t5.T5Config},
     "bert": {"text": bert.BertConfig},
 }
+# Published encoders of text, the usual one first.
+PUBLISHED = {
+    "clip": tuple(
+        clip.TextConfig(depth=depth, width=width, heads=heads, hidden=4 * width)
+        for depth, width, heads in ((12, 768, 12), (24, 1024, 16), (32, 1280, 20))
+    ),
+    "t5": tuple(
+        t5.T5Config(depth=depth, width=width, heads=heads, hidden=hidden)
+        for depth, width, heads, hidden in (
+            (24, 4096, 64, 10240), (24, 2048, 32, 5120), (24, 1024, 16, 2816), (12, 768, 12, 2048), (8, 512, 6, 1024)
+        )
+    ),
+    "bert": (bert.BertConfig(), bert.BertConfig(depth=12, width=768, heads=12, hidden=3072)),
+}  # fmt: skip
 KEYS = {clip.TextConfig: TEXT_KEYS, clip.VisionConfig: VISION_KEYS, t5.T5Config: T5_KEYS, bert.BertConfig: BERT_KEYS}
 # Keys that would change the computation: (the value that is computed here, the default in transformers).
 FIXED = {

@@ -77,7 +77,7 @@ def export_dit(workdir: str, out: str, item: str = "ema", step: int | None = Non
     model, params = checkpoint.load(workdir, step, item)
     if single:
         arrays, files = dit.write(model, params), {}
-        if not cfg.train.label_dropout:  # its null row was never trained
+        if not cfg.train.cond_dropout:  # its null row was never trained
             arrays[dit.LABELS] = arrays[dit.LABELS][:-1]
     else:
         arrays, config = diffusers_dit.write(model, params)

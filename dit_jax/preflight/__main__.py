@@ -56,11 +56,12 @@ def _topology(values) -> Topology:
 
 def main() -> None:
     from dit_jax.preflight import evaluation
+    from dit_jax.preflight.compilation import sized
     from dit_jax.preflight.search import changed, examine, search, show_ranks
     from dit_jax.preflight.text import show
 
     values = flags.FLAGS
-    cfg, slice_, job = resolve(values.config), _topology(values), values.job
+    cfg, slice_, job = sized(resolve(values.config)), _topology(values), values.job
     if job != "train":
         cfg = changed(cfg, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1})  # as these jobs do
     sizes, kind = _check(cfg, job, slice_, values), slice_.device.kind if slice_.device else "CPU"

@@ -1,5 +1,6 @@
 """Compiles a job's program for a mesh and reports its memory, collectives and estimated time."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -19,8 +20,11 @@ from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.job.check import reachable
 from dit_jax.log import notice, waiting
-from dit_jax.models import vae
+from dit_jax.models import conditioning, vae
+from dit_jax.models.encoder import Sizes
 from dit_jax.networks.autoencoder import StepEncoder, find_network, make_step_encoder, normalisation
+from dit_jax.networks.caption import chained, in_step, make_text_encoder, sizes_of
+from dit_jax.networks.text import PUBLISHED, SHAPES
 from dit_jax.preflight import hlo
 from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
 from dit_jax.training.state import abstract_batch, abstract_state
@@ -49,12 +53,16 @@ def program(cfg: Config, job: str, mesh) -> Program:
         state, batch, encoder = abstract_state(cfg, mesh), abstract_batch(cfg, mesh, largest), StepEncoder()
         if cfg.data.encode == "in_step":
             batch["image"], encoder = _encoded(cfg, mesh, batch["image"])
+        if in_step(cfg):
+            batch["cond"]["text"], of_text = _captions(cfg, mesh, batch["cond"]["text"]["mask"])
+            encoder = chained(encoder, of_text)
         rows, held, arguments = cfg.train.batch_size, len(jax.tree.leaves(state)), (state, batch, *encoder.weights)
         work = make_objective(cfg).flops(largest) * rows
         return Program(lambda: make_train_step(cfg, mesh, encoder), arguments, work, rows, held)
     rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch))
+    asked = {"text": placed(conditioning.example(cfg.model, rows)["text"], batch)} if cfg.model.text else {}
+    arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch), asked)
     sampler = functools.partial(make_sampler, cfg.model, make_task(cfg), cfg.sample, mesh)
     return Program(sampler, arguments, image_flops(cfg) * rows, rows)
 
@@ -65,6 +73,39 @@ def _encoded(cfg: Config, mesh, latents) -> tuple[dict, StepEncoder]:
     pixels = jax.ShapeDtypeStruct((rows, size, size, network.channels), jnp.float32, sharding=latents.sharding)
     encoder, by = placed(vae.shapes(network)["encoder"], replicated(mesh)), normalisation(cfg.autoencoder)
     return {"pixels": pixels, "noise": latents}, make_step_encoder(network, by, encoder, mesh)
+
+
+def _captions(cfg: Config, mesh, mask) -> tuple[dict, StepEncoder]:
+    """The tokens of a batch's captions, which are where `mask` is, and the encoder that makes states of them."""
+    ids = jax.ShapeDtypeStruct(mask.shape, jnp.int32, sharding=mask.sharding)
+    sizes, model = text_encoder(cfg), cfg.model
+    empty = jax.ShapeDtypeStruct((1, conditioning.EMPTY[model.text], sizes.width), jnp.dtype(model.dtype))
+    weights = placed({"text_encoder": SHAPES[type(sizes)](sizes), "empty": empty}, replicated(mesh))
+    return {"ids": ids, "mask": mask}, make_text_encoder(model, sizes, weights)
+
+
+def text_encoder(cfg: Config) -> Sizes:
+    """The sizes of the config's encoder of captions; if it is not here, of the published one with such states."""
+    model = cfg.model
+    if model.text_encoder and reachable(model.text_encoder):
+        return sizes_of(model)
+    found = next((one for one in PUBLISHED[model.text] if model.text_width in (0, one.width)), None)
+    if found is None:
+        known = ", ".join(str(one.width) for one in PUBLISHED[model.text])
+        raise UsageError(
+            f"model.text_width: found {model.text_width}, expected one of {known}, or model.text_encoder here"
+        )
+    _once(
+        f"model.text_encoder: {model.text_encoder!r} is not on this machine; the published {model.text} of width {found.width} is taken"
+    )
+    return dataclasses.replace(found, dtype=model.dtype)
+
+
+def sized(cfg: Config) -> Config:
+    """Return the config with the width of its captions' states."""
+    if not cfg.model.encoded:
+        return cfg
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, text_width=text_encoder(cfg).width))
 
 
 def autoencoder(cfg: Config) -> vae.VAEConfig:
@@ -158,9 +199,10 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Pr
 
 
 def encoder_flops(cfg: Config) -> int:
-    """FLOPs of encoding an image in the step, which those of the step leave out; 0 if it does not."""
+    """FLOPs of encoding an image and its caption in the step, which those of the step leave out; 0 if it does not."""
     size = cfg.data.image_size
-    return 2 * vae.encoder_macs(autoencoder(cfg), size, size) if cfg.data.encode == "in_step" else 0
+    of_image = 2 * vae.encoder_macs(autoencoder(cfg), size, size) if cfg.data.encode == "in_step" else 0
+    return of_image + (flops.encoder_flops(text_encoder(cfg), cfg.model.text_length) if in_step(cfg) else 0)
 
 
 def inspect(cfg: Config, job: str, topology: hardware.Topology, devices: list) -> dict:

@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.bind import Model, bind_to_draw
@@ -24,13 +26,19 @@ from dit_jax.flops import Shape, forward_flops
 from dit_jax.log import warn
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
+from dit_jax.sampling.prompt import Asked, Prompts
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
 UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
 
 
-def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> Callable:
-    """Denoiser (x, t) for a sampler: plain at guidance 1, else guided within `cfg.interval`, both halves in one batch."""
+def make_denoiser(
+    model: Model, task: Task, cfg: SampleConfig, params, cond, asked: Mapping = MappingProxyType({})
+) -> Callable:
+    """Denoiser (x, t) for a sampler: plain at guidance 1, else guided within `cfg.interval`, both halves in one batch.
+
+    `asked`: see `prompt.Asked.rows`; its captions `negative` take the place of the null condition's.
+    """
 
     def apply(x, t, cond):
         return model.apply(params, x, task.process.model_time(t), cond)
@@ -41,13 +49,20 @@ def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> 
     if cfg.guidance == 1.0:
         return plain
     channels = model.cfg.channels if cfg.channels == "all" else min(3, model.cfg.channels)
-    guided = guidance.classifier_free(guidance.paired(apply, cond, model.null(cond)), cfg.guidance, channels)
+    null = model.null(cond)
+    if "negative" in asked:
+        has = asked["has_negative"]
+        instead = lambda new, old: jnp.where(has.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
+        null["text"] = jax.tree.map(instead, asked["negative"], null["text"])
+    guided = guidance.classifier_free(guidance.paired(apply, cond, null), cfg.guidance, channels)
     low, high = cfg.interval
     return guided if (low, high) == (0.0, 1.0) else guidance.within(guided, plain, low, high)
 
 
 def image_keys(seed, indices: jax.Array) -> jax.Array:
-    """One key per image, from (seed, index) only."""
+    """One key per image, from (seed, index) only. `seed`: one for all images, or one each (b,)."""
+    if jnp.ndim(seed):
+        return jax.vmap(lambda own, i: jax.random.fold_in(random_key(own), i))(seed, indices)
     return jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(indices)
 
 
@@ -55,25 +70,23 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
 def make_sampler(
     model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = (), size: Shape = None
 ) -> Callable:
-    """Compiles the sampler: (params, seed, indices (b,)) -> images (b, h, w, c) float32 and labels (b,) int32,
-    of a model of captions the numbers of the prompts.
+    """Compiles the sampler: (params, seed, indices (b,), asked) -> images (b, h, w, c) float32 and labels (b,) int32.
 
-    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. `size`: (h, w), by default
+    `asked`: what prompts give each image, see `prompt.Asked.rows`, or {}. `wanted`: pairs (field of cond, values that the images take
+    in turn); other fields are drawn. `size`: (h, w), by default
     model.input_size squared. The weights lie on the mesh by `devices.mesh.spec`.
     """
     (bound, weights), side = bind_to_draw(model, mesh), model.input_size
     shape = (*(size or (side, side)), model.channels)
 
-    def sample(params, seed, indices):
-        keys = image_keys(seed, indices)
-        cond = bound.draw(cfg.labels, keys, indices, dict(wanted))
-        images = task.walk(make_denoiser(bound, task, cfg, params, cond), draw_noise(keys, 0, shape), keys)
-        prompts = len(dict(wanted).get("text", ()))
-        labels = indices % prompts if prompts else conditioning.labels(cond, len(indices))
-        return images, labels
+    def sample(params, seed, indices, asked):
+        keys = image_keys(asked.get("seed", seed), indices)
+        cond = bound.draw(cfg.labels, keys, indices, dict(wanted)) | ({"text": asked["text"]} if asked else {})
+        images = task.walk(make_denoiser(bound, task, cfg, params, cond, asked), draw_noise(keys, 0, shape), keys)
+        return images, conditioning.labels(cond, len(indices))
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(sample, in_shardings=(weights, whole, rows), out_shardings=(rows, rows))
+    return jax.jit(sample, in_shardings=(weights, whole, rows, rows), out_shardings=(rows, rows))
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -103,6 +116,7 @@ class Sampling:
     wanted: Mapping[str, tuple] = field(default_factory=dict)
     rgb: bool = False
     size: Shape = None
+    asked: Asked | None = None  # of a model of captions: the prompts
 
     @functools.cached_property
     def task(self) -> Task:
@@ -136,7 +150,7 @@ class Sampling:
     def draw(
         self, params, seed: int, indices: np.ndarray, most: int, stop: Sequence = ()
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the images of `indices` in batches: (uint8 (b, h, w, c), labels (b,) int32). Raises NotFiniteError.
+        """Yields the images of `indices` in batches: (uint8 (b, h, w, c), labels (b,) int32, or numbers of prompts). Raises NotFiniteError.
 
         Once `stop` is not empty, the batch under way is the last and has the images that are drawn. The processes of the mesh all call it
         at once, each with indices of its own, of which none has more than `most`; they stop, and raise an error of one, together.
@@ -175,8 +189,10 @@ class Sampling:
 
     def _rows(self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Images of up to `rows` indices, and their labels. The mesh also draws `rows` if there are fewer."""
-        filled = np.resize(indices, rows) if len(indices) else np.zeros(rows)
-        drawn, labels = map(own_rows, draw(params, seed, put_batch(self.mesh, filled.astype(np.int32))))
+        filled = (np.resize(indices, rows) if len(indices) else np.zeros(rows)).astype(np.int32)
+        asked = self.asked.rows(filled, seed) if self.asked else {}
+        drawn, labels = map(own_rows, draw(params, seed, *put_batch(self.mesh, (filled, asked))))
+        labels = filled % len(self.asked.prompts) if self.asked else labels
         images = self.decode(drawn[: len(indices)]) if len(indices) else np.zeros((0, *self.shape), np.float32)
         if not np.isfinite(images).all():
             which = f"samples {indices[0]} to {indices[-1]}"
@@ -187,13 +203,15 @@ class Sampling:
         """Everything that image i depends on besides the kind of device: a flat dict that JSON keeps. `sha256`: of the weights."""
         model, settings = to_dict(self.cfg.model), describe_sample(self.cfg.sample)
         del model["remat"], model["unroll"]
-        if not self.cfg.model.text:  # as in older jobs
-            del model["text"], model["text_length"]
+        later = {  # keys that older jobs lack
+            "text": self.cfg.model.text, "text_length": self.cfg.model.text, "text_width": self.cfg.model.encoded,
+            "text_sha256": self.cfg.model.encoded, "text_encoder": False, "null": self.cfg.model.null != "empty",
+        }  # fmt: skip
+        model = {key: value for key, value in model.items() if later.get(key, True)}
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
-        if texts := self.wanted.get("text", ()):
-            job["prompts"] = f"{len(texts)}, SHA-256 {hashlib.sha256(json.dumps(texts).encode()).hexdigest()}"
+        job |= self.asked.describe() if self.asked else {}
         for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(self.cfg.diffusion))):
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
@@ -221,13 +239,21 @@ def _trained_size(cfg: Config, size: Shape) -> Shape:
 
 
 def open_sampling(
-    cfg: Config, mesh, wanted: Mapping[str, tuple] | None = None, rgb: bool = False, size: Shape = None
+    cfg: Config,
+    mesh,
+    wanted: Mapping[str, tuple] | None = None,
+    rgb: bool = False,
+    size: Shape = None,
+    prompts: Prompts | None = None,
 ) -> Sampling:
-    """Binds `cfg.sample`. Raises UsageError for settings that exclude each other or an autoencoder that does not fit."""
+    """Binds `cfg.sample`. Raises UsageError for settings that exclude each other, or networks that do not fit."""
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
     size = _trained_size(cfg, size)
-    found = Sampling(cfg, mesh, autoencoder, make_decoder(autoencoder, own_mesh(mesh)), wanted or {}, size=size)
+    if prompts and any(prompts.negatives) and cfg.sample.guidance == 1.0 and leader():
+        warn("negative_prompt: has no effect at guidance 1")
+    asked, decode = Asked(cfg.model, prompts) if prompts else None, make_decoder(autoencoder, own_mesh(mesh))
+    found = Sampling(cfg, mesh, autoencoder, decode, wanted or {}, size=size, asked=asked)
     if rgb and found.shape[-1] not in (1, 3):
         raise UsageError(f"--rgb: found images of {found.shape[-1]} channels, expected 1 or 3")
     return dataclasses.replace(found, rgb=rgb)

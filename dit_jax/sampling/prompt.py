@@ -1,30 +1,99 @@
-"""Prompts to draw images from: of the command line, or of a file."""
+"""Prompts to draw images from: of the command line, or of a file; and what a model is given for each image."""
 
 import csv
+import functools
+import hashlib
 import io
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
 
 from dit_jax.config import ModelConfig
-from dit_jax.data.words import byte_tokens
-from dit_jax.error import UsageError
+from dit_jax.error import LARGEST, UsageError
 from dit_jax.files import read
 from dit_jax.log import warn
+from dit_jax.networks.caption import ROWS, Text, open_text
 
 COLUMNS = ("prompt", "caption", "text")
+NEGATIVE, SEED = "negative_prompt", "seed"  # further columns
 MOST = 10_000  # prompts
 
 
-def wanted_prompts(model: ModelConfig, texts: Sequence[str]) -> dict[str, tuple]:
-    """The field of `cond` that draws images from prompts in turn; {} without prompts."""
-    if not texts:
-        return {}
-    return {"text": tuple(map(tuple, byte_tokens([*texts], model.text_length).tolist()))}
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that images take in turn: image i takes row i modulo their number."""
+
+    texts: tuple[str, ...] = ()
+    negatives: tuple[
+        str, ...
+    ] = ()  # in place of the null condition, one a row, "" = the null condition itself; () = none
+    seeds: tuple[int | None, ...] = ()  # in place of the command's, one a row; () = none
+
+    def __len__(self) -> int:
+        return len(self.texts)
 
 
-def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig) -> tuple[str, ...]:
-    """The prompts of `--prompt` or of the file of `--prompts`. Raises UsageError; warns of those that are cut."""
+class Asked:
+    """What a model is given for each image that is drawn from prompts. Captions are encoded when they are first asked for."""
+
+    def __init__(self, model: ModelConfig, prompts: Prompts):
+        self.prompts, self._text = prompts, open_text(model)
+        some = {"prompts": prompts.texts, NEGATIVE: prompts.negatives}
+        for name, texts in some.items():
+            if cut := [text for text, long in zip(texts, _cut(self._text, texts), strict=True) if long]:
+                unit = "bytes" if model.text == "bytes" else "tokens"
+                warn(
+                    f"{name}: {len(cut)} of {len(texts)} are cut after {model.text_length} {unit}, the first: {cut[0]!r}"
+                )
+        self._tokens = {"text": self._text.tokens([*prompts.texts])}
+        if any(prompts.negatives):
+            self._tokens["negative"] = self._text.tokens([*prompts.negatives])
+        self._block = functools.lru_cache(maxsize=8)(self._encoded)
+
+    def rows(self, indices: np.ndarray, seed: int) -> dict:
+        """Captions of images `indices` (b,) and, where a row has its own, what takes the place of the null condition, and seeds.
+
+        {"text": ..., "negative": ..., "has_negative": bool (b,), "seed": int32 (b,)}
+        """
+        numbers = np.asarray(indices) % len(self.prompts)
+        found = {name: self._rows(name, numbers) for name in self._tokens}
+        if "negative" in found:
+            found["has_negative"] = np.array([bool(self.prompts.negatives[i]) for i in numbers])
+        if any(own is not None for own in self.prompts.seeds):
+            own = [self.prompts.seeds[i] for i in numbers]
+            found["seed"] = np.array([seed if one is None else one for one in own], np.int32)
+        return found
+
+    def _rows(self, name: str, numbers: np.ndarray):
+        some, blocks = np.unique(numbers // ROWS, return_inverse=True)
+        parts = [self._block(name, int(block)) for block in some]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[blocks * ROWS + numbers % ROWS], *parts)
+
+    def _encoded(self, name: str, block: int):
+        """A block of captions, filled up to ROWS, so that a caption's states do not depend on what else is drawn."""
+        rows = np.minimum(np.arange(block * ROWS, (block + 1) * ROWS), len(self.prompts) - 1)
+        return self._text.encode(jax.tree.map(lambda leaf: leaf[rows], self._tokens[name]))
+
+    def describe(self) -> dict:
+        """What images depend on of the prompts: their number and a checksum of their tokens, and of what further columns say."""
+        tokens = self._tokens["text"]
+        found = {"prompts": tuple(map(tuple, (tokens["ids"] if isinstance(tokens, dict) else tokens).tolist()))}
+        found |= {"negative_prompts": self.prompts.negatives} if "negative" in self._tokens else {}
+        found |= {"seeds": self.prompts.seeds} if any(own is not None for own in self.prompts.seeds) else {}
+        sums = {name: hashlib.sha256(json.dumps(values).encode()).hexdigest() for name, values in found.items()}
+        return {name: f"{len(self.prompts)}, SHA-256 {digest}" for name, digest in sums.items()}
+
+
+def _cut(text: Text, texts: Sequence[str]) -> Sequence[bool]:
+    return text.cut([*texts]) if texts else ()
+
+
+def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig) -> Prompts:
+    """The prompts of `--prompt` or of the file of `--prompts`. Raises UsageError."""
     given = bool(prompts) + bool(path)
     if given and not model.text:
         raise UsageError(
@@ -33,42 +102,56 @@ def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig) -> tuple
     if model.text and given != 1:
         expected = "expected one of them for a model of captions"
         raise UsageError(f"--prompt, --prompts: found {'both' if given else 'neither'}, {expected}")
-    found = tuple(_read(path) if path else prompts)
+    found = _read(path) if path else Prompts(tuple(prompts))
     if len(found) > MOST:
         raise UsageError(f"--prompts: found {len(found):,} in {path}, expected at most {MOST:,}")
-    if long := [text for text in found if len(text.encode()) > model.text_length]:
-        warn(f"{len(long)} prompts are cut after {model.text_length} bytes, the first: {long[0]!r}")
     return found
 
 
-def _read(path: str) -> list[str]:
+def _read(path: str) -> Prompts:
     """The prompts of a file. Raises UsageError naming what does not fit."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".txt", ".csv", ".jsonl"):
         raise UsageError(f"--prompts: found {path!r}, expected a file that ends in .txt, .csv or .jsonl")
     try:
         text = read(path).decode("utf-8-sig")
-        rows = text.splitlines() if ending == ".txt" else _column(path, text, ending)
+        if ending == ".txt":
+            found = Prompts(tuple(row.strip() for row in text.splitlines() if row.strip()))
+        else:
+            found = _columns(_csv(text) if ending == ".csv" else _jsonl(text))
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise UsageError(f"--prompts: {path}: cannot read it: {error}") from None
-    found = [row.strip() for row in rows]
-    if ending == ".txt":
-        found = [row for row in found if row]
-    if not found or not all(found):
-        what = f"an empty prompt in row {found.index('') + 1}" if found else "no prompt"
+    if not found or not all(found.texts):
+        what = f"an empty prompt in row {found.texts.index('') + 1}" if found else "no prompt"
         raise UsageError(f"--prompts: {path}: found {what}, expected words in each row")
     return found
 
 
-def _column(path: str, text: str, ending: str) -> list[str]:
-    if ending == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-    else:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("found a line that is no JSON object")
-    columns = list(rows[0]) if rows else []
+def _csv(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def _jsonl(text: str) -> list[dict]:
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("found a line that is no JSON object")
+    return rows
+
+
+def _columns(rows: list[dict]) -> Prompts:
+    columns = dict.fromkeys(name for row in rows for name in row)
     name = next((name for name in COLUMNS if name in columns), None)
     if rows and name is None:
         raise ValueError(f"found the columns {', '.join(map(str, columns))}, expected one of {', '.join(COLUMNS)}")
-    return [str(row.get(name) or "") for row in rows]
+
+    def of(column: str) -> tuple[str, ...]:
+        return tuple("" if row.get(column) is None else str(row[column]).strip() for row in rows)
+
+    seeds = tuple(_seed(*one) for one in enumerate(of(SEED), 1)) if SEED in columns else ()
+    return Prompts(of(name), of(NEGATIVE) if NEGATIVE in columns else (), seeds) if rows else Prompts()
+
+
+def _seed(row: int, text: str) -> int | None:
+    if text and not (text.isascii() and text.isdecimal() and int(text) <= LARGEST):
+        raise ValueError(f"found the seed {text!r} in row {row}, expected a whole number from 0 to {LARGEST}, or none")
+    return int(text) if text else None

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config
@@ -15,7 +15,7 @@ from dit_jax.log import say
 from dit_jax.sampling import parts, picture
 from dit_jax.sampling.draw import open_sampling, weights_hash
 from dit_jax.sampling.label import names_of
-from dit_jax.sampling.prompt import wanted_prompts
+from dit_jax.sampling.prompt import Prompts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Request:
     grid: str
     images: str
     labels: tuple[int, ...] = ()
-    prompts: tuple[str, ...] = ()  # of a model of captions, in turn
+    prompts: Prompts = field(default_factory=Prompts)  # of a model of captions
     rgb: bool = False
     size: tuple[int, int] | None = None
 
@@ -47,8 +47,8 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     by_leader(lambda: (check_out("--out", wanted.out), check_out("--grid", wanted.grid, picture.MARK)))
     step = by_leader(lambda: parts.find_step(wanted.workdir, wanted.step, wanted.out, cfg.sample.weights))
     mesh = drawing_mesh(4 * flops.parameters(cfg.model))
-    asked = ({"label": wanted.labels} if wanted.labels else {}) | wanted_prompts(cfg.model, wanted.prompts)
-    sampling = open_sampling(cfg, mesh, asked, wanted.rgb, wanted.size)
+    labels = {"label": wanted.labels} if wanted.labels else {}
+    sampling = open_sampling(cfg, mesh, labels, wanted.rgb, wanted.size, wanted.prompts)
     place = functools.partial(on_mesh, mesh)
     _, params = checkpoint.load(wanted.workdir, step, cfg.sample.weights, cfg.model, place)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
@@ -71,7 +71,9 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     if wanted.grid and leader():
         model = f"{base(wanted.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
         caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {wanted.seed}"
-        picture.save_grid(
-            wanted.grid, drawn(min(wanted.num, picture.GRID)), wanted.prompts or names_of(cfg, wanted.workdir), caption
-        )
+        batches, texts = drawn(min(wanted.num, picture.GRID)), wanted.prompts.texts
+        if texts:
+            picture.save_grid(wanted.grid, batches, texts, caption, picture.prompt_grid)
+        else:
+            picture.save_grid(wanted.grid, batches, names_of(cfg, wanted.workdir), caption)
     everyone_is_here("files")

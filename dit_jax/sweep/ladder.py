@@ -27,6 +27,7 @@ from dit_jax.job.launcher import check_launcher, find_cell, hand_over
 from dit_jax.job.workers import run_cells
 from dit_jax.log import bar, say
 from dit_jax.networks.autoencoder import follow_latents
+from dit_jax.networks.caption import follow
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
 from dit_jax.sampling.picture import grid
@@ -320,7 +321,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
 
 def run(cfg: Config, workdir: str) -> list[Cell]:
     """Runs the ladder, fits its law and writes the report; returns the cells that failed."""
-    cfg = follow_latents(cfg)
+    cfg = follow(follow_latents(cfg))
     cells = make_cells(cfg, workdir)
     cache, protocol_id = os.path.join(workdir, "compiled"), identify(loss_protocol(cfg, prepare(cfg, workdir)))
     failed = run_ladder(cells, cfg.sweep.processes, cache, protocol_id)
@@ -338,7 +339,7 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
 
 def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> None:
     """Runs the cell `asked` here; or, if None, hands all cells that are not finished to the launcher."""
-    cfg = follow_latents(cfg)
+    cfg = follow(follow_latents(cfg))
     cells = make_cells(cfg, workdir)
     names = [cell.name for cell in cells]
     chosen = None if asked is None else cells[find_cell(names, asked)]

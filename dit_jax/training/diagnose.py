@@ -22,13 +22,18 @@ def find_layer(cfg: Config, state: TrainState, batch: dict, encoder: StepEncoder
     names: list[str] = []
 
     model, objective = bind(cfg.model), make_objective(cfg)
-    process = objective.process
+    process, encoded = objective.process, {name for weights in encoder.weights for name in weights}
+
+    def known(points: dict) -> dict:
+        """Outputs of the encoders that a step may have, by the name of their weights."""
+        states = points["cond"]["text"]["states"] if model.cfg.encoded else None
+        return {"encoder": ("the encoder", points["x"]), "text_encoder": ("the text encoder", states)}
 
     def examine(params, extras, batch, *weights):
         points = objective.draw(model, step_key(cfg, state.step - 1), encoder.apply(batch, *weights))
         noisy, t = process.noise(points["x"], points["t"], points["eps"]), process.model_time(points["t"])
         outputs = dit.activations(model.cfg, params, noisy, t, points["cond"])
-        outputs = [("the encoder", points["x"])] * bool(encoder.weights) + outputs
+        outputs = [found for name, found in known(points).items() if name in encoded] + outputs
         names.extend(name for name, _ in outputs)
         _, grads = gradients(objective, model, params, extras, points, cfg.optim.accumulate)
         return [jnp.isfinite(x).all() for _, x in outputs], jax.tree_util.tree_map_with_path(_norms, grads)

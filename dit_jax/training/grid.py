@@ -13,8 +13,8 @@ from dit_jax.files import make_folder
 from dit_jax.log import warn
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
-from dit_jax.sampling.picture import save_grid
-from dit_jax.sampling.prompt import wanted_prompts
+from dit_jax.sampling.picture import grid, prompt_grid, save_grid
+from dit_jax.sampling.prompt import Prompts
 
 FOLDER = "samples"  # in the run's folder
 NUMBER = 64  # images of a grid
@@ -27,11 +27,11 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     All processes call it, because the weights are gathered from all; process 0 draws, by `cfg.sample` and train.seed, and holds the
     weights whole on each of its devices meanwhile. Raises UsageError now if the settings exclude each other or lack an autoencoder.
     """
-    names, wanted = names_of(cfg, workdir), None
+    names, asked = names_of(cfg, workdir), None
     if cfg.model.text:
         names = tuple(prompts(open_source(cfg.data, cfg.data.held_out_split), PROMPTS))
-        wanted = wanted_prompts(cfg.model, names)
-    sampling = open_sampling(cfg, local_mesh(), wanted)
+        asked = Prompts(names)
+    sampling = open_sampling(cfg, local_mesh(), prompts=asked)
 
     def draw(step: int, ema: dict, stop: list) -> str:
         params = whole(ema)
@@ -46,7 +46,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
             return ""
         make_folder(os.path.join(workdir, FOLDER))
         path = os.path.join(workdir, FOLDER, f"step_{step:08}.png")
-        save_grid(path, iter(batches), names)
+        save_grid(path, iter(batches), names, draw=prompt_grid if asked else grid)
         return path
 
     return draw

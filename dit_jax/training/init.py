@@ -80,7 +80,7 @@ def open_init(
     if begun and begun["weights_sha256"] != digest:
         where = f"--init: {source}, step {step}: found weights with the SHA-256 {digest}"
         raise UsageError(f"{where}, expected {begun['weights_sha256']}, as when {workdir} began; use another --workdir")
-    warm = WarmStart(old.model, cfg.model, tuple(labels["rows"]), old.train.label_dropout > 0)
+    warm = WarmStart(old.model, cfg.model, tuple(labels["rows"]), old.train.cond_dropout > 0)
     fresh = abstract_state(cfg, mesh).params
     kinds = warm.kinds(fresh, weights)
     begun = begun or {

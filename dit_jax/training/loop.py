@@ -27,6 +27,8 @@ from dit_jax.files import is_file, write_file
 from dit_jax.job.launch import stop_flag
 from dit_jax.log import progress, say, warn
 from dit_jax.networks.autoencoder import StepEncoder, follow_latents
+from dit_jax.networks.caption import chained, follow, step_encoder, tell_cut, text_flops
+from dit_jax.networks.caption_states import tokens_of
 from dit_jax.networks.in_step import encoder_flops, encoder_of, open_splits
 from dit_jax.sampling.label import keep_names
 from dit_jax.training.diagnose import find_layer
@@ -98,8 +100,9 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
             f"data.held_out_split: found {data.held_out_split!r}, which shares images with data.split = {data.split!r}"
         )
     where = source.key.removeprefix("data.")
+    classes = source.classes if model.classes or not model.text else 0  # of words a model may leave labels alone
     for key, found, expected in (
-        ("model.classes", model.classes, source.classes),
+        ("model.classes", model.classes, classes),
         ("model.channels", model.channels, source.image_shape[-1]),
         ("model.input_size", model.input_size, source.image_shape[0]),
     ):
@@ -115,10 +118,11 @@ def open_data(cfg: Config) -> tuple[sources.Source, sources.Source]:
     return source, held_out
 
 
-def _check_same_data(batches: Batches) -> None:
-    """Raises CommonError on all processes unless all opened the same records, wherever these are stored."""
+def _check_same_data(batches: Batches, cfg: Config) -> None:
+    """Raises CommonError on all processes unless all opened the same records and encoder of captions, wherever these are stored."""
     if jax.process_count() > 1:
-        found = gather({f"{batches.source.key}: {name}": value for name, value in batches.identity.items()})
+        sums = {"model.text_sha256": cfg.model.text_sha256}
+        found = gather({f"{batches.source.key}: {name}": value for name, value in batches.identity.items()} | sums)
         compare(found, "give every host the same data")
 
 
@@ -138,7 +142,7 @@ def run(
     """
     ledger = Ledger("train", since or time.time())
     with _stop_flag() as stop, together():
-        (source, held_out), cfg = open_data(cfg), follow_latents(cfg)
+        (source, held_out), cfg = open_data(cfg), follow(follow_latents(cfg))
         mesh = make_mesh(cfg.mesh)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate)
         bind(cfg.model, mesh)  # says now if these devices lack its attention
@@ -149,9 +153,9 @@ def run(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             source=source,
-            text_length=cfg.model.caption_tokens,
+            tokens=tokens_of(cfg),
         )
-        _check_same_data(batches)
+        _check_same_data(batches, cfg)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None
         score = None
         if every := cfg.train.evaluate_every:
@@ -167,9 +171,8 @@ def run(
             prepare_workdir(cfg, workdir, start and start.record)
             if any(part.folder for part in cfg.data.parts) and not checkpoint.steps(workdir):
                 keep_names(workdir, names())
-            sources.introduce(*([] if quiet else [source, held_out]))
-            if batches.buckets and not quiet:
-                batches.buckets.introduce(cfg.train.batch_size)
+            if not quiet:
+                _introduce(cfg, batches, held_out)
         everyone_is_here("workdir")
         try:
             kept = (cfg.train.keep, cfg.train.keep_at, cfg.train.keep_every)
@@ -180,6 +183,14 @@ def run(
         finally:
             for index, problem in sources.bad_records(source).items():
                 warn(f"record {index} was left out: {problem}")
+
+
+def _introduce(cfg: Config, batches: Batches, held_out: sources.Source) -> None:
+    """Logs what the run is trained on."""
+    sources.introduce(batches.source, held_out)
+    tell_cut(cfg.model, batches.source, 1000)
+    if batches.buckets:
+        batches.buckets.introduce(cfg.train.batch_size)
 
 
 def _train(
@@ -236,7 +247,7 @@ def _train(
 
 def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: Ledger, state, outputs) -> int:
     """Trains and saves; returns the last step. Scalars are read one step late, so that the device never waits for the host."""
-    encoder = encoder_of(batches.source, mesh)
+    encoder = chained(encoder_of(batches.source, mesh), step_encoder(cfg, mesh))
     program, meta = make_train_step(cfg, mesh, encoder), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, known, recent = int(state.step), cfg.train.replay_every, None, set(), []
     step = lambda state, batch: program(state, batch, *encoder.weights)  # noqa: E731
@@ -317,8 +328,9 @@ def _reporter(cfg: Config, ledger: Ledger, data: dict, quiet: bool):
         return lambda step, scalars: {}
     peak, source = peak_flops()
     count, against = flops.parameters(cfg.model), f"{peak / 1e12:.3g} TFLOP/s ({source})"
-    beside, cost = encoder_flops(cfg), make_objective(cfg).flops
+    beside, of_text, cost = encoder_flops(cfg), text_flops(cfg), make_objective(cfg).flops
     without = f" and leaves out the encoder's {beside:.3g} FLOPs an image" if beside else ""
+    without += f" and leaves out the text encoder's {of_text:.3g} FLOPs a caption" if of_text else ""
     say(f"{count:,} parameters; MFU is against {against}{without}; compiling ...")
 
     def flops_until(step: int) -> float:

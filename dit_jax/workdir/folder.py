@@ -55,11 +55,12 @@ def _version(name: str) -> str:
 
 # Keys that a resumed run may change: none of them changes what training computes.
 FREE = (
-    "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.folder", "data.latents", "data.cache", "data.workers", "data.prefetch",
+    "mesh.", "eval.", "sample.", "sweep.", "data.data_dir", "data.folder", "data.latents", "data.captions",
+    "data.cache", "data.workers", "data.prefetch",
     "data.skip_bad", "autoencoder.folder",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.keep_at", "train.keep_every",
     "train.skips_in_a_row", "train.replay_every", "train.profile", "train.evaluate_every", "train.grid_every", "train.wandb",
-    "model.remat", "model.unroll", "model.attention",
+    "model.remat", "model.unroll", "model.attention", "model.text_encoder",
 )  # fmt: skip
 
 
@@ -78,6 +79,8 @@ def check_same_run(cfg: Config, workdir: str) -> None:
     """Raises UsageError if the folder's config differs in a key that changes what is computed."""
     old, new = (flatten(to_dict(c)) | {"data.mixture": c.data.recipe} for c in (read_config(workdir), cfg))
     free = [*FREE, "train.steps"] if cfg.optim.schedule == "constant" else list(FREE)
+    unset = {"model.text_width": 0, "model.text_sha256": ""}  # in a command: a run that begins sets them
+    new = {key: value for key, value in new.items() if key not in unset or value != unset[key]}
     changed = [key for key in new if new[key] != old[key] and not key.startswith(tuple(free))]
     if changed:
         shown = "; ".join(f"{key}: the folder has {old[key]!r}, the command {new[key]!r}" for key in changed[:4])

@@ -31,7 +31,7 @@ FILE = str(ROOT / "tests" / "peers" / "torch_dit.py")
 CFG = Config(
     ModelConfig(depth=2, width=48, heads=3, patch=2, input_size=8, channels=4, classes=10),
     optim=OptimConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.1, ema_decay=0.9),
-    train=TrainConfig(batch_size=6, label_dropout=0.5),
+    train=TrainConfig(batch_size=6, cond_dropout=0.5),
     sample=SampleConfig(steps=5, guidance=3.0, channels="first3"),
 )
 MODEL, OBJECTIVE = bind(CFG.model), make_objective(CFG)

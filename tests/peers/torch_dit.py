@@ -347,7 +347,7 @@ def make_trainer(cfg: Config, params: dict, batch: dict, platform: str, threads:
 
     def draw():
         k = torch.randint(1000, labels.shape, device=device)
-        dropped = torch.rand(labels.shape, device=device) < cfg.train.label_dropout
+        dropped = torch.rand(labels.shape, device=device) < cfg.train.cond_dropout
         return x, labels.where(~dropped, cfg.model.classes), k, torch.randn_like(x)
 
     def recomputing(on: bool, loss: Callable) -> Callable:

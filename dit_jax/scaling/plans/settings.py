@@ -23,7 +23,7 @@ ASSUMED, BATCH = "DiT-XL/2", 256
 FILES = {("digits", 8): "configs/digits.py", ("imagenet2012", 256): "configs/imagenet256.py"}  # (dataset, pixels)
 FILES[("imagenet2012", 512)] = "configs/imagenet512.py"
 SIZE = ("depth", "width", "heads", "unroll")  # what a plan changes in a model
-STUDY = ("model.", "diffusion.", "data.", "optim.", "autoencoder.", "train.label_dropout")  # settings that make a run
+STUDY = ("model.", "diffusion.", "data.", "optim.", "autoencoder.", "train.cond_dropout")  # settings that make a run
 LOCAL = ("data.data_dir", "data.workers", "data.prefetch", "data.cache")  # of these, what belongs to a machine
 SAME_RATE = 0.01  # learning rates this near to a power of the width are one
 

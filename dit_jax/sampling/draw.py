@@ -17,6 +17,7 @@ from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.devices.processes import agree, host_copy, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
 from dit_jax.diffusion import guidance
+from dit_jax.diffusion.process import LATER, denoiser
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError, UsageError
@@ -33,7 +34,7 @@ def make_denoiser(model: Model, task: Task, cfg: SampleConfig, params, cond) -> 
     """Denoiser (x, t) for a sampler: plain at guidance 1, else guided within `cfg.interval`, both halves in one batch."""
 
     def apply(x, t, cond):
-        return model.apply(params, x, task.process.model_time(t), cond)
+        return denoiser(task.process, lambda x, t: model.apply(params, x, t, cond))(x, t)
 
     def plain(x, t):
         return apply(x, t, cond)
@@ -189,12 +190,17 @@ class Sampling:
         del model["remat"], model["unroll"]
         if not self.cfg.model.text:  # as in older jobs
             del model["text"], model["text_length"]
+        default, process = ModelConfig(), to_dict(self.cfg.diffusion)
+        for group, later in ((model, {key: getattr(default, key) for key in ("positions", "block")}), (process, LATER)):
+            for key, value in later.items():
+                if group[key] == value:
+                    del group[key]
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
         if texts := self.wanted.get("text", ()):
             job["prompts"] = f"{len(texts)}, SHA-256 {hashlib.sha256(json.dumps(texts).encode()).hexdigest()}"
-        for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(self.cfg.diffusion))):
+        for name, group in (("sample", settings), ("model", model), ("diffusion", process)):
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}

@@ -1,11 +1,12 @@
 """Parameters, multiply-accumulates (MACs) and FLOPs of a DiT in closed form, exact for the models in `models/`; FLOPs of frozen encoders.
 
 One MAC is one multiply and one add, so FLOPs = 2 x MACs. The DiT paper's "Gflops" are the MACs of one unguided forward pass of one
-image (Peebles & Xie 2023, Table 4). Norms, activations, softmax and biases are not counted.
+image (Peebles & Xie 2023, Table 4). Norms, activations, softmax, rotations and biases are not counted.
 
-    MACs = T p^2 C d + (256 d + d^2) + L ((4 + 2r) S d^2 + 2 S^2 d + m d^2 + x) + o d^2 + T d p^2 C_out
+    MACs = T p^2 C d + (256 d + d^2) + L (4 S d^2 + g S d h + 2 S^2 d + m d^2 + x) + o d^2 + T d p^2 C_out
 
-with T image tokens, patch p, C channels in and C_out out, width d, depth L and MLP ratio r, and by conditioning:
+with T image tokens, patch p, C channels in and C_out out, width d, depth L, g matrices of an MLP with h hidden features (2 and r d for
+the MLP ratio r; of SwiGLU 3 and `cfg.hidden`), and by conditioning:
 
                         in_context   cross_attention           adaln   adaln_zero   adaln_cross
     S, tokens           T + 2 + M    T                         T       T            T
@@ -66,6 +67,11 @@ def crossed_tokens(cfg: ModelConfig) -> int:
     return {"cross_attention": 1 + sum(known.values()), "adaln_cross": known.get("text", 0)}.get(cfg.conditioning, 0)
 
 
+def _matrices(cfg: ModelConfig) -> int:
+    """Matrices of an MLP: SwiGLU has a gate besides."""
+    return 3 if cfg.block == "llama" else 2
+
+
 def tokens(cfg: ModelConfig, shape: Shape = None) -> int:
     """Tokens of an image of `shape` (h, w)."""
     return cfg.tokens if shape is None else (shape[0] // cfg.patch) * (shape[1] // cfg.patch)
@@ -86,7 +92,7 @@ def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
         "attention_projections": cfg.depth * 4 * s * d * d,
         "attention_scores": cfg.depth * 2 * s * s * d,
         "cross_attention": cfg.depth * cross,
-        "mlp": cfg.depth * 2 * cfg.mlp_ratio * s * d * d,
+        "mlp": cfg.depth * _matrices(cfg) * s * d * cfg.hidden,
         "modulation": (cfg.depth * MODULATIONS[cfg.conditioning] + 2) * d * d if cfg.adaptive else 0,
         "output": n * d * patch * cfg.out_channels,
     }
@@ -109,9 +115,10 @@ def train_flops(cfg: ModelConfig, images: int = 1, shape: Shape = None) -> int:
 
 def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     """Trainable parameters by component, so without the fixed position table."""
-    d, patch, hidden = cfg.width, cfg.patch**2, cfg.mlp_ratio * cfg.width
+    d, patch, hidden = cfg.width, cfg.patch**2, cfg.hidden
     attention = 4 * d * d + 4 * d + (2 * (d // cfg.heads) if cfg.qk_norm else 0)
-    mlp = 2 * d * hidden + hidden + d
+    mlp = _matrices(cfg) * d * hidden + (_matrices(cfg) - 1) * hidden + d
+    norm = d if cfg.block == "llama" else 2 * d  # RMSNorm has no bias
     crossed = crossed_tokens(cfg) > 0
     return {
         "patch_embedding": patch * cfg.channels * d + d,
@@ -121,7 +128,7 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
         "cross_attention": cfg.depth * attention if crossed else 0,
         "mlp": cfg.depth * mlp,
         "modulation": (cfg.depth * MODULATIONS[cfg.conditioning] + 2) * (d * d + d) if cfg.adaptive else 0,
-        "norms": 0 if cfg.adaptive else (cfg.depth * (3 if crossed else 2) + 1) * 2 * d,
+        "norms": 0 if cfg.adaptive else (cfg.depth * (3 if crossed else 2) + 1) * norm,
         "output": d * patch * cfg.out_channels + patch * cfg.out_channels,
     }
 
@@ -137,7 +144,7 @@ def active_parameters(cfg: ModelConfig) -> int:
     Excluded are weights that act once per image: modulation, time, labels, and the keys and values of cross-attention.
     """
     d, crossed = cfg.width, 2 if crossed_tokens(cfg) else 0
-    per_block = (4 + crossed + 2 * cfg.mlp_ratio) * d * d
+    per_block = (4 + crossed) * d * d + _matrices(cfg) * d * cfg.hidden
     return cfg.depth * per_block + cfg.patch**2 * d * (cfg.channels + cfg.out_channels)
 
 

@@ -1,4 +1,4 @@
-"""The four conditionings against a second implementation: plain NumPy in float64, an image and a head at a time."""
+"""The conditionings, blocks and positions against a second implementation: plain NumPy in float64, an image and a head at a time."""
 
 import dataclasses
 
@@ -17,6 +17,7 @@ from dit_jax.training.state import make_state
 from dit_jax.training.step import make_train_step
 
 NAMES = ("in_context", "cross_attention", "adaln", "adaln_zero")
+MODERN = {"positions": "rope", "block": "llama"}
 
 
 def linear(p, x):
@@ -25,7 +26,10 @@ def linear(p, x):
     return x @ kernel + p["bias"].reshape(-1)
 
 
-def norm(x, p=None):
+def norm(cfg, x, p=None):
+    if cfg.block == "llama":
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        return x if p is None else x * p["scale"]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     return x if p is None else x * p["scale"] + p["bias"]
 
@@ -47,8 +51,23 @@ def heads(cfg, q, k, v):
     return out
 
 
+def turned(cfg, x):
+    """Queries or keys (n, d): feature pairs as complex numbers, of patch (row, column) times e^(i angle); condition tokens stay."""
+    side, size = cfg.input_size // cfg.patch, cfg.width // cfg.heads
+    frequencies = 10_000.0 ** -(np.arange(size // 4) / (size // 4))
+    out = x.reshape(len(x), cfg.heads, 2, size // 2).copy()
+    for token in range(side**2):
+        row, column = divmod(token, side)
+        turn = np.exp(1j * np.concatenate([column * frequencies, row * frequencies]))
+        pairs = (out[token, :, 0] + 1j * out[token, :, 1]) * turn
+        out[token, :, 0], out[token, :, 1] = pairs.real, pairs.imag
+    return out.reshape(x.shape)
+
+
 def attention(cfg, p, x):
     q, k, v = np.split(linear(p["qkv"], x), 3, axis=-1)
+    if cfg.positions == "rope":
+        q, k = turned(cfg, q), turned(cfg, k)
     return project(p, heads(cfg, q, k, v))
 
 
@@ -61,23 +80,27 @@ def project(p, h):
     return h @ p["proj"]["kernel"].reshape(h.shape[-1], -1) + p["proj"]["bias"]
 
 
-def mlp(p, x):
-    return linear(p["fc2"], gelu(linear(p["fc1"], x)))
+def mlp(cfg, p, x):
+    h = linear(p["fc1"], x)
+    if cfg.block == "llama":
+        gate, up = np.split(h, 2, axis=-1)
+        return linear(p["fc2"], silu(gate) * up)
+    return linear(p["fc2"], gelu(h))
 
 
 def block(cfg, p, x, c):
     if cfg.conditioning == "adaln_zero":
         s1, a1, g1, s2, a2, g2 = np.split(linear(p["modulation"]["linear"], silu(c)), 6)
-        x = x + g1 * attention(cfg, p["attention"], norm(x) * (1 + a1) + s1)
-        return x + g2 * mlp(p["mlp"], norm(x) * (1 + a2) + s2)
+        x = x + g1 * attention(cfg, p["attention"], norm(cfg, x) * (1 + a1) + s1)
+        return x + g2 * mlp(cfg, p["mlp"], norm(cfg, x) * (1 + a2) + s2)
     if cfg.conditioning == "adaln":
         s1, a1, s2, a2 = np.split(linear(p["modulation"]["linear"], silu(c)), 4)
-        x = x + attention(cfg, p["attention"], norm(x) * (1 + a1) + s1)
-        return x + mlp(p["mlp"], norm(x) * (1 + a2) + s2)
-    x = x + attention(cfg, p["attention"], norm(x, p["norm1"]))
+        x = x + attention(cfg, p["attention"], norm(cfg, x) * (1 + a1) + s1)
+        return x + mlp(cfg, p["mlp"], norm(cfg, x) * (1 + a2) + s2)
+    x = x + attention(cfg, p["attention"], norm(cfg, x, p["norm1"]))
     if cfg.conditioning == "cross_attention":
-        x = x + cross_attention(cfg, p["cross_attention"], norm(x, p["cross_norm"]), c)
-    return x + mlp(p["mlp"], norm(x, p["norm2"]))
+        x = x + cross_attention(cfg, p["cross_attention"], norm(cfg, x, p["cross_norm"]), c)
+    return x + mlp(cfg, p["mlp"], norm(cfg, x, p["norm2"]))
 
 
 def sines(index, count):
@@ -93,7 +116,7 @@ def reference(cfg, params, image, t, label):
         for column in range(side):
             patch = image[row * p : (row + 1) * p, column * p : (column + 1) * p].reshape(-1)
             position = np.concatenate([sines(column, size // 4), sines(row, size // 4)])
-            tokens.append(linear(params["patch_embedding"], patch) + position)
+            tokens.append(linear(params["patch_embedding"], patch) + position * (cfg.positions == "sincos"))
     x = np.stack(tokens)
     angles = t * np.exp(-np.log(10_000) * np.arange(128) / 128)
     wave = np.concatenate([np.cos(angles), np.sin(angles)])
@@ -107,16 +130,17 @@ def reference(cfg, params, image, t, label):
     x, out = x[: side**2], params["output"]
     if "adaln" in cfg.conditioning:
         shift, scale = np.split(linear(out["modulation"]["linear"], silu(c)), 2)
-        x = norm(x) * (1 + scale) + shift
+        x = norm(cfg, x) * (1 + scale) + shift
     else:
-        x = norm(x, out["norm"])
+        x = norm(cfg, x, out["norm"])
     patches = linear(out["linear"], x).reshape(side, side, p, p, -1)
     return patches.swapaxes(1, 2).reshape(cfg.input_size, cfg.input_size, -1)
 
 
+@pytest.mark.parametrize("changes", [{}, MODERN], ids=["dit", "modern"])
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_equal_a_second_implementation(name):
-    cfg = dataclasses.replace(SMALL, conditioning=name)
+def test_outputs_equal_a_second_implementation(name, changes):
+    cfg = dataclasses.replace(SMALL, conditioning=name, **changes)
     params, (x, t, labels) = random_params(cfg), inputs(cfg)
     out = apply(cfg, params, x, t, labels)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -139,10 +163,13 @@ def test_time_and_label_matter_and_only_zero_gates_start_as_the_identity(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["in_context", "cross_attention"])  # adaLN-Zero is in tests/test_mesh.py
-def test_shards_train_and_name_their_layers(name):
+@pytest.mark.parametrize(
+    "name, changes",
+    [("in_context", {}), ("cross_attention", {}), ("in_context", MODERN), ("adaln_zero", MODERN)],
+)  # adaLN-Zero is in tests/test_mesh.py
+def test_shards_train_and_name_their_layers(name, changes):
     """On 2 x 2 x 2 devices the loss is that of one device, and a broken weight is found in every kind of block."""
-    cfg = Config(dataclasses.replace(SMALL, conditioning=name), train=TrainConfig(batch_size=8))
+    cfg = Config(dataclasses.replace(SMALL, conditioning=name, **changes), train=TrainConfig(batch_size=8))
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(8, 8, 8, 3)).astype(np.float32),
@@ -158,7 +185,7 @@ def test_shards_train_and_name_their_layers(name):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     params = jax.device_get(state.params)
     params["blocks"]["mlp"]["fc1"]["bias"] = np.array(params["blocks"]["mlp"]["fc1"]["bias"])
-    params["blocks"]["mlp"]["fc1"]["bias"][1, 0] = np.nan
+    params["blocks"]["mlp"]["fc1"]["bias"][1, ..., 0] = np.nan
     state = dataclasses.replace(state, params=params)
     assert find_layer(cfg, state, batch) == "the first output that is not finite is that of blocks[1]/mlp/fc1"
 

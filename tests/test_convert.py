@@ -161,7 +161,7 @@ def test_queries_keys_and_values_are_thirds():
 
 @pytest.mark.parametrize("changes", [{"conditioning": "adaln"}, {"conditioning": "in_context"}, {"qk_norm": True}])
 def test_other_models_have_no_published_names(changes):
-    with pytest.raises(UsageError, match="only 'adaln_zero' without qk_norm has published names"):
+    with pytest.raises(UsageError, match="only 'adaln_zero' without qk_norm, rope and llama blocks has"):
         published.write(dataclasses.replace(TINY, **changes), {})
 
 

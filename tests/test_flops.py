@@ -82,6 +82,9 @@ def test_active_parameters_of_xl():
         {"conditioning": "cross_attention", "qk_norm": True},
         {"conditioning": "in_context", "qk_norm": True},
         {"conditioning": "adaln"},
+        {"block": "llama"},
+        {"block": "llama", "conditioning": "in_context", "positions": "rope"},
+        {"block": "llama", "conditioning": "cross_attention"},
     ],
 )
 def test_parameters_of_free_configs_match_init(changes):
@@ -89,10 +92,12 @@ def test_parameters_of_free_configs_match_init(changes):
     assert flops.parameters(cfg) == made_parameters(cfg)
 
 
-@pytest.mark.parametrize("name", CONDITIONINGS)
-def test_macs_match_the_compiler_on_an_unrolled_model(name):
+@pytest.mark.parametrize(
+    "changes", [*({"conditioning": name} for name in CONDITIONINGS), {"block": "llama", "positions": "rope"}]
+)
+def test_macs_match_the_compiler_on_an_unrolled_model(changes):
     """XLA counts norms and activations too, so it must come out above, and near for a wide model."""
-    cfg = ModelConfig(depth=2, width=256, heads=4, input_size=16, classes=10, unroll=2, conditioning=name)
+    cfg = ModelConfig(depth=2, width=256, heads=4, input_size=16, classes=10, unroll=2, **changes)
     params = dit.init(cfg, jax.random.key(0))
     x, t, y = jax.numpy.zeros((1, 16, 16, 4)), jax.numpy.zeros((1,)), jax.numpy.zeros((1,), int)
     cost = jax.jit(lambda p: dit.apply(cfg, p, x, t, y)).lower(params).compile().cost_analysis()

@@ -27,6 +27,8 @@ class ModelConfig:
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross (of captions)
+    positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
+    block: str = "dit"  # layers of a block: dit (LayerNorm, GELU) | llama (RMSNorm, SwiGLU of about as many parameters)
     qk_norm: bool = False  # normalise queries and keys
     dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn
@@ -52,6 +54,8 @@ class ModelConfig:
             raise UsageError(
                 "model.text: found '', expected 'bytes' or an encoder for model.conditioning = 'adaln_cross'"
             )
+        choice("model.positions", self.positions, ("sincos", "rope"))
+        choice("model.block", self.block, ("dit", "llama"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         choice("model.remat", self.remat, ("none", "dots", "full"))
@@ -62,6 +66,9 @@ class ModelConfig:
             raise UsageError(
                 f"model.width: found {self.width}, expected a multiple of 4 (two sines and two cosines a position)"
             )
+        if self.positions == "rope" and (head := self.width // self.heads) % 4:
+            expected = "expected heads whose width is a multiple of 4 (pairs for rows and for columns)"
+            raise UsageError(f"model.heads: found {self.heads}, so {head} features a head; with rope, {expected}")
 
     @property
     def tokens(self) -> int:
@@ -89,6 +96,13 @@ class ModelConfig:
         return self.text_width
 
     @property
+    def hidden(self) -> int:
+        """Features between the MLP's matrices; of SwiGLU, which has 3, two thirds of GELU's (Shazeer 2020, arXiv 2002.05202, section 3),
+        to the nearest multiple of 16."""
+        hidden = self.mlp_ratio * self.width
+        return 16 * max(1, round(hidden / 24)) if self.block == "llama" else hidden
+
+    @property
     def adaptive(self) -> bool:
         """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
         return self.conditioning in ("adaln", "adaln_zero", "adaln_cross")
@@ -100,11 +114,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Noising process and loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, velocity-prediction."""
+    """Noising process and loss. `ddpm`: discrete, eps-prediction; `flow`: rectified flow, whose loss is that of the velocity."""
 
     process: str = "ddpm"  # ddpm | flow
     schedule: str = "linear"  # ddpm: linear | cosine
     timesteps: int = 1000  # ddpm: length of the discrete chain
+    prediction: str = "velocity"  # flow: output of the network: velocity | x (the clean image)
+    shift: float = 1.0  # flow: factor of t / (1 - t), in training and in sampling; > 1 = more noise, for large images
     time_law: str = "uniform"  # flow: distribution of t in training: uniform | logit_normal
     logit_mean: float = 0.0  # flow, logit_normal: mean of logit(t)
     logit_std: float = 1.0  # flow, logit_normal: standard deviation of logit(t)
@@ -113,6 +129,13 @@ class DiffusionConfig:
         choice("diffusion.process", self.process, ("ddpm", "flow"))
         choice("diffusion.schedule", self.schedule, ("linear", "cosine"))
         choice("diffusion.time_law", self.time_law, ("uniform", "logit_normal"))
+        choice("diffusion.prediction", self.prediction, ("velocity", "x"))
+        in_range("diffusion.shift", self.shift, 1e-3, 1e3)
+        for name in ("prediction", "shift") if self.process == "ddpm" else ():
+            if (found := getattr(self, name)) != (expected := getattr(DiffusionConfig, name)):
+                raise UsageError(
+                    f"diffusion.{name}: found {found!r}, expected {expected!r} unless diffusion.process is 'flow'"
+                )
         in_range("diffusion.timesteps", self.timesteps, 2)
         in_range("diffusion.logit_std", self.logit_std, 1e-3)
 

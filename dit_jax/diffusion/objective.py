@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dit_jax import flops
 from dit_jax.config import Config
-from dit_jax.diffusion.process import Denoiser, Images, Process, Times, make_process
+from dit_jax.diffusion.process import Denoiser, Images, Process, Times, denoiser, make_process
 
 
 def nothing(params) -> dict:
@@ -59,8 +59,9 @@ def noise_prediction(process: Process, denoise: Denoiser, x: Images, t: Times, e
 
 
 def velocity(process: Process, denoise: Denoiser, x: Images, t: Times, eps: Images):
-    """Mean squared error of the velocity eps - x, per image (Liu et al. 2022, eq. 1)."""
-    mse = jnp.square(denoise(process.noise(x, t, eps), t) - (eps - x)).mean(axis=(1, 2, 3))
+    """Mean squared error of the velocity, per image (Liu et al. 2022, eq. 1)."""
+    x_t = process.noise(x, t, eps)
+    mse = jnp.square(denoise(x_t, t) - process.target(x, eps, x_t, t)).mean(axis=(1, 2, 3))
     return mse, {"mse": mse}
 
 
@@ -76,9 +77,7 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
         return {"x": x, "cond": cond, "t": t, "eps": jax.random.normal(noise_key, x.shape)}
 
     def losses(model, params, extras, points: dict):
-        def denoise(x, t):
-            return model.apply(params, x, process.model_time(t), points["cond"])
-
+        denoise = denoiser(process, lambda x, t: model.apply(params, x, t, points["cond"]))
         return loss(process, denoise, points["x"], points["t"], points["eps"])
 
     return Objective(process, draw, losses, lambda shape=None: flops.train_flops(cfg.model, shape=shape))

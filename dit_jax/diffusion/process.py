@@ -7,8 +7,9 @@ Both are Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps. The methods of a proc
     model_time(t)                    t in the published models' units, 0 to 1000
     noise(x, t, eps)                 x_t
     times(steps, spacing)            float64 sampling grid, from 1 (noise) to 0 (clean)
+    read(out, x_t, t)                network output -> output of a Denoiser: eps (and the variance), or the velocity
     alpha(t), sigma(t)               float64 NumPy, for grids
-    predict(out, x_t, alpha, sigma)  network output -> (x_0, eps)
+    predict(out, x_t, alpha, sigma)  output of a Denoiser -> (x_0, eps)
     slope, scale, clock              probability-flow ODE: x_t = scale(t) z and dz/dclock = slope
     variance_share(out)              share of the larger log variance (b, h, w, c), or None if not learned
 """
@@ -31,6 +32,7 @@ Images = Float[Array, "b h w c"]
 Output = Float[Array, "b h w c_out"]
 Times = Float[Array, " b"]
 Denoiser = Callable[..., Array]  # denoise(x (b, h, w, c), t (b,)) -> (b, h, w, c_out)
+LEAST_TIME = 0.05  # that a velocity is divided by: JiT's clip of 1 - t, where t = 1 is clean
 
 
 def _column(t: jax.Array) -> jax.Array:
@@ -39,19 +41,26 @@ def _column(t: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (Liu et al. 2022): x_t = (1 - t) x_0 + t eps; the network predicts the velocity eps - x_0.
+    """Rectified flow (Liu et al. 2022): x_t = (1 - t) x_0 + t eps, with the velocity eps - x_0.
 
-    `time_law` is uniform or logit_normal (Esser et al. 2024, section 3.1).
+    `time_law` is uniform or logit_normal (Esser et al. 2024, section 3.1). `shift` s moves the times of training and the sampling grid to
+    s t / (1 + (s - 1) t) (section 5.3.2). `prediction` is what the network puts out: the velocity, or x_0, which gives the velocity
+    (x_t - x_0) / max(t, 0.05) (Li & He 2025, arXiv 2511.13720, JiT).
     """
 
     time_law: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    prediction: str = "velocity"
+    shift: float = 1.0
 
     def time(self, u: Times) -> Times:
         if self.time_law == "uniform":
-            return u
-        return jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u))
+            return self._shifted(u)
+        return self._shifted(jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u)))
+
+    def _shifted(self, t):
+        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def equidistant(self, count: int) -> np.ndarray:
         return np.arange(count) / count
@@ -69,13 +78,20 @@ class Flow:
     clock = sigma
 
     def times(self, steps: int, spacing: str = "linspace") -> np.ndarray:
-        """Equal steps from 1 to 0, (steps + 1,). Raises UsageError if `spacing` is not "linspace"."""
+        """Equal steps from 1 to 0, then shifted, (steps + 1,). Raises UsageError if `spacing` is not "linspace"."""
         if spacing != "linspace":
             raise UsageError(f"sample.spacing: found {spacing!r} for Flow, expected 'linspace': its steps are equal")
-        return np.linspace(1.0, 0.0, steps + 1)
+        return self._shifted(np.linspace(1.0, 0.0, steps + 1))
 
     def noise(self, x: Images, t: Times, eps: Images) -> Images:
         return (1 - _column(t)) * x + _column(t) * eps
+
+    def target(self, x: Images, eps: Images, x_t: Images, t: Times) -> Images:
+        """Velocity that the loss compares with, by `read` for a network that puts out x_0, as in JiT: below t = 0.05 it is smaller."""
+        return eps - x if self.prediction == "velocity" else self.read(x, x_t, t)
+
+    def read(self, out: Output, x_t: Images, t: Times) -> Images:
+        return out if self.prediction == "velocity" else (x_t - out) / jnp.maximum(_column(t), LEAST_TIME)
 
     def predict(self, out: Output, x_t: Images, alpha, sigma) -> tuple[Images, Images]:
         return x_t - sigma * out, x_t + alpha * out
@@ -157,6 +173,9 @@ class DDPM:
         nll = -discretised_log_likelihood(x, mean_hat, log_variance)
         return jnp.where(_column(self.index(t) == 1), nll, kl).mean(axis=(1, 2, 3)) / np.log(2.0)
 
+    def read(self, out: Output, x_t: Images, t: Times) -> Output:
+        return out
+
     def predict(self, out: Output, x_t: Images, alpha, sigma) -> tuple[Images, Images]:
         eps = out[..., : x_t.shape[-1]]
         return (x_t - sigma * eps) / alpha, eps
@@ -188,17 +207,24 @@ def discretised_log_likelihood(x, mean, log_variance):
 
 
 Process = Flow | DDPM
-LAW = ("time_law", "logit_mean", "logit_std")  # fields that give the law of t in training
+LAW = ("time_law", "logit_mean", "logit_std", "shift")  # fields that give the law of t in training
+LATER = {"prediction": "velocity", "shift": 1.0}  # left out of records if so, as in older records
+
+
+def denoiser(process: Process, network: Callable) -> Denoiser:
+    """Denoiser (x, t) of a network (x, t in 0 to 1000) -> output."""
+    return lambda x, t: process.read(network(x, process.model_time(t)), x, t)
 
 
 def make_process(cfg: DiffusionConfig, learn_sigma: bool) -> Process:
     """Process of a config; `learn_sigma` as in the model config."""
     if cfg.process == "flow":
-        return Flow(cfg.time_law, cfg.logit_mean, cfg.logit_std)
+        return Flow(cfg.time_law, cfg.logit_mean, cfg.logit_std, cfg.prediction, cfg.shift)
     return DDPM(cfg.schedule, cfg.timesteps, learn_sigma)
 
 
 def describe(process: Process, law: bool = True) -> dict:
     """Plain values of a process, for records; without the law of t, which some losses do not depend on, unless `law`."""
     found = {"process": type(process).__name__.lower(), **dataclasses.asdict(process)}
+    found = {name: value for name, value in found.items() if name not in LATER or value != LATER[name]}
     return {name: value for name, value in found.items() if law or name not in LAW}

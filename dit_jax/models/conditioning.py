@@ -32,21 +32,34 @@ def timestep_features(t: jax.Array, size: int) -> jax.Array:
 def positions(side: int, width: int, grid: tuple[int, int] | None = None) -> np.ndarray:
     """Fixed sin-cos position table (n, d), float32, of a grid of (rows, columns) patches, by default side x side.
 
-    The first half of d encodes the column, the second the row. Coordinates are 0 to side - 1 in a square grid; those of another grid
-    have the same spacing and the same centre, so that they may be negative or halves: row r is at r - (rows - side) / 2 (Esser et al.
-    2024, arXiv 2403.03206, "Positional encodings for variable aspect ratios", without the change of scale).
+    The first half of d encodes the column, the second the row.
+    """
+    encoded = [f(angles) for angles in _angles(side, width // 4, grid) for f in (np.sin, np.cos)]
+    return np.concatenate(encoded, axis=1).astype(np.float32)
+
+
+def rotations(side: int, width: int, grid: tuple[int, int], extra: int) -> np.ndarray:
+    """Angles (n + extra, h/2), float32, that rotate the queries and keys of a grid of patches, and of `extra` tokens beside, for heads of
+    `width` h.
+
+    The first half of the angles is by the column, the second by the row: axial rotary embeddings (Heo et al. 2024, arXiv 2403.13298,
+    section 3.1). Tokens of the condition are not rotated (as in FLUX.1, Black Forest Labs 2024, where they are at position 0).
+    """
+    angles = np.concatenate(_angles(side, width // 4, grid), axis=1)
+    return np.pad(angles, ((0, extra), (0, 0))).astype(np.float32)
+
+
+def _angles(side: int, count: int, grid: tuple[int, int] | None) -> list[np.ndarray]:
+    """Coordinates of patches times `count` frequencies, (n, count): of columns, then of rows.
+
+    Coordinates are 0 to side - 1 in a square grid; those of another grid have the same spacing and the same centre, so that they may be
+    negative or halves: row r is at r - (rows - side) / 2 (Esser et al. 2024, arXiv 2403.03206, "Positional encodings for variable aspect
+    ratios", without the change of scale).
     """
     rows, columns = grid or (side, side)
-    quarter = width // 4
-    frequencies = MAX_PERIOD ** -(np.arange(quarter, dtype=np.float64) / quarter)
-
-    def encode(index):
-        angles = index[:, None] * frequencies[None]
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
+    frequencies = MAX_PERIOD ** -(np.arange(count, dtype=np.float64) / count)
     row, column = np.divmod(np.arange(rows * columns), columns)
-    encoded = [encode(column - (columns - side) / 2), encode(row - (rows - side) / 2)]
-    return np.concatenate(encoded, axis=1).astype(np.float32)
+    return [index[:, None] * frequencies[None] for index in (column - (columns - side) / 2, row - (rows - side) / 2)]
 
 
 class TimeEmbedding(nn.Module):
@@ -119,6 +132,7 @@ class Condition(NamedTuple):
     vector: jax.Array | None
     tokens: jax.Array | None
     mask: jax.Array | None = None  # None: all
+    angles: jax.Array | None = None  # (n, h/2) by which queries and keys of self-attention are rotated; None: not
 
 
 class Field(NamedTuple):

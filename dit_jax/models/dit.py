@@ -9,16 +9,15 @@ import jax.numpy as jnp
 
 from dit_jax.config import ModelConfig
 from dit_jax.models import conditioning
-from dit_jax.models.conditioning import positions
+from dit_jax.models.conditioning import positions, rotations
 from dit_jax.models.kernels import KEPT
 from dit_jax.models.layers import (
+    LAYERS,
     Attention,
     CrossAttention,
-    Mlp,
     Modulation,
     Norm,
     as_it_is,
-    layer_norm,
     modulate,
     patchify,
     unpatchify,
@@ -29,7 +28,7 @@ from dit_jax.models.layers import (
 
 def _attention(cls, cfg: ModelConfig, name: str, **how):
     implementation = "xla" if cfg.attention == "auto" else cfg.attention
-    return cls(cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name, **how)
+    return cls(cfg.width, cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name, **how)
 
 
 class AdaptiveBlock(nn.Module):
@@ -44,18 +43,19 @@ class AdaptiveBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        cfg, dtype, (c, tokens, mask) = self.cfg, jnp.dtype(self.cfg.dtype), c
-        attention = _attention(Attention, cfg, "attention")
-        mlp = Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")
+        cfg, dtype, (c, tokens, mask, angles) = self.cfg, jnp.dtype(self.cfg.dtype), c
+        norm, mlp = LAYERS[cfg.block]
+        attention = functools.partial(_attention(Attention, cfg, "attention"), angles=angles)
+        mlp = mlp(cfg.hidden, dtype, name="mlp")
         if cfg.conditioning == "adaln":
             shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.place, name="modulation")(c)
-            x = x + attention(modulate(layer_norm(x), shift1, scale1))
-            return x + mlp(modulate(layer_norm(x), shift2, scale2)), None
+            x = x + attention(modulate(norm(x), shift1, scale1))
+            return x + mlp(modulate(norm(x), shift2, scale2)), None
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, place=self.place, name="modulation")(c)
-        x = x + gate1[:, None] * attention(modulate(layer_norm(x), shift1, scale1))
+        x = x + gate1[:, None] * attention(modulate(norm(x), shift1, scale1))
         if cfg.conditioning == "adaln_cross":
             x = x + _attention(CrossAttention, cfg, "cross_attention", out_init=zeros)(x, tokens, mask)
-        return x + gate2[:, None] * mlp(modulate(layer_norm(x), shift2, scale2)), None
+        return x + gate2[:, None] * mlp(modulate(norm(x), shift2, scale2)), None
 
 
 class PlainBlock(nn.Module):
@@ -70,10 +70,13 @@ class PlainBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype, within = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.conditioning == "in_context"
-        x = x + _attention(Attention, cfg, "attention")(Norm(dtype, name="norm1")(x), c.mask if within else None)
+        kind, mlp = LAYERS[cfg.block]
+        h = Norm(dtype, kind, name="norm1")(x)
+        x = x + _attention(Attention, cfg, "attention")(h, c.mask if within else None, c.angles)
         if not within:
-            x = x + _attention(CrossAttention, cfg, "cross_attention")(Norm(dtype, name="cross_norm")(x), c.tokens)
-        return x + Mlp(cfg.mlp_ratio * cfg.width, dtype, name="mlp")(Norm(dtype, name="norm2")(x)), None
+            h = Norm(dtype, kind, name="cross_norm")(x)
+            x = x + _attention(CrossAttention, cfg, "cross_attention")(h, c.tokens)
+        return x + mlp(cfg.hidden, dtype, name="mlp")(Norm(dtype, kind, name="norm2")(x)), None
 
 
 class Output(nn.Module):
@@ -85,11 +88,12 @@ class Output(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        norm, _ = LAYERS[cfg.block]
         if cfg.adaptive:
             shift, scale = Modulation(2, dtype, place=self.place, name="modulation")(c.vector)
-            h = modulate(layer_norm(x), shift, scale)
+            h = modulate(norm(x), shift, scale)
         else:
-            h = Norm(dtype, name="norm")(x)
+            h = Norm(dtype, norm, name="norm")(x)
         return nn.Dense(cfg.patch**2 * cfg.out_channels, kernel_init=zeros, dtype=dtype, name="linear")(h)
 
 
@@ -122,8 +126,13 @@ class DiT(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         rows, columns = (size // cfg.patch for size in x.shape[1:3])
         h = nn.Dense(cfg.width, kernel_init=xavier, dtype=dtype, name="patch_embedding")(patchify(x, cfg.patch))
-        h = h + positions(cfg.input_size // cfg.patch, cfg.width, (rows, columns)).astype(dtype)[None]
+        side, grid = cfg.input_size // cfg.patch, (rows, columns)
+        if cfg.positions == "sincos":
+            h = h + positions(side, cfg.width, grid).astype(dtype)[None]
         c = conditioning.embed(cfg, t, cond)
+        if cfg.positions == "rope":
+            extra = c.tokens.shape[1] if cfg.conditioning == "in_context" else 0
+            c = c._replace(angles=jnp.asarray(rotations(side, cfg.width // cfg.heads, grid, extra)))
         if cfg.conditioning == "in_context":
             if c.mask is not None:
                 c = c._replace(mask=jnp.concatenate([jnp.ones(h.shape[:2], bool), c.mask], axis=1))

@@ -34,6 +34,12 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return ((h - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
+def rms_norm(x: jax.Array) -> jax.Array:
+    """Root-mean-square normalisation over d without a learned scale, eps 1e-6, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    h = x.astype(jnp.float32)
+    return (h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
 def patchify(x: jax.Array, patch: int) -> jax.Array:
     """Cuts images (b, h, w, c) into patches (b, n, p p c), row by row."""
     b, h, w, c = x.shape
@@ -49,38 +55,47 @@ def unpatchify(x: jax.Array, patch: int, rows: int, columns: int) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """Layer normalisation with learned scale and shift, (b, n, d) -> (b, n, d), computed in float32."""
+    """Normalisation by `kind` with a learned scale and, of `layer_norm`, shift: (b, n, d) -> (b, n, d), computed in float32."""
 
     dtype: jnp.dtype
+    kind: Callable = layer_norm
 
     @nn.compact
     def __call__(self, x):
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,), jnp.float32).astype(self.dtype)
+        if self.kind is rms_norm:
+            return rms_norm(x) * scale[None, None]
         bias = self.param("bias", zeros, (d,), jnp.float32).astype(self.dtype)
         return layer_norm(x) * scale[None, None] + bias[None, None]
 
 
-class Heads(nn.Module):
-    """Projections (b, n, d) -> `parts` arrays (b, n, k, h), one kernel (d, parts, k, h) but one matmul for each part.
+class Parts(nn.Module):
+    """Linear maps (b, n, d) -> `features[0]` arrays (b, n, *features[1:]), one kernel (d, *features) but one matmul for each part.
 
     A fused matmul would force copies to split its output and to concatenate its gradient.
     """
 
-    parts: int
-    heads: int
+    features: tuple[int, ...]
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x) -> tuple:
-        d, shape = x.shape[-1], (self.parts, self.heads, x.shape[-1] // self.heads)
+        d, shape = x.shape[-1], self.features
         kernel = self.param("kernel", lambda key, full: xavier(key, (d, math.prod(shape))).reshape(full), (d, *shape))
         bias = self.param("bias", zeros, shape)
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         x = x.astype(self.dtype)
         return tuple(
-            keep(jnp.einsum("bnd,dkh->bnkh", x, kernel[:, i])) + bias[None, None, i] for i in range(self.parts)
+            keep(jnp.einsum("bnd,d...->bn...", x, kernel[:, i])) + bias[None, None, i] for i in range(shape[0])
         )
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates features j and j + h/2 of x (b, n, k, h) by angles (n, h/2), in float32 (Su et al. 2021, RoFormer, arXiv 2104.09864)."""
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 class _Heads(nn.Module):
@@ -90,45 +105,66 @@ class _Heads(nn.Module):
     Dehghani et al. 2023), which keeps logits bounded in reduced precision.
     """
 
+    width: int
     heads: int
     qk_norm: bool
     implementation: str
     dtype: jnp.dtype
     out_init: Callable = xavier
 
-    def attend(self, q, k, v, d: int, mask=None):
-        """Attention and output projection: q (b, n, k, h), k and v (b, m, k, h), mask of keys (b, m) or None -> (b, n, d)."""
+    def setup(self):
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
-            k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
-        if self.implementation == "xla":
-            h = softmax_attention(q, k, v, mask)
-        else:
-            keys = None if mask is None else mask[:, None, None]
-            h = keep(jax.nn.dot_product_attention(q, k, v, mask=keys, implementation=self.implementation))
-        return keep(nn.DenseGeneral(d, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="proj")(h))
+            self.q_norm, self.k_norm = (nn.RMSNorm(dtype=self.dtype) for _ in "qk")
+        self.proj = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype)
 
-    def project(self, x, name: str):
-        """Linear projection to heads, (b, n, d) -> (b, n, k, h)."""
-        shape = (self.heads, x.shape[-1] // self.heads)
-        return keep(nn.DenseGeneral(shape, kernel_init=xavier, dtype=self.dtype, name=name)(x))
+    def norms(self, q, k):
+        """Queries and keys after `qk_norm`."""
+        return (self.q_norm(q), self.k_norm(k)) if self.qk_norm else (q, k)
+
+    def mix(self, q, k, v, mask=None):
+        """Softmax attention: q (b, n, k, h), k and v (b, m, k, h), mask of keys (b, m) or None -> (b, n, k, h)."""
+        if self.implementation == "xla":
+            return softmax_attention(q, k, v, mask)
+        keys = None if mask is None else mask[:, None, None]
+        return keep(jax.nn.dot_product_attention(q, k, v, mask=keys, implementation=self.implementation))
+
+    def out(self, h):
+        """Output projection, (b, n, k, h) -> (b, n, d)."""
+        return keep(self.proj(h))
 
 
 class Attention(_Heads):
-    """Multi-head self-attention over tokens, (b, n, d) -> (b, n, d). `mask` (b, n): which tokens are there; None: all."""
+    """Multi-head self-attention over tokens, (b, n, d) -> (b, n, d).
 
-    @nn.compact
-    def __call__(self, x, mask=None):
-        return self.attend(*Heads(3, self.heads, self.dtype, name="qkv")(x), x.shape[-1], mask)
+    `mask` (b, n): which tokens are there; `angles` (n, h/2): their rotations; None: all, none.
+    """
+
+    def setup(self):
+        super().setup()
+        self.qkv = Parts((3, self.heads, self.width // self.heads), self.dtype)
+
+    def project(self, x, angles=None) -> tuple:
+        """Queries, keys and values (b, n, k, h)."""
+        q, k, v = self.qkv(x)
+        q, k = self.norms(q, k)
+        return (q, k, v) if angles is None else (rotate(q, angles), rotate(k, angles), v)
+
+    def __call__(self, x, mask=None, angles=None):
+        return self.out(self.mix(*self.project(x, angles), mask))
 
 
 class CrossAttention(_Heads):
     """Multi-head attention of tokens x (b, n, d) to tokens c (b, m, d) -> (b, n, d). `mask` (b, m): which c are there; None: all."""
 
-    @nn.compact
+    def setup(self):
+        super().setup()
+        shape = (self.heads, self.width // self.heads)
+        self.q = nn.DenseGeneral(shape, kernel_init=xavier, dtype=self.dtype)
+        self.kv = Parts((2, *shape), self.dtype)
+
     def __call__(self, x, c, mask=None):
-        k, v = Heads(2, self.heads, self.dtype, name="kv")(c)
-        return self.attend(self.project(x, "q"), k, v, x.shape[-1], mask)
+        k, v = self.kv(c)
+        return self.out(self.mix(*self.norms(keep(self.q(x)), k), v, mask))
 
 
 class Mlp(nn.Module):
@@ -141,6 +177,22 @@ class Mlp(nn.Module):
     def __call__(self, x):
         h = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
         return keep(nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(gelu(h)))
+
+
+class SwiGlu(nn.Module):
+    """Two Linears, SiLU of the one times the other, Linear: (b, n, d) -> (b, n, d) (Shazeer 2020, arXiv 2002.05202, equation 6)."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        gate, up = Parts((2, self.hidden), self.dtype, name="fc1")(x)
+        h = nn.silu(gate.astype(jnp.float32)).astype(self.dtype) * up
+        return keep(nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(h))
+
+
+LAYERS = {"dit": (layer_norm, Mlp), "llama": (rms_norm, SwiGlu)}  # model.block -> its norm and its MLP
 
 
 class Modulation(nn.Module):

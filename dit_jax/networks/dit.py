@@ -224,11 +224,11 @@ def _linears(cfg: ModelConfig) -> Iterator[Linear]:
 
 
 def _check_published(cfg: ModelConfig) -> None:
-    if cfg.conditioning != "adaln_zero" or cfg.qk_norm:
-        raise UsageError(
-            f"model: found conditioning {cfg.conditioning!r} and qk_norm {cfg.qk_norm}; only 'adaln_zero' without qk_norm "
-            "has published names"
-        )
+    published = {"conditioning": "adaln_zero", "qk_norm": False, "positions": "sincos", "block": "dit"}
+    for key, expected in published.items():
+        if (found := getattr(cfg, key)) != expected:
+            why = "only 'adaln_zero' without qk_norm, rope and llama blocks has published names"
+            raise UsageError(f"model.{key}: found {found!r}, expected {expected!r}; {why}")
     if not cfg.classes:
         raise UsageError("model.classes: found 0; only a model with classes has published names")
 

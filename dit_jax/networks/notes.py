@@ -86,7 +86,7 @@ def apply(stated: Notes | None, model: ModelConfig, null: bool, where: str) -> C
 def unsaid(cfg: Config, single: bool) -> list[str]:
     """Return what a reader of names alone would not know of a run; `single`: of the published file, else diffusers' folder."""
     found, default = [], DiffusionConfig()
-    for key in ("process", "schedule", "timesteps"):
+    for key in ("process", "schedule", "timesteps", "prediction"):
         if getattr(cfg.diffusion, key) != getattr(default, key):
             found.append(f"diffusion.{key} is {getattr(cfg.diffusion, key)!r}")
     if space(cfg) == "pixels":

@@ -19,6 +19,7 @@ from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.devices.processes import agree, host_copy, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
 from dit_jax.diffusion import guidance
+from dit_jax.diffusion.process import LATER, denoiser
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError, UsageError
@@ -41,7 +42,7 @@ def make_denoiser(
     """
 
     def apply(x, t, cond):
-        return model.apply(params, x, task.process.model_time(t), cond)
+        return denoiser(task.process, lambda x, t: model.apply(params, x, t, cond))(x, t)
 
     def plain(x, t):
         return apply(x, t, cond)
@@ -206,13 +207,15 @@ class Sampling:
         later = {  # keys that older jobs lack
             "text": self.cfg.model.text, "text_length": self.cfg.model.text, "text_width": self.cfg.model.encoded,
             "text_sha256": self.cfg.model.encoded, "text_encoder": False, "null": self.cfg.model.null != "empty",
+            "positions": self.cfg.model.positions != "sincos", "block": self.cfg.model.block != "dit",
         }  # fmt: skip
         model = {key: value for key, value in model.items() if later.get(key, True)}
+        process = {key: value for key, value in to_dict(self.cfg.diffusion).items() if (key, value) not in LATER.items()}
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
         job |= self.asked.describe() if self.asked else {}
-        for name, group in (("sample", settings), ("model", model), ("diffusion", to_dict(self.cfg.diffusion))):
+        for name, group in (("sample", settings), ("model", model), ("diffusion", process)):
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}

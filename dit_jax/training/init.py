@@ -31,6 +31,7 @@ from dit_jax.workdir.folder import check_same_init, flatten, read_config, read_i
 REMARKS = {
     "model.input_size": "positions are computed from the size, so nothing is resized",
     "diffusion.process": "the output means something else, so the model has to learn it anew",
+    "diffusion.prediction": "the output means something else, so the model has to learn it anew",
     "data": "the model saw other inputs",
 }
 

@@ -81,7 +81,7 @@ def test_it_has_a_protocol_of_its_own_without_the_law_of_t(data_dir):
     held_out = open_source(Config().data, "test")
 
     def identity(fixed, times=8, **diffusion):
-        return protocol_id(loss_protocol(config(times, **diffusion), held_out, fixed))
+        return protocol_id(loss_protocol(config(times, **diffusion), held_out, "fixed" if fixed else "loss"))
 
     laws = [
         dict(process="flow", time_law=law, logit_mean=mean) for law, mean in (("uniform", 0.0), ("logit_normal", 1.0))
@@ -91,7 +91,7 @@ def test_it_has_a_protocol_of_its_own_without_the_law_of_t(data_dir):
     assert identity(False, 0, **laws[0]) == identity(False, 8, **laws[0]) != identity(True, **laws[0])
     chains = [dict(process="ddpm", schedule=schedule) for schedule in ("linear", "cosine")]
     assert identity(True, **chains[0]) != identity(True, **chains[1])
-    stratified, fixed = (loss_protocol(config(), held_out, fixed)["held_out"] for fixed in (False, True))
+    stratified, fixed = (loss_protocol(config(), held_out, target)["held_out"] for target in ("loss", "fixed"))
     assert set(stratified) == {"images", "times_per_image", "buckets", "seed", "labels"}
     assert set(fixed) == {"images", "times", "seed", "labels"} and fixed["times"] == "8 equidistant"
     with pytest.raises(UsageError, match=r"eval\.fixed_times: found -1"):

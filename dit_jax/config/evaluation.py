@@ -48,10 +48,16 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Protocol of the held-out loss and of the sample metrics, and the grid of sampling settings to score."""
+    """Protocol of the held-out targets and of the sample metrics, and the grid of sampling settings to score."""
 
     times_per_image: int = 16  # noise levels per held-out image, stratified over the training distribution of t
     fixed_times: int = 0  # equidistant t at which another held-out loss is taken, whatever the law of t; 0 = none
+    vlb: bool = False  # whether to compute the variational bound of the held-out images, in bits per dimension
+    vlb_times: int = 16  # noise levels per image of the bound, at equal shares of the log signal-to-noise ratio
+    likelihood: bool = False  # whether to compute their exact likelihood, by the probability-flow ODE
+    likelihood_images: int = 256  # held-out images used for it, as it is costly; 0 = as for the loss
+    likelihood_steps: int = 64  # of the ODE solver
+    likelihood_solver: str = "auto"  # auto | rk4 | heun; auto = rk4 for a flow, heun for a chain
     max_images: int = 0  # held-out images used; 0 = all of them
     buckets: int = 8  # of t, with equal probability under its training distribution
     batch_size: int = 128  # held-out images per batch
@@ -70,8 +76,9 @@ class EvalConfig:
     poll_seconds: float = 30.0  # --watch: seconds between two checks for a new checkpoint
 
     def __post_init__(self):
-        at_least(1, self, "times_per_image", "buckets", "batch_size")
-        at_least(0, self, "samples", "max_images", "fixed_times")
+        at_least(1, self, "times_per_image", "buckets", "batch_size", "vlb_times", "likelihood_steps")
+        at_least(0, self, "samples", "max_images", "fixed_times", "likelihood_images")
+        choice("eval.likelihood_solver", self.likelihood_solver, ("auto", "rk4", "heun"))
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")

@@ -155,8 +155,11 @@ class DDPM:
         alpha_bars = self._alpha_bars
         return self._table(np.sqrt(alpha_bars), t) * x + self._table(np.sqrt(1 - alpha_bars), t) * eps
 
-    def variational_term(self, eps_hat: Images, share: Images, x: Images, x_t: Images, t: Times) -> Times:
-        """Term of the variational bound at t, bits per dimension (b,): a KL, or the decoder's NLL at step 0 (Ho et al. 2020, eq. 5)."""
+    def variational_term(self, eps_hat: Images, share, x: Images, x_t: Images, t: Times, levels: bool = True) -> Times:
+        """Term of the variational bound at t, bits per dimension (b,): a KL, or the decoder's NLL at step 0 (Ho et al. 2020, eq. 5).
+
+        `levels`: x are 256-level images; otherwise the NLL is of a density.
+        """
         bars = self._alpha_bars
         before = np.append(1.0, bars[:-1])  # entry 0 is never used
         beta = np.append(np.nan, 1 - bars[1:] / bars[:-1])
@@ -170,7 +173,7 @@ class DDPM:
         mean_hat = self._table(to_clean, t) * x0_hat + self._table(to_noisy, t) * x_t
         log_variance = share * log_large + (1 - share) * log_small
         kl = gaussian_kl(mean, log_small, mean_hat, log_variance)
-        nll = -discretised_log_likelihood(x, mean_hat, log_variance)
+        nll = -(discretised_log_likelihood if levels else continuous_log_density)(x, mean_hat, log_variance)
         return jnp.where(_column(self.index(t) == 1), nll, kl).mean(axis=(1, 2, 3)) / np.log(2.0)
 
     def read(self, out: Output, x_t: Images, t: Times) -> Output:
@@ -204,6 +207,11 @@ def discretised_log_likelihood(x, mean, log_variance):
     lower = ndtr((x - mean - 1 / 255) * inverse)
     upper, lower = jnp.where(x > 0.999, 1.0, upper), jnp.where(x < -0.999, 0.0, lower)
     return jnp.log(jnp.maximum(upper - lower, 1e-12))
+
+
+def continuous_log_density(x, mean, log_variance):
+    """Log density of x under a Gaussian, elementwise, in nats."""
+    return -0.5 * (jnp.square(x - mean) * jnp.exp(-log_variance) + log_variance + np.log(2 * np.pi))
 
 
 Process = Flow | DDPM

@@ -78,9 +78,10 @@ def held_out_loss(
     batch size moved the loss by up to 3e-9 of itself in float32, 6e-5 in bfloat16.) `look()` is called once a batch. Raises
     NotFiniteError.
     """
-    table = _table(alone(cfg, 0), cfg.eval.batch_size, params, images, cond, mesh, look)
-    buckets = table.reshape(len(table), cfg.eval.buckets, -1).mean(axis=(0, 2))
-    return _mean("loss", table) | {f"loss_t{b}": value for b, value in enumerate(buckets)}
+    losses, at_once = make_losses(alone(cfg, 0), mesh), max(1, PAIRS // cfg.eval.times_per_image)
+    found = table(losses, at_once, cfg.eval.batch_size, params, images, cond, mesh, look)
+    buckets = found.reshape(len(found), cfg.eval.buckets, -1).mean(axis=(0, 2))
+    return mean_and_error("loss", found.mean(axis=1)) | {f"loss_t{b}": value for b, value in enumerate(buckets)}
 
 
 def fixed_time_loss(
@@ -92,26 +93,28 @@ def fixed_time_loss(
     at each time. The noise depends on (seed, image, time) only. With 8 times in [0, 1) it is the validation loss of MLPerf's text-to-image
     benchmark.
     """
-    table = _table(alone(cfg, cfg.eval.fixed_times), cfg.eval.batch_size, params, images, cond, mesh, look)
-    return _mean("loss_fixed", table) | {f"loss_fixed_t{k}": value for k, value in enumerate(table.mean(axis=0))}
+    losses, at_once = make_losses(alone(cfg, cfg.eval.fixed_times), mesh), max(1, PAIRS // cfg.eval.fixed_times)
+    found = table(losses, at_once, cfg.eval.batch_size, params, images, cond, mesh, look)
+    times = {f"loss_fixed_t{k}": value for k, value in enumerate(found.mean(axis=0))}
+    return mean_and_error("loss_fixed", found.mean(axis=1)) | times
 
 
-def _mean(name: str, table: np.ndarray) -> dict[str, float]:
-    """Mean of losses (images, times), and its standard error over images, absent for one image."""
-    each = table.mean(axis=1)
+def mean_and_error(name: str, each: np.ndarray) -> dict[str, float]:
+    """Mean of one number an image, (images,), and its standard error, absent for one image."""
     error = {f"{name}_se": each.std(ddof=1) / np.sqrt(len(each))} if len(each) > 1 else {}
     return {name: each.mean(), **error}
 
 
-def _table(cfg: Config, size: int, params, images: np.ndarray, cond, mesh, look: Callable[[], None]) -> np.ndarray:
-    """Losses (images, times), float64. `cfg`: stripped by `alone`; `look()` is called once in about `size` images.
+def table(
+    program: Callable, at_once: int, size: int, params, images: np.ndarray, cond, mesh, look: Callable[[], None]
+) -> np.ndarray:
+    """Numbers (images, k), float64, of `program(params, images, cond, indices)`, of which a device always takes `at_once` images.
 
-    `images`: (n, h, w, c), or an array (n,) of arrays (h, w, c), of which those of one shape are computed together.
+    `look()` is called once in about `size` images. `images`: (n, h, w, c), or an array (n,) of arrays (h, w, c), of which those of one
+    shape are computed together. Raises NotFiniteError.
     """
-    losses, shapes = make_losses(cfg, mesh), [image.shape for image in images]
-    rows = batch_split(mesh) * max(1, PAIRS // (cfg.eval.fixed_times or cfg.eval.times_per_image))
-    batch = -(-size // rows) * rows
-    table = np.empty((len(images), cfg.eval.fixed_times or cfg.eval.times_per_image))
+    shapes, rows = [image.shape for image in images], batch_split(mesh) * at_once
+    batch, found = -(-size // rows) * rows, {}
     for shape in dict.fromkeys(shapes):
         alike = np.array([i for i, other in enumerate(shapes) if other == shape], np.int32)
         for start in range(0, len(alike), rows):
@@ -120,9 +123,10 @@ def _table(cfg: Config, size: int, params, images: np.ndarray, cond, mesh, look:
             some = alike[start : start + rows]
             filled = np.concatenate([some, np.repeat(some[-1:], rows - len(some))])  # padding, dropped below
             chosen, of = np.stack([*images[filled]]), jax.tree.map(lambda rows, filled=filled: rows[filled], cond)
-            values = np.asarray(losses(params, *put_whole(mesh, (chosen, of, filled))), np.float64)
-            table[some] = values[: len(some)]
-    if not np.isfinite(table).all():
+            values = np.asarray(program(params, *put_whole(mesh, (chosen, of, filled))), np.float64)
+            found |= dict(zip(some.tolist(), values, strict=False))
+    made = np.stack([found[i] for i in range(len(images))])
+    if not np.isfinite(made).all():
         why = "the run diverged, and nothing is recorded"
         raise common(NotFiniteError(f"held-out loss: found values that are not finite; {why}"))
-    return table
+    return made

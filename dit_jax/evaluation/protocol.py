@@ -17,10 +17,11 @@ from dit_jax.devices.mesh import describe_device
 from dit_jax.devices.numerics import ambient
 from dit_jax.devices.processes import leader
 from dit_jax.diffusion import process as processes
+from dit_jax.diffusion.likelihood import find_solver
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
-from dit_jax.evaluation import scores
+from dit_jax.evaluation import likelihood, loss, scores
 from dit_jax.files import base
 from dit_jax.networks.caption import describe_text, open_text, text_flops
 from dit_jax.networks.in_step import encoder_flops, open_splits
@@ -37,23 +38,50 @@ def weights_protocol(cfg: Config) -> dict:
     return {"weights": {"ema": cfg.optim.ema, **width}}
 
 
-def loss_protocol(cfg: Config, held_out: Source, fixed: bool = False) -> dict:
-    """Everything that the held-out loss depends on besides the checkpoint; `fixed`: the loss at equidistant t, on which no law acts."""
+TARGETS = {  # what is computed of the held-out images: name -> (config -> whether it is asked for, metrics, what it depends on)
+    "loss": (
+        lambda cfg: cfg.eval.loss,
+        loss.held_out_loss,
+        lambda cfg: {"times_per_image": cfg.eval.times_per_image, "buckets": cfg.eval.buckets},
+    ),
+    "fixed": (
+        lambda cfg: cfg.eval.loss and cfg.eval.fixed_times,
+        loss.fixed_time_loss,
+        lambda cfg: {"times": f"{cfg.eval.fixed_times} equidistant"},
+    ),
+    "vlb": (lambda cfg: cfg.eval.vlb, likelihood.held_out_bound, likelihood.describe_bound),
+    "likelihood": (
+        lambda cfg: cfg.eval.likelihood,
+        likelihood.held_out_likelihood,
+        likelihood.describe_likelihood,
+    ),
+}
+
+
+def targets(cfg: Config) -> list[str]:
+    """Names in TARGETS of what is asked for of the held-out images."""
+    return [name for name, (asked, *_) in TARGETS.items() if asked(cfg)]
+
+
+def loss_protocol(cfg: Config, held_out: Source, target: str = "loss") -> dict:
+    """Everything that a target of the held-out images depends on besides the checkpoint. The law of t acts on the loss only."""
     process, data, buckets = make_objective(cfg).process, held_out.describe(), cfg.data.buckets
-    times = {"times_per_image": cfg.eval.times_per_image, "buckets": cfg.eval.buckets}
+    most = cfg.eval.max_images or len(held_out)
+    if target == "likelihood":
+        most = min(most, cfg.eval.likelihood_images or most)
     return {
         "data": data | {"image_size": cfg.data.image_size} | ({"buckets": list(buckets)} if buckets else {}),
         **weights_protocol(cfg),
         "held_out": {
-            "images": min(len(held_out), cfg.eval.max_images or len(held_out)),
-            **({"times": f"{cfg.eval.fixed_times} equidistant"} if fixed else times),
+            "images": min(len(held_out), most),
+            **TARGETS[target][2](cfg),
             "seed": cfg.eval.seed,
             "labels": "true" if held_out.classes and cfg.model.classes else "none",
             **({"captions": "one an image, by its number"} if cfg.model.text else {}),
             **describe_text(cfg.model),
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
-        "process": processes.describe(process, law=not fixed),
+        "process": processes.describe(process, law=target == "loss"),
         **({} if "autoencoder" in data else {"autoencoder": "none"}),  # for latents, the data name it
         "dtype": cfg.model.dtype,
         **ambient(),
@@ -76,10 +104,11 @@ def samplings(cfg: Config) -> list[SampleConfig]:
 
 
 def cells(cfg: Config) -> dict[str, Config]:
-    """Parts of an evaluation that can run separately, by name: the held-out loss, and each sampling."""
-    found = {"loss": dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=0))} if cfg.eval.loss else {}
+    """Parts of an evaluation that can run separately, by name: the held-out targets together, and each sampling."""
+    found = {"loss": dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=0))} if targets(cfg) else {}
     if cfg.eval.samples:
-        alone = dataclasses.replace(cfg.eval, loss=False, weights=(), samplers=(), steps=(), guidance=())
+        none = dict.fromkeys(("loss", "vlb", "likelihood"), False)
+        alone = dataclasses.replace(cfg.eval, **none, weights=(), samplers=(), steps=(), guidance=())
         for sample in samplings(cfg):
             name = f"{sample.weights}-{sample.sampler}-{sample.steps}-guidance-{sample.guidance}"
             found[name] = dataclasses.replace(cfg, sample=sample, eval=alone)
@@ -197,8 +226,10 @@ def check_config(cfg: Config, key: str = "eval.samples") -> None:
     """Raises UsageError for a protocol that is impossible or measures nothing."""
     for sample in samplings(cfg):
         make_task(dataclasses.replace(cfg, sample=sample))
-    if not cfg.eval.loss and not cfg.eval.samples:
+    if not targets(cfg) and not cfg.eval.samples:
         expected = "expected at least one of them: nothing would be measured"
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
+    if cfg.eval.likelihood:
+        find_solver(make_objective(cfg).process, cfg.eval.likelihood_solver, cfg.eval.likelihood_steps)
     if cfg.eval.samples:
         scores.check_config(cfg, key)

@@ -19,9 +19,17 @@ from dit_jax.devices.processes import agree, by_leader, common, compare, is_comm
 from dit_jax.devices.rows import drawing_mesh, on_mesh, own_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
-from dit_jax.evaluation.loss import fixed_time_loss, held_out_loss
 from dit_jax.evaluation.partial import drop_partials, partial_folder
-from dit_jax.evaluation.protocol import Shared, check_config, loss_protocol, make_record, sample_protocol, samplings
+from dit_jax.evaluation.protocol import (
+    TARGETS,
+    Shared,
+    check_config,
+    loss_protocol,
+    make_record,
+    sample_protocol,
+    samplings,
+    targets,
+)
 from dit_jax.files import remote
 from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
@@ -71,23 +79,23 @@ def _check_stop(stop: list, what: str) -> None:
 
 
 def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list, shared: Shared) -> list[Task]:
-    """Tasks for the held-out loss of each kind of weights, and for the one at equidistant t if it is asked for."""
+    """Tasks for each target of the held-out images that is asked for, of each kind of weights."""
     held_out, arrays = shared.held_out
     images, cond = jax.tree.map(lambda x: x[: cfg.eval.max_images or len(x)], arrays)
 
     def look() -> None:
         _check_stop(stop, f"{workdir}: what is recorded stays")
 
-    def measure(loss: Callable, step: int, weights: Weights) -> tuple[dict, dict]:
-        found = loss(cfg, weights.params, images, cond, mesh, look)
+    def measure(target: str, step: int, weights: Weights) -> tuple[dict, dict]:
+        found = TARGETS[target][1](cfg, weights.params, images, cond, mesh, look)
         return found, {"metric_signs": {name: -1 for name in found if not name.endswith("_se")}}
 
     found = []
     for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
         chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
-        for loss in [held_out_loss] + [fixed_time_loss] * bool(cfg.eval.fixed_times):
-            protocol = loss_protocol(chosen, held_out, loss is fixed_time_loss)
-            found.append(Task(chosen, protocol, functools.partial(measure, loss)))
+        for target in targets(cfg):
+            protocol = loss_protocol(chosen, held_out, target)
+            found.append(Task(chosen, protocol, functools.partial(measure, target)))
     return found
 
 
@@ -154,15 +162,15 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
     """The tasks of a config for every checkpoint. Raises UsageError for a protocol that is impossible."""
     check_config(cfg)
     shared = shared or Shared(cfg, own_mesh(mesh))
-    found = _loss_tasks(cfg, mesh, workdir, stop, shared) if cfg.eval.loss else []
+    found = _loss_tasks(cfg, mesh, workdir, stop, shared) if targets(cfg) else []
     if cfg.eval.samples:
         sampling = open_sampling(cfg, mesh, prompts=Prompts(shared.prompts))
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
     compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)
     if not quiet:
-        introduce(*([shared.held_out[0]] if cfg.eval.loss else []))
-        if cfg.eval.loss and leader():
+        introduce(*([shared.held_out[0]] if targets(cfg) else []))
+        if targets(cfg) and leader():
             tell_cut(cfg.model, shared.held_out[0], len(shared.held_out[1][0]))
         where = cfg.eval.reference or f"the images of {cfg.data.folder or cfg.data.dataset}, {cfg.data.split}"
         say(f"samples are compared with {where}") if cfg.eval.samples else None

@@ -23,6 +23,7 @@ from dit_jax.scaling.runs.run import tell_start
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
+LOSSES = ("loss", "vlb", "likelihood")  # first words of the targets of held-out images
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
@@ -133,7 +134,7 @@ def load_points(
 
 
 def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | None = None) -> str:
-    """The metric that records or CSVs have: "fid" if it is among them, else the only one besides the loss.
+    """The metric that records or CSVs have: "fid" if it is among them, else the only one besides the loss, the bound and the likelihood.
 
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
@@ -144,7 +145,7 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
             names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
         else:
             names |= {name for r, at in _records(lines) if _agrees(r, where, at) for name in r["metrics"]}
-    values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] != "loss"}
+    values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] not in LOSSES}
     found = {name for n in values if (name := ours.get(n, n)).lower() not in KNOWN}
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"

@@ -72,17 +72,20 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
 
 
 def test_the_edges_of_a_reduce_scatter_are_told_from_other_permutes():
-    """Through views and copies; what is computed in between, or comes from elsewhere, is a permute of its own."""
+    """Through views and copies, asynchronous ones too (v5p-256); what is computed in between, or comes from elsewhere, is a permute of its own."""
     lines = """
   %slice.30 = bf16[16,288]{0,1} slice(%fusion.10), slice={[0:16], [0:288]}
   %copy.31 = bf16[16,288]{0,1} copy(%slice.30)
   %edge.32 = bf16[16,288]{0,1} collective-permute(%copy.31), source_target_pairs={{3,1},{7,5}}
+  %copy-start.35 = (bf16[16,288]{0,1}, bf16[16,288]{0,1}, u32[]) copy-start(%slice.30)
+  %copy-done.36 = bf16[16,288]{0,1} copy-done(%copy-start.35)
+  %edge.37 = bf16[16,288]{0,1} collective-permute(%copy-done.36), source_target_pairs={{3,1},{7,5}}
   %negate.33 = bf16[16,288]{0,1} negate(%slice.30)
   %other.34 = bf16[16,288]{0,1} collective-permute(%negate.33), source_target_pairs={{3,1},{7,5}}
   %gather.11"""
     module = hlo.parse(TEXT.replace("\n  %gather.11", lines))
     found = [(one.count, one.edge) for one in hlo.collectives(module, 8) if one.kind == "collective-permute"]
-    assert found == [(28, True), (28, False), (1, False)]
+    assert found == [(28, True), (28, True), (28, False), (1, False)]
 
 
 # A gather of v5e's compiler in a loop of 28, cut down: begun in one fusion, gone on with in a product, awaited in a third; beside it

@@ -13,7 +13,7 @@ from dit_jax.devices.mesh import batch_sharding, replicated
 from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.likelihood import FLOW_ENDS, LEAST_ALPHA, bound, find_solver, negative_log_likelihood
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.process import Flow
+from dit_jax.diffusion.process import Flow, denoiser
 from dit_jax.evaluation.loss import PAIRS, fixed_noise, mean_and_error, stratified, table
 
 LEVEL = 2 / 255  # width of an 8-bit level in [-1, 1]
@@ -36,10 +36,10 @@ def _denoiser(cfg: Config, mesh):
     model, weights = bind_to_draw(cfg.model, mesh)
     process = make_objective(cfg).process
 
-    def denoiser(params, cond) -> Callable:
-        return lambda x, t: model.apply(params, x, process.model_time(t), cond)
+    def bound_to(params, cond) -> Callable:
+        return denoiser(process, lambda x, t: model.apply(params, x, t, cond))
 
-    return process, denoiser, weights
+    return process, bound_to, weights
 
 
 def _draws(seed: int, indices: jax.Array, shape: tuple) -> tuple[jax.Array, jax.Array]:
@@ -55,14 +55,14 @@ def _draws(seed: int, indices: jax.Array, shape: tuple) -> tuple[jax.Array, jax.
 @functools.lru_cache(maxsize=4)
 def make_bounds(cfg: Config, mesh, levels: bool):
     """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> bits per dimension (b, 3): see `bound`. `cfg`: stripped."""
-    process, denoiser, weights = _denoiser(cfg, mesh)
+    process, bound_to, weights = _denoiser(cfg, mesh)
     k = cfg.eval.vlb_times
     calls = k if isinstance(process, Flow) else k + 1
 
     def bounds(params, images, cond, indices):
         u, eps = stratified(cfg.eval.seed, indices, k), fixed_noise(cfg.eval.seed, indices, k + 1, images.shape[1:])
         cond = jax.tree.map(lambda rows: jnp.repeat(rows, calls, axis=0), cond)
-        return bound(process, denoiser(params, cond), images, u, eps, levels)
+        return bound(process, bound_to(params, cond), images, u, eps, levels)
 
     rows = batch_sharding(mesh)
     return jax.jit(bounds, in_shardings=(weights, rows, rows, rows), out_shardings=replicated(mesh))
@@ -71,13 +71,13 @@ def make_bounds(cfg: Config, mesh, levels: bool):
 @functools.lru_cache(maxsize=4)
 def make_likelihoods(cfg: Config, mesh, levels: bool):
     """Compiles (params, images (b, h, w, c), cond, indices (b,)) -> -log2 p per dimension (b, 1). `cfg`: stripped."""
-    process, denoiser, weights = _denoiser(cfg, mesh)
+    process, bound_to, weights = _denoiser(cfg, mesh)
 
     def likelihoods(params, images, cond, indices):
         u, probe = _draws(cfg.eval.seed, indices, images.shape[1:])
         x = images + LEVEL * (u - 0.5) if levels else images
         steps, solver = cfg.eval.likelihood_steps, cfg.eval.likelihood_solver
-        bits = negative_log_likelihood(process, denoiser(params, cond), x, probe, steps, solver)
+        bits = negative_log_likelihood(process, bound_to(params, cond), x, probe, steps, solver)
         return (bits - np.log2(LEVEL) if levels else bits)[:, None]
 
     rows = batch_sharding(mesh)

@@ -195,7 +195,7 @@ def _operands(instruction: Instruction) -> list[str]:
 
 
 def _scattered(instruction: Instruction, module: Module, scatters: set[str]) -> bool:
-    """Whether an instruction's operand comes from a reduce-scatter through slices, copies and views only."""
+    """Whether an instruction's operand comes from a reduce-scatter through slices, copies (asynchronous ones too) and views only."""
     lines = next(lines for lines in module.computations.values() if instruction in lines)
     by_name = {line.name: line for line in lines}
     while True:
@@ -205,7 +205,15 @@ def _scattered(instruction: Instruction, module: Module, scatters: set[str]) -> 
         instruction = by_name[operands[0]]
         if instruction.opcode == "reduce-scatter" or scatters & set(_CALLED.findall(instruction.attributes)):
             return True
-        if instruction.opcode not in ("slice", "get-tuple-element", "bitcast", "copy", "reshape"):
+        if instruction.opcode not in (
+            "slice",
+            "get-tuple-element",
+            "bitcast",
+            "copy",
+            "copy-start",
+            "copy-done",
+            "reshape",
+        ):
             return False
 
 

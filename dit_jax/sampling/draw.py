@@ -210,7 +210,9 @@ class Sampling:
             "positions": self.cfg.model.positions != "sincos", "block": self.cfg.model.block != "dit",
         }  # fmt: skip
         model = {key: value for key, value in model.items() if later.get(key, True)}
-        process = {key: value for key, value in to_dict(self.cfg.diffusion).items() if (key, value) not in LATER.items()}
+        process = {
+            key: value for key, value in to_dict(self.cfg.diffusion).items() if (key, value) not in LATER.items()
+        }
         asked = tuple(self.wanted.get("label", ()))
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}

@@ -145,7 +145,9 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
             names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
         else:
             names |= {name for r, at in _records(lines) if _agrees(r, where, at) for name in r["metrics"]}
-    values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] not in LOSSES}
+    values = {
+        n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] not in LOSSES
+    }
     found = {name for n in values if (name := ours.get(n, n)).lower() not in KNOWN}
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"

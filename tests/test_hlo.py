@@ -72,7 +72,7 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
 
 
 def test_the_edges_of_a_reduce_scatter_are_told_from_other_permutes():
-    """Through views and copies, asynchronous ones too (v5p-256); what is computed in between, or comes from elsewhere, is a permute of its own."""
+    """Through views and copies, asynchronous ones too (v5p-256); what is computed in between, or comes from elsewhere, is no edge."""
     lines = """
   %slice.30 = bf16[16,288]{0,1} slice(%fusion.10), slice={[0:16], [0:288]}
   %copy.31 = bf16[16,288]{0,1} copy(%slice.30)

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_jax.error import UsageError, build
-from dit_jax.files import is_file, json_text, make_folder, opened, read, read_json, write_file
+from dit_jax.files import is_file, json_text, make_folder, opened, read_json, write_file
 
 NOTES = "cache.json"
 ENTRY = np.dtype([("key", "S64"), ("start", "<u8"), ("rows", "<u4"), ("crc", "<u4")])
-LONGEST = 1 << 40  # bytes of an index
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ def finish(folder: str, about: About, shards: int, said: dict) -> None:
 
 
 def _index(folder: str, number: int) -> bytes:
-    return read(os.path.join(folder, f"{number:05d}.index"), LONGEST)
+    with opened(os.path.join(folder, f"{number:05d}.index")) as file:
+        return file.read()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ class ModelConfig:
     text_length: int = 64  # tokens of a caption, of bytes: bytes; longer ones are cut
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross (of captions)
+    conditioning: str = (
+        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream (of captions)
+    )
     positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
     block: str = "dit"  # layers of a block: dit (LayerNorm, GELU) | llama (RMSNorm, SwiGLU of about as many parameters)
     qk_norm: bool = False  # normalise queries and keys
@@ -34,13 +36,13 @@ class ModelConfig:
         at_least(1, self, "text_length")
         at_least(0, self, "classes")
         choice("model.text", self.text, ("", "bytes"))
-        kinds = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_cross")
-        choice("model.conditioning", self.conditioning, kinds)
-        if bool(self.text) and self.conditioning not in ("in_context", "adaln_cross"):
-            expected = "expected in_context or adaln_cross for a model of captions (model.text)"
+        kinds, of_text = ("in_context", "cross_attention", "adaln", "adaln_zero"), ("adaln_cross", "dual_stream")
+        choice("model.conditioning", self.conditioning, (*kinds, *of_text))
+        if bool(self.text) and self.conditioning not in ("in_context", *of_text):
+            expected = "expected in_context, adaln_cross or dual_stream for a model of captions (model.text)"
             raise UsageError(f"model.conditioning: found {self.conditioning!r}, {expected}")
-        if self.conditioning == "adaln_cross" and not self.text:
-            raise UsageError("model.text: found '', expected 'bytes' for model.conditioning = 'adaln_cross'")
+        if self.conditioning in of_text and not self.text:
+            raise UsageError(f"model.text: found '', expected 'bytes' for model.conditioning = {self.conditioning!r}")
         choice("model.positions", self.positions, ("sincos", "rope"))
         choice("model.block", self.block, ("dit", "llama"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
@@ -77,7 +79,7 @@ class ModelConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
-        return self.conditioning in ("adaln", "adaln_zero", "adaln_cross")
+        return self.conditioning in ("adaln", "adaln_zero", "adaln_cross", "dual_stream")
 
     @property
     def out_channels(self) -> int:

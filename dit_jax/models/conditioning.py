@@ -207,7 +207,7 @@ def labels(cond: Mapping, rows: int) -> jax.Array:
 def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
     """Embeddings of t (b,) and of each field: with adaLN a vector, the sum of all, a caption's by its mean; else tokens, a row of all.
 
-    With `adaln_cross` the tokens are the caption's.
+    With `adaln_cross` and `dual_stream` the tokens are the caption's.
 
     Call it inside a flax module, which gets the parameters `time_embedding` and `NAME_embedding`. Raises UsageError if a field is missing.
     """

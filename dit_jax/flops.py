@@ -8,14 +8,15 @@ image (Peebles & Xie 2023, Table 4). Norms, activations, softmax, rotations and 
 with T image tokens, patch p, C channels in and C_out out, width d, depth L, g matrices of an MLP with h hidden features (2 and r d for
 the MLP ratio r; of SwiGLU 3 and `cfg.hidden`), and by conditioning:
 
-                        in_context   cross_attention           adaln   adaln_zero   adaln_cross
-    S, tokens           T + 2 + M    T                         T       T            T
-    m, o, modulation    0, 0         0, 0                      4, 2    6, 2         6, 2
-    x                   0            (2T + 4) d^2 + 4 T d      0       0            (2T + 2M) d^2 + 2 T M d
+                        in_context   cross_attention           adaln   adaln_zero   adaln_cross                 dual_stream
+    S, tokens           T + 2 + M    T                         T       T            T                           T + M
+    m, o, modulation    0, 0         0, 0                      4, 2    6, 2         6, 2                        12, 2
+    x                   0            (2T + 4) d^2 + 4 T d      0       0            (2T + 2M) d^2 + 2 T M d     0
 
 M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
 the label, T + 2 and (2T + 4) have one token less. The states of a frozen encoder, of width w, add their projection, M w d; the encoder
-itself is counted apart (`encoder_macs`).
+itself is counted apart (`encoder_macs`). In `dual_stream` caption tokens have weights of their own, also in the last block, where XLA
+leaves those out that nothing reads if the layer scan is fully unrolled.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from dit_jax.config import ModelConfig
 
 Shape = tuple[int, int] | None  # (h, w) of images in pixels of the model's input; None: input_size x input_size
 TIME_FREQUENCIES = 256  # sinusoids that embed a timestep
-BYTES = 257  # tokens of text read as bytes: padding and each byte
+TABLES = {"bytes": 257, "words": 4096}  # rows of the embedding of text: padding and each byte, or each number of a word
 
 
 class Field(NamedTuple):
@@ -40,7 +41,7 @@ class Field(NamedTuple):
 
 def text_parameters(cfg: ModelConfig) -> int:
     """Trainable parameters of the embedding of captions, and of the learned null condition."""
-    rows = cfg.state_width + 1 if cfg.encoded else BYTES
+    rows = cfg.state_width + 1 if cfg.encoded else TABLES[cfg.text]
     return (rows + cfg.text_length * (cfg.null == "learned")) * cfg.width
 
 
@@ -53,7 +54,7 @@ FIELDS = {
         lambda cfg: cfg.caption_tokens * cfg.state_width * cfg.width if cfg.encoded else 0,
     ),
 }
-MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6}  # vectors per block; the output has 2
+MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6, "dual_stream": 12}  # vectors per block; the output has 2
 
 
 def fields(cfg: ModelConfig) -> list[str]:
@@ -81,7 +82,7 @@ def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
     """MACs of one forward pass of one image of `shape` (h, w), by component."""
     n, d, patch = tokens(cfg, shape), cfg.width, cfg.patch**2
     extra = 1 + sum(FIELDS[name].tokens(cfg) for name in fields(cfg))  # condition tokens: time, and those of each field
-    s = n + extra if cfg.conditioning == "in_context" else n
+    s = n + {"in_context": extra, "dual_stream": cfg.caption_tokens}.get(cfg.conditioning, 0)
     m = crossed_tokens(cfg)
     cross = 2 * n * d * d + 2 * m * d * d + 2 * n * m * d if m else 0
     embeddings = {f"{name}_embedding": FIELDS[name].macs(cfg) for name in fields(cfg)}
@@ -119,14 +120,14 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     attention = 4 * d * d + 4 * d + (2 * (d // cfg.heads) if cfg.qk_norm else 0)
     mlp = _matrices(cfg) * d * hidden + (_matrices(cfg) - 1) * hidden + d
     norm = d if cfg.block == "llama" else 2 * d  # RMSNorm has no bias
-    crossed = crossed_tokens(cfg) > 0
+    crossed, streams = crossed_tokens(cfg) > 0, 2 if cfg.conditioning == "dual_stream" else 1
     return {
         "patch_embedding": patch * cfg.channels * d + d,
         "time_embedding": TIME_FREQUENCIES * d + d + d * d + d,
         **{f"{name}_table": FIELDS[name].parameters(cfg) for name in fields(cfg)},
-        "attention": cfg.depth * attention,
+        "attention": cfg.depth * streams * attention,
         "cross_attention": cfg.depth * attention if crossed else 0,
-        "mlp": cfg.depth * mlp,
+        "mlp": cfg.depth * streams * mlp,
         "modulation": (cfg.depth * MODULATIONS[cfg.conditioning] + 2) * (d * d + d) if cfg.adaptive else 0,
         "norms": 0 if cfg.adaptive else (cfg.depth * (3 if crossed else 2) + 1) * norm,
         "output": d * patch * cfg.out_channels + patch * cfg.out_channels,
@@ -141,7 +142,7 @@ def parameters(cfg: ModelConfig) -> int:
 def active_parameters(cfg: ModelConfig) -> int:
     """Weights that multiply every image token, the N of scaling fits.
 
-    Excluded are weights that act once per image: modulation, time, labels, and the keys and values of cross-attention.
+    Excluded are weights that act once per image (modulation, time, labels) or on the caption's tokens only.
     """
     d, crossed = cfg.width, 2 if crossed_tokens(cfg) else 0
     per_block = (4 + crossed) * d * d + _matrices(cfg) * d * cfg.hidden

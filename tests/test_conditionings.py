@@ -173,7 +173,7 @@ def test_shards_train_and_name_their_layers(name, changes):
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(8, 8, 8, 3)).astype(np.float32),
-        "label": rng.integers(5, size=8, dtype=np.int32),
+        "cond": {"label": rng.integers(5, size=8, dtype=np.int32)},
     }
     found = []
     for axes, devices in ((MeshConfig(1, 1, 1), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):

@@ -121,6 +121,15 @@ def test_bytes_are_tokens_from_one_and_long_texts_are_cut():
     assert byte_tokens(["abcdef"], 3).tolist() == [[98, 99, 100]]
 
 
+def test_words_are_numbers_of_their_own_without_a_vocabulary():
+    tokens = word_tokens(["A red three, left of", "a  Red three.", "", "a b c d e f"], 5, 4096)
+    np.testing.assert_array_equal(tokens[0, :3], tokens[1, :3])
+    assert [int((row > 0).sum()) for row in tokens] == [5, 3, 0, 5]
+    texts = {word for text in prompts(Scenes("test", 0, 4096), 4096) for word in split_words(text)}
+    known = word_tokens(sorted(texts), 1, 4096)[:, 0].tolist()
+    assert len(texts) == len(set(known)) == 46 and 0 < min(known) < max(known) < 4096
+
+
 def test_the_held_out_captions_are_the_prompts(splits):
     texts = prompts(splits["test"], 40)
     cond = load_arrays(DATA, "test", tokens=TOKENS)[1]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from job import run
 
 from dit_jax import checkpoint, flops
@@ -23,16 +24,17 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.data.words import byte_tokens
-from dit_jax.devices.mesh import make_mesh
+from dit_jax.devices.mesh import make_mesh, spec
 from dit_jax.error import UsageError
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.models import conditioning, dit
+from dit_jax.models.warm_start import NEW, WarmStart
 from dit_jax.sampling import picture
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.prompt import Prompts, find_prompts
 from dit_jax.training import loop
 
-KINDS = ("in_context", "adaln_cross")
+KINDS = ("in_context", "adaln_cross", "dual_stream")
 
 
 def model(kind, **changes):
@@ -60,13 +62,16 @@ def test_parameters_and_flops_are_exact(made):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == flops.parameters(cfg)
     program = jax.jit(lambda p: dit.apply(cfg, p, x, t, {"text": ids})).lower(params).compile()
     counted = program.cost_analysis()["flops"] / 3  # the rest: norms, softmax, masks
-    assert 1.0 < counted / flops.forward_flops(cfg) < 1.15
+    unread = (
+        2 * 12 * 9 * cfg.width**2 if cfg.conditioning == "dual_stream" else 0
+    )  # of the caption, in the unrolled last block
+    assert 1.0 < counted / (flops.forward_flops(cfg) - unread) < 1.15
     longer = dataclasses.replace(cfg, text_length=13)
     d, n = cfg.width, cfg.tokens
     if cfg.conditioning == "adaln_cross":
         token = cfg.depth * (2 * d * d + 2 * n * d)
     else:
-        s = n + 1 + 12  # image, time, caption
+        s = n + 12 + (cfg.conditioning == "in_context")  # image, caption, time
         token = cfg.depth * ((4 + 2 * cfg.mlp_ratio) * d * d + 2 * ((s + 1) ** 2 - s**2) * d)
     assert flops.forward_macs(longer) - flops.forward_macs(cfg) == token
 
@@ -82,6 +87,37 @@ def test_padding_is_not_seen_and_places_are(made):
     swapped[0, :2] = ids[0, 1::-1]
     moved = np.abs(dit.apply(cfg, params, x, t, {"text": swapped}) - out).max(axis=(1, 2, 3))
     assert moved[0] > 1e-4 and moved[1:].max() == 0
+
+
+def test_a_dual_stream_starts_as_the_class_conditional_model_and_reads_its_caption():
+    """The image's stream has the names of adaLN-Zero, so `train --init` takes it; layers that nothing reads have no gradient."""
+    cfg = model("dual_stream", block="llama", positions="rope", qk_norm=True)
+    labels = dataclasses.replace(cfg, conditioning="adaln_zero", text="", classes=5)
+    shapes = [jax.eval_shape(lambda c=c: dit.init(c, jax.random.key(0))) for c in (labels, cfg)]
+    kinds = WarmStart(labels, cfg).kinds(shapes[1], shapes[0])
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes[1])) == flops.parameters(cfg)
+    new = {name for name, kind in kinds.items() if kind == NEW}
+    assert new == {name for name in kinds if name.startswith("blocks/text/")} | {"text_embedding/table/embedding"}
+    assert flops.active_parameters(cfg) == flops.active_parameters(labels)
+    keys = jax.random.split(jax.random.key(1), len(leaves := jax.tree.leaves(shapes[1])))
+    params = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(jax.tree.structure(shapes[1]), params)
+    ids = jnp.zeros((2, 12), jnp.int32).at[:, :3].set(7)
+    x, t = jax.random.normal(jax.random.key(2), (2, 8, 8, 3)), jnp.array([1.0, 900.0])
+    loss = lambda p, c: jnp.square(dit.apply(c, p, x, t, {"text": ids})).mean()  # noqa: E731
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (value, grads), (again, others) = run(params, cfg), run(params, dataclasses.replace(cfg, remat="dots", unroll=1))
+    assert float(value) == pytest.approx(float(again), rel=1e-5)
+    for name, leaf in flatten_dict(grads, sep="/").items():
+        np.testing.assert_allclose(leaf, flatten_dict(others, sep="/")[name], rtol=2e-3, atol=1e-5)
+        unread = "/text/mlp" in name or "/text/attention/proj" in name
+        assert np.any(leaf if "blocks" not in name else leaf[0]) and (not unread or not np.any(leaf[-1])), name
+    found = [name for name, _ in dit.activations(cfg, params, x, t, {"text": ids})]
+    expected = [f"blocks[1]/{name}" for name in ("attention/qkv", "text/attention/qkv", "text/mlp/fc2")]
+    assert [name for name in found if name in expected] == expected and found[:3][-1] == "text_embedding"
+    sizes = {"data": 1, "fsdp": 1, "tensor": 4}
+    kernel = shapes[1]["blocks"]["text"]["attention"]["qkv"]["kernel"]
+    assert tuple(spec(("blocks", "text", "attention", "qkv", "kernel"), kernel.shape, sizes))[3] == "tensor"
 
 
 def test_a_dropped_caption_is_the_empty_one(made):
@@ -248,8 +284,9 @@ def test_prompts_come_from_flags_or_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"text": "bytes"}, "model.conditioning: found 'adaln_zero', expected in_context or adaln_cross"),
+        ({"text": "bytes"}, "model.conditioning: found 'adaln_zero', expected in_context, adaln_cross or dual_stream"),
         ({"conditioning": "adaln_cross"}, "model.text: found '', expected 'bytes'"),
+        ({"conditioning": "dual_stream"}, "model.text: found '', expected 'bytes' for .* 'dual_stream'"),
         ({"text": "letters", "conditioning": "in_context"}, "model.text: found 'letters', expected"),
         ({"null": "learned"}, "model.null: found 'learned', expected one of empty"),
         ({"text_encoder": "nets/t5"}, "model.text_encoder: found 'nets/t5', expected none with model.text = ''"),

@@ -18,15 +18,17 @@ class ModelConfig:
     input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
     channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
     classes: int = 1000  # labels without the null class; 0 = images without labels
-    text: str = ""  # how captions are read: "" (none) | bytes (a learned embedding of UTF-8) | clip | t5 | bert (a frozen encoder)
-    text_length: int = 64  # tokens of a caption, of bytes: bytes; longer ones are cut
+    text: str = ""  # how captions are read: "" (none) | bytes | words (a learned embedding of each) | clip | t5 | bert (a frozen encoder)
+    text_length: int = 64  # tokens of a caption, of bytes: bytes, of words: words; longer ones are cut
     text_encoder: str = ""  # clip, t5, bert: folder written by `convert`, such as --source=t5
     text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins
     text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross (of captions)
+    conditioning: str = (
+        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream (of captions)
+    )
     positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
     block: str = "dit"  # layers of a block: dit (LayerNorm, GELU) | llama (RMSNorm, SwiGLU of about as many parameters)
     qk_norm: bool = False  # normalise queries and keys
@@ -39,21 +41,20 @@ class ModelConfig:
         at_least(1, self, "depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll")
         at_least(1, self, "text_length")
         at_least(0, self, "classes", "text_width")
-        choice("model.text", self.text, ("", "bytes", *ENCODERS))
+        choice("model.text", self.text, ("", "bytes", "words", *ENCODERS))
         choice("model.null", self.null, ("empty", "learned") if self.text else ("empty",))
         for name in ("text_encoder", "text_width", "text_sha256"):
             if not self.encoded and (found := getattr(self, name)):
                 expected = f"expected none with model.text = {self.text!r}, or {', '.join(ENCODERS)} as model.text"
                 raise UsageError(f"model.{name}: found {shown(found)}, {expected}")
-        kinds = ("in_context", "cross_attention", "adaln", "adaln_zero", "adaln_cross")
-        choice("model.conditioning", self.conditioning, kinds)
-        if bool(self.text) and self.conditioning not in ("in_context", "adaln_cross"):
-            expected = "expected in_context or adaln_cross for a model of captions (model.text)"
+        kinds, of_text = ("in_context", "cross_attention", "adaln", "adaln_zero"), ("adaln_cross", "dual_stream")
+        choice("model.conditioning", self.conditioning, (*kinds, *of_text))
+        if bool(self.text) and self.conditioning not in ("in_context", *of_text):
+            expected = "expected in_context, adaln_cross or dual_stream for a model of captions (model.text)"
             raise UsageError(f"model.conditioning: found {self.conditioning!r}, {expected}")
-        if self.conditioning == "adaln_cross" and not self.text:
-            raise UsageError(
-                "model.text: found '', expected 'bytes' or an encoder for model.conditioning = 'adaln_cross'"
-            )
+        if self.conditioning in of_text and not self.text:
+            expected = "expected 'bytes', 'words' or an encoder"
+            raise UsageError(f"model.text: found '', {expected} for model.conditioning = {self.conditioning!r}")
         choice("model.positions", self.positions, ("sincos", "rope"))
         choice("model.block", self.block, ("dit", "llama"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
@@ -105,7 +106,7 @@ class ModelConfig:
     @property
     def adaptive(self) -> bool:
         """Whether the condition gives the norms' shift and scale (adaLN); else it is a sequence of tokens."""
-        return self.conditioning in ("adaln", "adaln_zero", "adaln_cross")
+        return self.conditioning in ("adaln", "adaln_zero", "adaln_cross", "dual_stream")
 
     @property
     def out_channels(self) -> int:

@@ -1,5 +1,7 @@
 """Captions on their way to a model: read with their images, one drawn for each visit, and turned into tokens."""
 
+import string
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +21,24 @@ def byte_tokens(texts: list[str], length: int) -> np.ndarray:
         some = np.frombuffer(text.encode()[:length], np.uint8)
         row[: len(some)] = some.astype(np.int32) + 1
     return found
+
+
+def word_tokens(texts: list[str], length: int, rows: int) -> np.ndarray:
+    """Tokens int32 (n, length) of texts: each word's number of 1 to rows - 1, then zeros. Longer texts are cut.
+
+    The number is CRC-32 of the word in small letters without the punctuation around it, so there is no vocabulary; two words may share
+    a number (Weinberger et al. 2009, arXiv 0902.2206).
+    """
+    found = np.zeros((len(texts), length), np.int32)
+    for row, text in zip(found, texts, strict=True):
+        some = [1 + zlib.crc32(word.encode()) % (rows - 1) for word in split_words(text)[:length]]
+        row[: len(some)] = some
+    return found
+
+
+def split_words(text: str) -> list[str]:
+    """Words of a text, in small letters, without punctuation around them."""
+    return [word for part in text.lower().split() if (word := part.strip(string.punctuation))]
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,10 @@ def state_bytes(model: ModelConfig, layout: Layout) -> float:
 
 def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
     """Estimated bytes per device that a training step holds besides the state."""
-    kept = KEPT[layout.remat]
+    kept, tokens = KEPT[layout.remat], model.tokens + model.caption_tokens
     if layout.remat == "none":
-        kept += KEPT_WEIGHT * model.heads * model.tokens / model.width
-    activations = kept * layout.rows(batch) * model.depth * model.tokens * model.width
+        kept += KEPT_WEIGHT * model.heads * tokens / model.width
+    activations = kept * layout.rows(batch) * model.depth * tokens * model.width
     passing = PASSING + (ADDED if layout.accumulate > 1 else 0)
     return (activations + passing * flops.parameters(model) / layout.fsdp) / layout.tensor
 

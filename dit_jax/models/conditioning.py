@@ -19,6 +19,7 @@ from dit_jax.models.layers import layer_norm
 
 MAX_PERIOD = 10_000.0
 small_normal = nn.initializers.normal(0.02)
+unit_normal = nn.initializers.normal(1.0)  # as large as the sinusoids that are added
 
 
 def timestep_features(t: jax.Array, size: int) -> jax.Array:
@@ -92,7 +93,7 @@ class LabelEmbedding(nn.Module):
 class TextEmbedding(nn.Module):
     """Embedding of captions -> (b, m, d).
 
-    Bytes (b, m): a table of each byte, plus fixed sinusoids of its place. States of an encoder (b, m, w): a norm, because encoders
+    Bytes or words (b, m): a table, plus fixed sinusoids of the place. States of an encoder (b, m, w): a norm, because encoders
     differ in scale (Saharia et al. 2022, arXiv 2205.11487, section 2.3), then a Linear, whose weights also serve as the norm's. With
     `null = learned` the rows of the null condition are a trained table (m, d).
     """
@@ -106,7 +107,7 @@ class TextEmbedding(nn.Module):
             states = layer_norm(values["states"])
             found = nn.Dense(cfg.width, kernel_init=small_normal, dtype=dtype, name="projection")(states)
         else:
-            table = nn.Embed(flops.BYTES, cfg.width, embedding_init=small_normal, dtype=dtype, name="table")
+            table = nn.Embed(flops.TABLES[cfg.text], cfg.width, embedding_init=unit_normal, dtype=dtype, name="table")
             places = timestep_features(jnp.arange(values.shape[1]), cfg.width)
             found = table(values) + places.astype(dtype)[None]
         if cfg.null == "empty":
@@ -122,7 +123,7 @@ def _is_null(cfg: ModelConfig, values) -> jax.Array:
 
 def text_mask(cfg: ModelConfig, values) -> jax.Array:
     """Which tokens of captions are there, bool (b, m); of the learned null condition all."""
-    mask = values["mask"] if cfg.encoded else values > 0
+    mask = jnp.asarray(values["mask"] if cfg.encoded else values > 0)
     return mask if cfg.null == "empty" else mask | _is_null(cfg, values)[:, None]
 
 
@@ -263,7 +264,7 @@ def labels(cond: Mapping, rows: int) -> jax.Array:
 def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
     """Embeddings of t (b,) and of each field: with adaLN a vector, the sum of all, a caption's by its mean; else tokens, a row of all.
 
-    With `adaln_cross` the tokens are the caption's.
+    With `adaln_cross` and `dual_stream` the tokens are the caption's.
 
     Call it inside a flax module, which gets the parameters `time_embedding` and `NAME_embedding`. Raises UsageError if a field is missing.
     """

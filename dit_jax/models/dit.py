@@ -1,4 +1,4 @@
-"""Diffusion Transformer with its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3)."""
+"""Diffusion Transformer: its four conditionings (Peebles & Xie 2023, arXiv 2212.09748, section 3.2 and Figure 3), and two of captions."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from dit_jax.models.layers import (
 )
 
 
-def _attention(cls, cfg: ModelConfig, name: str, **how):
+def _attention(cls, cfg: ModelConfig, name: str | None = None, **how):
     implementation = "xla" if cfg.attention == "auto" else cfg.attention
     return cls(cfg.width, cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name, **how)
 
@@ -79,6 +79,50 @@ class PlainBlock(nn.Module):
         return x + mlp(cfg.hidden, dtype, name="mlp")(Norm(dtype, kind, name="norm2")(x)), None
 
 
+class Stream(nn.Module):
+    """Layers of `adaln_zero` for one of the two streams of tokens (b, n, d) of a DualBlock, before and after their joint attention."""
+
+    cfg: ModelConfig
+    place: Callable = as_it_is
+
+    def setup(self):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        self.modulation = Modulation(6, dtype, place=self.place)
+        self.attention = _attention(Attention, cfg)
+        self.mlp = LAYERS[cfg.block][1](cfg.hidden, dtype)
+
+    def enter(self, x, c, angles=None) -> tuple:
+        """Queries, keys and values (b, n, k, h), and the modulation that `leave` takes."""
+        shift, scale, *rest = self.modulation(c)
+        return self.attention.project(modulate(LAYERS[self.cfg.block][0](x), shift, scale), angles), rest
+
+    def leave(self, x, h, rest):
+        """Tokens after the block, from those before, what they attended to (b, n, k, h), and the modulation."""
+        gate1, shift, scale, gate2 = rest
+        x = x + gate1[:, None] * self.attention.out(h)
+        return x + gate2[:, None] * self.mlp(modulate(LAYERS[self.cfg.block][0](x), shift, scale))
+
+
+class DualBlock(Stream):
+    """Block of `dual_stream`: image (b, n, d) and caption (b, m, d), with weights of their own, attend to both jointly; c a Condition.
+
+    MM-DiT (Esser et al. 2024, arXiv 2403.03206, section 4 and Figure 2). SD3's last block has no layers that only the caption's output
+    depends on; here it has them, without a gradient, so that all blocks are alike.
+    """
+
+    def setup(self):
+        super().setup()
+        self.text = Stream(self.cfg, self.place)
+
+    def __call__(self, both, c):
+        (x, text), n = both, both[0].shape[1]
+        of_image, rest = self.enter(x, c.vector, c.angles)
+        of_text, rest_of_text = self.text.enter(text, c.vector)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_image, of_text, strict=True))
+        h = self.attention.mix(q, k, v, c.mask)
+        return (self.leave(x, h[:, :n], rest), self.text.leave(text, h[:, n:], rest_of_text)), None
+
+
 class Output(nn.Module):
     """Output layer, x (b, n, d), c a Condition -> (b, n, p p c_out): adaLN, or a plain norm, then a Linear; both start at zero."""
 
@@ -99,7 +143,7 @@ class Output(nn.Module):
 
 def _scanned_block(cfg: ModelConfig, place: Callable):
     """Scan over `depth` blocks: parameters have a leading layer axis l, and XLA compiles one body."""
-    block = AdaptiveBlock if cfg.adaptive else PlainBlock
+    block = DualBlock if cfg.conditioning == "dual_stream" else AdaptiveBlock if cfg.adaptive else PlainBlock
     if place is not as_it_is:
         block = nn.map_variables(block, "params", trans_in_fn=functools.partial(place, "weights"))
     if cfg.remat != "none":
@@ -133,12 +177,13 @@ class DiT(nn.Module):
         if cfg.positions == "rope":
             extra = c.tokens.shape[1] if cfg.conditioning == "in_context" else 0
             c = c._replace(angles=jnp.asarray(rotations(side, cfg.width // cfg.heads, grid, extra)))
-        if cfg.conditioning == "in_context":
+        dual = cfg.conditioning == "dual_stream"
+        if cfg.conditioning == "in_context" or dual:
             if c.mask is not None:
                 c = c._replace(mask=jnp.concatenate([jnp.ones(h.shape[:2], bool), c.mask], axis=1))
-            h = jnp.concatenate([h, c.tokens], axis=1)
+            h = (h, c.tokens) if dual else jnp.concatenate([h, c.tokens], axis=1)
         h, _ = _scanned_block(cfg, self.place)(h, c)
-        h = Output(cfg, self.place, name="output")(h[:, : rows * columns], c)
+        h = Output(cfg, self.place, name="output")(h[0] if dual else h[:, : rows * columns], c)
         return unpatchify(h, cfg.patch, rows, columns).astype(jnp.float32)
 
 
@@ -166,9 +211,10 @@ def apply(
 
 # Modules of a block in the order of execution.
 ORDER = (
-    "modulation", "norm1", "attention/qkv", "attention/q_norm", "attention/k_norm", "attention/proj",
+    "modulation", "norm1", "attention/qkv", "attention/q_norm", "attention/k_norm",
+    "text/modulation", "text/attention/qkv", "text/attention/q_norm", "text/attention/k_norm", "attention/proj",
     "cross_norm", "cross_attention/q", "cross_attention/kv", "cross_attention/q_norm", "cross_attention/k_norm",
-    "cross_attention/proj", "norm2", "mlp/fc1", "mlp/fc2",
+    "cross_attention/proj", "norm2", "mlp/fc1", "mlp/fc2", "text/attention/proj", "text/mlp/fc1", "text/mlp/fc2",
 )  # fmt: skip
 
 
@@ -181,6 +227,7 @@ def activations(
     for path, value in jax.tree_util.tree_flatten_with_path(found["intermediates"])[0]:
         keys = [part.key for part in path if hasattr(part, "key")]
         outputs.setdefault("/".join(key for key in keys if key != "__call__"), []).append(value)
+    outputs.pop("blocks", None)
     outputs = {name: values[0] if len(values) == 1 else jnp.stack(values, -3) for name, values in outputs.items()}
     blocks = [
         (f"blocks[{layer}]/{name}", outputs[f"blocks/{name}"][layer])

@@ -1,4 +1,4 @@
-"""Captions as a model reads them: bytes, or states of a frozen encoder, which the step computes or a cache holds.
+"""Captions as a model reads them: bytes, words, or states of a frozen encoder, which the step computes or a cache holds.
 
 Batches hold tokens, of which `step_encoder` makes states. Scores and samples encode captions beforehand, on the devices of each process.
 All roads give the same states, but for roundings: of the tokens that are there, zeros elsewhere, in the model's dtype, in which the encoder
@@ -20,7 +20,7 @@ import numpy as np
 
 from dit_jax import flops
 from dit_jax.config import Config, ModelConfig
-from dit_jax.data.words import byte_tokens
+from dit_jax.data.words import byte_tokens, split_words, word_tokens
 from dit_jax.devices.mesh import batch_sharding, batch_split, local_mesh, replicated
 from dit_jax.error import UsageError, build
 from dit_jax.log import say
@@ -113,8 +113,11 @@ def open_text(model: ModelConfig) -> Text | None:
 def _open(model: ModelConfig) -> Text:
     length = model.text_length
     if not model.encoded:
-        cut = lambda captions: np.array([len(caption.encode()) > length for caption in captions], bool)  # noqa: E731
-        return Text(model, functools.partial(byte_tokens, length=length), cut)
+        if model.text == "bytes":
+            units, tokens = str.encode, functools.partial(byte_tokens, length=length)
+        else:
+            units, tokens = split_words, functools.partial(word_tokens, length=length, rows=flops.TABLES["words"])
+        return Text(model, tokens, lambda captions: np.array([len(units(text)) > length for text in captions], bool))
     positions = getattr(sizes_of(model), "positions", length)
     if length > positions:
         raise UsageError(f"model.text_length: found {length}, expected at most {positions}, the encoder's positions")
@@ -228,7 +231,7 @@ def tell_cut(model: ModelConfig, source, most: int) -> None:
     with contextlib.suppress(UsageError):  # reading them says so
         captions += itertools.chain.from_iterable(captions_of(source, np.arange(count)))
     if cut := int(text.cut(captions).sum()) if captions else 0:
-        unit = "tokens" if text.cfg.encoded else "bytes"
+        unit = "tokens" if text.cfg.encoded else text.cfg.text
         of = f"{len(captions):,} captions of the first {count:,} images"
         say(f"data: {cut:,} of {of} are cut after model.text_length = {text.cfg.text_length} {unit}")
 

@@ -45,7 +45,7 @@ class Asked:
         some = {"prompts": prompts.texts, NEGATIVE: prompts.negatives}
         for name, texts in some.items():
             if cut := [text for text, long in zip(texts, _cut(self._text, texts), strict=True) if long]:
-                unit = "bytes" if model.text == "bytes" else "tokens"
+                unit = "tokens" if model.encoded else model.text
                 warn(
                     f"{name}: {len(cut)} of {len(texts)} are cut after {model.text_length} {unit}, the first: {cut[0]!r}"
                 )

@@ -196,6 +196,7 @@ def make_record(
     seen, cost, begun = aspect.seen(data, cfg.train, step), make_objective(cfg).flops, read_init(workdir)
     return {
         "run": base(workdir),
+        "task": "text" if cfg.model.text else "labels" if cfg.model.classes else "unconditional",
         "step": step,
         "images_seen": sum(seen.values()),
         "tokens_seen": sum(images * flops.tokens(cfg.model, shape) for shape, images in seen.items()),

@@ -145,6 +145,8 @@ class Shared:
         reference = scores.open_reference(self.cfg, self.network)
         if self.cfg.eval.features == "scenes" and self.prompts:
             reference.parts["prompts"] = asked(self.prompts)
+        if self.network.texts and self.prompts:
+            reference.parts["captions"] = self.network.texts(list(self.prompts))
         if leader():
             scores.warn_of_few(self.cfg, self.network, reference)
         return reference

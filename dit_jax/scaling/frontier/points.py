@@ -25,7 +25,15 @@ NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample"
 OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
 LOSSES = ("loss", "vlb", "likelihood")  # first words of the targets of held-out images
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
-HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score")  # metrics of which more is better
+HIGHER = (
+    "is",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "clip_score",
+    "clipscore",
+)  # metrics of which more is better
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
 RECORD = {"params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}  # column -> field of a record
 RECORD |= {name: name for name in ("flops_train", "flops_sample", "seconds_sample")}
@@ -145,7 +153,9 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
             names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
         else:
             names |= {name for r, at in _records(lines) if _agrees(r, where, at) for name in r["metrics"]}
-    values = {n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] not in LOSSES}
+    values = {
+        n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] not in LOSSES
+    }
     found = {name for n in values if (name := ours.get(n, n)).lower() not in KNOWN}
     if not found or any(name.lower() == "fid" for name in found):
         return "fid"

@@ -1,6 +1,9 @@
-"""CLIPScore and the Fréchet distance of CLIP's features: from a converted folder to numbers, with small encoders of random weights."""
+"""CLIPScore and the Fréchet distance of CLIP's features, with small encoders of random weights; and files of captions to draw from."""
 
 import dataclasses
+import hashlib
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConf
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
-from dit_jax.evaluation.protocol import Shared
+from dit_jax.evaluation.captions import read_captions
+from dit_jax.evaluation.protocol import Shared, check_config, describe_prompts
 from dit_jax.metrics import clipscore, frechet
 from dit_jax.models import bert, clip
 from dit_jax.networks.text import load_encoder
@@ -105,3 +109,61 @@ def test_what_does_not_fit_is_named(cfg, tmp_path):
     )
     half = write(tmp_path / "c", tmp_path / "d", "clip", {"vision": VISION})
     refused(r"found projections of text and images to \[0, 10\] features", clip=half)
+
+
+def coco(folder, images, annotations):
+    rows = [{"id": number, "image_id": image, "caption": caption} for number, image, caption in annotations]
+    path = folder / "captions_val.json"
+    path.write_text(
+        json.dumps({"info": {}, "images": [{"id": i, "file_name": f"{i}.jpg"} for i in images], "annotations": rows})
+    )
+    return str(path)
+
+
+def test_captions_of_coco_are_the_first_of_each_image_and_drawn_by_seed(cfg, tmp_path):
+    path = coco(tmp_path, range(9, -1, -1), [(100 - k, k // 2, f"{k % 2} of {k // 2}") for k in range(20)])
+    every = read_captions(path, 10, 7)
+    assert every.texts == tuple(f"1 of {i}" for i in range(10)) and set(every.about) == {"file_sha256", "rule"}
+    some, again, other = (read_captions(path, 4, seed) for seed in (7, 7, 8))
+    assert some == again != other and len(some.texts) == 4 and list(some.texts) == sorted(some.texts)
+    assert some.about["drawn"] == "4 of 10 images by PCG64 from seed 7"
+    asked = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, captions=path))
+    shared = Shared(asked, None)
+    said = describe_prompts(asked, shared)["prompts"]
+    assert shared.prompts == every.texts and said["number"] == 10 and said["captions_of"] == "file"
+    assert said["file_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    lines = tmp_path / "some.txt"
+    lines.write_text("a cat\n\na dog \na bird\n")
+    assert read_captions(str(lines), 2, 0).texts == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(
+    "images,annotations,match",
+    [
+        ((1, 2), [(5, 1, "a cat")], r"image 2 2\.jpg: found no caption, one of 1"),
+        ((1,), [(5, 1, "a cat"), (6, 3, "a dog")], r"annotation 6: found image_id 3, no image of the file"),
+        ((1,), [(5, 1, " ")], r"annotation 5: found an empty caption"),
+        ((1, 1), [(5, 1, "a cat")], r"images: found an id twice"),
+        (("1",), [(5, 1, "a cat")], r"images: id: found '1', expected a whole number"),
+        ((), [], r"images: found none"),
+    ],
+)
+def test_a_file_of_captions_that_does_not_fit_is_refused(tmp_path, images, annotations, match):
+    with pytest.raises(UsageError, match=f"eval.captions: .*captions_val.json: {match}"):
+        read_captions(coco(tmp_path, images, annotations), 10, 0)
+
+
+def test_files_of_captions_of_other_kinds_and_for_models_of_labels_are_refused(cfg, tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    for path, match in (
+        ("captions.csv", r"expected COCO's \.json of captions, or a \.txt"),
+        (str(tmp_path / "none.txt"), "no such file"),
+        (str(tmp_path / "list.json"), "images: found None, expected a list of objects"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            read_captions(path, 10, 0)
+    labels = Config(eval=EvalConfig(captions="captions.txt", samples=100))
+    with pytest.raises(
+        UsageError, match=r"eval\.captions: found 'captions\.txt', expected none: this model has no captions"
+    ):
+        check_config(labels)

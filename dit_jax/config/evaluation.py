@@ -66,6 +66,7 @@ class EvalConfig:
     classifier: str = ""  # folder of a network of your own images, written by `features`
     inception: str = ""  # folder of the Inception network, written by `convert --source=inception`
     clip: str = ""  # folder of CLIP's encoders of texts and images, written by `convert --source=clip`
+    captions: str = ""  # file of captions that images are drawn from: COCO's .json, or .txt; "" = of the held-out split
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
     loss: bool = True  # whether to compute the held-out loss; False if there are no held-out images here
     bootstrap: int = 20  # resamples of the drawn images for the interval of the distance; 0 = no interval

@@ -22,6 +22,7 @@ from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import likelihood, loss, scores
+from dit_jax.evaluation.captions import Captions, read_captions
 from dit_jax.files import base
 from dit_jax.networks.in_step import encoder_flops, open_splits
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
@@ -129,10 +130,20 @@ class Shared:
         return source, load_arrays(data, data.held_out_split, source, most, data.buckets, tokens)
 
     @functools.cached_property
+    def captions(self) -> Captions:
+        """The captions of `eval.captions`, as many as images at most."""
+        return read_captions(self.cfg.eval.captions, self.cfg.eval.samples, self.cfg.eval.seed)
+
+    @functools.cached_property
     def prompts(self) -> tuple[str, ...]:
-        """Captions that images are drawn from, one of each held-out record, as many as images at most; () for a model without captions."""
+        """Captions that images are drawn from: those of a file, or one of each held-out record, as many as images at most.
+
+        () for a model without captions.
+        """
         if not self.cfg.model.text:
             return ()
+        if self.cfg.eval.captions:
+            return self.captions.texts
         source = open_source(all_of(self.cfg.data), self.cfg.data.held_out_split)
         return tuple(prompts(source, self.cfg.eval.samples))
 
@@ -184,7 +195,10 @@ def describe_prompts(cfg: Config, shared: Shared) -> dict:
     if not (texts := shared.prompts):
         return {}
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    return {"prompts": {"captions_of": cfg.data.held_out_split, "number": len(texts), "sha256": digest}}
+    of = {"captions_of": cfg.data.held_out_split}
+    if cfg.eval.captions:
+        of = {"captions_of": "file", **shared.captions.about}
+    return {"prompts": of | {"number": len(texts), "sha256": digest}}
 
 
 def make_record(
@@ -229,5 +243,9 @@ def check_config(cfg: Config, key: str = "eval.samples") -> None:
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
     if cfg.eval.likelihood:
         find_solver(make_objective(cfg).process, cfg.eval.likelihood_solver, cfg.eval.likelihood_steps)
+    if cfg.eval.captions and not cfg.model.text:
+        raise UsageError(
+            f"eval.captions: found {cfg.eval.captions!r}, expected none: this model has no captions (model.text)"
+        )
     if cfg.eval.samples:
         scores.check_config(cfg, key)

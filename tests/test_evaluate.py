@@ -54,10 +54,11 @@ def test_a_record_says_everything(workdir):
     cfg = read_config(str(workdir))
     record = next(r for r in records(workdir) if "loss" in r["metrics"])
     assert set(record) == {
-        "run", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics",
+        "run", "task", "step", "images_seen", "tokens_seen", "params", "params_active", "flops_train", "flops_image", "metrics",
         "metric_signs", "goodput", "protocol", "unique_images",
         "protocol_id", "weights_sha256", "device",
     }  # fmt: skip
+    assert record["task"] == "labels"
     assert record["images_seen"] == record["step"] * 16 and record["tokens_seen"] == record["images_seen"] * 16
     assert record["flops_train"] == flops.train_flops(cfg.model, record["images_seen"])
     assert record["params"] == flops.parameters(cfg.model)

@@ -45,7 +45,7 @@ def test_a_workdir_gives_its_last_step(tmp_path):
     (run,) = load_runs([workdir(tmp_path / "w", record(step=20, loss=0.4), record(step=10))])
     assert (run.loss, run.loss_se, run.params, run.params_total) == (0.4, 0.002, 1000, 2000)
     assert (run.images, run.tokens, run.flops) == (160, 2560, 6e3 * 2560)
-    assert run.metrics["fd_digits"] == 4.0 and run.protocol == PROTOCOL
+    assert run.metrics["fd_digits"] == 4.0 and run.protocol == PROTOCOL | {"task": "labels"}
 
 
 def test_the_last_step_without_the_loss_does_not_count(tmp_path):
@@ -79,6 +79,27 @@ def test_mixed_protocols_are_refused_naming_the_field(tmp_path):
     workdir(tmp_path / "b", record(run="b", protocol=other))
     with pytest.raises(UsageError, match=r"b/eval/records.jsonl:1: .*'held_out.seed' is 7, but 1234 in .*a/eval"):
         load_runs([tmp_path])
+
+
+def test_labels_and_words_do_not_mix(tmp_path):
+    """By the record's own task; an older record's is that of the run's config, else labels."""
+    workdir(tmp_path / "a", record())
+    words = workdir(tmp_path / "b", record(run="b"))
+    assert len(load_runs([tmp_path])) == 2
+    (tmp_path / "c").mkdir()
+    for name, changes, config in (
+        ("c/text", {"task": "text"}, {}),
+        ("c/older", {}, {"text": "bytes", "classes": 0}),
+        ("c/none", {"task": "unconditional"}, {}),
+    ):
+        path = workdir(tmp_path / name, record(run=name, **changes))
+        (tmp_path / name / "config.json").write_text(json.dumps({"model": config}))
+        found = "unconditional" if "none" in name else "text"
+        with pytest.raises(UsageError, match=rf"protocol field 'task' is '{found}', but 'labels' in .*b/eval"):
+            load_runs([words, path])
+    assert [run.name for run in load_runs([tmp_path], where=["task=text"])] == ["c/older", "c/text"]
+    with pytest.raises(UsageError, match=r"task is 'speech', expected one of labels, text, unconditional"):
+        load_runs([workdir(tmp_path / "d", record(task="speech"))])
 
 
 def test_records_and_a_csv_do_not_mix(tmp_path):

@@ -9,7 +9,7 @@ from dit_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from dit_jax.data import scenes
 from dit_jax.data.pipeline import load_arrays, make_batches
 from dit_jax.data.source import open_source
-from dit_jax.data.words import as_tokens, byte_tokens, draw, prompts
+from dit_jax.data.words import as_tokens, byte_tokens, draw, prompts, split_words, word_tokens
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation import scores
@@ -121,11 +121,11 @@ def test_bytes_are_tokens_from_one_and_long_texts_are_cut():
     assert byte_tokens(["abcdef"], 3).tolist() == [[98, 99, 100]]
 
 
-def test_words_are_numbers_of_their_own_without_a_vocabulary():
+def test_words_are_numbers_of_their_own_without_a_vocabulary(splits):
     tokens = word_tokens(["A red three, left of", "a  Red three.", "", "a b c d e f"], 5, 4096)
     np.testing.assert_array_equal(tokens[0, :3], tokens[1, :3])
     assert [int((row > 0).sum()) for row in tokens] == [5, 3, 0, 5]
-    texts = {word for text in prompts(Scenes("test", 0, 4096), 4096) for word in split_words(text)}
+    texts = {word for text in prompts(splits["test"], 4096) for word in split_words(text)}
     known = word_tokens(sorted(texts), 1, 4096)[:, 0].tolist()
     assert len(texts) == len(set(known)) == 46 and 0 < min(known) < max(known) < 4096
 

@@ -62,9 +62,11 @@ class EvalConfig:
     buckets: int = 8  # of t, with equal probability under its training distribution
     batch_size: int = 128  # held-out images per batch
     samples: int = 0  # images drawn for the sample metrics; 0 = none
-    features: str = "digits"  # feature network of the sample metrics: digits | scenes | inception | classifier
+    features: str = "digits"  # feature network of the sample metrics: digits | scenes | inception | classifier | clip
     classifier: str = ""  # folder of a network of your own images, written by `features`
     inception: str = ""  # folder of the Inception network, written by `convert --source=inception`
+    clip: str = ""  # folder of CLIP's encoders of texts and images, written by `convert --source=clip`
+    captions: str = ""  # file of captions that images are drawn from: COCO's .json, or .txt; "" = of the held-out split
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
     loss: bool = True  # whether to compute the held-out loss; False if there are no held-out images here
     bootstrap: int = 20  # resamples of the drawn images for the interval of the distance; 0 = no interval
@@ -82,7 +84,7 @@ class EvalConfig:
         in_range("eval.bootstrap", self.bootstrap, 0, 10_000)
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")
-        choice("eval.features", self.features, ("digits", "scenes", "inception", "classifier"))
+        choice("eval.features", self.features, ("digits", "scenes", "inception", "classifier", "clip"))
         for name, kind in (("samplers", str), ("steps", int), ("guidance", float), ("weights", str)):
             for value in getattr(self, name):
                 if not (number(value) if kind is float else type(value) is kind):

@@ -22,6 +22,7 @@ from dit_jax.diffusion.objective import make_objective
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.evaluation import likelihood, loss, scores
+from dit_jax.evaluation.captions import Captions, read_captions
 from dit_jax.files import base
 from dit_jax.networks.caption import describe_text, open_text, text_flops
 from dit_jax.networks.in_step import encoder_flops, open_splits
@@ -132,10 +133,20 @@ class Shared:
         return source, (images, cond | ({"text": text.encode(cond["text"])} if text else {}))
 
     @functools.cached_property
+    def captions(self) -> Captions:
+        """The captions of `eval.captions`, as many as images at most."""
+        return read_captions(self.cfg.eval.captions, self.cfg.eval.samples, self.cfg.eval.seed)
+
+    @functools.cached_property
     def prompts(self) -> tuple[str, ...]:
-        """Captions that images are drawn from, one of each held-out record, as many as images at most; () for a model without captions."""
+        """Captions that images are drawn from: those of a file, or one of each held-out record, as many as images at most.
+
+        () for a model without captions.
+        """
         if not self.cfg.model.text:
             return ()
+        if self.cfg.eval.captions:
+            return self.captions.texts
         source = open_source(all_of(self.cfg.data), self.cfg.data.held_out_split)
         return tuple(prompts(source, self.cfg.eval.samples))
 
@@ -148,6 +159,8 @@ class Shared:
         reference = scores.open_reference(self.cfg, self.network)
         if self.cfg.eval.features == "scenes" and self.prompts:
             reference.parts["prompts"] = asked(self.prompts)
+        if self.network.texts and self.prompts:
+            reference.parts["captions"] = self.network.texts(list(self.prompts))
         if leader():
             scores.warn_of_few(self.cfg, self.network, reference)
         return reference
@@ -186,7 +199,10 @@ def describe_prompts(cfg: Config, shared: Shared) -> dict:
     if not (texts := shared.prompts):
         return {}
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    return {"prompts": {"captions_of": cfg.data.held_out_split, "number": len(texts), "sha256": digest}}
+    of = {"captions_of": cfg.data.held_out_split}
+    if cfg.eval.captions:
+        of = {"captions_of": "file", **shared.captions.about}
+    return {"prompts": of | {"number": len(texts), "sha256": digest}}
 
 
 def make_record(
@@ -200,6 +216,7 @@ def make_record(
     seen, cost, begun = aspect.seen(data, cfg.train, step), make_objective(cfg).flops, read_init(workdir)
     return {
         "run": base(workdir),
+        "task": "text" if cfg.model.text else "labels" if cfg.model.classes else "unconditional",
         "step": step,
         "images_seen": sum(seen.values()),
         "tokens_seen": sum(images * flops.tokens(cfg.model, shape) for shape, images in seen.items()),
@@ -231,5 +248,9 @@ def check_config(cfg: Config, key: str = "eval.samples") -> None:
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
     if cfg.eval.likelihood:
         find_solver(make_objective(cfg).process, cfg.eval.likelihood_solver, cfg.eval.likelihood_steps)
+    if cfg.eval.captions and not cfg.model.text:
+        raise UsageError(
+            f"eval.captions: found {cfg.eval.captions!r}, expected none: this model has no captions (model.text)"
+        )
     if cfg.eval.samples:
         scores.check_config(cfg, key)

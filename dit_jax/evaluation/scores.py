@@ -4,6 +4,7 @@ A network maps an image to a row of float32: pooled features, logits and, if it 
 IS are measured with Inception; the name of a metric on another network ends with that network's name.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,15 +17,18 @@ from dit_jax.config import Config, EvalConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
+from dit_jax.devices.processes import leader
 from dit_jax.error import UsageError
 from dit_jax.log import warn
 from dit_jax.metrics import frechet
 from dit_jax.metrics.features import check_room
 from dit_jax.metrics.metric import Metric
 from dit_jax.metrics.table import METRICS
-from dit_jax.models import classifier, inception
-from dit_jax.networks.folder import DIGITS, load_network
+from dit_jax.models import classifier, clip, inception
+from dit_jax.networks.folder import DIGITS, load_network, read_meta
 from dit_jax.networks.reference import read_reference
+from dit_jax.networks.text import load_encoder
+from dit_jax.networks.tokenizer import open_tokenizer
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
 REFERENCE = ("gaussian", "spatial_gaussian", "features")  # what a reference may have
@@ -43,6 +47,9 @@ class Network:
     logits: str  # which ones, in words, for records
     shape: tuple | None = None  # (h, w, c) of its input; None: any
     rules: dict = field(default_factory=dict)  # for records
+    texts: Callable | None = field(
+        default=None, repr=False
+    )  # captions, a list -> float32 (n, width of "pool"); None: not of texts
     images: tuple | None = None  # (h, w, c) of drawn images to be kept behind their features; None: not kept
 
     @property
@@ -105,6 +112,37 @@ def inception_rows(params, images: jax.Array) -> jax.Array:
     return jnp.concatenate([found.pool, found.spatial, found.logits_unbiased], axis=1)
 
 
+def clip_rows(cfg: clip.VisionConfig, params, images: jax.Array) -> jax.Array:
+    """CLIP's projected embeddings (b, p) of images uint8 (b, h, w, 1 or 3), resized as a whole to CLIP's square."""
+    rgb = jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    square = (len(rgb), cfg.size, cfg.size, 3)
+    resized = jax.image.resize(rgb.astype(jnp.float32), square, "cubic", antialias=True)
+    return clip.apply_vision(cfg, params, jnp.round(jnp.clip(resized, 0, 255))).pooled
+
+
+def _clip(folder: str, mesh) -> Network:
+    encoder = load_encoder(folder, "clip")
+    widths = [encoder.cfgs[half].projection if half in encoder.cfgs else 0 for half in ("text", "vision")]
+    if not widths[0] == widths[1] > 0:
+        raise UsageError(
+            f"eval.clip: {folder!r}: found projections of text and images to {widths} features, expected equal ones: convert a whole CLIP"
+        )
+    text, vision, tokenizer = encoder.cfgs["text"], encoder.cfgs["vision"], open_tokenizer(folder)
+    embed = _on_mesh(lambda params, ids: clip.apply_text(text, params, ids).pooled, encoder.params["text"], mesh)
+
+    def texts(captions: list[str]) -> np.ndarray:
+        found = tokenizer.encode(captions, text.positions)
+        if found.cut and leader():
+            warn(
+                f"eval.clip: {found.cut} of {len(captions)} captions are longer than {text.positions} tokens; they are cut"
+            )
+        return embed(found.ids)
+
+    rules = {"resize": f"bicubic (a = -0.5), antialiased, {vision.size}, rounded", "tokenizer": tokenizer.sha256}
+    rows = _on_mesh(functools.partial(clip_rows, vision), encoder.params["vision"], mesh)
+    return Network("clip", encoder.about["sha256"], {"pool": widths[1]}, rows, "", rules=rules, texts=texts)
+
+
 def _classifier(name: str, folder: str, mesh) -> Network:
     config, weights, meta = load_network(folder, "classifier")
     about, rules = meta["source"], {}
@@ -134,7 +172,7 @@ def _measurable(network: Network, reference: dict) -> dict[str, Metric]:
     offered = {"images", network.name, *parts, *reference}
     found = {}
     for metric in METRICS.values():
-        own = network.name == "inception" or not parts & set(metric.needs)
+        own = network.name in {"inception", *metric.needs} or not parts & set(metric.needs)
         if set(metric.needs) <= offered:
             found[metric.name if own else f"{metric.plain or metric.name}_{network.name}"] = metric
     return found
@@ -143,7 +181,7 @@ def _measurable(network: Network, reference: dict) -> dict[str, Metric]:
 def describe(network: Network) -> dict:
     """Rules and constants of the metrics, for records; the same for every reference."""
     found = dict(network.rules)
-    for metric in _measurable(network, dict.fromkeys(REFERENCE)).values():
+    for metric in _measurable(network, dict.fromkeys((*REFERENCE, "captions"))).values():
         found |= {name: rule.format(logits=network.logits) for name, rule in metric.rules.items()}
     return found | {"rows": ROWS}
 
@@ -160,6 +198,11 @@ def check_config(cfg: Config, key: str) -> None:
         raise UsageError(
             "eval.classifier: empty, expected the folder of a feature network; train it with `python -m dit_jax.features "
             "--config=CONFIG --out=DIR`"
+        )
+    if cfg.eval.features == "clip" and not cfg.eval.clip:
+        raise UsageError(
+            "eval.clip: empty, expected the folder of CLIP's encoders; write it with `python -m dit_jax.convert --source=clip "
+            "--weights=FOLDER --out=DIR` from a folder of transformers' openai/clip-vit-large-patch14"
         )
     if cfg.eval.features in ("digits", "scenes") and cfg.data.name != cfg.eval.features:
         raise UsageError(
@@ -179,6 +222,8 @@ def check_number(cfg: Config, key: str) -> None:
     """Raises UsageError if there are too few samples for a covariance or too many to keep."""
     num, name = cfg.eval.samples, cfg.eval.features
     width = {"inception": INCEPTION["pool"], "scenes": 4 * classifier.WIDTH}.get(name, classifier.WIDTH)
+    if name == "clip":
+        width = read_meta(cfg.eval.clip, "clip")["config"].get("vision", {}).get("projection", 0)
     try:
         check_room(num, width)
     except ValueError as error:
@@ -203,6 +248,8 @@ def open_network(cfg: Config, mesh) -> Network:
     """Opens the network named by `eval.features`. Raises UsageError if its folder holds another kind."""
     if cfg.eval.features == "inception":
         return _inception(cfg.eval.inception, mesh)
+    if cfg.eval.features == "clip":
+        return _clip(cfg.eval.clip, mesh)
     if cfg.eval.features == "scenes":
         _, weights, meta = load_network(DIGITS, "classifier")
         parts = {"pool": 4 * classifier.WIDTH, "cells": 40}

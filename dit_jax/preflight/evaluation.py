@@ -1,6 +1,7 @@
 """What an evaluation costs on a slice: its programs, each compiled as the job would, and the images that go through each."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from dit_jax.devices.rows import drawing_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.loss import PAIRS, alone, make_losses
 from dit_jax.evaluation.protocol import samplings
-from dit_jax.evaluation.scores import ROWS, classifier_rows, inception_rows
+from dit_jax.evaluation.scores import ROWS, classifier_rows, clip_rows, inception_rows
 from dit_jax.log import say
-from dit_jax.models import classifier, inception, vae
+from dit_jax.models import classifier, clip, inception, vae
 from dit_jax.networks.autoencoder import images_at_once, normalisation
 from dit_jax.preflight.compilation import (
     Program,
@@ -116,7 +117,10 @@ def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
     count, side = ROWS * batch_split(mesh), cfg.data.image_size
     shape = (side, side, channels)
     slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.name != "digits")
-    if slow:
+    if cfg.eval.features == "clip":
+        vision = clip.VisionConfig()
+        about, params, apply = "CLIP ViT-L/14", clip.shapes(vision), functools.partial(clip_rows, vision)
+    elif slow:
         about, params, apply = "Inception", inception.shapes(), inception_rows
     else:
         about, apply = "a classifier", classifier_rows

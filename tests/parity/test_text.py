@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from dit_jax.evaluation.scores import clip_rows
+from dit_jax.metrics import clipscore, frechet
 from dit_jax.models import bert, clip, t5
 from dit_jax.networks import locate, text, tokenizer
 
@@ -278,3 +280,44 @@ def test_tokens_of_clip(transformers, tmp_path):
     theirs.save_pretrained(tmp_path / "padded")
     padded, _ = compare(theirs, "clip", tmp_path / "padded", 49408)
     assert padded.padding == 0
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 64), (20, 32)])
+def test_clipscore_and_the_features_of_clip(torch, transformers, torch_fidelity, tmp_path, shape):
+    """From images and ids to both metrics: theirs resized by torch (antialiased bicubic), by transformers' cosine, by torch-fidelity."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    texts = {
+        **SMALL,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 20,
+        "bos_token_id": 1,
+        "eos_token_id": VOCABULARY - 1,
+    }
+    images = {**SMALL, "image_size": 48, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=texts, vision_config=images, projection_dim=24)
+    cfgs, params = saved("clip", model := random(torch, transformers.CLIPModel(config)), tmp_path)
+    ids, _ = captions()
+    draw = np.random.default_rng(1).integers(0, 256, (80, *shape, 3)).astype(np.uint8)
+    pixels = torch.from_numpy(draw.transpose(0, 3, 1, 2).astype(np.float32))
+    pixels = (
+        torch.nn.functional.interpolate(pixels, (48, 48), mode="bicubic", antialias=True).clamp(0, 255).round() / 255
+    )
+    mean, std = (torch.tensor(value)[:, None, None] for value in (clip.MEAN, clip.STD))
+    with torch.no_grad():
+        theirs = model(tensor(torch, ids), (pixels - mean) / std)
+        cosines = (theirs.logits_per_image / model.logit_scale.exp()).double().numpy()
+    rows = np.asarray(jax.jit(functools.partial(clip_rows, cfgs["vision"]))(params["vision"], draw))
+    embedded = np.asarray(jax.jit(functools.partial(clip.apply_text, cfgs["text"]))(params["text"], ids).pooled)
+    own = cosines[np.arange(80), np.arange(80) % 4]
+    error = np.abs(clipscore.scores(rows, embedded) - 2.5 * np.maximum(own, 0))
+    print("clipscore", shape, "errors: median", np.median(error), "largest", error.max())
+    assert (error < 1e-5).mean() > 0.75 and error.max() < 0.02  # a pixel between two levels may be rounded to either
+    assert (own > 0).any() and (own < 0).any()
+
+    halves = theirs.image_embeds[:40], theirs.image_embeds[40:]  # the same features on both sides
+    expected = fid_statistics_to_metric(*map(fid_features_to_statistics, halves), verbose=False)
+    stats = [frechet.mean_cov(frechet.update(frechet.empty(24), part.numpy())) for part in halves]
+    assert frechet.frechet_distance(*stats[0], *stats[1]) == pytest.approx(
+        expected["frechet_inception_distance"], rel=1e-3
+    )

@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
@@ -28,6 +27,7 @@ from dit_jax.scaling.runs.conventions import of_record, require_same
 from dit_jax.scaling.runs.run import Run, require_same_start, tell_start
 from dit_jax.scaling.runs.stated import COLUMNS as STATED
 from dit_jax.scaling.runs.stated import of_cells, of_table, require_stated
+from dit_jax.scaling.runs.task import OBJECT, task_of
 from dit_jax.workdir.scalars import segments
 
 OPTIONAL = ("images", "run", "group", "loss_se", "unique_tokens", "unique_images", *STATED)
@@ -42,9 +42,6 @@ RECORD = {  # field of a record -> field of a Run
 NEEDED = {"run": str, "step": int} | dict.fromkeys(RECORD, (int, float)) | {"metrics": dict, "protocol": dict}
 BLANK = ("", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf")  # losses that are not there
 NAME = "records.jsonl"
-OBJECT = re.compile(
-    r"(?:(.*)/)?eval/records(?:\.jsonl|/[^/]+\.json)"
-)  # a file of records, and in group 1 the run's folder
 STUDY = 5, 3, 1.5  # runs, sizes and the ratio of the largest to the smallest compute, at least, of a study by itself
 
 
@@ -219,7 +216,7 @@ def _read_records(
 
 
 def parse_record(line: bytes, where: str) -> dict:
-    """A line of records.jsonl with the fields that a run needs, checked."""
+    """A line of records.jsonl with the fields that a run needs, checked; its task stands in its protocol, so that tasks do not mix."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -234,6 +231,8 @@ def parse_record(line: bytes, where: str) -> dict:
     if not isinstance(record.setdefault("protocol_id", ""), str):
         raise UsageError(f"{where}: protocol_id is {record['protocol_id']!r}, expected text")
     check_name(record["run"], "run", where)
+    if record["protocol"]:
+        record["protocol"] = {**record["protocol"], "task": task_of(record, where)}
     for name, value in [*record["metrics"].items()]:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             warn(f"{where}: metrics.{name} is {value}, which is no number; it counts as not recorded")

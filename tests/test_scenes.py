@@ -127,7 +127,7 @@ def test_words_are_numbers_of_their_own_without_a_vocabulary(splits):
     assert [int((row > 0).sum()) for row in tokens] == [5, 3, 0, 5]
     texts = {word for text in prompts(splits["test"], 4096) for word in split_words(text)}
     known = word_tokens(sorted(texts), 1, 4096)[:, 0].tolist()
-    assert len(texts) == len(set(known)) == 46 and 0 < min(known) < max(known) < 4096
+    assert len(texts) == len(set(known)) == 37 and 0 < min(known) < max(known) < 4096
 
 
 def test_the_held_out_captions_are_the_prompts(splits):

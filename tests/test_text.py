@@ -286,7 +286,7 @@ def test_prompts_come_from_flags_or_a_file(tmp_path, capsys):
     [
         ({"text": "bytes"}, "model.conditioning: found 'adaln_zero', expected in_context, adaln_cross or dual_stream"),
         ({"conditioning": "adaln_cross"}, "model.text: found '', expected 'bytes'"),
-        ({"conditioning": "dual_stream"}, "model.text: found '', expected 'bytes' for .* 'dual_stream'"),
+        ({"conditioning": "dual_stream"}, "model.text: found '', expected 'bytes', .* for .* 'dual_stream'"),
         ({"text": "letters", "conditioning": "in_context"}, "model.text: found 'letters', expected"),
         ({"null": "learned"}, "model.null: found 'learned', expected one of empty"),
         ({"text_encoder": "nets/t5"}, "model.text_encoder: found 'nets/t5', expected none with model.text = ''"),

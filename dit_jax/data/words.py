@@ -1,7 +1,8 @@
 """Captions on their way to a model: read with their images, one drawn for each visit, and turned into tokens."""
 
+import functools
+import hashlib
 import string
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,14 +27,18 @@ def byte_tokens(texts: list[str], length: int) -> np.ndarray:
 def word_tokens(texts: list[str], length: int, rows: int) -> np.ndarray:
     """Tokens int32 (n, length) of texts: each word's number of 1 to rows - 1, then zeros. Longer texts are cut.
 
-    The number is CRC-32 of the word in small letters without the punctuation around it, so there is no vocabulary; two words may share
-    a number (Weinberger et al. 2009, arXiv 0902.2206).
+    A word's number is a checksum, so there is no vocabulary, and two words may share one (Weinberger et al. 2009, arXiv 0902.2206).
     """
     found = np.zeros((len(texts), length), np.int32)
     for row, text in zip(found, texts, strict=True):
-        some = [1 + zlib.crc32(word.encode()) % (rows - 1) for word in split_words(text)[:length]]
+        some = [1 + _checksum(word) % (rows - 1) for word in split_words(text)[:length]]
         row[: len(some)] = some
     return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _checksum(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
 
 
 def split_words(text: str) -> list[str]:

@@ -34,7 +34,10 @@ from dit_jax.job.launch import launch, stop_flag
 def _config(values) -> Config:
     """Return the config, with the flag's autoencoder."""
     cfg = resolve(values.config)
-    if cfg.data.buckets:
+    if values.captions and (values.whiten or values.autoencoder):
+        given = "--whiten" if values.whiten else "--autoencoder"
+        raise UsageError(f"{given}: found it with --captions, expected one of them: captions have no latents")
+    if cfg.data.buckets and not values.captions:
         raise UsageError(f"data.buckets: found {cfg.data.buckets}, expected (): latents are of squares of one size")
     if values.autoencoder is None:
         return cfg
@@ -43,10 +46,13 @@ def _config(values) -> Config:
 
 def check(_: Config, __: Slice | None) -> None:
     """Raises UsageError if an autoencoder that is here does not fit image size and model."""
+    from dit_jax.networks.caption_states import open_captions
     from dit_jax.networks.encoding import open_job
 
     cfg, values = _config(flags.FLAGS), flags.FLAGS
     if values.captions:
+        if not cfg.model.text_encoder or reachable(cfg.model.text_encoder):
+            open_captions(cfg)
         return
     if not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder):
         open_job(cfg, values.dtype, values.whiten)

@@ -138,6 +138,12 @@ def test_captions_are_encoded_by_a_command(made, tmp_path, cache_dir):
     flags = ["--config=configs/scenes.py", f"--config.data.folder={cfg.data.folder}", "--captions", *model]
     code, _, err = run("encode", *flags, f"--out={tmp_path / 'new'}", cache_dir=cache_dir)
     assert code == 0 and "8 captions, 1 of them cut after 8 tokens" in err, err
+    code, _, err = run("encode", *flags, "--whiten", f"--out={tmp_path / 'other'}", cache_dir=cache_dir)
+    assert code == 2 and "--whiten: found it with --captions, expected one of them" in err
+    code, _, err = run(
+        "encode", *flags[:2], "--captions", "--check", f"--out={tmp_path / 'other'}", cache_dir=cache_dir
+    )
+    assert code == 2 and "model.text: found 'bytes', expected clip, t5 or bert" in err
 
 
 def test_labels_become_words_by_a_template(tmp_path, capsys):

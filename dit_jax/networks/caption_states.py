@@ -40,6 +40,14 @@ def tokens_of(cfg: Config) -> Callable | None:
     return cached(text, cfg.data.captions) if cfg.data.captions else text and text.tokens
 
 
+def open_captions(cfg: Config) -> Text:
+    """Open the encoder whose states are to be stored. Raises UsageError if the model has none, or it does not fit."""
+    if not cfg.model.encoded:
+        expected = "expected clip, t5 or bert, whose states are encoded"
+        raise UsageError(f"model.text: found {cfg.model.text!r}, {expected}")
+    return open_text(cfg.model)
+
+
 def encode_captions(cfg: Config, out: str, splits: list[str], shard_bytes: int, stop: list) -> None:
     """Make a cache of all captions of splits, and of the empty one, in `out`, unless it is done. All processes of the job call it.
 
@@ -47,11 +55,7 @@ def encode_captions(cfg: Config, out: str, splits: list[str], shard_bytes: int, 
     or the encoder do not fit, or `out` holds other states; Interrupted when `stop` fills.
     """
     with agreed():
-        if not cfg.model.encoded:
-            raise UsageError(
-                f"model.text: found {cfg.model.text!r}, expected clip, t5 or bert, whose states are encoded"
-            )
-        text = open_text(cfg.model)
+        text = open_captions(cfg)
         sources = {split: open_source(cfg.data, split) for split in dict.fromkeys(splits)}
         captions = all_captions(sources)
     is_of = about(text.cfg)

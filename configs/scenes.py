@@ -5,22 +5,22 @@ python -m dit_jax.sample --workdir=runs/scenes --prompt='a red three left of a b
 python -m dit_jax.evaluate --workdir=runs/scenes
 python -m dit_jax.evaluate --workdir=runs/scenes --config.data.held_out_split=unseen
 
-Captions are read as bytes, which needs no weights of others. `configs/scenes.py:adaln_cross` attends to them from each block instead of
-putting them among the image's tokens. Pairs of colour and digit, and of relation and digits, are held out: the split `unseen`.
+Captions are read as words, which needs no weights of others; bytes: --config.model.text=bytes --config.model.text_length=64. Each block
+attends to them; `configs/scenes.py:in_context` puts them among the image's tokens instead, `:dual_stream` gives them weights of their own. Pairs of colour and digit, and of relation and digits, are held out: the split `unseen`.
 """
 
 from dit_jax.config import template
 
 
-def get_config(conditioning="in_context"):
-    """`conditioning`: in_context | adaln_cross."""
+def get_config(conditioning="adaln_cross"):
+    """`conditioning`: adaln_cross | in_context | dual_stream."""
     c = template()
-    c.model.update(depth=6, width=64, heads=4, patch=2, input_size=16, channels=3, classes=0, learn_sigma=False)
-    c.model.update(text="bytes", text_length=64, conditioning=conditioning)
+    c.model.update(depth=6, width=64, heads=4, patch=4, input_size=16, channels=3, classes=0, learn_sigma=False)
+    c.model.update(text="words", text_length=16, conditioning=conditioning)
     c.diffusion.process = "flow"
     c.data.update(dataset="scenes", image_size=16, cache=False)
-    c.optim.update(learning_rate=2e-3, warmup_steps=200, clip=1.0, ema="power", ema_width=0.1)
-    c.train.update(steps=3000, batch_size=64, log_every=100, checkpoint_every=500)
-    c.sample.update(sampler="heun", steps=20, guidance=2.0, batch_size=128)
+    c.optim.update(learning_rate=3e-3, schedule="cosine", warmup_steps=200, clip=1.0, ema="power", ema_width=0.1)
+    c.train.update(steps=4400, batch_size=64, log_every=100, checkpoint_every=500)
+    c.sample.update(sampler="heun", steps=10, guidance=2.0, batch_size=128)
     c.eval.update(samples=1000, features="scenes", max_images=1024)
     return c

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+WORDS := runs/words
 PEERS := $(VENV)/peers
 TPU := $(VENV)/tpu
 GPU := $(VENV)/gpu
@@ -13,11 +14,12 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x test test-slow test-data test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
+.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x words test test-slow test-data test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
 	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
+	@echo "make words      train a model of words on coloured digits and score what it draws, write $(WORDS)/report.html (about 12 minutes)"
 	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-data  the same 200 pictures through every door of the data: kills, hosts, positions (about 5 minutes)"
@@ -80,6 +82,9 @@ demo: setup
 
 demo-10x: demo
 	@$(BIN)/python benchmarks/targets.py $(DEMO) --multiple=10 --seeds=2
+
+words: setup
+	@$(BIN)/python benchmarks/words.py $(WORDS)
 
 test: dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

@@ -5,8 +5,9 @@ python -m dit_jax.sample --workdir=runs/scenes --prompt='a red three left of a b
 python -m dit_jax.evaluate --workdir=runs/scenes
 python -m dit_jax.evaluate --workdir=runs/scenes --config.data.held_out_split=unseen
 
-Captions are read as words, which needs no weights of others; bytes: --config.model.text=bytes --config.model.text_length=64. Each block
-attends to them; `configs/scenes.py:in_context` puts them among the image's tokens instead, `:dual_stream` gives them weights of their own. Pairs of colour and digit, and of relation and digits, are held out: the split `unseen`.
+Captions are read as words, which needs no weights of others; as bytes: --config.model.text=bytes --config.model.text_length=64. Each block
+attends to them; `configs/scenes.py:in_context` puts them among the image's tokens instead, `:dual_stream` gives them weights of their
+own. Pairs of colour and digit, and of relation and digits, are held out: the split `unseen`. `make words` does all of this.
 """
 
 from dit_jax.config import template

@@ -199,7 +199,7 @@ def test_a_run_on_captions_resumes_is_scored_and_drawn_from_by_prompt(tmp_path, 
         cfg.eval, loss=False, samples=0, vlb=True, vlb_times=4, likelihood=True, likelihood_images=3, likelihood_steps=2
     )
     bound, likelihood = evaluate(dataclasses.replace(cfg, eval=more), workdir, [4], quiet=True)
-    assert 0 < bound["metrics"]["vlb_bits_per_dim"] and np.isfinite(likelihood["metrics"]["likelihood_bits_per_dim"])
+    assert bound["metrics"]["vlb_bits_per_dim"] > 0 and np.isfinite(likelihood["metrics"]["likelihood_bits_per_dim"])
     assert bound["protocol"]["held_out"]["images"] == 16 and likelihood["protocol"]["held_out"]["images"] == 3
     assert len({r["protocol_id"] for r in (loss, bound, likelihood)}) == 3 and bound["task"] == "text"
     assert bound["metric_signs"]["vlb_bits_per_dim"] == -1 and "vlb_bits_per_dim_se" not in bound["metric_signs"]

@@ -172,7 +172,9 @@ def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | N
         "fits": None if missing else all(part["fits"] is not False for part in found),
         "run": _total(found, num),
         "message": f"not compiled: {missing}" if missing else _messages(found),
-        "notes": _notes(found, topology, num, missing),
+        "notes": _notes(found, topology, num, missing)
+        + ["not counted: the bound and the likelihood (eval.vlb, eval.likelihood)"]
+        * (cfg.eval.vlb or cfg.eval.likelihood),
     }
 
 

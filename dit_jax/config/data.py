@@ -25,9 +25,7 @@ class DataConfig:
     buckets: tuple = ()  # (h, w) in pixels of batches of pictures, each in that of nearest aspect ratio; () = squares of image_size
     crop: str = "center"  # center | random: where pictures are cropped, determined by (seed, position); for scores always center
     flip: bool = False  # random horizontal flips, determined by (seed, position)
-    template: str = (
-        ""  # captions of labelled data without any: 'a photo of a {}', with the name of the class; "" = none
-    )
+    template: str = ""  # captions of labelled data without any, such as 'a photo of a {}' with the class; "" = none
     cache: bool = True  # keep the decoded split in memory (for small datasets)
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead

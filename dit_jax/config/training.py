@@ -39,9 +39,7 @@ class TrainConfig:
     steps: int = 400_000  # of the optimizer
     batch_size: int = 256  # images per step, over all devices and processes
     seed: int = 0  # of initial weights, data order, noise and dropout
-    cond_dropout: float = (
-        0.1  # share of conditions (labels, captions) replaced by the null one; label_dropout in older configs
-    )
+    cond_dropout: float = 0.1  # share of conditions (labels, captions) replaced by the null one; once label_dropout
     log_every: int = 100  # steps
     checkpoint_every: int = 10_000  # steps
     keep: int = 3  # checkpoints kept, the newest ones

@@ -73,6 +73,13 @@ def test_imagenet_files_train_as_the_paper_does():
     assert [flops.forward_macs(cfg.model) / 1e9 for cfg in cfgs] == pytest.approx([118.62, 524.54], abs=0.01)
 
 
+def test_the_text_model_has_a_billion_parameters_and_is_laid_out_for_slices():
+    make = module(FOLDER / "text.py").get_config
+    plain, tpu, gpu = (resolve(make(slice)) for slice in ("", "v4-256", "h100x8"))
+    assert 1.0e9 < flops.parameters(plain.model) < 1.05e9 and plain.model.state_width == 2048
+    assert [(cfg.mesh.data, cfg.mesh.fsdp, cfg.model.remat) for cfg in (tpu, gpu)] == [(8, 16, "dots"), (1, 8, "dots")]
+
+
 @pytest.mark.parametrize("file", ["imagenet256", "imagenet512"])
 @pytest.mark.parametrize(("name", "hint"), [("DiT-XXL/2", "DiT-XL/2"), ("DiT-B/3", "DiT-B/"), ("DIT-S/8", "DiT-S/8")])
 def test_an_unknown_size_names_the_nearest(file, name, hint):

@@ -333,6 +333,14 @@ def test_xl_trains_on_its_slices(slice, batch, tmp_path):
 
 
 @pytest.mark.tpu
+@pytest.mark.slow
+def test_a_text_model_of_a_billion_parameters_trains_on_v4_256(tmp_path):
+    found = compiled_for(tmp_path, "text.py:v4-256")
+    check_train_step(found, "text.py")
+    assert found["fits"] and found["images"] == 1024
+
+
+@pytest.mark.tpu
 def test_a_batch_too_large_is_refused_by_the_compiler_and_what_is_suggested_fits(tmp_path):
     config, large = "imagenet256.py:DiT-XL/2", ["--topology=v3-8", "--config.train.batch_size=2048"]
     found = compiled_for(tmp_path, config, *large, code=1)

@@ -18,7 +18,9 @@ class ModelConfig:
     input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
     channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
     classes: int = 1000  # labels without the null class; 0 = images without labels
-    text: str = ""  # how captions are read: "" (none) | bytes | words (a learned embedding of each) | clip | t5 | bert (a frozen encoder)
+    text: str = (
+        ""  # how captions are read: "" (none) | bytes | words (learned embeddings) | clip | t5 | bert (frozen encoders)
+    )
     text_length: int = 64  # tokens of a caption, of bytes: bytes, of words: words; longer ones are cut
     text_encoder: str = ""  # clip, t5, bert: folder written by `convert`, such as --source=t5
     text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins
@@ -27,7 +29,7 @@ class ModelConfig:
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = (
-        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream (of captions)
+        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention; captions: adaln_cross | dual_stream
     )
     positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
     block: str = "dit"  # layers of a block: dit (LayerNorm, GELU) | llama (RMSNorm, SwiGLU of about as many parameters)

@@ -28,9 +28,7 @@ class ModelConfig:
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
-    conditioning: str = (
-        "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention; captions: adaln_cross | dual_stream
-    )
+    conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream
     positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
     block: str = "dit"  # layers of a block: dit (LayerNorm, GELU) | llama (RMSNorm, SwiGLU of about as many parameters)
     qk_norm: bool = False  # normalise queries and keys

@@ -59,12 +59,12 @@ def real(cfg: Config, split: str, most: int) -> dict:
     images, _ = source.read(np.arange(min(most, len(source))))
     cells = np.asarray(open_network(cfg, mesh).rows(images))[:, -40:]
     found = COMPOSITION.finish([(cells, images)], {"prompts": asked(prompts(source, len(images)))}, None)
-    return {f"composition{name}": value for name, value in found.items()}
+    return {f"composition_scenes{name}": value for name, value in found.items()}
 
 
 def shown(found: dict, kind: str) -> str:
     """A score in percent with its interval."""
-    name = f"composition{kind and '_' + kind}"
+    name = "_".join(["composition_scenes", *[kind] * bool(kind)])
     if name not in found:
         return ""
     return f"{100 * found[name]:.1f} ({100 * found[name + '_low']:.1f} to {100 * found[name + '_high']:.1f})"
@@ -94,7 +94,7 @@ def main() -> None:
     for split, name in SPLITS.items():
         own = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, held_out_split=split))
         records = evaluate(own, args.workdir, [cfg.train.steps])
-        scores[split] = next(r["metrics"] for r in records if "composition" in r["metrics"])
+        scores[split] = next(r["metrics"] for r in records if "composition_scenes" in r["metrics"])
         truth[split] = real(own, split, 4096)
         texts, grid = of_each_kind(own, split), os.path.join(args.workdir, f"{split}.png")
         wanted = Request(args.workdir, DRAWN * len(texts), 0, None, "", grid, "", prompts=tuple(texts))

@@ -18,9 +18,7 @@ class ModelConfig:
     input_size: int = 32  # side of the input, in latent pixels for latent diffusion, else pixels; a multiple of `patch`
     channels: int = 4  # of the input: 4 for SD-VAE latents, else as in the images
     classes: int = 1000  # labels without the null class; 0 = images without labels
-    text: str = (
-        ""  # how captions are read: "" (none) | bytes | words (learned embeddings) | clip | t5 | bert (frozen encoders)
-    )
+    text: str = ""  # how captions are read: "" (none) | bytes | words | clip | t5 | bert (frozen encoders)
     text_length: int = 64  # tokens of a caption, of bytes: bytes, of words: words; longer ones are cut
     text_encoder: str = ""  # clip, t5, bert: folder written by `convert`, such as --source=t5
     text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins

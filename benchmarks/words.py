@@ -28,6 +28,7 @@ from dit_jax.job.compiled import use_cache
 from dit_jax.job.launch import load_config
 from dit_jax.log import say, table
 from dit_jax.metrics.composition import COMPOSITION
+from dit_jax.sampling.prompt import Prompts
 from dit_jax.sampling.run import Request
 from dit_jax.sampling.run import run as sample
 from dit_jax.training import loop
@@ -97,7 +98,7 @@ def main() -> None:
         scores[split] = next(r["metrics"] for r in records if "composition_scenes" in r["metrics"])
         truth[split] = real(own, split, 4096)
         texts, grid = of_each_kind(own, split), os.path.join(args.workdir, f"{split}.png")
-        wanted = Request(args.workdir, DRAWN * len(texts), 0, None, "", grid, "", prompts=tuple(texts))
+        wanted = Request(args.workdir, DRAWN * len(texts), 0, None, "", grid, "", prompts=Prompts(tuple(texts)))
         sample(own, wanted, [])
         say(f"{name}: {grid}")
     head = ["prompt", *(f"{whose}{name}" for name in SPLITS.values() for whose in ("", "real pictures, "))]

@@ -16,12 +16,12 @@ from dit_jax.config import template
 def get_config(conditioning="adaln_cross"):
     """`conditioning`: adaln_cross | in_context | dual_stream."""
     c = template()
-    c.model.update(depth=6, width=64, heads=4, patch=4, input_size=16, channels=3, classes=0, learn_sigma=False)
-    c.model.update(text="words", text_length=16, conditioning=conditioning)
-    c.diffusion.process = "flow"
+    c.model.update(depth=6, width=128, heads=4, patch=8, input_size=16, channels=3, classes=0, learn_sigma=False)
+    c.model.update(text="words", text_length=12, conditioning=conditioning)
+    c.diffusion.update(process="flow", prediction="x")
     c.data.update(dataset="scenes", image_size=16, cache=False)
-    c.optim.update(learning_rate=3e-3, schedule="cosine", warmup_steps=200, clip=1.0, ema="power", ema_width=0.1)
-    c.train.update(steps=4400, batch_size=64, log_every=100, checkpoint_every=500)
+    c.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=200, clip=1.0, ema="power", ema_width=0.1)
+    c.train.update(steps=5000, batch_size=64, log_every=100, checkpoint_every=500)
     c.sample.update(sampler="heun", steps=10, guidance=2.0, batch_size=128)
     c.eval.update(samples=1000, features="scenes", max_images=1024)
     return c

@@ -96,7 +96,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dit_jax", "dit_jax.*"]),
-    package_data={"dit_jax": ["**/*.safetensors", "**/*.json", "**/*.jinja"]},
+    package_data={"dit_jax": ["**/*.safetensors", "**/*.json", "**/*.jinja", "**/*.xz", "**/NOTICE"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

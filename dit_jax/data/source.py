@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dit_jax.config import DataConfig
-from dit_jax.data import folder, images, latents, mixture, parquet, pictures, scenes, tfds, webdataset
+from dit_jax.data import emoji, folder, images, latents, mixture, parquet, pictures, scenes, tfds, webdataset
 from dit_jax.data.skip import Skips
 from dit_jax.data.words import in_words
 from dit_jax.error import UsageError
@@ -66,6 +66,7 @@ class Kind:
 KINDS = {  # the last row that a config chooses opens its data
     "tfds": Kind(lambda data: True, tfds.open_split, tfds.class_names),
     "scenes": Kind(lambda data: data.dataset == scenes.NAME, scenes.open_split, lambda data: ()),
+    "emoji": Kind(lambda data: data.dataset == emoji.NAME, emoji.open_split, lambda data: ()),
     "folder": Kind(lambda data: bool(data.folder), folder.open_split),
     "webdataset": Kind(lambda data: pictures.holds(data, ".tar"), webdataset.open_split, lambda data: ()),
     "parquet": Kind(lambda data: pictures.holds(data, ".parquet"), parquet.open_split),

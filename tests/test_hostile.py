@@ -302,7 +302,7 @@ def test_a_hostile_field_of_a_record_is_named(changes, match, tmp_path):
 
 def test_protocols_that_differ_in_their_nesting_alone_are_refused(tmp_path):
     a, b = record(protocol={"a": {"b": 1}}), record(run="b", protocol={"a.b": 1})
-    refused(load_runs, workdir(tmp_path / "w", a, b), match=r"protocol is \{'a\.b': 1\}, but")
+    refused(load_runs, workdir(tmp_path / "w", a, b), match=r"protocol is \{'a\.b': 1, 'task': 'labels'\}, but")
 
 
 def test_folders_nested_without_end_are_refused(tmp_path, monkeypatch):

@@ -172,6 +172,7 @@ REFERENCE = {
     "spatial_gaussian": (np.zeros(5), np.eye(5)),
     "features": normal(23, 80, 6),
     "prompts": asked(prompts(SCENES, 60)),
+    "captions": normal(25, 60, 6),
 }
 
 

@@ -117,10 +117,12 @@ class _Heads(nn.Module):
             self.q_norm, self.k_norm = (nn.RMSNorm(dtype=self.dtype) for _ in "qk")
         self.proj = nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype)
 
+    @nn.nowrap  # so that operations have the names of their modules alone
     def norms(self, q, k):
         """Queries and keys after `qk_norm`."""
         return (self.q_norm(q), self.k_norm(k)) if self.qk_norm else (q, k)
 
+    @nn.nowrap
     def mix(self, q, k, v, mask=None):
         """Softmax attention: q (b, n, k, h), k and v (b, m, k, h), mask of keys (b, m) or None -> (b, n, k, h)."""
         if self.implementation == "xla":
@@ -128,6 +130,7 @@ class _Heads(nn.Module):
         keys = None if mask is None else mask[:, None, None]
         return keep(jax.nn.dot_product_attention(q, k, v, mask=keys, implementation=self.implementation))
 
+    @nn.nowrap
     def out(self, h):
         """Output projection, (b, n, k, h) -> (b, n, d)."""
         return keep(self.proj(h))
@@ -143,6 +146,7 @@ class Attention(_Heads):
         super().setup()
         self.qkv = Parts((3, self.heads, self.width // self.heads), self.dtype)
 
+    @nn.nowrap
     def project(self, x, angles=None) -> tuple:
         """Queries, keys and values (b, n, k, h)."""
         q, k, v = self.qkv(x)

@@ -5,7 +5,7 @@ import os
 import re
 
 from dit_jax.error import UsageError, shown
-from dit_jax.files import LARGEST, is_file, parse_json, read
+from dit_jax.files import LARGEST, is_file, parse_json, read, remote
 
 TASKS = ("labels", "text", "unconditional")
 OBJECT = re.compile(
@@ -14,7 +14,8 @@ OBJECT = re.compile(
 
 
 def task_of(record: dict, where: str) -> str:
-    """One of TASKS. A record that does not state it, of an earlier version, follows the config of its run, else it is of labels."""
+    """One of TASKS. A record that does not state it, of an earlier version, follows the config of its run, if that is
+    on a disk and no request to a bucket; else it is of labels."""
     found = record.get("task") or _of_config(where.rpartition(":")[0])
     if found not in TASKS:
         raise UsageError(f"{where}: task is {shown(found)}, expected one of {', '.join(TASKS)}")
@@ -26,7 +27,11 @@ def _of_config(file: str) -> str:
     match = OBJECT.fullmatch(file)
     config = os.path.join(match[1] or "", "config.json") if match else ""
     try:
-        model = parse_json(read(config, LARGEST), LARGEST)["model"] if match and is_file(config) else {}
+        model = (
+            parse_json(read(config, LARGEST), LARGEST)["model"]
+            if match and not remote(config) and is_file(config)
+            else {}
+        )
         return "text" if model.get("text") else "labels" if model.get("classes", 1) else "unconditional"
     except (ValueError, KeyError, AttributeError, TypeError):
         return "labels"  # a config that is damaged is not what is asked about

@@ -54,7 +54,8 @@ def make_arguments(cfg: Config, job: str, mesh, found: Program) -> tuple:
             )
         return make_state(cfg, mesh), drawn, *weights
     params = jax.device_put(bind(cfg.model).init(random_key(0)), replicated(mesh))
-    return params, 0, np.arange(found.images, dtype=np.int32)
+    asked = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.arguments[3:])
+    return params, 0, np.arange(found.images, dtype=np.int32), *asked
 
 
 def make_ours(found: Program, job: str, arguments: tuple, names: list[str]) -> Side:

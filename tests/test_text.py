@@ -115,7 +115,10 @@ def test_a_dual_stream_starts_as_the_class_conditional_model_and_reads_its_capti
         np.testing.assert_allclose(leaf, flatten_dict(others, sep="/")[name], rtol=2e-3, atol=1e-5)
         unread = "/text/mlp" in name or "/text/attention/proj" in name
         assert np.any(leaf if "blocks" not in name else leaf[0]) and (not unread or not np.any(leaf[-1])), name
-    found = [name for name, _ in dit.activations(cfg, params, x, t, {"text": ids})]
+    found = []  # names alone, without computing
+    jax.eval_shape(
+        lambda p: [v for name, v in dit.activations(cfg, p, x, t, {"text": ids}) if not found.append(name)], params
+    )
     expected = [f"blocks[1]/{name}" for name in ("attention/qkv", "text/attention/qkv", "text/mlp/fc2")]
     assert [name for name in found if name in expected] == expected and found[:3][-1] == "text_embedding"
     sizes = {"data": 1, "fsdp": 1, "tensor": 4}
@@ -207,6 +210,7 @@ def config(kind="in_context", **changes):
     )
 
 
+@pytest.mark.slow  # runs of states, caches and CLIP's scores in other files take the same road
 def test_a_run_on_captions_resumes_is_scored_and_drawn_from_by_prompt(tmp_path, cache_dir):
     cfg, workdir = config(), str(tmp_path / "run")
     half = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=2))

@@ -2,7 +2,7 @@
 
     python benchmarks/blocks.py --out=runs/blocks [--steps=3000] [--seeds=2] [--only=rope] [--set=model.width=64 ...]
 
-Trains `configs/scenes.py` and its variants, each until it has spent the training FLOPs of the base's `--steps`, with each seed, in
+Trains `configs/scenes.py`, with the keys of BASE, and its variants, each until it has spent the training FLOPs of the base's `--steps`, with each seed, in
 OUT/NAME-seedS, and scores the last checkpoint: the held-out loss at equal times t = 1/8 to 7/8, and composition. What is there is not
 computed again. Then it prints a row for each variant: the difference to the base and its 95 % interval, from the standard deviation
 over seeds, which is taken to be the same for all variants (Student's t with variants x (seeds - 1) degrees of freedom).
@@ -35,6 +35,7 @@ VARIANTS = {
     "shift 2": {"diffusion.shift": 2.0},
 }
 TIMES = 8
+BASE = {"diffusion.prediction": "velocity", "model.patch": 4, "model.width": 64}  # of which x-prediction is a variant
 SCORES = {"loss at fixed t": "loss", "composition": "composition"}
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     base = resolve(runpy.run_path(str(CONFIG))["get_config"]())
     common = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in args.set)}
-    base = with_keys(base, {"eval.fixed_times": TIMES, "train.steps": args.steps} | common)
+    base = with_keys(base, BASE | {"eval.fixed_times": TIMES, "train.steps": args.steps} | common)
     use_cache(str(Path(args.out) / "compiled"))
     found = {}
     for name, changes in VARIANTS.items():

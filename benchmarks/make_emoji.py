@@ -1,6 +1,6 @@
 """Make the pictures of `data.dataset=emoji` again, bit for bit, from pinned packages of npm (node and npm are needed).
 
-    python benchmarks/make_emoji.py /tmp/emoji.xz [--packages=FOLDER]
+    python benchmarks/make_emoji.py emoji.xz [--packages=FOLDER]
 
 A concept is an entry of emojibase that all three styles have, and has its five skin tones if all three have all of them. Noto's PNG
 of 64 x 64 pixels are composited over white, (a c + 255 (255 - a)) / 255 for a colour c of opacity a, then averaged over 2 x 2 pixels,

@@ -51,12 +51,8 @@ LIBRARIES = (
     "flax.linen", "grain", "jax", "matplotlib.figure", "ml_collections.config_flags", "optax", "orbax.checkpoint",
     "PIL.Image", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "tensorflow_datasets",
 )  # fmt: skip
-LEFT_OUT = (
-    "goodput",
-    "seconds_sample",
-    "metric_signs",
-    "task",
-)  # of a record: timings, and what older revisions did not say
+# Of a record: timings, and what older revisions did not say.
+LEFT_OUT = ("goodput", "seconds_sample", "metric_signs", "task")
 Comparison = tuple[str, dict, dict]  # what is compared, and its leaves by path: in this checkout, in the other revision
 
 

@@ -4,8 +4,8 @@
 
 Trains `configs/scenes.py`, with the keys of BASE, and its variants, each until it has spent the training FLOPs of the base's `--steps`,
 with each seed, in OUT/NAME-seedS, and scores the last checkpoint: the held-out loss at equal times t = 1/8 to 7/8, and composition. What
-is there is not computed again. Then it prints a row for each variant: the difference to the base and its 95 % interval, from the standard deviation
-over seeds, which is taken to be the same for all variants (Student's t with variants x (seeds - 1) degrees of freedom).
+is there is not computed again. Then it prints a row for each variant: the difference to the base and its 95 % interval, from the
+standard deviation over seeds, which is taken to be the same for all variants (Student's t with variants x (seeds - 1) degrees of freedom).
 
 The loss at t = 0 is left out: below t = 0.05 predictions of the clean image have another target (docs/models.md).
 """

@@ -10,6 +10,10 @@ import orbax.checkpoint as ocp
 from job import TINY
 
 from dit_jax import checkpoint
+from dit_jax.config import MeshConfig
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.training.state import make_state
+from dit_jax.training.step import make_train_step
 from dit_jax.workdir.scalars import read_lines
 
 STEPS, EVERY = 60, 10
@@ -68,3 +72,16 @@ def write_latents(folder, info, examples, **how):
     return latent_writer.write_latents(
         folder, info, len(examples), lambda numbers: [examples[i] for i in numbers], **how
     )
+
+
+def trained_on_meshes(cfg, batch):
+    """The state after three steps on 2 x 2 x 2 devices, where the loss is that of one device."""
+    found = []
+    for axes, devices in ((MeshConfig(1, 1, 1), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
+        mesh = make_mesh(axes, devices)
+        state, step = make_state(cfg, mesh), make_train_step(cfg, mesh)
+        for _ in range(3):
+            state, scalars = step(state, batch)
+        found.append(float(scalars["loss"]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    return state

@@ -637,6 +637,7 @@ def torture(kills, server, uninterrupted, tmp_path, cache_dir):
     return {"seed": seed, "kills": counts, "saves left unfinished": left, "runs": runs}
 
 
+@pytest.mark.bucket
 def test_a_kill_at_a_random_time_and_one_in_a_save(server, uninterrupted, tmp_path, cache_dir):
     torture(1, server, uninterrupted, tmp_path, cache_dir)
 

@@ -288,6 +288,7 @@ def test_flops_of_every_shape(conditioning):
     assert flops.train_flops(small, 5, (8, 24)) == 15 * flops.forward_flops(small, (8, 24))
 
 
+@pytest.mark.slow
 def test_a_bucket_has_the_same_loss_on_any_mesh(cfg):
     image, found = np.random.default_rng(0).normal(size=(BATCH, 12, 4, 3)).astype(np.float32), []
     for axes, devices in ((MeshConfig(data=1), 1), (MeshConfig(data=2, fsdp=2, tensor=2), 8)):

@@ -337,6 +337,7 @@ def images_in(workdir):
     return sum(int(last) - int(first) for first, last in ranges)
 
 
+@pytest.mark.slow
 def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(workdir, tmp_path, cache_dir):
     """On one device, on two, and in this process on eight, in one go: the same record, to the last bit."""
     workdir = copy_of(workdir, tmp_path)

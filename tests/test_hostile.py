@@ -424,6 +424,7 @@ def test_a_report_shows_hostile_names_as_text_and_writes_its_files_only(tmp_path
     assert all(line.isprintable() for line in (said + err).split("\n"))
 
 
+@pytest.mark.slow
 def test_a_plan_of_hostile_names_is_printable_and_writes_nothing(tmp_path):
     code, said, err = scaling("plan", ladder(tmp_path / "w"), "--flops=1e10", cwd=tmp_path / "here")
     assert code == 0, err

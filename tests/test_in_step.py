@@ -212,6 +212,7 @@ def test_a_run_has_the_losses_and_scores_of_one_on_stored_latents(whole, network
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_it_resumes_bitwise_from_an_encoder_that_moved_and_not_with_another(whole, network, tmp_path, cache_dir):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(checkpoint.path_of(str(workdir), 20))
@@ -262,6 +263,7 @@ def test_an_encoder_of_other_images_is_named(tmp_path, data_dir):
         follow_latents(config(folder))
 
 
+@pytest.mark.slow
 def test_preflight_compiles_both_steps_and_the_encoder_moves_nothing(network, tmp_path, cache_dir):
     out, tiny = (
         tmp_path / "report.json",
@@ -301,6 +303,7 @@ def test_an_absent_encoder_has_the_sizes_of_stable_diffusions(capsys):
         autoencoder(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, image_size=512)))
 
 
+@pytest.mark.slow
 def test_a_benchmark_times_the_step_with_its_encoder(network, tmp_path, cache_dir):
     out, folder = tmp_path / "report.json", f"--config.autoencoder.folder={network}"
     command = [

@@ -249,6 +249,7 @@ def test_it_resumes_with_the_same_bits_and_without_its_source(cfg, source, begun
     assert loop.run(cfg, halves, quiet=True, init=(gone, 2)) == 0  # a step that says the same
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_same_weights(
     cfg, source, begun, tmp_path, monkeypatch
 ):

@@ -57,6 +57,7 @@ def test_a_stated_step_holds_the_bits_of_a_run_of_that_many_steps(kept, step, tm
     assert alone["data"] == on_the_way["data"]
 
 
+@pytest.mark.slow
 def test_a_run_may_be_given_steps_later_and_says_which_are_gone(uninterrupted, tmp_path, cache_dir):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     stated = ("--config.train.keep_at=(33,50,64)", "--config.train.keep_every=6", "--config.train.keep=1")
@@ -77,6 +78,7 @@ def test_stated_steps_rise_within_the_run(found):
     assert TrainConfig(steps=100, keep_at=(1, 100)).keep_at == (1, 100)
 
 
+@pytest.mark.slow
 def test_a_record_counts_the_images_that_the_run_had(kept, tmp_path, cache_dir):
     """Read from the checkpoint, so that a machine without the training split can tell it too. Flips make no image."""
     few = tmp_path / "few"

@@ -26,6 +26,7 @@ def booked(entry):
     return sum(entry["seconds"].values()) - entry["seconds"]["lost"]
 
 
+@pytest.mark.slow
 def test_a_run_accounts_for_its_time_and_says_so(tmp_path, data_dir, cache_dir):
     workdir, began = tmp_path / "run", time.time()
     job = start("train", *train(workdir, steps=20), cache_dir=cache_dir)  # a process of its own: its whole life counts

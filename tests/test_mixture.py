@@ -346,6 +346,7 @@ def test_names_of_classes_come_from_a_part(tmp_path, capsys):
 # ---- jobs
 
 
+@pytest.mark.slow
 def test_train_resume_and_evaluate(tmp_path, cache_dir, data_dir):
     rows = f"--config.data.mixture={TWO}"
     whole, halves = tmp_path / "whole", tmp_path / "halves"

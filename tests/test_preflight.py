@@ -154,6 +154,7 @@ def test_what_an_evaluation_costs_is_the_sum_of_its_programs():
     assert evaluation._total([*found, {"wanted": 9, "run": None}], 50_000) is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_a_compiler_or_a_clock_says_so(tmp_path, cache_dir):
     found, _ = ask(tmp_path, cache_dir, XL, "--topology=h100x8", "--job=evaluate", "--num=50000")
     assert found["message"].startswith("not compiled: ") and found["fits"] is found["run"] is None

@@ -79,6 +79,7 @@ def restored(workdir, devices, count=1):
     return [json.loads(out.splitlines()[-1]) for out in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "count"),
     [(8, 1), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],

@@ -61,6 +61,7 @@ def test_fit_recovers_a_planted_law_of_a_metric():
     assert said["beyond"] == pytest.approx(10) and said["score"] == pytest.approx(law(6e19), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_of_a_metric_law_cover():
     hits = []
     for seed in range(200):

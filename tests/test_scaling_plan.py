@@ -256,6 +256,7 @@ def narrowed(studies: int, rivals: int) -> tuple:
     return found[0], found[1], found[2:], proposal.after / proposal.before
 
 
+@pytest.mark.slow
 def test_the_chosen_cells_narrow_the_interval_more_than_equally_costly_others():
     runs, proposal, target = proposed(0.003)
     variance = make_variance(fit_isoflop(runs), target)

@@ -85,6 +85,7 @@ def test_exact_laws_predict_what_is_held_out(method, split):
     assert rows(found) and found.to_json()["summary"]
 
 
+@pytest.mark.slow
 def test_noise_is_in_the_intervals_of_what_is_held_out():
     inside = []
     for seed in range(4):

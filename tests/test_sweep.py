@@ -145,6 +145,7 @@ def test_another_sweep_for_a_folder_is_refused(swept):
         ladder.run(other, str(workdir))
 
 
+@pytest.mark.slow
 def test_a_dying_worker_loses_its_own_cell_only(tmp_path):
     cells = ["ends", "dies", "waits"]
     outcomes = {cell: outcome for cell, outcome in run_cells(cells, 2, str(tmp_path), die) if cell}
@@ -218,6 +219,7 @@ def test_a_size_is_trained_once_as_far_as_its_largest_budget(curves):
     assert sum(cell.budget for cell in apart) == 3 * sum(BUDGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("C2.00e08-w12-d3",), pytest.param(None, marks=pytest.mark.slow)])
 def test_the_loss_at_a_budget_is_that_of_a_separate_run(names, curves, tmp_path, cache_dir):
     """Bit for bit: same weights, same loss, same FLOPs. One pair of size and budget; all six in the slow case."""

@@ -76,6 +76,7 @@ def test_a_cache_has_the_states_of_the_encoder_without_padding(made, capsys):
     assert "done before" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cache_is_the_run_of_its_encoder(made, tmp_path):
     cfg, out = made
     losses, text = [], open_text(cfg.model)

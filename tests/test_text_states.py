@@ -143,6 +143,7 @@ def test_a_run_keeps_its_encoder_and_is_scored(trained, folder_of):
         checkpoint.load(workdir, 4, "ema", follow_text(other.model))
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_number_prompt_and_negative_prompt_only(trained):
     cfg, workdir = read_config(trained[1]), trained[1]
     _, params = checkpoint.load(workdir, 4, "params", cfg.model)

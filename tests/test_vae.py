@@ -99,6 +99,7 @@ def test_the_default_is_stable_diffusions_of_83_653_863_parameters():
     assert (decoded.shape, decoded.dtype) == (images.shape, images.dtype)
 
 
+@pytest.mark.slow
 def test_parameters_depend_on_the_key_only():
     cfg = VAEConfig(widths=(4,), blocks=1, groups=2)
     first, again, other = (vae.init(cfg, jax.random.key(seed)) for seed in (0, 0, 1))

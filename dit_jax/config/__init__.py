@@ -65,6 +65,9 @@ class Config:
         if objective.name and self.diffusion.process != "flow":
             expected = f"expected 'flow' with objective.name = {objective.name!r}, which learns paths of a flow"
             raise UsageError(f"diffusion.process: found {self.diffusion.process!r}, {expected}")
+        if objective.name == "mean_flow" and not self.model.target:
+            expected = "expected 'later' or 'all' with objective.name = 'mean_flow', whose model reads a target time"
+            raise UsageError(f"model.target: found '', {expected}")
         if objective.name == "progressive" and self.train.steps < needed:
             expected = f"expected at least {needed}, objective.rounds x objective.round_steps"
             raise UsageError(f"train.steps: found {self.train.steps}, {expected}")

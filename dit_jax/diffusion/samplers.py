@@ -154,6 +154,13 @@ def consistency(process: Process, denoise: Denoiser, x: jax.Array, times: np.nda
     return _walk(step, x, _grid(process, times))
 
 
+def flow_map(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Steps of a flow map, x_s = x_t - (t - s) u(x_t, s, t) with its mean velocity u (Geng et al. 2025, arXiv 2505.13447, eq. 12)."""
+    return _walk(
+        lambda x, c: x + (c["s"] - c["t"]) * denoise(x, _at(c["t"], x), _at(c["s"], x)), x, _grid(process, times)
+    )
+
+
 class Sampler(NamedTuple):
     """A row of SAMPLERS.
 
@@ -180,4 +187,5 @@ SAMPLERS = {
     "dpmpp_2m": Sampler(dpmpp_2m),
     "euler_maruyama": Sampler(euler_maruyama, accepts=(Flow,)),
     "consistency": Sampler(consistency, accepts=(Flow,), trained=("consistency",)),
+    "flow_map": Sampler(flow_map, accepts=(Flow,), trained=("mean_flow",)),
 }

@@ -3,12 +3,16 @@
 from dit_jax.config import Config
 from dit_jax.diffusion.objective.consistency import consistency
 from dit_jax.diffusion.objective.denoising import denoising, noise_prediction, velocity
+from dit_jax.diffusion.objective.mean_flow import mean_flow
+from dit_jax.diffusion.objective.progressive import progressive
 from dit_jax.diffusion.objective.row import Objective
 
 OBJECTIVES = {
     "ddpm": lambda cfg: denoising(cfg, noise_prediction),
     "flow": lambda cfg: denoising(cfg, velocity),
     "consistency": consistency,
+    "mean_flow": mean_flow,
+    "progressive": progressive,
 }
 
 

@@ -15,8 +15,9 @@ the MLP ratio r; of SwiGLU 3 and `cfg.hidden`), and by conditioning:
 
 M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
 the label, T + 2 and (2T + 4) have one token less. The states of a frozen encoder, of width w, add their projection, M w d; the encoder
-itself is counted apart (`encoder_macs`). A target time is embedded as t is, 256 d + d^2 more. In `dual_stream` caption tokens have weights of their own, also in the last block, where XLA
-leaves those out that nothing reads if the layer scan is fully unrolled.
+itself is counted apart (`encoder_macs`). A flow map's target time is embedded as t is, 256 d + d^2 more. In `dual_stream` caption
+tokens have weights of their own, also in the last block, where XLA leaves those out that nothing reads if the layer scan is fully
+unrolled.
 """
 
 from collections.abc import Callable

@@ -31,7 +31,9 @@ from dit_jax.error import UsageError
 Images = Float[Array, "b h w c"]
 Output = Float[Array, "b h w c_out"]
 Times = Float[Array, " b"]
-Denoiser = Callable[..., Array]  # denoise(x (b, h, w, c), t (b,)) -> (b, h, w, c_out); of a flow map with a target time (b,)
+Denoiser = Callable[
+    ..., Array
+]  # denoise(x (b, h, w, c), t (b,)) -> (b, h, w, c_out); of a flow map with a target time (b,)
 LEAST_TIME = 0.05  # that a velocity is divided by: JiT's clip of 1 - t, where t = 1 is clean
 
 

@@ -52,8 +52,14 @@ def _check_trained(cfg: Config, sampler: Sampler) -> None:
     """Raises UsageError if the model was trained for other samplers, or has guidance inside that the sampler would double."""
     sample, objective = cfg.sample, cfg.objective
     if objective.name not in sampler.trained:
-        what = f"objective.name = {objective.name!r}" if objective.name else "the loss of its process (objective.name = '')"
-        fitting = ", ".join(name for name, row in SAMPLERS.items() if objective.name in row.trained and Flow in row.accepts)
+        what = (
+            f"objective.name = {objective.name!r}"
+            if objective.name
+            else "the loss of its process (objective.name = '')"
+        )
+        fitting = ", ".join(
+            name for name, row in SAMPLERS.items() if objective.name in row.trained and Flow in row.accepts
+        )
         raise UsageError(
             f"sample.sampler: found {sample.sampler!r}, expected one of {fitting}: this model was trained with {what}"
         )

@@ -1,7 +1,8 @@
 """Conditioning of a DiT: timesteps, fixed 2-D positions and `cond` (Peebles & Xie 2023, section 3.2).
 
 `cond` is a dict of arrays with a leading axis b, one for each field in FIELDS that the model has: class labels, or {} for a model
-without classes; and, of a flow map, the target time, which objectives and samplers add (`aim`). Only this file and the data pipeline depend on the fields; all other code treats `cond` as an opaque pytree.
+without classes; and, of a flow map, the target time, which objectives and samplers add (`aim`). Only this file and the data pipeline
+depend on the fields; all other code treats `cond` as an opaque pytree.
 """
 
 import functools
@@ -136,7 +137,9 @@ class Condition(NamedTuple):
     tokens: jax.Array | None
     mask: jax.Array | None = None  # None: all
     angles: jax.Array | None = None  # (n, h/2) by which queries and keys of self-attention are rotated; None: not
-    later: jax.Array | None = None  # (b, d), the vector of later blocks and of the output, by the target time; None: the same
+    later: jax.Array | None = (
+        None  # (b, d), the vector of later blocks and of the output, by the target time; None: the same
+    )
 
 
 class Field(NamedTuple):
@@ -266,7 +269,7 @@ def labels(cond: Mapping, rows: int) -> jax.Array:
 
 def aim(cond: Mapping, target: jax.Array) -> dict:
     """Adds the time (b,), 0 to 1000, that a flow map goes to; without it a model has the velocity, as if it were t."""
-    return {**cond, "target": target}
+    return {**as_cond(cond), "target": target}
 
 
 def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:

@@ -67,7 +67,9 @@ def check_teacher(cfg: Config, old: Config, source: str) -> None:
     for group, key in [*keys, ("diffusion", "process"), ("diffusion", "prediction")]:
         found, expected = (getattr(getattr(side, group), key) for side in (cfg, old))
         if found != expected:
-            why = f"as {source} has, which objective.name = {name!r} begins with; give --config.{group}.{key}={expected}"
+            why = (
+                f"as {source} has, which objective.name = {name!r} begins with; give --config.{group}.{key}={expected}"
+            )
             raise UsageError(f"{group}.{key}: found {found!r}, expected {expected!r}, {why}")
     if not cfg.objective.taught:
         return
@@ -78,7 +80,9 @@ def check_teacher(cfg: Config, old: Config, source: str) -> None:
     if scale != 1.0 and begun.name and begun.guidance != 1.0:
         raise UsageError(f"objective.guidance: found {scale:g}, expected 1: guidance is inside {source} already")
     if scale != 1.0 and not (old.train.cond_dropout and (old.model.classes or old.model.text)):
-        raise UsageError(f"objective.guidance: found {scale:g}, expected 1: {source} has no trained null class to guide with")
+        raise UsageError(
+            f"objective.guidance: found {scale:g}, expected 1: {source} has no trained null class to guide with"
+        )
 
 
 def check_taught(cfg: Config) -> None:

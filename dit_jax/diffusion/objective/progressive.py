@@ -1,9 +1,9 @@
 """Progressive distillation: a student's step does two of its teacher's, round by round (Salimans & Ho 2022, arXiv 2202.00512, algorithm 2).
 
-A round's student has N equal steps, its teacher 2 N. The teacher goes from t by two Euler steps, which are DDIM's for a flow, to s = t - 1/N;
-the student's velocity at t should lead there in one: (x_s - x_t) / (s - t). At the end of a round the student's weights become the
-teacher's, and N is halved. With objective.rounds = 0 there is no round: the student's velocity should be the teacher's guided one at every t
-(Meng et al. 2023, arXiv 2210.03142, section 3.1).
+A round's student has N equal steps, its teacher 2 N. The teacher goes from t to s = t - 1/N by two Euler steps, which are DDIM's for a
+flow; the student's velocity at t should lead there in one: (x_s - x_t) / (s - t). At the end of a round the student's weights become
+the teacher's, and N is halved. With objective.rounds = 0 there is no round: the student's velocity should be the teacher's guided one
+at every t (Meng et al. 2023, arXiv 2210.03142, section 3.1).
 """
 
 import jax

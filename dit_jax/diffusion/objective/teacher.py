@@ -1,6 +1,5 @@
 """Teachers: weights in `TrainState.extras`, and the velocity that they give with guidance."""
 
-
 import jax
 import jax.numpy as jnp
 

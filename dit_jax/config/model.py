@@ -28,6 +28,9 @@ class ModelConfig:
     target: str = (
         ""  # blocks given a flow map's target time: "" (none) | all, beside t | later (the last third, in place of t)
     )
+    time_scale: float = (
+        1.0  # factor of t in its sinusoids; below 1, such as 0.03, derivatives in t are smooth, for few steps
+    )
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream
     positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
@@ -56,6 +59,7 @@ class ModelConfig:
         if self.conditioning in of_text and not self.text:
             expected = "expected 'bytes', 'words' or an encoder"
             raise UsageError(f"model.text: found '', {expected} for model.conditioning = {self.conditioning!r}")
+        in_range("model.time_scale", self.time_scale, 1e-4, 1.0)
         choice("model.target", self.target, ("", "all", "later") if self.adaptive else ("",))
         choice("model.positions", self.positions, ("sincos", "rope"))
         choice("model.block", self.block, ("dit", "llama"))

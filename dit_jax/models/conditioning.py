@@ -24,6 +24,12 @@ small_normal = nn.initializers.normal(0.02)
 unit_normal = nn.initializers.normal(1.0)  # as large as the sinusoids that are added
 
 
+def timestep_frequencies(size: int) -> np.ndarray:
+    """Angular frequencies (size / 2,), from 1 down, of the sinusoids that embed a timestep."""
+    half = size // 2
+    return np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
+
+
 def timestep_features(t: jax.Array, size: int) -> jax.Array:
     """Sinusoidal embedding of timesteps t (b,), 0 to 1000 as in the published models -> (b, size) float32, cosines then sines."""
     half = size // 2
@@ -281,6 +287,7 @@ def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
     Call it inside a flax module, which gets the parameters `time_embedding` and `NAME_embedding`. Raises UsageError if a field is missing.
     """
     wanted, target = fields(cfg), cond.get("target", t)
+    t, target = (t, target) if cfg.time_scale == 1 else (cfg.time_scale * t, cfg.time_scale * target)
     if missing := [name for name in wanted if name not in cond]:
         raise UsageError(
             f"cond: found {', '.join(cond) or 'no field'}, expected {', '.join(missing)}, as the model has"

@@ -62,7 +62,7 @@ def check_teacher(cfg: Config, old: Config, source: str) -> None:
     """Raises UsageError naming the key in which a student of few steps differs from `old`, the run `source`, or `old` cannot teach it."""
     if not (name := cfg.objective.name):
         return
-    own = {*checkpoint.FREE, "dtype", "target"}
+    own = {*checkpoint.FREE, "dtype", "target", "time_scale"}
     keys = [("model", key) for key in to_dict(cfg.model) if key not in own]
     for group, key in [*keys, ("diffusion", "process"), ("diffusion", "prediction")]:
         found, expected = (getattr(getattr(side, group), key) for side in (cfg, old))

@@ -25,9 +25,16 @@ class Model:
         """Initial parameters, a nested dict of float32 arrays."""
         return dit.init(self.cfg, key)
 
-    def apply(self, params: Mapping, x: jax.Array, t: jax.Array, cond) -> jax.Array:
-        """Runs the model: x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32."""
+    def apply(self, params: Mapping, x: jax.Array, t: jax.Array, cond, target: jax.Array | None = None) -> jax.Array:
+        """Runs the model: x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32. `target` (b,): time that a flow map goes
+        to; None: t, which gives the velocity."""
+        cond = cond if target is None else conditioning.aim(cond, target)
         return dit.apply(self.cfg, params, x, t, cond, self.place)
+
+    @property
+    def forward_mode(self) -> "Model":
+        """The same model by operations that have forward-mode derivatives: cuDNN's attention has none."""
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, attention="xla"))
 
     def null(self, cond) -> dict:
         """Null condition in the shapes of `cond`."""

@@ -15,8 +15,9 @@ the MLP ratio r; of SwiGLU 3 and `cfg.hidden`), and by conditioning:
 
 M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
 the label, T + 2 and (2T + 4) have one token less. The states of a frozen encoder, of width w, add their projection, M w d; the encoder
-itself is counted apart (`encoder_macs`). In `dual_stream` caption tokens have weights of their own, also in the last block, where XLA
-leaves those out that nothing reads if the layer scan is fully unrolled.
+itself is counted apart (`encoder_macs`). A flow map's target time is embedded as t is, 256 d + d^2 more. In `dual_stream` caption
+tokens have weights of their own, also in the last block, where XLA leaves those out that nothing reads if the layer scan is fully
+unrolled.
 """
 
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
     embeddings = {f"{name}_embedding": FIELDS[name].macs(cfg) for name in fields(cfg)}
     return {
         "patch_embedding": n * patch * cfg.channels * d,
-        "time_embedding": TIME_FREQUENCIES * d + d * d,
+        "time_embedding": (2 if cfg.target else 1) * (TIME_FREQUENCIES * d + d * d),
         **{name: macs for name, macs in embeddings.items() if macs},
         "attention_projections": cfg.depth * 4 * s * d * d,
         "attention_scores": cfg.depth * 2 * s * s * d,
@@ -114,6 +115,22 @@ def train_flops(cfg: ModelConfig, images: int = 1, shape: Shape = None) -> int:
     return 3 * forward_flops(cfg, shape) * images
 
 
+def tangent_flops(cfg: ModelConfig, shape: Shape = None) -> int:
+    """FLOPs of the forward-mode derivative of a pass along (x, t), beside the pass itself, for one image.
+
+    A product with weights is one product of its tangent; one of two activations is two. What depends on neither x nor t has no tangent:
+    embeddings of `cond`, of the target time, and keys and values from a caption.
+    """
+    found = component_macs(cfg, shape)
+    once = {name: macs for name, macs in found.items() if not name.endswith("_embedding")}
+    once |= {"patch_embedding": found["patch_embedding"], "time_embedding": TIME_FREQUENCIES * cfg.width + cfg.width**2}
+    once["attention_scores"] *= 2
+    once["cross_attention"] -= cfg.depth * 2 * crossed_tokens(cfg) * cfg.width**2
+    if cfg.target == "later":  # the output is modulated by the target time
+        once["modulation"] -= 2 * cfg.width**2
+    return 2 * sum(once.values())
+
+
 def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     """Trainable parameters by component, so without the fixed position table."""
     d, patch, hidden = cfg.width, cfg.patch**2, cfg.hidden
@@ -123,7 +140,7 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     crossed, streams = crossed_tokens(cfg) > 0, 2 if cfg.conditioning == "dual_stream" else 1
     return {
         "patch_embedding": patch * cfg.channels * d + d,
-        "time_embedding": TIME_FREQUENCIES * d + d + d * d + d,
+        "time_embedding": (2 if cfg.target == "all" else 1) * (TIME_FREQUENCIES * d + d + d * d + d),
         **{f"{name}_table": FIELDS[name].parameters(cfg) for name in fields(cfg)},
         "attention": cfg.depth * streams * attention,
         "cross_attention": cfg.depth * attention if crossed else 0,

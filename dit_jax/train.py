@@ -29,10 +29,10 @@ def check(cfg: Config, slice_: Slice | None) -> None:
 
     make_task(cfg)
     source, step = _init()
-    if source and reachable(source):
-        from dit_jax.training.init import check_source
+    if (source and reachable(source)) or not (source or reachable(flags.FLAGS.workdir)):
+        from dit_jax.training.init import check_source, check_taught
 
-        check_source(cfg, source, step)
+        check_source(cfg, source, step) if source else check_taught(cfg)
     if cfg.data.encode == "in_step" and (not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder)):
         from dit_jax.networks.autoencoder import follow_latents
 

@@ -26,7 +26,7 @@ def keys(count, seed=0):
 def gaussian_denoiser(process):
     """The optimal network for images of independent N(MEAN, STD^2) values: velocity for a flow, eps for a chain."""
 
-    def denoise(x, t):
+    def denoise(x, t, *target):
         t = t[:, None, None, None]
         if isinstance(process, Flow):
             alpha, sigma = 1 - t, t
@@ -41,6 +41,23 @@ def gaussian_denoiser(process):
     return denoise
 
 
+def exact_map(x, t, s):
+    """Along the exact flow a Gaussian value keeps its quantile: images at time s from x at time t."""
+    mean, std = lambda t: (1 - t) * MEAN, lambda t: jnp.sqrt(((1 - t) * STD) ** 2 + t**2)
+    t, s = (time[:, None, None, None] for time in (t, s))
+    return mean(s) + std(s) / std(t) * (x - mean(t))
+
+
+def best(process, sampler):
+    """The network that a sampler asks for: the velocity or eps, of `consistency` and `flow_map` the mean velocity of the exact flow."""
+
+    def mean_velocity(x, t, s):
+        return (x - exact_map(x, t, s)) / (t - s)[:, None, None, None]
+
+    named = {"flow_map": mean_velocity, "consistency": lambda x, t: mean_velocity(x, t, jnp.zeros_like(t))}
+    return named.get(sampler) or gaussian_denoiser(process)
+
+
 def task(process="ddpm", dropout=0.1, **sample):
     """The task of a config with these sampling settings."""
     model = ModelConfig(learn_sigma=process == "ddpm")
@@ -52,7 +69,7 @@ def draw(process, sampler, steps, count=512, seed=0):
     k = keys(count, seed)
     x = draw_noise(k, 0, (4, 4, 2))
     times = process.times(steps)
-    return x, jax.jit(lambda x, k: SAMPLERS[sampler](process, gaussian_denoiser(process), x, times, k))(x, k)
+    return x, jax.jit(lambda x, k: SAMPLERS[sampler](process, best(process, sampler), x, times, k))(x, k)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +83,14 @@ def test_every_sampler_reaches_the_mean_and_covariance(process, sampler):
     # 2 % for the steps, and three standard errors of a variance over all 32 values
     assert np.diag(covariance).mean() == pytest.approx(STD**2, rel=0.02 + 3 * np.sqrt(2 / values.size))
     assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 6 * STD**2 / np.sqrt(512)
+
+
+@pytest.mark.parametrize("sampler", ["flow_map", "consistency"])
+def test_the_exact_map_needs_one_step(sampler):
+    for steps in (1, 4):
+        x, found = draw(FLOW, sampler, steps, count=16)
+        error = np.abs(found - exact_map(x, jnp.ones(16), jnp.zeros(16))).max()
+        assert (error < 1e-5) == (steps == 1 or sampler == "flow_map")  # consistency draws new noise
 
 
 @pytest.mark.parametrize("sampler,order", [("euler", 1), ("ddim", 1), ("heun", 2)])
@@ -92,8 +117,9 @@ def test_ddim_is_deterministic_and_ddpm_is_not():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_step_is_one_euler_step_and_one_evaluation(process, sampler):
     if type(process) in SAMPLERS[sampler].accepts:
-        _, euler = draw(process, "euler", 1, count=8)
-        _, found = draw(process, sampler, 1, count=8)
+        k = keys(8)
+        x, times = draw_noise(k, 0, (4, 4, 2)), process.times(1)
+        euler, found = (SAMPLERS[s](process, gaussian_denoiser(process), x, times, k) for s in ("euler", sampler))
         np.testing.assert_allclose(found, euler, rtol=1e-4, atol=1e-4)
         assert SAMPLERS[sampler].evaluations(process.times(1)).tolist() == [1.0]
 
@@ -172,9 +198,9 @@ def test_evaluation_times_are_the_calls_made():
     for sampler in SAMPLERS:
         times, seen = FLOW.times(7), []
 
-        def denoise(x, t, seen=seen):
+        def denoise(x, t, *target, seen=seen, sampler=sampler):
             jax.debug.callback(lambda t: seen.append(float(t)), t[0])
-            return gaussian_denoiser(FLOW)(x, t)
+            return best(FLOW, sampler)(x, t, *target)
 
         jax.block_until_ready(SAMPLERS[sampler](FLOW, denoise, jnp.zeros((1, 2, 2, 1)), times, keys(1)))
         jax.effects_barrier()

@@ -226,7 +226,7 @@ def test_each_thing_is_wired_in_one_place():
     def users(*words):
         return {str(p.relative_to(PACKAGE)) for p in FILES if any(word in p.read_text() for word in words)}
 
-    assert users("make_process(") == {f"diffusion/{name}.py" for name in ("process", "task", "objective")}
+    assert users("make_process(") == {f"diffusion/{name}.py" for name in ("process", "task", "objective/denoising")}
     assert users("dit.init(", "dit.apply(") == {"bind.py", "checkpoint/__init__.py"}
     assert users("attention_implementation(") == {"bind.py", "devices/mesh.py"}
     assert users('shape["data"]', 'shape["fsdp"]', 'shape["tensor"]') == set()

@@ -13,6 +13,7 @@ import ml_collections
 from dit_jax.config.data import DataConfig
 from dit_jax.config.evaluation import EvalConfig, SampleConfig
 from dit_jax.config.model import AutoencoderConfig, DiffusionConfig, ModelConfig
+from dit_jax.config.objective import ObjectiveConfig
 from dit_jax.config.training import MeshConfig, OptimConfig, SweepConfig, TrainConfig
 from dit_jax.error import UsageError, build, choice, shown
 
@@ -35,6 +36,7 @@ class Config:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self):
         if self.diffusion.process == "flow" and self.model.learn_sigma:
@@ -42,6 +44,7 @@ class Config:
         if self.data.captions and not self.model.encoded:
             expected = f"expected '' with model.text = {self.model.text!r}, which has no encoder"
             raise UsageError(f"data.captions: found {self.data.captions!r}, {expected}")
+        self._check_objective()
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
@@ -56,6 +59,18 @@ class Config:
             if self.sweep.curves and (found := getattr(self.optim, name)) != needed:
                 why = "else a run stopped at a budget's step is not the run of that budget"
                 raise UsageError(f"optim.{name}: found {found!r}, expected {needed!r} with sweep.curves: {why}")
+
+    def _check_objective(self) -> None:
+        objective, needed = self.objective, self.objective.rounds * self.objective.round_steps
+        if objective.name and self.diffusion.process != "flow":
+            expected = f"expected 'flow' with objective.name = {objective.name!r}, which learns paths of a flow"
+            raise UsageError(f"diffusion.process: found {self.diffusion.process!r}, {expected}")
+        if objective.name == "mean_flow" and not self.model.target:
+            expected = "expected 'later' or 'all' with objective.name = 'mean_flow', whose model reads a target time"
+            raise UsageError(f"model.target: found '', {expected}")
+        if objective.name == "progressive" and self.train.steps < needed:
+            expected = f"expected at least {needed}, objective.rounds x objective.round_steps"
+            raise UsageError(f"train.steps: found {self.train.steps}, {expected}")
 
 
 def model_config(name: str, image_size: int = 256, **changes) -> ModelConfig:

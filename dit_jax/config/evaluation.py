@@ -10,7 +10,7 @@ from dit_jax.error import LARGEST, UsageError, at_least, choice, in_range, numbe
 class SampleConfig:
     """Sampling of images, for `sample` and `evaluate`."""
 
-    sampler: str = "ddpm"  # ddpm | ddim | euler | heun | dpmpp_2m | euler_maruyama
+    sampler: str = "ddpm"  # ddpm | ddim | euler | heun | dpmpp_2m | euler_maruyama | consistency | flow_map
     steps: int = 250  # of the sampler
     spacing: str = "linspace"  # steps of the chain to use: linspace (as the published DiT) | leading | trailing
     times: tuple = ()  # explicit grid, falling from at most 1 (noise) to 0, instead of steps and spacing

@@ -25,6 +25,12 @@ class ModelConfig:
     text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
+    target: str = (
+        ""  # blocks given a flow map's target time: "" (none) | all, beside t | later (the last third, in place of t)
+    )
+    time_scale: float = (
+        1.0  # factor of t in its sinusoids; below 1, such as 0.03, derivatives in t are smooth, for few steps
+    )
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream
     positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
@@ -53,6 +59,8 @@ class ModelConfig:
         if self.conditioning in of_text and not self.text:
             expected = "expected 'bytes', 'words' or an encoder"
             raise UsageError(f"model.text: found '', {expected} for model.conditioning = {self.conditioning!r}")
+        in_range("model.time_scale", self.time_scale, 1e-4, 1.0)
+        choice("model.target", self.target, ("", "all", "later") if self.adaptive else ("",))
         choice("model.positions", self.positions, ("sincos", "rope"))
         choice("model.block", self.block, ("dit", "llama"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
@@ -78,6 +86,11 @@ class ModelConfig:
     def caption_tokens(self) -> int:
         """Tokens of the caption of an image; 0 for a model without captions."""
         return self.text_length if self.text else 0
+
+    @property
+    def earlier(self) -> int:
+        """Blocks that read t, of a model whose later ones read the target time: two thirds (2510.24474), at least one."""
+        return max(1, 2 * self.depth // 3)
 
     @property
     def encoded(self) -> bool:

@@ -31,7 +31,9 @@ from dit_jax.error import UsageError
 Images = Float[Array, "b h w c"]
 Output = Float[Array, "b h w c_out"]
 Times = Float[Array, " b"]
-Denoiser = Callable[..., Array]  # denoise(x (b, h, w, c), t (b,)) -> (b, h, w, c_out)
+Denoiser = Callable[
+    ..., Array
+]  # denoise(x (b, h, w, c), t (b,)) -> (b, h, w, c_out); of a flow map with a target time (b,)
 LEAST_TIME = 0.05  # that a velocity is divided by: JiT's clip of 1 - t, where t = 1 is clean
 
 
@@ -56,10 +58,10 @@ class Flow:
 
     def time(self, u: Times) -> Times:
         if self.time_law == "uniform":
-            return self._shifted(u)
-        return self._shifted(jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u)))
+            return self.shifted(u)
+        return self.shifted(jax.nn.sigmoid(self.logit_mean + self.logit_std * ndtri(u)))
 
-    def _shifted(self, t):
+    def shifted(self, t):
         return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
     def equidistant(self, count: int) -> np.ndarray:
@@ -81,7 +83,7 @@ class Flow:
         """Equal steps from 1 to 0, then shifted, (steps + 1,). Raises UsageError if `spacing` is not "linspace"."""
         if spacing != "linspace":
             raise UsageError(f"sample.spacing: found {spacing!r} for Flow, expected 'linspace': its steps are equal")
-        return self._shifted(np.linspace(1.0, 0.0, steps + 1))
+        return self.shifted(np.linspace(1.0, 0.0, steps + 1))
 
     def noise(self, x: Images, t: Times, eps: Images) -> Images:
         return (1 - _column(t)) * x + _column(t) * eps
@@ -220,8 +222,8 @@ LATER = {"prediction": "velocity", "shift": 1.0}  # left out of records if so, a
 
 
 def denoiser(process: Process, network: Callable) -> Denoiser:
-    """Denoiser (x, t) of a network (x, t in 0 to 1000) -> output."""
-    return lambda x, t: process.read(network(x, process.model_time(t)), x, t)
+    """Denoiser (x, t) of a network (x, t in 0 to 1000) -> output; of a flow map (x, t, target time) in the same units."""
+    return lambda x, t, *target: process.read(network(x, *map(process.model_time, (t, *target))), x, t)
 
 
 def make_process(cfg: DiffusionConfig, learn_sigma: bool) -> Process:

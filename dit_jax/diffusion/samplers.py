@@ -144,17 +144,36 @@ def euler_maruyama(process: Process, denoise: Denoiser, x: jax.Array, times: np.
     return _walk(step, x, _grid(process, times))
 
 
+def consistency(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Multistep consistency sampling: each evaluation gives a clean image, which is noised again (Song et al. 2023, algorithm 1)."""
+
+    def step(x, c):
+        x0, _ = process.predict(denoise(x, _at(c["t"], x)), x, c["alpha_t"], c["sigma_t"])
+        return c["alpha_s"] * x0 + c["sigma_s"] * draw_noise(keys, c["index"], x.shape[1:])
+
+    return _walk(step, x, _grid(process, times))
+
+
+def flow_map(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
+    """Steps of a flow map, x_s = x_t - (t - s) u(x_t, s, t) with its mean velocity u (Geng et al. 2025, arXiv 2505.13447, eq. 12)."""
+    return _walk(
+        lambda x, c: x + (c["s"] - c["t"]) * denoise(x, _at(c["t"], x), _at(c["s"], x)), x, _grid(process, times)
+    )
+
+
 class Sampler(NamedTuple):
     """A row of SAMPLERS.
 
     walk         sampler function; calling the row calls it
     evaluations  grid of times -> times of the denoiser calls, from which FLOPs are counted
     accepts      supported kinds of processes
+    trained      values of objective.name whose models it draws from
     """
 
     walk: Callable
     evaluations: Callable[[np.ndarray], np.ndarray] = lambda times: times[:-1]
     accepts: tuple[type, ...] = (DDPM, Flow)
+    trained: tuple[str, ...] = ("", "mean_flow")
 
     def __call__(self, process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array):
         return self.walk(process, denoise, x, times, keys)
@@ -162,9 +181,11 @@ class Sampler(NamedTuple):
 
 SAMPLERS = {
     "ddpm": Sampler(ddpm),
-    "ddim": Sampler(ddim),
-    "euler": Sampler(euler),
+    "ddim": Sampler(ddim, trained=("", "mean_flow", "progressive")),
+    "euler": Sampler(euler, trained=("", "mean_flow", "progressive")),
     "heun": Sampler(heun, lambda times: np.concatenate([times[:-1], times[1:-1]])),
     "dpmpp_2m": Sampler(dpmpp_2m),
     "euler_maruyama": Sampler(euler_maruyama, accepts=(Flow,)),
+    "consistency": Sampler(consistency, accepts=(Flow,), trained=("consistency",)),
+    "flow_map": Sampler(flow_map, accepts=(Flow,), trained=("mean_flow",)),
 }

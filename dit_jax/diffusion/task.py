@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dit_jax.config import Config, SampleConfig
-from dit_jax.diffusion.process import Process, make_process
+from dit_jax.diffusion.process import Flow, Process, make_process
 from dit_jax.diffusion.samplers import SAMPLERS, Sampler
 from dit_jax.diffusion.schedule import SPACINGS
 from dit_jax.error import UsageError, nearest, shown
@@ -43,8 +43,29 @@ def make_task(cfg: Config) -> Task:
         raise UsageError(
             f"sample.sampler: found {sample.sampler!r} for {kind.__name__}, expected a {expected} for it, or another sampler: {others}"
         )
+    _check_trained(cfg, sampler)
     check_guidance(cfg)
     return Task(process, sampler, tuple(_times(process, sample).tolist()))
+
+
+def _check_trained(cfg: Config, sampler: Sampler) -> None:
+    """Raises UsageError if the model was trained for other samplers, or has guidance inside that the sampler would double."""
+    sample, objective = cfg.sample, cfg.objective
+    if objective.name not in sampler.trained:
+        what = (
+            f"objective.name = {objective.name!r}"
+            if objective.name
+            else "the loss of its process (objective.name = '')"
+        )
+        fitting = ", ".join(
+            name for name, row in SAMPLERS.items() if objective.name in row.trained and Flow in row.accepts
+        )
+        raise UsageError(
+            f"sample.sampler: found {sample.sampler!r}, expected one of {fitting}: this model was trained with {what}"
+        )
+    if objective.name and objective.guidance != 1.0 and sample.guidance != 1.0:
+        why = f"guidance is inside this model (objective.guidance = {objective.guidance:g}), one forward pass an evaluation"
+        raise UsageError(f"sample.guidance: found {sample.guidance:g}, expected 1: {why}")
 
 
 def check_guidance(cfg: Config, key: str = "sample.guidance", found: float | None = None) -> None:

@@ -1,9 +1,11 @@
 """Conditioning of a DiT: timesteps, fixed 2-D positions and `cond` (Peebles & Xie 2023, section 3.2).
 
 `cond` is a dict of arrays with a leading axis b, one for each field in FIELDS that the model has: class labels, or {} for a model
-without classes. Only this file and the data pipeline depend on the fields; all other code treats `cond` as an opaque pytree.
+without classes; and, of a flow map, the target time, which objectives and samplers add (`aim`). Only this file and the data pipeline
+depend on the fields; all other code treats `cond` as an opaque pytree.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -20,6 +22,12 @@ from dit_jax.models.layers import layer_norm
 MAX_PERIOD = 10_000.0
 small_normal = nn.initializers.normal(0.02)
 unit_normal = nn.initializers.normal(1.0)  # as large as the sinusoids that are added
+
+
+def timestep_frequencies(size: int) -> np.ndarray:
+    """Angular frequencies (size / 2,), from 1 down, of the sinusoids that embed a timestep."""
+    half = size // 2
+    return np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
 
 
 def timestep_features(t: jax.Array, size: int) -> jax.Array:
@@ -69,12 +77,13 @@ class TimeEmbedding(nn.Module):
     width: int
     frequencies: int
     dtype: jnp.dtype
+    out_init: Callable = small_normal
 
     @nn.compact
     def __call__(self, t):
         h = timestep_features(t, self.frequencies).astype(self.dtype)
         h = nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="fc1")(h)
-        return nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="fc2")(nn.silu(h))
+        return nn.Dense(self.width, kernel_init=self.out_init, dtype=self.dtype, name="fc2")(nn.silu(h))
 
 
 class LabelEmbedding(nn.Module):
@@ -134,6 +143,9 @@ class Condition(NamedTuple):
     tokens: jax.Array | None
     mask: jax.Array | None = None  # None: all
     angles: jax.Array | None = None  # (n, h/2) by which queries and keys of self-attention are rotated; None: not
+    later: jax.Array | None = (
+        None  # (b, d), the vector of later blocks and of the output, by the target time; None: the same
+    )
 
 
 class Field(NamedTuple):
@@ -261,32 +273,47 @@ def labels(cond: Mapping, rows: int) -> jax.Array:
     return cond.get("label", jnp.zeros(rows, jnp.int32))
 
 
+def aim(cond: Mapping, target: jax.Array) -> dict:
+    """Adds the time (b,), 0 to 1000, that a flow map goes to; without it a model has the velocity, as if it were t."""
+    return {**as_cond(cond), "target": target}
+
+
 def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
     """Embeddings of t (b,) and of each field: with adaLN a vector, the sum of all, a caption's by its mean; else tokens, a row of all.
 
-    With `adaln_cross` and `dual_stream` the tokens are the caption's.
+    With `adaln_cross` and `dual_stream` the tokens are the caption's. A target time has an embedding of its own, zero at first, or is
+    embedded as t for the later blocks.
 
     Call it inside a flax module, which gets the parameters `time_embedding` and `NAME_embedding`. Raises UsageError if a field is missing.
     """
-    wanted = fields(cfg)
+    wanted, target = fields(cfg), cond.get("target", t)
+    t, target = (t, target) if cfg.time_scale == 1 else (cfg.time_scale * t, cfg.time_scale * target)
     if missing := [name for name in wanted if name not in cond]:
         raise UsageError(
             f"cond: found {', '.join(cond) or 'no field'}, expected {', '.join(missing)}, as the model has"
         )
-    found = [TimeEmbedding(cfg.width, flops.TIME_FREQUENCIES, jnp.dtype(cfg.dtype), name="time_embedding")(t)]
-    found += [field.embed(cfg, f"{name}_embedding")(cond[name]) for name, field in wanted.items()]
-    if "text" not in wanted:
-        return Condition(sum(found[1:], found[0]), None) if cfg.adaptive else Condition(None, jnp.stack(found, axis=1))
-    *vectors, text = found
-    mask = text_mask(cfg, cond["text"])
-    if cfg.adaptive:
+    time = functools.partial(TimeEmbedding, cfg.width, flops.TIME_FREQUENCIES, jnp.dtype(cfg.dtype))
+    of_t = time(name="time_embedding")
+    found = [of_t(t), *(field.embed(cfg, f"{name}_embedding")(cond[name]) for name, field in wanted.items())]
+    vectors = [array for array in found if array.ndim == 2]
+    if cfg.target == "all":
+        vectors.append(time(nn.initializers.zeros_init(), name="target_embedding")(target))
+    text, mask = (found[-1], text_mask(cfg, cond["text"])) if "text" in wanted else (None, None)
+    if not cfg.adaptive:
+        rows = jnp.stack(vectors, axis=1)
+        if text is None:
+            return Condition(None, rows)
+        there = jnp.ones(rows.shape[:2], bool)
+        return Condition(None, jnp.concatenate([rows, text], axis=1), jnp.concatenate([there, mask], axis=1))
+    if text is not None:
         count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-        pooled = jnp.where(mask[..., None], text, 0).sum(axis=1) / count.astype(text.dtype)
-        # A first token that is always there: attention needs one.
-        return Condition(sum(vectors[1:], vectors[0]) + pooled, text, jnp.asarray(mask).at[:, 0].set(True))
-    there = jnp.ones((len(t), len(vectors)), bool)
-    return Condition(
-        None,
-        jnp.concatenate([jnp.stack(vectors, axis=1), text], axis=1),
-        jnp.concatenate([there, mask], axis=1),
-    )
+        vectors.append(jnp.where(mask[..., None], text, 0).sum(axis=1) / count.astype(text.dtype))
+        mask = jnp.asarray(mask).at[:, 0].set(True)  # a first token that is always there: attention needs one
+    later = sum(vectors[1:], of_t(target)) if cfg.target == "later" else None
+    return Condition(sum(vectors[1:], vectors[0]), text, mask, later=later)
+
+
+def by_block(cfg: ModelConfig, c: Condition) -> Condition:
+    """The condition of each block, whose vectors (l, b, d) are by t in the earlier blocks and by the target time in the later ones."""
+    earlier = (jnp.arange(cfg.depth) < cfg.earlier)[:, None, None]
+    return c._replace(vector=jnp.where(earlier, c.vector[None], c.later[None]), later=None)

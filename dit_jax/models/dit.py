@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dit_jax.config import ModelConfig
 from dit_jax.models import conditioning
-from dit_jax.models.conditioning import positions, rotations
+from dit_jax.models.conditioning import Condition, positions, rotations
 from dit_jax.models.kernels import KEPT
 from dit_jax.models.layers import (
     LAYERS,
@@ -43,7 +43,7 @@ class AdaptiveBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        cfg, dtype, (c, tokens, mask, angles) = self.cfg, jnp.dtype(self.cfg.dtype), c
+        cfg, dtype, (c, tokens, mask, angles, _) = self.cfg, jnp.dtype(self.cfg.dtype), c
         norm, mlp = LAYERS[cfg.block]
         attention = functools.partial(_attention(Attention, cfg, "attention"), angles=angles)
         mlp = mlp(cfg.hidden, dtype, name="mlp")
@@ -153,7 +153,7 @@ def _scanned_block(cfg: ModelConfig, place: Callable):
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(Condition(0, *[nn.broadcast] * 4),) if cfg.target == "later" else nn.broadcast,
         length=cfg.depth,
         unroll=cfg.unroll,
     )(cfg, place, name="blocks")
@@ -182,7 +182,9 @@ class DiT(nn.Module):
             if c.mask is not None:
                 c = c._replace(mask=jnp.concatenate([jnp.ones(h.shape[:2], bool), c.mask], axis=1))
             h = (h, c.tokens) if dual else jnp.concatenate([h, c.tokens], axis=1)
-        h, _ = _scanned_block(cfg, self.place)(h, c)
+        later = cfg.target == "later"
+        h, _ = _scanned_block(cfg, self.place)(h, conditioning.by_block(cfg, c) if later else c)
+        c = c._replace(vector=c.later) if later else c
         h = Output(cfg, self.place, name="output")(h[0] if dual else h[:, : rows * columns], c)
         return unpatchify(h, cfg.patch, rows, columns).astype(jnp.float32)
 

@@ -1,11 +1,11 @@
-"""Operations with a hand-written backward pass: tanh-GELU and softmax attention."""
+"""Operations with a hand-written derivative, forward and backward: tanh-GELU and softmax attention."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import linear_call
 
 KEPT = "kept"  # checkpoint name of the residuals that `remat = dots` saves
 
@@ -15,7 +15,7 @@ def keep(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, KEPT)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
     """tanh-GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 
@@ -32,10 +32,13 @@ def _gelu_forward(x):
     return keep((0.5 * h * (1 + tanh)).astype(x.dtype)), keep(slope.astype(x.dtype))
 
 
-gelu.defvjp(_gelu_forward, lambda slope, gradient: (gradient * slope,))
+@gelu.defjvp
+def _gelu_derivative(inputs, tangents):
+    out, slope = _gelu_forward(*inputs)
+    return out, tangents[0] * slope
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Attention softmax(q k^T / sqrt(h)) v: q (b, n, k, h), k and v (b, m, k, h) -> (b, n, k, h), logits and softmax in float32.
 
@@ -55,11 +58,20 @@ def _attention_forward(q, k, v, mask):
     weights = jnp.exp((logits - logits.max(axis=-1, keepdims=True)) / math.sqrt(q.shape[-1]))
     weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     out = jnp.einsum("bknm,bmkh->bnkh", weights, v)
-    return out, (q, k, v, mask, weights, out)
+    return out, (q, k, v, weights, out)
+
+
+def _attention_tangent(kept, tangents):
+    q, k, v, weights, _ = kept
+    dq, dk, dv = tangents
+    slope = jnp.einsum("bnkh,bmkh->bknm", dq, k, preferred_element_type=jnp.float32)
+    slope = (slope + jnp.einsum("bnkh,bmkh->bknm", q, dk, preferred_element_type=jnp.float32)) / math.sqrt(q.shape[-1])
+    change = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True))
+    return jnp.einsum("bknm,bmkh->bnkh", change.astype(v.dtype), v) + jnp.einsum("bknm,bmkh->bnkh", weights, dv)
 
 
 def _attention_backward(kept, gradient):
-    q, k, v, mask, weights, out = kept
+    q, k, v, weights, out = kept
     total = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1).transpose(0, 2, 1)[..., None]
     slope = jnp.einsum("bnkh,bmkh->bknm", gradient, v, preferred_element_type=jnp.float32) - total
     logits = (weights.astype(jnp.float32) * slope / math.sqrt(q.shape[-1])).astype(q.dtype)
@@ -67,8 +79,10 @@ def _attention_backward(kept, gradient):
         jnp.einsum("bknm,bmkh->bnkh", logits, k),
         jnp.einsum("bknm,bnkh->bmkh", logits, q),
         jnp.einsum("bknm,bnkh->bmkh", weights, gradient),
-        None if mask is None else np.zeros(mask.shape, jax.dtypes.float0),
     )
 
 
-softmax_attention.defvjp(_attention_forward, _attention_backward)
+@softmax_attention.defjvp
+def _attention_derivative(inputs, tangents):
+    out, kept = _attention_forward(*inputs)
+    return out, linear_call(_attention_tangent, _attention_backward, kept, tangents[:3])

@@ -3,6 +3,8 @@
 The patch embedding w of p x p patches becomes that of q x q by the pseudo-inverse of bilinear resizing B (Beyer et al. 2023, FlexiViT,
 arXiv 2212.08013, "Resizing patch embeddings"): <B x, w'> = <x, w> for all patches x if q > p, in least squares if q < p. The output
 layer's patches y become B y.
+
+With another `time_scale` the first layer of a time's embedding is fitted to its old outputs at t from 0 to 1000, by ridge regression.
 """
 
 import functools
@@ -17,10 +19,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
+from dit_jax.models.conditioning import timestep_frequencies
 
 BODY = ("width", "depth", "heads", "mlp_ratio")  # sizes of the blocks, which have to agree
 TABLE, TIME_BIAS = "label_embedding/table/embedding", "time_embedding/fc2/bias"
 EMBEDDING, OUTPUT = "patch_embedding/kernel", ("output/linear/kernel", "output/linear/bias")
+SINUSOIDS = ("time_embedding/fc1/kernel", "target_embedding/fc1/kernel")
 TAKEN, RESIZED, NEW = "taken", "resized", "new"
 
 
@@ -70,6 +74,11 @@ class WarmStart:
             found[TABLE] = functools.partial(_take_rows, self.rows)
         if labels == [True, False] and old.adaptive and new.adaptive and self.null_trained:  # as without a label before
             found[TIME_BIAS] = lambda stored, fresh: stored[TIME_BIAS] + stored[TABLE][-1]
+        if old.time_scale != new.time_scale:
+            both = SINUSOIDS[: 2 if old.target == new.target == "all" else 1]
+            found |= {
+                name: functools.partial(_sinusoids, _refit(old.time_scale, new.time_scale), name) for name in both
+            }
         parts = [cfg.out_channels // cfg.channels for cfg in (old, new)]
         by = _bilinear(old.patch, new.patch)
         if (old.patch, old.channels) != (new.patch, new.channels):
@@ -85,6 +94,20 @@ def _take_rows(rows: Sequence, stored: Mapping, fresh):
     known = np.array([row is not None for row in rows] + [True])
     from_old = stored[TABLE][np.array([row or 0 for row in rows] + [len(stored[TABLE]) - 1])]
     return jnp.where(known[:, None], from_old, fresh)
+
+
+def _refit(old: float, new: float) -> np.ndarray:
+    """Matrix (f, f) from weights of sinusoids of `old` t to weights of sinusoids of `new` t that give about the same sums."""
+    t, frequencies = np.linspace(0.0, 1000.0, 20_001)[:, None], timestep_frequencies(flops.TIME_FREQUENCIES)[None]
+    before, after = (
+        np.concatenate([np.cos(scale * t * frequencies), np.sin(scale * t * frequencies)], axis=1)
+        for scale in (old, new)
+    )
+    return np.linalg.solve(after.T @ after + np.eye(after.shape[1]), after.T @ before)
+
+
+def _sinusoids(by: np.ndarray, name: str, stored: Mapping, fresh):
+    return jnp.dot(by.astype(np.float32), stored[name], precision=jax.lax.Precision.HIGHEST)
 
 
 def _bilinear(p: int, q: int) -> np.ndarray:

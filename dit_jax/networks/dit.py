@@ -224,10 +224,19 @@ def _linears(cfg: ModelConfig) -> Iterator[Linear]:
 
 
 def _check_published(cfg: ModelConfig) -> None:
-    published = {"conditioning": "adaln_zero", "qk_norm": False, "positions": "sincos", "block": "dit"}
+    published = {
+        "conditioning": "adaln_zero",
+        "qk_norm": False,
+        "positions": "sincos",
+        "block": "dit",
+        "target": "",
+        "time_scale": 1.0,
+    }
     for key, expected in published.items():
         if (found := getattr(cfg, key)) != expected:
-            why = "only 'adaln_zero' without qk_norm, rope and llama blocks has published names"
+            why = (
+                "only 'adaln_zero' without qk_norm, rope, llama blocks, target time and scaled time has published names"
+            )
             raise UsageError(f"model.{key}: found {found!r}, expected {expected!r}; {why}")
     if not cfg.classes:
         raise UsageError("model.classes: found 0; only a model with classes has published names")

@@ -41,11 +41,11 @@ def make_denoiser(
     `asked`: see `prompt.Asked.rows`; its captions `negative` take the place of the null condition's.
     """
 
-    def apply(x, t, cond):
-        return denoiser(task.process, lambda x, t: model.apply(params, x, t, cond))(x, t)
+    def apply(x, t, cond, *target):
+        return denoiser(task.process, lambda x, t, *target: model.apply(params, x, t, cond, *target))(x, t, *target)
 
-    def plain(x, t):
-        return apply(x, t, cond)
+    def plain(x, t, *target):
+        return apply(x, t, cond, *target)
 
     if cfg.guidance == 1.0:
         return plain
@@ -208,6 +208,7 @@ class Sampling:
             "text": self.cfg.model.text, "text_length": self.cfg.model.text, "text_width": self.cfg.model.encoded,
             "text_sha256": self.cfg.model.encoded, "text_encoder": False, "null": self.cfg.model.null != "empty",
             "positions": self.cfg.model.positions != "sincos", "block": self.cfg.model.block != "dit",
+            "target": self.cfg.model.target != "", "time_scale": self.cfg.model.time_scale != 1,
         }  # fmt: skip
         model = {key: value for key, value in model.items() if later.get(key, True)}
         process = {

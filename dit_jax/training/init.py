@@ -45,15 +45,51 @@ class Start(NamedTuple):
 
 
 def check_source(cfg: Config, source: str, step: int | None) -> Config:
-    """Return the config of the run `source`. Raises UsageError unless it has a checkpoint (of `step`) whose blocks fit the config."""
+    """Return the config of the run `source`. Raises UsageError unless it has a checkpoint (of `step`) whose blocks fit the config, and, for
+    an objective of few steps, whose model and process do."""
     found = read_config(source, flag="--init")
     check_body(found.model, cfg.model, source)
+    check_teacher(cfg, found, source)
     if not (steps := checkpoint.steps(source)) or (step is not None and step not in steps):
         expected = f"--init_step among {steps}" if steps else "at least one"
         raise UsageError(
             f"--init: {source}: found no checkpoint{'' if step is None else f' of step {step}'}, expected {expected}"
         )
     return found
+
+
+def check_teacher(cfg: Config, old: Config, source: str) -> None:
+    """Raises UsageError naming the key in which a student of few steps differs from `old`, the run `source`, or `old` cannot teach it."""
+    if not (name := cfg.objective.name):
+        return
+    own = {*checkpoint.FREE, "dtype", "target", "time_scale"}
+    keys = [("model", key) for key in to_dict(cfg.model) if key not in own]
+    for group, key in [*keys, ("diffusion", "process"), ("diffusion", "prediction")]:
+        found, expected = (getattr(getattr(side, group), key) for side in (cfg, old))
+        if found != expected:
+            why = (
+                f"as {source} has, which objective.name = {name!r} begins with; give --config.{group}.{key}={expected}"
+            )
+            raise UsageError(f"{group}.{key}: found {found!r}, expected {expected!r}, {why}")
+    if not cfg.objective.taught:
+        return
+    begun, scale = old.objective, cfg.objective.guidance
+    if begun.name == "consistency" or (begun.name == "progressive" and begun.rounds):
+        expected = "expected a run whose velocity holds at all times, so one before it was distilled"
+        raise UsageError(f"--init: {source}: found objective.name = {begun.name!r}, {expected}")
+    if scale != 1.0 and begun.name and begun.guidance != 1.0:
+        raise UsageError(f"objective.guidance: found {scale:g}, expected 1: guidance is inside {source} already")
+    if scale != 1.0 and not (old.train.cond_dropout and (old.model.classes or old.model.text)):
+        raise UsageError(
+            f"objective.guidance: found {scale:g}, expected 1: {source} has no trained null class to guide with"
+        )
+
+
+def check_taught(cfg: Config) -> None:
+    """Raises UsageError if the objective needs a teacher: called for a run that begins without --init."""
+    if cfg.objective.taught:
+        expected = "expected the run whose weights teach, --init=WORKDIR"
+        raise UsageError(f"--init: found none, {expected}, with objective.name = {cfg.objective.name!r}")
 
 
 def open_init(
@@ -66,6 +102,8 @@ def open_init(
     """
     source, step = init
     begun, resumes = by_leader(lambda: (check_same_init(workdir, source, step), bool(checkpoint.steps(workdir))))
+    if not source and not resumes:
+        check_taught(cfg)
     if not source or resumes:
         return None
     step = begun.get("step", step)

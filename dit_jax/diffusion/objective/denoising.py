@@ -1,46 +1,14 @@
-"""Training objectives: random draws of a step, their losses, and extra state beside the weights.
-
-OBJECTIVES has a row for each. `model` is a bound model (`dit_jax.bind`): model.apply(params, x, t, cond), model.drop(key, cond, rate).
-"""
+"""Losses of the noising processes: eps-prediction of DDPM with its learned variance, and the velocity of a flow."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dit_jax import flops
 from dit_jax.config import Config
+from dit_jax.diffusion.objective.row import Objective
 from dit_jax.diffusion.process import Denoiser, Images, Process, Times, denoiser, make_process
-
-
-def nothing(params) -> dict:
-    """Empty extras."""
-    return {}
-
-
-def unchanged(extras, params, step):
-    """Leaves the extras unchanged."""
-    return extras
-
-
-class Objective(NamedTuple):
-    """A row of OBJECTIVES, bound to a config.
-
-    process                                   the noising process
-    draw(model, key, batch)                   a batch {"image", "cond"} -> points (x, cond, t, eps), a dict of arrays (b, ...)
-    losses(model, params, extras, points)     losses (b,) and a dict of their parts (b,); draws nothing
-    flops(shape)                              training FLOPs of one image of shape (h, w), by default model.input_size squared
-    init_extras(params)                       state kept between steps, a pytree in `TrainState.extras`
-    update_extras(extras, params, step)       extras after an accepted step, from the new raw weights and the number of steps before it
-    """
-
-    process: Process
-    draw: Callable
-    losses: Callable
-    flops: Callable
-    init_extras: Callable = nothing
-    update_extras: Callable = unchanged
 
 
 def noise_prediction(process: Process, denoise: Denoiser, x: Images, t: Times, eps: Images):
@@ -81,11 +49,3 @@ def denoising(cfg: Config, loss: Callable) -> Objective:
         return loss(process, denoise, points["x"], points["t"], points["eps"])
 
     return Objective(process, draw, losses, lambda shape=None: flops.train_flops(cfg.model, shape=shape))
-
-
-OBJECTIVES = {"ddpm": lambda cfg: denoising(cfg, noise_prediction), "flow": lambda cfg: denoising(cfg, velocity)}
-
-
-def make_objective(cfg: Config) -> Objective:
-    """Objective for the process of a config."""
-    return OBJECTIVES[cfg.diffusion.process](cfg)

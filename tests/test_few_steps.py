@@ -1,0 +1,448 @@
+"""Objectives for sampling in few steps: what they converge to, what they keep, what they cost, and what is refused."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import trained_on_meshes
+from test_diffusion import MEAN, STD, exact_map
+from test_init import weights_of
+from test_seams import SMALL, batch
+
+from dit_jax import checkpoint, flops
+from dit_jax.bind import bind
+from dit_jax.config import Config, DiffusionConfig, ModelConfig, ObjectiveConfig, OptimConfig, SampleConfig, TrainConfig
+from dit_jax.devices.mesh import make_mesh
+from dit_jax.devices.numerics import random_key
+from dit_jax.diffusion.objective import make_objective
+from dit_jax.diffusion.process import Flow, denoiser
+from dit_jax.diffusion.samplers import SAMPLERS, draw_noise
+from dit_jax.diffusion.task import make_task
+from dit_jax.error import UsageError
+from dit_jax.evaluation.protocol import make_record
+from dit_jax.models.kernels import gelu, softmax_attention
+from dit_jax.models.warm_start import NEW, WarmStart
+from dit_jax.sampling.draw import open_sampling
+from dit_jax.training import loop
+from dit_jax.training.init import check_taught, check_teacher
+from dit_jax.training.state import make_state
+from dit_jax.training.step import gradients, make_train_step, train_step
+
+OBJECTIVES = {
+    "consistency": ("", ObjectiveConfig("consistency", guidance=2.0), "consistency"),
+    "mean_flow": ("later", ObjectiveConfig("mean_flow", guidance=2.0, ratio=0.5), "flow_map"),
+    "progressive": ("", ObjectiveConfig("progressive", rounds=2, steps=1, round_steps=2), "euler"),
+    "guidance": ("", ObjectiveConfig("progressive", rounds=0, guidance=2.0), "euler"),
+}
+
+
+def student(kind, cfg=SMALL, **model):
+    """A config with one of OBJECTIVES and its sampler."""
+    target, objective, sampler = OBJECTIVES[kind]
+    changes = dict(objective=objective, sample=SampleConfig(sampler=sampler, steps=2))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, target=target, **model), **changes)
+
+
+def test_forward_mode_passes_the_kernels():
+    """As of JAX's own operations; attention with a mask, and with fewer keys than queries."""
+    h, dh = jax.random.normal(jax.random.key(0), (2, 64)) * 3
+    ours, theirs = (jax.jvp(f, (h,), (dh,))[1] for f in (gelu, lambda x: jax.nn.gelu(x, approximate=True)))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    shapes = [(2, 9, 4, 16), (2, 5, 4, 16), (2, 5, 4, 16)] * 2
+    q, k, v, *tangents = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], bool)
+    for there in (None, mask):
+        plain = lambda q, k, v, m=there: jax.nn.dot_product_attention(q, k, v, mask=m and m[:, None, None])  # noqa: E731
+        if there is not None:
+            plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None])  # noqa: E731
+        ours = jax.jvp(lambda q, k, v, m=there: softmax_attention(q, k, v, m), (q, k, v), tuple(tangents))
+        for found, expected in zip(ours, jax.jvp(plain, (q, k, v), tuple(tangents)), strict=True):
+            np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("target", ["all", "later"])
+def test_forward_mode_passes_scan_and_remat(target):
+    """The derivative along (x, t) is the same with and without remat, and that of a difference in x and small t."""
+    cfg = dataclasses.replace(SMALL.model, depth=3, target=target)
+    params, r = weights_of(cfg), jnp.array([100.0, 5.0])
+    x, v = jax.random.normal(random_key(0), (2, 2, 8, 8, 1))
+    t, cond = jnp.array([800.0, 10.0]), {"label": jnp.array([1, 10])}
+
+    def derivative(remat):
+        model = bind(dataclasses.replace(cfg, remat=remat))
+        f = lambda x, t: model.apply(params, x, t, cond, r)  # noqa: E731
+        return f, jax.jit(lambda: jax.jvp(f, (x, t), (v, jnp.full(2, 1000.0))))()[1]
+
+    f, expected = derivative("none")
+    for remat in ("dots", "full"):
+        np.testing.assert_allclose(derivative(remat)[1], expected, rtol=1e-4, atol=1e-3)
+    ahead, behind = (jax.jit(f)(x + h * v, t + 1000 * h) for h in (2e-5, -2e-5))
+    np.testing.assert_allclose((ahead - behind) / 4e-5, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def test_mean_flow_with_r_equal_t_is_the_flow_loss_bit_for_bit(data_dir):
+    """Losses, and a whole step of training: of the model whose later blocks read r, from the same weights."""
+    plain = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, depth=3))
+    few = ObjectiveConfig("mean_flow", ratio=0.0, adaptive=0.0)
+    mapped = dataclasses.replace(plain, model=dataclasses.replace(plain.model, target="later"), objective=few)
+    params, data, found = weights_of(plain.model), batch(plain, label=10), []
+    for cfg in (plain, mapped):
+        state = make_state(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+        state = dataclasses.replace(state, params=params)
+        found.append(jax.jit(lambda state, data, cfg=cfg: train_step(cfg, bind(cfg.model), state, data))(state, data))
+    assert found[0][1]["loss"] == found[1][1]["loss"]
+    jax.tree.map(np.testing.assert_array_equal, found[0][0].params, found[1][0].params)
+    differs = dataclasses.replace(mapped, objective=dataclasses.replace(few, ratio=1.0))
+    assert train_step(differs, bind(mapped.model), state, data)[1]["loss"] != found[0][1]["loss"]
+
+
+def test_an_embedding_of_the_target_time_begins_without_effect():
+    old, new = SMALL.model, dataclasses.replace(SMALL.model, target="all")
+    weights, fresh = weights_of(old), bind(new).init(random_key(0))
+    start = WarmStart(old, new, tuple(range(10)))
+    kinds = start.kinds(fresh, weights)
+    assert {name.split("/")[0] for name, kind in kinds.items() if kind == NEW} == {"target_embedding"}
+    x, t, cond = jax.random.normal(random_key(0), (2, 8, 8, 1)), jnp.array([900.0, 20.0]), {"label": jnp.arange(2)}
+    begun = bind(new).apply(start.begin(fresh, weights), x, t, cond, jnp.zeros(2))
+    np.testing.assert_allclose(begun, bind(old).apply(weights, x, t, cond), atol=1e-6)
+
+
+# One pixel of two channels is a point of the plane: the model is an MLP.
+POINT = ModelConfig(2, 32, 2, 1, 1, channels=2, classes=0, learn_sigma=False, time_scale=0.003)
+
+
+def trained(kind, images, steps, width=32):
+    """(raw weights, config) of a student of points `images(key) -> (b, 1, 1, 2)`, without a teacher."""
+    target, objective, sampler = OBJECTIVES[kind]
+    objective = dataclasses.replace(objective, guidance=1.0)
+    cfg = Config(
+        dataclasses.replace(POINT, target=target, width=width),
+        DiffusionConfig(process="flow"),
+        optim=OptimConfig(2e-3, "cosine", clip=1.0, ema="power", ema_width=0.1),
+        train=TrainConfig(steps=steps, batch_size=256),
+        sample=SampleConfig(sampler=sampler, steps=1),
+        objective=objective,
+    )
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+
+    @jax.jit
+    def run(state):
+        def step(state, i):
+            data = {"image": images(jax.random.fold_in(random_key(5), i)), "cond": {}}
+            return train_step(cfg, bind(cfg.model), state, data)[0], None
+
+        return jax.lax.scan(step, state, jnp.arange(steps))[0]
+
+    return run(make_state(cfg, mesh)).ema, cfg
+
+
+def map_error(params, cfg, exact):
+    """Root mean square distance of the one-step map from the exact one, x_1 -> x_0."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(random_key(9), i))(jnp.arange(512))
+    noise, sampler, model = draw_noise(keys, 0, (1, 1, 2)), SAMPLERS[cfg.sample.sampler], bind(cfg.model)
+    denoise = denoiser(Flow(), lambda x, t, *target: model.apply(params, x, t, {}, *target))
+    found = jax.jit(lambda x: sampler(Flow(), denoise, x, Flow().times(1), keys))(noise)
+    return float(jnp.sqrt(jnp.square(found - exact(noise)).sum(axis=-1).mean()))
+
+
+def gaussian(key):
+    return MEAN + STD * jax.random.normal(key, (256, 1, 1, 2))
+
+
+def gaussian_exact(x):
+    return exact_map(x, jnp.ones(len(x)), jnp.zeros(len(x)))
+
+
+CENTRES, SPREAD = np.array([[-0.8, 0.4], [0.8, 0.4], [0.0, -0.8]]), 0.2
+
+
+def mixture(key):
+    which, noise = jax.random.split(key)
+    centre = jnp.asarray(CENTRES, jnp.float32)[jax.random.randint(which, (256,), 0, 3)]
+    return (centre + SPREAD * jax.random.normal(noise, (256, 2)))[:, None, None]
+
+
+def mixture_exact(x, steps=400):
+    """The flow of three Gaussians, whose velocity has a closed form, by RK4 in float64."""
+
+    def slope(x, t):
+        alpha, variance = 1 - t, ((1 - t) * SPREAD) ** 2 + t**2
+        away = x[:, None] - alpha * CENTRES[None]
+        logits = -(away**2).sum(-1, keepdims=True) / (2 * variance)
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        share = share / share.sum(axis=1, keepdims=True)
+        eps = t * away / variance
+        x0 = CENTRES[None] + alpha * SPREAD**2 * away / variance
+        return (share * (eps - x0)).sum(axis=1)
+
+    at, h = np.asarray(x, np.float64)[:, 0, 0], -1 / steps
+    for t in 1 + h * np.arange(steps):
+        a = slope(at, t)
+        b = slope(at + h / 2 * a, t + h / 2)
+        c = slope(at + h / 2 * b, t + h / 2)
+        at = at + h / 6 * (a + 2 * b + 2 * c + slope(at + h * c, t + h))
+    return at[:, None, None]
+
+
+@pytest.mark.parametrize("kind", ["consistency", "mean_flow"])
+def test_it_approaches_the_exact_map_of_a_gaussian(kind):
+    errors = [map_error(*trained(kind, gaussian, steps), gaussian_exact) for steps in (60, 600)]
+    print(kind, errors)
+    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["consistency", "mean_flow"])
+def test_the_error_falls_with_width_and_steps_on_a_mixture(kind, capsys):
+    table = {
+        (width, steps): map_error(*trained(kind, mixture, steps, width), mixture_exact)
+        for width in (16, 32, 64)
+        for steps in (300, 1000, 3000)
+    }
+    with capsys.disabled():
+        print(f"\n{kind}: distance from the exact map, by width and steps")
+        for (width, steps), error in table.items():
+            print(f"  width {width:3}  {steps:5} steps  {error:.4f}")
+    for width in (16, 32, 64):
+        assert table[width, 3000] < table[width, 300]
+    assert table[64, 3000] < table[16, 3000] and table[64, 3000] < 0.6 * table[16, 300]
+
+
+def linear(count):
+    """A model without weights but a factor for each of `count` times k / count: its velocity is factor x."""
+
+    def apply(params, x, t, cond):
+        return params[jnp.round(t / 1000 * count).astype(int) - 1][:, None, None, None] * x
+
+    return types.SimpleNamespace(apply=apply, drop=lambda key, cond, rate: cond)
+
+
+def test_progressive_distillation_finds_two_steps_of_a_linear_teacher():
+    """x <- (1 + (s - t) f(t)) x twice; the student's factor does both at once, its loss is zero there and its gradient elsewhere exact."""
+    cfg = student("progressive")
+    cfg = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, steps=4, rounds=1))
+    objective, model = make_objective(cfg), linear(8)
+    teacher = jnp.linspace(0.3, 1.7, 8)
+    extras = objective.init_extras(teacher)
+    assert extras["steps"] == 4
+    points = objective.draw(model, random_key(0), {"image": batch(cfg)["image"], "cond": {}})
+    pairs = np.asarray(teacher).reshape(4, 2)
+    two = (1 - pairs[:, 1] / 8) * (1 - pairs[:, 0] / 8)
+    best = jnp.repeat(jnp.asarray((1 - two) * 4, jnp.float32), 2)  # the student's times are every second one
+
+    def loss(params):
+        return objective.losses(model, params, extras, points)[0].mean()
+
+    assert loss(best) < 1e-12 < 1e-3 < loss(teacher)
+    found = teacher
+    for _ in range(300):
+        found = found - 2.0 * jax.grad(loss)(found)
+    np.testing.assert_allclose(found[1::2], best[1::2], atol=1e-3)
+    np.testing.assert_array_equal(found[::2], teacher[::2])
+
+
+def test_the_teacher_is_replaced_at_each_halving():
+    cfg = student("progressive")
+    objective = make_objective(
+        dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, rounds=3, steps=2))
+    )
+    extras, seen = objective.init_extras({"w": jnp.float32(-1)}), []
+    for step in range(8):
+        extras = objective.update_extras(extras, {"w": jnp.float32(step)}, step)
+        seen.append((int(extras["steps"]), float(extras["teacher"]["w"])))
+    assert seen == [(8, -1), (4, 1), (4, 1), (2, 3), (2, 3), (2, 3), (2, 3), (2, 3)]
+
+
+def test_a_guided_teacher_is_matched_where_guidance_is_distilled():
+    """Loss zero if the student has the teacher's guided velocity: here both ignore the condition."""
+    cfg = student("guidance")
+    objective, model = make_objective(cfg), bind(cfg.model)
+    params = weights_of(cfg.model)
+    table = params["label_embedding"]["table"]["embedding"]
+    points = objective.draw(model, random_key(0), batch(cfg, label=10))
+    extras = objective.init_extras(params)
+    assert objective.losses(model, params, extras, points)[0].mean() > 1e-4
+    params["label_embedding"]["table"]["embedding"] = jnp.zeros_like(table)
+    extras = objective.init_extras(params)
+    np.testing.assert_allclose(objective.losses(model, params, extras, points)[0], 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_flops_match_the_compiler(kind):
+    """On an unrolled model, as in test_flops; there XLA computes the values that the tangents share with the forward pass once."""
+    cfg = student(kind, depth=2, width=256, heads=4, input_size=16, channels=4, unroll=2)
+    model, objective = bind(cfg.model), make_objective(cfg)
+    params = jax.eval_shape(lambda: model.init(random_key(0)))
+    extras = jax.eval_shape(objective.init_extras, params)
+    data = {"image": jnp.zeros((1, 16, 16, 4)), "cond": {"label": jnp.zeros(1, jnp.int32)}}
+    points = jax.eval_shape(lambda: objective.draw(model, random_key(0), data))
+    program = jax.jit(lambda *a: gradients(objective, model, *a)).lower(params, extras, points).compile()
+    assert 1.0 < program.cost_analysis()["flops"] / objective.flops() < 1.03
+
+
+def test_flops_of_sampling_and_of_a_record(tmp_path):
+    few = student("mean_flow")
+    forward = flops.forward_flops(few.model)
+    assert forward == flops.forward_flops(SMALL.model) + 2 * (256 * 16 + 16 * 16)
+    assert open_sampling(few, make_mesh(few.mesh)).flops == 2 * forward
+    (tmp_path / "init.json").write_text(
+        '{"source": "s", "run": "r", "step": 4, "flops_train": 77, "weights_sha256": "", "rows": []}'
+    )
+    cfg = student("consistency")
+    record = make_record(cfg, str(tmp_path), 3, "", {}, {"samples": {}}, {}, {})
+    assert record["flops_train"] == 3 * 16 * 7 * flops.forward_flops(cfg.model) and record["init"]["flops_train"] == 77
+    assert record["flops_sample"] == 2 * record["flops_image"]
+
+
+def begun(cfg, mesh):
+    """A state from weights without zeros, so that a teacher guides."""
+    return make_state(cfg, mesh, lambda fresh, weights: weights, weights_of(SMALL.model))
+
+
+@pytest.mark.parametrize(
+    "kind", ["mean_flow", *(pytest.param(k, marks=pytest.mark.slow) for k in OBJECTIVES if k != "mean_flow")]
+)
+def test_meshes_train_as_one_device_does(kind):
+    cfg = student(kind, width=32, heads=4)
+    state = trained_on_meshes(cfg, batch(cfg, label=10))
+    if kind == "progressive":
+        assert int(state.extras["steps"]) == 1
+        leaves = [tree["blocks"]["mlp"]["fc1"]["kernel"] for tree in (state.extras["teacher"], state.params)]
+        assert leaves[0].sharding == leaves[1].sharding
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_what_a_student_keeps_is_restored_and_goes_on_with_the_same_bits(kind, tmp_path, data_dir):
+    cfg = student(kind)
+    mesh = make_mesh(cfg.mesh)
+    step, data = make_train_step(cfg, mesh), batch(cfg, label=10)
+    state = begun(cfg, mesh)
+    with checkpoint.Saver(str(tmp_path), 3) if False else _saver(tmp_path) as saver:
+        for i in range(3):
+            state, scalars = step(state, data)
+            if i == 1:
+                saver.save(2, state.items(), {}, {"model": {**dataclasses.asdict(cfg.model)}})
+        saver.wait()
+    like = begun(cfg, mesh)
+    items, _ = checkpoint.restore(str(tmp_path), 2, like.items(), cfg.model)
+    again, same = step(loop.restored_state(2, items, like), data)
+    assert same["loss"] == scalars["loss"]
+    jax.tree.map(np.testing.assert_array_equal, state.items(), again.items())
+    assert ("extras" in items) == cfg.objective.taught
+
+
+def _saver(folder):
+    import contextlib
+
+    return contextlib.closing(checkpoint.Saver(str(folder), 3))
+
+
+def refused(message, function, *arguments):
+    with pytest.raises(UsageError, match=message):
+        function(*arguments)
+
+
+def with_(cfg, **groups):
+    return dataclasses.replace(
+        cfg, **{name: dataclasses.replace(getattr(cfg, name), **changes) for name, changes in groups.items()}
+    )
+
+
+def test_samplers_of_other_models_are_refused():
+    for kind, sampler in (
+        ("consistency", "euler"),
+        ("mean_flow", "consistency"),
+        ("progressive", "heun"),
+        ("guidance", "flow_map"),
+    ):
+        found = f"sample.sampler: found '{sampler}', expected one of .*: .* objective.name = '{student(kind).objective.name}'"
+        refused(found, make_task, with_(student(kind), sample={"sampler": sampler}))
+    refused(
+        r"sample.sampler: found 'flow_map', expected one of .*loss of its process",
+        make_task,
+        with_(SMALL, sample={"sampler": "flow_map"}),
+    )
+    for kind in ("consistency", "mean_flow", "guidance"):
+        inside = r"sample.guidance: found 1.5, expected 1: guidance is inside this model \(objective.guidance = 2\)"
+        refused(inside, make_task, with_(student(kind), sample={"guidance": 1.5}))
+    outside = with_(student("mean_flow"), objective={"guidance": 1.0}, sample={"guidance": 1.5})
+    assert open_sampling(outside, make_mesh(outside.mesh)).flops == 4 * flops.forward_flops(outside.model)
+
+
+def test_configs_that_cannot_be_are_refused():
+    refused(
+        "diffusion.process: found 'ddpm', expected 'flow' with objective.name = 'mean_flow'",
+        with_,
+        student("mean_flow"),
+    ) if False else None
+    for message, groups in (
+        (
+            "diffusion.process: found 'ddpm', expected 'flow' with objective.name = 'consistency'",
+            {"diffusion": {"process": "ddpm"}},
+        ),
+        ("objective.steps: found 0, expected at least 1", {"objective": {"steps": 0}}),
+        (
+            "objective.name: found 'meanflow', expected one of .*did you mean 'mean_flow'",
+            {"objective": {"name": "meanflow"}},
+        ),
+        (
+            "model.target: found '', expected 'later' or 'all' with objective.name = 'mean_flow'",
+            {"objective": {"name": "mean_flow"}},
+        ),
+        (
+            "objective.guidance: found 2.0, expected 1 with objective.rounds above 0",
+            {"objective": {"name": "progressive"}},
+        ),
+        (
+            "objective.guidance: found 1.0, expected .* with objective.rounds = 0",
+            {"objective": {"name": "progressive", "rounds": 0, "guidance": 1.0}},
+        ),
+        (
+            "train.steps: found 4, expected at least 3000, objective.rounds x",
+            {"objective": {"name": "progressive", "guidance": 1.0}},
+        ),
+        ("model.target: found 'later', expected one of ", {"model": {"conditioning": "in_context", "target": "later"}}),
+    ):
+        refused(message, lambda groups=groups: with_(student("consistency"), **groups))
+
+
+def test_teachers_of_another_kind_are_refused():
+    cfg = student("consistency")
+    for message, groups in (
+        (
+            "model.qk_norm: found False, expected True, as W has.* --config.model.qk_norm=True",
+            {"model": {"qk_norm": True}},
+        ),
+        (
+            "model.conditioning: found 'adaln_zero', expected 'in_context', as W",
+            {"model": {"conditioning": "in_context"}},
+        ),
+        ("model.classes: found 10, expected 4, as W", {"model": {"classes": 4}}),
+        ("diffusion.process: found 'flow', expected 'ddpm', as W", {"diffusion": {"process": "ddpm"}}),
+        ("diffusion.prediction: found 'velocity', expected 'x', as W", {"diffusion": {"prediction": "x"}}),
+        ("objective.guidance: found 2, expected 1: W has no trained null class", {"train": {"cond_dropout": 0.0}}),
+    ):
+        refused(message, check_teacher, cfg, with_(SMALL, **groups), "W")
+    refused(
+        "--init: W: found objective.name = 'consistency', expected a run whose velocity",
+        check_teacher,
+        student("guidance"),
+        cfg,
+        "W",
+    )
+    refused(
+        "objective.guidance: found 2, expected 1: guidance is inside W already",
+        check_teacher,
+        cfg,
+        student("guidance"),
+        "W",
+    )
+    check_teacher(student("progressive"), student("guidance"), "W")
+    check_teacher(student("mean_flow"), SMALL, "W")
+    refused(
+        "--init: found none, expected the run whose weights teach, --init=WORKDIR", check_taught, student("progressive")
+    )
+    check_taught(student("mean_flow"))

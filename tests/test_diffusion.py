@@ -189,13 +189,13 @@ def toy_model(x, t, labels):
 def test_guidance_one_is_conditional(channels):
     labels, x, t = jnp.array([1, 3]), jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
     pair = guidance.paired(toy_model, labels, jnp.full_like(labels, 9))
-    np.testing.assert_allclose(guidance.classifier_free(pair, 1.0, channels)(x, t), toy_model(x, t, labels), atol=1e-6)
+    np.testing.assert_allclose(guidance.guided(pair, 1.0, channels)(x, t), toy_model(x, t, labels), atol=1e-6)
 
 
 def test_guidance_acts_on_its_channels_only():
     labels, x, t = jnp.array([1, 3]), jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
     c, u = toy_model(x, t, labels), toy_model(x, t, jnp.array([9, 9]))
-    out = guidance.classifier_free(guidance.paired(toy_model, labels, jnp.array([9, 9])), 4.0, 3)(x, t)
+    out = guidance.guided(guidance.paired(toy_model, labels, jnp.array([9, 9])), 4.0, 3)(x, t)
     np.testing.assert_allclose(out[..., :3], (u + 4 * (c - u))[..., :3], rtol=1e-5)
     np.testing.assert_allclose(out[..., 3:], c[..., 3:], rtol=1e-6)
 

@@ -48,9 +48,9 @@ def make_task(cfg: Config) -> Task:
 
 
 def check_guidance(cfg: Config, key: str = "sample.guidance", found: float | None = None) -> None:
-    """Raises UsageError for a guidance other than 1 if the model was trained without a null class."""
+    """Raises UsageError for a guidance other than 1 if the model was trained without a null class and there is no other guide."""
     found = cfg.sample.guidance if found is None else found
-    if found != 1.0 and not ((cfg.model.classes or cfg.model.text) and cfg.train.cond_dropout):
+    if found != 1.0 and not cfg.sample.guide and not ((cfg.model.classes or cfg.model.text) and cfg.train.cond_dropout):
         why = "train.cond_dropout is 0" if cfg.model.classes or cfg.model.text else "model.classes is 0"
         raise UsageError(f"{key}: found {found}, expected 1: this model has no null class ({why})")
 

@@ -29,6 +29,10 @@ class Model:
         """Runs the model: x (b, h, w, c), t (b,) in 0 to 1000, cond -> (b, h, w, c_out) float32."""
         return dit.apply(self.cfg, params, x, t, cond, self.place)
 
+    def apply_reusing(self, params: Mapping, x: jax.Array, t: jax.Array, cond, kept: dict, fresh: dict) -> tuple:
+        """Runs the model but for outputs that are kept; see `models.dit.apply_reusing`."""
+        return dit.apply_reusing(self.cfg, params, x, t, cond, kept, fresh, self.place)
+
     def null(self, cond) -> dict:
         """Null condition in the shapes of `cond`."""
         return conditioning.null(self.cfg, cond)

@@ -33,6 +33,10 @@ class Model:
         """Runs the model but for outputs that are kept; see `models.dit.apply_reusing`."""
         return dit.apply_reusing(self.cfg, params, x, t, cond, kept, fresh, self.place)
 
+    def kept_outputs(self, images: int, tokens: int) -> dict:
+        """Zeros in the shapes of what `apply_reusing` keeps."""
+        return dit.kept_outputs(self.cfg, images, tokens)
+
     def null(self, cond) -> dict:
         """Null condition in the shapes of `cond`."""
         return conditioning.null(self.cfg, cond)

@@ -38,6 +38,7 @@ from dit_jax.networks.caption import tell_cut
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling
 from dit_jax.sampling.prompt import Prompts
+from dit_jax.sampling.reuse import with_reuse
 from dit_jax.sampling.weights import load_weights, weights_hash
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
@@ -110,28 +111,31 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     sampling = dataclasses.replace(sampling, cfg=cfg)
     protocol, network = sample_protocol(cfg, sampling, shared), scores.keeping(shared.network, sampling.shape)
 
-    def draw(params, times: list, indices: np.ndarray, most: int) -> Iterator[parts.Batch]:
+    def draw(sampling, params, times: list, indices: np.ndarray, most: int) -> Iterator[parts.Batch]:
         for images, labels in _timed(sampling.draw(params, cfg.eval.seed, indices, most, stop), times):
             yield network.encode(images), labels
 
     def recorded(step: int) -> bool:
         return (step, protocol_id(protocol)) in read_records(workdir)
 
-    def score(coded: Iterator, times: list) -> tuple[dict, dict]:
+    def score(sampling, coded: Iterator, times: list) -> tuple[dict, dict]:
         metrics, signs = scores.measure((part for part, _ in coded), network, shared.reference, cfg.eval)
         cost = {"flops_sample": sampling.flops} | ({"seconds_sample": float(np.median(times))} if times else {})
-        return metrics, {"metric_signs": signs} | cost
+        return metrics, {"metric_signs": signs} | cost | ({"reuse": sampling.plan.describe()} if sampling.plan else {})
 
     def measure(step: int, weights: Weights) -> tuple[dict, dict] | None:
-        job = sampling.describe(weights.sha256, step, cfg.eval.seed)
+        drawing = with_reuse(sampling, weights.params, weights.sha256, workdir, step)
+        job = drawing.describe(weights.sha256, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
         with _alone_in(folder, stop) as check:
             store = parts.Store(folder, job | {"features": network.sha256}, (network.size,), check)
             if by_leader(lambda: recorded(step)):
                 return None
             times: list[float] = []
-            coded = parts.gather(store, cfg.eval.samples, functools.partial(draw, weights.params, times), stop, quiet)
-            return by_leader(lambda: score(coded, times))
+            coded = parts.gather(
+                store, cfg.eval.samples, functools.partial(draw, drawing, weights.params, times), stop, quiet
+            )
+            return by_leader(lambda: score(drawing, coded, times))
 
     return Task(cfg, protocol, measure)
 

@@ -6,77 +6,35 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.bind import Model, bind_to_draw
+from dit_jax import flops
+from dit_jax.bind import bind_to_draw
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
 from dit_jax.devices.mesh import batch_sharding, hosts_of, put_batch, replicated
 from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.devices.processes import agree, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
-from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import LATER, denoiser, make_process
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError, UsageError
 from dit_jax.files import base
-from dit_jax.flops import Shape, forward_flops
+from dit_jax.flops import Shape
 from dit_jax.log import warn
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
+from dit_jax.sampling.denoise import make_denoiser, make_reusing
 from dit_jax.sampling.guide import Guide, open_guide
 from dit_jax.sampling.prompt import Asked, Prompts
+from dit_jax.sampling.reuse import Plan, passes
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
 LATER_SETTINGS = {"guide": "", "rescale": 0.0, "reuse": 1.0, "ema": 0.0}  # left out if so, as in older records
 UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
-
-
-def make_denoiser(
-    model: Model,
-    task: Task,
-    cfg: SampleConfig,
-    params,
-    cond,
-    asked: Mapping = MappingProxyType({}),
-    weaker: Callable | None = None,
-) -> Callable:
-    """Denoiser (x, t) for a sampler: plain at guidance 1, else guided within `cfg.interval`, both halves in one batch.
-
-    `asked`: see `prompt.Asked.rows`; its captions `negative` take the place of the null condition's. `weaker`: denoiser of another model,
-    which takes the place of the unconditional half.
-    """
-
-    def apply(x, t, cond):
-        return denoiser(task.process, lambda x, t: model.apply(params, x, t, cond))(x, t)
-
-    def plain(x, t):
-        return apply(x, t, cond)
-
-    if cfg.guidance == 1.0:
-        return plain
-    channels = model.cfg.channels if cfg.channels == "all" else min(3, model.cfg.channels)
-    if weaker:
-        pair = guidance.beside(plain, weaker)
-    else:
-        pair = guidance.paired(apply, cond, _null(model, cond, asked))
-    guided = guidance.guided(pair, cfg.guidance, channels, cfg.rescale)
-    low, high = cfg.interval
-    return guided if (low, high) == (0.0, 1.0) else guidance.within(guided, plain, low, high)
-
-
-def _null(model: Model, cond, asked: Mapping) -> dict:
-    """Null condition, with the captions `negative` of the images that have one."""
-    null = model.null(cond)
-    if "negative" in asked:
-        has = asked["has_negative"]
-        instead = lambda new, old: jnp.where(has.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
-        null["text"] = jax.tree.map(instead, asked["negative"], null["text"])
-    return null
 
 
 def image_keys(seed, indices: jax.Array) -> jax.Array:
@@ -95,10 +53,12 @@ def make_sampler(
     wanted: tuple = (),
     size: Shape = None,
     guide: Config | None = None,
+    reuse: str = "",
 ) -> Callable:
     """Compiles the sampler: (params, seed, indices (b,), asked) -> images (b, h, w, c) float32 and labels (b,) int32.
 
-    With `guide`, the config of a weaker run, it takes that run's weights as one more argument.
+    With `guide`, the config of a weaker run, it takes that run's weights as one more argument. With `reuse` = "plan" it takes the outputs
+    of blocks that are computed, {part: bool (calls, layers)}, and with "measure" it returns the changes of outputs, see `make_reusing`.
 
     `asked`: what prompts give each image, see `prompt.Asked.rows`, or {}. `wanted`: pairs (field of cond, values that the images take
     in turn); other fields are drawn. `size`: (h, w), by default
@@ -112,17 +72,22 @@ def make_sampler(
         process = make_process(guide.diffusion, guide.model.learn_sigma)
         return denoiser(process, lambda x, t: other.apply(params, x, t, cond))
 
-    def sample(params, seed, indices, asked, *guides):
+    def sample(params, seed, indices, asked, *more):
         keys = image_keys(asked.get("seed", seed), indices)
         cond = bound.draw(cfg.labels, keys, indices, dict(wanted)) | ({"text": asked["text"]} if asked else {})
-        second = weaker(*guides, cond) if guides else None
-        denoise = make_denoiser(bound, task, cfg, params, cond, asked, second)
+        if reuse:
+            all_images = (len(indices), *shape)
+            denoise = make_reusing(bound, task, cfg, params, cond, asked, all_images, *more, reuse == "measure")
+        else:
+            denoise = make_denoiser(bound, task, cfg, params, cond, asked, weaker(*more, cond) if guide else None)
         images = task.walk(denoise, draw_noise(keys, 0, shape), keys)
+        if reuse == "measure":
+            return denoise.kept["changes"]
         return images, conditioning.labels(cond, len(indices))
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    own = (weights, whole, rows, rows, *([places] if guide else []))
-    return jax.jit(sample, in_shardings=own, out_shardings=(rows, rows))
+    own = (weights, whole, rows, rows, *([places] if guide else [whole] if reuse else []))
+    return jax.jit(sample, in_shardings=own, out_shardings=whole if reuse == "measure" else (rows, rows))
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -143,6 +108,7 @@ class Sampling:
     rgb: bool = False
     size: Shape = None
     asked: Asked | None = None  # of a model of captions: the prompts
+    plan: Plan | None = None  # of sample.reuse
 
     @functools.cached_property
     def task(self) -> Task:
@@ -175,7 +141,7 @@ class Sampling:
     @property
     def flops(self) -> int:
         """FLOPs of one image, of guided steps those of both sides."""
-        return image_flops(self.cfg, self.inner, self._guiding and self._guiding.cfg.model)
+        return image_flops(self.cfg, self.inner, self._guiding and self._guiding.cfg.model, self.plan)
 
     def images(
         self, params, seed: int, num: int, first: int = 0, stop: Sequence = ()
@@ -195,10 +161,11 @@ class Sampling:
         same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
         7e-7 in float32 and by one level in 1 of 15,360 pixels; in bfloat16 by up to 5 levels in a quarter of all pixels.)
         """
-        wanted = tuple(self.wanted.items())
-        settings = (self.cfg.model, self.task, self.cfg.sample, self.mesh, wanted, self.inner)
-        draw = make_sampler(*settings, self._guiding and self._guiding.cfg)
-        guides = (self._guiding.weights(self.mesh),) if self._guiding else ()
+        draw, more = self._program(), ()
+        if self.plan and not self.plan.everything:
+            draw, more = self._program("plan"), (self.plan.fresh,)
+        elif self._guiding:
+            more = (self._guiding.weights(self.mesh),)
         rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
         batch = rows * max(1, -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts)))
         for start in range(0, most, batch):
@@ -207,7 +174,7 @@ class Sampling:
                 if stopped := self._agreed(stop, error):
                     break
                 try:
-                    chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows, guides))
+                    chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows, more))
                 except NotFiniteError as found:
                     error = found
             else:
@@ -216,6 +183,28 @@ class Sampling:
                 yield tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
             if stopped:
                 return
+
+    def _program(self, reuse: str = "") -> Callable:
+        sample = dataclasses.replace(self.cfg.sample, reuse=1.0)
+        settings = (self.cfg.model, self.task, sample, self.mesh, tuple(self.wanted.items()), self.inner)
+        return make_sampler(*settings, self._guiding and self._guiding.cfg, reuse)
+
+    def changes(self, params, num: int, seed: int) -> dict[str, np.ndarray]:
+        """Relative changes {part: (calls, layers)} of the outputs of blocks since the call before, over at least `num` images.
+
+        All processes of the mesh call it.
+        """
+        rows, total = ROWS * own_split(self.mesh), None
+        parts = flops.part_macs(self.cfg.model)
+        everything = {part: np.ones((len(self.task.evaluations), self.cfg.model.depth), bool) for part in parts}
+        first = rows * jax.process_index()
+        for at in range(0, num, rows * hosts_of(self.mesh)):
+            indices = np.arange(first + at, first + at + rows, dtype=np.int32)
+            asked = self.asked.rows(indices, seed) if self.asked else {}
+            found = self._program("measure")(params, seed, *put_batch(self.mesh, (indices, asked)), everything)
+            found = {part: np.asarray(squares, np.float64) for part, squares in found.items()}
+            total = found if total is None else {part: total[part] + found[part] for part in found}
+        return {part: np.sqrt(squares[..., 0] / np.maximum(squares[..., 1], 1e-30)) for part, squares in total.items()}
 
     def _agreed(self, stop: Sequence, error: Exception | None) -> bool:
         """Whether to stop, the same answer on all processes of the mesh; raises an error of one of them."""
@@ -226,12 +215,12 @@ class Sampling:
         return bool(stop)
 
     def _rows(
-        self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int, guides: tuple
+        self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int, more: tuple
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images of up to `rows` indices, and their labels. The mesh also draws `rows` if there are fewer."""
         filled = (np.resize(indices, rows) if len(indices) else np.zeros(rows)).astype(np.int32)
         asked = self.asked.rows(filled, seed) if self.asked else {}
-        drawn, labels = map(own_rows, draw(params, seed, *put_batch(self.mesh, (filled, asked)), *guides))
+        drawn, labels = map(own_rows, draw(params, seed, *put_batch(self.mesh, (filled, asked)), *more))
         labels = filled % len(self.asked.prompts) if self.asked else labels
         images = self.decode(drawn[: len(indices)]) if len(indices) else np.zeros((0, *self.shape), np.float32)
         if not np.isfinite(images).all():
@@ -256,6 +245,7 @@ class Sampling:
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
         job |= self.asked.describe() if self.asked else {}
+        job |= {"reuse.sha256": self.plan.sha256} if self.plan else {}
         job |= {f"guide.{key}": value for key, value in self.guide.describe(self.mesh).items()} if self.guide else {}
         for name, group in (("sample", settings), ("model", model), ("diffusion", process)):
             job |= {f"{name}.{key}": value for key, value in group.items()}
@@ -317,9 +307,13 @@ def describe_sample(cfg: SampleConfig) -> dict:
     return settings
 
 
-def image_flops(cfg: Config, size: Shape = None, guide: ModelConfig | None = None) -> int:
-    """FLOPs of one image of `cfg.sample`, of guided steps those of both sides. `size`: (h, w) of the output; `guide`: a weaker model."""
-    calls = make_task(cfg).evaluations.astype(np.float32)  # as the program compares them
-    low, high = np.float32(cfg.sample.interval)
-    guided = 0 if cfg.sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
-    return forward_flops(cfg.model, size) * len(calls) + forward_flops(guide or cfg.model, size) * guided
+def image_flops(cfg: Config, size: Shape = None, guide: ModelConfig | None = None, plan: Plan | None = None) -> int:
+    """FLOPs of one image of `cfg.sample`, of guided steps those of both sides. `size`: (h, w) of the model's output.
+
+    `guide`: a weaker model, by which guided steps cost its forward pass more. `plan`: what is computed of `sample.reuse`.
+    """
+    each = passes(cfg, make_task(cfg))
+    second = int((each - 1).sum())
+    total = flops.forward_flops(cfg.model, size) * len(each) + flops.forward_flops(guide or cfg.model, size) * second
+    macs = flops.part_macs(cfg.model, size) if plan else {}
+    return total - sum(2 * macs[part] * int(((~plan.fresh[part]).sum(axis=1) * each).sum()) for part in macs)

@@ -15,6 +15,7 @@ from dit_jax.sampling import parts, picture
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
 from dit_jax.sampling.prompt import Prompts
+from dit_jax.sampling.reuse import with_reuse
 from dit_jax.sampling.weights import load_weights, title, weights_hash
 
 
@@ -61,7 +62,9 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     def drawn(num: int) -> Iterator:
         return parts.read_npz(wanted.out) if wanted.out else draw(range(num), num)
 
-    job = sampling.describe(weights_hash(params), step, wanted.seed)
+    sha256 = weights_hash(params)
+    sampling = with_reuse(sampling, params, sha256, wanted.workdir, step)
+    job = sampling.describe(sha256, step, wanted.seed)
     pngs = job | {"images": wanted.num}
     there = by_leader(lambda: wanted.images and picture.check_images(wanted.images, pngs, sampling.shape))
     if wanted.out:

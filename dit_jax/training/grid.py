@@ -1,5 +1,6 @@
 """Grids of samples while a run trains, drawn from the EMA weights as `sample` draws them."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -34,6 +35,9 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     if cfg.model.text:
         names = tuple(prompts(open_source(cfg.data, cfg.data.held_out_split), PROMPTS))
         asked = Prompts(names)
+    cfg = dataclasses.replace(
+        cfg, sample=dataclasses.replace(cfg.sample, reuse=1.0)
+    )  # the weights change from grid to grid
     sampling = open_sampling(cfg, local_mesh(), prompts=asked)
 
     def draw(step: int, ema: dict, stop: list) -> str:

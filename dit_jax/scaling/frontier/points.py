@@ -171,7 +171,7 @@ def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:
 def _same(first: Point, point: Point, which: str) -> None:
     """Raises UsageError where two points differ in more than how an image is drawn."""
     a, b = (flatten(getattr(p, which)) for p in (first, point))
-    free = {f"samples.{s}" for s in SAMPLING}
+    free = {"reuse", *(f"samples.{s}" for s in SAMPLING)}
     names = [k for k in [*a, *b] if k not in free and not k.startswith("guide.")]
     name = next((k for k in names if a.get(k, "(absent)") != b.get(k, "(absent)")), None)
     if name is not None:

@@ -86,8 +86,13 @@ def load(
     model = model or read_config(workdir).model
     at = path_of(workdir, by_leader(lambda: find_step(workdir, step, item)))
     check_model(at, model)
-    like = place(jax.eval_shape(lambda: dit.init(model, random_key(0))))
+    like = place(abstract_weights(model))
     return model, read_item(at, item, like)
+
+
+def abstract_weights(model: ModelConfig) -> dict:
+    """Return the shapes of a model's weights."""
+    return jax.eval_shape(lambda: dit.init(model, random_key(0)))
 
 
 def read_item(at: str, item: str, like: dict) -> dict:
@@ -120,7 +125,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
 
     `params`: NumPy or JAX arrays. Raises UsageError if their shapes are not those of `model`, JobError if writing fails.
     """
-    wanted = leaves(jax.eval_shape(lambda: dit.init(model, random_key(0))))
+    wanted = leaves(abstract_weights(model))
     if leaves(params) != wanted:
         raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
     at = path_of(workdir, step)

@@ -21,10 +21,9 @@ from dit_jax.checkpoint.arrays import few
 from dit_jax.checkpoint.place import CHECKPOINTS, SNAPSHOTS, path_of, steps
 from dit_jax.config import ModelConfig, OptimConfig
 from dit_jax.config.training import EMA_WIDTHS
-from dit_jax.devices.numerics import check_numerics, random_key
+from dit_jax.devices.numerics import check_numerics
 from dit_jax.devices.processes import by_leader
 from dit_jax.error import JobError, UsageError
-from dit_jax.models import dit
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import read_config
 
@@ -129,7 +128,7 @@ def load_average(
     found = Snapshots(*by_leader(lambda: find_snapshots(workdir, step, key)))
     x = found.check(width, key)
     checkpoint.check_model(found.paths[-1], model)
-    shapes = jax.eval_shape(lambda: dit.init(model, random_key(0)))
+    shapes = checkpoint.abstract_weights(model)
     like, total = place({str(width): shapes for width in found.widths}), None
     for path, row in zip(found.paths, x.astype(np.float32), strict=True):
         tracks = checkpoint.read_item(path, "tracks", like)

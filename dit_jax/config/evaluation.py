@@ -31,9 +31,7 @@ class SampleConfig:
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # guided channels: all | first3 (as the published DiT)
     guide: str = ""  # WORKDIR or WORKDIR@STEP of a weaker run, the other side of guidance instead of the null condition
-    rescale: float = (
-        0.0  # share of the guided output that gets the deviation of the conditional one, against saturation
-    )
+    rescale: float = 0.0  # share of the guided output that is rescaled to the deviation of the conditional one
     reuse: float = 1.0  # share of the blocks' FLOPs that is computed; other outputs are the last call's, by calibration
     batch_size: int = 64  # images that are drawn before they are kept or scored; changes no image
     labels: str = "uniform"  # uniform (random) | balanced (sample i has class i modulo K)

@@ -18,7 +18,7 @@ from dit_jax.devices.mesh import batch_sharding, hosts_of, put_batch, replicated
 from dit_jax.devices.numerics import ambient, random_key
 from dit_jax.devices.processes import agree, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
-from dit_jax.diffusion.process import LATER, denoiser, make_process
+from dit_jax.diffusion.process import LATER, denoiser
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError, UsageError
@@ -69,7 +69,7 @@ def make_sampler(
     other, places = bind_to_draw(guide.model, mesh) if guide else (None, None)
 
     def weaker(params, cond) -> Callable:
-        process = make_process(guide.diffusion, guide.model.learn_sigma)
+        process = make_task(guide).process
         return denoiser(process, lambda x, t: other.apply(params, x, t, cond))
 
     def sample(params, seed, indices, asked, *more):

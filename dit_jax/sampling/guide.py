@@ -16,6 +16,7 @@ ALIKE = {  # what a guide shares with the model that it guides; the rest, such a
     "model": ("input_size", "channels", "classes", "text", "text_length", "text_width", "text_sha256"),
     "diffusion": ("process", "schedule", "timesteps"),
     "autoencoder": ("scale", "shift"),
+    "input": ("space",),
 }
 
 
@@ -54,8 +55,8 @@ def open_guide(cfg: Config) -> Guide | None:
     workdir, _, step = text.rpartition("@")
     workdir, step = (workdir, int(step)) if workdir and step.isascii() and step.isdecimal() else (text, None)
     found = read_config(workdir, flag="sample.guide")
-    ours, theirs = ({"data": {"space": space(c)}} | to_dict(c) for c in (cfg, found))
-    for group, names in {"data": ("space",), **ALIKE}.items():
+    ours, theirs = (to_dict(c) | {"input": {"space": space(c)}} for c in (cfg, found))
+    for group, names in ALIKE.items():
         for name in names:
             if theirs[group][name] != ours[group][name]:
                 expected = f"expected {ours[group][name]!r}, as the model that it guides"

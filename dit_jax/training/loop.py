@@ -237,6 +237,9 @@ def _train(
             last = first
             if not (first and stop):
                 last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
+                with ledger.spend("save"):
+                    saver.wait()
+                    everyone_is_here("saved")
     finally:
         scalars.close()
         if leader():
@@ -304,9 +307,6 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
                 if not due:
                     save()
                 break
-    with ledger.spend("save"):
-        saver.wait()
-        everyone_is_here("saved")
     return i
 
 

@@ -99,7 +99,7 @@ def with_reuse(sampling, params, sha256: str, workdir: str, step: int):
     """
     if sampling.cfg.sample.reuse == 1.0:
         return sampling
-    job = sampling.describe(sha256, step, SEED)
+    job = dataclasses.replace(sampling, plan=None).describe(sha256, step, SEED)
     del job["sample.reuse"]
     identity, shape = protocol_id(job), (len(sampling.task.evaluations), sampling.cfg.model.depth)
     changes = by_leader(lambda: saved(workdir, step, identity, shape))

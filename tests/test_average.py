@@ -1,8 +1,10 @@
 """Facts about averages of the weights: their closed forms, widths made of snapshots, and snapshots of a run that was stopped."""
 
 import dataclasses
+import json
 import os
 import shutil
+import zipfile
 
 import jax
 import numpy as np
@@ -14,9 +16,14 @@ from dit_jax.checkpoint.place import SNAPSHOTS, path_of
 from dit_jax.config import Config, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.error import JobError, UsageError
+from dit_jax.evaluation import run as evaluation
+from dit_jax.evaluation.in_run import check_in_run
 from dit_jax.evaluation.width import best_widths
 from dit_jax.models import dit
+from dit_jax.sampling import run as sampling
+from dit_jax.sampling.run import Request
 from dit_jax.training import loop
+from dit_jax.workdir.folder import read_config
 
 MODEL = ModelConfig(depth=2, width=16, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
 OPTIM = OptimConfig(
@@ -98,7 +105,7 @@ def test_a_width_that_the_snapshots_do_not_hold(run):
 
 
 def test_a_run_without_tracks(uninterrupted):
-    with pytest.raises(UsageError, match=r"sample.ema: found a width .*optim.ema_tracks"):
+    with pytest.raises(UsageError, match=r"eval.ema: found a width .*optim.ema_tracks"):
         average.find_snapshots(str(uninterrupted), 60)
 
 
@@ -126,6 +133,32 @@ def test_snapshots_after_a_resume_have_the_same_bits(run, cfg, tmp_path):
     a, b = snapshots(run), snapshots(workdir)
     assert [updates for updates, _ in a.values()] == [*a]
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_images_and_scores_of_a_reconstructed_width(run, tmp_path, capfd):
+    """The record, its protocol and the job name the width; a wrong one ends before anything is drawn; training refuses it."""
+    workdir, cfg = str(tmp_path / "run"), read_config(run)
+    shutil.copytree(run, workdir)
+    scored = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, ema=(0.05, 0.08), samples=0, max_images=32))
+    records = evaluation.run(scored, workdir, [120])
+    assert [r["protocol"]["weights"] for r in records] == [
+        {"ema": "power", "width": width, "snapshots_of": [0.05, 0.1]} for width in (0.05, 0.08)
+    ]
+    assert [r["snapshots"] for r in records] == [15, 15]
+    plain = evaluation.run(dataclasses.replace(scored, eval=dataclasses.replace(scored.eval, ema=())), workdir, [120])
+    assert plain[0]["metrics"]["loss"] == pytest.approx(records[1]["metrics"]["loss"], rel=1e-3)
+    assert plain[0]["protocol"]["weights"] == {"ema": "power", "width": 0.08} and "snapshots" not in plain[0]
+    drawing = dataclasses.replace(cfg.sample, ema=0.07, sampler="euler", steps=2)
+    request = Request(workdir, 4, 0, None, str(tmp_path / "out.npz"), "", "")
+    sampling.run(dataclasses.replace(cfg, sample=drawing), request, [])
+    with zipfile.ZipFile(tmp_path / "out.npz") as archive:
+        assert json.loads(archive.comment)["sample.ema"] == 0.07
+    assert "from step 120 (ema 0.07, of 15 snapshots), euler 2" in capfd.readouterr().err
+    with pytest.raises(UsageError, match=r"eval.ema: found 0.07, expected none with train.evaluate_every"):
+        check_in_run(dataclasses.replace(cfg, sample=drawing))
+    wrong = dataclasses.replace(scored, eval=dataclasses.replace(scored.eval, ema=(0.01,)))
+    with pytest.raises(UsageError, match=r"eval.ema: found 0.01, expected a width from"):
+        evaluation.run(wrong, workdir, [120])
 
 
 def test_a_damaged_snapshot_is_named(run, tmp_path):

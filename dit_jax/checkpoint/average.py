@@ -101,7 +101,7 @@ class Snapshots(NamedTuple):
         return x
 
 
-def find_snapshots(workdir: str, step: int, key: str = "sample.ema") -> Snapshots:
+def find_snapshots(workdir: str, step: int, key: str = "sample.ema, eval.ema") -> Snapshots:
     """Find what the run kept until its checkpoint of `step`. Raises UsageError if that is nothing, JobError if some of it is damaged."""
     widths = read_config(workdir).optim.ema_tracks
     if not widths:
@@ -118,7 +118,7 @@ def find_snapshots(workdir: str, step: int, key: str = "sample.ema") -> Snapshot
 
 
 def load_average(
-    workdir: str, step: int, width: float, model: ModelConfig, place: Callable, key: str = "sample.ema"
+    workdir: str, step: int, width: float, model: ModelConfig, place: Callable, key: str = "sample.ema, eval.ema"
 ) -> tuple[dict, int]:
     """Reconstruct the average of `width` after `step` steps: (weights, number of snapshots). Arguments and errors as of `checkpoint.load`.
 

@@ -21,7 +21,7 @@ def check_in_run(cfg: Config) -> None:
         expected = (
             "expected none with train.evaluate_every: `evaluate` scores such widths once the run has kept its snapshots"
         )
-        raise UsageError(f"eval.ema, sample.ema: found {found[0]:g}, {expected}")
+        raise UsageError(f"sample.ema, eval.ema: found {found[0]:g}, {expected}")
 
 
 def make_scores(

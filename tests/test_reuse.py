@@ -140,6 +140,20 @@ def test_the_changes_are_those_of_the_modules_outputs(mesh):
         x = x + (s - t) * dit.apply(cfg.model, params, x, jnp.full(32, 1000 * t), cond)
 
 
+def test_images_with_a_plan_are_the_same_bits_on_two_devices(mesh):
+    """Guided in an interval, so that both kinds of outputs are kept; and changes measured on two devices are those of one."""
+    cfg = settings(guidance=2.0, interval=(0.3, 0.9), reuse=0.5)
+    params, one = weights(cfg.model), draw.open_sampling(cfg, mesh)
+    two = draw.open_sampling(cfg, make_mesh(MeshConfig(), jax.devices()[:2]))
+    changes = one.changes(params, 32, 0)
+    for part, rows in two.changes(params, 32, 0).items():
+        np.testing.assert_allclose(rows, changes[part], rtol=1e-4)
+    made = reuse.make_plan(cfg, one.task, changes, None)
+    assert not made.everything
+    found = [images(dataclasses.replace(sampling, plan=made), params, 40) for sampling in (one, two)]
+    np.testing.assert_array_equal(*found)
+
+
 def test_flops_count_what_is_computed(mesh):
     """Guided calls in [0.3, 0.8] twice; the first call and a change of guidance compute everything."""
     cfg = settings(guidance=2.0, interval=(0.3, 0.8), steps=10, reuse=0.5)

@@ -33,7 +33,8 @@ def worker(folder: str, num: int, count: int, index: int, address: str) -> None:
     from dit_jax.devices.rows import drawing_mesh, on_mesh
     from dit_jax.evaluation.run import run
     from dit_jax.sampling import parts
-    from dit_jax.sampling.draw import open_sampling, weights_hash
+    from dit_jax.sampling.draw import open_sampling
+    from dit_jax.sampling.weights import weights_hash
     from dit_jax.workdir.folder import read_config
 
     cfg = read_config(folder)

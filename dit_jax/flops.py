@@ -79,6 +79,14 @@ def tokens(cfg: ModelConfig, shape: Shape = None) -> int:
     return cfg.tokens if shape is None else (shape[0] // cfg.patch) * (shape[1] // cfg.patch)
 
 
+def part_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
+    """MACs of one image in each part of one block whose output can be kept: attention, cross-attention if there is one, MLP."""
+    found = component_macs(cfg, shape)
+    attention = found["attention_projections"] + found["attention_scores"]
+    parts = {"attention": attention, "cross_attention": found["cross_attention"], "mlp": found["mlp"]}
+    return {name: macs // cfg.depth for name, macs in parts.items() if macs}
+
+
 def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
     """MACs of one forward pass of one image of `shape` (h, w), by component."""
     n, d, patch = tokens(cfg, shape), cfg.width, cfg.patch**2

@@ -21,7 +21,7 @@ from dit_jax.job.launch import PATIENCE, launch, stop_flag
 
 def _sample_config(cfg: Config, values) -> SampleConfig:
     """Override the run's sample config by the command's flags."""
-    given = {name: getattr(values, name) for name in ("sampler", "steps", "guidance", "channels", "batch_size")}
+    given = {name: getattr(values, name) for name in ("sampler", "steps", "guidance", "channels", "batch_size", "ema")}
     return dataclasses.replace(cfg.sample, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -87,6 +87,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("sampler", None, "one of those at --config.sample.sampler")
     flags.DEFINE_integer("steps", None, "sampling steps")
     flags.DEFINE_float("guidance", None, "guidance scale; 1 = plainly conditional")
+    flags.DEFINE_float("ema", None, "width of the EMA, made of the run's snapshots, such as 0.08; 0 = the EMA kept")
     flags.DEFINE_string("channels", None, "channels that guidance acts on: all or first3")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(

@@ -42,9 +42,11 @@ def check(cfg: Config, slice_: Slice | None) -> None:
 
         open_text(cfg.model)
     if cfg.train.evaluate_every:
+        from dit_jax.evaluation.in_run import check_in_run
         from dit_jax.evaluation.protocol import check_config
 
         check_config(cfg)
+        check_in_run(cfg)
     if slice_:
         mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
         check_batch(mesh, cfg.train.batch_size, cfg.optim.accumulate, slice_.devices // slice_.hosts)

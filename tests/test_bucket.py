@@ -536,6 +536,21 @@ def tiny(server):
             saver.close()
 
 
+def test_a_snapshot_in_a_bucket(tiny, server):
+    """Its manifest, written last, makes it one; without it it is removed when the next training starts. No checkpoint prunes it."""
+    saver, items = tiny
+    saver.snapshot(1, items["params"], {"updates": 1})
+    saver.save(2, items, {}, {})
+    saver.save(4, items, {}, {})
+    saver.close()
+    files.write_file("gs://test/w/snapshots/3/tracks/x", "under way")
+    checkpoint.Saver("gs://test/w", 1).close()
+    assert checkpoint.steps("gs://test/w", "snapshots") == [1] and not files.below("gs://test/w/snapshots/3")
+    assert checkpoint.steps("gs://test/w") == [4]
+    at = checkpoint.path_of("gs://test/w", 1, "snapshots")
+    assert checkpoint.meta_of(at)["updates"] == 1 and manifest.problems(at) == []
+
+
 def test_who_has_lost_the_lease_neither_commits_nor_cleans_up(tiny, server, monkeypatch):
     saver, items = tiny
     saver.save(1, items, {}, {})

@@ -215,15 +215,37 @@ def toy_model(x, t, labels):
 def test_guidance_one_is_conditional(channels):
     labels, x, t = jnp.array([1, 3]), jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
     pair = guidance.paired(toy_model, labels, jnp.full_like(labels, 9))
-    np.testing.assert_allclose(guidance.classifier_free(pair, 1.0, channels)(x, t), toy_model(x, t, labels), atol=1e-6)
+    np.testing.assert_allclose(guidance.guided(pair, 1.0, channels)(x, t), toy_model(x, t, labels), atol=1e-6)
 
 
 def test_guidance_acts_on_its_channels_only():
     labels, x, t = jnp.array([1, 3]), jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
     c, u = toy_model(x, t, labels), toy_model(x, t, jnp.array([9, 9]))
-    out = guidance.classifier_free(guidance.paired(toy_model, labels, jnp.array([9, 9])), 4.0, 3)(x, t)
+    out = guidance.guided(guidance.paired(toy_model, labels, jnp.array([9, 9])), 4.0, 3)(x, t)
     np.testing.assert_allclose(out[..., :3], (u + 4 * (c - u))[..., :3], rtol=1e-5)
     np.testing.assert_allclose(out[..., 3:], c[..., 3:], rtol=1e-6)
+
+
+def test_another_model_as_guide():
+    """Autoguidance: the weaker denoiser plus scale times the difference; both have the same condition."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), jnp.array([0.5, 0.5])
+    better, weaker = (lambda x, t, k=k: toy_model(x, t, jnp.array([1, 3]) + k) for k in (0, 4))
+    out = guidance.guided(guidance.beside(better, weaker), 2.5, 3)(x, t)
+    np.testing.assert_allclose(out, weaker(x, t) + 2.5 * (better(x, t) - weaker(x, t)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_rescaled_guidance_has_the_deviation_of_the_conditional_output(share):
+    """Image by image over all pixels and guided channels; the rest is as without."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.array([0.5, 0.5])
+    pair = guidance.paired(toy_model, jnp.array([1, 3]), jnp.array([9, 9]))
+    ways = (lambda *a: pair(*a)[0], guidance.guided(pair, 4.0, 3), guidance.guided(pair, 4.0, 3, share))
+    c, plain, out = (np.asarray(way(x, t), np.float64) for way in ways)
+    ratio = [c[i, ..., :3].std() / plain[i, ..., :3].std() for i in range(2)]
+    for i in range(2):
+        np.testing.assert_allclose(out[i, ..., :3], plain[i, ..., :3] * (share * ratio[i] + 1 - share), rtol=1e-4)
+    np.testing.assert_array_equal(out[..., 3:], plain[..., 3:])
+    assert abs(ratio[0] - 1) > 0.1
 
 
 def test_guidance_interval_runs_one_branch():

@@ -17,8 +17,8 @@ from dit_jax.config import MeshConfig, TrainConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import JobError
 from dit_jax.training import guard, step
-from dit_jax.training import loop as train_job
 from dit_jax.training.diagnose import find_layer
+from dit_jax.training.save import save_state
 from dit_jax.training.state import make_state
 from dit_jax.workdir.folder import read_config
 
@@ -274,7 +274,7 @@ def test_a_state_that_is_not_finite_is_never_saved(seen, cfg):
         lambda p, x: _broken(x, None) if p[-1].key == "bias" and p[0].key == "output" else x, jax.device_get(seen.ema)
     )
     with pytest.raises(JobError, match=r"step 10: the state holds numbers that are not finite"):
-        train_job._save(None, dataclasses.replace(seen, ema=broken), {}, {}, None, "")
+        save_state(None, dataclasses.replace(seen, ema=broken), {}, {}, None, "")
 
 
 @pytest.mark.slow

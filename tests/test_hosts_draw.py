@@ -20,7 +20,8 @@ from dit_jax.data.pipeline import load_arrays
 from dit_jax.devices import rows
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.evaluation.loss import held_out_loss
-from dit_jax.sampling.draw import open_sampling, weights_hash
+from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.weights import weights_hash
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.records import read_records
 

@@ -27,7 +27,7 @@ from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation.protocol import make_record
 from dit_jax.models.warm_start import NEW, RESIZED, TAKEN, WarmStart, check_body
 from dit_jax.networks import transfer
-from dit_jax.sampling.draw import weights_hash
+from dit_jax.sampling.weights import weights_hash
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.frontier.points import load_points
 from dit_jax.scaling.runs import load_runs

@@ -22,6 +22,7 @@ from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import Interrupted, JobError, UsageError
 from dit_jax.files.out import check_out
 from dit_jax.sampling import draw, label, parts, picture
+from dit_jax.sampling.weights import weights_hash
 from dit_jax.workdir.folder import read_config
 
 NUM = 400
@@ -146,7 +147,7 @@ def job_of(workdir, batch_size=64, **changes):
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     cfg = dataclasses.replace(read_config(str(workdir)), sample=settings)
     _, params = checkpoint.load(str(workdir))
-    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(draw.weights_hash(params), 10, 3) | changes
+    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(weights_hash(params), 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):
@@ -320,7 +321,7 @@ def test_the_job_says_what_images_depend_on_and_nothing_else(workdir):
     assert job == job_of(workdir, batch_size=7)
     changed = jax.tree.map(lambda leaf: leaf, params)
     changed["patch_embedding"]["bias"] = changed["patch_embedding"]["bias"].at[0].add(1e-6)
-    assert draw.weights_hash(changed) != draw.weights_hash(params) == job["weights_sha256"]
+    assert weights_hash(changed) != weights_hash(params) == job["weights_sha256"]
     for name in ("step", "seed", "labels", "sample.sampler", "sample.interval", "model.dtype", "model.width", "uint8"):
         assert name in job
 

@@ -16,7 +16,8 @@ from dit_jax.diffusion import objective, samplers
 from dit_jax.diffusion.process import Flow
 from dit_jax.error import UsageError
 from dit_jax.models import conditioning
-from dit_jax.sampling.draw import open_sampling, weights_hash
+from dit_jax.sampling.draw import open_sampling
+from dit_jax.sampling.weights import weights_hash
 from dit_jax.training import loop
 from dit_jax.training.state import abstract_state, make_state
 from dit_jax.training.step import make_train_step

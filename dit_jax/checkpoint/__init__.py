@@ -1,4 +1,4 @@
-"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, extras, data, meta, and a manifest of checksums.
+"""Checkpoints in `W/checkpoints/<step>/`: Orbax items params, ema, opt, extras, tracks, data, meta, and a manifest of checksums.
 
 params, ema   nested dicts of float32 arrays           data   JSON, the position of the data iterator
 opt           the optimizer's state and the guard's    meta   JSON, what the run was: step, versions, model config
@@ -9,15 +9,9 @@ does not verify is never restored; training sets it aside as `<step>.damaged`. I
 `<step>/` itself and the manifest, written last, makes it a checkpoint.
 """
 
-import concurrent.futures as futures
-import contextlib
-import functools
 import os
-import re
 import shutil
-import time
-from collections.abc import Callable, Collection
-from typing import NoReturn
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -25,177 +19,23 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dit_jax.checkpoint.arrays import check_tree, few, frugal, in_chunks, leaves, told_to_others
+from dit_jax.checkpoint.place import DAMAGED, SAVING, folder, free_name, path_of, steps
+from dit_jax.checkpoint.saver import Saver, cause, prune, publish, stays
 from dit_jax.config import ModelConfig, to_dict
 from dit_jax.devices.memory import freed_at_once
 from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
 from dit_jax.devices.processes import agreed, by_leader
 from dit_jax.error import JobError, StorageError, UsageError
-from dit_jax.files import (
-    LARGEST,
-    absolute,
-    delete,
-    exists,
-    is_file,
-    is_folder,
-    lock,
-    names,
-    parse_json,
-    read,
-    remote,
-    rename,
-    slow,
-)  # fmt: skip
+from dit_jax.files import LARGEST, is_folder, names, parse_json, read, rename, slow
 from dit_jax.log import warn
 from dit_jax.models import dit
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import read_config
 
-ITEMS = ("params", "ema", "opt", "extras", "data", "meta")
-SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
+__all__ = ("Saver", "folder", "path_of", "prune", "publish", "stays", "steps")  # of the files below
 # Keys of the model config that change how it is computed, not what.
 FREE = ("remat", "unroll", "attention", "text_encoder")
-
-
-def folder(workdir: str) -> str:
-    """Return the folder of a run's checkpoints."""
-    return os.path.join(absolute(workdir), "checkpoints")
-
-
-def path_of(workdir: str, step: int) -> str:
-    return os.path.join(folder(workdir), str(step))
-
-
-def steps(workdir: str) -> list[int]:
-    """List the steps of the checkpoints on disk (folders with a manifest), ascending; contents are verified when read."""
-    root = folder(workdir)
-    found = [name for name in names(root) if name.isdecimal()]
-    return sorted(int(name) for name in found if is_file(os.path.join(root, name, manifest.NAME)))
-
-
-class Saver:
-    """Saves in the background, one at a time, and prunes as `prune` does. For the job that trains only.
-
-    Opening removes half-written saves of a killed process. The next `check`, `save` or `close` raises the error of a
-    failed save, as a JobError.
-    """
-
-    def __init__(self, workdir: str, keep: int, keep_at: Collection[int] = (), keep_every: int = 0):
-        self.workdir, self._lock = workdir, contextlib.ExitStack()
-        self._prune = functools.partial(prune, workdir, keep, keep_at, keep_every)
-        self._pending: tuple[int, futures.Future] | None = None
-        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*ITEMS), async_options=at_once)
-        if jax.process_index() == 0:
-            busy = JobError(f"{workdir}: another process trains this run; wait for its end, or use another --workdir")
-            self._check_lock = self._lock.enter_context(lock(os.path.join(folder(workdir), "lock"), busy))
-            _remove_unfinished(workdir)
-
-    def save(self, step: int, items: dict, position: dict, meta: dict, after: Callable = lambda: None) -> None:
-        """Copy `items` (name -> tree of arrays) from the devices and start writing them; `after()` runs once they are saved.
-
-        `position` (of the data iterator) and `meta` (of the run) are JSON values.
-        """
-        self.wait()
-        arrays = {name: in_chunks(tree) for name, tree in items.items()}
-        values = {"data": ocp.args.JsonSave(position), "meta": ocp.args.JsonSave({**meta, "step": step})}
-        target = _unfinished(self.workdir, step)
-        if jax.process_index() == 0:
-            self._check_lock()
-        try:
-            self._orbax.save(target, args=ocp.args.Composite(**arrays, **values))
-        except Exception as error:
-            self._fail(step, error)
-        parts = (*items, "data", "meta")
-        self._pending = step, self._thread.submit(self._commit, step, target, parts, after)
-
-    def check(self) -> None:
-        """Raise the error of a background save that has ended."""
-        if self._pending and self._pending[1].done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait until the current save is on the disk."""
-        if not self._pending:
-            return
-        (step, future), self._pending = self._pending, None
-        try:
-            with slow(path_of(self.workdir, step), "saving"):
-                future.result()
-        except Exception as error:
-            self._fail(step, error)
-
-    def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-            with contextlib.suppress(Exception):  # its error was raised by `wait`
-                self._orbax.close()
-            if jax.process_index() == 0:
-                with contextlib.suppress(StorageError):  # a lease that is lost: what is unfinished is another process's
-                    self._check_lock()
-                    _remove_unfinished(self.workdir)
-            self._lock.close()
-
-    def _commit(self, step: int, target: str, parts: Collection[str], after: Callable) -> None:
-        self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
-            publish(target, path_of(self.workdir, step), parts, self._check_lock)
-            for what, action in (("the goodput", after), ("older checkpoints", self._prune)):
-                try:
-                    action()
-                except (OSError, UsageError) as error:  # the checkpoint is saved all the same
-                    warn(f"{path_of(self.workdir, step)} is saved, but {what} could not be tidied up: {error}")
-
-    def _fail(self, step: int, error: Exception) -> NoReturn:
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            raise error  # another process failed, not the disk
-        left = steps(self.workdir)
-        kept = f"the checkpoints of steps {left} are intact" if left else "there is no earlier checkpoint"
-        raise JobError(
-            f"{path_of(self.workdir, step)}: the checkpoint could not be written ({_cause(error)}); {kept}; make room "
-            "or mend the disk, then the same command goes on"
-        ) from error
-
-
-def publish(unfinished: str, final: str, parts: Collection[str], check: Callable[[], None] = lambda: None) -> None:
-    """Write the manifest of a finished folder, then rename it. `check`: raises if this process may not.
-
-    Raises OSError if one of `parts` has no file there, or if `final` exists.
-    """
-    manifest.write_manifest(unfinished, parts, check)
-    if unfinished == final:
-        return
-    if exists(final):
-        raise OSError(f"{final} exists already")
-    rename(unfinished, final)
-
-
-def _unfinished(workdir: str, step: int) -> str:
-    """Return where a save goes before it is a checkpoint."""
-    return path_of(workdir, step) + ("" if remote(workdir) else SAVING)
-
-
-def stays(step: int, keep_at: Collection[int], keep_every: int) -> bool:
-    """Whether the checkpoint of a step is never pruned: one of `keep_at`, or a multiple of `keep_every` (0 = none)."""
-    return step in keep_at or (keep_every > 0 and step % keep_every == 0)
-
-
-def prune(workdir: str, keep: int, keep_at: Collection[int] = (), keep_every: int = 0) -> None:
-    """Remove all but the `keep` newest checkpoints and those that stay (`stays`), unless the newest does not verify."""
-    found = steps(workdir)
-    if len(found) <= keep or manifest.problems(path_of(workdir, found[-1])):
-        return
-    for step in (step for step in found[:-keep] if not stays(step, keep_at, keep_every)):
-        old = path_of(workdir, step)
-        if remote(old):
-            delete(old, first=manifest.NAME)
-            continue
-        aside = _free_name(old + REMOVING)
-        rename(old, aside)  # so that a removal cut short leaves no half checkpoint
-        delete(aside)
 
 
 def newest_verified(workdir: str) -> int:
@@ -246,11 +86,21 @@ def load(
     model = model or read_config(workdir).model
     at = path_of(workdir, by_leader(lambda: find_step(workdir, step, item)))
     check_model(at, model)
-    like = place(jax.eval_shape(lambda: dit.init(model, random_key(0))))
+    like = place(abstract_weights(model))
+    return model, read_item(at, item, like)
+
+
+def abstract_weights(model: ModelConfig) -> dict:
+    """Return the shapes of a model's weights."""
+    return jax.eval_shape(lambda: dit.init(model, random_key(0)))
+
+
+def read_item(at: str, item: str, like: dict) -> dict:
+    """Read an item of the folder `at`, laid out as the abstract arrays `like`; all processes call it. Raises as `load` does."""
     with agreed(), slow(at, "reading"), freed_at_once(), told_to_others(at):
         stored = check_tree(at, item, like)
         with _reader(frugal({item: stored}, {item: like})) as reader:
-            return model, reader.restore(os.path.join(at, item), like)
+            return reader.restore(os.path.join(at, item), like)
 
 
 def find_step(workdir: str, step: int | None = None, item: str = "") -> int:
@@ -275,7 +125,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
 
     `params`: NumPy or JAX arrays. Raises UsageError if their shapes are not those of `model`, JobError if writing fails.
     """
-    wanted = leaves(jax.eval_shape(lambda: dit.init(model, random_key(0))))
+    wanted = leaves(abstract_weights(model))
     if leaves(params) != wanted:
         raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
     at = path_of(workdir, step)
@@ -287,18 +137,22 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
         shutil.copytree(os.path.join(at + SAVING, "params"), os.path.join(at + SAVING, "ema"))  # needs no memory
         publish(at + SAVING, at, ("params", "ema", "meta"))
     except Exception as error:
-        raise JobError(f"{at}: the checkpoint could not be written ({_cause(error)})") from error
+        raise JobError(f"{at}: the checkpoint could not be written ({cause(error)})") from error
 
 
 def read_meta(workdir: str, step: int, item: str = "meta") -> dict:
     """Read a checkpoint's item of JSON values, "meta" or "data". Raises JobError if it is damaged."""
-    at = path_of(workdir, step)
+    return meta_of(path_of(workdir, step), item)
+
+
+def meta_of(at: str, item: str = "meta") -> dict:
+    """As `read_meta`, for the folder of a checkpoint or snapshot."""
     try:
         return _read_values(at, item)
     except StorageError:
         raise
     except (OSError, ValueError, TypeError) as error:
-        raise JobError(f"{at}: its {item} cannot be read ({_cause(error)}); restore the folder from a copy") from None
+        raise JobError(f"{at}: its {item} cannot be read ({cause(error)}); restore the folder from a copy") from None
 
 
 def _read_values(at: str, item: str) -> dict:
@@ -358,39 +212,8 @@ def _newest_verified(workdir: str) -> int:
             )
         return 0
     for damaged in found[: found.index(step)]:
-        aside = _free_name(path_of(workdir, damaged) + DAMAGED)
+        aside = free_name(path_of(workdir, damaged) + DAMAGED)
         at = path_of(workdir, damaged)
         warn(f"{at} is damaged ({few(problems[damaged])}); set aside as {os.path.basename(aside)}")
         rename(at, aside)
     return step
-
-
-def _free_name(path: str) -> str:
-    count, name = 1, path
-    while exists(name):
-        count, name = count + 1, f"{path}-{count + 1}"
-    return name
-
-
-def _remove_unfinished(workdir: str) -> None:
-    root = folder(workdir)
-    if remote(root):
-        for step in {int(name) for name in names(root) if name.isdecimal()} - {*steps(workdir)}:
-            delete(path_of(workdir, step))
-        return
-    for name in names(root):
-        path, tries = os.path.join(root, name), 0
-        # again and again, because threads of a failed save may still write there
-        while (SAVING in name or REMOVING in name) and os.path.isdir(path) and tries < 20:
-            shutil.rmtree(path, ignore_errors=True)
-            tries += 1
-            time.sleep(0.05 if os.path.isdir(path) else 0)
-
-
-def _cause(error: BaseException) -> str:
-    """Return the system's message if there is one; TensorStore puts it at the end of a long line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip().splitlines()
-    said = re.search(r"([^:]+) \[os_error_code", str(error))
-    return said[1].strip() if said else (text[0] if text else type(error).__name__)[:200]

@@ -3,7 +3,20 @@
 import itertools
 from dataclasses import dataclass
 
+from dit_jax.config.training import EMA_WIDTHS
 from dit_jax.error import LARGEST, UsageError, at_least, choice, in_range, number, shown
+
+AXES = {  # fields of EvalConfig with values of a field of SampleConfig to score, and the kind of these
+    "weights": str,
+    "samplers": str,
+    "steps": int,
+    "guidance": float,
+    "ema": float,
+    "interval": tuple,
+    "guide": str,
+    "rescale": float,
+    "reuse": float,
+}
 
 
 @dataclass(frozen=True)
@@ -17,9 +30,13 @@ class SampleConfig:
     guidance: float = 1.0  # classifier-free guidance scale; 1 = plainly conditional
     interval: tuple = (0.0, 1.0)  # times in [0, 1] (1 = noise) at which guidance acts; the rest runs at half the cost
     channels: str = "all"  # guided channels: all | first3 (as the published DiT)
+    guide: str = ""  # WORKDIR or WORKDIR@STEP of a weaker run, the other side of guidance instead of the null condition
+    rescale: float = 0.0  # share of the guided output that is rescaled to the deviation of the conditional one
+    reuse: float = 1.0  # share of the blocks' FLOPs that is computed; other outputs are the last call's, by calibration
     batch_size: int = 64  # images that are drawn before they are kept or scored; changes no image
     labels: str = "uniform"  # uniform (random) | balanced (sample i has class i modulo K)
     weights: str = "ema"  # ema | params (raw)
+    ema: float = 0.0  # width of a power EMA made of the run's snapshots, instead of the EMA kept; 0 = the latter
 
     def __post_init__(self):
         at_least(1, self, "steps", "batch_size")
@@ -29,6 +46,13 @@ class SampleConfig:
         choice("sample.channels", self.channels, ("all", "first3"))
         choice("sample.labels", self.labels, ("uniform", "balanced"))
         choice("sample.weights", self.weights, ("ema", "params"))
+        in_range("sample.rescale", self.rescale, 0.0, 1.0)
+        in_range("sample.reuse", self.reuse, 0.0, 1.0)
+        if self.ema:
+            in_range("sample.ema", self.ema, *EMA_WIDTHS)
+            choice("sample.weights, with sample.ema", self.weights, ("ema",))
+        if self.guide and self.reuse != 1.0:
+            raise UsageError(f"sample.reuse: found {self.reuse:g}, expected 1 with sample.guide = {self.guide!r}")
         if len(ends := self.interval) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
             raise UsageError(f"sample.interval: found {shown(ends)}, expected (low, high) with 0 <= low <= high <= 1")
 
@@ -70,10 +94,15 @@ class EvalConfig:
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
     loss: bool = True  # whether to compute the held-out loss; False if there are no held-out images here
     bootstrap: int = 20  # resamples of the drawn images for the interval of the distance; 0 = no interval
-    samplers: tuple = ()  # scored in every combination with the next three; () = as in `sample`
+    samplers: tuple = ()  # scored in every combination with the next eight; () = as in `sample`
     steps: tuple = ()  # () = as in `sample`
     guidance: tuple = ()  # () = as in `sample`
+    interval: tuple = ()  # pairs such as ((0.0, 1.0), (0.2, 0.8)); () = as in `sample`
+    guide: tuple = ()  # runs, "" = the null condition; () = as in `sample`
+    rescale: tuple = ()  # () = as in `sample`
+    reuse: tuple = ()  # () = as in `sample`
     weights: tuple = ()  # () = as in `sample`
+    ema: tuple = ()  # widths of EMAs made of snapshots, of weights ema; 0 = the EMA kept; () = as in `sample`
     seed: int = 1234  # of noise levels, noise and samples
     poll_seconds: float = 30.0  # --watch: seconds between two checks for a new checkpoint
 
@@ -85,7 +114,7 @@ class EvalConfig:
         if self.bootstrap == 1:
             raise UsageError("eval.bootstrap: found 1, expected 0 for no interval, or at least 2 resamplings")
         choice("eval.features", self.features, ("digits", "scenes", "inception", "classifier", "clip"))
-        for name, kind in (("samplers", str), ("steps", int), ("guidance", float), ("weights", str)):
+        for name, kind in AXES.items():
             for value in getattr(self, name):
                 if not (number(value) if kind is float else type(value) is kind):
                     raise UsageError(f"eval.{name}: found {shown(value)}, expected a tuple of {kind.__name__}s")

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from dit_jax.error import LARGEST, UsageError, at_least, choice, in_range, number, shown, typed
 
+EMA_WIDTHS = (1e-3, 0.28)  # of power EMAs: with 0.289 all steps would count alike
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -21,6 +23,8 @@ class OptimConfig:
     ema: str = "constant"  # constant: decay `ema_decay` | power: decay (1 - 1/t)^(gamma + 1)
     ema_decay: float = 0.9999  # constant: weight of the old average per step
     ema_width: float = 0.05  # power: standard deviation of the averaging profile, relative to the steps so far
+    ema_tracks: tuple = ()  # rising widths of more power EMAs, of which snapshots give other widths afterwards; () = none
+    snapshot_every: int = 1000  # steps between two snapshots of ema_tracks, in W/snapshots
 
     def __post_init__(self):
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
@@ -28,8 +32,13 @@ class OptimConfig:
         at_least(0, self, "learning_rate", "warmup_steps", "weight_decay", "clip", "eps")
         for name in ("b1", "b2", "ema_decay"):
             in_range(f"optim.{name}", getattr(self, name), 0.0, 1.0)
-        at_least(1, self, "accumulate")
-        in_range("optim.ema_width", self.ema_width, 1e-3, 0.28)
+        at_least(1, self, "accumulate", "snapshot_every")
+        in_range("optim.ema_width", self.ema_width, *EMA_WIDTHS)
+        low, high = EMA_WIDTHS
+        widths = [width for width in self.ema_tracks if number(width) and low <= width <= high]
+        if [*self.ema_tracks] != sorted(set(widths)) or len(widths) == 1:
+            expected = f"two or more rising widths from {low:g} to {high:g}, such as (0.05, 0.1), or ()"
+            raise UsageError(f"optim.ema_tracks: found {shown(self.ema_tracks)}, expected {expected}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Classifier-free guidance as a map of denoisers (Ho & Salimans 2022, eq. 6, as u + scale (c - u))."""
+"""Guidance as a map of denoisers: u + scale (c - u) for a denoiser c and a weaker one u.
+
+The weaker one has the null condition (classifier-free guidance, Ho & Salimans 2022, eq. 6), or is another model with the same condition
+(autoguidance, Karras et al. 2024, arXiv 2406.02507, eq. 3).
+"""
 
 from collections.abc import Callable
 
@@ -26,18 +30,34 @@ def paired(model: Callable, cond, null) -> Callable:
     return pair
 
 
-def classifier_free(pair: Callable, scale: float, channels: int) -> Denoiser:
-    """Denoiser guided by `scale` on the first `channels` output channels; the rest (a learned variance) is conditional.
+def beside(denoise: Denoiser, weaker: Denoiser) -> Callable:
+    """Function of (x, t) with the outputs of both."""
+    return lambda x, *times: (denoise(x, *times), weaker(x, *times))
 
-    With scale 1 it is plainly conditional.
+
+def guided(pair: Callable, scale: float, channels: int, rescale: float = 0.0) -> Denoiser:
+    """Denoiser guided by `scale` on the first `channels` output channels; the rest (a learned variance) is the better one's.
+
+    `pair(x, t)`: outputs of the better and of the weaker denoiser. With scale 1 it is the better one. `rescale`: see `rescaled`.
     """
 
     def denoise(x, *times):
-        conditional, unconditional = pair(x, *times)
-        c, u = conditional[..., :channels], unconditional[..., :channels]
-        return jnp.concatenate([u + scale * (c - u), conditional[..., channels:]], axis=-1)
+        better, weaker = pair(x, *times)
+        c, u = better[..., :channels], weaker[..., :channels]
+        out = u + scale * (c - u)
+        out = rescaled(out, c, rescale) if rescale else out
+        return jnp.concatenate([out, better[..., channels:]], axis=-1)
 
     return denoise
+
+
+def rescaled(out: jax.Array, conditional: jax.Array, share: float) -> jax.Array:
+    """`share` of the guided output (b, h, w, c) with the standard deviation of the conditional one, image by image, and the rest as it is.
+
+    Against the saturation of large scales (Lin et al. 2023, arXiv 2305.08891, eq. 15 and 16).
+    """
+    wanted, found = (images.std(axis=(1, 2, 3), keepdims=True) for images in (conditional, out))
+    return share * out * jnp.where(found > 0, wanted / found, 1.0) + (1 - share) * out
 
 
 def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:

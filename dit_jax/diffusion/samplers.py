@@ -1,7 +1,7 @@
 """Samplers: functions of a denoiser and a grid of times from 1 (noise) to 0 (clean).
 
 A sampler is `sampler(process, denoise, x, times, keys) -> images`: noise x (b, h, w, c), float64 `times` (steps + 1,), and one
-random key per image, `keys` (b,), so that image i depends on its key only. The loop is one `lax.scan` over coefficients computed
+random key per image, `keys` (b,), so that image i depends on its key only. The loop is one `reuse.scan` over coefficients computed
 beforehand in float64. SAMPLERS has a row for each.
 """
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion.process import DDPM, Denoiser, Flow, Process
+from dit_jax.diffusion.reuse import scan
 
 
 def draw_noise(keys: jax.Array, index, shape: tuple) -> jax.Array:
@@ -30,11 +31,6 @@ def _grid(process: Process, times: np.ndarray, constants: Callable = lambda ends
     ends["noisy"] = (ends["sigma_s"] > 0).astype(np.float64)  # the step to the clean image adds no noise
     found = {name: value.astype(np.float32) for name, value in (ends | constants(ends)).items()}
     return found | {"index": np.arange(len(times) - 1, dtype=np.int32) + 1}
-
-
-def _walk(step, x: jax.Array, grid: dict[str, np.ndarray]) -> jax.Array:
-    """Scan of `step(x, coefficients)` over the grid."""
-    return jax.lax.scan(lambda x, c: (step(x, c), None), x, grid)[0]
 
 
 def _at(t: jax.Array, x: jax.Array) -> jax.Array:
@@ -66,7 +62,7 @@ def ddpm(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, k
         mean = c["posterior_x0"] * x0 + c["posterior_xt"] * x
         return mean + c["noisy"] * jnp.exp(0.5 * log_variance) * noise
 
-    return _walk(step, x, _grid(process, times, _posterior))
+    return scan(step, x, _grid(process, times, _posterior), denoise)
 
 
 def ddim(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
@@ -76,7 +72,7 @@ def ddim(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, k
         x0, eps = process.predict(denoise(x, _at(c["t"], x)), x, c["alpha_t"], c["sigma_t"])
         return c["alpha_s"] * x0 + c["sigma_s"] * eps
 
-    return _walk(step, x, _grid(process, times))
+    return scan(step, x, _grid(process, times), denoise)
 
 
 def _euler_step(process: Process, denoise: Denoiser, x: jax.Array, c: dict) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +82,7 @@ def _euler_step(process: Process, denoise: Denoiser, x: jax.Array, c: dict) -> t
 
 def euler(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
     """Euler's method on the probability-flow ODE; for DDPM in sigma / alpha, as in Karras et al. 2022."""
-    return _walk(lambda x, c: _euler_step(process, denoise, x, c)[0], x, _grid(process, times))
+    return scan(lambda x, c: _euler_step(process, denoise, x, c)[0], x, _grid(process, times), denoise)
 
 
 def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
@@ -97,7 +93,7 @@ def heun(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, k
         slope = (slope + process.slope(denoise(ahead, _at(c["s"], x)), ahead)) / 2
         return c["scale_s"] * (x / c["scale_t"] + (c["clock_s"] - c["clock_t"]) * slope)
 
-    x = _walk(step, x, _grid(process, times[:-1]))
+    x = scan(step, x, _grid(process, times[:-1]), denoise)
     return euler(process, denoise, x, times[-2:], keys)
 
 
@@ -124,9 +120,9 @@ def dpmpp_2m(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarra
         x0, _ = process.predict(denoise(x, _at(c["t"], x)), x, c["alpha_t"], c["sigma_t"])
         mixed = x0 + c["memory"] * (x0 - before)
         share = c["sigma_s"] / c["sigma_t"]
-        return (share * x + (c["alpha_s"] - share * c["alpha_t"]) * mixed, x0), None
+        return share * x + (c["alpha_s"] - share * c["alpha_t"]) * mixed, x0
 
-    return jax.lax.scan(step, (x, jnp.zeros_like(x)), _grid(process, times, _memory))[0][0]
+    return scan(step, (x, jnp.zeros_like(x)), _grid(process, times, _memory), denoise)[0]
 
 
 def euler_maruyama(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
@@ -141,7 +137,7 @@ def euler_maruyama(process: Process, denoise: Denoiser, x: jax.Array, times: np.
         noise = draw_noise(keys, c["index"], x.shape[1:])
         return x - size * (out + c["noisy"] * eps) + c["noisy"] * jnp.sqrt(2 * c["t"] * size) * noise
 
-    return _walk(step, x, _grid(process, times))
+    return scan(step, x, _grid(process, times), denoise)
 
 
 def consistency(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
@@ -151,21 +147,23 @@ def consistency(process: Process, denoise: Denoiser, x: jax.Array, times: np.nda
         x0, _ = process.predict(denoise(x, _at(c["t"], x)), x, c["alpha_t"], c["sigma_t"])
         return c["alpha_s"] * x0 + c["sigma_s"] * draw_noise(keys, c["index"], x.shape[1:])
 
-    return _walk(step, x, _grid(process, times))
+    return scan(step, x, _grid(process, times), denoise)
 
 
 def flow_map(process: Process, denoise: Denoiser, x: jax.Array, times: np.ndarray, keys: jax.Array) -> jax.Array:
     """Steps of a flow map, x_s = x_t - (t - s) u(x_t, s, t) with its mean velocity u (Geng et al. 2025, arXiv 2505.13447, eq. 12)."""
-    return _walk(
-        lambda x, c: x + (c["s"] - c["t"]) * denoise(x, _at(c["t"], x), _at(c["s"], x)), x, _grid(process, times)
-    )
+
+    def step(x, c):
+        return x + (c["s"] - c["t"]) * denoise(x, _at(c["t"], x), _at(c["s"], x))
+
+    return scan(step, x, _grid(process, times), denoise)
 
 
 class Sampler(NamedTuple):
     """A row of SAMPLERS.
 
     walk         sampler function; calling the row calls it
-    evaluations  grid of times -> times of the denoiser calls, from which FLOPs are counted
+    evaluations  grid of times -> times of the denoiser calls, in order, from which FLOPs are counted
     accepts      supported kinds of processes
     trained      values of objective.name whose models it draws from
     """
@@ -183,7 +181,7 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm),
     "ddim": Sampler(ddim, trained=("", "mean_flow", "progressive")),
     "euler": Sampler(euler, trained=("", "mean_flow", "progressive")),
-    "heun": Sampler(heun, lambda times: np.concatenate([times[:-1], times[1:-1]])),
+    "heun": Sampler(heun, lambda times: np.repeat(times, 2)[1:-2]),
     "dpmpp_2m": Sampler(dpmpp_2m),
     "euler_maruyama": Sampler(euler_maruyama, accepts=(Flow,)),
     "consistency": Sampler(consistency, accepts=(Flow,), trained=("consistency",)),

@@ -51,6 +51,8 @@ def make_task(cfg: Config) -> Task:
 def _check_trained(cfg: Config, sampler: Sampler) -> None:
     """Raises UsageError if the model was trained for other samplers, or has guidance inside that the sampler would double."""
     sample, objective = cfg.sample, cfg.objective
+    if sample.sampler == "flow_map" and sample.reuse != 1.0:
+        raise UsageError(f"sample.reuse: found {sample.reuse:g}, expected 1 for flow_map: its calls lie far apart")
     if objective.name not in sampler.trained:
         what = (
             f"objective.name = {objective.name!r}"
@@ -69,9 +71,9 @@ def _check_trained(cfg: Config, sampler: Sampler) -> None:
 
 
 def check_guidance(cfg: Config, key: str = "sample.guidance", found: float | None = None) -> None:
-    """Raises UsageError for a guidance other than 1 if the model was trained without a null class."""
+    """Raises UsageError for a guidance other than 1 if the model was trained without a null class and there is no other guide."""
     found = cfg.sample.guidance if found is None else found
-    if found != 1.0 and not ((cfg.model.classes or cfg.model.text) and cfg.train.cond_dropout):
+    if found != 1.0 and not cfg.sample.guide and not ((cfg.model.classes or cfg.model.text) and cfg.train.cond_dropout):
         why = "train.cond_dropout is 0" if cfg.model.classes or cfg.model.text else "model.classes is 0"
         raise UsageError(f"{key}: found {found}, expected 1: this model has no null class ({why})")
 

@@ -7,11 +7,21 @@ import jax
 from dit_jax.config import Config
 from dit_jax.devices.processes import by_leader, is_common, leader
 from dit_jax.error import Interrupted, UsageError
+from dit_jax.evaluation.protocol import samplings
 from dit_jax.evaluation.run import Weights, describe, record, tasks
 from dit_jax.log import warn
-from dit_jax.sampling.draw import weights_hash
+from dit_jax.sampling.weights import weights_hash
 from dit_jax.workdir.goodput import Ledger
 from dit_jax.workdir.records import read_records
+
+
+def check_in_run(cfg: Config) -> None:
+    """Raises UsageError for widths of EMAs, which are made of snapshots on the disk."""
+    if found := [sample.ema for sample in samplings(cfg) if sample.ema]:
+        expected = (
+            "expected none with train.evaluate_every: `evaluate` scores such widths once the run has kept its snapshots"
+        )
+        raise UsageError(f"sample.ema, eval.ema: found {found[0]:g}, {expected}")
 
 
 def make_scores(
@@ -24,6 +34,7 @@ def make_scores(
     instance by numbers that are not finite, is a warning. Of a grid of samplings the first gives the scalars. All processes call both
     functions. Raises UsageError for a protocol that is impossible.
     """
+    check_in_run(cfg)
     wanted = tasks(cfg, workdir, mesh, stop, quiet=True)
 
     def found(step: int) -> dict[str, dict]:

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import re
 from dataclasses import dataclass
 
 from dit_jax import flops
 from dit_jax.config import Config, SampleConfig
+from dit_jax.config.evaluation import AXES
 from dit_jax.data import aspect
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.scenes import asked
@@ -26,7 +28,8 @@ from dit_jax.evaluation.captions import Captions, read_captions
 from dit_jax.files import base
 from dit_jax.networks.caption import describe_text, open_text, text_flops
 from dit_jax.networks.in_step import encoder_flops, open_splits
-from dit_jax.sampling.draw import UINT8, Sampling, describe_sample, image_flops
+from dit_jax.sampling.draw import UINT8, Sampling, describe_sample
+from dit_jax.sampling.reuse import RULE
 from dit_jax.workdir.folder import read_init
 from dit_jax.workdir.records import protocol_id
 
@@ -35,6 +38,8 @@ def weights_protocol(cfg: Config) -> dict:
     """The weights that are scored: raw, or an EMA with its decay or width."""
     if cfg.sample.weights == "params":
         return {"weights": "params (raw)"}
+    if cfg.sample.ema:
+        return {"weights": {"ema": "power", "width": cfg.sample.ema, "snapshots_of": list(cfg.optim.ema_tracks)}}
     width = {"constant": {"decay": cfg.optim.ema_decay}, "power": {"width": cfg.optim.ema_width}}[cfg.optim.ema]
     return {"weights": {"ema": cfg.optim.ema, **width}}
 
@@ -91,16 +96,24 @@ def loss_protocol(cfg: Config, held_out: Source, target: str = "loss") -> dict:
 
 
 def samplings(cfg: Config) -> list[SampleConfig]:
-    """Every combination of `eval.weights`, `samplers`, `steps` and `guidance`; an empty one is taken from `sample`."""
+    """Every combination of the fields AXES of `eval`; an empty one is taken from `sample`.
+
+    What changes nothing is not varied: the width of raw weights, and how guidance acts at guidance 1.
+    """
     if cfg.sample.times and cfg.eval.steps:
         beside = "beside sample.times, which says all times; leave out one of them"
         raise UsageError(f"eval.steps: found {cfg.eval.steps} {beside}")
-    names = {"weights": "weights", "samplers": "sampler", "steps": "steps", "guidance": "guidance"}
-    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in names.items()]
+    fields = {name: {"samplers": "sampler"}.get(name, name) for name in AXES}
+    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in fields.items()]
     found = []
     for values in itertools.product(*choices):
-        changes = dict(zip(names.values(), values, strict=True))
-        found.append(dataclasses.replace(cfg.sample, **changes | {"guidance": float(changes["guidance"])}))
+        typed = (kind(value) for kind, value in zip(AXES.values(), values, strict=True))
+        changes = dict(zip(fields.values(), typed, strict=True))
+        if changes["weights"] == "params":
+            changes["ema"] = 0.0
+        if changes["guidance"] == 1.0:
+            changes |= {name: getattr(cfg.sample, name) for name in ("interval", "guide", "rescale")}
+        found.append(dataclasses.replace(cfg.sample, **changes))
     return list(dict.fromkeys(found))
 
 
@@ -109,9 +122,11 @@ def cells(cfg: Config) -> dict[str, Config]:
     found = {"loss": dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=0))} if targets(cfg) else {}
     if cfg.eval.samples:
         none = dict.fromkeys(("loss", "vlb", "likelihood"), False)
-        alone = dataclasses.replace(cfg.eval, **none, weights=(), samplers=(), steps=(), guidance=())
+        alone = dataclasses.replace(cfg.eval, **none, **dict.fromkeys(AXES, ()))
         for sample in samplings(cfg):
             name = f"{sample.weights}-{sample.sampler}-{sample.steps}-guidance-{sample.guidance}"
+            more = {axis: getattr(sample, axis) for axis in [*AXES][4:] if getattr(cfg.eval, axis)}
+            name += "".join(re.sub(r"[^\w.@]+", "-", f"-{axis}-{value}").rstrip("-") for axis, value in more.items())
             found[name] = dataclasses.replace(cfg, sample=sample, eval=alone)
     return found
 
@@ -170,6 +185,7 @@ def draws_protocol(cfg: Config) -> dict:
     """The part of `sample_protocol` that can be told from the config: which images are drawn, and from which weights."""
     sample = describe_sample(cfg.sample)
     del sample["weights"]
+    sample.pop("ema", None)
     return {**weights_protocol(cfg), "samples": sample | {"num": cfg.eval.samples, "seed": cfg.eval.seed}}
 
 
@@ -181,6 +197,8 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         **draws_protocol(cfg),
         "process": processes.describe(sampling.task.process),
         "uint8": UINT8,
+        **({"reuse": RULE} if cfg.sample.reuse != 1.0 else {}),
+        **({"guide": sampling.guide.describe(sampling.mesh)} if sampling.guide else {}),
         **describe_prompts(cfg, shared),
         **describe_text(cfg.model),
         "autoencoder": autoencoder.describe() if autoencoder else "none",
@@ -229,7 +247,6 @@ def make_record(
         "flops_image": flops.forward_flops(cfg.model),
         **({"flops_encoder": of * sum(seen.values())} if (of := encoder_flops(cfg)) else {}),
         **({"flops_text_encoder": of * sum(seen.values())} if (of := text_flops(cfg)) else {}),
-        **({"flops_sample": image_flops(cfg)} if "samples" in protocol else {}),
         "metrics": {key: float(value) for key, value in metrics.items()},
         "protocol": protocol,
         "protocol_id": protocol_id(protocol),

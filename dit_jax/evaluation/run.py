@@ -16,7 +16,7 @@ from dit_jax import checkpoint, flops
 from dit_jax.config import Config
 from dit_jax.data.source import introduce
 from dit_jax.devices.processes import agree, by_leader, common, compare, is_common, leader, of_all
-from dit_jax.devices.rows import drawing_mesh, on_mesh, own_mesh
+from dit_jax.devices.rows import drawing_mesh, own_mesh
 from dit_jax.error import Interrupted, JobError, NotFiniteError, StorageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.partial import drop_partials, partial_folder
@@ -30,13 +30,16 @@ from dit_jax.evaluation.protocol import (
     samplings,
     targets,
 )
+from dit_jax.evaluation.width import tell_best
 from dit_jax.files import remote
 from dit_jax.job.launch import PATIENCE, stop_flag
 from dit_jax.log import complain, say
 from dit_jax.networks.caption import tell_cut
 from dit_jax.sampling import parts
-from dit_jax.sampling.draw import Sampling, open_sampling, weights_hash
+from dit_jax.sampling.draw import Sampling, open_sampling
 from dit_jax.sampling.prompt import Prompts
+from dit_jax.sampling.reuse import with_reuse
+from dit_jax.sampling.weights import load_weights, weights_hash
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
 from dit_jax.workdir.records import append_record, protocol_id, read_records
@@ -46,7 +49,7 @@ SAME = "give every host the same data and networks"
 
 @dataclass(frozen=True)
 class Task:
-    """A protocol, its config (`sample.weights`: ema | params), and a function from (step, `Weights`) to metrics.
+    """A protocol, its config (`sample.weights`, `ema`: which weights), and a function from (step, `Weights`) to metrics.
 
     All processes of the job call the function, which returns (metrics, further fields of the record), or None if another evaluation has
     recorded them meanwhile.
@@ -58,7 +61,9 @@ class Task:
 
     @property
     def weights(self) -> str:
-        return self.cfg.sample.weights
+        """Kind of weights, in words: ema | params | ema 0.08 (of snapshots)."""
+        sample = self.cfg.sample
+        return f"{sample.weights} {sample.ema:g}" if sample.ema else sample.weights
 
     @property
     def id(self) -> str:
@@ -66,11 +71,13 @@ class Task:
 
 
 class Weights(NamedTuple):
-    """Weights on the mesh, their SHA-256, and the identity of the data that they were trained on; {}: converted."""
+    """Weights on the mesh, their SHA-256, the identity of the data that they were trained on ({}: converted), and what records note of
+    them."""
 
     params: dict
     sha256: str
     data: dict = {}  # noqa: RUF012, never changed
+    notes: dict = {}  # noqa: RUF012
 
 
 def _check_stop(stop: list, what: str) -> None:
@@ -91,8 +98,8 @@ def _loss_tasks(cfg: Config, mesh, workdir: str, stop: list, shared: Shared) -> 
         return found, {"metric_signs": {name: -1 for name in found if not name.endswith("_se")}}
 
     found = []
-    for weights in dict.fromkeys(sample.weights for sample in samplings(cfg)):
-        chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights))
+    for weights, ema in dict.fromkeys((sample.weights, sample.ema) for sample in samplings(cfg)):
+        chosen = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, weights=weights, ema=ema))
         for target in targets(cfg):
             protocol = loss_protocol(chosen, held_out, target)
             found.append(Task(chosen, protocol, functools.partial(measure, target)))
@@ -104,27 +111,31 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     sampling = dataclasses.replace(sampling, cfg=cfg)
     protocol, network = sample_protocol(cfg, sampling, shared), scores.keeping(shared.network, sampling.shape)
 
-    def draw(params, times: list, indices: np.ndarray, most: int) -> Iterator[parts.Batch]:
+    def draw(sampling, params, times: list, indices: np.ndarray, most: int) -> Iterator[parts.Batch]:
         for images, labels in _timed(sampling.draw(params, cfg.eval.seed, indices, most, stop), times):
             yield network.encode(images), labels
 
     def recorded(step: int) -> bool:
         return (step, protocol_id(protocol)) in read_records(workdir)
 
-    def score(coded: Iterator, times: list) -> tuple[dict, dict]:
+    def score(sampling, coded: Iterator, times: list) -> tuple[dict, dict]:
         metrics, signs = scores.measure((part for part, _ in coded), network, shared.reference, cfg.eval)
-        return metrics, {"metric_signs": signs} | ({"seconds_sample": float(np.median(times))} if times else {})
+        cost = {"flops_sample": sampling.flops} | ({"seconds_sample": float(np.median(times))} if times else {})
+        return metrics, {"metric_signs": signs} | cost | ({"reuse": sampling.plan.describe()} if sampling.plan else {})
 
     def measure(step: int, weights: Weights) -> tuple[dict, dict] | None:
-        job = sampling.describe(weights.sha256, step, cfg.eval.seed)
+        drawing = with_reuse(sampling, weights.params, weights.sha256, workdir, step)
+        job = drawing.describe(weights.sha256, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
         with _alone_in(folder, stop) as check:
             store = parts.Store(folder, job | {"features": network.sha256}, (network.size,), check)
             if by_leader(lambda: recorded(step)):
                 return None
             times: list[float] = []
-            coded = parts.gather(store, cfg.eval.samples, functools.partial(draw, weights.params, times), stop, quiet)
-            return by_leader(lambda: score(coded, times))
+            coded = parts.gather(
+                store, cfg.eval.samples, functools.partial(draw, drawing, weights.params, times), stop, quiet
+            )
+            return by_leader(lambda: score(drawing, coded, times))
 
     return Task(cfg, protocol, measure)
 
@@ -205,6 +216,8 @@ def follow(cfg: Config, workdir: str, watch: bool, since: float, steps: Sequence
         wanted = tasks(cfg, workdir, mesh, stop, False)
         while True:
             records = _run(wanted, workdir, mesh, steps, False, stop, failed, ledger)
+            if len(cfg.eval.ema) > 1 and leader():
+                tell_best(records)
             newest = max([*(record["step"] for record in records), *failed], default=0)
             if not watch or newest >= by_leader(lambda: read_config(workdir).train.steps):
                 break
@@ -291,7 +304,7 @@ def record(workdir: str, step: int, task: Task, weights: Weights, ledger: Ledger
         spent = totals(workdir, ledger.entry())
         made = make_record(task.cfg, workdir, step, weights.sha256, found[0], task.protocol, weights.data, spent)
         with ledger.spend("save"):
-            append_record(workdir, made | found[1])
+            append_record(workdir, made | found[1] | weights.notes)
         if not quiet:
             say(f"step {step}  {describe(task, made['metrics'])}")
     return _tidied(workdir, step)[1]
@@ -301,6 +314,8 @@ def describe(task: Task, metrics: dict) -> str:
     """A record as one line: the sampling, if any, and the scores."""
     of = task.protocol.get("samples")
     sampling = f", {of['sampler']} {of['steps']}, guidance {of['guidance']:g}" if of else ""
+    more = {name: of[name] for name in ("interval", "guide", "rescale", "reuse") if name in (of or {})}
+    sampling += "".join(f", {name} {value}" for name, value in more.items() if value != (0.0, 1.0))
     return f"{task.weights}{sampling}: " + "  ".join(
         f"{k} {v:.4g}"
         for k, v in metrics.items()
@@ -317,7 +332,7 @@ def _fail(failed: dict[int, str], step: int, error: str) -> None:
 def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str]) -> Weights | None:
     """The weights of a checkpoint, on the mesh; None if a running training has pruned it meanwhile, or if it is damaged."""
     try:
-        params = checkpoint.load(workdir, step, cfg.sample.weights, cfg.model, functools.partial(on_mesh, mesh))[1]
+        params, notes = load_weights(cfg, workdir, step, mesh)
         data = by_leader(lambda: checkpoint.trained_on(workdir, step))
     except Exception as error:
         if jax.process_count() > 1 and not is_common(error):
@@ -329,7 +344,7 @@ def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str])
         _fail(failed, step, str(error))
         return None
     failed.pop(step, None)  # a training that restarted may have written the step anew
-    return Weights(params, weights_hash(params), data)
+    return Weights(params, weights_hash(params), data, notes)
 
 
 def report_failed(failed: dict[int, str]) -> None:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.models import conditioning
 from dit_jax.models.conditioning import Condition, positions, rotations
@@ -31,6 +32,16 @@ def _attention(cls, cfg: ModelConfig, name: str | None = None, **how):
     return cls(cfg.width, cfg.heads, cfg.qk_norm, implementation, jnp.dtype(cfg.dtype), name=name, **how)
 
 
+def _reused(block: nn.Module, part: str, compute: Callable):
+    """Output of a part of a block, `compute(block)`; of `apply_reusing` the one of the call before, unless `fresh` asks for a new one."""
+    if not block.has_variable("fresh", part):
+        return compute(block)
+    kept = block.get_variable("kept", part)
+    out = nn.cond(block.get_variable("fresh", part), compute, lambda block: kept, block)
+    block.put_variable("kept", part, out)
+    return out
+
+
 class AdaptiveBlock(nn.Module):
     """Block of `adaln`, `adaln_zero` or `adaln_cross`: x (b, n, d), c a Condition -> x. Only `adaln` has no gates, which start at zero.
 
@@ -45,17 +56,27 @@ class AdaptiveBlock(nn.Module):
     def __call__(self, x, c):
         cfg, dtype, (c, tokens, mask, angles, _) = self.cfg, jnp.dtype(self.cfg.dtype), c
         norm, mlp = LAYERS[cfg.block]
-        attention = functools.partial(_attention(Attention, cfg, "attention"), angles=angles)
-        mlp = mlp(cfg.hidden, dtype, name="mlp")
+
+        def attend(x, shift, scale):
+            h = lambda block: _attention(Attention, cfg, "attention")(modulate(norm(x), shift, scale), angles=angles)  # noqa: E731
+            return _reused(self, "attention", h)
+
+        def transform(x, shift, scale):
+            h = lambda block: mlp(cfg.hidden, dtype, name="mlp")(modulate(norm(x), shift, scale))  # noqa: E731
+            return _reused(self, "mlp", h)
+
+        def cross(x):
+            h = lambda block: _attention(CrossAttention, cfg, "cross_attention", out_init=zeros)(x, tokens, mask)  # noqa: E731
+            return _reused(self, "cross_attention", h)
+
         if cfg.conditioning == "adaln":
             shift1, scale1, shift2, scale2 = Modulation(4, dtype, xavier, self.place, name="modulation")(c)
-            x = x + attention(modulate(norm(x), shift1, scale1))
-            return x + mlp(modulate(norm(x), shift2, scale2)), None
+            x = x + attend(x, shift1, scale1)
+            return x + transform(x, shift2, scale2), None
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, dtype, place=self.place, name="modulation")(c)
-        x = x + gate1[:, None] * attention(modulate(norm(x), shift1, scale1))
-        if cfg.conditioning == "adaln_cross":
-            x = x + _attention(CrossAttention, cfg, "cross_attention", out_init=zeros)(x, tokens, mask)
-        return x + gate2[:, None] * mlp(modulate(norm(x), shift2, scale2)), None
+        x = x + gate1[:, None] * attend(x, shift1, scale1)
+        x = x + cross(x) if cfg.conditioning == "adaln_cross" else x
+        return x + gate2[:, None] * transform(x, shift2, scale2), None
 
 
 class PlainBlock(nn.Module):
@@ -71,12 +92,20 @@ class PlainBlock(nn.Module):
     def __call__(self, x, c):
         cfg, dtype, within = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.conditioning == "in_context"
         kind, mlp = LAYERS[cfg.block]
-        h = Norm(dtype, kind, name="norm1")(x)
-        x = x + _attention(Attention, cfg, "attention")(h, c.mask if within else None, c.angles)
-        if not within:
-            h = Norm(dtype, kind, name="cross_norm")(x)
-            x = x + _attention(CrossAttention, cfg, "cross_attention")(h, c.tokens)
-        return x + mlp(cfg.hidden, dtype, name="mlp")(Norm(dtype, kind, name="norm2")(x)), None
+
+        def attend(block):
+            h = Norm(dtype, kind, name="norm1")(x)
+            return _attention(Attention, cfg, "attention")(h, c.mask if within else None, c.angles)
+
+        def cross(block):
+            return _attention(CrossAttention, cfg, "cross_attention")(Norm(dtype, kind, name="cross_norm")(x), c.tokens)
+
+        def transform(block):
+            return mlp(cfg.hidden, dtype, name="mlp")(Norm(dtype, kind, name="norm2")(x))
+
+        x = x + _reused(self, "attention", attend)
+        x = x if within else x + _reused(self, "cross_attention", cross)
+        return x + _reused(self, "mlp", transform), None
 
 
 class Stream(nn.Module):
@@ -91,16 +120,13 @@ class Stream(nn.Module):
         self.attention = _attention(Attention, cfg)
         self.mlp = LAYERS[cfg.block][1](cfg.hidden, dtype)
 
-    def enter(self, x, c, angles=None) -> tuple:
-        """Queries, keys and values (b, n, k, h), and the modulation that `leave` takes."""
-        shift, scale, *rest = self.modulation(c)
-        return self.attention.project(modulate(LAYERS[self.cfg.block][0](x), shift, scale), angles), rest
+    def enter(self, x, shift, scale, angles=None) -> tuple:
+        """Queries, keys and values (b, n, k, h)."""
+        return self.attention.project(modulate(LAYERS[self.cfg.block][0](x), shift, scale), angles)
 
-    def leave(self, x, h, rest):
-        """Tokens after the block, from those before, what they attended to (b, n, k, h), and the modulation."""
-        gate1, shift, scale, gate2 = rest
-        x = x + gate1[:, None] * self.attention.out(h)
-        return x + gate2[:, None] * self.mlp(modulate(LAYERS[self.cfg.block][0](x), shift, scale))
+    def transform(self, x, shift, scale):
+        """Output of the MLP."""
+        return self.mlp(modulate(LAYERS[self.cfg.block][0](x), shift, scale))
 
 
 class DualBlock(Stream):
@@ -116,11 +142,21 @@ class DualBlock(Stream):
 
     def __call__(self, both, c):
         (x, text), n = both, both[0].shape[1]
-        of_image, rest = self.enter(x, c.vector, c.angles)
-        of_text, rest_of_text = self.text.enter(text, c.vector)
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_image, of_text, strict=True))
-        h = self.attention.mix(q, k, v, c.mask)
-        return (self.leave(x, h[:, :n], rest), self.text.leave(text, h[:, n:], rest_of_text)), None
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c.vector)
+        of_text = self.text.modulation(c.vector)
+
+        def attend(block):
+            pairs = zip(block.enter(x, shift1, scale1, c.angles), block.text.enter(text, *of_text[:2]), strict=True)
+            h = block.attention.mix(*(jnp.concatenate(pair, axis=1) for pair in pairs), c.mask)
+            return block.attention.out(h[:, :n]), block.text.attention.out(h[:, n:])
+
+        def transform(block):
+            return block.transform(x, shift2, scale2), block.text.transform(text, *of_text[3:5])
+
+        h, of = _reused(self, "attention", attend)
+        x, text = x + gate1[:, None] * h, text + of_text[2][:, None] * of
+        h, of = _reused(self, "mlp", transform)
+        return (x + gate2[:, None] * h, text + of_text[5][:, None] * of), None
 
 
 class Output(nn.Module):
@@ -151,7 +187,7 @@ def _scanned_block(cfg: ModelConfig, place: Callable):
         block = nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "fresh": 0, "kept": 0},
         split_rngs={"params": True},
         in_axes=(Condition(0, *[nn.broadcast] * 4),) if cfg.target == "later" else nn.broadcast,
         length=cfg.depth,
@@ -209,6 +245,42 @@ def apply(
     ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}
     return DiT(cfg, place).apply({"params": params}, x, t, conditioning.as_cond(cond))
+
+
+def kept_outputs(cfg: ModelConfig, images: int, tokens: int) -> dict:
+    """Zeros in the shapes of the outputs of the parts of all blocks (l, b, n, d): what `apply_reusing` keeps. `tokens`: of an image."""
+    extra = sum(flops.FIELDS[name].tokens(cfg) for name in flops.fields(cfg)) + 1
+
+    def zeros(n: int) -> jax.Array:
+        return jnp.zeros((cfg.depth, images, n, cfg.width), cfg.dtype)
+
+    def one():
+        if cfg.conditioning == "dual_stream":
+            return zeros(tokens), zeros(cfg.caption_tokens)
+        return zeros(tokens + extra if cfg.conditioning == "in_context" else tokens)
+
+    return {part: one() for part in flops.part_macs(cfg)}
+
+
+def apply_reusing(
+    cfg: ModelConfig,
+    params: dict,
+    x: jax.Array,
+    t: jax.Array,
+    cond: Mapping,
+    kept: dict,
+    fresh: dict,
+    place: Callable = as_it_is,
+) -> tuple[jax.Array, dict]:
+    """As `apply`, but a part of a block computes only where `fresh`, {part: bool (l,)}, says so; elsewhere its output is the kept one.
+
+    `kept`: outputs of the call before, as `kept_outputs`. Also returns the outputs of this call. What is added up in the blocks,
+    modulated and gated is always of this call.
+    """
+    ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
+    variables = {"params": {**ends, "blocks": params["blocks"]}, "kept": {"blocks": kept}, "fresh": {"blocks": fresh}}
+    out, found = DiT(cfg, place).apply(variables, x, t, conditioning.as_cond(cond), mutable=["kept"])
+    return out, found["kept"]["blocks"]
 
 
 # Modules of a block in the order of execution.

@@ -20,6 +20,7 @@ LOCAL = (
     ("autoencoder", "folder"),
     ("eval", "inception"),
     ("eval", "reference"),
+    ("sample", "guide"),
 )
 
 

@@ -27,6 +27,7 @@ from dit_jax.networks.caption import chained, in_step, make_text_encoder, sizes_
 from dit_jax.networks.text import PUBLISHED, SHAPES
 from dit_jax.preflight import hlo
 from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
+from dit_jax.sampling.guide import open_guide
 from dit_jax.training.state import abstract_batch, abstract_state
 from dit_jax.training.step import make_train_step
 
@@ -63,8 +64,10 @@ def program(cfg: Config, job: str, mesh) -> Program:
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     asked = {"text": placed(conditioning.example(cfg.model, rows)["text"], batch)} if cfg.model.text else {}
     arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch), asked)
-    sampler = functools.partial(make_sampler, cfg.model, make_task(cfg), cfg.sample, mesh)
-    return Program(sampler, arguments, image_flops(cfg) * rows, rows)
+    guide = open_guide(cfg) if cfg.sample.guidance != 1.0 else None
+    arguments += (weights(guide.cfg, mesh),) if guide else ()
+    sampler = functools.partial(make_sampler, cfg.model, make_task(cfg), cfg.sample, mesh, guide=guide and guide.cfg)
+    return Program(sampler, arguments, image_flops(cfg, guide=guide and guide.cfg.model) * rows, rows)
 
 
 def _encoded(cfg: Config, mesh, latents) -> tuple[dict, StepEncoder]:

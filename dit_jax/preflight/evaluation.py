@@ -88,8 +88,10 @@ def _draws(cells: list[Config], mesh, num: int) -> Iterator[Part]:
     """The samplers. Settings that differ in the guidance or the kind of weights only cost the same, and are compiled once."""
     alike: dict[tuple, list[Config]] = {}
     for cell in cells:
-        alike.setdefault((cell.sample.sampler, cell.sample.steps, image_flops(cell)), []).append(cell)
-    for (sampler, steps, _), same in alike.items():
+        alike.setdefault((cell.sample.sampler, cell.sample.steps, cell.sample.guide, image_flops(cell)), []).append(
+            cell
+        )
+    for (sampler, steps, *_), same in alike.items():
         guidance = ", ".join(dict.fromkeys(f"{cell.sample.guidance:g}" for cell in same))
         yield Part("draw", f"{sampler} {steps}, guidance {guidance}", program(same[0], "sample", mesh), num * len(same))
 

@@ -6,58 +6,35 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.bind import Model, bind_to_draw
+from dit_jax import flops
+from dit_jax.bind import bind_to_draw
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
 from dit_jax.devices.mesh import batch_sharding, hosts_of, put_batch, replicated
 from dit_jax.devices.numerics import ambient, random_key
-from dit_jax.devices.processes import agree, host_copy, leader
+from dit_jax.devices.processes import agree, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
-from dit_jax.diffusion import guidance
 from dit_jax.diffusion.process import LATER, denoiser
 from dit_jax.diffusion.samplers import draw_noise
 from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import NotFiniteError, UsageError
-from dit_jax.flops import Shape, forward_flops
+from dit_jax.files import base
+from dit_jax.flops import Shape
 from dit_jax.log import warn
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
+from dit_jax.sampling.denoise import make_denoiser, make_reusing
+from dit_jax.sampling.guide import Guide, open_guide
 from dit_jax.sampling.prompt import Asked, Prompts
+from dit_jax.sampling.reuse import Plan, passes
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
+LATER_SETTINGS = {"guide": "", "rescale": 0.0, "reuse": 1.0, "ema": 0.0}  # left out if so, as in older records
 UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
-
-
-def make_denoiser(
-    model: Model, task: Task, cfg: SampleConfig, params, cond, asked: Mapping = MappingProxyType({})
-) -> Callable:
-    """Denoiser (x, t) for a sampler: plain at guidance 1, else guided within `cfg.interval`, both halves in one batch.
-
-    `asked`: see `prompt.Asked.rows`; its captions `negative` take the place of the null condition's.
-    """
-
-    def apply(x, t, cond, *target):
-        return denoiser(task.process, lambda x, t, *target: model.apply(params, x, t, cond, *target))(x, t, *target)
-
-    def plain(x, t, *target):
-        return apply(x, t, cond, *target)
-
-    if cfg.guidance == 1.0:
-        return plain
-    channels = model.cfg.channels if cfg.channels == "all" else min(3, model.cfg.channels)
-    null = model.null(cond)
-    if "negative" in asked:
-        has = asked["has_negative"]
-        instead = lambda new, old: jnp.where(has.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
-        null["text"] = jax.tree.map(instead, asked["negative"], null["text"])
-    guided = guidance.classifier_free(guidance.paired(apply, cond, null), cfg.guidance, channels)
-    low, high = cfg.interval
-    return guided if (low, high) == (0.0, 1.0) else guidance.within(guided, plain, low, high)
 
 
 def image_keys(seed, indices: jax.Array) -> jax.Array:
@@ -69,9 +46,19 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=128)  # a grid of settings goes through all of them for each checkpoint
 def make_sampler(
-    model: ModelConfig, task: Task, cfg: SampleConfig, mesh, wanted: tuple = (), size: Shape = None
+    model: ModelConfig,
+    task: Task,
+    cfg: SampleConfig,
+    mesh,
+    wanted: tuple = (),
+    size: Shape = None,
+    guide: Config | None = None,
+    reuse: str = "",
 ) -> Callable:
     """Compiles the sampler: (params, seed, indices (b,), asked) -> images (b, h, w, c) float32 and labels (b,) int32.
+
+    With `guide`, the config of a weaker run, it takes that run's weights as one more argument. With `reuse` = "plan" it takes the outputs
+    of blocks that are computed, {part: bool (calls, layers)}, and with "measure" it returns the changes of outputs, see `make_reusing`.
 
     `asked`: what prompts give each image, see `prompt.Asked.rows`, or {}. `wanted`: pairs (field of cond, values that the images take
     in turn); other fields are drawn. `size`: (h, w), by default
@@ -79,30 +66,33 @@ def make_sampler(
     """
     (bound, weights), side = bind_to_draw(model, mesh), model.input_size
     shape = (*(size or (side, side)), model.channels)
+    other, places = bind_to_draw(guide.model, mesh) if guide else (None, None)
 
-    def sample(params, seed, indices, asked):
+    def weaker(params, cond) -> Callable:
+        process = make_task(guide).process
+        return denoiser(process, lambda x, t: other.apply(params, x, t, cond))
+
+    def sample(params, seed, indices, asked, *more):
         keys = image_keys(asked.get("seed", seed), indices)
         cond = bound.draw(cfg.labels, keys, indices, dict(wanted)) | ({"text": asked["text"]} if asked else {})
-        images = task.walk(make_denoiser(bound, task, cfg, params, cond, asked), draw_noise(keys, 0, shape), keys)
+        if reuse:
+            all_images = (len(indices), *shape)
+            denoise = make_reusing(bound, task, cfg, params, cond, asked, all_images, *more, reuse == "measure")
+        else:
+            denoise = make_denoiser(bound, task, cfg, params, cond, asked, weaker(*more, cond) if guide else None)
+        images = task.walk(denoise, draw_noise(keys, 0, shape), keys)
+        if reuse == "measure":
+            return denoise.kept["changes"]
         return images, conditioning.labels(cond, len(indices))
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    return jax.jit(sample, in_shardings=(weights, whole, rows, rows), out_shardings=(rows, rows))
+    own = (weights, whole, rows, rows, *([places] if guide else [whole] if reuse else []))
+    return jax.jit(sample, in_shardings=own, out_shardings=whole if reuse == "measure" else (rows, rows))
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Maps [-1, 1] to 0..255 as the published DiT does: clamp(127.5 x + 128, 0, 255), truncated."""
     return np.clip(127.5 * images + 128.0, 0, 255).astype(np.uint8)
-
-
-def weights_hash(params) -> str:
-    """SHA-256 over the path, shape, dtype and bytes of every leaf, which are on the host one at a time."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(host_copy(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {np.shape(leaf)}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,11 +108,22 @@ class Sampling:
     rgb: bool = False
     size: Shape = None
     asked: Asked | None = None  # of a model of captions: the prompts
+    plan: Plan | None = None  # of sample.reuse
 
     @functools.cached_property
     def task(self) -> Task:
         """Process, sampler and times. Raises UsageError if they do not fit together."""
         return make_task(self.cfg)
+
+    @functools.cached_property
+    def guide(self) -> Guide | None:
+        """The weaker run of autoguidance. Raises UsageError if it does not fit."""
+        return open_guide(self.cfg)
+
+    @property
+    def _guiding(self) -> Guide | None:
+        """The same, if there is guidance."""
+        return None if self.cfg.sample.guidance == 1.0 else self.guide
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -139,8 +140,8 @@ class Sampling:
 
     @property
     def flops(self) -> int:
-        """FLOPs of one image, guided steps counted twice."""
-        return image_flops(self.cfg, self.inner)
+        """FLOPs of one image, of guided steps those of both sides."""
+        return image_flops(self.cfg, self.inner, self._guiding and self._guiding.cfg.model, self.plan)
 
     def images(
         self, params, seed: int, num: int, first: int = 0, stop: Sequence = ()
@@ -160,8 +161,11 @@ class Sampling:
         same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
         7e-7 in float32 and by one level in 1 of 15,360 pixels; in bfloat16 by up to 5 levels in a quarter of all pixels.)
         """
-        wanted = tuple(self.wanted.items())
-        draw = make_sampler(self.cfg.model, self.task, self.cfg.sample, self.mesh, wanted, self.inner)
+        draw, more = self._program(), ()
+        if self.plan and not self.plan.everything:
+            draw, more = self._program("plan"), (self.plan.fresh,)
+        elif self._guiding:
+            more = (self._guiding.weights(self.mesh),)
         rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
         batch = rows * max(1, -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts)))
         for start in range(0, most, batch):
@@ -170,7 +174,7 @@ class Sampling:
                 if stopped := self._agreed(stop, error):
                     break
                 try:
-                    chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows))
+                    chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows, more))
                 except NotFiniteError as found:
                     error = found
             else:
@@ -180,6 +184,28 @@ class Sampling:
             if stopped:
                 return
 
+    def _program(self, reuse: str = "") -> Callable:
+        sample = dataclasses.replace(self.cfg.sample, reuse=1.0)
+        settings = (self.cfg.model, self.task, sample, self.mesh, tuple(self.wanted.items()), self.inner)
+        return make_sampler(*settings, self._guiding and self._guiding.cfg, reuse)
+
+    def changes(self, params, num: int, seed: int) -> dict[str, np.ndarray]:
+        """Relative changes {part: (calls, layers)} of the outputs of blocks since the call before, over at least `num` images.
+
+        All processes of the mesh call it.
+        """
+        rows, total = ROWS * own_split(self.mesh), None
+        parts = flops.part_macs(self.cfg.model)
+        everything = {part: np.ones((len(self.task.evaluations), self.cfg.model.depth), bool) for part in parts}
+        first = rows * jax.process_index()
+        for at in range(0, num, rows * hosts_of(self.mesh)):
+            indices = np.arange(first + at, first + at + rows, dtype=np.int32)
+            asked = self.asked.rows(indices, seed) if self.asked else {}
+            found = self._program("measure")(params, seed, *put_batch(self.mesh, (indices, asked)), everything)
+            found = {part: np.asarray(squares, np.float64) for part, squares in found.items()}
+            total = found if total is None else {part: total[part] + found[part] for part in found}
+        return {part: np.sqrt(squares[..., 0] / np.maximum(squares[..., 1], 1e-30)) for part, squares in total.items()}
+
     def _agreed(self, stop: Sequence, error: Exception | None) -> bool:
         """Whether to stop, the same answer on all processes of the mesh; raises an error of one of them."""
         if hosts_of(self.mesh) > 1:
@@ -188,11 +214,13 @@ class Sampling:
             raise error
         return bool(stop)
 
-    def _rows(self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(
+        self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int, more: tuple
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Images of up to `rows` indices, and their labels. The mesh also draws `rows` if there are fewer."""
         filled = (np.resize(indices, rows) if len(indices) else np.zeros(rows)).astype(np.int32)
         asked = self.asked.rows(filled, seed) if self.asked else {}
-        drawn, labels = map(own_rows, draw(params, seed, *put_batch(self.mesh, (filled, asked))))
+        drawn, labels = map(own_rows, draw(params, seed, *put_batch(self.mesh, (filled, asked)), *more))
         labels = filled % len(self.asked.prompts) if self.asked else labels
         images = self.decode(drawn[: len(indices)]) if len(indices) else np.zeros((0, *self.shape), np.float32)
         if not np.isfinite(images).all():
@@ -218,6 +246,8 @@ class Sampling:
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
         job |= self.asked.describe() if self.asked else {}
+        job |= {"reuse.sha256": self.plan.sha256} if self.plan else {}
+        job |= {f"guide.{key}": value for key, value in self.guide.describe(self.mesh).items()} if self.guide else {}
         for name, group in (("sample", settings), ("model", model), ("diffusion", process)):
             job |= {f"{name}.{key}": value for key, value in group.items()}
         if self.autoencoder:
@@ -260,6 +290,7 @@ def open_sampling(
         warn("negative_prompt: has no effect at guidance 1")
     asked, decode = Asked(cfg.model, prompts) if prompts else None, make_decoder(autoencoder, own_mesh(mesh))
     found = Sampling(cfg, mesh, autoencoder, decode, wanted or {}, size=size, asked=asked)
+    found.guide  # noqa: B018, says now whether it fits
     if rgb and found.shape[-1] not in (1, 3):
         raise UsageError(f"--rgb: found images of {found.shape[-1]} channels, expected 1 or 3")
     return dataclasses.replace(found, rgb=rgb)
@@ -267,17 +298,23 @@ def open_sampling(
 
 def describe_sample(cfg: SampleConfig) -> dict:
     """The settings that images depend on. `times`, if given, replaces `steps` and `spacing`, else it is left out."""
-    settings = dataclasses.asdict(cfg)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if LATER_SETTINGS.get(name) != value}
     del settings["batch_size"]
+    if cfg.guide:
+        settings["guide"] = base(cfg.guide)  # the rest of the path is not what images depend on
     if cfg.times:
         return settings | {"steps": len(cfg.times) - 1, "spacing": "stated"}
     del settings["times"]
     return settings
 
 
-def image_flops(cfg: Config, size: Shape = None) -> int:
-    """FLOPs of one image of `cfg.sample`, guided steps counted twice. `size`: (h, w) of the model's output."""
-    calls = make_task(cfg).evaluations.astype(np.float32)  # as the program compares them
-    low, high = np.float32(cfg.sample.interval)
-    guided = 0 if cfg.sample.guidance == 1.0 else int(((calls >= low) & (calls <= high)).sum())
-    return forward_flops(cfg.model, size) * (len(calls) + guided)
+def image_flops(cfg: Config, size: Shape = None, guide: ModelConfig | None = None, plan: Plan | None = None) -> int:
+    """FLOPs of one image of `cfg.sample`, of guided steps those of both sides. `size`: (h, w) of the model's output.
+
+    `guide`: a weaker model, by which guided steps cost its forward pass more. `plan`: what is computed of `sample.reuse`.
+    """
+    each = passes(cfg, make_task(cfg))
+    second = int((each - 1).sum())
+    total = flops.forward_flops(cfg.model, size) * len(each) + flops.forward_flops(guide or cfg.model, size) * second
+    macs = flops.part_macs(cfg.model, size) if plan else {}
+    return total - sum(2 * macs[part] * int(((~plan.fresh[part]).sum(axis=1) * each).sum()) for part in macs)

@@ -1,21 +1,22 @@
 """Draws the images that a command asks for, on every host of the job, and writes its files."""
 
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dit_jax import checkpoint, flops
+from dit_jax import flops
 from dit_jax.config import Config
 from dit_jax.devices.processes import by_leader, check_folder, everyone_is_here, leader
-from dit_jax.devices.rows import drawing_mesh, on_mesh
+from dit_jax.devices.rows import drawing_mesh
 from dit_jax.files import absolute, base
 from dit_jax.files.out import check_out
 from dit_jax.log import say
 from dit_jax.sampling import parts, picture
-from dit_jax.sampling.draw import open_sampling, weights_hash
+from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
 from dit_jax.sampling.prompt import Prompts
+from dit_jax.sampling.reuse import with_reuse
+from dit_jax.sampling.weights import load_weights, title, weights_hash
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     mesh = drawing_mesh(4 * flops.parameters(cfg.model))
     labels = {"label": wanted.labels} if wanted.labels else {}
     sampling = open_sampling(cfg, mesh, labels, wanted.rgb, wanted.size, wanted.prompts)
-    place = functools.partial(on_mesh, mesh)
-    _, params = checkpoint.load(wanted.workdir, step, cfg.sample.weights, cfg.model, place)
+    params, notes = load_weights(cfg, wanted.workdir, step, mesh)
+    weights = title(cfg.sample, notes)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
     shape = " x ".join(map(str, sampling.shape))
-    say(f"{wanted.num} images {shape} of {cfg.data.title} from step {step} ({cfg.sample.weights}), {settings}")
+    say(f"{wanted.num} images {shape} of {cfg.data.title} from step {step} ({weights}), {settings}")
 
     def draw(indices, most: int) -> Iterator:
         return sampling.draw(params, wanted.seed, indices, most, stop)
@@ -61,7 +62,9 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     def drawn(num: int) -> Iterator:
         return parts.read_npz(wanted.out) if wanted.out else draw(range(num), num)
 
-    job = sampling.describe(weights_hash(params), step, wanted.seed)
+    sha256 = weights_hash(params)
+    sampling = with_reuse(sampling, params, sha256, wanted.workdir, step)
+    job = sampling.describe(sha256, step, wanted.seed)
     pngs = job | {"images": wanted.num}
     there = by_leader(lambda: wanted.images and picture.check_images(wanted.images, pngs, sampling.shape))
     if wanted.out:
@@ -70,7 +73,7 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
         picture.save_images(wanted.images, pngs, wanted.num, drawn(wanted.num))
     if wanted.grid and leader():
         model = f"{base(wanted.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
-        caption = f"{model}; step {step} ({cfg.sample.weights}); {settings}; seed {wanted.seed}"
+        caption = f"{model}; step {step} ({weights}); {settings}; seed {wanted.seed}"
         batches, texts = drawn(min(wanted.num, picture.GRID)), wanted.prompts.texts
         if texts:
             picture.save_grid(wanted.grid, batches, texts, caption, picture.prompt_grid)

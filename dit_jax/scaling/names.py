@@ -5,7 +5,13 @@ METHODS = ("isoflop", "varpro", "surface", "akima", "gadre", "power")  # in the 
 RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
 DROPPED = ("missing", "duplicates", "diverged", "outliers")  # in the order in which they are looked for
 SPLITS = ("largest", "budgets", "models")
-SAMPLING = ("sampler", "steps", "guidance", "spacing")  # fields of protocol.samples that points may differ in
+HOW = (
+    "interval",
+    "guide",
+    "rescale",
+    "reuse",
+)  # of these, how guidance acts, and the share of the blocks that is computed
+SAMPLING = ("sampler", "steps", "guidance", "spacing", *HOW)  # fields of protocol.samples that points may differ in
 FIGURES = (".png", ".svg", ".pdf")  # endings of files
 EXPLAINED = {  # what a method does, in a sentence
     "isoflop": "A parabola of the loss against log N at each compute budget, and power laws of compute through the minima.",

@@ -1,5 +1,6 @@
 """Grids of samples while a run trains, drawn from the EMA weights as `sample` draws them."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ from dit_jax.data.source import open_source
 from dit_jax.data.words import prompts
 from dit_jax.devices.mesh import local_mesh
 from dit_jax.devices.processes import leader, whole
-from dit_jax.error import NotFiniteError
+from dit_jax.error import NotFiniteError, UsageError
 from dit_jax.files import make_folder
 from dit_jax.log import warn
 from dit_jax.sampling.draw import open_sampling
@@ -27,10 +28,16 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     All processes call it, because the weights are gathered from all; process 0 draws, by `cfg.sample` and train.seed, and holds the
     weights whole on each of its devices meanwhile. Raises UsageError now if the settings exclude each other or lack an autoencoder.
     """
+    if cfg.sample.ema:
+        expected = "expected 0 with train.grid_every: grids are of the EMA that training keeps"
+        raise UsageError(f"sample.ema: found {cfg.sample.ema:g}, {expected}")
     names, asked = names_of(cfg, workdir), None
     if cfg.model.text:
         names = tuple(prompts(open_source(cfg.data, cfg.data.held_out_split), PROMPTS))
         asked = Prompts(names)
+    cfg = dataclasses.replace(
+        cfg, sample=dataclasses.replace(cfg.sample, reuse=1.0)
+    )  # the weights change from grid to grid
     sampling = open_sampling(cfg, local_mesh(), prompts=asked)
 
     def draw(step: int, ema: dict, stop: list) -> str:

@@ -22,8 +22,8 @@ from dit_jax.files import base, read
 from dit_jax.log import say
 from dit_jax.models.warm_start import NEW, RESIZED, TAKEN, WarmStart, check_body
 from dit_jax.networks.notes import space
-from dit_jax.sampling.draw import weights_hash
 from dit_jax.sampling.label import known_names
+from dit_jax.sampling.weights import weights_hash
 from dit_jax.training.state import abstract_state
 from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import check_same_init, flatten, read_config, read_init

@@ -33,13 +33,14 @@ from dit_jax.networks.in_step import encoder_flops, encoder_of, open_splits
 from dit_jax.sampling.label import keep_names
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.grid import make_grid
-from dit_jax.training.guard import all_finite, run_twice
+from dit_jax.training.guard import run_twice
 from dit_jax.training.init import Start, open_init
+from dit_jax.training.save import make_snapshots, save_state
 from dit_jax.training.state import abstract_state, make_state, restored_state
 from dit_jax.training.step import make_train_step
 from dit_jax.training.trace import step_annotation, tracing
 from dit_jax.workdir.folder import check_same_run, make_folder, provenance, read_config
-from dit_jax.workdir.goodput import Ledger, close, lose, note, write_entry
+from dit_jax.workdir.goodput import Ledger, close, lose, note
 from dit_jax.workdir.scalars import Scalars, import_wandb, open_scalars
 
 
@@ -236,6 +237,9 @@ def _train(
             last = first
             if not (first and stop):
                 last = _loop(cfg, workdir, mesh, saver, batches, stop, ledger, state, outputs)
+                with ledger.spend("save"):
+                    saver.wait()
+                    everyone_is_here("saved")
     finally:
         scalars.close()
         if leader():
@@ -251,6 +255,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
     program, meta = make_train_step(cfg, mesh, encoder), {"model": to_dict(cfg.model), **provenance(), **ambient()}
     first, every, pending, known, recent = int(state.step), cfg.train.replay_every, None, set(), []
     step = lambda state, batch: program(state, batch, *encoder.weights)  # noqa: E731
+    snapshot = make_snapshots(cfg, workdir, saver, meta, ledger)
 
     def save() -> None:
         nonlocal pending, recent
@@ -259,7 +264,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         pending, recent = None, []
         with ledger.spend("save"):
             outputs.flush()
-            _save(saver, state, batches.get_state(), meta, ledger, workdir)
+            save_state(saver, state, batches.get_state(), meta, ledger, workdir)
 
     for i in range(first + 1, cfg.train.steps + 1):
         saver.check()
@@ -282,6 +287,7 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
         if i % cfg.train.skips_in_a_row == 0:
             _check_streaks(cfg, recent[:-1], state, batch, encoder)
             recent = recent[-1:]
+        snapshot(i, state)
         due = i % cfg.train.checkpoint_every == 0 or i == cfg.train.steps or stopping
         due = due or checkpoint.stays(i, cfg.train.keep_at, cfg.train.keep_every)
         if due:
@@ -301,25 +307,11 @@ def _loop(cfg: Config, workdir: str, mesh, saver, batches, stop: list, ledger: L
                 if not due:
                     save()
                 break
-    with ledger.spend("save"):
-        saver.wait()
-        everyone_is_here("saved")
     return i
 
 
 def _due(step: int, every: int, last: int = 0) -> bool:
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _save(saver, state, position: dict, meta: dict, ledger: Ledger, workdir: str) -> None:
-    """Starts saving the state and writes the ledger's line once the checkpoint is complete. Raises JobError if it is not finite."""
-    if not all_finite(state):
-        raise JobError(
-            f"step {int(state.step)}: the state holds numbers that are not finite, though no step was accepted that made "
-            "them: a device or its memory is at fault. Nothing was saved; run the same command on other devices"
-        )
-    entry = ledger.entry()
-    saver.save(int(state.step), state.items(), position, meta, after=lambda: write_entry(entry, workdir))
 
 
 def _reporter(cfg: Config, ledger: Ledger, data: dict, quiet: bool):

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from dit_jax.checkpoint.average import power_exponent
 from dit_jax.config import OptimConfig
 
 
@@ -26,22 +26,17 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     return optax.chain(optax.clip_by_global_norm(cfg.clip), adamw) if cfg.clip else optax.chain(adamw)
 
 
-def power_exponent(width: float) -> float:
-    """Exponent gamma of the power-law EMA with relative standard deviation `width` (Karras et al. 2024, section 3.1).
-
-    The largest root of width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
-    """
-    inverse = width**-2
-    roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
-    return float(roots[np.isreal(roots)].real.max())
-
-
 def ema_decay(cfg: OptimConfig, step: jax.Array) -> jax.Array:
     """Weight of the old average at update `step`, from 0: constant, or (1 - 1/t)^(gamma + 1) with t = step + 1."""
     if cfg.ema == "constant":
         return jnp.float32(cfg.ema_decay)
+    return power_decay(cfg.ema_width, step)
+
+
+def power_decay(width: float, step: jax.Array) -> jax.Array:
+    """Weight of the old average at update `step`, from 0, in a power EMA (Karras et al. 2024, eq. 127)."""
     t = step.astype(jnp.float32) + 1
-    return (1 - 1 / t) ** (power_exponent(cfg.ema_width) + 1)
+    return (1 - 1 / t) ** (power_exponent(width) + 1)
 
 
 def update_ema(ema, params, decay):

@@ -12,6 +12,7 @@ import numpy as np
 
 from dit_jax import flops
 from dit_jax.bind import bind
+from dit_jax.checkpoint.average import track_names
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, state_sharding
 from dit_jax.devices.numerics import random_key
@@ -32,12 +33,14 @@ class TrainState:
     opt: Any  # of the optimizer
     guard: Guard
     extras: Any  # of the objective
+    tracks: dict = dataclasses.field(default_factory=dict)  # power EMAs by `average.track_names`, for snapshots
 
     def items(self) -> dict:
         """Items of a checkpoint by name; `step` is not among them."""
         opt = {"optimizer": self.opt, "guard": dataclasses.asdict(self.guard)}
         extras = {"extras": self.extras} if jax.tree.leaves(self.extras) else {}
-        return {"params": self.params, "ema": self.ema, "opt": opt, **extras}
+        tracks = {"tracks": self.tracks} if self.tracks else {}
+        return {"params": self.params, "ema": self.ema, "opt": opt, **extras, **tracks}
 
 
 @functools.lru_cache(maxsize=4)
@@ -51,7 +54,9 @@ def init_state(cfg: Config, change: Callable = lambda params: params) -> TrainSt
     params = change(bind(cfg.model).init(random_key(cfg.train.seed)))
     opt = make_optimizer(cfg.optim, cfg.train.steps).init(params)
     extras = make_objective(cfg).init_extras(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), opt, init_guard(), extras)
+    ema, *tracks = (jax.tree.map(jnp.copy, params) for _ in ("", *cfg.optim.ema_tracks))
+    tracks = dict(zip(track_names(cfg.optim), tracks, strict=True))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt, init_guard(), extras, tracks)
 
 
 def abstract_state(cfg: Config, mesh) -> TrainState:
@@ -88,4 +93,4 @@ def restored_state(step: int, items: dict, like: TrainState) -> TrainState:
     """State from a checkpoint's items. `step` is placed as in `like`, so that the step function compiles once."""
     opt, guard = items["opt"]["optimizer"], Guard(**items["opt"]["guard"])
     number, extras = jax.device_put(np.int32(step), like.step.sharding), items.get("extras", like.extras)
-    return TrainState(number, items["params"], items["ema"], opt, guard, extras)
+    return TrainState(number, items["params"], items["ema"], opt, guard, extras, items.get("tracks", {}))

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from dit_jax.bind import Model, bind
+from dit_jax.checkpoint.average import track_names
 from dit_jax.config import Config
 from dit_jax.devices.mesh import batch_sharding, compiler_options, replicated
 from dit_jax.devices.numerics import random_key
 from dit_jax.diffusion.objective import Objective, make_objective
 from dit_jax.networks.autoencoder import StepEncoder
 from dit_jax.training.guard import choose, fingerprint, judge
-from dit_jax.training.optim import ema_decay, learning_rate, make_optimizer, update_ema
+from dit_jax.training.optim import ema_decay, learning_rate, make_optimizer, power_decay, update_ema
 from dit_jax.training.state import TrainState, abstract_state
 
 
@@ -58,6 +59,8 @@ def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tup
         updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, ema_decay(cfg.optim, done))
+        widths = dict(zip(track_names(cfg.optim), cfg.optim.ema_tracks, strict=True))
+        tracks = {name: update_ema(state.tracks[name], params, power_decay(widths[name], done)) for name in widths}
     extras = objective.update_extras(state.extras, params, done)
     grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
     accepted, guard = judge(cfg.train, state.guard, loss, grad_norm, param_norm)
@@ -71,9 +74,9 @@ def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tup
         "streak": guard.streak,
         **({"gradient_bits": fingerprint(grads)} if cfg.train.replay_every else {}),
     }
-    new, old = (params, ema, opt, extras), (state.params, state.ema, state.opt, state.extras)
-    params, ema, opt, extras = choose(accepted, new, old)
-    return TrainState(state.step + 1, params, ema, opt, guard, extras), scalars
+    new, old = (params, ema, opt, extras, tracks), (state.params, state.ema, state.opt, state.extras, state.tracks)
+    params, ema, opt, extras, tracks = choose(accepted, new, old)
+    return TrainState(state.step + 1, params, ema, opt, guard, extras, tracks), scalars
 
 
 def step_key(cfg: Config, step: jax.Array) -> jax.Array:

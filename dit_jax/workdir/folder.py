@@ -59,6 +59,7 @@ FREE = (
     "data.cache", "data.workers", "data.prefetch",
     "data.skip_bad", "autoencoder.folder",
     "train.log_every", "train.checkpoint_every", "train.keep", "train.keep_at", "train.keep_every",
+    "optim.snapshot_every",
     "train.skips_in_a_row", "train.replay_every", "train.profile", "train.evaluate_every", "train.grid_every", "train.wandb",
     "model.remat", "model.unroll", "model.attention", "model.text_encoder",
 )  # fmt: skip

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.diffusion import schedule
+from dit_jax.diffusion import guidance, schedule
 from dit_jax.diffusion.process import DDPM, Flow
 from dit_jax.diffusion.samplers import SAMPLERS, draw_noise
 
@@ -31,6 +31,19 @@ def network(x, t, tanh, mix):
 def start(count=3):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(jnp.arange(count))
     return keys, np.array(draw_noise(keys, 0, SHAPE))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_rescaled_guidance(torch, share):
+    """guidance_rescale of diffusers' pipelines, of the whole noise prediction."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    rng = np.random.default_rng(1)
+    c, u = (rng.normal(size=(3, *SHAPE), scale=2.0).astype(np.float32) for _ in range(2))
+    ours = guidance.guided(lambda x, t: (jnp.asarray(c), jnp.asarray(u)), 4.0, 3, share)(None, None)
+    c, u = (torch.from_numpy(np.ascontiguousarray(a.transpose(0, 3, 1, 2))) for a in (c, u))
+    theirs = rescale_noise_cfg(u + 4.0 * (c - u), c, guidance_rescale=share).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def columns(process):

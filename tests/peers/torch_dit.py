@@ -31,7 +31,7 @@ EXPECTED = {  # what is written here, of the project's many choices
     "model.conditioning": "adaln_zero", "model.qk_norm": False, "model.learn_sigma": True, "diffusion.process": "ddpm",
     "diffusion.schedule": "linear", "diffusion.timesteps": 1000, "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.clip": 0.0,
     "optim.accumulate": 1, "optim.ema": "constant", "sample.sampler": "ddpm", "sample.spacing": "linspace",
-    "sample.interval": (0.0, 1.0),
+    "sample.interval": (0.0, 1.0), "sample.guide": "", "sample.rescale": 0.0, "sample.reuse": 1.0,
 }  # fmt: skip
 
 

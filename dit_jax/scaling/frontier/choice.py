@@ -14,8 +14,9 @@ from scipy import stats
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.frontier.points import SAMPLING, Point
+from dit_jax.scaling.names import HOW
 
-KEYS = ("sampler", "steps", "spacing")
+KEYS = ("sampler", "spacing", "steps", *HOW)
 AROUND = 2  # guidances on each side of the lowest that a quadratic goes through
 MISFIT = 0.01  # chance of residuals as large, below which a quadratic through more than three guidances does not fit
 COARSE = 0.1  # the same of scores without errors: relative residuals this large are no noise
@@ -83,7 +84,7 @@ def _interpolated(choice: Choice, higher: bool) -> Choice:
         lowest = min(tried, key=lambda p: sign * p.score)
         best, error = optimum(tried, higher) or (lowest, math.nan)
         found.append((best, "" if best is not lowest else _edge(lowest, tried), lowest, error))
-    for index in _indices([(f[0].sampler, f[0].spacing) for f in found]).values():
+    for index in _indices([_key(f[0], tuple(k for k in KEYS if k != "steps")) for f in found]).values():
         own = [found[i] for i in index]
         steps = optimum([f[0] for f in own], higher, "steps")
         if steps:
@@ -174,7 +175,7 @@ def _key(point: Point, names: Sequence[str] = KEYS) -> tuple:
 
 
 def sampling_key(point: Point) -> tuple:
-    """What choices of guidance are made within: a model, its sampler, steps and spacing."""
+    """What choices of guidance are made within: a model, and all of its sampling but the guidance."""
     return (point.name, *_key(point))
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from dit_jax.error import UsageError, shown
 from dit_jax.files import absolute
-from dit_jax.scaling.names import SAMPLING
+from dit_jax.scaling.names import HOW, SAMPLING
 from dit_jax.scaling.runs import Run, flatten
 from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, positive
 from dit_jax.scaling.runs.columns import Columns, Expected, read_rows, scaled
@@ -22,7 +22,7 @@ from dit_jax.scaling.runs.load import init_of, parse_record, sources
 from dit_jax.scaling.runs.run import tell_start
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
-OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", "passes", "flops_sample", "flops_step")
+OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", *HOW, "passes", "flops_sample", "flops_step")
 LOSSES = ("loss", "vlb", "likelihood")  # first words of the targets of held-out images
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 # Metrics of which more is better.
@@ -45,6 +45,10 @@ class Point:
     steps: float | int = math.nan
     guidance: float | int = math.nan
     spacing: str = ""
+    interval: str = ""  # of times at which guidance acts; "" = all
+    guide: str = ""  # run of autoguidance; "" = the null condition
+    rescale: str = ""  # share of the guided output that is rescaled; "" = none
+    reuse: str = ""  # share of the blocks that is computed; "" = all
     train: float | int = math.nan  # training FLOPs
     params: float | int = math.nan  # active per token
     tokens: float | int = math.nan
@@ -61,6 +65,7 @@ class Point:
     def sampling(self) -> str:
         """How its images are drawn, in words."""
         parts = [self.sampler, f"{self.steps:g} steps" * (not math.isnan(self.steps)), self.spacing]
+        parts += [f"{name} {text}" for name in HOW if (text := getattr(self, name))]
         parts.append(f"guidance {self.guidance:g}" * (not math.isnan(self.guidance)))
         return ", ".join(part for part in parts if part)
 
@@ -166,8 +171,9 @@ def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:
 def _same(first: Point, point: Point, which: str) -> None:
     """Raises UsageError where two points differ in more than how an image is drawn."""
     a, b = (flatten(getattr(p, which)) for p in (first, point))
-    free = {f"samples.{s}" for s in SAMPLING}
-    name = next((k for k in [*a, *b] if k not in free and a.get(k, "(absent)") != b.get(k, "(absent)")), None)
+    free = {"reuse", *(f"samples.{s}" for s in SAMPLING)}
+    names = [k for k in [*a, *b] if k not in free and not k.startswith("guide.")]
+    name = next((k for k in names if a.get(k, "(absent)") != b.get(k, "(absent)")), None)
     if name is not None:
         kind = "protocol" if which == "protocol" else "protocol of the loss"
         raise UsageError(
@@ -217,7 +223,7 @@ def _read_records(
 def _of_record(record: dict, metric: str, where: str, with_loss: dict | None, name: str) -> Point:
     protocol = record["protocol"]
     row = dict(record["metrics"]) | {ours: record.get(theirs) for ours, theirs in RECORD.items()} | {"name": name}
-    row |= {k: v for k, v in _mapping(protocol, "samples").items() if k in SAMPLING}
+    row |= {k: how(v) if k in HOW else v for k, v in _mapping(protocol, "samples").items() if k in SAMPLING}
     row["loss"] = with_loss["metrics"]["loss"] if with_loss and metric != "loss" else None
     signs = record.get("metric_signs", {})
     sign = signs.get(metric, 0) if isinstance(signs, dict) else signs
@@ -228,6 +234,13 @@ def _of_record(record: dict, metric: str, where: str, with_loss: dict | None, na
     return _point(
         row | {metric: record["metrics"][metric]}, metric, where, _mapping(protocol, "metrics").get("bootstrap"), **more
     )
+
+
+def how(value) -> str:
+    """A field of HOW in words; "" for all times."""
+    if isinstance(value, (list, tuple)):
+        return "" if [*value] == [0.0, 1.0] else " to ".join(map(str, value))
+    return str(value)
 
 
 def _mapping(protocol: dict, name: str) -> dict:
@@ -251,7 +264,7 @@ def _point(row: Mapping, metric: str, where: str, resamples=None, **more) -> Poi
 
     if "name" not in cells:
         raise UsageError(f"{where}: name is empty, expected the name of the model")
-    texts = {name: str(cells.get(name, "")).strip() for name in ("name", "sampler", "spacing")}
+    texts = {name: str(cells.get(name, "")).strip() for name in ("name", "sampler", "spacing", *HOW)}
     for name, text in texts.items():
         check_name(text, name, where)
     values = {NAMES.get(name, name): number(name) for name in (*NUMBERS, "flops_sample", "steps")}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.scaling.frontier.choice import choose
-from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better
+from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, how
 from dit_jax.scaling.report.text import finite, print_table
 from dit_jax.scaling.runs import flatten
 from dit_jax.scaling.runs.cells import agrees, condition
@@ -88,7 +88,9 @@ def _rest(record: dict) -> dict:
 
 def _weights(record: dict) -> str:
     found = record["protocol"].get("weights", "")
-    return "raw" if found == "params (raw)" else "ema" if isinstance(found, dict) else str(found)
+    if isinstance(found, dict):
+        return f"ema {found.get('width')}" if "snapshots_of" in found else "ema"
+    return "raw" if found == "params (raw)" else str(found)
 
 
 def _own(record: dict, differ: Sequence[str]) -> dict:
@@ -197,7 +199,7 @@ def _point(own: dict, record: dict, metric: str) -> Point:
     numbers = {
         n: float(samples[n]) if isinstance(samples.get(n), (int, float)) else math.nan for n in ("steps", "guidance")
     }
-    texts = {n: str(samples.get(n, "")) for n in SAMPLING if n not in numbers}
+    texts = {n: how(samples.get(n, "")) for n in SAMPLING if n not in numbers}
     signs = record.get("metric_signs")
     sign = signs.get(metric, 0) if isinstance(signs, dict) else 0
     se = 0.0 if math.isnan(low) else (high - low) / 2 / NORMAL

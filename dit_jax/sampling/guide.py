@@ -1,0 +1,65 @@
+"""The weaker run of autoguidance, `sample.guide`: which checkpoint it is, whether it fits, its weights."""
+
+import functools
+from dataclasses import dataclass, replace
+
+from dit_jax.checkpoint import find_step
+from dit_jax.config import Config, to_dict
+from dit_jax.devices.processes import by_leader
+from dit_jax.error import UsageError
+from dit_jax.files import base
+from dit_jax.networks.notes import space
+from dit_jax.sampling.weights import load_weights, weights_hash
+from dit_jax.workdir.folder import read_config
+
+ALIKE = {  # what a guide shares with the model that it guides; the rest, such as depth and width, may differ
+    "model": ("input_size", "channels", "classes", "text", "text_length", "text_width", "text_sha256"),
+    "diffusion": ("process", "schedule", "timesteps"),
+    "autoencoder": ("scale", "shift"),
+    "input": ("space",),
+}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A run's EMA weights at a step."""
+
+    workdir: str
+    step: int
+    cfg: Config
+
+    def weights(self, mesh) -> dict:
+        """Weights on the mesh; the last ones that were asked for stay there."""
+        return _weights(self, mesh)
+
+    def describe(self, mesh) -> dict:
+        """Run, step, and SHA-256 of the weights, for records."""
+        return {"run": base(self.workdir), "step": self.step, "weights_sha256": _hash(self, mesh)}
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(guide: Guide, mesh) -> dict:
+    return load_weights(guide.cfg, guide.workdir, guide.step, mesh)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(guide: Guide, mesh) -> str:
+    return weights_hash(guide.weights(mesh))
+
+
+def open_guide(cfg: Config) -> Guide | None:
+    """Find the checkpoint that `sample.guide` names; None for "". Raises UsageError if there is none, or it does not fit the model."""
+    text = cfg.sample.guide
+    if not text:
+        return None
+    workdir, _, step = text.rpartition("@")
+    workdir, step = (workdir, int(step)) if workdir and step.isascii() and step.isdecimal() else (text, None)
+    found = read_config(workdir, flag="sample.guide")
+    ours, theirs = (to_dict(c) | {"input": {"space": space(c)}} for c in (cfg, found))
+    for group, names in ALIKE.items():
+        for name in names:
+            if theirs[group][name] != ours[group][name]:
+                expected = f"expected {ours[group][name]!r}, as the model that it guides"
+                raise UsageError(f"sample.guide: {workdir}: {group}.{name}: found {theirs[group][name]!r}, {expected}")
+    kept = replace(found, sample=replace(found.sample, weights="ema", ema=0.0, guide=""))
+    return Guide(workdir, by_leader(lambda: find_step(workdir, step, "ema")), kept)

@@ -13,15 +13,17 @@ from dit_jax.diffusion.process import Denoiser
 
 
 def paired(model: Callable, cond, null) -> Callable:
-    """Turns `model(x, t, cond)` into a function of (x, t) with the conditional and the unconditional output of one model call.
+    """Turns `model(x, t, cond)` into a function of (x, t) with the conditional and the unconditional output of one model call; a flow
+    map's target time goes with t.
 
     `cond` and the null condition `null` are pytrees of arrays (b, ...). The two halves are interleaved image by image, so a sharded
     batch needs no resharding.
     """
     both = jax.tree.map(lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), cond, null)
 
-    def pair(x, t):
-        out = model(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
+    def pair(x, t, *target):
+        x, t, *target = (jnp.repeat(array, 2, axis=0) for array in (x, t, *target))
+        out = model(x, t, both, *target)
         out = out.reshape(out.shape[0] // 2, 2, *out.shape[1:])
         return out[:, 0], out[:, 1]
 
@@ -29,8 +31,8 @@ def paired(model: Callable, cond, null) -> Callable:
 
 
 def beside(denoise: Denoiser, weaker: Denoiser) -> Callable:
-    """Function of (x, t) with the outputs of both."""
-    return lambda x, t: (denoise(x, t), weaker(x, t))
+    """Function of (x, t) with the outputs of both; a flow map's target time goes with t."""
+    return lambda x, *times: (denoise(x, *times), weaker(x, *times))
 
 
 def guided(pair: Callable, scale: float, channels: int, rescale: float = 0.0) -> Denoiser:
@@ -39,8 +41,8 @@ def guided(pair: Callable, scale: float, channels: int, rescale: float = 0.0) ->
     `pair(x, t)`: outputs of the better and of the weaker denoiser. With scale 1 it is the better one. `rescale`: see `rescaled`.
     """
 
-    def denoise(x, t):
-        better, weaker = pair(x, t)
+    def denoise(x, *times):
+        better, weaker = pair(x, *times)
         c, u = better[..., :channels], weaker[..., :channels]
         out = u + scale * (c - u)
         out = rescaled(out, c, rescale) if rescale else out
@@ -64,7 +66,7 @@ def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denois
     All images of a call must share one time, as in a sampler, because the branch is chosen once per call.
     """
 
-    def denoise(x, t):
-        return jax.lax.cond((t[0] >= low) & (t[0] <= high), guided, plain, x, t)
+    def denoise(x, t, *target):
+        return jax.lax.cond((t[0] >= low) & (t[0] <= high), guided, plain, x, t, *target)
 
     return denoise

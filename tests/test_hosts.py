@@ -81,6 +81,28 @@ def test_one_two_and_four_processes_train_alike(data_dir, cache_dir, tmp_path):
         assert found[count][2] == pytest.approx(found[1][2], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_keep_snapshots_and_draw_from_them(data_dir, cache_dir, tmp_path):
+    """An EMA made of their snapshots, and a plan of reuse, give one process and two the same images."""
+    tracks = ["--config.optim.ema_tracks=(0.05,0.1)", "--config.optim.snapshot_every=4"]
+    train_on(2, tmp_path / "run", cache_dir, *tracks)
+    assert checkpoint.steps(str(tmp_path / "run"), "snapshots") == [*range(4, STEPS + 1, 4)]
+    drawn = []
+    for count in (1, 2):
+        address, jobs, out = free_address(), [], tmp_path / f"{count}.npz"
+        flags = [f"--workdir={tmp_path / 'run'}", "--num=40", "--ema=0.06", "--config.sample.reuse=0.6", f"--out={out}"]
+        for index in range(count):
+            where = (
+                [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"] if count > 1 else []
+            )
+            jobs.append(Job("sample", *flags, "--steps=6", "--guidance=2", *where, cache_dir=cache_dir, devices=1))
+        said = [job.communicate()[1] for job in jobs]
+        assert [job.returncode for job in jobs] == [0] * count, said
+        drawn.append(out.read_bytes())
+    assert drawn[0] == drawn[1] and len(list((tmp_path / "run" / "reuse").iterdir())) == 1
+
+
 def filled(state):
     """The same state, every array of it filled with random bits that make finite numbers."""
     draw = np.random.default_rng(0)

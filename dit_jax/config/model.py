@@ -26,7 +26,7 @@ class ModelConfig:
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     target: str = (
-        ""  # blocks given a flow map's target time: "" (none) | all, beside t | later (the last third, in place of t)
+        ""  # blocks given a flow map's target time: "" (none) | all, beside t | later (a third), in place of t
     )
     time_scale: float = (
         1.0  # factor of t in its sinusoids; below 1, such as 0.03, derivatives in t are smooth, for few steps

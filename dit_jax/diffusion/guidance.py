@@ -31,7 +31,7 @@ def paired(model: Callable, cond, null) -> Callable:
 
 
 def beside(denoise: Denoiser, weaker: Denoiser) -> Callable:
-    """Function of (x, t) with the outputs of both."""
+    """Function of (x, t) with the outputs of both; a flow map's target time goes with t."""
     return lambda x, *times: (denoise(x, *times), weaker(x, *times))
 
 

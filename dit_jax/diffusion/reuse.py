@@ -12,13 +12,13 @@ import numpy as np
 
 
 class Recurrent:
-    """Denoiser (x, t) that keeps arrays from call to call, by `call(x, t, kept) -> (output, kept)`; they go through a sampler's scan."""
+    """Denoiser (x, t) that keeps arrays from call to call, by `call(kept, x, t) -> (output, kept)`; they go through a sampler's scan."""
 
     def __init__(self, call: Callable, kept):
         self.call, self.kept = call, kept
 
-    def __call__(self, x, t):
-        out, self.kept = self.call(x, t, self.kept)
+    def __call__(self, x, *times):
+        out, self.kept = self.call(self.kept, x, *times)
         return out
 
 

@@ -1,6 +1,7 @@
 """The best width of the EMAs that an evaluation has scored."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from dit_jax.log import say
@@ -32,7 +33,7 @@ def best_widths(records: Sequence[dict]) -> list[tuple[int, str, str, float, flo
 
 
 def tell_best(records: Sequence[dict]) -> None:
-    """Logs the best width for each metric, but for the losses by time."""
+    """Logs the best width for each metric, but for losses by time and distances of fewer images."""
     for step, sampling, metric, width, score, tried in best_widths(records):
-        if not metric.startswith(("loss_t", "loss_fixed_t")):
+        if not re.search(r"^loss_(fixed_)?t\d+$|_n\d+$", metric):
             say(f"step {step}, {sampling}: best {metric} {score:.4g} at ema {width:g}, of {tried} widths")

@@ -81,34 +81,35 @@ def make_reusing(
     """
 
     def branch(kind: str) -> Callable:
-        def run(x, t, outputs, now):
+        def run(outputs, now, x, *times):
             made = []
 
-            def apply(x, t, cond):
-                def network(x, t):
-                    out, new = model.apply_reusing(params, x, t, cond, outputs[kind], now)
+            def apply(x, t, cond, *target):
+                def network(x, t, *target):
+                    out, new = model.apply_reusing(params, x, t, cond, outputs[kind], now, *target)
                     made.append(new)
                     return out
 
-                return denoiser(task.process, network)(x, t)
+                return denoiser(task.process, network)(x, t, *target)
 
-            out = _kinds(model, cfg, apply, cond, asked)[kind](x, t)
+            out = _kinds(model, cfg, apply, cond, asked)[kind](x, *times)
             return out, {**outputs, kind: made[0]}, _changes(outputs[kind], made[0]) if measure else {}
 
         return run
 
-    def call(x, t, kept):
+    def call(kept, x, t, *target):
         now = {part: rows[kept["call"]] for part, rows in fresh.items()}
         if len(kinds) == 1:
-            out, outputs, found = branch(kinds[0])(x, t, kept["outputs"], now)
+            out, outputs, found = branch(kinds[0])(kept["outputs"], now, x, t, *target)
         else:
             low, high = cfg.interval
             inside = (t[0] >= low) & (t[0] <= high)
-            out, outputs, found = jax.lax.cond(inside, branch("guided"), branch("plain"), x, t, kept["outputs"], now)
+            kept_and_new = (kept["outputs"], now, x, t, *target)
+            out, outputs, found = jax.lax.cond(inside, branch("guided"), branch("plain"), *kept_and_new)
         changes = {part: rows.at[kept["call"]].set(found[part]) for part, rows in kept["changes"].items()}
         return out, {"call": kept["call"] + 1, "outputs": outputs, "changes": changes}
 
-    kinds = [*_kinds(model, cfg, lambda x, t, cond: x, cond, asked)]
+    kinds = [*_kinds(model, cfg, model.apply, cond, asked)]
     count = tokens(model.cfg, shape[1:3])
     outputs = {kind: model.kept_outputs(shape[0] * (2 if kind == "guided" else 1), count) for kind in kinds}
     changes = {part: jnp.zeros((*rows.shape, 2)) for part, rows in fresh.items()} if measure else {}

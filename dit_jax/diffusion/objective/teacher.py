@@ -21,4 +21,4 @@ def guided(process: Process, model, params, cond, scale: float) -> Denoiser:
 
     if scale == 1.0:
         return lambda x, t: apply(x, t, cond)
-    return guidance.classifier_free(guidance.paired(apply, cond, model.null(cond)), scale, model.cfg.channels)
+    return guidance.guided(guidance.paired(apply, cond, model.null(cond)), scale, model.cfg.channels)

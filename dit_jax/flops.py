@@ -148,6 +148,7 @@ def component_parameters(cfg: ModelConfig) -> dict[str, int]:
     crossed, streams = crossed_tokens(cfg) > 0, 2 if cfg.conditioning == "dual_stream" else 1
     return {
         "patch_embedding": patch * cfg.channels * d + d,
+        "positions": cfg.tokens * d if cfg.positions == "learned" else 0,
         "time_embedding": (2 if cfg.target == "all" else 1) * (TIME_FREQUENCIES * d + d + d * d + d),
         **{f"{name}_table": FIELDS[name].parameters(cfg) for name in fields(cfg)},
         "attention": cfg.depth * streams * attention,

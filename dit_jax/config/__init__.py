@@ -52,6 +52,9 @@ class Config:
             if any(side % self.model.patch for side in shape):
                 expected = f"sides that are multiples of model.patch = {self.model.patch}"
                 raise UsageError(f"data.buckets: found {shape}, expected {expected}")
+        if self.data.buckets and self.model.positions == "learned":
+            expected = "expected sincos or rope with data.buckets: a table has one grid of patches"
+            raise UsageError(f"model.positions: found 'learned', {expected}")
         if self.data.buckets and self.sweep.budgets:
             why = "the budgets of a ladder count images of one shape"
             raise UsageError(f"data.buckets: found {self.data.buckets}, expected () with sweep.budgets: {why}")

@@ -25,15 +25,11 @@ class ModelConfig:
     text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
-    target: str = (
-        ""  # blocks given a flow map's target time: "" (none) | all, beside t | later (a third), in place of t
-    )
-    time_scale: float = (
-        1.0  # factor of t in its sinusoids; below 1, such as 0.03, derivatives in t are smooth, for few steps
-    )
+    target: str = ""  # blocks given a flow map's target time: "" | all, beside t | later (a third), in place of t
+    time_scale: float = 1.0  # factor of t in its sinusoids; 0.03 makes derivatives in t smooth, for few steps
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream
-    positions: str = "sincos"  # of the patches: sincos (added to them) | rope (rotates queries and keys, 2-D axial)
+    positions: str = "sincos"  # of the patches: sincos or learned (added to them) | rope (rotates queries and keys)
     block: str = "dit"  # layers of a block: dit (LayerNorm, GELU) | llama (RMSNorm, SwiGLU of about as many parameters)
     qk_norm: bool = False  # normalise queries and keys
     dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
@@ -61,7 +57,7 @@ class ModelConfig:
             raise UsageError(f"model.text: found '', {expected} for model.conditioning = {self.conditioning!r}")
         in_range("model.time_scale", self.time_scale, 1e-4, 1.0)
         choice("model.target", self.target, ("", "all", "later") if self.adaptive else ("",))
-        choice("model.positions", self.positions, ("sincos", "rope"))
+        choice("model.positions", self.positions, ("sincos", "learned", "rope"))
         choice("model.block", self.block, ("dit", "llama"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         choice("model.attention", self.attention, ("auto", "xla", "cudnn"))

@@ -128,67 +128,65 @@ def _pair(draws: Iterator[int], held_out: bool) -> tuple[int, int]:
 
 
 def _captions(kind: str, things: tuple[Thing, ...]) -> tuple[str, ...]:
-    names = [f"a {thing.words}" for thing in things]
-    if kind == "single":
-        return names[0], f"{names[0]} at the {PLACES[things[0].place]}"
     if kind == "counting":
         plural = things[0].words + ("es" if things[0].words.endswith("x") else "s")
         return (f"{COUNTS[len(things)]} {plural}",)
+    names = [thing.words for thing in things]
     if kind == "relation":
         (a, b), (first, second) = things, names
         return (
             f"{first} {RELATIONS[a.place, b.place]} {second}",
             f"{second} {RELATIONS[b.place, a.place]} {first}",
         )
-    joined = ", ".join(names[:-1]) + f" and {names[-1]}"
-    backwards = ", ".join(names[:0:-1]) + f" and {names[0]}"
-    return joined, backwards
+    placed = [f"{thing.words} {PLACES[thing.place]}" for thing in things]
+    orders = [some for lists in (names, placed) for some in (lists, [*lists[:0:-1], lists[0]])]
+    return tuple(dict.fromkeys(" and ".join([", ".join(some[:-1]), some[-1]][len(some) < 2 :]) for some in orders))
 
 
 _THING = rf"(?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<digit{{0}}>{'|'.join(DIGITS)})"
 _COUNTED = re.compile(rf"(?P<count>{'|'.join(COUNTS.values())}) " + _THING.format("") + "(es|s)")
-_PLACED = re.compile("a " + _THING.format("") + rf" at the (?P<place>{'|'.join(PLACES)})")
-_RELATED = re.compile("a " + _THING.format("1") + rf" (?P<relation>{'|'.join(NAMES)}) a " + _THING.format("2"))
-_LISTED = re.compile("a " + _THING.format(""))
+_RELATED = re.compile(_THING.format("1") + rf" (?P<relation>{'|'.join(NAMES)}) " + _THING.format("2"))
+_LISTED = re.compile(_THING.format("") + rf"( (?P<place>{'|'.join(PLACES)}))?")
 LISTS = {1: "single", 2: "two", 3: "three", 4: "four"}
-ASKED = (*LISTS.values(), "place", "relation", "counting")  # kinds of captions
+ASKED = (*LISTS.values(), "place", "relation", "counting")  # kinds of captions; place: of a single thing
 
 
-def parse(caption: str) -> tuple[str, list[tuple[int, int]], int, int]:
-    """What a caption of scenes asks for: (kind in ASKED, (digit, colour) of each thing, place or -1, relation in NAMES or -1).
+class Wish(NamedTuple):
+    """What a caption asks for: its kind in ASKED, things with the place that is stated of each or -1, relation in NAMES or -1."""
 
-    Raises UsageError for other text.
-    """
+    kind: str
+    things: list[Thing]
+    relation: int = NONE
 
-    def thing(found: re.Match, which: str = "") -> tuple[int, int]:
-        return DIGITS.index(found[f"digit{which}"]), list(COLOURS).index(found[f"colour{which}"])
+
+def parse(caption: str) -> Wish:
+    """What a caption of scenes asks for. Raises UsageError for other text."""
+
+    def thing(found: re.Match, which: str = "", place: str | None = None) -> Thing:
+        where = PLACES.index(place) if place else NONE
+        return Thing(DIGITS.index(found[f"digit{which}"]), list(COLOURS).index(found[f"colour{which}"]), where)
 
     if found := _COUNTED.fullmatch(caption):
         count = next(n for n, word in COUNTS.items() if word == found["count"])
-        return "counting", [thing(found)] * count, -1, -1
-    if found := _PLACED.fullmatch(caption):
-        return "place", [thing(found)], PLACES.index(found["place"]), -1
+        return Wish("counting", [thing(found)] * count)
     if found := _RELATED.fullmatch(caption):
-        return "relation", [thing(found, "1"), thing(found, "2")], -1, NAMES.index(found["relation"])
+        return Wish("relation", [thing(found, "1"), thing(found, "2")], NAMES.index(found["relation"]))
     listed = [_LISTED.fullmatch(part) for part in re.split(", | and ", caption)]
-    if not all(listed) or len(listed) not in LISTS:
-        expected = (
-            "expected one such as 'a red three left of a blue seven', 'two green fives', 'a red three and a blue seven'"
-        )
-        raise UsageError(f"caption: found {caption!r}, {expected}")
-    return LISTS[len(listed)], [thing(found) for found in listed], -1, -1
+    if not all(listed) or len(listed) not in LISTS or len({part["place"] is None for part in listed}) > 1:
+        some = "'red three left of blue seven', 'two green fives', 'red three top left and blue seven bottom right'"
+        raise UsageError(f"caption: found {caption!r}, expected one such as {some}")
+    things = [thing(part, place=part["place"]) for part in listed]
+    return Wish("place" if len(things) == 1 and listed[0]["place"] else LISTS[len(things)], things)
 
 
 def asked(captions: Sequence[str]) -> Prompts:
     """The captions as the arrays that the metric of composition takes. Raises UsageError as `parse`."""
     found = [parse(caption) for caption in captions]
-    things = np.full((len(found), 4, 2), NONE)
-    for row, (_, some, _, _) in zip(things, found, strict=True):
-        row[: len(some)] = some
-    kind, place, relation = (
-        np.array(list(column)) for column in zip(*((ASKED.index(k), p, r) for k, _, p, r in found), strict=True)
-    )
-    return Prompts(things[..., 0], things[..., 1], place, relation, kind, ASKED, _PALETTE.astype(np.float64))
+    things = np.full((len(found), 4, 3), NONE)
+    for row, wish in zip(things, found, strict=True):
+        row[: len(wish.things)] = wish.things
+    kind, relation = np.array([[ASKED.index(wish.kind), wish.relation] for wish in found]).reshape(-1, 2).T
+    return Prompts(*np.moveaxis(things, 2, 0), relation, kind, ASKED, _PALETTE.astype(np.float64))
 
 
 @functools.cache

@@ -23,14 +23,14 @@ class Prompts(NamedTuple):
     """What n prompts ask for, as arrays of numbers; NONE fills up. Sample i is drawn for prompt i modulo n.
 
     digits, colours (n, 4)   of the things that are named, in order
-    place (n,)               quarter of the first thing, row by row
+    places (n, 4)            quarter that is stated of each thing, row by row
     relation (n,)            of the first to the second: a row of `SHIFTS`
     kind (n,)                a number in `kinds`
     """
 
     digits: np.ndarray
     colours: np.ndarray
-    place: np.ndarray
+    places: np.ndarray
     relation: np.ndarray
     kind: np.ndarray
     kinds: tuple[str, ...]
@@ -68,10 +68,10 @@ def right(digits: np.ndarray, colours: np.ndarray, prompts: Prompts, rows: np.nd
     code = lambda d, c: np.where(d == NONE, NONE, d * len(prompts.palette) + c)  # noqa: E731
     found, asked = code(digits, colours), code(prompts.digits[rows], prompts.colours[rows])
     good = (np.sort(found, axis=1) == np.sort(asked, axis=1)).all(axis=1)
-    place, relation = prompts.place[rows], prompts.relation[rows]
+    places, relation = prompts.places[rows], prompts.relation[rows]
     quarters = np.arange(QUARTERS)
     first, second = found == asked[:, :1], found == asked[:, 1:2]  # where the first and the second thing may be
-    good &= (place == NONE) | (first & (quarters == place[:, None])).any(axis=1)
+    good &= ((places == NONE) | (np.take_along_axis(found, places, axis=1) == asked)).all(axis=1)
     for number, (down, across) in enumerate(SHIFTS):
         row, column = quarters // 2, quarters % 2
         holds = (row[:, None] - row == down) & (

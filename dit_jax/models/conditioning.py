@@ -47,6 +47,18 @@ def positions(side: int, width: int, grid: tuple[int, int] | None = None) -> np.
     return np.concatenate(encoded, axis=1).astype(np.float32)
 
 
+def learned_positions(module: nn.Module, cfg: ModelConfig, grid: tuple[int, int]) -> jax.Array:
+    """Trained table (n, d) of a square grid, a parameter of `module` (Dosovitskiy et al. 2021, arXiv 2010.11929, eq. 1).
+
+    It begins as large as the tokens: neighbours of few patches differ by little in sinusoids. Raises UsageError for another grid.
+    """
+    side = cfg.input_size // cfg.patch
+    if grid != (side, side):
+        found, expected = (" x ".join(map(str, shape)) for shape in (grid, (side, side)))
+        raise UsageError(f"model.positions: found learned for {found} patches, expected {expected}, as the table has")
+    return module.param("positions", unit_normal, (side * side, cfg.width))
+
+
 def rotations(side: int, width: int, grid: tuple[int, int], extra: int) -> np.ndarray:
     """Angles (n + extra, h/2), float32, that rotate the queries and keys of a grid of patches, and of `extra` tokens beside, for heads of
     `width` h.

@@ -209,6 +209,8 @@ class DiT(nn.Module):
         side, grid = cfg.input_size // cfg.patch, (rows, columns)
         if cfg.positions == "sincos":
             h = h + positions(side, cfg.width, grid).astype(dtype)[None]
+        if cfg.positions == "learned":
+            h = h + conditioning.learned_positions(self, cfg, grid).astype(dtype)[None]
         c = conditioning.embed(cfg, t, cond)
         if cfg.positions == "rope":
             extra = c.tokens.shape[1] if cfg.conditioning == "in_context" else 0

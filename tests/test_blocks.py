@@ -10,7 +10,7 @@ from test_diffusion import gaussian_denoiser, keys
 from test_model import SMALL, initial_params
 
 from dit_jax import checkpoint, flops
-from dit_jax.config import Config, DiffusionConfig, ModelConfig, SampleConfig, model_config, to_dict
+from dit_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, SampleConfig, model_config, to_dict
 from dit_jax.devices.mesh import make_mesh, spec
 from dit_jax.diffusion import process as processes
 from dit_jax.diffusion.objective import velocity
@@ -19,10 +19,27 @@ from dit_jax.diffusion.samplers import SAMPLERS, draw_noise
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.models import dit
-from dit_jax.models.conditioning import rotations
+from dit_jax.models.conditioning import positions, rotations
 from dit_jax.models.layers import rotate
 from dit_jax.networks import dit as published
 from dit_jax.sampling.draw import open_sampling
+
+LEARNED = dataclasses.replace(SMALL, positions="learned")
+
+
+def test_learned_positions_are_added_to_the_patches():
+    """A model with the sinusoids as its table is the model of sinusoids."""
+    params = initial_params(SMALL)
+    table = jnp.asarray(positions(SMALL.input_size // SMALL.patch, SMALL.width))
+    x, t, labels = (
+        jax.random.normal(jax.random.key(3), (2, 8, 8, SMALL.channels)),
+        jnp.array([3.0, 700.0]),
+        jnp.array([1, 2]),
+    )
+    found = dit.apply(LEARNED, params | {"positions": table}, x, t, labels)
+    np.testing.assert_array_equal(found, dit.apply(SMALL, params, x, t, labels))
+    made = jax.eval_shape(lambda: dit.init(LEARNED, jax.random.key(0)))
+    assert made.keys() - params.keys() == {"positions"} and made["positions"].shape == table.shape
 
 
 def test_logits_depend_on_the_distance_of_two_patches_only():
@@ -125,6 +142,21 @@ def test_runs_and_images_from_before_go_on(monkeypatch):
         (lambda: DiffusionConfig(shift=3.0), r"diffusion\.shift: found 3\.0, expected 1\.0 unless"),
         (lambda: DiffusionConfig(process="flow", shift=0.0), r"diffusion\.shift: found 0\.0, expected a value"),
         (lambda: ModelConfig(width=36, heads=6, positions="rope"), r"model\.heads: found 6, so 6 features a head"),
+        (lambda: published.write(LEARNED, initial_params(LEARNED)), r"model\.positions"),
+        (
+            lambda: dit.apply(
+                LEARNED,
+                initial_params(LEARNED),
+                jnp.zeros((1, 8, 12, LEARNED.channels)),
+                jnp.ones(1),
+                jnp.zeros(1, int),
+            ),
+            r"model\.positions: found learned for 4 x 6 patches, expected 4 x 4",
+        ),
+        (
+            lambda: Config(LEARNED, data=DataConfig(image_size=8, buckets=((8, 8), (8, 12)))),
+            r"model\.positions: found 'learned', expected sincos or rope with data\.buckets",
+        ),
         (lambda: ModelConfig(block="lama"), r"model\.block: found 'lama', .* did you mean 'llama'"),
         (lambda: published.write(dataclasses.replace(SMALL, block="llama"), initial_params(SMALL)), r"model\.block"),
     ],

@@ -83,6 +83,7 @@ def test_active_parameters_of_xl():
         {"conditioning": "in_context", "qk_norm": True},
         {"conditioning": "adaln"},
         {"block": "llama"},
+        {"positions": "learned"},
         {"block": "llama", "conditioning": "in_context", "positions": "rope"},
         {"block": "llama", "conditioning": "cross_attention"},
     ],

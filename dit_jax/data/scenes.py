@@ -44,7 +44,7 @@ RELATIONS = {
     for c in (0, 1)
     if 0 <= r - down <= 1 and 0 <= c - across <= 1
 }
-KINDS = ("single", "single", "two", "two", "relation", "relation", "counting", "three", "four")  # equally likely
+KINDS = ("single", "two", "two", "relation", "counting", "three", "three", "four")  # equally likely
 _DRAWS = 24  # numbers that most scenes take
 _PALETTE = np.array(list(COLOURS.values()), np.uint16)
 

@@ -14,7 +14,7 @@ class ObjectiveConfig:
     name: str = ""  # "" (the loss of diffusion.process) | consistency | mean_flow | progressive
     guidance: float = 1.0  # few steps: scale of the guided velocity to learn, then one forward an evaluation; 1 = none
     ratio: float = 0.25  # mean_flow: share of images whose target time r is below t; the rest has r = t
-    adaptive: float = 1.0  # mean_flow: power of the adaptive weight 1 / (error + 1e-3); 0 = no weight
+    adaptive: float = 1.0  # consistency, mean_flow: power of the weight 1 / (error + 1e-3); 0 = no weight
     steps: int = 4  # progressive: sampling steps of the student in the end
     rounds: int = 3  # progressive: halvings, the first from steps x 2^rounds; 0 = only guidance is distilled
     round_steps: int = 1000  # progressive: training steps of a round

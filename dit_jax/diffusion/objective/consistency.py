@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dit_jax import flops
 from dit_jax.config import Config
 from dit_jax.diffusion.objective.denoising import denoising, velocity
-from dit_jax.diffusion.objective.row import Objective, nothing
+from dit_jax.diffusion.objective.row import Objective, adaptive, nothing
 from dit_jax.diffusion.objective.teacher import guided, keep_teacher
 from dit_jax.diffusion.process import denoiser
 
@@ -44,8 +44,7 @@ def consistency(cfg: Config) -> Objective:
         slope = (image(ahead) - image(behind)) / (ahead - behind)[:, None, None, None]
         out = student(x_t, t)
         target = jax.lax.stop_gradient(out + jnp.clip(slope, -LARGEST, LARGEST))
-        mse = jnp.square(out - target).mean(axis=(1, 2, 3))
-        return mse, {"mse": mse}
+        return adaptive(jnp.square(out - target).mean(axis=(1, 2, 3)), cfg.objective.adaptive)
 
     def cost(shape: flops.Shape = None) -> int:
         return (5 + 2 * taught) * flops.forward_flops(cfg.model, shape)

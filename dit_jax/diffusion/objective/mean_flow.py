@@ -14,10 +14,8 @@ import jax.numpy as jnp
 from dit_jax import flops
 from dit_jax.config import Config
 from dit_jax.diffusion.objective.denoising import denoising, velocity
-from dit_jax.diffusion.objective.row import Objective
+from dit_jax.diffusion.objective.row import Objective, adaptive
 from dit_jax.diffusion.process import denoiser
-
-OFFSET = 1e-3  # added to the error in the adaptive weight
 
 
 def mean_flow(cfg: Config) -> Objective:
@@ -50,10 +48,7 @@ def mean_flow(cfg: Config) -> Objective:
         _, slope = jax.jvp(lambda x, t: frozen(x, t, r), (x_t, t), (v, jnp.ones_like(t)))
         target = jax.lax.stop_gradient(v - (t - r)[:, None, None, None] * slope)
         error = jnp.square(mean_velocity(model, params, cond)(x_t, t, r) - target).mean(axis=(1, 2, 3))
-        if not how.adaptive:
-            return error, {"mse": error}
-        weight = jax.lax.stop_gradient((error + OFFSET) ** -how.adaptive)
-        return weight * error, {"mse": error, "weight": weight}
+        return adaptive(error, how.adaptive)
 
     def cost(shape: flops.Shape = None) -> int:
         passes = 3 + (how.guidance != 1.0)

@@ -6,7 +6,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from dit_jax.diffusion.process import Process
+
+OFFSET = 1e-3  # added to the error in the adaptive weight
 
 
 def nothing(params) -> dict:
@@ -17,6 +21,14 @@ def nothing(params) -> dict:
 def unchanged(extras, params, step):
     """Leaves the extras unchanged."""
     return extras
+
+
+def adaptive(error: jax.Array, power: float):
+    """Losses and their parts of errors (b,), with the weight 1 / (error + 1e-3)^power without gradient (Geng et al. 2025, section 4.3)."""
+    if not power:
+        return error, {"mse": error}
+    weight = jax.lax.stop_gradient((error + OFFSET) ** -power)
+    return weight * error, {"mse": error, "weight": weight}
 
 
 class Objective(NamedTuple):

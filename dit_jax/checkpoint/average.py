@@ -5,8 +5,8 @@ average of another exponent is the linear combination of the snapshots whose pro
 closed form (Karras et al. 2024, arXiv 2312.02696, sections 3.1 and 3.2). Here its coefficients have the sum 1, so that what training no
 longer changes is exact.
 
-`W/snapshots/<step>/` holds the items `tracks`, float32 (float16 would add errors of up to 1e-2 for small widths, whose coefficients are
-of both signs and sum to 20 and more in absolute value), and `meta`, with a manifest, as a checkpoint does. A checkpoint holds both too.
+`W/snapshots/<step>/` holds the items `tracks` and `meta`, with a manifest, as a checkpoint does. A checkpoint holds both too. Tracks are
+float32: small widths have coefficients of both signs, whose absolute values sum to 20 and more, and roundings grow with them.
 """
 
 from collections.abc import Callable, Sequence

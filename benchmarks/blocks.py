@@ -35,7 +35,14 @@ VARIANTS = {
     "shift 2": {"diffusion.shift": 2.0},
 }
 TIMES = 8
-BASE = {"diffusion.prediction": "velocity", "model.patch": 4, "model.width": 64}  # beside its variant, x-prediction
+BASE = {  # beside its variants: the velocity, sinusoids, times as they come
+    "diffusion.prediction": "velocity",
+    "diffusion.shift": 1.0,
+    "diffusion.time_law": "uniform",
+    "model.positions": "sincos",
+    "model.patch": 4,
+    "model.width": 64,
+}
 SCORES = {"loss at fixed t": "loss", "composition": "composition"}
 
 

@@ -14,8 +14,8 @@ digits = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(digits)
 
 KINDS = {  # objective, training steps, sampler
-    "consistency": (dict(name="consistency", guidance=2.0, adaptive=0.0), 600, "consistency"),
-    "mean_flow": (dict(name="mean_flow", guidance=2.0, ratio=0.5), 600, "flow_map"),
+    "consistency": (dict(name="consistency", guidance=2.0, adaptive=0.0), 200, "consistency"),
+    "mean_flow": (dict(name="mean_flow", guidance=2.0, ratio=0.5), 400, "flow_map"),
     "guidance": (dict(name="progressive", guidance=2.0, rounds=0), 300, "euler"),
     "progressive": (dict(name="progressive", rounds=3, steps=4, round_steps=200), 600, "euler"),  # of `guidance`
 }
@@ -29,7 +29,7 @@ def get_config(kind="consistency"):
     c.model.target = "later" if kind == "mean_flow" else ""
     c.model.time_scale = 0.03 if kind in ("consistency", "mean_flow") else 1.0  # they need derivatives in t
     c.optim.update(learning_rate=2e-4 if kind == "consistency" else 1e-3, warmup_steps=50)
-    c.train.update(steps=steps, checkpoint_every=200)
+    c.train.update(steps=steps, checkpoint_every=100)
     c.sample.update(sampler=sampler, steps=32 if kind == "guidance" else 4, guidance=1.0)
     c.eval.loss = False
     return c

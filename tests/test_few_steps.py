@@ -24,7 +24,7 @@ from dit_jax.diffusion.process import Flow, denoiser
 from dit_jax.diffusion.samplers import SAMPLERS, draw_noise
 from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
-from dit_jax.evaluation.protocol import make_record
+from dit_jax.evaluation.protocol import check_config, make_record
 from dit_jax.models.kernels import gelu, softmax_attention
 from dit_jax.models.warm_start import NEW, WarmStart
 from dit_jax.sampling.draw import image_flops, open_sampling
@@ -366,6 +366,11 @@ def test_samplers_of_other_models_are_refused():
     for kind in ("consistency", "mean_flow", "guidance"):
         inside = r"sample.guidance: found 1.5, expected 1: guidance is inside this model \(objective.guidance = 2\)"
         refused(inside, make_task, with_(student(kind), sample={"guidance": 1.5}))
+    refused(
+        "eval.likelihood: found True, .* no velocity",
+        check_config,
+        with_(student("consistency"), eval={"likelihood": True}),
+    )
     outside = with_(student("mean_flow"), objective={"guidance": 1.0}, sample={"guidance": 1.5})
     assert open_sampling(outside, make_mesh(outside.mesh)).flops == 4 * flops.forward_flops(outside.model)
 

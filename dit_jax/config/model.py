@@ -25,8 +25,8 @@ class ModelConfig:
     text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
-    target: str = ""  # blocks given a flow map's target time: "" | all, beside t | later (a third), in place of t
-    time_scale: float = 1.0  # factor of t in its sinusoids; 0.03 makes derivatives in t smooth, for few steps
+    target: str = ""  # which blocks read a flow map's target time: "" (none) | all (beside t) | later (the last third)
+    time_scale: float = 1.0  # factor of t in its sinusoids; 0.03 gives smooth derivatives in t, for few steps
     learn_sigma: bool = True  # two outputs per channel: eps and the learned-range variance
     conditioning: str = "adaln_zero"  # adaln_zero | adaln | in_context | cross_attention | adaln_cross | dual_stream
     positions: str = "sincos"  # of the patches: sincos or learned (added to them) | rope (rotates queries and keys)

@@ -264,6 +264,9 @@ def check_config(cfg: Config, key: str = "eval.samples") -> None:
         expected = "expected at least one of them: nothing would be measured"
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
     if cfg.eval.likelihood:
+        if cfg.objective.name == "consistency" or (cfg.objective.name == "progressive" and cfg.objective.rounds):
+            why = f"a model of objective.name = {cfg.objective.name!r} has no velocity of a flow"
+            raise UsageError(f"eval.likelihood: found True, expected False: {why}")
         find_solver(make_objective(cfg).process, cfg.eval.likelihood_solver, cfg.eval.likelihood_steps)
     if cfg.eval.captions and not cfg.model.text:
         raise UsageError(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dit_jax import flops
-from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, SampleConfig, TrainConfig
+from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.reuse import computed, plan
 from dit_jax.error import UsageError
@@ -116,6 +116,17 @@ def test_every_sampler_keeps_what_the_calls_put_out(mesh, sampler):
     plain = np.asarray(sampling._program()(params, 3, indices, {})[0])
     np.testing.assert_allclose(drawn(everything), plain, atol=2e-4)
     assert np.abs(drawn(first) - plain).max() > 1e-3
+
+
+def test_a_flow_map_reuses_outputs_too(mesh):
+    """Its later blocks are given the target time, which goes with the time of the call."""
+    cfg = settings(sampler="flow_map", steps=3, guidance=1.5)
+    cfg = dataclasses.replace(cfg, model=ModelConfig(**TINY, target="later"), objective=ObjectiveConfig("mean_flow"))
+    params, sampling = weights(cfg.model), draw.open_sampling(cfg, mesh)
+    program, indices, everything = sampling._program("plan"), np.arange(16, dtype=np.int32), np.ones((3, 3), bool)
+    plain = np.asarray(sampling._program()(params, 3, indices, {})[0])
+    drawn = program(params, 3, indices, {}, dict.fromkeys(("attention", "mlp"), everything))[0]
+    np.testing.assert_allclose(drawn, plain, atol=2e-4)
 
 
 def test_the_changes_are_those_of_the_modules_outputs(mesh):

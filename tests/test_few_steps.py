@@ -201,8 +201,8 @@ def mixture_exact(x, steps=400):
 
 @pytest.mark.parametrize("kind", ["consistency", "mean_flow"])
 def test_it_approaches_the_exact_map_of_a_gaussian(kind):
-    errors = [map_error(*trained(kind, gaussian, steps), gaussian_exact) for steps in (60, 600)]
-    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.12
+    """From 0.9 of a network that gives zero."""
+    assert map_error(*trained(kind, gaussian, 600), gaussian_exact) < 0.12
 
 
 @pytest.mark.slow

@@ -206,7 +206,6 @@ def faulty(cfg, mesh):
     return jax.jit(faulty_step)
 
 
-@pytest.mark.slow
 def test_any_flipped_gradient_bit_is_caught_before_the_state_advances(seen, faulty):
     """All 32 bits, of gradients all over the model; without a fault the two runs agree."""
     seed = random.SystemRandom().randrange(10**6)

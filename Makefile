@@ -20,7 +20,7 @@ help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
 	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
 	@echo "make words      train a model of words on coloured digits and score what it draws, write $(WORDS)/report.html"
-	@echo "make test       the tests (about 17 minutes on 2 cores)"
+	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-data  the same 200 pictures through every door of the data: kills, hosts, positions (about 5 minutes)"
 	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"

@@ -31,18 +31,28 @@ class Model:
         cond = cond if target is None else conditioning.aim(cond, target)
         return dit.apply(self.cfg, params, x, t, cond, self.place)
 
-    @property
-    def forward_mode(self) -> "Model":
-        """The same model by operations that have forward-mode derivatives: cuDNN's attention has none."""
-        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, attention="xla"))
-
-    def apply_reusing(self, params: Mapping, x: jax.Array, t: jax.Array, cond, kept: dict, fresh: dict) -> tuple:
+    def apply_reusing(
+        self,
+        params: Mapping,
+        x: jax.Array,
+        t: jax.Array,
+        cond,
+        kept: dict,
+        fresh: dict,
+        target: jax.Array | None = None,
+    ) -> tuple:
         """Runs the model but for outputs that are kept; see `models.dit.apply_reusing`."""
+        cond = cond if target is None else conditioning.aim(cond, target)
         return dit.apply_reusing(self.cfg, params, x, t, cond, kept, fresh, self.place)
 
     def kept_outputs(self, images: int, tokens: int) -> dict:
         """Zeros in the shapes of what `apply_reusing` keeps."""
         return dit.kept_outputs(self.cfg, images, tokens)
+
+    @property
+    def forward_mode(self) -> "Model":
+        """The same model by operations that have forward-mode derivatives: cuDNN's attention has none."""
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, attention="xla"))
 
     def null(self, cond) -> dict:
         """Null condition in the shapes of `cond`."""

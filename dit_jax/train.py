@@ -22,6 +22,11 @@ def _init() -> tuple[str, int | None]:
     return source, step
 
 
+def _is_here() -> bool:
+    """Whether the run's folder can be looked at from this machine."""
+    return reachable(flags.FLAGS.workdir)
+
+
 def check(cfg: Config, slice_: Slice | None) -> None:
     """Raises UsageError if training would refuse the config, its mesh and batch on the slice, or the weights to begin with."""
     from dit_jax.devices.mesh import abstract_mesh, check_batch
@@ -29,7 +34,7 @@ def check(cfg: Config, slice_: Slice | None) -> None:
 
     make_task(cfg)
     source, step = _init()
-    if (source and reachable(source)) or not (source or reachable(flags.FLAGS.workdir)):
+    if (source and reachable(source)) or not (source or _is_here()):
         from dit_jax.training.init import check_source, check_taught
 
         check_source(cfg, source, step) if source else check_taught(cfg)

@@ -161,7 +161,9 @@ def test_queries_keys_and_values_are_thirds():
 
 @pytest.mark.parametrize("changes", [{"conditioning": "adaln"}, {"conditioning": "in_context"}, {"qk_norm": True}])
 def test_other_models_have_no_published_names(changes):
-    with pytest.raises(UsageError, match="only 'adaln_zero' without qk_norm, rope and llama blocks has"):
+    with pytest.raises(
+        UsageError, match=r"only 'adaln_zero' with the other defaults of qk_norm, positions, block, .* has"
+    ):
         published.write(dataclasses.replace(TINY, **changes), {})
 
 

@@ -214,6 +214,7 @@ def test_the_loop_scores_every_so_many_steps_and_the_last(data_dir, tmp_path):
 
 def test_check_refuses_what_evaluation_would(monkeypatch):
     monkeypatch.setattr(job, "_init", lambda: ("", None))  # of flags, which are the command's
+    monkeypatch.setattr(job, "_is_here", lambda: False)
     asked = EvalConfig(samples=3000, features="inception")
     cfg = dataclasses.replace(CFG, eval=asked, train=dataclasses.replace(CFG.train, evaluate_every=0))
     job.check(cfg, None)

@@ -234,9 +234,7 @@ def _check_published(cfg: ModelConfig) -> None:
     }
     for key, expected in published.items():
         if (found := getattr(cfg, key)) != expected:
-            why = (
-                "only 'adaln_zero' without qk_norm, rope, llama blocks, target time and scaled time has published names"
-            )
+            why = f"only 'adaln_zero' with the other defaults of {', '.join([*published][1:])} has published names"
             raise UsageError(f"model.{key}: found {found!r}, expected {expected!r}; {why}")
     if not cfg.classes:
         raise UsageError("model.classes: found 0; only a model with classes has published names")

@@ -70,7 +70,7 @@ def make_sampler(
 
     def weaker(params, cond) -> Callable:
         process = make_task(guide).process
-        return denoiser(process, lambda x, t: other.apply(params, x, t, cond))
+        return denoiser(process, lambda x, t, *target: other.apply(params, x, t, cond, *target))
 
     def sample(params, seed, indices, asked, *more):
         keys = image_keys(asked.get("seed", seed), indices)

@@ -15,9 +15,9 @@ the MLP ratio r; of SwiGLU 3 and `cfg.hidden`), and by conditioning:
 
 M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
 the label, T + 2 and (2T + 4) have one token less. The states of a frozen encoder, of width w, add their projection, M w d; the encoder
-itself is counted apart (`encoder_macs`). A flow map's target time is embedded as t is, 256 d + d^2 more. In `dual_stream` caption
-tokens have weights of their own, also in the last block, where XLA leaves those out that nothing reads if the layer scan is fully
-unrolled.
+itself is counted apart (`encoder_macs`). Each of `text_depth` blocks adds 4 M d^2 + g M d h + 2 M^2 d. A flow map's target time is
+embedded as t is, 256 d + d^2 more. In `dual_stream` caption tokens have weights of their own, also in the last block, where XLA leaves
+those out that nothing reads if the layer scan is fully unrolled.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,17 @@ class Field(NamedTuple):
 
 def text_parameters(cfg: ModelConfig) -> int:
     """Trainable parameters of the embedding of captions, and of the learned null condition."""
-    rows = cfg.state_width + 1 if cfg.encoded else TABLES[cfg.text]
-    return (rows + cfg.text_length * (cfg.null == "learned")) * cfg.width
+    rows, d = cfg.state_width + 1 if cfg.encoded else TABLES[cfg.text], cfg.width
+    attention, mlp, norm = _block_parameters(cfg)
+    blocks = cfg.text_depth * (attention + mlp + 2 * norm) + (norm if cfg.text_depth else 0)
+    return (rows + cfg.text_length * (cfg.null == "learned")) * d + blocks
+
+
+def text_macs(cfg: ModelConfig) -> int:
+    """MACs of the embedding of a caption: an encoder's states to the model's width, and `text_depth` blocks."""
+    m, d = cfg.caption_tokens, cfg.width
+    block = m * (4 * d * d + 2 * m * d + _matrices(cfg) * d * cfg.hidden)
+    return (m * cfg.state_width * d if cfg.encoded else 0) + cfg.text_depth * block
 
 
 FIELDS = {
@@ -52,7 +61,7 @@ FIELDS = {
         lambda cfg: bool(cfg.text),
         text_parameters,
         lambda cfg: cfg.caption_tokens,
-        lambda cfg: cfg.caption_tokens * cfg.state_width * cfg.width if cfg.encoded else 0,
+        text_macs,
     ),
 }
 MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6, "dual_stream": 12}  # vectors per block; the output has 2
@@ -139,12 +148,18 @@ def tangent_flops(cfg: ModelConfig, shape: Shape = None) -> int:
     return 2 * sum(once.values())
 
 
-def component_parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Trainable parameters by component, so without the fixed position table."""
-    d, patch, hidden = cfg.width, cfg.patch**2, cfg.hidden
+def _block_parameters(cfg: ModelConfig) -> tuple[int, int, int]:
+    """Trainable parameters of one attention, one MLP and one norm of a block."""
+    d, hidden = cfg.width, cfg.hidden
     attention = 4 * d * d + 4 * d + (2 * (d // cfg.heads) if cfg.qk_norm else 0)
     mlp = _matrices(cfg) * d * hidden + (_matrices(cfg) - 1) * hidden + d
-    norm = d if cfg.block == "llama" else 2 * d  # RMSNorm has no bias
+    return attention, mlp, d if cfg.block == "llama" else 2 * d  # RMSNorm has no bias
+
+
+def component_parameters(cfg: ModelConfig) -> dict[str, int]:
+    """Trainable parameters by component, so without the fixed position table."""
+    d, patch = cfg.width, cfg.patch**2
+    attention, mlp, norm = _block_parameters(cfg)
     crossed, streams = crossed_tokens(cfg) > 0, 2 if cfg.conditioning == "dual_stream" else 1
     return {
         "patch_embedding": patch * cfg.channels * d + d,

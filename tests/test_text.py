@@ -48,10 +48,11 @@ def model(kind, **changes):
 APPLY = jax.jit(dit.apply, static_argnums=0)  # one program, where op by op would be a hundred
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "text_depth"])
 def made(request):
     """(config, weights without zeros, inputs)."""
-    cfg = model(request.param)
+    deep = {"text_depth": 2, "qk_norm": True}
+    cfg = model("adaln_cross", **deep) if request.param == "text_depth" else model(request.param)
     params = dit.init(cfg, jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), len(leaves := jax.tree.leaves(params)))
     noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
@@ -73,7 +74,8 @@ def test_parameters_and_flops_are_exact(made):
     longer = dataclasses.replace(cfg, text_length=13)
     d, n = cfg.width, cfg.tokens
     if cfg.conditioning == "adaln_cross":
-        token = cfg.depth * (2 * d * d + 2 * n * d)
+        within = (4 + 2 * cfg.mlp_ratio) * d * d + 2 * (13**2 - 12**2) * d
+        token = cfg.depth * (2 * d * d + 2 * n * d) + cfg.text_depth * within
     else:
         s = n + 12 + (cfg.conditioning == "in_context")  # image, caption, time
         token = cfg.depth * ((4 + 2 * cfg.mlp_ratio) * d * d + 2 * ((s + 1) ** 2 - s**2) * d)
@@ -138,10 +140,10 @@ def test_layers_of_a_dual_stream_that_nothing_reads_have_no_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adaln_cross", "dual_stream"])
-def test_shards_train_models_of_captions(kind):
-    """On 2 x 2 x 2 devices the losses are those of one device, with modern blocks too."""
-    cfg = model(kind, block="llama", positions="rope", qk_norm=True)
+@pytest.mark.parametrize("kind, deep", [("adaln_cross", 1), ("dual_stream", 0)])
+def test_shards_train_models_of_captions(kind, deep):
+    """On 2 x 2 x 2 devices the losses are those of one device, with modern blocks and a text encoder of its own too."""
+    cfg = model(kind, block="llama", positions="rope", qk_norm=True, text_depth=deep)
     cfg = Config(cfg, DiffusionConfig(process="flow", prediction="x", shift=2.0), train=TrainConfig(batch_size=8))
     rng = np.random.default_rng(0)
     ids = np.where(np.arange(12) < rng.integers(1, 12, (8, 1)), rng.integers(1, 257, (8, 12)), 0).astype(np.int32)

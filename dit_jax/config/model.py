@@ -20,6 +20,7 @@ class ModelConfig:
     classes: int = 1000  # labels without the null class; 0 = images without labels
     text: str = ""  # how captions are read: "" (none) | bytes | words | clip | t5 | bert (frozen encoders)
     text_length: int = 64  # tokens of a caption, of bytes: bytes, of words: words; longer ones are cut
+    text_depth: int = 0  # blocks of self-attention over the caption's tokens, trained with the model
     text_encoder: str = ""  # clip, t5, bert: folder written by `convert`, such as --source=t5
     text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins
     text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
@@ -40,13 +41,15 @@ class ModelConfig:
     def __post_init__(self):
         at_least(1, self, "depth", "width", "heads", "patch", "input_size", "channels", "mlp_ratio", "unroll")
         at_least(1, self, "text_length")
-        at_least(0, self, "classes", "text_width")
+        at_least(0, self, "classes", "text_width", "text_depth")
         choice("model.text", self.text, ("", "bytes", "words", *ENCODERS))
         choice("model.null", self.null, ("empty", "learned") if self.text else ("empty",))
         for name in ("text_encoder", "text_width", "text_sha256"):
             if not self.encoded and (found := getattr(self, name)):
                 expected = f"expected none with model.text = {self.text!r}, or {', '.join(ENCODERS)} as model.text"
                 raise UsageError(f"model.{name}: found {shown(found)}, {expected}")
+        if self.text_depth and not self.text:
+            raise UsageError(f"model.text_depth: found {self.text_depth}, expected 0 for a model without captions")
         kinds, of_text = ("in_context", "cross_attention", "adaln", "adaln_zero"), ("adaln_cross", "dual_stream")
         choice("model.conditioning", self.conditioning, (*kinds, *of_text))
         if bool(self.text) and self.conditioning not in ("in_context", *of_text):

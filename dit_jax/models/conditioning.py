@@ -17,7 +17,7 @@ import numpy as np
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
-from dit_jax.models.layers import layer_norm
+from dit_jax.models.layers import LAYERS, Attention, Norm, layer_norm
 
 MAX_PERIOD = 10_000.0
 small_normal = nn.initializers.normal(0.02)
@@ -115,8 +115,9 @@ class TextEmbedding(nn.Module):
     """Embedding of captions -> (b, m, d).
 
     Bytes or words (b, m): a table, plus fixed sinusoids of the place. States of an encoder (b, m, w): a norm, because encoders
-    differ in scale (Saharia et al. 2022, arXiv 2205.11487, section 2.3), then a Linear, whose weights also serve as the norm's. With
-    `null = learned` the rows of the null condition are a trained table (m, d).
+    differ in scale (Saharia et al. 2022, arXiv 2205.11487, section 2.3), then a Linear, whose weights also serve as the norm's.
+    `text_depth` blocks of self-attention follow, a small encoder that is trained with the model (as in GLIDE, Nichol et al. 2021,
+    arXiv 2112.10741, section 4), and a norm. With `null = learned` the rows of the null condition are a trained table (m, d).
     """
 
     cfg: ModelConfig
@@ -131,10 +132,23 @@ class TextEmbedding(nn.Module):
             table = nn.Embed(flops.TABLES[cfg.text], cfg.width, embedding_init=unit_normal, dtype=dtype, name="table")
             places = timestep_features(jnp.arange(values.shape[1]), cfg.width)
             found = table(values) + places.astype(dtype)[None]
+        if cfg.text_depth:
+            found = self.contextual(found, text_mask(cfg, values))
         if cfg.null == "empty":
             return found
         learned = self.param("null", small_normal, (cfg.text_length, cfg.width)).astype(dtype)
         return jnp.where(_is_null(cfg, values)[:, None, None], learned[None], found)
+
+    @nn.nowrap
+    def contextual(self, x, mask):
+        """Tokens (b, m, d) after `text_depth` pre-norm blocks, in which those of `mask` (b, m) attend to each other, and a norm."""
+        cfg, dtype, (kind, mlp) = self.cfg, jnp.dtype(self.cfg.dtype), LAYERS[self.cfg.block]
+        mask = mask.at[:, 0].set(True)  # attention needs one
+        for i in range(cfg.text_depth):
+            attention = Attention(cfg.width, cfg.heads, cfg.qk_norm, "xla", dtype, name=f"attention{i}")
+            x = x + attention(Norm(dtype, kind, name=f"attention_norm{i}")(x), mask)
+            x = x + mlp(cfg.hidden, dtype, name=f"mlp{i}")(Norm(dtype, kind, name=f"mlp_norm{i}")(x))
+        return Norm(dtype, kind, name="norm")(x)
 
 
 def _is_null(cfg: ModelConfig, values) -> jax.Array:

@@ -237,6 +237,7 @@ class Sampling:
             "text_sha256": self.cfg.model.encoded, "text_encoder": False, "null": self.cfg.model.null != "empty",
             "positions": self.cfg.model.positions != "sincos", "block": self.cfg.model.block != "dit",
             "target": self.cfg.model.target != "", "time_scale": self.cfg.model.time_scale != 1,
+            "text_depth": self.cfg.model.text_depth > 0,
         }  # fmt: skip
         model = {key: value for key, value in model.items() if later.get(key, True)}
         process = {

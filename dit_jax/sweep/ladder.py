@@ -13,6 +13,7 @@ import numpy as np
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, SampleConfig, SweepConfig, to_dict
 from dit_jax.data.source import Source, introduce
+from dit_jax.data.words import prompts
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.task import check_guidance
 from dit_jax.error import JobError, StorageError, UsageError
@@ -30,7 +31,8 @@ from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.networks.caption import follow
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
-from dit_jax.sampling.picture import grid
+from dit_jax.sampling.picture import grid, prompt_grid
+from dit_jax.sampling.prompt import Prompts
 from dit_jax.scaling import report, runs
 from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.plans.plan import plan
@@ -45,6 +47,7 @@ from dit_jax.workdir.records import read_records
 from dit_jax.workdir.scalars import METRICS, read_lines
 
 LOOK = 10.0  # seconds between two looks at the scalars of cells in a bucket
+PROMPTS = 8  # held-out captions of the report's grid
 STEP_SECONDS, FLOP_RATE = 1.5e-3, 5e9  # a step's fixed cost and FLOP/s, to weigh cells before anything was measured
 
 
@@ -118,15 +121,21 @@ def join_budgets(cells: list[Cell]) -> list[Cell]:
 
 
 @functools.lru_cache(maxsize=1)  # so that a worker opens them once for all its cells
-def open_shared(data: DataConfig, evaluation: EvalConfig) -> Shared:
-    return Shared(Config(data=data, eval=evaluation), make_mesh(MeshConfig()))
+def open_shared(data: DataConfig, evaluation: EvalConfig, model: ModelConfig) -> Shared:
+    return Shared(Config(data=data, eval=evaluation, model=model), make_mesh(MeshConfig()))
+
+
+def shared_by(cfg: Config) -> Shared:
+    """What evaluations of all sizes share: they read data and captions alike."""
+    return open_shared(cfg.data, cfg.eval, dataclasses.replace(cfg.model, width=4, depth=1, heads=1, unroll=1))
 
 
 def run_cell(cell: Cell, quiet: bool = True) -> dict:
     """Trains and evaluates one cell; returns the record of the loss at its last step."""
     loop.run(cell.cfg, cell.workdir, quiet, scoring=make_scores)
-    shared = open_shared(cell.cfg.data, cell.cfg.eval)
-    losses = [r for r in evaluate(cell.cfg, cell.workdir, cell.steps, quiet, shared) if "loss" in r["metrics"]]
+    losses = [
+        r for r in evaluate(cell.cfg, cell.workdir, cell.steps, quiet, shared_by(cell.cfg)) if "loss" in r["metrics"]
+    ]
     if gone := sorted({*cell.steps} - {record["step"] for record in losses}):
         done = f"{cell.workdir}: found no checkpoint of steps {gone}, which the run has passed, expected one for each budget"
         raise JobError(f"{done}; remove this folder, and the same command trains it anew")
@@ -253,18 +262,21 @@ def grid_settings(cfg: Config) -> SampleConfig:
 
 
 def draw_grid(cfg: Config, cell: Cell) -> str:
-    """Draws guided samples of a run, one row a class, unless they exist; returns the path of the PNG."""
+    """Draws guided samples of a run, a row for each class or for each of a few captions, unless they exist; returns the path of the PNG."""
     settings, classes = grid_settings(cfg), max(cfg.model.classes, 1)
     name = f"grid-{settings.sampler}{settings.steps}-guidance{settings.guidance:g}-{cfg.sweep.grid}.png"
     path = os.path.join(cell.workdir, "samples", name)
     if not is_file(path):
         _, params = checkpoint.load(cell.workdir, item=settings.weights)
-        sampling = open_sampling(dataclasses.replace(cell.cfg, sample=settings), make_mesh(cell.cfg.mesh))
-        drawn = list(sampling.images(params, cfg.eval.seed, classes * cfg.sweep.grid))
+        asked = Prompts(tuple(prompts(shared_by(cell.cfg).held_out[0], PROMPTS))) if cfg.model.text else None
+        own = dataclasses.replace(cell.cfg, sample=settings)
+        sampling = open_sampling(own, make_mesh(cell.cfg.mesh), prompts=asked)
+        drawn = list(sampling.images(params, cfg.eval.seed, len(asked or range(classes)) * cfg.sweep.grid))
         images, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         make(os.path.dirname(path))
+        names, arrange = (asked.texts, prompt_grid) if asked else (names_of(cell.cfg, cell.workdir), grid)
         with whole(path) as unfinished:
-            grid(images, labels, names_of(cell.cfg, cell.workdir)).save(unfinished, "PNG")
+            arrange(images, labels, names).save(unfinished, "PNG")
     return path
 
 
@@ -299,8 +311,9 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     for line in lines(made):
         say(line)
     if cfg.sweep.extrapolate:
-        cell = recommended_cell(cfg, workdir, law)
+        cell = Cell("extrapolation", "", target, cfg)
         try:
+            cell = recommended_cell(cfg, workdir, law)
             tested = check_law(cell, made, found.fits, protocol_id)
             said = notes(cfg, cell)
             picture = read(draw_grid(cfg, cell), LARGEST)

@@ -43,6 +43,10 @@ def plan(fit: Fit, flops: float | int, ladder: Sequence[tuple]) -> Plan:
     if not ladder or not all(0 < v < math.inf for row in ladder for v in row[1:]):
         raise UsageError(f"ladder: found {ladder!r}, expected (name, params_active, flops_image) rows above 0")
     n_opt = predict(fit, flops)["N_opt"]
+    if not 0 < n_opt < math.inf:
+        raise UsageError(
+            f"runs: {fit.method} puts N_opt at {n_opt:g} for {flops:g} FLOPs, so they do not determine it; add runs"
+        )
     name, params, cost = min(ladder, key=lambda row: abs(math.log(row[1] / n_opt)))
     said, images = predict(fit, flops, params), float(flops / (TRAIN_OVER_FORWARD * cost))
     run = (said["L_run"], said["L_run_interval"])

@@ -225,9 +225,8 @@ def compare_sweeps(revisions: list[Path]) -> Iterator[Comparison]:
     for revision, sweep in zip(revisions, sweeps, strict=True):
         run(revision, 1, "sweep", "--config=configs/digits_isoflop.py", f"--workdir={sweep}", data(revision), *LADDER)
     records = [{p.parts[-3]: read_records(p.parents[1]) for p in s.rglob("eval/records.jsonl")} for s in sweeps]
-    for record in (r for found in records for some in found.values() for r in some.values()):
-        record.pop("unique_images", None)  # new since f941e80
-    yield f"sweep: records of {len(records[1])} runs", *map(flatten, records)
+    leaves = [{at: leaf for at, leaf in flatten(some).items() if not at.endswith("/unique_images")} for some in records]
+    yield f"sweep: records of {len(records[1])} runs", *leaves  # unique_images: new since f941e80
     for revision in revisions:
         run(revision, 1, "scaling", "fit", str(sweeps[1]), "--method=isoflop", f"--json={revision / 'law.json'}")
     laws = [flatten(json.loads((revision / "law.json").read_text())) for revision in revisions]

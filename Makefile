@@ -87,7 +87,7 @@ words: setup
 	@$(BIN)/python benchmarks/words.py $(WORDS)
 
 test: dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
 
 test-slow: dev
 	$(BIN)/python -m pytest -m "slow and not bucket and not doors and not tpu and not parity and not gpu_compiler"

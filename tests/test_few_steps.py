@@ -199,7 +199,7 @@ def mixture_exact(x, steps=400):
     return at[:, None, None]
 
 
-@pytest.mark.parametrize("kind", ["consistency", "mean_flow"])
+@pytest.mark.parametrize("kind", [pytest.param("consistency", marks=pytest.mark.slow), "mean_flow"])
 def test_it_approaches_the_exact_map_of_a_gaussian(kind):
     """From 0.9 of a network that gives zero."""
     assert map_error(*trained(kind, gaussian, 600), gaussian_exact) < 0.12
@@ -313,9 +313,8 @@ def begun(cfg, mesh):
     return make_state(cfg, mesh, lambda fresh, weights: weights, weights_of(SMALL.model))
 
 
-@pytest.mark.parametrize(
-    "kind", ["mean_flow", *(pytest.param(k, marks=pytest.mark.slow) for k in OBJECTIVES if k != "mean_flow")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_meshes_train_as_one_device_does(kind):
     cfg = student(kind, width=32, heads=4)
     state = trained_on_meshes(cfg, batch(cfg, label=10))
@@ -325,7 +324,9 @@ def test_meshes_train_as_one_device_does(kind):
         assert leaves[0].sharding == leaves[1].sharding
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize(
+    "kind", ["consistency", *(pytest.param(k, marks=pytest.mark.slow) for k in OBJECTIVES if k != "consistency")]
+)
 def test_what_a_student_keeps_is_restored_and_goes_on_with_the_same_bits(kind, tmp_path):
     cfg = student(kind)
     mesh = make_mesh(cfg.mesh)

@@ -408,7 +408,7 @@ def test_refusals(fakes, script, arguments, variables, message, flag):
 @pytest.mark.parametrize(
     "script,arguments,variables",
     [("tpu_vm.sh", [verb], TPU) for verb in ("create", "setup", "status", "logs", "stop", "delete")]
-    + [("tpu_vm.sh", [verb, *JOB], TPU) for verb in ("run", "resume")]
+    + [("tpu_vm.sh", ["run", *JOB], TPU), pytest.param("tpu_vm.sh", ["resume", *JOB], TPU, marks=pytest.mark.slow)]
     + [("gke.sh", [verb], GKE) for verb in ("create", "share", "status", "logs", "stop", "delete")]
     + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "GPUS": "8", "CPUS": "1", "TIME": "1"})],
 )  # fmt: skip

@@ -20,6 +20,7 @@ from dit_jax.error import UsageError
 from dit_jax.hardware import topology
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits import METHODS, fit_akima, fit_gadre, fit_isoflop, fit_varpro
+from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.plans.design import Cell, make_variance, next_cells
 from dit_jax.scaling.plans.family import DIT, Family, family_of, sized
 from dit_jax.scaling.plans.plan import plan
@@ -483,6 +484,9 @@ def test_a_plan_takes_the_nearest_size_of_a_ladder():
     assert chosen.name == "near" and chosen.off == pytest.approx(1.2, rel=1e-6)
     assert chosen.images == pytest.approx(1e12 / (3 * 4e5))
     assert chosen.loss == pytest.approx(L_LAW(1e12) + 0.02 * math.log(1.2) ** 2, rel=1e-6)
+    nowhere = replace(fit, laws=fit.laws | {"N_opt": PowerLaw(0.0, 1.0)})
+    with pytest.raises(UsageError, match=r"puts N_opt at 0 for 1e\+20 FLOPs"):
+        plan(nowhere, 1e20, [("a", 1e5, 1e5)])
     with pytest.raises(UsageError, match=r"ladder: found \[\], expected"):
         plan(fit, 1e12, [])
     with pytest.raises(UsageError, match="--method: power has no law of N_opt"):

@@ -18,6 +18,7 @@ from dit_jax.config import SweepConfig, resolve
 from dit_jax.config import template as config_template
 from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation.protocol import loss_protocol
+from dit_jax.job.launch import load_config
 from dit_jax.job.workers import run_cells
 from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
@@ -351,3 +352,23 @@ def test_too_few_samples_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UsageError, match=r"sweep.samples: found 10, expected more than the 64 features"):
         ladder.prepare(resolve(by_curves(samples=10)), str(tmp_path / "sweep"))
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("kind", ["in_context", "cross_attention"])
+def test_cells_of_captions_are_evaluated_with_them(kind, tmp_path):
+    """Sizes share the held-out captions, and each cell has the loss of its captions at every step that is asked."""
+    c = load_config(f"configs/scenes_isoflop.py:{kind}")
+    c.sweep.update(budgets=(2e9, 4e9), sizes=((8, 1, 1), (12, 1, 1)), windows=((0, 2), (0, 2)), samples=0)
+    c.eval.update(max_images=32, samples=0, vlb=False, likelihood=False)
+    cells = ladder.make_cells(resolve(c), str(tmp_path))
+    shared = {id(ladder.shared_by(cell.cfg)) for cell in cells}
+    (_, (images, cond)) = ladder.shared_by(cells[0].cfg).held_out
+    assert len(cells) == 2 and len(shared) == 1 and cond["text"].shape == (32, 17) and len(images) == 32
+    cell = dataclasses.replace(cells[1], cfg=dataclasses.replace(cells[1].cfg, train=steps_of(cells[1], (1, 2))))
+    record = ladder.run_cell(cell)
+    assert record["step"] == 2 and record["task"] == "text" and record["metrics"]["loss"] > 0
+
+
+def steps_of(cell, steps):
+    """The training of a cell that evaluates these steps."""
+    return dataclasses.replace(cell.cfg.train, keep_at=steps, steps=steps[-1])

@@ -227,8 +227,20 @@ def compare_sweeps(revisions: list[Path]) -> Iterator[Comparison]:
     records = [{p.parts[-3]: read_records(p.parents[1]) for p in s.rglob("eval/records.jsonl")} for s in sweeps]
     leaves = [{at: leaf for at, leaf in flatten(some).items() if not at.endswith("/unique_images")} for some in records]
     yield f"sweep: records of {len(records[1])} runs", *leaves  # unique_images: new since f941e80
+    curves = (
+        ["--curves"] if len(records[1]) < 9 else []
+    )  # one run a size instead of one a size and budget, as in f941e80
     for revision in revisions:
-        run(revision, 1, "scaling", "fit", str(sweeps[1]), "--method=isoflop", f"--json={revision / 'law.json'}")
+        run(
+            revision,
+            1,
+            "scaling",
+            "fit",
+            str(sweeps[1]),
+            "--method=isoflop",
+            *curves,
+            f"--json={revision / 'law.json'}",
+        )
     laws = [flatten(json.loads((revision / "law.json").read_text())) for revision in revisions]
     yield "scaling fit: runs read", *({"n_runs": law["n_runs"]} for law in laws)
 

@@ -151,6 +151,14 @@ def test_shards_train_models_of_captions(kind, deep):
     trained_on_meshes(cfg, batch)
 
 
+def test_a_derivative_by_the_image_alone_is_that_by_all(made):
+    """The likelihood takes it: captions do not move there."""
+    cfg, params, x, t, ids = made
+    total = lambda x, params: jnp.square(dit.apply(cfg, params, x, t, {"text": ids})).sum()  # noqa: E731
+    alone, beside = jax.jit(jax.grad(total))(x, params), jax.jit(jax.grad(total, (0, 1)))(x, params)[0]
+    np.testing.assert_allclose(alone, beside, rtol=1e-4, atol=1e-5)
+
+
 def test_a_dropped_caption_is_the_empty_one(made):
     cfg, *_, ids = made
     np.testing.assert_array_equal(conditioning.null(cfg, {"text": ids})["text"], 0)
@@ -160,7 +168,7 @@ def test_a_dropped_caption_is_the_empty_one(made):
 
 
 def test_attention_with_a_mask_is_that_without_the_masked_keys():
-    """Outputs and gradients, against a plain softmax."""
+    """Outputs and gradients, against a plain softmax; by some of the inputs alone too, as where only the image is moved."""
     from dit_jax.models.kernels import softmax_attention
 
     q, k, v = (jax.random.normal(key, (2, 5, 3, 4)) for key in jax.random.split(jax.random.key(3), 3))
@@ -173,9 +181,10 @@ def test_attention_with_a_mask_is_that_without_the_masked_keys():
     ours = lambda q, k, v: softmax_attention(q, k, v, mask)  # noqa: E731
     np.testing.assert_allclose(ours(q, k, v), plain(q, k, v), atol=1e-6)
     weigh = jax.random.normal(jax.random.key(4), q.shape)
-    found, expected = (jax.grad(lambda *a, f=f: (f(*a) * weigh).sum(), (0, 1, 2))(q, k, v) for f in (ours, plain))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    for by in ((0, 1, 2), (0,), (1,), (2,), (0, 2)):
+        found, expected = (jax.grad(lambda *a, f=f: (f(*a) * weigh).sum(), by)(q, k, v) for f in (ours, plain))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_learned_null_is_a_table_in_place_of_all_tokens():

@@ -1,11 +1,12 @@
 """Operations with a hand-written derivative, forward and backward: tanh-GELU and softmax attention."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import linear_call
+from jax.custom_derivatives import SymbolicZero, linear_call
 
 KEPT = "kept"  # checkpoint name of the residuals that `remat = dots` saves
 
@@ -61,28 +62,42 @@ def _attention_forward(q, k, v, mask):
     return out, (q, k, v, weights, out)
 
 
-def _attention_tangent(kept, tangents):
+def _attention_tangent(kept, tangents: dict):
+    """Tangent of the output from those of q, k and v by name, of which some may be missing, as a caption's are in derivatives by x."""
     q, k, v, weights, _ = kept
-    dq, dk, dv = tangents
-    slope = jnp.einsum("bnkh,bmkh->bknm", dq, k, preferred_element_type=jnp.float32)
-    slope = (slope + jnp.einsum("bnkh,bmkh->bknm", q, dk, preferred_element_type=jnp.float32)) / math.sqrt(q.shape[-1])
-    change = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True))
-    return jnp.einsum("bknm,bmkh->bnkh", change.astype(v.dtype), v) + jnp.einsum("bknm,bmkh->bnkh", weights, dv)
+    slopes, parts = [], []
+    if "q" in tangents:
+        slopes.append(jnp.einsum("bnkh,bmkh->bknm", tangents["q"], k, preferred_element_type=jnp.float32))
+    if "k" in tangents:
+        slopes.append(jnp.einsum("bnkh,bmkh->bknm", q, tangents["k"], preferred_element_type=jnp.float32))
+    if slopes:
+        slope = sum(slopes[1:], slopes[0]) / math.sqrt(q.shape[-1])
+        change = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True))
+        parts.append(jnp.einsum("bknm,bmkh->bnkh", change.astype(v.dtype), v))
+    if "v" in tangents:
+        parts.append(jnp.einsum("bknm,bmkh->bnkh", weights, tangents["v"]))
+    return sum(parts[1:], parts[0])
 
 
-def _attention_backward(kept, gradient):
+def _attention_backward(kept, gradient, wanted: tuple) -> dict:
+    """Gradients of `wanted`, names of q, k and v."""
     q, k, v, weights, out = kept
     total = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1).transpose(0, 2, 1)[..., None]
     slope = jnp.einsum("bnkh,bmkh->bknm", gradient, v, preferred_element_type=jnp.float32) - total
     logits = (weights.astype(jnp.float32) * slope / math.sqrt(q.shape[-1])).astype(q.dtype)
-    return (
-        jnp.einsum("bknm,bmkh->bnkh", logits, k),
-        jnp.einsum("bknm,bnkh->bmkh", logits, q),
-        jnp.einsum("bknm,bnkh->bmkh", weights, gradient),
-    )
+    found = {
+        "q": lambda: jnp.einsum("bknm,bmkh->bnkh", logits, k),
+        "k": lambda: jnp.einsum("bknm,bnkh->bmkh", logits, q),
+        "v": lambda: jnp.einsum("bknm,bnkh->bmkh", weights, gradient),
+    }
+    return {name: found[name]() for name in wanted}
 
 
-@softmax_attention.defjvp
 def _attention_derivative(inputs, tangents):
     out, kept = _attention_forward(*inputs)
-    return out, linear_call(_attention_tangent, _attention_backward, kept, tangents[:3])
+    moving = {name: d for name, d in zip("qkv", tangents, strict=False) if not isinstance(d, SymbolicZero)}
+    backward = functools.partial(_attention_backward, wanted=tuple(moving))
+    return out, linear_call(_attention_tangent, backward, kept, moving)
+
+
+softmax_attention.defjvp(_attention_derivative, symbolic_zeros=True)

@@ -103,8 +103,9 @@ def expected_losses(torch, name, how, student, teacher, points):
             at = z + wide(time - t) * v
             ends.append((time, at - wide(time) * student(at, time, time, labels).detach()))
         (a, ahead), (b, behind) = ends
-        out = student(z, t, t, labels)
-        return weighted(mean((out - (out + torch.clamp((ahead - behind) / wide(a - b), -1, 1)).detach()) ** 2))
+        out, slope = student(z, t, t, labels), (ahead - behind) / wide(a - b)
+        slope = torch.clamp(slope, -1, 1) if how.guidance != 1 else slope
+        return weighted(mean((out - (out + slope).detach()) ** 2))
     r = points["r"]
     if how.guidance != 1:
         v = how.guidance * v + (1 - how.guidance) * student(z, t, t, null).detach()

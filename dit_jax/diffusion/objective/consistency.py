@@ -5,7 +5,8 @@ velocity v is a central difference, and F moves by it:
 
     df/dt = (f(x_t + h v, t + h) - f(x_t - h v, t - h)) / 2h,    target of F(x_t, t): stop(F(x_t, t) + clip(df/dt, -1, 1))
 
-At t = 0 this is the flow's loss, because df/dt = v - F there. The fixed point is F = (x_t - x_0) / t with the ODE's end x_0.
+At t = 0 this is the flow's loss, because df/dt = v - F there. The fixed point is F = (x_t - x_0) / t with the ODE's end x_0. Without a
+teacher v is the path's eps - x, right only in the mean; there the bound of 1 is left out, because it would move the mean.
 """
 
 import jax
@@ -43,7 +44,8 @@ def consistency(cfg: Config) -> Objective:
         ahead, behind = jnp.minimum(t + STEP, 1.0), jnp.maximum(t - STEP, 0.0)
         slope = (image(ahead) - image(behind)) / (ahead - behind)[:, None, None, None]
         out = student(x_t, t)
-        target = jax.lax.stop_gradient(out + jnp.clip(slope, -LARGEST, LARGEST))
+        slope = jnp.clip(slope, -LARGEST, LARGEST) if taught else slope
+        target = jax.lax.stop_gradient(out + slope)
         return adaptive(jnp.square(out - target).mean(axis=(1, 2, 3)), cfg.objective.adaptive)
 
     def cost(shape: flops.Shape = None) -> int:

@@ -75,7 +75,7 @@ def _share(right: np.ndarray) -> dict:
 def score(cfg: Config, workdir: str) -> list[dict]:
     """Train to the end and score each checkpoint, as far as that is not done."""
     loop.run(cfg, workdir)
-    found, path = [], os.path.join(workdir, "scores.json")
+    found, path = [], os.path.join(workdir, f"scores-{cfg.train.steps}-{cfg.eval.samples}.json")
     if os.path.exists(path):
         with open(path) as file:
             return json.load(file)

@@ -3,7 +3,7 @@
     python benchmarks/words.py runs/words [--config=configs/scenes.py] [--samples=2000]
 
 W/report.html has the scores of each kind of prompt with 95 % intervals, beside those of real pictures, which the classifier of digits
-limits, and pictures with their prompts. What is there is not trained, scored or drawn again.
+limits, and pictures with their prompts. The training and the scores that are there are not made again.
 """
 
 import argparse

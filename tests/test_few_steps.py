@@ -371,11 +371,10 @@ def test_samplers_of_other_models_are_refused():
     for kind in ("consistency", "mean_flow", "guidance"):
         inside = r"sample.guidance: found 1.5, expected 1: guidance is inside this model \(objective.guidance = 2\)"
         refused(inside, make_task, with_(student(kind), sample={"guidance": 1.5}))
-    refused(
-        "eval.likelihood: found True, .* no velocity",
-        check_config,
-        with_(student("consistency"), eval={"likelihood": True}),
-    )
+    for name in ("likelihood", "vlb"):
+        refused(
+            f"eval.{name}: found True, .* no velocity", check_config, with_(student("consistency"), eval={name: True})
+        )
     outside = with_(student("mean_flow"), objective={"guidance": 1.0}, sample={"guidance": 1.5})
     assert open_sampling(outside, make_mesh(outside.mesh)).flops == 4 * flops.forward_flops(outside.model)
 
@@ -406,6 +405,10 @@ def test_configs_that_cannot_be_are_refused():
         (
             "train.steps: found 4, expected at least 3000, objective.rounds x",
             {"objective": {"name": "progressive", "guidance": 1.0}},
+        ),
+        (
+            "objective.guidance: found 2, expected 1 without a trained null condition",
+            {"objective": {"name": "mean_flow"}, "model": {"target": "all"}, "train": {"cond_dropout": 0.0}},
         ),
         ("model.target: found 'later', expected one of ", {"model": {"conditioning": "in_context", "target": "later"}}),
     ):

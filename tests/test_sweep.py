@@ -16,13 +16,13 @@ from job import die, run, start
 from dit_jax import flops
 from dit_jax.config import SweepConfig, resolve
 from dit_jax.config import template as config_template
+from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import JobError, UsageError
-from dit_jax.evaluation.protocol import loss_protocol
 from dit_jax.job.launch import load_config
 from dit_jax.job.workers import run_cells
 from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
-from dit_jax.workdir.records import protocol_id, read_records
+from dit_jax.workdir.records import read_records
 
 BUDGETS = (2e8, 6e8)
 
@@ -265,14 +265,14 @@ def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cac
     assert "3 of 3 cells are finished" in said.err and "Laws of compute" in said.out
     further = {"budgets": (*BUDGETS, 9e8), "windows": ((0, 3), (0, 3), (2, 3))}
     more = resolve(by_curves(**further))
-    identity = protocol_id(loss_protocol(more, ladder.prepare(more, workdir)))
-    todo = [cell for cell in ladder.make_cells(more, workdir) if not ladder.finished(cell, identity)]
+    protocols = ladder.targets_of(more, ladder.prepare(more, workdir))
+    todo = [cell for cell in ladder.make_cells(more, workdir) if not ladder.finished(cell, protocols)]
     assert [cell.name for cell in todo] == ["w12-d3"]
     scalars = Path(todo[0].workdir) / "metrics.jsonl"
     before = scalars.read_text()
     flags = [f"--config.sweep.{key}={value}" for key, value in further.items()]
     train_cell("w12-d3", workdir, tmp_path, cache_dir, *flags)
-    assert ladder.finished(todo[0], identity)
+    assert ladder.finished(todo[0], protocols)
     assert scalars.read_text().startswith(before) and len(before) > 100
     steps = sorted(step for step, _ in read_records(todo[0].workdir))
     assert steps == list(todo[0].steps) and len(steps) == 3
@@ -323,12 +323,12 @@ def test_cells_are_scored_by_samples_at_every_guidance(curves, tmp_path, cache_d
     _, workdir, _ = curves
     workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
     scored = resolve(by_curves(samples=70))
-    identity = protocol_id(loss_protocol(scored, ladder.prepare(scored, workdir)))
+    protocols = ladder.targets_of(scored, ladder.prepare(scored, workdir))
     cells = sorted(ladder.make_cells(scored, workdir), key=lambda cell: cell.cfg.model.width)
-    assert not any(ladder.finished(cell, identity) for cell in cells)
+    assert not any(ladder.finished(cell, protocols) for cell in cells)
     trained = os.stat(os.path.join(cells[0].workdir, "metrics.jsonl")).st_mtime_ns
     assert "loss" in ladder.run_cell(cells[0])["metrics"]
-    assert ladder.finished(cells[0], identity) and not ladder.finished(cells[1], identity)
+    assert ladder.finished(cells[0], protocols) and not ladder.finished(cells[1], protocols)
     assert os.stat(os.path.join(cells[0].workdir, "metrics.jsonl")).st_mtime_ns == trained
     records = read_records(cells[0].workdir)
     drawn = {at: r for at, r in records.items() if "samples" in r["protocol"]}
@@ -340,7 +340,10 @@ def test_cells_are_scored_by_samples_at_every_guidance(curves, tmp_path, cache_d
         losses = [json.loads(line) for line in path.read_text().splitlines()]
         more = [as_scored(loss, record) for loss in losses for record in last]
         path.write_text("".join(json.dumps(record) + "\n" for record in [*losses, *more]))
-        assert ladder.finished(cell, identity)
+        assert ladder.finished(cell, protocols)
+    more = dataclasses.replace(scored, eval=dataclasses.replace(scored.eval, vlb=True))
+    assert len(ladder.targets_of(more, ladder.prepare(scored, workdir))) == 2
+    assert not ladder.finished(cells[0], ladder.targets_of(more, ladder.prepare(scored, workdir)))
     for job in (("metric", "--each"), ("frontier",)):
         out = tmp_path / f"{job[0]}.json"
         code, _, said = run("scaling", *job, workdir, "--metric=fd_digits", f"--json={out}", cache_dir=cache_dir)
@@ -372,3 +375,21 @@ def test_cells_of_captions_are_evaluated_with_them(kind, tmp_path):
 def steps_of(cell, steps):
     """The training of a cell that evaluates these steps."""
     return dataclasses.replace(cell.cfg.train, keep_at=steps, steps=steps[-1])
+
+
+def test_a_ladder_of_flow_maps_counts_their_tangents(tmp_path):
+    """The steps of a budget are those whose FLOPs a record has."""
+    plain = maps = ladder_config()
+    maps = dataclasses.replace(
+        maps,
+        model=dataclasses.replace(maps.model, target="later"),
+        objective=dataclasses.replace(maps.objective, name="mean_flow"),
+    )
+    found, fewer = (ladder.make_cell(cfg, str(tmp_path), 1.2e9, (16, 4, 1)).cfg for cfg in (plain, maps))
+    assert fewer.train.steps < found.train.steps
+    spent = make_objective(fewer).flops() * fewer.train.batch_size * fewer.train.steps
+    assert spent == pytest.approx(1.2e9, rel=0.01)
+    with pytest.raises(
+        UsageError, match=r"objective.name: found 'consistency', expected '' or 'mean_flow' with sweep.budgets"
+    ):
+        dataclasses.replace(plain, objective=dataclasses.replace(maps.objective, name="consistency", guidance=2.0))

@@ -71,6 +71,15 @@ class Config:
         if objective.name == "mean_flow" and not self.model.target:
             expected = "expected 'later' or 'all' with objective.name = 'mean_flow', whose model reads a target time"
             raise UsageError(f"model.target: found '', {expected}")
+        null_trained = (self.model.classes or self.model.text) and self.train.cond_dropout
+        if objective.name == "mean_flow" and objective.guidance != 1.0 and not null_trained:
+            expected = "expected 1 without a trained null condition (train.cond_dropout, model.classes or model.text)"
+            raise UsageError(f"objective.guidance: found {objective.guidance:g}, {expected}")
+        if objective.taught and self.sweep.budgets:
+            why = "a sweep's cells begin without the weights of a teacher"
+            raise UsageError(
+                f"objective.name: found {objective.name!r}, expected '' or 'mean_flow' with sweep.budgets: {why}"
+            )
         if objective.name == "progressive" and self.train.steps < needed:
             expected = f"expected at least {needed}, objective.rounds x objective.round_steps"
             raise UsageError(f"train.steps: found {self.train.steps}, {expected}")

@@ -1,9 +1,9 @@
 """Scenes with words: one to four of scikit-learn's handwritten digits in six colours, in the quarters of a picture of 16 x 16 pixels.
 
-Scene i is a function of i alone, so training is one epoch without end: example p of a run with seed s is scene s 2^40 + p. Splits:
-`train` draws from the writings that `digits` trains on and from the pairs of colour and digit, and of relation and digits, that are not
-held out; `test` is the same with the writings that are held out; each scene of `unseen` has a pair that is. `test` and `unseen` have
-SIZE scenes.
+Scene i is a function of i alone, so training is one epoch without end: example p of a run with seed s is scene s 2^40 + p, with s modulo
+2^20. Splits: `train` draws from the writings that `digits` trains on and from the pairs of colour and digit, and of digits in a relation,
+that are not held out; `test` is the same with the writings that are held out; each scene of `unseen` has a pair that is. `test` and
+`unseen` have SIZE scenes.
 """
 
 import functools
@@ -76,8 +76,9 @@ def held_out_pair(colour: int, digit: int) -> bool:
 
 
 def held_out_relation(first: int, second: int) -> bool:
-    """Whether two digits never stand in a stated relation in training, a fifth of all ordered pairs."""
-    return (first + 2 * second) % 5 == 0
+    """Whether two digits never stand in a stated relation in training, a fifth of all pairs. The order does not matter: each relation has
+    a caption from either side."""
+    return (first + second) % 5 == 0
 
 
 def make_scenes(indices: np.ndarray, unseen: bool) -> list[Scene]:

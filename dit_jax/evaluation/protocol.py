@@ -263,10 +263,12 @@ def check_config(cfg: Config, key: str = "eval.samples") -> None:
     if not targets(cfg) and not cfg.eval.samples:
         expected = "expected at least one of them: nothing would be measured"
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")
-    if cfg.eval.likelihood:
-        if cfg.objective.name == "consistency" or (cfg.objective.name == "progressive" and cfg.objective.rounds):
+    student = cfg.objective.name == "consistency" or (cfg.objective.name == "progressive" and cfg.objective.rounds)
+    for name in ("likelihood", "vlb"):
+        if student and getattr(cfg.eval, name):
             why = f"a model of objective.name = {cfg.objective.name!r} has no velocity of a flow"
-            raise UsageError(f"eval.likelihood: found True, expected False: {why}")
+            raise UsageError(f"eval.{name}: found True, expected False: {why}")
+    if cfg.eval.likelihood:
         find_solver(make_objective(cfg).process, cfg.eval.likelihood_solver, cfg.eval.likelihood_steps)
     if cfg.eval.captions and not cfg.model.text:
         raise UsageError(

@@ -181,7 +181,7 @@ def _measurable(network: Network, reference: dict) -> dict[str, Metric]:
 def describe(network: Network) -> dict:
     """Rules and constants of the metrics, for records; the same for every reference."""
     found = dict(network.rules)
-    for metric in _measurable(network, dict.fromkeys((*REFERENCE, "captions"))).values():
+    for metric in _measurable(network, dict.fromkeys((*REFERENCE, "captions", "prompts"))).values():
         found |= {name: rule.format(logits=network.logits) for name, rule in metric.rules.items()}
     return found | {"rows": ROWS}
 

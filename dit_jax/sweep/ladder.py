@@ -15,11 +15,12 @@ from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConf
 from dit_jax.data.source import Source, introduce
 from dit_jax.data.words import prompts
 from dit_jax.devices.mesh import make_mesh
-from dit_jax.diffusion.task import check_guidance
+from dit_jax.diffusion.objective import make_objective
+from dit_jax.diffusion.task import check_guidance, make_task
 from dit_jax.error import JobError, StorageError, UsageError
 from dit_jax.evaluation import scores
 from dit_jax.evaluation.in_run import make_scores
-from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings
+from dit_jax.evaluation.protocol import Shared, check_config, draws_protocol, loss_protocol, samplings, targets
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.files import LARGEST, is_file, json_text, read, remote, whole, write_file
 from dit_jax.files import make_folder as make
@@ -68,7 +69,7 @@ class Cell:
     @property
     def weight(self) -> float:
         """Expected seconds, up to a factor that is common to all cells of a machine."""
-        step_flops = flops.train_flops(self.cfg.model, self.cfg.train.batch_size)
+        step_flops = make_objective(self.cfg).flops() * self.cfg.train.batch_size
         return self.cfg.train.steps * (STEP_SECONDS + step_flops / FLOP_RATE) + 2.0
 
 
@@ -77,7 +78,7 @@ def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
     width, depth, heads = size
     model = dataclasses.replace(cfg.model, width=width, depth=depth, heads=heads)
     rate = cfg.optim.learning_rate * (cfg.sweep.base_width / width) ** cfg.sweep.width_power
-    steps = round(budget / flops.train_flops(model, cfg.train.batch_size))
+    steps = round(budget / cfg.train.batch_size / make_objective(dataclasses.replace(cfg, model=model)).flops())
     if steps < 1:
         raise UsageError(f"sweep.budgets: found {budget:g} FLOPs, less than one step of the model of width {width}")
     every = {"log_every": max(steps // 20, 1), "checkpoint_every": min(cfg.train.checkpoint_every, steps)}
@@ -142,10 +143,16 @@ def run_cell(cell: Cell, quiet: bool = True) -> dict:
     return losses[-1]
 
 
-def finished(cell: Cell, protocol_id: str) -> bool:
-    """Whether every step of the cell has the record of its loss, and of each sampling if there are samples."""
+def targets_of(cfg: Config, held_out: Source) -> list[str]:
+    """Protocols of what a cell's records have of the held-out images; the loss is the first."""
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, loss=True))
+    return [identify(loss_protocol(cfg, held_out, target)) for target in targets(cfg)]
+
+
+def finished(cell: Cell, protocols: list[str]) -> bool:
+    """Whether every step of the cell has a record of each of `protocols`, and of each sampling if there are samples."""
     records, asked = read_records(cell.workdir), samplings(cell.cfg) if cell.cfg.eval.samples else []
-    wanted = [protocol_id, *(identify(draws_protocol(dataclasses.replace(cell.cfg, sample=one))) for one in asked)]
+    wanted = [*protocols, *(identify(draws_protocol(dataclasses.replace(cell.cfg, sample=one))) for one in asked)]
     parts = {at: {key: record["protocol"].get(key) for key in ("weights", "samples")} for at, record in records.items()}
     done = {*records, *((step, identify(part)) for (step, _), part in parts.items())}
     return {(step, one) for step in cell.steps for one in wanted} <= done
@@ -173,9 +180,9 @@ def watch() -> Callable[[Sequence[Cell]], float]:
     return logged
 
 
-def run_ladder(cells: list[Cell], processes: int, cache: str, protocol_id: str) -> list[Cell]:
+def run_ladder(cells: list[Cell], processes: int, cache: str, protocols: list[str]) -> list[Cell]:
     """Runs the cells that are not finished, with one progress display; returns those that failed."""
-    todo = [cell for cell in cells if not finished(cell, protocol_id)]
+    todo = [cell for cell in cells if not finished(cell, protocols)]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished")
     if not todo:
@@ -209,6 +216,7 @@ def prepare(cfg: Config, workdir: str) -> Source:
     check_config(dataclasses.replace(cfg, eval=sampled), "sweep.samples")
     if cfg.sweep.extrapolate:
         check_guidance(cfg, "sweep.grid_guidance", cfg.sweep.grid_guidance)
+        make_task(dataclasses.replace(cfg, sample=grid_settings(cfg)))
     old = read_config(workdir, "sweep.json") if is_file(os.path.join(workdir, "sweep.json")) else cfg
     free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir", "data.folder", "data.mixture"]
     rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
@@ -283,10 +291,11 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
 def notes(cfg: Config, cell: Cell) -> list[str]:
     """Sentences for the report on the recommended model, its samples' scores and how the grid was drawn."""
     model, count, drawn = cell.cfg.model, cell.cfg.train.steps * cell.cfg.train.batch_size, grid_settings(cfg)
+    row = "a prompt" if model.text else "a class"
     found = [
         f"The recommended model: width {model.width}, depth {model.depth}, {flops.active_parameters(model):,} active of "
         f"{flops.parameters(model):,} trainable parameters, trained on {count:,} images ({count * model.tokens:,} tokens). "
-        f"The grid shows its samples, one row a class: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
+        f"The grid shows its samples, one row {row}: {drawn.sampler}, {drawn.steps} steps, guidance {drawn.guidance:g}, "
         f"seed {cfg.eval.seed}."
     ]
     drawn = [record for record in read_records(cell.workdir).values() if "fd_digits" in record["metrics"]]
@@ -336,11 +345,11 @@ def run(cfg: Config, workdir: str) -> list[Cell]:
     """Runs the ladder, fits its law and writes the report; returns the cells that failed."""
     cfg = follow(follow_latents(cfg))
     cells = make_cells(cfg, workdir)
-    cache, protocol_id = os.path.join(workdir, "compiled"), identify(loss_protocol(cfg, prepare(cfg, workdir)))
-    failed = run_ladder(cells, cfg.sweep.processes, cache, protocol_id)
+    cache, protocols = os.path.join(workdir, "compiled"), targets_of(cfg, prepare(cfg, workdir))
+    failed = run_ladder(cells, cfg.sweep.processes, cache, protocols)
     use_cache(cache)
     try:
-        path, untested = conclude(cfg, workdir, protocol_id)
+        path, untested = conclude(cfg, workdir, protocols[0])
     except UsageError as error:
         if not failed:
             raise
@@ -360,8 +369,8 @@ def run_apart(cfg: Config, workdir: str, launcher: str, asked: str | None) -> No
         check_launcher(launcher, "sweep")
     held_out = prepare(cfg, workdir)
     if chosen is None:
-        protocol_id = identify(loss_protocol(cfg, held_out))
-        todo = [i for i, cell in enumerate(cells) if not finished(cell, protocol_id)]
+        protocols = targets_of(cfg, held_out)
+        todo = [i for i, cell in enumerate(cells) if not finished(cell, protocols)]
         hand_over(launcher, "sweep", names, todo, conclude=True)
         return
     use_cache(os.path.join(workdir, "compiled"))

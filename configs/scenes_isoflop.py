@@ -26,6 +26,7 @@ def get_config(kind="cross_attention"):
     """`kind`: in_context | cross_attention."""
     choice("kind", kind, KINDS)
     c = scenes.get_config(KINDS[kind])
+    c.model.unroll = 1  # sizes have other depths
     c.optim.update(schedule="constant", learning_rate=1.5e-3)
     c.train.update(batch_size=32)
     c.eval.update(max_images=1024, vlb=True, likelihood=True, likelihood_images=64, likelihood_steps=24)

@@ -230,7 +230,7 @@ def test_a_grid_shows_samples_between_low_resolution_images_and_originals(drawin
     samples = np.full((3, 8, 8, 1), 7, np.uint8)
     low.grid(lambda *shown: seen.extend(shown))(samples, np.zeros(3, int), ("a",), "caption")
     wide, (small, ours, original) = seen[0], (slice(0, 8), slice(9, 17), slice(18, 26))
-    assert wide.shape == (3, 8, 26, 1) and seen[2:] == [("a",), "caption"]
+    assert wide.shape == (3, 8, 28, 1) and seen[2:] == [("a",), "caption"]
     np.testing.assert_array_equal(wide[:, :, small], enlarged(to_levels(low.read(np.arange(3))["low"]), 2))
     np.testing.assert_array_equal(wide[:, :, ours], samples)
     np.testing.assert_array_equal(wide[:, :, original], to_levels(images[:3]))

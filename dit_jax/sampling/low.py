@@ -16,7 +16,7 @@ from dit_jax.files import is_folder, names, read
 from dit_jax.networks.reference import read_reference
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of pictures in a folder
-GAP = 255  # level of the column between the pictures of one image
+GAP = 255  # level of the column between the pictures of one image, and of two behind them
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Low:
             shown += [self.originals(numbers)] if self.originals else []
             line = np.full((*images.shape[:2], 1, images.shape[-1]), GAP, np.uint8)
             shown = [np.broadcast_to(part, images.shape) for part in shown]
-            return draw(np.concatenate([part for one in shown for part in (one, line)][:-1], axis=2), *more)
+            return draw(np.concatenate([*(part for one in shown for part in (one, line)), line], axis=2), *more)
 
         return beside
 

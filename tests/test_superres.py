@@ -33,6 +33,7 @@ from dit_jax.preflight.compilation import program
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.low import open_low
 from dit_jax.sampling.picture import grid
+from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.runs.task import task_of
 
 TWICE = dataclasses.replace(MODEL, superres=2)
@@ -322,6 +323,15 @@ def test_a_record_has_the_psnr_and_a_task_of_its_own(twice, tmp_path, cache_dir)
     assert code == 0, err
     assert metrics["psnr"] == pytest.approx(psnr(np.load(out)["arr_0"], images).mean(), rel=1e-9)
     assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_frontier_of_psnr_takes_the_higher_one(tmp_path):
+    """And knows so by its name, in a table."""
+    rows = ["name,flops_sample,psnr", "small,1e6,20", "large,1e7,19", "larger,1e8,21"]
+    (tmp_path / "x.csv").write_text("\n".join(rows) + "\n")
+    assert main(["frontier", str(tmp_path / "x.csv"), "--metric=psnr", f"--json={tmp_path / 'out.json'}"]) == 0
+    front = json.loads((tmp_path / "out.json").read_text())["front"]
+    assert [point["name"] for point in front] == ["small", "larger"]
 
 
 def test_a_task_that_is_none_is_refused():

@@ -16,8 +16,9 @@ the MLP ratio r; of SwiGLU 3 and `cfg.hidden`), and by conditioning:
 M is the number of tokens of a caption, `text_length` whatever the caption, because padding is computed too. With a caption in place of
 the label, T + 2 and (2T + 4) have one token less. The states of a frozen encoder, of width w, add their projection, M w d; the encoder
 itself is counted apart (`encoder_macs`). Each of `text_depth` blocks adds 4 M d^2 + g M d h + 2 M^2 d. A flow map's target time is
-embedded as t is, 256 d + d^2 more. In `dual_stream` caption tokens have weights of their own, also in the last block, where XLA leaves
-those out that nothing reads if the layer scan is fully unrolled.
+embedded as t is, 256 d + d^2 more. Patches of an enlarged low-resolution image are embedded as those of the image are, T p^2 C d more. In
+`dual_stream` caption tokens have weights of their own, also in the last block, where XLA leaves those out that nothing reads if the layer
+scan is fully unrolled.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,12 @@ TABLES = {"bytes": 257, "words": 4096}  # rows of the embedding of text: padding
 
 class Field(NamedTuple):
     """A row as in models.conditioning.FIELDS: whether a model has the field, the trainable parameters of its embedding, its tokens, and
-    the MACs of its embedding."""
+    the MACs of its embedding for an image of n tokens."""
 
     present: Callable
     parameters: Callable
     tokens: Callable = lambda cfg: 1
-    macs: Callable = lambda cfg: 0
+    macs: Callable = lambda cfg, n: 0
 
 
 def text_parameters(cfg: ModelConfig) -> int:
@@ -61,7 +62,13 @@ FIELDS = {
         lambda cfg: bool(cfg.text),
         text_parameters,
         lambda cfg: cfg.caption_tokens,
-        text_macs,
+        lambda cfg, n: text_macs(cfg),
+    ),
+    "low": Field(  # its patches, enlarged, add to those of the image
+        lambda cfg: cfg.superres > 0,
+        lambda cfg: cfg.patch**2 * cfg.channels * cfg.width,
+        lambda cfg: 0,
+        lambda cfg, n: n * cfg.patch**2 * cfg.channels * cfg.width,
     ),
 }
 MODULATIONS = {"adaln": 4, "adaln_zero": 6, "adaln_cross": 6, "dual_stream": 12}  # vectors per block; the output has 2
@@ -103,7 +110,7 @@ def component_macs(cfg: ModelConfig, shape: Shape = None) -> dict[str, int]:
     s = n + {"in_context": extra, "dual_stream": cfg.caption_tokens}.get(cfg.conditioning, 0)
     m = crossed_tokens(cfg)
     cross = 2 * n * d * d + 2 * m * d * d + 2 * n * m * d if m else 0
-    embeddings = {f"{name}_embedding": FIELDS[name].macs(cfg) for name in fields(cfg)}
+    embeddings = {f"{name}_embedding": FIELDS[name].macs(cfg, n) for name in fields(cfg)}
     return {
         "patch_embedding": n * patch * cfg.channels * d,
         "time_embedding": (2 if cfg.target else 1) * (TIME_FREQUENCIES * d + d * d),
@@ -187,7 +194,8 @@ def active_parameters(cfg: ModelConfig) -> int:
     """
     d, crossed = cfg.width, 2 if crossed_tokens(cfg) else 0
     per_block = (4 + crossed) * d * d + _matrices(cfg) * d * cfg.hidden
-    return cfg.depth * per_block + cfg.patch**2 * d * (cfg.channels + cfg.out_channels)
+    ends = cfg.channels * (2 if cfg.superres else 1) + cfg.out_channels
+    return cfg.depth * per_block + cfg.patch**2 * d * ends
 
 
 def encoder_macs(cfg, tokens: int) -> dict[str, int]:

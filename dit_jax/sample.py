@@ -37,7 +37,7 @@ def _bound(values) -> tuple:
         cfg = dataclasses.replace(cfg, autoencoder=dataclasses.replace(cfg.autoencoder, folder=values.autoencoder))
     cfg = dataclasses.replace(cfg, sample=_sample_config(cfg, values))
     make_task(cfg)
-    names = ("workdir", "num", "seed", "step", "out", "grid", "images", "rgb")
+    names = ("workdir", "num", "seed", "step", "out", "grid", "images", "low", "rgb")
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", values.size or "0x0", re.ASCII)
     if not found:
         raise UsageError(f"--size: found {values.size!r}, expected HxW in pixels, such as 64x96")
@@ -47,6 +47,10 @@ def _bound(values) -> tuple:
         size=(int(found[1]), int(found[2])) if values.size else None,
         prompts=find_prompts(values.prompt, values.prompts, cfg.model),
     )
+    if values.low and not cfg.model.superres:
+        raise UsageError(
+            f"--low: found {values.low!r}, expected none: this model takes no such images (model.superres)"
+        )
     if not wanted.files:
         raise UsageError("--out, --grid, --images: found none, expected at least one of them")
     check_ending("--out", values.out, ".npz")
@@ -104,6 +108,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("images", "", "folder of PNGs, one an image; new or empty")
     flags.DEFINE_string(
         "size", "", "HxW of the images in pixels, such as a bucket of the run; default: data.image_size"
+    )
+    flags.DEFINE_string(
+        "low",
+        "",
+        "folder of low-resolution pictures, or npz, that super-resolution enlarges, in turn; default: held-out",
     )
     flags.DEFINE_bool("rgb", False, "three equal channels for grey images, in every output")
     compiled.define_flag()

@@ -91,10 +91,11 @@ def test_labels_and_words_do_not_mix(tmp_path):
         ("c/text", {"task": "text"}, {}),
         ("c/older", {}, {"text": "bytes", "classes": 0}),
         ("c/none", {"task": "unconditional"}, {}),
+        ("c/superres", {"task": "labels, superres 2"}, {}),
     ):
         path = workdir(tmp_path / name, record(run=name, **changes))
         (tmp_path / name / "config.json").write_text(json.dumps({"model": config}))
-        found = "unconditional" if "none" in name else "text"
+        found = changes.get("task", "text")
         with pytest.raises(UsageError, match=rf"protocol field 'task' is '{found}', but 'labels' in .*b/eval"):
             load_runs([words, path])
     assert [run.name for run in load_runs([tmp_path], where=["task=text"])] == ["c/older", "c/text"]

@@ -45,6 +45,7 @@ class Config:
             expected = f"expected '' with model.text = {self.model.text!r}, which has no encoder"
             raise UsageError(f"data.captions: found {self.data.captions!r}, {expected}")
         self._check_objective()
+        self._check_superres()
         batch, parts = self.train.batch_size, self.optim.accumulate
         if batch % parts:
             raise UsageError(f"train.batch_size: found {batch}, expected a multiple of optim.accumulate = {parts}")
@@ -62,6 +63,31 @@ class Config:
             if self.sweep.curves and (found := getattr(self.optim, name)) != needed:
                 why = "else a run stopped at a budget's step is not the run of that budget"
                 raise UsageError(f"optim.{name}: found {found!r}, expected {needed!r} with sweep.curves: {why}")
+
+    def _check_superres(self) -> None:
+        factor, data = self.model.superres, self.data
+        usual = (("degrade", "area"), ("degrade_noise", 0.0), ("degrade_jpeg", 0))
+        for name, value in usual if not factor else ():
+            if (found := getattr(data, name)) != value:
+                expected = f"expected {value!r} with model.superres = 0, whose model sees no low-resolution images"
+                raise UsageError(f"data.{name}: found {found!r}, {expected}")
+        if not factor:
+            return
+        latents = {f"data.latents = {part.latents!r}": part.latents for part in data.parts} | {
+            "data.encode = 'in_step'": data.encode == "in_step",
+            f"autoencoder.folder = {self.autoencoder.folder!r}": self.autoencoder.folder,
+            f"model.input_size = {self.model.input_size} and data.image_size = {data.image_size}": data.image_size
+            != self.model.input_size,
+        }
+        for what in (name for name, found in latents.items() if found):
+            expected = f"expected 0 with {what}: super-resolution is of pixels, and latents are not built"
+            raise UsageError(f"model.superres: found {factor}, {expected}")
+        if data.buckets:
+            why = "low-resolution images are squares"
+            raise UsageError(f"data.buckets: found {data.buckets}, expected () with model.superres = {factor}: {why}")
+        if data.degrade_jpeg and self.model.channels not in (1, 3):
+            why = f"JPEG has 1 or 3 channels, the images have {self.model.channels}"
+            raise UsageError(f"data.degrade_jpeg: found {data.degrade_jpeg}, expected 0: {why}")
 
     def _check_objective(self) -> None:
         objective, needed = self.objective, self.objective.rounds * self.objective.round_steps

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from dit_jax.error import UsageError, at_least, choice, shown
+from dit_jax.error import UsageError, at_least, choice, in_range, shown
 
 DATASET = re.compile(r"[A-Za-z]\w*(/\w[\w+-]*(\.[\w+-]+)*)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 PART = ("dataset", "split", "held_out_split", "folder", "data_dir", "latents")  # keys that a part of a mixture may set
@@ -26,6 +26,9 @@ class DataConfig:
     crop: str = "center"  # center | random: where pictures are cropped, determined by (seed, position); for scores always center
     flip: bool = False  # random horizontal flips, determined by (seed, position)
     template: str = ""  # captions of labelled data without any, such as 'a photo of a {}' with the class; "" = none
+    degrade: str = "area"  # how low-resolution images (model.superres) are made: area (means of squares) | bicubic
+    degrade_noise: float = 0.0  # of them: standard deviation of Gaussian noise, in levels of 0 to 255
+    degrade_jpeg: int = 0  # of them: quality of JPEG that they pass through, 1 to 100; 0 = none
     cache: bool = True  # keep the decoded split in memory (for small datasets)
     workers: int = 2  # reading threads
     prefetch: int = 8  # batches read ahead
@@ -52,6 +55,9 @@ class DataConfig:
             expected = "text with {} once, where the name of the class goes, such as 'a photo of a {}'"
             raise UsageError(f"data.template: found {self.template!r}, expected {expected}")
         at_least(0, self, "workers", "prefetch", "skip_bad")
+        choice("data.degrade", self.degrade, ("area", "bicubic"))
+        in_range("data.degrade_noise", self.degrade_noise, 0.0, 255.0)
+        in_range("data.degrade_jpeg", self.degrade_jpeg, 0, 100)
         _ = self.parts  # raises for a part that is wrong
 
     def _check_buckets(self) -> None:

@@ -25,6 +25,7 @@ class ModelConfig:
     text_width: int = 0  # clip, t5, bert: features of a state; 0 = as the encoder has, set when a run begins
     text_sha256: str = ""  # clip, t5, bert: checksums of encoder and tokenizer, set when a run begins
     null: str = "empty"  # of captions, for dropout and guidance: empty (the empty caption) | learned (a trained table)
+    superres: int = 0  # factor from a low-resolution image, the condition, to the image (super-resolution); 0 = none
     mlp_ratio: int = 4  # hidden features of the MLP, in multiples of `width`
     target: str = ""  # which blocks read a flow map's target time: "" (none) | all (beside t) | later (the last third)
     time_scale: float = 1.0  # factor of t in its sinusoids; 0.03 gives smooth derivatives in t, for few steps
@@ -58,6 +59,9 @@ class ModelConfig:
         if self.conditioning in of_text and not self.text:
             expected = "expected 'bytes', 'words' or an encoder"
             raise UsageError(f"model.text: found '', {expected} for model.conditioning = {self.conditioning!r}")
+        if self.superres and (self.superres < 2 or self.input_size % self.superres):
+            expected = f"expected 0, or a divisor of model.input_size = {self.input_size} that is at least 2"
+            raise UsageError(f"model.superres: found {self.superres}, {expected}")
         in_range("model.time_scale", self.time_scale, 1e-4, 1.0)
         choice("model.target", self.target, ("", "all", "later") if self.adaptive else ("",))
         choice("model.positions", self.positions, ("sincos", "learned", "rope"))

@@ -6,7 +6,7 @@ only, not on the batch, the process, or earlier draws.
 
 import numpy as np
 
-ORDER, FLIP, NOISE, CROP, BATCHES, SCENE, MIXTURE, CAPTION = range(1, 9)  # streams of the hash
+ORDER, FLIP, NOISE, CROP, BATCHES, SCENE, MIXTURE, CAPTION, DEGRADE = range(1, 10)  # streams of the hash
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _ROWS = 16  # positions at a time, so that temporaries stay in the cache
 
@@ -24,13 +24,13 @@ def mirrored(seed: int, positions: np.ndarray) -> np.ndarray:
     return hash_counters(seed, FLIP, 0, positions) >> np.uint64(63) == 1
 
 
-def normals(seed: int, positions: np.ndarray, size: int) -> np.ndarray:
+def normals(seed: int, positions: np.ndarray, size: int, stream: int = NOISE) -> np.ndarray:
     """Draw standard normals float32 (b, size); row i depends on (seed, positions[i]) only.
 
     The uniforms have 32 bits, so no value exceeds 6.7. The bits are the same everywhere, but the last digit of NumPy's
     float32 logarithm, sine and cosine may differ between kinds of processors.
     """
-    keys = hash_counters(seed, NOISE, 0, positions)
+    keys = hash_counters(seed, stream, 0, positions)
     pairs = (size + 1) // 2
     steps = np.arange(pairs, dtype=np.uint64) * _GAMMA
     found = np.empty((len(keys), 2 * pairs), np.float32)

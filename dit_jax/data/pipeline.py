@@ -36,12 +36,14 @@ def make_batches(
     process_count: int = 1,
     source: Source | None = None,
     tokens: Callable | None = None,
+    degrade: Callable | None = None,
 ) -> "Batches":
     """Make an endless iterator over this process's rows of the global batches of `data.split`.
 
     A batch is {"image": float32 (b, h, w, c), "cond": tree of arrays (b, ...)}, b = batch_size / process_count, with images
     from `Source.training`. `source`: the split if already open (for `bad_records`). With `tokens`, a function of captions,
-    `cond` has those of a caption of each image, drawn by (seed, position), as "text". Raises UsageError if data cannot be read
+    `cond` has those of a caption of each image, drawn by (seed, position), as "text"; with `degrade`, see `degrade.Degrade`, the
+    low-resolution image of each, made of what the model sees, as "low". Raises UsageError if data cannot be read
     (also in `next`), or if the processes do not divide the batch.
     """
     if batch_size % process_count:
@@ -65,10 +67,9 @@ def make_batches(
             (arrays, cond), shape = read(records_at(positions)), square
         if shapes:
             arrays = pixels.crops(arrays, shape, positions, seed if data.crop == "random" else None)
-        return {
-            "image": source.training(arrays, positions, seed),
-            "cond": as_tokens(cond, positions, seed, tokens),
-        }
+        images = source.training(arrays, positions, seed)
+        low = {"low": degrade(images, positions, seed)} if degrade else {}
+        return {"image": images, "cond": as_tokens(cond, positions, seed, tokens) | low}
 
     threads = 0 if data.cache and rows * max(source.image_shape[:2]) ** 2 < SMALL else data.workers
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch if threads else 0)
@@ -129,11 +130,13 @@ def load_arrays(
     most: int = 0,
     buckets: tuple = (),
     tokens: Callable | None = None,
+    degrade: Callable | None = None,
 ) -> tuple[np.ndarray, dict]:
     """Read a split, or its first `most` records, in record order by `Source.evaluation`: float32 (n, h, w, c), and `cond` (n, ...).
 
     With `buckets` each image has the shape (h, w) of its own, and they come as an array (n,) of arrays (h, w, c). With `tokens`
-    those of a caption of each record, drawn by its number, are in `cond` as "text", as in a batch.
+    those of a caption of each record, drawn by its number, are in `cond` as "text", as in a batch, and with `degrade` the
+    low-resolution images as "low".
     """
     source = open_source(data, split) if source is None else source
     shapes = open_buckets(source, buckets).shapes_of if buckets else None
@@ -146,7 +149,8 @@ def load_arrays(
         return arrays
 
     arrays, cond = _read_all(source, cut, shapes, most, tokens is not None)
-    return arrays, as_tokens(cond, np.arange(len(arrays)), 0, tokens)
+    numbers = np.arange(len(arrays))
+    return arrays, as_tokens(cond, numbers, 0, tokens) | ({"low": degrade(arrays, numbers, 0)} if degrade else {})
 
 
 def in_order(

@@ -7,10 +7,13 @@ import itertools
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from dit_jax import flops
-from dit_jax.config import Config, SampleConfig
+from dit_jax.config import Config, ModelConfig, SampleConfig
 from dit_jax.config.evaluation import AXES
 from dit_jax.data import aspect
+from dit_jax.data.degrade import enlarged, make_degrade, resized, to_levels
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.data.scenes import asked
 from dit_jax.data.source import Source, all_of, open_source
@@ -26,9 +29,11 @@ from dit_jax.error import UsageError
 from dit_jax.evaluation import likelihood, loss, scores
 from dit_jax.evaluation.captions import Captions, read_captions
 from dit_jax.files import base
+from dit_jax.metrics.psnr import Originals
 from dit_jax.networks.caption import describe_text, open_text, text_flops
 from dit_jax.networks.in_step import encoder_flops, open_splits
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample
+from dit_jax.sampling.low import Low, open_low
 from dit_jax.sampling.reuse import RULE
 from dit_jax.workdir.folder import read_init
 from dit_jax.workdir.records import protocol_id
@@ -84,6 +89,7 @@ def loss_protocol(cfg: Config, held_out: Source, target: str = "loss") -> dict:
             "seed": cfg.eval.seed,
             "labels": "true" if held_out.classes and cfg.model.classes else "none",
             **({"captions": "one an image, by its number"} if cfg.model.text else {}),
+            **({"superres": degrade.describe()} if (degrade := make_degrade(cfg)) else {}),
             **describe_text(cfg.model),
             **({"latents": "mean of the posterior"} if "autoencoder" in data else {}),
         },
@@ -144,7 +150,8 @@ class Shared:
         data, most = all_of(self.cfg.data), self.cfg.eval.max_images
         (source,) = open_splits(dataclasses.replace(self.cfg, data=data), data.held_out_split)
         text = open_text(self.cfg.model)
-        images, cond = load_arrays(data, data.held_out_split, source, most, data.buckets, text and text.tokens)
+        ways = (data.buckets, text and text.tokens, make_degrade(self.cfg))
+        images, cond = load_arrays(data, data.held_out_split, source, most, *ways)
         return source, (images, cond | ({"text": text.encode(cond["text"])} if text else {}))
 
     @functools.cached_property
@@ -166,6 +173,11 @@ class Shared:
         return tuple(prompts(source, self.cfg.eval.samples))
 
     @functools.cached_property
+    def low(self) -> Low | None:
+        """The low-resolution images that super-resolution begins with, of the held-out images."""
+        return open_low(self.cfg)
+
+    @functools.cached_property
     def network(self) -> scores.Network:
         return scores.open_network(self.cfg, self.mesh)
 
@@ -176,6 +188,8 @@ class Shared:
             reference.parts["prompts"] = asked(self.prompts)
         if self.network.texts and self.prompts:
             reference.parts["captions"] = self.network.texts(list(self.prompts))
+        if self.low:
+            reference.parts["originals"] = originals(self.low)
         if leader():
             scores.warn_of_few(self.cfg, self.network, reference)
         return reference
@@ -200,6 +214,7 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         **({"reuse": RULE} if cfg.sample.reuse != 1.0 else {}),
         **({"guide": sampling.guide.describe(sampling.mesh)} if sampling.guide else {}),
         **describe_prompts(cfg, shared),
+        **({"superres": sampling.low.about} if sampling.low else {}),
         **describe_text(cfg.model),
         "autoencoder": autoencoder.describe() if autoencoder else "none",
         "features": f"{network.name} {network.sha256}",
@@ -234,7 +249,7 @@ def make_record(
     seen, cost, begun = aspect.seen(data, cfg.train, step), make_objective(cfg).flops, read_init(workdir)
     return {
         "run": base(workdir),
-        "task": "text" if cfg.model.text else "labels" if cfg.model.classes else "unconditional",
+        "task": task_of(cfg.model),
         "step": step,
         "images_seen": sum(seen.values()),
         "tokens_seen": sum(images * flops.tokens(cfg.model, shape) for shape, images in seen.items()),
@@ -254,6 +269,23 @@ def make_record(
         "device": describe_device(),
         "goodput": spent,
     }
+
+
+def task_of(model: ModelConfig) -> str:
+    """What a model draws from: "text", "labels" or "unconditional"; of super-resolution followed by its factor."""
+    found = "text" if model.text else "labels" if model.classes else "unconditional"
+    return f"{found}, superres {model.superres}" if model.superres else found
+
+
+def originals(low: Low) -> Originals:
+    """The images that low-resolution ones were made of, and these enlarged without a model, for `metrics.psnr`."""
+
+    def floors(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        small = to_levels(low.read(numbers)["low"])
+        big = enlarged(small, low.factor)
+        return {"nearest": big, "bicubic": resized(small, big.shape[1:3])}
+
+    return Originals(low.count, low.originals, floors)
 
 
 def check_config(cfg: Config, key: str = "eval.samples") -> None:

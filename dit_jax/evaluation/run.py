@@ -175,7 +175,7 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
     shared = shared or Shared(cfg, own_mesh(mesh))
     found = _loss_tasks(cfg, mesh, workdir, stop, shared) if targets(cfg) else []
     if cfg.eval.samples:
-        sampling = open_sampling(cfg, mesh, prompts=Prompts(shared.prompts))
+        sampling = open_sampling(cfg, mesh, prompts=Prompts(shared.prompts), low=shared.low)
         for sample in samplings(cfg):
             found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
     compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)

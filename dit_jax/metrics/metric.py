@@ -10,7 +10,8 @@ class Metric:
 
     `needs` names parts of a batch, "pool" (b, d), "spatial" (b, s), "logits" (b, classes), float32, "images" (b, h, w, c) uint8, and
     "cells" (b, 40), the logits of four digits; parts of the reference, "gaussian" and "spatial_gaussian", each (mean, covariance),
-    "features" (m, d), "prompts" (`composition.Prompts`), and "captions" (m, d), embedded; or a feature network, such as "inception".
+    "features" (m, d), "prompts" (`composition.Prompts`), "captions" (m, d), embedded, and "originals" (`psnr.Originals`);
+    or a feature network, such as "inception".
     `update(state, batch, total) -> state` adds a batch, a dict of the parts above. Samples come in order. `state` is None at first;
     `total` is the final number of samples.
     `finish(state, reference, settings) -> {ending: value}` computes the numbers; an ending ("", "_std", "_low") follows the name in

@@ -1,6 +1,6 @@
 """Table of the metrics of drawn images, in the order of the records. A new metric is a file with a row, listed here."""
 
-from dit_jax.metrics import clipscore, composition, fid, inception_score, kernel, precision_recall
+from dit_jax.metrics import clipscore, composition, fid, inception_score, kernel, precision_recall, psnr
 from dit_jax.metrics.metric import Metric
 
 ROWS = (
@@ -12,5 +12,6 @@ ROWS = (
     precision_recall.RECALL,
     composition.COMPOSITION,
     clipscore.CLIPSCORE,
+    psnr.PSNR,
 )
 METRICS: dict[str, Metric] = {row.name: row for row in ROWS}

@@ -2,7 +2,7 @@
 
 `cond` is a dict of arrays with a leading axis b, one for each field in FIELDS that the model has: class labels, or {} for a model
 without classes; and, of a flow map, the target time, which objectives and samplers add (`aim`). Only this file and the data pipeline
-depend on the fields; all other code treats `cond` as an opaque pytree.
+depend on the fields; all other code treats `cond` as an opaque pytree. A low-resolution image is no condition that guidance leaves out.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.error import UsageError
-from dit_jax.models.layers import LAYERS, Attention, Norm, layer_norm
+from dit_jax.models.layers import LAYERS, Attention, Norm, layer_norm, patchify, zeros
 
 MAX_PERIOD = 10_000.0
 small_normal = nn.initializers.normal(0.02)
@@ -177,13 +177,14 @@ class Condition(NamedTuple):
 class Field(NamedTuple):
     """A field of `cond`: a row of FIELDS. The row of the same name in `flops.FIELDS` decides which models have the field.
 
-    embed(cfg, name)   module that maps values (b, ...) to vectors (b, d) or tokens (b, m, d); its parameters are named `name`
+    embed(cfg, name)   module that maps values (b, ...) to vectors (b, d) or tokens (b, m, d); its parameters are named `name`; None: the
+                       values add to the patches, see `add_low`
     example(cfg)       (shape of one value, dtype), or a tree of them
     null(cfg, values)  null values, in the shape of `values`
     draw(cfg, rule, keys, indices, wanted)   values (b, ...) for samples: `wanted` in turn if given, else by the rule `sample.labels`
     """
 
-    embed: Callable
+    embed: Callable | None
     example: Callable
     null: Callable
     draw: Callable
@@ -243,6 +244,12 @@ FIELDS = {
         example=text_example,
         null=null_text,
         draw=draw_text,
+    ),
+    "low": Field(  # images in [-1, 1], given to a sampler image by image
+        embed=None,
+        example=lambda cfg: ((*[cfg.input_size // cfg.superres] * 2, cfg.channels), jnp.float32),
+        null=lambda cfg, values: values,
+        draw=lambda cfg, rule, keys, indices, wanted: jnp.zeros(_rows_of(cfg, "low", len(indices)).shape),
     ),
 }
 
@@ -320,7 +327,10 @@ def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
         )
     time = functools.partial(TimeEmbedding, cfg.width, flops.TIME_FREQUENCIES, jnp.dtype(cfg.dtype))
     of_t = time(name="time_embedding")
-    found = [of_t(t), *(field.embed(cfg, f"{name}_embedding")(cond[name]) for name, field in wanted.items())]
+    found = [
+        of_t(t),
+        *(field.embed(cfg, f"{name}_embedding")(cond[name]) for name, field in wanted.items() if field.embed),
+    ]
     vectors = [array for array in found if array.ndim == 2]
     if cfg.target == "all":
         vectors.append(time(nn.initializers.zeros_init(), name="target_embedding")(target))
@@ -337,6 +347,20 @@ def embed(cfg: ModelConfig, t: jax.Array, cond: Mapping) -> Condition:
         mask = jnp.asarray(mask).at[:, 0].set(True)  # a first token that is always there: attention needs one
     later = sum(vectors[1:], of_t(target)) if cfg.target == "later" else None
     return Condition(sum(vectors[1:], vectors[0]), text, mask, later=later)
+
+
+def add_low(cfg: ModelConfig, h: jax.Array, cond: Mapping, shape: tuple) -> jax.Array:
+    """Adds to tokens h (b, n, d) the low-resolution images, enlarged by cubic interpolation to `shape` (b, h, w, c), by a Linear of their
+    patches, zero at first; a model without gets h back.
+
+    This is the patch embedding of images with these as further channels (Saharia et al. 2021, arXiv 2104.07636, SR3, section 2.3). Call
+    it inside a flax module, which gets the parameters `low_embedding`.
+    """
+    if not cfg.superres:
+        return h
+    patches = patchify(jax.image.resize(cond["low"], shape, "cubic"), cfg.patch)
+    linear = nn.Dense(cfg.width, use_bias=False, kernel_init=zeros, dtype=jnp.dtype(cfg.dtype), name="low_embedding")
+    return h + linear(patches)
 
 
 def by_block(cfg: ModelConfig, c: Condition) -> Condition:

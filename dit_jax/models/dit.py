@@ -212,6 +212,7 @@ class DiT(nn.Module):
         if cfg.positions == "learned":
             h = h + conditioning.learned_positions(self, cfg, grid).astype(dtype)[None]
         c = conditioning.embed(cfg, t, cond)
+        h = conditioning.add_low(cfg, h, cond, x.shape)
         if cfg.positions == "rope":
             extra = c.tokens.shape[1] if cfg.conditioning == "in_context" else 0
             c = c._replace(angles=jnp.asarray(rotations(side, cfg.width // cfg.heads, grid, extra)))

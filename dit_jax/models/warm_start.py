@@ -23,7 +23,11 @@ from dit_jax.models.conditioning import timestep_frequencies
 
 BODY = ("width", "depth", "heads", "mlp_ratio")  # sizes of the blocks, which have to agree
 TABLE, TIME_BIAS = "label_embedding/table/embedding", "time_embedding/fc2/bias"
-EMBEDDING, OUTPUT = "patch_embedding/kernel", ("output/linear/kernel", "output/linear/bias")
+EMBEDDING, LOW, OUTPUT = (
+    "patch_embedding/kernel",
+    "low_embedding/kernel",
+    ("output/linear/kernel", "output/linear/bias"),
+)
 SINUSOIDS = ("time_embedding/fc1/kernel", "target_embedding/fc1/kernel")
 TAKEN, RESIZED, NEW = "taken", "resized", "new"
 
@@ -82,7 +86,8 @@ class WarmStart:
         parts = [cfg.out_channels // cfg.channels for cfg in (old, new)]
         by = _bilinear(old.patch, new.patch)
         if (old.patch, old.channels) != (new.patch, new.channels):
-            found[EMBEDDING] = functools.partial(_embedding, old, new, np.linalg.pinv(by.T))
+            for name in (EMBEDDING, LOW) if old.superres and new.superres else (EMBEDDING,):
+                found[name] = functools.partial(_embedding, old, new, np.linalg.pinv(by.T), name)
         if EMBEDDING in found or parts[0] != parts[1]:
             ends = [(cfg.patch, part, cfg.channels) for cfg, part in zip((old, new), parts, strict=True)]
             found |= {name: functools.partial(_output, *ends, by, name) for name in OUTPUT}
@@ -116,9 +121,9 @@ def _bilinear(p: int, q: int) -> np.ndarray:
     return np.stack([np.interp(new, old, row) for row in np.eye(p)], axis=1)
 
 
-def _embedding(old: ModelConfig, new: ModelConfig, by: np.ndarray, stored: Mapping, fresh):
+def _embedding(old: ModelConfig, new: ModelConfig, by: np.ndarray, name: str, stored: Mapping, fresh):
     ends = (old.patch, 1, old.channels), (new.patch, 1, new.channels)
-    return _patches(*ends, by, stored[EMBEDDING].T, fresh.T).T
+    return _patches(*ends, by, stored[name].T, fresh.T).T
 
 
 def _output(old: tuple, new: tuple, by: np.ndarray, name: str, stored: Mapping, fresh):

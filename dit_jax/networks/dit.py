@@ -231,6 +231,7 @@ def _check_published(cfg: ModelConfig) -> None:
         "block": "dit",
         "target": "",
         "time_scale": 1.0,
+        "superres": 0,
     }
     for key, expected in published.items():
         if (found := getattr(cfg, key)) != expected:

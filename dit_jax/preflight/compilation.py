@@ -62,7 +62,8 @@ def program(cfg: Config, job: str, mesh) -> Program:
         return Program(lambda: make_train_step(cfg, mesh, encoder), arguments, work, rows, held)
     rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    asked = {"text": placed(conditioning.example(cfg.model, rows)["text"], batch)} if cfg.model.text else {}
+    asked = {name: value for name, value in conditioning.example(cfg.model, rows).items() if name in ("text", "low")}
+    asked = placed(asked, batch) if asked else {}
     arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch), asked)
     guide = open_guide(cfg) if cfg.sample.guidance != 1.0 else None
     arguments += (weights(guide.cfg, mesh),) if guide else ()

@@ -29,6 +29,7 @@ from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
 from dit_jax.sampling.denoise import make_denoiser, make_reusing
 from dit_jax.sampling.guide import Guide, open_guide
+from dit_jax.sampling.low import Low
 from dit_jax.sampling.prompt import Asked, Prompts
 from dit_jax.sampling.reuse import Plan, passes
 
@@ -60,8 +61,8 @@ def make_sampler(
     With `guide`, the config of a weaker run, it takes that run's weights as one more argument. With `reuse` = "plan" it takes the outputs
     of blocks that are computed, {part: bool (calls, layers)}, and with "measure" it returns the changes of outputs, see `make_reusing`.
 
-    `asked`: what prompts give each image, see `prompt.Asked.rows`, or {}. `wanted`: pairs (field of cond, values that the images take
-    in turn); other fields are drawn. `size`: (h, w), by default
+    `asked`: what prompts and low-resolution images give each image, see `prompt.Asked.rows` and `low.Low.rows`, or {}.
+    `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. `size`: (h, w), by default
     model.input_size squared. The weights lie on the mesh by `devices.mesh.spec`.
     """
     (bound, weights), side = bind_to_draw(model, mesh), model.input_size
@@ -74,7 +75,8 @@ def make_sampler(
 
     def sample(params, seed, indices, asked, *more):
         keys = image_keys(asked.get("seed", seed), indices)
-        cond = bound.draw(cfg.labels, keys, indices, dict(wanted)) | ({"text": asked["text"]} if asked else {})
+        cond = bound.draw(cfg.labels, keys, indices, dict(wanted))
+        cond |= {name: asked[name] for name in cond if name in asked}
         if reuse:
             all_images = (len(indices), *shape)
             denoise = make_reusing(bound, task, cfg, params, cond, asked, all_images, *more, reuse == "measure")
@@ -108,6 +110,7 @@ class Sampling:
     rgb: bool = False
     size: Shape = None
     asked: Asked | None = None  # of a model of captions: the prompts
+    low: Low | None = None  # of super-resolution: the low-resolution images
     plan: Plan | None = None  # of sample.reuse
 
     @functools.cached_property
@@ -200,11 +203,15 @@ class Sampling:
         first = rows * jax.process_index()
         for at in range(0, num, rows * hosts_of(self.mesh)):
             indices = np.arange(first + at, first + at + rows, dtype=np.int32)
-            asked = self.asked.rows(indices, seed) if self.asked else {}
+            asked = self._given(indices, seed)
             found = self._program("measure")(params, seed, *put_batch(self.mesh, (indices, asked)), everything)
             found = {part: np.asarray(squares, np.float64) for part, squares in found.items()}
             total = found if total is None else {part: total[part] + found[part] for part in found}
         return {part: np.sqrt(squares[..., 0] / np.maximum(squares[..., 1], 1e-30)) for part, squares in total.items()}
+
+    def _given(self, indices: np.ndarray, seed: int) -> dict:
+        """What the images `indices` are given, see `make_sampler`."""
+        return (self.asked.rows(indices, seed) if self.asked else {}) | (self.low.rows(indices) if self.low else {})
 
     def _agreed(self, stop: Sequence, error: Exception | None) -> bool:
         """Whether to stop, the same answer on all processes of the mesh; raises an error of one of them."""
@@ -219,7 +226,7 @@ class Sampling:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images of up to `rows` indices, and their labels. The mesh also draws `rows` if there are fewer."""
         filled = (np.resize(indices, rows) if len(indices) else np.zeros(rows)).astype(np.int32)
-        asked = self.asked.rows(filled, seed) if self.asked else {}
+        asked = self._given(filled, seed)
         drawn, labels = map(own_rows, draw(params, seed, *put_batch(self.mesh, (filled, asked)), *more))
         labels = filled % len(self.asked.prompts) if self.asked else labels
         images = self.decode(drawn[: len(indices)]) if len(indices) else np.zeros((0, *self.shape), np.float32)
@@ -237,7 +244,7 @@ class Sampling:
             "text_sha256": self.cfg.model.encoded, "text_encoder": False, "null": self.cfg.model.null != "empty",
             "positions": self.cfg.model.positions != "sincos", "block": self.cfg.model.block != "dit",
             "target": self.cfg.model.target != "", "time_scale": self.cfg.model.time_scale != 1,
-            "text_depth": self.cfg.model.text_depth > 0,
+            "text_depth": self.cfg.model.text_depth > 0, "superres": self.cfg.model.superres,
         }  # fmt: skip
         model = {key: value for key, value in model.items() if later.get(key, True)}
         process = {
@@ -247,6 +254,7 @@ class Sampling:
         classes = asked if len(asked) <= 100 else hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         job = {"step": step, "weights_sha256": sha256, "seed": seed, "labels": classes}
         job |= self.asked.describe() if self.asked else {}
+        job |= {f"low.{key}": value for key, value in self.low.about.items()} if self.low else {}
         job |= {"reuse.sha256": self.plan.sha256} if self.plan else {}
         job |= {f"guide.{key}": value for key, value in self.guide.describe(self.mesh).items()} if self.guide else {}
         for name, group in (("sample", settings), ("model", model), ("diffusion", process)):
@@ -282,15 +290,22 @@ def open_sampling(
     rgb: bool = False,
     size: Shape = None,
     prompts: Prompts | None = None,
+    low: Low | None = None,
 ) -> Sampling:
     """Binds `cfg.sample`. Raises UsageError for settings that exclude each other, or networks that do not fit."""
+    if cfg.model.superres and (low is None or size):
+        found = "no low-resolution images" if low is None else f"--size {size[0]}x{size[1]}"
+        expected = "expected such images" if low is None else "expected none"
+        raise UsageError(
+            f"model.superres: found {found}, {expected}: the model enlarges them {cfg.model.superres} times"
+        )
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
     size = _trained_size(cfg, size)
     if prompts and any(prompts.negatives) and cfg.sample.guidance == 1.0 and leader():
         warn("negative_prompt: has no effect at guidance 1")
     asked, decode = Asked(cfg.model, prompts) if prompts else None, make_decoder(autoencoder, own_mesh(mesh))
-    found = Sampling(cfg, mesh, autoencoder, decode, wanted or {}, size=size, asked=asked)
+    found = Sampling(cfg, mesh, autoencoder, decode, wanted or {}, size=size, asked=asked, low=low)
     found.guide  # noqa: B018, says now whether it fits
     if rgb and found.shape[-1] not in (1, 3):
         raise UsageError(f"--rgb: found images of {found.shape[-1]} channels, expected 1 or 3")

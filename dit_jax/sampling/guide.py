@@ -13,7 +13,7 @@ from dit_jax.sampling.weights import load_weights, weights_hash
 from dit_jax.workdir.folder import read_config
 
 ALIKE = {  # what a guide shares with the model that it guides; the rest, such as depth and width, may differ
-    "model": ("input_size", "channels", "classes", "text", "text_length", "text_width", "text_sha256"),
+    "model": ("input_size", "channels", "classes", "text", "text_length", "text_width", "text_sha256", "superres"),
     "diffusion": ("process", "schedule", "timesteps"),
     "autoencoder": ("scale", "shift"),
     "input": ("space",),

@@ -14,6 +14,7 @@ from dit_jax.log import say
 from dit_jax.sampling import parts, picture
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
+from dit_jax.sampling.low import open_low
 from dit_jax.sampling.prompt import Prompts
 from dit_jax.sampling.reuse import with_reuse
 from dit_jax.sampling.weights import load_weights, title, weights_hash
@@ -33,6 +34,7 @@ class Request:
     images: str
     labels: tuple[int, ...] = ()
     prompts: Prompts = field(default_factory=Prompts)  # of a model of captions
+    low: str = ""  # of super-resolution: a folder or npz of low-resolution images; "" = of the held-out ones
     rgb: bool = False
     size: tuple[int, int] | None = None
 
@@ -49,7 +51,8 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     step = by_leader(lambda: parts.find_step(wanted.workdir, wanted.step, wanted.out, cfg.sample.weights))
     mesh = drawing_mesh(4 * flops.parameters(cfg.model))
     labels = {"label": wanted.labels} if wanted.labels else {}
-    sampling = open_sampling(cfg, mesh, labels, wanted.rgb, wanted.size, wanted.prompts)
+    low = open_low(cfg, wanted.low, labelled=not wanted.labels)
+    sampling = open_sampling(cfg, mesh, labels, wanted.rgb, wanted.size, wanted.prompts, low)
     params, notes = load_weights(cfg, wanted.workdir, step, mesh)
     weights = title(cfg.sample, notes)
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
@@ -75,8 +78,9 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
         model = f"{base(wanted.workdir)}, depth {cfg.model.depth}, width {cfg.model.width}"
         caption = f"{model}; step {step} ({weights}); {settings}; seed {wanted.seed}"
         batches, texts = drawn(min(wanted.num, picture.GRID)), wanted.prompts.texts
-        if texts:
-            picture.save_grid(wanted.grid, batches, texts, caption, picture.prompt_grid)
-        else:
-            picture.save_grid(wanted.grid, batches, names_of(cfg, wanted.workdir), caption)
+        draw_grid = picture.prompt_grid if texts else picture.grid
+        if low:
+            caption += f"; each beside {low.beside}"
+            draw_grid = low.grid(draw_grid)
+        picture.save_grid(wanted.grid, batches, texts or names_of(cfg, wanted.workdir), caption, draw_grid)
     everyone_is_here("files")

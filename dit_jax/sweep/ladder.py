@@ -32,6 +32,7 @@ from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.networks.caption import follow
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
+from dit_jax.sampling.low import open_low
 from dit_jax.sampling.picture import grid, prompt_grid
 from dit_jax.sampling.prompt import Prompts
 from dit_jax.scaling import report, runs
@@ -277,14 +278,14 @@ def draw_grid(cfg: Config, cell: Cell) -> str:
     if not is_file(path):
         _, params = checkpoint.load(cell.workdir, item=settings.weights)
         asked = Prompts(tuple(prompts(shared_by(cell.cfg).held_out[0], PROMPTS))) if cfg.model.text else None
-        own = dataclasses.replace(cell.cfg, sample=settings)
-        sampling = open_sampling(own, make_mesh(cell.cfg.mesh), prompts=asked)
+        own, low = dataclasses.replace(cell.cfg, sample=settings), open_low(cell.cfg)
+        sampling = open_sampling(own, make_mesh(cell.cfg.mesh), prompts=asked, low=low)
         drawn = list(sampling.images(params, cfg.eval.seed, len(asked or range(classes)) * cfg.sweep.grid))
         images, labels = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
         make(os.path.dirname(path))
         names, arrange = (asked.texts, prompt_grid) if asked else (names_of(cell.cfg, cell.workdir), grid)
         with whole(path) as unfinished:
-            arrange(images, labels, names).save(unfinished, "PNG")
+            (low.grid(arrange) if low else arrange)(images, labels, names).save(unfinished, "PNG")
     return path
 
 

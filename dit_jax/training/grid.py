@@ -14,6 +14,7 @@ from dit_jax.files import make_folder
 from dit_jax.log import warn
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
+from dit_jax.sampling.low import open_low
 from dit_jax.sampling.picture import grid, prompt_grid, save_grid
 from dit_jax.sampling.prompt import Prompts
 
@@ -38,7 +39,9 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
     cfg = dataclasses.replace(
         cfg, sample=dataclasses.replace(cfg.sample, reuse=1.0)
     )  # the weights change from grid to grid
-    sampling = open_sampling(cfg, local_mesh(), prompts=asked)
+    low = open_low(cfg)
+    sampling = open_sampling(cfg, local_mesh(), prompts=asked, low=low)
+    draw_grid = prompt_grid if asked else grid
 
     def draw(step: int, ema: dict, stop: list) -> str:
         params = whole(ema)
@@ -53,7 +56,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
             return ""
         make_folder(os.path.join(workdir, FOLDER))
         path = os.path.join(workdir, FOLDER, f"step_{step:08}.png")
-        save_grid(path, iter(batches), names, draw=prompt_grid if asked else grid)
+        save_grid(path, iter(batches), names, draw=low.grid(draw_grid) if low else draw_grid)
         return path
 
     return draw

@@ -16,6 +16,7 @@ from dit_jax.bind import bind
 from dit_jax.config import Config, to_dict
 from dit_jax.data import source as sources
 from dit_jax.data.aspect import seen
+from dit_jax.data.degrade import make_degrade
 from dit_jax.data.pipeline import Batches, make_batches
 from dit_jax.devices.mesh import check_batch, make_mesh, peak_flops, put_batch
 from dit_jax.devices.numerics import ambient
@@ -155,6 +156,7 @@ def run(
             process_count=jax.process_count(),
             source=source,
             tokens=tokens_of(cfg),
+            degrade=make_degrade(cfg),
         )
         _check_same_data(batches, cfg)
         grid = make_grid(cfg, workdir) if cfg.train.grid_every else None

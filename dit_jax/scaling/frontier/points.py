@@ -26,7 +26,7 @@ OPTIONAL = (*NUMBERS, "sampler", "steps", "guidance", "spacing", *HOW, "passes",
 LOSSES = ("loss", "vlb", "likelihood")  # first words of the targets of held-out images
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 # Metrics of which more is better.
-HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score", "clipscore")
+HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score", "clipscore", "psnr")
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
 RECORD = {"params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}  # column -> field of a record
 RECORD |= {name: name for name in ("flops_train", "flops_sample", "seconds_sample")}

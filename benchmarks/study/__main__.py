@@ -52,7 +52,9 @@ def _chosen(text: str, known: Sequence, flag: str, kind=float) -> list:
         found = [text]
     for value in found:
         if value not in known:
-            raise UsageError(f"{flag}: found {value}, expected some of {', '.join(f'{one:g}' if kind is float else one for one in known)}")
+            raise UsageError(
+                f"{flag}: found {value}, expected some of {', '.join(f'{one:g}' if kind is float else one for one in known)}"
+            )
     return found or list(known)
 
 
@@ -93,17 +95,14 @@ def run(cells: list[Cell], place: Place, processes: int, retry: bool = False) ->
         for _, some in itertools.groupby(open_cells, key=lambda cell: (cell.study.name, *cell.rank[:3])):
             for column, outcome in run_cells(list(columns(some).values()), processes, cache, job):
                 if column is None:
-                    move(done + sum(costs[cell.name, cell.rest] for one in outcome for cell in one if _recorded(cell, place)))
                     continue
                 done += sum(costs[cell.name, cell.rest] for cell in column)
                 if isinstance(outcome, BaseException):
-                    complain(f"{column_of(column[0])}: {type(outcome).__name__}: {outcome}; the same command tries it again")
+                    complain(
+                        f"{column_of(column[0])}: {type(outcome).__name__}: {outcome}; the same command tries it again"
+                    )
                 say(f"{column_of(column[0])}: {outcome}  {move(done)}")
     return [name for name in read(place.records)[1] if (name, False) in todo]
-
-
-def _recorded(cell: Cell, place: Place) -> bool:
-    return not missing(cell, read(place.records)[0])
 
 
 def _interrupt(number, frame) -> None:
@@ -122,7 +121,9 @@ def main() -> None:
     names = list(columns(cells))
     if args.launcher == "print":
         for name in names:
-            print(shlex.join([sys.executable, "-m", "benchmarks.study", *own_arguments(sys.argv[1:]), f"--cell={name}"]))
+            print(
+                shlex.join([sys.executable, "-m", "benchmarks.study", *own_arguments(sys.argv[1:]), f"--cell={name}"])
+            )
         return
     if args.cell is not None:
         cells = columns(cells)[names[find_cell(names, args.cell)]]

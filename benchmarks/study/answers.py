@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.study import measure
-from benchmarks.study.claim import MEI_COST, SMALL_COST, Claim
+from benchmarks.study.claim import MEI_COST, SMALL_COST, Claim, short
 from benchmarks.study.select import Data, Family
 from dit_jax.scaling.frontier.choice import choose
 
@@ -41,7 +41,9 @@ def span(claim: Claim | None, digits: int = 2) -> str:
     if claim is None or math.isnan(claim.value):
         return "unknown"
     low, high = claim.interval
-    return f"{claim.value:.{digits}f}" + ("" if math.isnan(low) else f" (95 % interval {low:.{digits}f} to {high:.{digits}f})")
+    return f"{claim.value:.{digits}f}" + (
+        "" if math.isnan(low) else f" (95 % interval {low:.{digits}f} to {high:.{digits}f})"
+    )
 
 
 def _find(claims: Sequence[Claim], *words: str) -> Claim | None:
@@ -76,21 +78,38 @@ def best_size(data: Data, claims: Sequence[Claim]) -> Answer:
         for sampler in ("euler", "dpmpp_2m"):
             for model, low, high, share in _winners(data, Family(budget, sampler=sampler)):
                 size = f"{model} ({sizes[int(model[1:])]:,.0f})"
-                rows.append((f"{budget:.3g}", sampler, size, f"{low:.3g}", f"{high:.3g}", f"{share:.0%}"))
+                rows.append((short(budget), sampler, size, short(low), short(high), f"{share:.0%}"))
     budget = data.budgets[-1]
-    won = [row for row in _winners(data, Family(budget, sampler="euler"))]
-    law, second = _find(claims, f"{budget:.3g}, euler", "exponent"), _find(claims, f"{budget:.3g}, dpmpp_2m", "exponent")
+    won = _winners(data, Family(budget, sampler="euler"))
+    law, second = (
+        _find(claims, f"{short(budget)}, euler", "exponent"),
+        _find(claims, f"{short(budget)}, dpmpp_2m", "exponent"),
+    )
     if len(won) < 2:
-        text = "Too few sizes are recorded to say." if not won else f"{won[0][0]} is the best size at every sampling budget tried."
+        text = (
+            "Too few sizes are recorded to say."
+            if not won
+            else f"{won[0][0]} is the best size at every sampling budget tried."
+        )
     else:
         grows = _says(law, "and the best size grows with the sampling budget", "and it shrinks with the sampling budget",
                       "and no power law of the best size in the sampling budget is told")  # fmt: skip
+        (small, _, until, _), (large, since, _, _) = won[0], won[-1]
         text = (
-            f"Trained with {budget:.3g} FLOPs and sampled by Euler, {won[0][0]} is the best size below {won[0][2]:.2g} FLOPs an image and "
-            f"{won[-1][0]} above {won[-1][1]:.2g}, {grows}."
+            f"Trained with {short(budget)} FLOPs and sampled by Euler, {small} is the best size below {short(until)} "
+            f"FLOPs an image and {large} above {short(since)}, {grows}."
         )
-    head = ("training FLOPs", "sampler", "best size (active parameters)", "from FLOPs an image", "to", "share of resamples")
+    head = (
+        "training FLOPs",
+        "sampler",
+        "best size (active parameters)",
+        "from FLOPs an image",
+        "to",
+        "share of resamples",
+    )
     limits = (
+        "The best of several noisy scores is too low, the more so the more were tried. This is in every best score here, on both "
+        "sides of a ratio.",
         "All sizes of a row had the same training FLOPs. Mei et al. trained all sizes for equally many steps, so that their larger models "
         "had more compute: the two questions differ, and at equal compute a large model can also be too little trained.",
         "The ladder has a smallest and a largest size: where one of them wins, a size outside it might.",
@@ -102,8 +121,8 @@ def best_size(data: Data, claims: Sequence[Claim]) -> Answer:
 
 
 SEEDS = (
-    "Intervals hold the errors of the scores only, not a second training: over {pairs} pairs of scores of two seeds the log score differs by "
-    "{spread:.2f} (root mean square)."
+    "Intervals hold the errors of the scores only, not a second training: over {pairs} pairs of scores of two seeds the "
+    "log score differs by {spread:.2f} (root mean square)."
 )
 
 
@@ -121,17 +140,25 @@ def distilled(data: Data, claims: Sequence[Claim]) -> Answer:
     for name, share in data.students:
         for budget in data.budgets:
             gains = measure.speedup(data, Family(budget), Family(budget, name, share))
-            if np.isfinite(gains).any() or np.isinf(gains).any():
+            if not np.isnan(gains).all():
                 cells = ["" if math.isnan(g) else "never" if math.isinf(g) else f"{g:.2g}" for g in gains]
-                rows.append((f"{budget:.3g}", name.replace("_", " "), f"{share:.0%}", *cells))
+                rows.append((short(budget), name.replace("_", " "), f"{share:.0%}", *cells))
     for name in ("consistency", "mean_flow"):
-        ratio, edge = _find(claims, f"{name} ", "over the undistilled best size"), _find(claims, f"{name} ", "best smaller", "cost 1")
+        ratio = _find(claims, f"{name} ", "over the undistilled best size")
+        edge = _find(claims, f"{name} ", "best smaller", "cost 1")
         if ratio is None:
             continue
-        text = _says(ratio, "larger than before", "smaller than before", "not told apart from before")
-        still = _says(edge, "a smaller size still beats the largest", "the largest size now wins", "no winner between the largest and the others is told")
-        words = ratio.text.split(":")[0].replace("_", " ").replace(", ", ": ", 1)
-        parts.append(f"by {words.split(': ')[-1]} the best size at the same cost is {text}, and at the cost of one guided step of the largest {still}")
+        size = _says(ratio, "larger than before", "smaller than before", "not told apart from before")
+        wins = _says(
+            edge,
+            "a smaller size still beats the largest",
+            "the largest size now wins",
+            "it is not told whether the largest or a smaller size wins",
+        )
+        student = ratio.text.partition(":")[0].partition(", ")[2].replace("_", " ")
+        parts.append(
+            f"by {student} the best size at the same cost is {size}, and at the cost of one guided step of the largest {wins}"
+        )
     text = "No students are recorded." if not parts else f"At the largest budget recorded, {'; '.join(parts)}."
     mei = [_find(claims, f"{name} ", "second smallest") for name in ("consistency", "mean_flow")]
     ratios = [_find(claims, f"{name} ", "over the undistilled best size") for name in ("consistency", "mean_flow")]
@@ -141,11 +168,11 @@ def distilled(data: Data, claims: Sequence[Claim]) -> Answer:
     )
     head = ("training FLOPs", "student", "share", *(f"w{width}" for width in data.widths))
     limits = (
-        "A student has few steps of training if its teacher is large and its share small: 5 % of the smallest budget is a dozen steps of the "
-        "largest size. The rate was not tuned for each.",
+        "A student has few steps of training if its teacher is large and its share small: 5 % of the smallest budget is a "
+        "dozen steps of the largest size. The rate was not tuned for each.",
         "Guidance inside is one value for all sizes; the best may differ.",
-        "The table counts how many times fewer FLOPs an image the student needs for its own best score than its teacher; 'never': the teacher "
-        "does not reach that score.",
+        "The table counts how many times fewer FLOPs an image the student needs for its own best score than its teacher; "
+        "'never': the teacher does not reach that score.",
     )
     return Answer(2, text, interval, (head, rows), limits, _of(claims, 2))
 
@@ -161,19 +188,23 @@ def guidance(data: Data, claims: Sequence[Claim]) -> Answer:
             for width in data.widths:
                 c = best.get(f"w{width}")
                 cells.append("" if c is None else f"{c.best.guidance:.2g}" + f" ({c.edge})" * bool(c.edge))
-            rows.append((f"{budget:.3g}", f"{steps:g}", *cells))
+            rows.append((f"{short(budget)}", f"{steps:g}", *cells))
     plain = _find(claims, "undistilled, outside")
     flow, inside, both = (_find(claims, "mean_flow", word) for word in (", outside", ", inside", "inside over outside"))
+    pays = _says(plain, "costs more than it gives", "pays for its second pass", "is not told to pay or to lose")
+    makes = _says(inside, "makes the score worse", "makes the score better", "changes nothing that is told")
+    which = _says(both, "worse than", "better than", "not told apart from")
     text = (
-        f"At the same FLOPs an image, guidance from outside {_says(plain, 'costs more than it gives', 'pays for its second pass', 'neither pays nor loses, as far as is told,')} "
-        f"for the undistilled models; inside a flow map it {_says(inside, 'makes the score worse', 'makes the score better', 'changes nothing that is told')}, "
-        f"and it is {_says(both, 'worse', 'better', 'not told apart')} than guidance from outside at the same cost."
+        f"At the same FLOPs an image, guidance from outside {pays} for the undistilled models; inside a flow map it {makes}, "
+        f"and is {which} guidance from outside at the same cost."
     )
-    text = text.replace("not told apart than", "not told apart from")
-    interval = f"Guided over unguided: undistilled {span(plain)}, flow maps outside {span(flow)}, inside {span(inside)}; inside over outside {span(both)}."
+    interval = (
+        f"Guided over unguided: undistilled {span(plain)}, flow maps outside {span(flow)}, inside {span(inside)}; inside over "
+        f"outside {span(both)}."
+    )
     limits = (
-        f"Scales tried: {', '.join(f'{g:g}' for g in data.guidances)}; inside 1.5 only. The table has the minimum of a quadratic of log score "
-        "in log guidance; (highest) means that the best of those tried is the largest.",
+        f"Scales tried: {', '.join(f'{g:g}' for g in data.guidances)}; inside 1.5 only. The table has the minimum of a quadratic of "
+        "log score in log guidance; (highest) means that the best of those tried is the largest.",
         "The Frechet distance rewards variety, which guidance reduces; with a score of pictures one by one the answer may be another.",
         "Guidance in an interval of times and by a weaker model was not tried.",
     )
@@ -188,16 +219,22 @@ def training(data: Data, claims: Sequence[Claim]) -> Answer:
         text = "Not told: it needs two budgets with teachers, and students."
         interval = "None."
     else:
-        wins, loses = (sum(c.side == side for c in cheap) for side in (-1, 1))
+        (better, worse), (good, bad) = (
+            [sum(c.side == side for c in some) for side in (-1, 1)] for some in (cheap, dear)
+        )
         last, costly = cheap[-1], dear[-1]
         text = (
-            f"If an undistilled model is given the student's training FLOPs as well, distillation still gives the better picture at the cost of "
-            f"one guided step of the largest size in {wins} of {len(cheap)} cases and the worse one in {loses}; at cost {MEI_COST:g} the better "
-            f"in {sum(c.side < 0 for c in dear)} of {len(dear)} and the worse in {sum(c.side > 0 for c in dear)}."
+            f"If an undistilled model is given the student's training FLOPs as well, distillation still gives the better "
+            f"picture at the cost of one guided step of the largest size in {better} of {len(cheap)} cases and the worse one in "
+            f"{worse}; at cost {MEI_COST:g} the better in {good} of {len(dear)} and the worse in {bad}."
         )
         interval = f"{last.text}: {span(last)}; cost {MEI_COST:g}: {span(costly)}."
     head = ("budget and student", "score ratio at cost 1", f"at cost {MEI_COST:g}")
-    rows = [(a.text.split(":")[0].replace("_", " "), span(a), span(b)) for a, b in zip(cheap, dear, strict=True)] if own else []
+    rows = (
+        [(a.text.split(":")[0].replace("_", " "), span(a), span(b)) for a, b in zip(cheap, dear, strict=True)]
+        if own
+        else []
+    )
     limits = (
         "The undistilled model of a total between two budgets is interpolated in log-log; above the largest budget the last slope is kept.",
         "A share of the training is counted, the pictures to be drawn are not: with many pictures the cheaper image repays any share.",
@@ -210,15 +247,15 @@ def free(data: Data, claims: Sequence[Claim]) -> Answer:
     own = _of(claims, 5)
     widths, reuse = [c for c in own if "EMA width" in c.text], [c for c in own if "reused" in c.text]
     parts = []
-    if widths:
-        better = sum(c.side < 0 for c in widths)
-        parts.append(f"another width of the EMA made after training is better in {better} and worse in {sum(c.side > 0 for c in widths)} of {len(widths)} cases")
-    if reuse:
-        best, worst = (sum(c.side == side for c in reuse) for side in (-1, 1))
-        parts.append(f"reusing half of the blocks gives a better score at the same cost in {best} and a worse one in {worst} of {len(reuse)} budgets")
+    for some, what in ((widths, "another width of the EMA made after training"), (reuse, "reusing half of the blocks")):
+        better, worse = (sum(c.side == side for c in some) for side in (-1, 1))
+        if some:
+            parts.append(f"{what} is better at the same cost in {better} and worse in {worse} of {len(some)} cases")
     text = f"At no training cost, {'; '.join(parts)}." if parts else "Not recorded yet."
     rows = [(c.text, span(c), c.verdict) for c in own]
-    interval = "; ".join(f"{c.text.split(':')[0]}: {span(c)}" for c in [*widths[-2:], *reuse[-1:]]) + "." if own else "None."
+    interval = (
+        "; ".join(f"{c.text.split(':')[0]}: {span(c)}" for c in [*widths[-2:], *reuse[-1:]]) + "." if own else "None."
+    )
     limits = (
         "Widths are compared at one sampling (Euler, 16 steps, the smallest guidance), reuse at 8 and 16 steps of Euler and two guidances.",
         "FLOPs saved by reuse are not seconds: docs/evaluate.md has both for a larger model.",
@@ -236,16 +273,18 @@ def compared(data: Data, claims: Sequence[Claim]) -> list[tuple[str, str]]:
         name, score, share = front.best(SMALL_COST * data.unit)
         winner = f"{name}, {data.metric} {score:.2f}, in {share:.0%} of the resamples"
     seven = "; ".join(f"{name.replace('_', ' ')} {span(claim)}" for name, claim in mei.items() if claim)
-    gains = [measure.speedup(data, Family(data.budgets[-1]), Family(data.budgets[-1], n, s)) for n, s in data.students]
-    known = [g[np.isfinite(g)] for g in gains]
-    fold = ", ".join(f"{n.replace('_', ' ')} {s:.0%}: {g.min():.1f} to {g.max():.1f}" for (n, s), g in zip(data.students, known, strict=True) if len(g))
+    last, folds = data.budgets[-1], []
+    for name, share in data.students:
+        gains = measure.speedup(data, Family(last), Family(last, name, share))
+        if (known := gains[np.isfinite(gains)]).size:
+            folds.append(f"{name.replace('_', ' ')} {share:.0%}: {known.min():.1f} to {known.max():.1f}")
+    third = f"Best at cost {SMALL_COST:g}: {winner}. Largest over best smaller: {span(cost3)}."
+    fold = f"Times cheaper, over the sizes that reach it: {', '.join(folds) or 'unknown'}."
+    equal = f"Score of the undistilled second smallest size over the distilled largest at cost {MEI_COST:g}: {seven or 'unknown'}."
     return [
-        ("At cost 3 the 83M model, second smallest of eleven, has the best FID.", f"Best at cost 3: {winner}. Largest over best smaller: {span(cost3)}."),
-        ("Distillation to 4 steps makes sampling about 5 times cheaper for every size.", f"Times cheaper, over the sizes that reach it: {fold or 'unknown'}."),
-        (
-            "At cost 7 to 8 the undistilled 83M model equals the distilled 866M model.",
-            f"Score of the undistilled second smallest size over the distilled largest at cost {MEI_COST:g}: {seven or 'unknown'}. 1 = equal.",
-        ),
+        ("At cost 3 the 83M model, second smallest of eleven, has the best FID.", third),
+        ("Distillation to 4 steps makes sampling about 5 times cheaper for every size.", fold),
+        ("At cost 7 to 8 the undistilled 83M model equals the distilled 866M model.", f"{equal} 1 = equal."),
     ]
 
 

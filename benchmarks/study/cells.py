@@ -111,13 +111,23 @@ def make_cells(studies: Iterable[Study]) -> list[Cell]:
     return found
 
 
+_BASES: dict = {}  # configs of studies, read once
+
+
+def _base(study: Study) -> Config:
+    """The config that the cells of a study begin with."""
+    key = study.config, repr(study.changes)
+    if key not in _BASES:
+        values = load_config(study.config)
+        for group, changes in study.changes.items():
+            values[group].update(changes)
+        _BASES[key] = resolve(values)
+    return _BASES[key]
+
+
 def config_of(cell: Cell) -> Config:
     """The config that the cell is trained with."""
-    study = cell.study
-    values = load_config(study.config)
-    for group, changes in study.changes.items():
-        values[group].update(changes)
-    base = resolve(values)
+    study, base = cell.study, _base(cell.study)
     ladder = [make_cell(base, "", budget, cell.size).cfg for budget in study.budgets if budget <= cell.budget]
     made = ladder[-1]
     marks = tuple(one.train.steps for one in ladder)

@@ -1,6 +1,7 @@
 """What the study claims, as numbers that can be remade from fewer records: a value, its interval, and what the claim denies."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,11 @@ from benchmarks.study.select import Data, Family, ends
 SMALL_COST, MEI_COST = 3.0, 7.5  # relative costs of Mei et al.'s statements
 OUT, TIMES = 0.1, 20  # share of the records left out, and how often
 HELD = 19  # of TIMES, from which a claim survives
+
+
+def short(value: float) -> str:
+    """A number of three digits, such as 3.54e6."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,9 @@ def _best_size(data: Data, budget: float) -> list[Claim]:
     found = []
     for sampler in ("euler", "dpmpp_2m"):
         family = Family(budget, sampler=sampler)
-        text = f"budget {budget:.3g}, {sampler}: exponent of the best size in FLOPs an image"
+        text = f"budget {short(budget)}, {sampler}: exponent of the best size in FLOPs an image"
         found.append(Claim(1, text, measure.law(data, family)[1], 0.0))
-        text = f"budget {budget:.3g}, {sampler}: score of the largest size over the best smaller one's at cost {SMALL_COST:g}"
+        text = f"budget {short(budget)}, {sampler}: score of the largest size over the best smaller one's at cost {SMALL_COST:g}"
         found.append(Claim(1, text, measure.advantage(data, family, SMALL_COST), 1.0))
     return found
 
@@ -83,8 +89,10 @@ def _distilled(data: Data, budget: float, main: dict) -> list[Claim]:
     for name, share in main.items():
         if name == "mean_flow_inside":
             continue
-        after, words = Family(budget, name, share), f"budget {budget:.3g}, {name} {share:.0%}"
-        found.append(Claim(2, f"{words}: exponent of the best size in FLOPs an image", measure.law(data, after)[1], 0.0))
+        after, words = Family(budget, name, share), f"budget {short(budget)}, {name} {share:.0%}"
+        found.append(
+            Claim(2, f"{words}: exponent of the best size in FLOPs an image", measure.law(data, after)[1], 0.0)
+        )
         text = f"{words}: best size over the undistilled best size at the same cost"
         found.append(Claim(2, text, measure.size_ratio(data, before, after), 1.0))
         for cost in (1.0, SMALL_COST):
@@ -92,12 +100,14 @@ def _distilled(data: Data, budget: float, main: dict) -> list[Claim]:
             found.append(Claim(2, text, measure.advantage(data, after, cost), 1.0))
         text = f"{words}: score of the undistilled second smallest size over the distilled largest one's at cost {MEI_COST:g}"
         found.append(Claim(2, text, measure.small_against_large(data, before, after, MEI_COST), 1.0))
-        found.append(Claim(2, f"{words}: best score over the undistilled one's", measure.best_ratio(data, before, after), 1.0))
+        found.append(
+            Claim(2, f"{words}: best score over the undistilled one's", measure.best_ratio(data, before, after), 1.0)
+        )
     return found
 
 
 def _guidance(data: Data, budget: float, main: dict) -> list[Claim]:
-    words, scales = f"budget {budget:.3g}", tuple(g for g in data.guidances if g != 1.0)
+    words, scales = f"budget {short(budget)}", tuple(g for g in data.guidances if g != 1.0)
 
     def ratio(text: str, one: Family, other: Family) -> Claim:
         return Claim(3, f"{words}, {text}", measure.score_ratio(data, one, other), 1.0)
@@ -106,7 +116,9 @@ def _guidance(data: Data, budget: float, main: dict) -> list[Claim]:
     found = [ratio("undistilled, outside: guided over unguided score at the same cost", plain, guided)]
     if share := main.get("mean_flow"):
         bare, outside = (Family(budget, "mean_flow", share, guidance=of) for of in ((1.0,), scales))
-        found.append(ratio(f"mean_flow {share:.0%}, outside: guided over unguided score at the same cost", bare, outside))
+        found.append(
+            ratio(f"mean_flow {share:.0%}, outside: guided over unguided score at the same cost", bare, outside)
+        )
         if inside := main.get("mean_flow_inside"):
             own, name = Family(budget, "mean_flow_inside", inside), f"mean_flow {inside:.0%}"
             found.append(ratio(f"{name}, inside: score over that without guidance", bare, own))
@@ -119,7 +131,8 @@ def _training(data: Data, budget: float) -> list[Claim]:
     for name, share in data.students:
         family = Family(budget, name, share)
         for cost in (1.0, MEI_COST):
-            text = f"budget {budget:.3g}, {name} {share:.0%}: best score over the undistilled one's of the same total training, cost {cost:g}"
+            words = f"budget {short(budget)}, {name} {share:.0%}"
+            text = f"{words}: best score over the undistilled one's of the same total training, cost {cost:g}"
             found.append(Claim(4, text, measure.total_ratio(data, family, cost), 1.0))
     return found
 
@@ -127,8 +140,9 @@ def _training(data: Data, budget: float) -> list[Claim]:
 def _free(data: Data, budget: float) -> list[Claim]:
     found = []
     for width, draws in measure.widths_of_ema(data, budget).items():
-        found.append(Claim(5, f"budget {budget:.3g}, EMA width {width:g} made afterwards: score over the kept one's", draws, 1.0))
-    text = f"budget {budget:.3g}, euler: score with half of the blocks reused over that without at the same cost"
+        text = f"budget {short(budget)}, EMA width {width:g} made afterwards: score over the kept one's"
+        found.append(Claim(5, text, draws, 1.0))
+    text = f"budget {short(budget)}, euler: score with half of the blocks reused over that without at the same cost"
     found.append(Claim(5, text, measure.reused(data, budget), 1.0))
     return [claim for claim in found if not math.isnan(claim.value)]
 

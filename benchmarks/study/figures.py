@@ -71,13 +71,19 @@ def forest(data: Data, answer: Answer) -> Figure:
     """Ratios with their intervals, a row each; left of the line the first named is better."""
     rows = [claim for claim in answer.claims if np.isfinite(claim.interval[0])]
     figure, grid = axes.panels((0.9 + 0.28 * max(len(rows), 1),), columns=1)
-    axis, figure_width = grid[0, 0], 10.4
-    figure.set_size_inches(figure_width, figure.get_size_inches()[1])
+    axis = grid[0, 0]
+    figure.set_size_inches(2 * axes.SIZE[0], figure.get_size_inches()[1])
     for y, claim in enumerate(rows):
         low, high = claim.interval
         look = axes.style(0 if claim.side else 6)
         axis.plot([low, high], [y, y], color=look["color"], linewidth=1.4)
-        axis.plot([claim.value], [y], color=look["color"], marker="o" if claim.side else "s", fillstyle="full" if claim.side else "none")
+        axis.plot(
+            [claim.value],
+            [y],
+            color=look["color"],
+            marker="o" if claim.side else "s",
+            fillstyle="full" if claim.side else "none",
+        )
     axis.axvline(1.0, color="0.3", linewidth=1)
     axis.set_yticks(range(len(rows)), [claim.text.replace("_", " ") for claim in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
@@ -96,7 +102,9 @@ def training(data: Data, answer: Answer) -> Figure:
             shares = [share for other, share in data.students if other == name]
             series[name.replace("_", " ")] = [(b * (1 + s), Family(b, name, s)) for b in data.budgets for s in shares]
         for index, (label, some) in enumerate(series.items()):
-            found = [(total, np.exp(table.min(axis=1)[:, 0])) for total, f in some if (table := data.logs(f, at)) is not None]
+            found = [
+                (total, np.exp(table.min(axis=1)[:, 0])) for total, f in some if (table := data.logs(f, at)) is not None
+            ]
             if not found:
                 continue
             look, x, y = axes.style(index), [total for total, _ in found], [draws[0] for _, draws in found]
@@ -107,7 +115,9 @@ def training(data: Data, answer: Answer) -> Figure:
             totals += x
         axes.scale(axis, "x", "training FLOPs, teacher and student", totals)
         axes.scale(axis, "y", f"{data.metric} of the best size", values)
-        axis.set_title(f"at cost {relative:g}: {axes.raised(f'{relative * data.unit:.3g}')} FLOPs an image", fontsize=10)
+        axis.set_title(
+            f"at cost {relative:g}: {axes.raised(f'{relative * data.unit:.3g}')} FLOPs an image", fontsize=10
+        )
     axes.legend(figure)
     return figure
 

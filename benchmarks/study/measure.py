@@ -1,4 +1,4 @@
-"""The numbers of the study's answers, each as draws (1 + resamples,): row 0 as measured, the others with every score redrawn in its error."""
+"""The numbers of the answers, each as draws (1 + resamples,): row 0 as measured, the others with every score redrawn."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def best_sizes(data: Data, family: Family, costs: np.ndarray | None = None) -> n
 
 
 def law(data: Data, family: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(coefficients, exponents) of best size = k cost^x, draws each, and the costs (k,) used: those whose best size is no end of the ladder."""
+    """(coefficients, exponents) of best size = k cost^x, draws each, and the costs (k,) used: best size inside the ladder."""
     sizes = best_sizes(data, family)
     if sizes is None:
         return NONE, NONE, np.zeros(0)
@@ -78,7 +78,7 @@ def small_against_large(data: Data, before: Family, after: Family, relative: flo
 
 
 def speedup(data: Data, before: Family, after: Family) -> np.ndarray:
-    """How many times cheaper (widths,) a student's best score is than the same score of its teacher, as measured; inf if it never has it."""
+    """How many times cheaper (widths,) a student's best score is than its teacher's of the same value; inf: it has none."""
     a, b = data.logs(before), data.logs(after)
     if a is None or b is None:
         return np.full(len(data.widths), np.nan)
@@ -144,7 +144,9 @@ def reused(data: Data, budget: float) -> np.ndarray:
     for point in points:
         plain = Family(budget, sampler="euler", guidance=(point.guidance,))
         if (table := data.logs(plain, np.array([point.flops]))) is not None:
-            noise = np.random.default_rng(int(point.flops)).standard_normal(data.resamples) * point.score_se / point.score
+            noise = (
+                np.random.default_rng(int(point.flops)).standard_normal(data.resamples) * point.score_se / point.score
+            )
             own = np.log(point.score) + np.concatenate([[0.0], noise])
             ratios.append(own - table[:, data.widths.index(int(point.name[1:])), 0])
     return np.exp(np.mean(ratios, axis=0)) if ratios else NONE
@@ -152,7 +154,10 @@ def reused(data: Data, budget: float) -> np.ndarray:
 
 def _drawn(record: dict, data: Data) -> np.ndarray:
     """log score of a record (1 + resamples,)."""
-    score, (low, high) = record["metrics"][data.metric], (record["metrics"][f"{data.metric}_{end}"] for end in ("low", "high"))
+    score, (low, high) = (
+        record["metrics"][data.metric],
+        (record["metrics"][f"{data.metric}_{end}"] for end in ("low", "high")),
+    )
     own = int(record["protocol_id"][:8], 16) + record["step"]
     noise = np.random.default_rng(own).standard_normal(data.resamples)
     return np.log(score) + np.concatenate([[0.0], noise * (high - low) / 3.92 / score])

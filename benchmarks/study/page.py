@@ -1,7 +1,6 @@
 """The study's page, docs/study.md, and its figures, from the committed records alone: `make study-page`. Twice gives the same bytes."""
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -11,7 +10,7 @@ from benchmarks.study.answers import ANSWERS, compared
 from benchmarks.study.cells import Cell, config_of, make_cells
 from benchmarks.study.figures import FIGURES
 from benchmarks.study.records import read, same_protocols
-from benchmarks.study.select import Data
+from benchmarks.study.select import RESAMPLES, Data
 from benchmarks.study.table import STUDIES
 from benchmarks.study.work import missing
 from dit_jax import flops
@@ -37,29 +36,29 @@ def claim_rows(claims: Sequence[claim.Claim]) -> list[tuple]:
         again = [r for r in one.remade if r[1] == r[1]]
         ends = f"{min(r[1] for r in again):.2f} to {max(r[2] for r in again):.2f}" if again else ""
         low, high = one.interval
-        found.append((one.answer, one.text.replace("_", " "), f"{one.value:.2f}", f"{low:.2f} to {high:.2f}", ends, one.verdict))
+        found.append(
+            (one.answer, one.text.replace("_", " "), f"{one.value:.2f}", f"{low:.2f} to {high:.2f}", ends, one.verdict)
+        )
     return found
 
 
-def part(name: str, records: list[dict], folder: str) -> dict:
+def part(name: str, records: list[dict], folder: str, resamples: int, times: int) -> dict:
     """What the page says of one kind of data; writes its figures."""
-    data = Data(name, records)
-    claims = claim.remade(data)
+    data = Data(name, records, resamples)
+    claims = claim.remade(data, times)
     answers = [answer(data, claims) for answer in ANSWERS]
     for answer in answers:
         figure = FIGURES[answer.number](data, answer)
         write_file(os.path.join(folder, f"{name}_{answer.number}.png"), axes.png(figure))
-    told = Counter(c.verdict.split(" (")[0] for c in claims if c.value == c.value)
     return {
         "name": name,
         "title": TITLES[name],
         "metric": data.metric,
-        "unit": f"{data.unit:.3g}",
+        "unit": claim.short(data.unit),
         "records": len(data.records),
         "answers": answers,
         "compared": compared(data, claims),
         "claims": claim_rows(claims),
-        "told": told,
         "gone": [c for c in claims if c.verdict.startswith("does not survive")],
     }
 
@@ -68,14 +67,16 @@ def open_cells(cells: Sequence[Cell], records: list[dict], failed: dict) -> list
     """(kind of data, budget, objective, share, sizes recorded, of how many, which are missing) of every group of cells."""
     groups: dict = {}
     for cell in cells:
-        groups.setdefault((cell.study.name, cell.budget, cell.student, cell.share, cell.seed, cell.rest), []).append(cell)
+        groups.setdefault((cell.study.name, cell.budget, cell.student, cell.share, cell.seed, cell.rest), []).append(
+            cell
+        )
     found = []
     for (name, budget, student, share, seed, rest), some in groups.items():
         gone = [f"w{cell.size[0]}" for cell in some if missing(cell, records)]
         what = f"{student.replace('_', ' ')} {share:.0%}" if student else "teachers"
         what += ", other samplings" * rest
         what += f", seed {seed}" * (seed > 0)
-        found.append((name, f"{budget:.3g}", what, f"{len(some) - len(gone)} of {len(some)}", ", ".join(gone)))
+        found.append((name, claim.short(budget), what, f"{len(some) - len(gone)} of {len(some)}", ", ".join(gone)))
     return found
 
 
@@ -90,7 +91,7 @@ def sizes_of(name: str) -> list[tuple]:
     return found
 
 
-def write(path: str) -> str:
+def write(path: str, resamples: int = RESAMPLES, times: int = claim.TIMES) -> str:
     """Write the page beside the folder of the records; returns its path. Raises UsageError on records that do not fit together."""
     records, failed = read(path)
     if not records:
@@ -101,7 +102,7 @@ def write(path: str) -> str:
     make_folder(folder)
     kinds = [name for name in STUDIES if any(r["study"]["data"] == name for r in records)]
     values = {
-        "parts": [part(name, records, folder) for name in kinds],
+        "parts": [part(name, records, folder, resamples, times) for name in kinds],
         "studies": STUDIES,
         "sizes": {name: sizes_of(name) for name in STUDIES},
         "failed": failed,
@@ -110,10 +111,13 @@ def write(path: str) -> str:
         "table": table,
         "count": len(records),
         "out": f"{claim.OUT:.0%}",
-        "times": claim.TIMES,
+        "times": times,
+        "resamples": resamples,
         "held": claim.HELD,
     }
     loader = FileSystemLoader(os.path.dirname(os.path.abspath(__file__)))
-    made = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    made = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     write_file(page, made.get_template("page.md.j2").render(values))
     return page

@@ -6,11 +6,10 @@ A line is one JSON object, added whole or not at all, also by several processes.
 import json
 from collections.abc import Iterable, Sequence
 
+from benchmarks.study.cells import VERSION
 from dit_jax.error import UsageError, shown
 from dit_jax.files import is_file, json_text, update
 from dit_jax.workdir.scalars import parse_lines, read_lines
-
-from benchmarks.study.cells import VERSION
 
 RECORDS = "docs/study/records.jsonl"
 LINE = {"study": dict}  # required in a line
@@ -72,7 +71,9 @@ def same_protocols(path: str, records: Sequence[dict]) -> None:
     first: dict = {}
     for record in records:
         protocol = record["protocol"]
-        kept = {name: value for name, value in protocol.items() if name not in ("samples", "weights", "reuse", "held_out")}
+        kept = {
+            name: value for name, value in protocol.items() if name not in ("samples", "weights", "reuse", "held_out")
+        }
         kept |= {"seed": protocol.get("samples", {}).get("seed")}
         kind = record["study"]["data"], "samples" in protocol
         where = f"{path}: {record['study']['cell']}, step {record['step']}"
@@ -80,4 +81,6 @@ def same_protocols(path: str, records: Sequence[dict]) -> None:
         for name in {**other, **kept}:
             a, b = (json.dumps(one.get(name), sort_keys=True) for one in (other, kept))
             if a != b:
-                raise UsageError(f"{where}: protocol.{name}: found {b}, expected {a}, as in {there}; remove one of them")
+                raise UsageError(
+                    f"{where}: protocol.{name}: found {b}, expected {a}, as in {there}; remove one of them"
+                )

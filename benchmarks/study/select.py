@@ -23,7 +23,7 @@ FEWEST = 3  # sizes of a family that can be compared
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Which records are compared. `sampler` and `guidance`: "" and () = all that were tried; reuse "" = without, "any" = with and without."""
+    """Which records are compared. sampler "" and guidance (): all that were tried; reuse "": without, "any": with and without."""
 
     budget: float
     objective: str = ""
@@ -75,7 +75,9 @@ class Data:
             if not (drawn and same and math.isclose(note["share"], family.share) and self.metric in r["metrics"]):
                 continue
             kept = "snapshots_of" not in r["protocol"]["weights"] and drawn["num"] == STUDIES[self.name].samples
-            kept &= family.sampler in ("", drawn["sampler"]) and (not family.guidance or drawn["guidance"] in family.guidance)
+            kept &= family.sampler in ("", drawn["sampler"]) and (
+                not family.guidance or drawn["guidance"] in family.guidance
+            )
             if kept and (family.reuse == "any" or "reuse" not in drawn):
                 found.append(r)
         return found

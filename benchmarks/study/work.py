@@ -18,7 +18,11 @@ from dit_jax.job.compiled import use_cache
 from dit_jax.log import say
 from dit_jax.training import loop
 
-STEP, RATE, COMPILE = 2e-3, 4e9, 2.0  # seconds a training step costs beside its FLOPs, FLOP/s, seconds of a program: of one core
+STEP, RATE, COMPILE = (
+    2e-3,
+    4e9,
+    2.0,
+)  # seconds a training step costs beside its FLOPs, FLOP/s, seconds of a program: of one core
 
 _SHARED: dict = {}  # what evaluations of several cells have in common: held-out images, feature network, reference
 
@@ -46,8 +50,11 @@ def train(cell: Cell, place: Place) -> str:
 
 def grids(cell: Cell) -> list[Config]:
     """The cell's config with each of its grids of sampling settings."""
-    cfg = config_of(cell)
-    return [dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **grid)) for grid in samplings_of(cell)]
+    cfg, found = config_of(cell), []
+    for grid in samplings_of(cell):
+        own = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **grid))
+        found.append(dataclasses.replace(own, sample=samplings(own)[0]))  # of a sampler that the model takes
+    return found
 
 
 def _drawn(protocol: dict) -> str:
@@ -58,13 +65,14 @@ def _drawn(protocol: dict) -> str:
 def missing(cell: Cell, records: list[dict]) -> list[Config]:
     """The grids of which not all is recorded."""
     there = {_drawn(r["protocol"]) for r in records if r["study"]["cell"] == cell.name}
-    found = []
-    for cfg in grids(cell):
-        wanted = [dataclasses.replace(cfg, sample=one) for one in samplings(cfg)] if cfg.eval.samples else []
-        drawn = [_drawn(draws_protocol(one)) for one in wanted] or [_drawn(weights_protocol(cfg))]
-        if not {*drawn} <= there:
-            found.append(cfg)
-    return found
+    return [cfg for cfg in grids(cell) if not wanted(cfg) <= there]
+
+
+def wanted(cfg: Config) -> set[str]:
+    """What tells each record of a grid apart."""
+    if not cfg.eval.samples:
+        return {_drawn(weights_protocol(cfg))}
+    return {_drawn(draws_protocol(dataclasses.replace(cfg, sample=one))) for one in samplings(cfg)}
 
 
 def score(cell: Cell, place: Place, todo: list[Config]) -> int:
@@ -108,7 +116,9 @@ def weight(cell: Cell, todo: list[Config]) -> float:
     """About how many seconds the grids `todo` of a cell take on one core: its training, its images, and what compiles."""
     cfg = config_of(cell)
     before = [budget for budget in cell.study.budgets if budget < cell.budget]
-    share = 1.0 if cell.student or not before else 1.0 - before[-1] / cell.budget  # a teacher goes on from its last budget
+    share = (
+        1.0 if cell.student or not before else 1.0 - before[-1] / cell.budget
+    )  # a teacher goes on from its last budget
     share *= not cell.rest
     trained = share * cfg.train.steps * (STEP + cfg.train.batch_size * make_objective(cfg).flops() / RATE)
     drawn = [one for grid in todo if grid.eval.samples for one in samplings(grid)]

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 from planted_study import EXPONENT, small
 
 from benchmarks.study import measure
-from benchmarks.study.__main__ import columns, run
+from benchmarks.study.__main__ import columns, command, run
 from benchmarks.study.cells import Student, Study, config_of, make_cells
 from benchmarks.study.claim import claims, remade, short
 from benchmarks.study.page import write
@@ -25,7 +23,6 @@ from benchmarks.study.work import Place, grids, missing, wanted
 from dit_jax.diffusion.objective import make_objective
 from dit_jax.error import UsageError
 
-ROOT = Path(__file__).parent.parent
 QUICK = 10, 1  # resamples, and how often a tenth is left out
 
 
@@ -142,15 +139,15 @@ def test_half_a_study_makes_a_page_that_says_what_is_missing(made, tmp_path):
         (lambda r: r["protocol"]["samples"].update(seed=7), "protocol.seed: found 7, expected 1234"),
     ],
 )
-def test_records_of_another_study_are_refused(made, tmp_path, change, said):
+def test_records_of_another_study_are_refused(made, tmp_path, capsys, change, said):
     path = tmp_path / "study" / "records.jsonl"
     path.parent.mkdir()
     lines = json.loads(json.dumps(made[1:6]))
     change(lines[2])
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, "-m", "benchmarks.study", "--page", f"--records={path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and str(path) in done.stderr, done.stderr
+    assert command(["--page", f"--records={path}"]) == 2
+    told = capsys.readouterr().err
+    assert said in told and str(path) in told
     assert not (tmp_path / "study.md").exists() and len(list(path.parent.iterdir())) == 1
 
 
@@ -161,7 +158,8 @@ def test_a_record_is_kept_once_and_takes_the_place_of_a_failure(made, tmp_path):
     append(path, [failed])
     assert read(path)[1] == {made[0]["study"]["cell"]: "out of memory"} and len(read(path)[0]) == 1
     append(path, [made[0], made[0]])
-    assert read(path) == ([made[-1], made[0]], {})
+    records, failed = read(path)
+    assert [r["protocol_id"] for r in records] == [made[-1]["protocol_id"], made[0]["protocol_id"]] and not failed
 
 
 def test_what_is_recorded_is_not_missing(made):
@@ -186,17 +184,15 @@ def test_numbers_are_short():
         (["--cell=digits-w13"], "--cell: found 'digits-w13'"),
     ],
 )
-def test_flags_that_name_nothing_are_refused(flags, said):
-    done = subprocess.run([sys.executable, "-m", "benchmarks.study", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+def test_flags_that_name_nothing_are_refused(flags, said, capsys):
+    assert command(flags) == 2 and said in capsys.readouterr().err
 
 
-def test_the_launcher_prints_a_command_for_each_column():
-    command = [sys.executable, "-m", "benchmarks.study", "--only=digits", "--launcher=print"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    names = list(columns(make_cells([DIGITS])))
+def test_the_launcher_prints_a_command_for_each_column(capsys):
+    assert command(["--only=digits", "--launcher=print"]) == 0
+    lines, names = capsys.readouterr().out.splitlines(), list(columns(make_cells([DIGITS])))
     assert [line.rpartition("--cell=")[2] for line in lines] == names and len(names) == len(DIGITS.sizes) + 2
-    assert all("-m benchmarks.study --only=digits --cell=" in line for line in lines)
+    assert all("-m benchmarks.study --only=digits --processes=1 --cell=" in line for line in lines)
 
 
 def test_studies_share_no_run_folder():

@@ -23,13 +23,13 @@ from benchmarks.study.cells import Cell, make_cells
 from benchmarks.study.records import RECORDS, read
 from benchmarks.study.table import STUDIES
 from benchmarks.study.work import Place, missing, run_column, weight
-from dit_jax.error import INTERRUPTED, Interrupted, UsageError
+from dit_jax.error import INTERRUPTED, USAGE, Interrupted, UsageError
 from dit_jax.job.launcher import find_cell, own_arguments
 from dit_jax.job.workers import run_cells
 from dit_jax.log import bar, clock, complain, say
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kinds of data, with commas: digits, scenes; default: both")
     parser.add_argument("--sizes", default="", help="widths, with commas; default: all")
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--launcher", default="local", choices=("local", "print"), help="who runs the columns")
     parser.add_argument("--cell", default=None, help="run this column alone: its name, or its number from 0")
     parser.add_argument("--page", action="store_true", help="write the page from the records, and train nothing")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def _chosen(text: str, known: Sequence, flag: str, kind=float) -> list:
@@ -110,8 +110,8 @@ def _interrupt(number, frame) -> None:
     raise Interrupted("SIGTERM: what is recorded stays; the same command goes on from there")
 
 
-def main() -> None:
-    args = arguments()
+def main(given: Sequence[str]) -> None:
+    args = arguments(given)
     if args.page:
         from benchmarks.study.page import write
 
@@ -120,10 +120,9 @@ def main() -> None:
     cells, place = chosen_cells(args), Place(args.workdir, args.records)
     names = list(columns(cells))
     if args.launcher == "print":
+        own = own_arguments(given)
         for name in names:
-            print(
-                shlex.join([sys.executable, "-m", "benchmarks.study", *own_arguments(sys.argv[1:]), f"--cell={name}"])
-            )
+            print(shlex.join([sys.executable, "-m", "benchmarks.study", *own, "--processes=1", f"--cell={name}"]))
         return
     if args.cell is not None:
         cells = columns(cells)[names[find_cell(names, args.cell)]]
@@ -134,12 +133,18 @@ def main() -> None:
     print(place.records)
 
 
-if __name__ == "__main__":
+def command(given: Sequence[str]) -> int:
+    """Run the command with these arguments; returns its exit code."""
     try:
-        main()
+        main(given)
     except UsageError as error:
         complain(str(error))
-        sys.exit(2)
+        return USAGE
     except Interrupted as error:
         complain(str(error))
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -113,22 +113,21 @@ def best_size(data: Data, claims: Sequence[Claim]) -> Answer:
         "All sizes of a row had the same training FLOPs. Mei et al. trained all sizes for equally many steps, so that their larger models "
         "had more compute: the two questions differ, and at equal compute a large model can also be too little trained.",
         "The ladder has a smallest and a largest size: where one of them wins, a size outside it might.",
-        f"{SEEDS.format(**_seeds(data))}",
+        _seeds(data),
         "The exponent holds over the sampling budgets whose best size lies inside the ladder, less than two decades.",
     )
     interval = f"Exponent of the best size in FLOPs an image: Euler {span(law)}, DPM-Solver++ {span(second)}."
     return Answer(1, text, interval, (head, rows), limits, _of(claims, 1))
 
 
-SEEDS = (
-    "Intervals hold the errors of the scores only, not a second training: over {pairs} pairs of scores of two seeds the "
-    "log score differs by {spread:.2f} (root mean square)."
-)
-
-
-def _seeds(data: Data) -> dict:
+def _seeds(data: Data) -> str:
+    """How far two trainings of a cell differ."""
     found = measure.between_seeds(data)
-    return {"pairs": len(found), "spread": float(np.sqrt(np.mean(np.square(found)))) if found else math.nan}
+    only = "Intervals hold the errors of the scores only, not a second training"
+    if not found:
+        return f"{only}: no cell is recorded with two seeds yet."
+    spread = float(np.sqrt(np.mean(np.square(found))))
+    return f"{only}: over {len(found)} pairs of scores of two seeds the log score differs by {spread:.2f} (root mean square)."
 
 
 def _of(claims: Sequence[Claim], number: int) -> tuple[Claim, ...]:

@@ -147,6 +147,9 @@ def _student(cell: Cell, teacher: Config, sweep: SweepConfig) -> Config:
     rate = how.rate * (sweep.base_width / model.width) ** sweep.width_power
     optim = dataclasses.replace(teacher.optim, learning_rate=rate, warmup_steps=min(50, steps // 4), ema_tracks=())
     fields = dict(steps=steps, batch_size=batch, keep_at=(), log_every=max(steps // 10, 1), checkpoint_every=steps)
+    first = how.samplings[0]
+    sampler = dict(sampler=first["samplers"][0], steps=first["steps"][0], guidance=first["guidance"][0])
+    made = dataclasses.replace(made, sample=dataclasses.replace(teacher.sample, **sampler))
     return dataclasses.replace(made, optim=optim, train=dataclasses.replace(teacher.train, **fields))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.study.select import Data, Family
+from benchmarks.study.select import FEWEST, Data, Family
 from dit_jax.scaling.fits.law import fit_power
 
 NONE = np.full(1, np.nan)
@@ -16,7 +16,7 @@ def best_sizes(data: Data, family: Family, costs: np.ndarray | None = None) -> n
     these; at the ends of the ladder it is the end.
     """
     table, log_n = data.logs(family, costs), np.log(data.params)
-    if table is None:
+    if table is None or len(log_n) < FEWEST:
         return None
     best = np.argmin(table, axis=1)  # (draws, costs)
     middle = np.clip(best, 1, len(log_n) - 2)

@@ -94,7 +94,7 @@ class Data:
     def front(self, family: Family) -> Frontier | None:
         """The frontier of a family; None with fewer than FEWEST sizes."""
         points = self.points(family)
-        if len({p.name for p in points}) < min(FEWEST, len(self.widths)):
+        if len({p.name for p in points}) < FEWEST:
             return None
         seed = zlib.crc32(repr(family).encode())  # scores of two families are independent
         return fit_frontier(points, self.metric, resamples=self.resamples, seed=seed, level=LEVEL)

@@ -15,6 +15,7 @@ from benchmarks.study import measure
 from benchmarks.study.__main__ import columns, command, run
 from benchmarks.study.cells import Student, Study, config_of, make_cells
 from benchmarks.study.claim import claims, remade, short
+from benchmarks.study.decide import deciding_cells, rows
 from benchmarks.study.page import write
 from benchmarks.study.records import append, read
 from benchmarks.study.select import Data, Family
@@ -251,3 +252,18 @@ def test_a_killed_study_goes_on_to_the_same_records_and_a_failed_cell_is_left_ou
 def test_a_study_without_records_has_no_page(tmp_path):
     with pytest.raises(UsageError, match="found no records"):
         write(str(tmp_path / "records.jsonl"))
+
+
+def test_the_points_that_decide_are_scored_again(made):
+    cells = make_cells([small()])
+    found = deciding_cells([small()], made, cells)
+    assert {cell.student for cell in found} == {"", "consistency", "mean_flow"} and not any(cell.rest for cell in found)
+    assert all(missing(cell, made) for cell in found)
+    more = planted_study.records(found)
+    assert {r["protocol"]["samples"]["num"] for r in more} == {5000}
+    assert not any(missing(cell, [*made, *more]) for cell in found)
+    told = rows(Data("digits", [*made, *more]), small())
+    assert len(told) == 9 and {row[-1] for row in told} <= {"holds", "not told"} and told[0][-1] == "holds"
+    assert {row[-1] for row in rows(Data("digits", made), small())} == {"not scored yet"}
+    law = [measure.law(Data("digits", records), Family(1e11))[1][0] for records in (made, [*made, *more])]
+    assert law[0] == law[1]  # other numbers of images are not mixed

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.study.cells import Cell, make_cells
+from benchmarks.study.decide import deciding_cells
 from benchmarks.study.records import RECORDS, read
 from benchmarks.study.table import STUDIES
 from benchmarks.study.work import Place, missing, run_column, weight
@@ -81,28 +82,41 @@ def columns(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def run(cells: list[Cell], place: Place, processes: int, retry: bool = False) -> list[str]:
-    """Work on all cells that are not recorded, round by round of a budget; returns the names of cells that failed."""
+    """Work on all cells that are not recorded, then on the points that decide; returns the names of cells that failed."""
+    _run(cells, place, processes, retry)
+    studies = list({cell.study.name: cell.study for cell in cells}.values())
+    if chosen := deciding_cells(studies, read(place.records)[0], cells):
+        _run(chosen, place, processes, retry)
+    names = {cell.name for cell in cells}
+    return [name for name in read(place.records)[1] if name in names]
+
+
+def _run(cells: list[Cell], place: Place, processes: int, retry: bool) -> None:
+    """Work on cells round by round of a budget."""
     records, failed = read(place.records)
-    todo = {(cell.name, cell.rest): missing(cell, records) for cell in cells}
-    open_cells = [cell for cell in cells if todo[cell.name, cell.rest] and (retry or cell.name not in failed)]
-    costs = {(cell.name, cell.rest): weight(cell, todo[cell.name, cell.rest]) for cell in open_cells}
-    say(f"{len(cells) - len(open_cells)} of {len(cells)} cells are done, or failed before")
-    if not open_cells:
-        return [name for name in failed if (name, False) in todo]
-    say(f"{len(open_cells)} cells to do, about {clock(sum(costs.values()) / processes)} on {processes} idle core(s)")
+    todo = [(cell, missing(cell, records)) for cell in cells if retry or cell.name not in failed]
+    costs = {_key(cell): weight(cell, grids) for cell, grids in todo if grids}
+    open_cells = [cell for cell, grids in todo if grids]
+    what = "points that decide" if cells[0].chosen else "cells"
+    say(
+        f"{len(open_cells)} of {len(cells)} {what} to do, about {clock(sum(costs.values()) / processes)} on {processes} idle core(s)"
+    )
     job, cache, done = functools.partial(run_column, place=place), os.path.join(place.workdir, "compiled"), 0.0
     with bar("study", sum(costs.values())) as move:
         for _, some in itertools.groupby(open_cells, key=lambda cell: (cell.study.name, *cell.rank[:3])):
             for column, outcome in run_cells(list(columns(some).values()), processes, cache, job):
                 if column is None:
                     continue
-                done += sum(costs[cell.name, cell.rest] for cell in column)
+                done += sum(costs[_key(cell)] for cell in column)
                 if isinstance(outcome, BaseException):
                     complain(
                         f"{column_of(column[0])}: {type(outcome).__name__}: {outcome}; the same command tries it again"
                     )
                 say(f"{column_of(column[0])}: {outcome}  {move(done)}")
-    return [name for name in read(place.records)[1] if (name, False) in todo]
+
+
+def _key(cell: Cell) -> tuple:
+    return cell.name, cell.rest, cell.chosen
 
 
 def _interrupt(number, frame) -> None:

@@ -42,7 +42,8 @@ class Study:
     students: dict  # name -> Student
     metric: str
     main: float = 0.05  # the share that is studied first
-    samples: int = 500
+    samples: int = 500  # images of a score
+    decisive: int = 5000  # images of a score at the points that decide
     later: tuple = ()  # students that are studied after the others
     batch: int = 16  # of students, whose shares are few steps
     core: int = 1  # of the teachers' grids, the first are scored before anything else
@@ -60,10 +61,11 @@ class Cell:
     student: str = ""  # "" = the teacher
     share: float = 0.0
     rest: bool = False  # of a teacher: its other samplings, scored later
+    chosen: tuple = ()  # (sampler, steps, guidance) that are scored again with more images
 
     @property
     def teacher(self) -> "Cell":
-        return dataclasses.replace(self, student="", share=0.0, rest=False)
+        return dataclasses.replace(self, student="", share=0.0, rest=False, chosen=())
 
     @property
     def run(self) -> str:
@@ -156,6 +158,9 @@ def _student(cell: Cell, teacher: Config, sweep: SweepConfig) -> Config:
 def samplings_of(cell: Cell) -> list[dict]:
     """The grids of settings that the cell is scored at, as changes of EvalConfig; the first of a teacher is its held-out loss."""
     study = cell.study
+    if cell.chosen:
+        more = dict(loss=False, samples=study.decisive)
+        return [more | dict(samplers=(s,), steps=(n,), guidance=(g,)) for s, n, g in cell.chosen]
     grids = study.samplings[study.core :] if cell.rest else study.samplings[: study.core]
     grids = study.students[cell.student].samplings if cell.student else grids
     loss = [] if cell.student or cell.rest else [dict(loss=True, samples=0)]

@@ -127,7 +127,7 @@ def widths_of_ema(data: Data, budget: float) -> dict[float, np.ndarray]:
             continue
         key = note["width"], drawn["sampler"], drawn["steps"], drawn["guidance"], drawn["num"]
         weights = r["protocol"]["weights"]
-        (made if "snapshots_of" in weights else kept).setdefault(weights["width"], {})[key] = _drawn(r, data)
+        (made if "snapshots_of" in weights else kept).setdefault(weights["width"], {})[key] = data.drawn(r)
     base = next(iter(kept.values()), {})
     found = {}
     for width, scores in sorted(made.items()):
@@ -150,17 +150,6 @@ def reused(data: Data, budget: float) -> np.ndarray:
             own = np.log(point.score) + np.concatenate([[0.0], noise])
             ratios.append(own - table[:, data.widths.index(int(point.name[1:])), 0])
     return np.exp(np.mean(ratios, axis=0)) if ratios else NONE
-
-
-def _drawn(record: dict, data: Data) -> np.ndarray:
-    """log score of a record (1 + resamples,)."""
-    score, (low, high) = (
-        record["metrics"][data.metric],
-        (record["metrics"][f"{data.metric}_{end}"] for end in ("low", "high")),
-    )
-    own = int(record["protocol_id"][:8], 16) + record["step"]
-    noise = np.random.default_rng(own).standard_normal(data.resamples)
-    return np.log(score) + np.concatenate([[0.0], noise * (high - low) / 3.92 / score])
 
 
 def between_seeds(data: Data) -> list[float]:

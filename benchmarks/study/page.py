@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.study import claim
 from benchmarks.study.answers import ANSWERS, compared
 from benchmarks.study.cells import Cell, config_of, make_cells
+from benchmarks.study.decide import rows
 from benchmarks.study.figures import FIGURES
 from benchmarks.study.records import read, same_protocols
 from benchmarks.study.select import RESAMPLES, Data
@@ -57,6 +58,7 @@ def part(name: str, records: list[dict], folder: str, resamples: int, times: int
         "unit": claim.short(data.unit),
         "records": len(data.records),
         "answers": answers,
+        "decided": rows(data, data.study),
         "compared": compared(data, claims),
         "claims": claim_rows(claims),
         "gone": [c for c in claims if c.verdict.startswith("does not survive")],

@@ -39,9 +39,11 @@ def append(path: str, lines: Iterable[dict]) -> None:
         there = parse_lines(old, path, LINE)
         scored = {line["study"]["cell"] for line in lines if "protocol_id" in line}
         kept = [line for line in there if "protocol_id" in line or line["study"]["cell"] not in scored]
-        known = {key_of(line) for line in kept}
-        new = [line for line in lines if key_of(line) not in known]
-        return "".join(json_text(line) + "\n" for line in [*kept, *new]) if new else None
+        known, new = {key_of(line) for line in kept}, {}
+        for line in lines:
+            if key_of(line) not in known:
+                new.setdefault(key_of(line), line)
+        return "".join(json_text(line) + "\n" for line in [*kept, *new.values()]) if new else None
 
     update(path, longer)
 

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks.study.cells import Study
 from benchmarks.study.table import STUDIES
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
 from dit_jax.scaling.frontier.points import Point, points_of
 
 RESAMPLES, LEVEL = 200, 0.95
 COSTS = 25  # sampling budgets looked at, evenly in the logarithm
+NORMAL = 1.96  # standard errors in half of an interval
 FEWEST = 3  # sizes of a family that can be compared
 
 
@@ -42,8 +44,9 @@ class Family:
 class Data:
     """The records of one kind of data, and what is in them."""
 
-    def __init__(self, name: str, records: Sequence[dict], resamples: int = RESAMPLES):
-        self.name, self.metric, self.resamples = name, STUDIES[name].metric, resamples
+    def __init__(self, name: str, records: Sequence[dict], resamples: int = RESAMPLES, study: Study | None = None):
+        self.name, self.study, self.resamples = name, study or STUDIES[name], resamples
+        self.metric = self.study.metric
         self.records = [r for r in records if r["study"]["data"] == name]
         notes = [r["study"] for r in self.records]
         self.budgets = sorted({note["budget"] for note in notes})
@@ -74,7 +77,7 @@ class Data:
             same = (note["budget"], note["objective"], note["seed"]) == (family.budget, family.objective, family.seed)
             if not (drawn and same and math.isclose(note["share"], family.share) and self.metric in r["metrics"]):
                 continue
-            kept = "snapshots_of" not in r["protocol"]["weights"] and drawn["num"] == STUDIES[self.name].samples
+            kept = "snapshots_of" not in r["protocol"]["weights"] and drawn["num"] == self.study.samples
             kept &= family.sampler in ("", drawn["sampler"]) and (
                 not family.guidance or drawn["guidance"] in family.guidance
             )
@@ -109,10 +112,20 @@ class Data:
         found[:, at] = front.logs(costs)
         return found
 
+    def drawn(self, record: dict) -> np.ndarray:
+        """log score of a record (1 + resamples,), redrawn within its error."""
+        score, found = record["metrics"][self.metric], record["metrics"]
+        own = int(record["protocol_id"][:8], 16) + record["step"]
+        noise = np.random.default_rng(own).standard_normal(self.resamples)
+        error = (found[f"{self.metric}_high"] - found[f"{self.metric}_low"]) / (2 * NORMAL) / score
+        return np.log(score) + np.concatenate([[0.0], noise * error])
+
     def without(self, share: float, seed: int) -> "Data":
         """The same with this share of the records left out at random."""
         kept = np.random.default_rng(seed).random(len(self.records)) >= share
-        return Data(self.name, [r for r, keep in zip(self.records, kept, strict=True) if keep], self.resamples)
+        return Data(
+            self.name, [r for r, keep in zip(self.records, kept, strict=True) if keep], self.resamples, self.study
+        )
 
 
 def ends(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:

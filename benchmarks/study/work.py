@@ -119,8 +119,9 @@ def weight(cell: Cell, todo: list[Config]) -> float:
     share = (
         1.0 if cell.student or not before else 1.0 - before[-1] / cell.budget
     )  # a teacher goes on from its last budget
-    share *= not cell.rest
+    share *= not (cell.rest or cell.chosen)
     trained = share * cfg.train.steps * (STEP + cfg.train.batch_size * make_objective(cfg).flops() / RATE)
     drawn = [one for grid in todo if grid.eval.samples for one in samplings(grid)]
-    calls = sum(one.steps * (1 + (one.guidance != 1.0)) for one in drawn)
-    return trained + cell.study.samples * calls * flops.forward_flops(cfg.model) / RATE + COMPILE * (len(drawn) + 4)
+    images = cell.study.decisive if cell.chosen else cell.study.samples
+    calls = images * sum(one.steps * (1 + (one.guidance != 1.0)) for one in drawn)
+    return trained + calls * flops.forward_flops(cfg.model) / RATE + COMPILE * (len(drawn) + 4)

@@ -20,6 +20,9 @@ QUESTIONS = {
 }
 
 
+FEW = "Too little is recorded to say: it takes three sizes of a family."
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer. `table`: (head, rows) of text."""
@@ -86,11 +89,7 @@ def best_size(data: Data, claims: Sequence[Claim]) -> Answer:
         _find(claims, f"{short(budget)}, dpmpp_2m", "exponent"),
     )
     if len(won) < 2:
-        text = (
-            "Too few sizes are recorded to say."
-            if not won
-            else f"{won[0][0]} is the best size at every sampling budget tried."
-        )
+        text = FEW if not won else f"{won[0][0]} is the best size at every sampling budget tried."
     else:
         grows = _says(law, "and the best size grows with the sampling budget", "and it shrinks with the sampling budget",
                       "and no power law of the best size in the sampling budget is told")  # fmt: skip
@@ -158,7 +157,7 @@ def distilled(data: Data, claims: Sequence[Claim]) -> Answer:
         parts.append(
             f"by {student} the best size at the same cost is {size}, and at the cost of one guided step of the largest {wins}"
         )
-    text = "No students are recorded." if not parts else f"At the largest budget recorded, {'; '.join(parts)}."
+    text = FEW if not parts else f"At the largest budget recorded, {'; '.join(parts)}."
     mei = [_find(claims, f"{name} ", "second smallest") for name in ("consistency", "mean_flow")]
     ratios = [_find(claims, f"{name} ", "over the undistilled best size") for name in ("consistency", "mean_flow")]
     interval = (
@@ -197,6 +196,7 @@ def guidance(data: Data, claims: Sequence[Claim]) -> Answer:
         f"At the same FLOPs an image, guidance from outside {pays} for the undistilled models; inside a flow map it {makes}, "
         f"and is {which} guidance from outside at the same cost."
     )
+    text = text if plain or inside else FEW
     interval = (
         f"Guided over unguided: undistilled {span(plain)}, flow maps outside {span(flow)}, inside {span(inside)}; inside over "
         f"outside {span(both)}."
@@ -215,7 +215,7 @@ def training(data: Data, claims: Sequence[Claim]) -> Answer:
     own = [claim for claim in _of(claims, 4) if not math.isnan(claim.value)]
     cheap, dear = ([c for c in own if c.text.endswith(f"cost {cost:g}")] for cost in (1.0, MEI_COST))
     if not own:
-        text = "Not told: it needs two budgets with teachers, and students."
+        text = "Too little is recorded to say: it takes three sizes of teachers and of students at two budgets."
         interval = "None."
     else:
         (better, worse), (good, bad) = (
@@ -250,7 +250,7 @@ def free(data: Data, claims: Sequence[Claim]) -> Answer:
         better, worse = (sum(c.side == side for c in some) for side in (-1, 1))
         if some:
             parts.append(f"{what} is better at the same cost in {better} and worse in {worse} of {len(some)} cases")
-    text = f"At no training cost, {'; '.join(parts)}." if parts else "Not recorded yet."
+    text = f"At no training cost, {'; '.join(parts)}." if parts else FEW
     rows = [(c.text, span(c), c.verdict) for c in own]
     interval = (
         "; ".join(f"{c.text.split(':')[0]}: {span(c)}" for c in [*widths[-2:], *reuse[-1:]]) + "." if own else "None."

@@ -65,21 +65,25 @@ def part(name: str, records: list[dict], folder: str, resamples: int, times: int
     }
 
 
-def open_cells(cells: Sequence[Cell], records: list[dict], failed: dict) -> list[tuple]:
-    """(kind of data, budget, objective, share, sizes recorded, of how many, which are missing) of every group of cells."""
+def open_cells(cells: Sequence[Cell], records: list[dict]) -> list[tuple]:
+    """Rows (kind of data, budget, what, sizes recorded, which are missing) of every group of cells; those not begun share a row."""
     groups: dict = {}
     for cell in cells:
         groups.setdefault((cell.study.name, cell.budget, cell.student, cell.share, cell.seed, cell.rest), []).append(
             cell
         )
-    found = []
+    found, not_begun = [], {}
     for (name, budget, student, share, seed, rest), some in groups.items():
         gone = [f"w{cell.size[0]}" for cell in some if missing(cell, records)]
         what = f"{student.replace('_', ' ')} {share:.0%}" if student else "teachers"
-        what += ", other samplings" * rest
-        what += f", seed {seed}" * (seed > 0)
-        found.append((name, claim.short(budget), what, f"{len(some) - len(gone)} of {len(some)}", ", ".join(gone)))
-    return found
+        what += ", other samplings" * rest + f", seed {seed}" * (seed > 0)
+        if len(gone) == len(some):
+            not_begun.setdefault((name, budget), []).append(what)
+        else:
+            found.append((name, claim.short(budget), what, f"{len(some) - len(gone)} of {len(some)}", ", ".join(gone)))
+    return found + [
+        (name, claim.short(budget), "; ".join(whats), "none", "all") for (name, budget), whats in not_begun.items()
+    ]
 
 
 def sizes_of(name: str) -> list[tuple]:
@@ -102,16 +106,19 @@ def write(path: str, resamples: int = RESAMPLES, times: int = claim.TIMES) -> st
     folder = os.path.dirname(path)
     page = os.path.join(os.path.dirname(folder), "study.md")
     make_folder(folder)
+    cells = make_cells(STUDIES.values())
     kinds = [name for name in STUDIES if any(r["study"]["data"] == name for r in records)]
     values = {
         "parts": [part(name, records, folder, resamples, times) for name in kinds],
         "studies": STUDIES,
         "sizes": {name: sizes_of(name) for name in STUDIES},
         "failed": failed,
-        "cells": open_cells(make_cells(STUDIES.values()), records, failed),
+        "cells": open_cells(cells, records),
         "folder": os.path.basename(folder),
         "table": table,
         "count": len(records),
+        "done": sum(not missing(cell, records) for cell in cells),
+        "of": len(cells),
         "out": f"{claim.OUT:.0%}",
         "times": times,
         "resamples": resamples,

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.study.cells import Study
+from benchmarks.study.cells import Cell, Study, config_of
 from benchmarks.study.table import STUDIES
+from dit_jax import flops
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier
 from dit_jax.scaling.frontier.points import Point, points_of
 
@@ -56,18 +57,17 @@ class Data:
         self.students = sorted({(note["objective"], note["share"]) for note in notes if note["objective"]})
         of = {r["study"]["width"]: r for r in self.records}
         self.params = np.array([of[w]["params_active"] for w in self.widths], float)
-        passes = {w: [r["flops_image"] for r in self.records if r["study"]["width"] == w] for w in self.widths}
-        self.passes = np.array([min(passes[w]) for w in self.widths], float)  # FLOPs of one call of the teacher
 
-    @property
+    @functools.cached_property
     def unit(self) -> float:
         """FLOPs of one guided step of the largest size, in which relative costs are counted, as Mei et al. count steps of theirs."""
-        return 2.0 * float(self.passes[-1])
+        largest = Cell(self.study, self.study.sizes[-1], self.study.budgets[0])
+        return 2.0 * flops.forward_flops(config_of(largest).model)
 
     @property
     def costs(self) -> np.ndarray:
         """Sampling budgets (COSTS,) in FLOPs an image: from one call of the largest size to 50 guided steps of it."""
-        return np.geomspace(self.passes[-1], 50 * self.unit, COSTS)
+        return np.geomspace(self.unit / 2, 50 * self.unit, COSTS)
 
     def picked(self, family: Family) -> list[dict]:
         """The scored records of a family, of the EMA that training kept and the usual number of images."""

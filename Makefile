@@ -14,12 +14,14 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no
 # Python keeps its bytecode even if the environment says otherwise, because later processes then start in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x words test test-slow test-data test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
+.PHONY: help setup gcs text dev peers tpu gpu demo demo-10x words study study-page test test-slow test-data test-bucket torture-bucket parity parity-quick convert-zoo preflight preflight-quick preflight-gpu slurm apart xpk torture lint lock clean
 
 help:
 	@echo "make demo       train a ladder of DiTs on the digits, fit its scaling law, write $(DEMO)/report.html (about 6 minutes)"
 	@echo "make demo-10x   two models ten times beyond that ladder, against what it foretold (about 10 minutes)"
 	@echo "make words      train a model of words on coloured digits and score what it draws, write $(WORDS)/report.html"
+	@echo "make study      which size wins under a sampling budget: trains what docs/study/records.jsonl lacks (about 6 hours on 2 cores, in parts)"
+	@echo "make study-page  docs/study.md and its figures from these records alone"
 	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-data  the same 200 pictures through every door of the data: kills, hosts, positions (about 5 minutes)"
@@ -85,6 +87,12 @@ demo-10x: demo
 
 words: setup
 	@$(BIN)/python benchmarks/words.py $(WORDS)
+
+study: setup
+	@XLA_FLAGS="$${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1}" $(BIN)/python -m benchmarks.study
+
+study-page: setup
+	@$(BIN)/python -m benchmarks.study --page
 
 test: dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/parity

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import runpy
@@ -102,6 +103,22 @@ def test_quickstart_trains_evaluates_and_draws(tmp_path, data_dir, cache_dir):
     assert "parameters" in text and "MACs" in text
     assert "CpuDevice(id=0), CpuDevice(id=1)" in text and f"the run is kept in {tmp_path}" in text
     assert (tmp_path / "run" / "eval" / "records.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.slow
+def test_study_shows_the_page_s_figures(tmp_path):
+    from nbclient import NotebookClient
+    from planted_study import records
+
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records()))
+    notebook = nbformat.read(FOLDER / "study.ipynb", as_version=4)
+    environ = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    environ |= {"STUDY_RECORDS": str(file), "STUDY_RESAMPLES": "20"}
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environ)
+    look(notebook, "study", count=6)
+    assert "widths [12, 16, 20, 24, 28, 32]" in printed(notebook)
 
 
 @pytest.mark.slow

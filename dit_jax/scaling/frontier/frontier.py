@@ -64,11 +64,14 @@ class Frontier:
     curves: dict  # model -> its score at those costs, resampled (1 + resamples, k)
     warnings: tuple
 
+    def logs(self, costs: Sequence | np.ndarray) -> np.ndarray:
+        """log score of every model at these costs (1 + resamples, models, costs), inf below its cheapest; negative where more is better."""
+        sign, at = -1.0 if self.higher else 1.0, np.log(np.asarray(costs, float))
+        return np.stack([_at(np.log(x), sign * np.log(self.curves[m]), at) for m, x in self.costs.items()], axis=1)
+
     def best(self, cost: float | int) -> tuple:
         """(model, its score, share of the resamples in which it is best) with at most this cost an image; None below all."""
-        sign, at = -1.0 if self.higher else 1.0, np.array([math.log(cost)])
-        log = [_at(np.log(x), sign * np.log(self.curves[m]), at)[:, 0] for m, x in self.costs.items()]
-        table = np.stack(log, axis=1)
+        sign, table = -1.0 if self.higher else 1.0, self.logs([cost])[:, :, 0]
         if not np.isfinite(table[0]).any():
             return None, math.nan, math.nan
         winner = int(np.argmin(table[0]))

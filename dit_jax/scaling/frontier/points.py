@@ -116,7 +116,26 @@ def load_points(
         if lines is None:
             points += _read_csv(file, metric, table)
         else:
-            points += _own_names(_read_records(file, lines, metric, where, curves), file, {p.name for p in points})
+            found = _of_records(list(_records(lines)), file, metric, where, curves)
+            points += _own_names(found, file, {p.name for p in points})
+    _check(points, paths, metric, where, sampled)
+    tell_start(points)
+    return points
+
+
+def points_of(records: Sequence[tuple[dict, str]], metric: str, where: Sequence[str] = ()) -> list[Point]:
+    """The points of `records`, pairs of a record and where it stands, as `load_points` gives them with `curves`; [] if none has the metric.
+
+    Raises UsageError as `load_points` does.
+    """
+    points = _of_records(records, "", metric, where, curves=True) if records else []
+    if points:
+        _check(points, [], metric, where, sampled=True)
+    return points
+
+
+def _check(points: list[Point], paths: Sequence, metric: str, where: Sequence[str], sampled: bool) -> None:
+    """Raises UsageError if there are no points, if one is there twice, or if they differ in more than SAMPLING."""
     if not points:
         chosen = f" with {', '.join(where)}" if where else ""
         raise UsageError(f"RUNS: found no {metric} in {', '.join(map(str, paths))}{chosen}")
@@ -135,8 +154,6 @@ def load_points(
             )
     for point in (found := [p for p in points if p.loss_protocol]):
         _same(found[0], point, "loss_protocol")
-    tell_start(points)
-    return points
 
 
 def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | None = None) -> str:
@@ -192,10 +209,9 @@ def _agrees(record: dict, where: Sequence[str], at: str) -> bool:
     return agrees(flatten(record["protocol"]), [condition(text) for text in where], at)
 
 
-def _read_records(
-    file: str, lines: Iterable[tuple[str, bytes]], metric: str, where: Sequence[str], curves: bool
+def _of_records(
+    every: Sequence[tuple[dict, str]], file: str, metric: str, where: Sequence[str], curves: bool
 ) -> list[Point]:
-    every = list(_records(lines))
     scored = [(r, at) for r, at in every if metric in r["metrics"] and _agrees(r, where, at)]
     if not scored and not where:
         other = sorted({name for r, _ in every for name in r["metrics"]})

@@ -18,12 +18,13 @@ from dit_jax.devices.mesh import on_one_device
 from dit_jax.error import JobError, UsageError
 from dit_jax.evaluation import run as evaluation
 from dit_jax.evaluation.in_run import check_in_run
-from dit_jax.evaluation.width import best_widths
+from dit_jax.evaluation.width import best_widths, tell_best
 from dit_jax.models import dit
 from dit_jax.sampling import run as sampling
 from dit_jax.sampling.run import Request
 from dit_jax.training import loop
 from dit_jax.workdir.folder import read_config
+from dit_jax.workdir.records import read_records
 
 MODEL = ModelConfig(depth=2, width=16, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
 OPTIM = OptimConfig(
@@ -136,7 +137,7 @@ def test_snapshots_after_a_resume_have_the_same_bits(run, cfg, tmp_path):
 
 
 def test_images_and_scores_of_a_reconstructed_width(run, tmp_path, capfd):
-    """The record, its protocol and the job name the width; a wrong one ends before anything is drawn; training refuses it."""
+    """The record, its protocol and the job name the width; training refuses it."""
     workdir, cfg = str(tmp_path / "run"), read_config(run)
     shutil.copytree(run, workdir)
     scored = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, ema=(0.05, 0.08), samples=0, max_images=32))
@@ -156,9 +157,18 @@ def test_images_and_scores_of_a_reconstructed_width(run, tmp_path, capfd):
     assert "from step 120 (ema 0.07, of 15 snapshots), euler 2" in capfd.readouterr().err
     with pytest.raises(UsageError, match=r"eval.ema: found 0.07, expected none with train.evaluate_every"):
         check_in_run(dataclasses.replace(cfg, sample=drawing))
-    wrong = dataclasses.replace(scored, eval=dataclasses.replace(scored.eval, ema=(0.01,)))
-    with pytest.raises(UsageError, match=r"eval.ema: found 0.01, expected a width from"):
-        evaluation.run(wrong, workdir, [120])
+
+
+def test_a_width_that_an_early_step_does_not_hold_is_left_out_there(run, tmp_path, capfd):
+    """The snapshots until step 120 hold 0.2, those until 60 do not: the other width and step are scored."""
+    workdir, cfg = str(tmp_path / "run"), read_config(run)
+    shutil.copytree(run, workdir)
+    scored = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, ema=(0.2, 0.08), samples=0, max_images=16))
+    with pytest.raises(JobError, match="step 60: not all evaluated"):
+        evaluation.run(scored, workdir, [60, 120])
+    found = [(r["step"], r["protocol"]["weights"]["width"]) for r in read_records(workdir).values()]
+    assert sorted(found) == [(60, 0.08), (120, 0.08), (120, 0.2)]
+    assert capfd.readouterr().err.count("eval.ema: found 0.2, expected a width from 0.034 to 0.15") == 1
 
 
 def test_a_damaged_snapshot_is_named(run, tmp_path):
@@ -171,7 +181,7 @@ def test_a_damaged_snapshot_is_named(run, tmp_path):
         average.find_snapshots(workdir, 120)
 
 
-def test_the_best_width_of_records():
+def test_the_best_width_of_records(caplog):
     def record(width, loss, fid, **samples):
         protocol = {"weights": {"ema": "power", "width": width}} | ({"samples": samples} if samples else {})
         metrics, signs = (
@@ -185,3 +195,13 @@ def test_the_best_width_of_records():
     raw["protocol"]["weights"] = "params (raw)"
     found = {metric: (width, tried) for _, _, metric, width, _, tried in best_widths([*records, raw])}
     assert found == {"loss": (0.1, 3), "fid": (0.05, 3), "coverage": (0.15, 3)}
+    for one in records:  # the end of an interval is no score of its own
+        one["metrics"]["fid_low"], one["metric_signs"]["fid_low"] = 0.0, -1
+    told: set[str] = set()
+    tell_best(records, told)
+    assert {line.split("best ")[1].split()[0] for line in told} == {"loss", "fid", "coverage"}
+    caplog.clear()
+    tell_best(records, told)
+    assert not caplog.records
+    tell_best([*records, record(0.2, 0.5, 1.0)], told)
+    assert [one.message for one in caplog.records] == ["step 4, held-out images: best loss 0.5 at ema 0.2, of 4 widths"]

@@ -57,6 +57,16 @@ def check(job, *arguments, cache_dir):
             ["--config=configs/digits_isoflop.py", "--workdir=/mnt/away/run"],
             ["checked: flags, config", f"{AWAY}--workdir=/mnt/away/run"],
         ),
+        (
+            "train",
+            ["--config=configs/scenes.py", "--workdir=/mnt/away/run", "--config.sample.guide=/mnt/away/weak@9"]
+            + [f"--config.eval.{key}=/mnt/away/{key}" for key in ("clip", "captions")],
+            [
+                "checked: flags, config",
+                f"{AWAY}--workdir=/mnt/away/run, eval.clip=/mnt/away/clip, eval.captions=/mnt/away/captions, "
+                "sample.guide=/mnt/away/weak",
+            ],
+        ),
         ("bench", [], ["checked: flags"]),
     ],
 )

@@ -101,6 +101,10 @@ def test_what_does_not_fit_is_named(cfg, tmp_path):
             scores.open_network(other, make_mesh(MeshConfig()))
 
     refused("eval.clip: empty, expected the folder of CLIP's encoders", clip="")
+    away = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, clip="nets/absent"))
+    scores.check_config(away, "eval.samples")  # --check, on a machine that has no CLIP
+    refused("eval.clip: found no 'nets/absent', expected the folder", clip="nets/absent")
+    refused("eval.features: found 'digits' for .*, expected 'inception', or 'clip' for captions", features="digits")
     refused(r"eval.samples: found 10, expected more than the 10 features of the network 'clip'", samples=10)
     words = bert.BertConfig(**SMALL, vocabulary=40, positions=12)
     refused(

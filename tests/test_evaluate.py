@@ -480,6 +480,8 @@ def test_a_cell_of_a_grid_that_fails_leaves_the_others(tmp_path, monkeypatch, ca
     said = capsys.readouterr().err
     assert "checkpoints/7: ema, heun 1, guidance 2: out of; it is not recorded for step 7" in said
     assert "checkpoints/7: ema, heun 3, guidance 2: too few; " in said
+    evaluation._run(wanted, str(tmp_path), None, None, True, [], failed, ledger)
+    assert "not recorded" not in capsys.readouterr().err  # a poll of --watch says what is known no second time
     with pytest.raises(JobError, match="step 7: not all evaluated"):
         evaluation.report_failed(failed)
     with pytest.raises(UsageError, match="too few"):

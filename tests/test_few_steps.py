@@ -447,6 +447,9 @@ def test_teachers_of_another_kind_are_refused():
     )
     check_teacher(student("progressive"), student("guidance"), "W")
     check_teacher(student("mean_flow"), SMALL, "W")
+    encoded = {"classes": 0, "conditioning": "adaln_cross", "text": "bert", "text_width": 64, "text_sha256": "a b"}
+    command = with_(student("mean_flow"), model={**encoded, "text_width": 0, "text_sha256": ""})
+    check_teacher(command, with_(SMALL, model=encoded), "W")  # which only a run that begins knows
     refused(
         "--init: found none, expected the run whose weights teach, --init=WORKDIR", check_taught, student("progressive")
     )

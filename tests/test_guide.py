@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dit_jax import checkpoint, flops
-from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, SampleConfig
+from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, ObjectiveConfig, SampleConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation import protocol
@@ -111,6 +111,12 @@ def test_a_guide_that_does_not_fit(runs, tmp_path, name):
         make_folder(str(tmp_path / folder), "config.json", dataclasses.replace(cfg, **changes))
     with pytest.raises(UsageError, match=message):
         guide.open_guide(sampled(cfg, guide=text.format(weak=weak, chain=tmp_path / "chain", other=tmp_path / "other")))
+    if name == "classes":
+        student = {"objective": ObjectiveConfig(name="consistency")}
+        make_folder(str(tmp_path / "student"), "config.json", dataclasses.replace(cfg, **student))
+        for sampler, path, found in (("heun", tmp_path / "student", "'consistency'"), ("flow_map", weak, "''")):
+            with pytest.raises(UsageError, match=f"objective.name: found {found}, expected .*, as sampler '{sampler}'"):
+                guide.open_guide(sampled(cfg, guide=str(path), sampler=sampler))
     if name == "folder":
         with pytest.raises(UsageError, match=r"sample.reuse: found 0.5, expected 1 with sample.guide"):
             sampled(cfg, guide="w", reuse=0.5)

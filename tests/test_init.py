@@ -150,6 +150,19 @@ def test_patches_of_another_size_see_and_make_resized_images():
     np.testing.assert_allclose(output(new, begun, doubled(x), [0, 3]), expected, atol=1e-4)
 
 
+def test_learned_positions_are_resized():
+    """A table that rises linearly along a side keeps doing so, between the first and the last patch's centre."""
+    old = dataclasses.replace(MODEL, positions="learned", input_size=8, patch=2)
+    new = dataclasses.replace(old, input_size=16)
+    start, width = WarmStart(old, new, (0, 1, 2)), MODEL.width
+    weights, fresh = weights_of(old), weights_of(new, 8)
+    columns = jnp.broadcast_to(jnp.arange(4.0)[None, :, None], (4, 4, width))
+    begun = start.begin(fresh, {**weights, "positions": columns.reshape(16, width)})["positions"].reshape(8, 8, width)
+    np.testing.assert_allclose(begun[3, :, 0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3], atol=1e-6)
+    np.testing.assert_allclose(begun, jnp.broadcast_to(begun[:1], begun.shape), atol=1e-6)
+    assert start.kinds(fresh, weights)["positions"] == RESIZED
+
+
 def test_smaller_patches_take_the_least_squares_embedding():
     old = dataclasses.replace(MODEL, patch=4)
     begun, _, weights, kinds = warm(old=old, patch=2)

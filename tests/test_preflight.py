@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from job import ROOT, run
 
 from dit_jax import flops
-from dit_jax.config import MeshConfig, ModelConfig, model_config, resolve
+from dit_jax.config import MeshConfig, ModelConfig, SampleConfig, model_config, resolve
 from dit_jax.devices.layout import FSDP, Layout, memory
 from dit_jax.devices.mesh import abstract_mesh
 from dit_jax.error import UsageError
+from dit_jax.evaluation import scores
 from dit_jax.hardware import GIB, topology
 from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation, evaluation, hlo, search, text
@@ -138,9 +140,19 @@ def test_an_evaluation_is_all_programs_that_score_a_checkpoint():
     ]
     assert [p.images for p in found[-3:]] == [300_000, 300_000, 10_000]
     assert of({"eval.weights": ("ema", "params")})[-1].images == 20_000
+    widths = {"eval.ema": (0.05, 0.1), "optim.ema_tracks": (0.05, 0.1), "eval.weights": ("ema", "params")}
+    assert of(widths)[-1].images == 30_000  # a width of raw weights is none
     assert [p.name for p in of({}, 0)] == ["loss"] and of({"eval.loss": False}, 0) == []
     pixels = list(evaluation.parts(resolve(load_config("configs/digits.py")), mesh, mesh, 9))
     assert [(p.name, p.images) for p in pixels] == [("draw", 9), ("features", 9), ("loss", 0)]
+
+
+def test_an_evaluation_of_scenes_has_their_own_network():
+    mesh = abstract_mesh(MeshConfig(), 4)
+    draw, features, _ = evaluation.parts(resolve(load_config("configs/scenes.py")), mesh, mesh, 9)
+    assert (draw.images, features.images, features.slow) == (9, 9, False)
+    params, rows = features.program.arguments
+    assert rows.shape == (4 * ROWS, 16, 16, 3) and jax.eval_shape(scores.scene_rows, params, rows).shape[0] == 4 * ROWS
 
 
 def test_what_an_evaluation_costs_is_the_sum_of_its_programs():
@@ -234,6 +246,9 @@ def test_the_notes_say_what_is_left_out_and_why():
     (network,) = compilation.notes(two, topology("2xv4-64"), 10, None)
     assert network == "in no time: the sums of gradients between the 2 slices, which cross the data-center network"
     assert compilation.notes(two, topology("v4-64"), 10, None) == []
+    assert compilation.without_reuse(SampleConfig(), SampleConfig(guidance=2.0)) == []
+    (reuse,) = compilation.without_reuse(SampleConfig(), SampleConfig(reuse=0.5), SampleConfig(reuse=0.7))
+    assert reuse.startswith("sample.reuse is not counted: ")
     (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v6e-4"), 0, None)
     assert clock == "no estimate of the step: the clock of v6e is not published, so no hours and no price"
 

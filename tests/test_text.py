@@ -283,6 +283,9 @@ def test_data_without_captions_are_refused_for_a_model_of_captions(tmp_path):
         ("a.jsonl", "[1]\n", "found a line that is no JSON object"),
         ("a.jsonl", "{\n", "cannot read it"),
         ("a.csv", "prompt,seed\nx,1\ny,-2\n", "found the seed '-2' in row 2, expected a whole number"),
+        ("a.csv", "prompt\nblue four, red nine\n", "line 2: found 2 fields, expected 1; put a prompt that has a comma"),
+        ("a.csv", "prompt,seed\nx\n", "line 2: found 1 fields, expected 2"),
+        ("a.jsonl", '{"prompt": ["x"]}\n', "prompt: found ..x.. in row 1, expected text"),
         ("a.pdf", "x", "expected a file that ends in .txt, .csv or .jsonl"),
     ],
 )
@@ -329,6 +332,15 @@ def test_prompts_come_from_flags_or_a_file(tmp_path, capsys):
         find_prompts(["x"], "", ModelConfig())
     with pytest.raises(UsageError, match="cannot read it"):
         find_prompts([], str(tmp_path / "b.txt"), cfg)
+    with pytest.raises(UsageError, match="--prompt: found an empty one, expected words"):
+        find_prompts(["x", ""], "", cfg)
+
+
+def test_negative_prompts_beside_a_guide_are_refused():
+    cfg = config()
+    cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, guide="weak", guidance=2.0))
+    with pytest.raises(UsageError, match=r"negative_prompt: found some, expected none: sample.guide = 'weak' takes"):
+        open_sampling(cfg, make_mesh(cfg.mesh), prompts=Prompts(("x",), ("y",)))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,10 @@ def made(pictures, folder_of, tmp_path_factory):  # noqa: F811
         encode_captions(cfg, out, ["train", "test"], 3 * 8 * 16 * 4, [1])
     with pytest.raises(UsageError, match="is not complete; the command that began it goes on"):
         text_cache.open_cache(out, about(open_text(cfg.model).cfg))
+    with pytest.raises(UsageError, match=r"captions_a_shard: found 2, expected 3, as it was begun with; give the same"):
+        encode_captions(cfg, out, ["train", "test"], 2 * 8 * 16 * 4, [])
+    with pytest.raises(UsageError, match=r"captions_sha256: found '.*', expected '.*', as it was begun with"):
+        encode_captions(cfg, out, ["test", "train"], 3 * 8 * 16 * 4, [])
     encode_captions(cfg, out, ["train", "test"], 3 * 8 * 16 * 4, [])
     return cfg, out
 

@@ -11,6 +11,7 @@ from test_text import config, model
 from test_text_encoders import BERT, T5, TEXT, drawn
 
 from dit_jax import checkpoint, flops
+from dit_jax.bench import speed
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.run import run as evaluate
@@ -207,3 +208,15 @@ def test_preflight_takes_a_published_encoder_that_is_not_here(capsys):
         UsageError, match=r"model.text_width: found 5, expected one of 384, 768, or model.text_encoder here"
     ):
         compilation.sized(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, text_width=5)))
+
+
+def test_a_benchmark_gives_the_step_its_encoder_and_tokens(folder_of):
+    """The arguments that the compiled step takes, with values, for a model whose width the encoder tells."""
+    cfg = speed.prepared(states_config(folder_of("bert")), "train")
+    mesh = make_mesh(cfg.mesh)
+    found = compilation.program(cfg, "train", mesh)
+    _, batch, weights = made = speed.make_arguments(cfg, "train", mesh, found)
+    of = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
+    assert jax.tree.map(of, made) == jax.tree.map(of, found.arguments) and cfg.model.text_width == 16
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made))
+    assert batch["cond"]["text"]["mask"].all() and jax.tree.leaves(weights)[0].std() > 0

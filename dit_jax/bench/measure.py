@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.bind import bind
@@ -65,7 +66,7 @@ def fixed_batch(cfg: Config, mesh) -> dict:
     """A training batch of noise, placed on the devices."""
     side, rows, key = cfg.model.input_size, cfg.train.batch_size, random_key(0)
     images = np.random.default_rng(0).standard_normal((rows, side, side, cfg.model.channels), np.float32)
-    cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), np.arange(rows), {})
+    cond = bind(cfg.model).draw("uniform", jax.random.split(key, rows), jnp.arange(rows), {})
     return jax.device_put({"image": images, "cond": cond}, batch_sharding(mesh))
 
 

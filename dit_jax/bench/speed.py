@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import flops, hardware
@@ -18,7 +19,9 @@ from dit_jax.bind import bind
 from dit_jax.config import Config, MeshConfig, SampleConfig, TrainConfig, model_config
 from dit_jax.devices.mesh import make_mesh, replicated
 from dit_jax.devices.numerics import random_key
-from dit_jax.preflight.compilation import Program, encoder_flops, program
+from dit_jax.log import notice
+from dit_jax.networks.caption import in_step
+from dit_jax.preflight.compilation import Program, encoder_flops, program, sized, without_reuse
 from dit_jax.training.state import make_state
 
 TARGETS = {"cpu": 0.30}  # share of the peak that training the default model should reach; elsewhere OTHER_TARGET
@@ -37,7 +40,9 @@ def default_config(platform: str) -> Config:
 
 
 def prepared(cfg: Config, job: str) -> Config:
-    """The config as the job uses it: attention is chosen for the devices, and sampling splits its batch over all of them."""
+    """The config as the job uses it: with the width of its captions' states, attention chosen for the devices, and, to sample, a batch
+    that all of them share."""
+    cfg = sized(cfg)
     cfg = dataclasses.replace(cfg, model=bind(cfg.model).cfg)
     return cfg if job == "train" else dataclasses.replace(cfg, mesh=MeshConfig())
 
@@ -46,16 +51,27 @@ def make_arguments(cfg: Config, job: str, mesh, found: Program) -> tuple:
     """Arguments of the job's program. The values of weights and images do not affect the time."""
     if job == "train":
         _, batch, *weights = found.arguments
-        drawn, rng = fixed_batch(cfg, mesh), np.random.default_rng(0)
+        drawn = fixed_batch(cfg, mesh)
         if cfg.data.encode == "in_step":
-            drawn["image"], *weights = jax.tree.map(
-                lambda leaf: jax.device_put(rng.normal(size=leaf.shape, scale=0.1).astype(np.float32), leaf.sharding),
-                (batch["image"], *weights),
-            )
-        return make_state(cfg, mesh), drawn, *weights
+            drawn["image"] = _values(batch["image"])
+        if in_step(cfg):
+            drawn["cond"]["text"] = _values(batch["cond"]["text"])
+        return make_state(cfg, mesh), drawn, *_values(weights)
     params = jax.device_put(bind(cfg.model).init(random_key(0)), replicated(mesh))
     asked = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.arguments[3:])
     return params, 0, np.arange(found.images, dtype=np.int32), *asked
+
+
+def _values(shapes):
+    """Arrays of a tree of shapes, where these lie: floats are noise, integers 0, masks full."""
+    rng = np.random.default_rng(0)
+
+    def make(leaf):
+        noise = jnp.issubdtype(leaf.dtype, jnp.floating)
+        value = rng.normal(size=leaf.shape, scale=0.1) if noise else np.full(leaf.shape, leaf.dtype == bool)
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(make, shapes)
 
 
 def make_ours(found: Program, job: str, arguments: tuple, names: list[str]) -> Side:
@@ -111,6 +127,8 @@ def measure(
     """
     cfg = prepared(cfg, job)
     mesh = make_mesh(cfg.mesh)
+    for note in without_reuse(cfg.sample) if job == "sample" else ():
+        notice(note)
     found = program(cfg, job, mesh)
     arguments = make_arguments(cfg, job, mesh, found)
     size = size or MATRIX.get(jax.default_backend(), OTHER_MATRIX)

@@ -68,6 +68,10 @@ def coefficients(times, widths, time: float, width: float) -> tuple[np.ndarray, 
     return x, float(np.sqrt(max(norm - 2 * x @ b + x @ gram @ x, 0.0) / norm))
 
 
+class WidthError(UsageError):
+    """A width that the snapshots until a step do not hold, while those until a later step may."""
+
+
 class Snapshots(NamedTuple):
     """Power EMAs that a run kept up to a step, the newest in its checkpoint: paths and updates (n,) of each, widths of the tracks."""
 
@@ -89,12 +93,12 @@ class Snapshots(NamedTuple):
         return (float(f"{fine[0]:.2g}"), float(f"{fine[-1]:.2g}")) if fine else None
 
     def check(self, width: float, key: str) -> np.ndarray:
-        """Return the coefficients (n, tracks) of `width`. Raises UsageError naming the widths that the snapshots give if it is none."""
+        """Return the coefficients (n, tracks) of `width`. Raises WidthError naming the widths that the snapshots give if it is none."""
         x, error = self.coefficients(width)
         if not error <= LARGEST_ERROR:
             held, tracks = self.held(), ", ".join(f"{width:g}" for width in self.widths)
             expected = f"a width from {held[0]:g} to {held[1]:g}" if held else f"one of the tracks {tracks}"
-            raise UsageError(
+            raise WidthError(
                 f"{key}: found {width:g}, expected {expected}, as the {len(self.updates)} snapshots of ({tracks}) until step "
                 f"{self.step} hold; take a later step, or train with a smaller optim.snapshot_every"
             )
@@ -122,7 +126,7 @@ def load_average(
 ) -> tuple[dict, int]:
     """Reconstruct the average of `width` after `step` steps: (weights, number of snapshots). Arguments and errors as of `checkpoint.load`.
 
-    Raises UsageError, which names `key`, for a width that the snapshots do not hold. One snapshot at a time is in memory.
+    Raises WidthError, which names `key`, for a width that the snapshots do not hold. One snapshot at a time is in memory.
     """
     check_numerics()
     found = Snapshots(*by_leader(lambda: find_snapshots(workdir, step, key)))

@@ -1,6 +1,6 @@
 """States of captions that a frozen encoder computed beforehand, on the disk, found by what they were computed of.
 
-    cache.json      what the states are (`About`), and the SHA-256 of each index; it is written last
+    cache.json      what the states are (`About`), at first how captions are put into shards (`plan`), in the end the SHA-256 of each index
     00000.index     of each caption: SHA-256 of (caption, encoder, tokenizer, length, dtype), first row, rows, CRC-32 of the states
     00000.states    rows (w,) of the tokens that are there, one caption after another; padding is not stored
 
@@ -42,15 +42,34 @@ class About:
         return hashlib.sha256(json.dumps(of).encode()).hexdigest().encode()
 
 
-def begin(folder: str, about: About) -> dict | None:
-    """Begin a cache, or return the notes of one that is complete, None for one to be made. Raises UsageError for another's."""
+def plan(captions: Sequence[str], per: int) -> dict:
+    """What decides which captions a shard holds: captions a shard, and the SHA-256 of all captions in their order."""
+    digest = hashlib.sha256()
+    for caption in captions:
+        digest.update(json.dumps(caption).encode() + b"\n")
+    return {"captions_a_shard": per, "captions_sha256": digest.hexdigest()}
+
+
+def begin(folder: str, about: About, shards: dict) -> dict | None:
+    """Begin a cache, or return the notes of one that is complete, None for one to be made. `shards`: its `plan`.
+
+    Raises UsageError for another's, or if it was begun with other shards, whose numbers would be taken for those of this command.
+    """
     path = os.path.join(folder, NOTES)
     if is_file(path):
         notes = read_json(path)
         check_about(folder, notes, about)
-        return notes if notes.get("shards") is not None else None
+        if notes.get("shards") is not None:
+            return notes
+        for name, found in shards.items():
+            if (expected := (notes.get("plan") or {}).get(name)) != found:
+                advice = "give the same --shard_bytes and the same captions, or use another --out"
+                raise UsageError(
+                    f"--out: {folder!r}: {name}: found {found!r}, expected {expected!r}, as it was begun with; {advice}"
+                )
+        return None
     make_folder(folder)
-    write_file(path, json_text({"about": dataclasses.asdict(about)}, indent=1) + "\n")
+    write_file(path, json_text({"about": dataclasses.asdict(about), "plan": shards}, indent=1) + "\n")
     return None
 
 

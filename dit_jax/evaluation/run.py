@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dit_jax import checkpoint, flops
+from dit_jax.checkpoint.average import WidthError
 from dit_jax.config import Config
 from dit_jax.data.source import introduce
 from dit_jax.devices.processes import agree, by_leader, common, compare, is_common, leader, of_all
@@ -44,6 +45,7 @@ from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
 from dit_jax.workdir.records import append_record, protocol_id, read_records
 
+Failed = dict[tuple[int, str], str]  # (step, weights in words or id of a protocol) -> why it is not recorded
 SAME = "give every host the same data and networks"
 
 
@@ -195,9 +197,9 @@ def run(
     """Evaluates checkpoints (default: all on disk) under each protocol, unless recorded already. Returns the records.
 
     `shared`: what was opened for another run with the same `data` and `eval`. Raises JobError at the end if checkpoints are damaged
-    or have numbers that are not finite; nothing is recorded for these.
+    or have numbers that are not finite, or snapshots do not hold a width; nothing is recorded for these.
     """
-    failed: dict[int, str] = {}
+    failed: Failed = {}
     with _ledger(workdir, quiet, time.time()) as ledger:
         mesh = drawing_mesh(4 * flops.parameters(cfg.model))
         wanted = tasks(cfg, workdir, mesh, [], quiet, shared)
@@ -206,20 +208,20 @@ def run(
     return records
 
 
-def follow(cfg: Config, workdir: str, watch: bool, since: float, steps: Sequence[int] | None = None) -> dict[int, str]:
+def follow(cfg: Config, workdir: str, watch: bool, since: float, steps: Sequence[int] | None = None) -> Failed:
     """Evaluate `steps`, or all checkpoints on disk; with `watch` also later ones, until the last training step is evaluated.
 
-    SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed, by step.
+    SIGTERM keeps what is recorded and raises Interrupted. `since`: when the job began. Returns what failed.
     """
-    failed: dict[int, str] = {}
+    failed, told = {}, set()
     with stop_flag(PATIENCE if jax.process_count() == 1 else None) as stop, _ledger(workdir, False, since) as ledger:
         mesh = drawing_mesh(4 * flops.parameters(cfg.model))
         wanted = tasks(cfg, workdir, mesh, stop, False)
         while True:
             records = _run(wanted, workdir, mesh, steps, False, stop, failed, ledger)
             if len(cfg.eval.ema) > 1 and leader():
-                tell_best(records)
-            newest = max([*(record["step"] for record in records), *failed], default=0)
+                tell_best(records, told)
+            newest = max([*(record["step"] for record in records), *(step for step, _ in failed)], default=0)
             if not watch or newest >= by_leader(lambda: read_config(workdir).train.steps):
                 break
             with ledger.spend("wait"):
@@ -252,7 +254,7 @@ def _run(
     steps: Sequence[int] | None,
     quiet: bool,
     stop: list,
-    failed: dict,
+    failed: Failed,
     ledger: Ledger,
 ) -> list[dict]:
     """As `run`, until `stop` is not empty. Checkpoints that cannot be scored are put into `failed`; the others are evaluated."""
@@ -260,11 +262,12 @@ def _run(
     for step in there if steps is None else steps:
         for weights in dict.fromkeys(task.weights for task in wanted):
             missing = [task for task in wanted if task.weights == weights and (step, task.id) not in done]
-            found = _weights(missing[0].cfg, workdir, step, mesh, failed) if missing else None
+            found = _weights(missing[0], workdir, step, mesh, failed) if missing else None
             for task in missing if found else []:
                 _check_stop(stop, f"{workdir}: what is recorded stays")
                 try:
                     done = record(workdir, step, task, found, ledger, quiet)
+                    failed.pop((step, task.id), None)
                 except Interrupted:
                     raise
                 except Exception as error:
@@ -273,7 +276,7 @@ def _run(
                         raise
                     text = str(error).strip() or type(error).__name__  # XLA's are of many lines
                     where = f"{checkpoint.path_of(workdir, step)}: {describe(task, {}).strip()}"
-                    _fail(failed, step, f"{where} {text.splitlines()[0]}")
+                    _fail(failed, step, task.id, f"{where} {text.splitlines()[0]}")
     return by_leader(lambda: _records_of(wanted, workdir, there if steps is None else steps))
 
 
@@ -324,32 +327,34 @@ def describe(task: Task, metrics: dict) -> str:
     )
 
 
-def _fail(failed: dict[int, str], step: int, error: str) -> None:
-    if failed.get(step) != error:
+def _fail(failed: Failed, step: int, what: str, error: str) -> None:
+    if error not in (said for (at, _), said in failed.items() if at == step):
         complain(f"{error}; it is not recorded for step {step}, the others are evaluated")
-    failed[step] = error
+    failed[step, what] = error
 
 
-def _weights(cfg: Config, workdir: str, step: int, mesh, failed: dict[int, str]) -> Weights | None:
-    """The weights of a checkpoint, on the mesh; None if a running training has pruned it meanwhile, or if it is damaged."""
+def _weights(task: Task, workdir: str, step: int, mesh, failed: Failed) -> Weights | None:
+    """The weights of a task, on the mesh; None if a running training has pruned their checkpoint meanwhile, if it is damaged, or if the
+    snapshots until then do not hold the width."""
     try:
-        params, notes = load_weights(cfg, workdir, step, mesh)
+        params, notes = load_weights(task.cfg, workdir, step, mesh)
         data = by_leader(lambda: checkpoint.trained_on(workdir, step))
     except Exception as error:
-        if jax.process_count() > 1 and not is_common(error):
+        alike = is_common(error) or isinstance(error, WidthError)  # of what process 0 has found, so all raise it
+        if jax.process_count() > 1 and not alike:
             raise
         if step not in by_leader(lambda: checkpoint.steps(workdir)):
             return None
-        if not isinstance(error, JobError):
+        if not isinstance(error, JobError | WidthError):
             raise
-        _fail(failed, step, str(error))
+        _fail(failed, step, task.weights, str(error))
         return None
-    failed.pop(step, None)  # a training that restarted may have written the step anew
+    failed.pop((step, task.weights), None)  # a training that restarted may have written the step anew
     return Weights(params, weights_hash(params), data, notes)
 
 
-def report_failed(failed: dict[int, str]) -> None:
+def report_failed(failed: Failed) -> None:
     """Raises JobError if a checkpoint failed."""
     if failed:
-        steps = ", ".join(map(str, sorted(failed)))
+        steps = ", ".join(map(str, sorted({step for step, _ in failed})))
         raise common(JobError(f"step {steps}: not all evaluated, as said above; the others are"))

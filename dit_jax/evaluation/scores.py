@@ -19,6 +19,7 @@ from dit_jax.data.source import all_of, open_source
 from dit_jax.devices.mesh import batch_sharding, batch_split, replicated
 from dit_jax.devices.processes import leader
 from dit_jax.error import UsageError
+from dit_jax.job.check import reachable
 from dit_jax.log import warn
 from dit_jax.metrics import frechet
 from dit_jax.metrics.features import check_room
@@ -121,6 +122,10 @@ def clip_rows(cfg: clip.VisionConfig, params, images: jax.Array) -> jax.Array:
 
 
 def _clip(folder: str, mesh) -> Network:
+    if not reachable(folder):
+        raise UsageError(
+            f"eval.clip: found no {folder!r}, expected the folder of CLIP's encoders, which `convert` wrote"
+        )
     encoder = load_encoder(folder, "clip")
     widths = [encoder.cfgs[half].projection if half in encoder.cfgs else 0 for half in ("text", "vision")]
     if not widths[0] == widths[1] > 0:
@@ -205,8 +210,9 @@ def check_config(cfg: Config, key: str) -> None:
             "--weights=FOLDER --out=DIR` from a folder of transformers' openai/clip-vit-large-patch14"
         )
     if cfg.eval.features in ("digits", "scenes") and cfg.data.name != cfg.eval.features:
+        expected = "'inception' or 'classifier'" if cfg.model.classes else "'inception', or 'clip' for captions"
         raise UsageError(
-            f"eval.features: found {cfg.eval.features!r} for {cfg.data.title!r}, expected 'inception' or 'classifier'; or set "
+            f"eval.features: found {cfg.eval.features!r} for {cfg.data.title!r}, expected {expected}; or set "
             "eval.samples=0 for the held-out loss alone"
         )
     held = cfg.data.cache or cfg.data.name == "scenes"  # whose reference is the held-out split
@@ -223,6 +229,8 @@ def check_number(cfg: Config, key: str) -> None:
     num, name = cfg.eval.samples, cfg.eval.features
     width = {"inception": INCEPTION["pool"], "scenes": 4 * classifier.WIDTH}.get(name, classifier.WIDTH)
     if name == "clip":
+        if not reachable(cfg.eval.clip):  # which --check says, and a job as it opens the network
+            return
         width = read_meta(cfg.eval.clip, "clip")["config"].get("vision", {}).get("projection", 0)
     try:
         check_room(num, width)

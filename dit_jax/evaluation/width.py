@@ -32,8 +32,10 @@ def best_widths(records: Sequence[dict]) -> list[tuple[int, str, str, float, flo
     return found
 
 
-def tell_best(records: Sequence[dict]) -> None:
-    """Logs the best width for each metric, but for losses by time and distances of fewer images."""
+def tell_best(records: Sequence[dict], told: set[str]) -> None:
+    """Logs the best width for each metric, but for losses by time, distances of fewer images, ends of intervals, and what was `told`."""
     for step, sampling, metric, width, score, tried in best_widths(records):
-        if not re.search(r"^loss_(fixed_)?t\d+$|_n\d+$", metric):
-            say(f"step {step}, {sampling}: best {metric} {score:.4g} at ema {width:g}, of {tried} widths")
+        line = f"step {step}, {sampling}: best {metric} {score:.4g} at ema {width:g}, of {tried} widths"
+        if line not in told and not re.search(r"^loss_(fixed_)?t\d+$|_n\d+$|_(low|high)$", metric):
+            say(line)
+            told.add(line)

@@ -23,6 +23,7 @@ PATHS = (
     "autoencoder",
     "weights",
     "init",
+    "prompts",
     "compilation_cache",
 )  # flags that name a path
 KEYS = (
@@ -34,6 +35,8 @@ KEYS = (
     ("autoencoder", "folder"),
     ("eval", "inception"),
     ("eval", "classifier"),
+    ("eval", "clip"),
+    ("eval", "captions"),
     ("eval", "reference"),
 )
 
@@ -117,4 +120,5 @@ def _paths(values: flags.FlagValues, cfg: Config | None) -> list[tuple[str, str]
     if cfg:
         groups = {"data": cfg.data.parts, "autoencoder": (cfg.autoencoder,), "model": (cfg.model,), "eval": (cfg.eval,)}
         found += [(f"{group}.{key}", getattr(one, key)) for group, key in KEYS for one in groups[group]]
+        found += [("sample.guide", re.sub(r"@\d+$", "", cfg.sample.guide))]
     return [(name, path) for name, path in found if path]

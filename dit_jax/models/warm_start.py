@@ -23,11 +23,8 @@ from dit_jax.models.conditioning import timestep_frequencies
 
 BODY = ("width", "depth", "heads", "mlp_ratio")  # sizes of the blocks, which have to agree
 TABLE, TIME_BIAS = "label_embedding/table/embedding", "time_embedding/fc2/bias"
-EMBEDDING, LOW, OUTPUT = (
-    "patch_embedding/kernel",
-    "low_embedding/kernel",
-    ("output/linear/kernel", "output/linear/bias"),
-)
+PLACES, EMBEDDING, LOW = "positions", "patch_embedding/kernel", "low_embedding/kernel"
+OUTPUT = ("output/linear/kernel", "output/linear/bias")
 SINUSOIDS = ("time_embedding/fc1/kernel", "target_embedding/fc1/kernel")
 TAKEN, RESIZED, NEW = "taken", "resized", "new"
 
@@ -83,6 +80,9 @@ class WarmStart:
             found |= {
                 name: functools.partial(_sinusoids, _refit(old.time_scale, new.time_scale), name) for name in both
             }
+        sides = [cfg.input_size // cfg.patch for cfg in (old, new)]
+        if old.positions == new.positions == "learned" and sides[0] != sides[1]:
+            found[PLACES] = functools.partial(_places, *sides)
         parts = [cfg.out_channels // cfg.channels for cfg in (old, new)]
         by = _bilinear(old.patch, new.patch)
         if (old.patch, old.channels) != (new.patch, new.channels):
@@ -119,6 +119,13 @@ def _bilinear(p: int, q: int) -> np.ndarray:
     """Matrix (q, p) of bilinear resizing along one axis, with pixel centres at (i + 1/2) / p and edges repeated."""
     old, new = (np.arange(p) + 0.5) / p, (np.arange(q) + 0.5) / q
     return np.stack([np.interp(new, old, row) for row in np.eye(p)], axis=1)
+
+
+def _places(p: int, q: int, stored: Mapping, fresh):
+    """The table of learned positions of q x q patches from that of p x p, by bilinear resizing."""
+    by = _bilinear(p, q).astype(np.float32)
+    table = stored[PLACES].reshape(p, p, -1)
+    return jnp.einsum("yi,xj,ijd->yxd", by, by, table, precision=jax.lax.Precision.HIGHEST).reshape(fresh.shape)
 
 
 def _embedding(old: ModelConfig, new: ModelConfig, by: np.ndarray, name: str, stored: Mapping, fresh):

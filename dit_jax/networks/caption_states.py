@@ -59,15 +59,17 @@ def encode_captions(cfg: Config, out: str, splits: list[str], shard_bytes: int, 
         sources = {split: open_source(cfg.data, split) for split in dict.fromkeys(splits)}
         captions = all_captions(sources)
     is_of = about(text.cfg)
+    bytes_each = is_of.length * is_of.width * np.dtype(is_of.dtype).itemsize
+    per = max(1, int(shard_bytes // bytes_each))
+    plan = text_cache.plan(captions, per)
     compare(
-        of_all({"captions": len(captions), **dataclasses.asdict(is_of)}), "give every host the same data and encoder"
+        of_all({"captions": len(captions), **plan, **dataclasses.asdict(is_of)}),
+        "give every host the same data and encoder",
     )
     check_folder(out, "--out")
-    if by_leader(lambda: _done(out, is_of, captions)):
+    if by_leader(lambda: _done(out, is_of, captions, plan)):
         say(f"{out}: done before, {len(captions):,} captions")
     else:
-        bytes_each = is_of.length * is_of.width * np.dtype(is_of.dtype).itemsize
-        per = max(1, int(shard_bytes // bytes_each))
         shards = [captions[i : i + per] for i in range(0, len(captions), per)]
         _write(text, is_of, out, shards, stop)
         by_leader(lambda: text_cache.finish(out, is_of, len(shards), {"captions": len(captions)}))
@@ -96,8 +98,8 @@ def all_captions(sources: dict[str, Source]) -> list[str]:
     return [*found]
 
 
-def _done(out: str, is_of: text_cache.About, captions: list[str]) -> bool:
-    if text_cache.begin(out, is_of) is None:
+def _done(out: str, is_of: text_cache.About, captions: list[str], plan: dict) -> bool:
+    if text_cache.begin(out, is_of, plan) is None:
         return False
     cache = text_cache.open_cache(out, is_of)
     if missing := [caption for caption in captions if caption not in cache]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax import flops, hardware
-from dit_jax.config import Config
+from dit_jax.config import Config, SampleConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, make_mesh, replicated
 from dit_jax.devices.rows import drawing_mesh, on_mesh
 from dit_jax.diffusion.objective import make_objective
@@ -198,7 +198,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Pr
         "run": None,
         "message": "",
         "suggestion": "",
-        "notes": [],
+        "notes": without_reuse(cfg.sample) if job == "sample" else [],
     }
 
 
@@ -294,6 +294,12 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
     if report["collectives"] is not None and topology.platform == "gpu":
         found += gpu_notes(report, topology)
     return found
+
+
+def without_reuse(*samples: SampleConfig) -> list[str]:
+    """The note that settings reuse outputs of blocks, which only the run's weights tell; [] if none does."""
+    what = "sample.reuse is not counted: the sampler that computes every output is taken, which costs more"
+    return [what] * any(sample.reuse < 1.0 for sample in samples)
 
 
 def gpu_notes(report: dict, topology: hardware.Topology) -> list[str]:

@@ -18,7 +18,7 @@ from dit_jax.devices.rows import drawing_mesh
 from dit_jax.error import UsageError
 from dit_jax.evaluation.loss import PAIRS, alone, make_losses
 from dit_jax.evaluation.protocol import samplings
-from dit_jax.evaluation.scores import ROWS, classifier_rows, clip_rows, inception_rows
+from dit_jax.evaluation.scores import ROWS, classifier_rows, clip_rows, inception_rows, scene_rows
 from dit_jax.log import say
 from dit_jax.models import classifier, clip, inception, vae
 from dit_jax.networks.autoencoder import images_at_once, normalisation
@@ -32,6 +32,7 @@ from dit_jax.preflight.compilation import (
     program,
     run_costs,
     weights,
+    without_reuse,
 )
 from dit_jax.sampling.draw import image_flops
 from dit_jax.training.state import abstract_batch
@@ -76,7 +77,7 @@ def parts(cfg: Config, mesh, whole, num: int) -> Iterator[Part]:
             yield Part("decode", "latents to images, in float32", decoder, num * len(settings))
         yield _features(cfg, whole, channels, num * len(settings))
     if cfg.eval.loss:
-        kinds = len({sample.weights for sample in settings})
+        kinds = len({(sample.weights, sample.ema) for sample in settings})
         about = f"held-out loss, {cfg.eval.times_per_image} noise levels an image"
         yield Part("loss", about, _loss(alone(cfg, 0), cfg, mesh), kinds * cfg.eval.max_images)
         if fixed := cfg.eval.fixed_times:
@@ -115,15 +116,19 @@ def _decoder(cfg: Config, network: vae.VAEConfig, mesh) -> Program:
 
 
 def _features(cfg: Config, mesh, channels: int, images: int) -> Part:
-    """The feature network. `digits`, the default, takes digits only: other data are scored with Inception."""
+    """The feature network. `digits`, the default, and `scenes` take such images only: other data are scored with Inception."""
     count, side = ROWS * batch_split(mesh), cfg.data.image_size
     shape = (side, side, channels)
-    slow = cfg.eval.features == "inception" or (cfg.eval.features == "digits" and cfg.data.name != "digits")
-    if cfg.eval.features == "clip":
+    name = cfg.eval.features
+    slow = name == "inception" or (name in ("digits", "scenes") and cfg.data.name != name)
+    if name == "clip":
         vision = clip.VisionConfig()
         about, params, apply = "CLIP ViT-L/14", clip.shapes(vision), functools.partial(clip_rows, vision)
     elif slow:
         about, params, apply = "Inception", inception.shapes(), inception_rows
+    elif name == "scenes":
+        about, apply = "a classifier of digits, in each quarter", scene_rows
+        params = jax.eval_shape(lambda: classifier.init(random_key(0), (8, 8, 1), 10))
     else:
         about, apply = "a classifier", classifier_rows
         params = jax.eval_shape(lambda: classifier.init(random_key(0), shape, cfg.model.classes))
@@ -175,6 +180,7 @@ def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | N
         "run": _total(found, num),
         "message": f"not compiled: {missing}" if missing else _messages(found),
         "notes": _notes(found, topology, num, missing)
+        + without_reuse(*(samplings(cfg) if num else ()))
         + ["not counted: the bound and the likelihood (eval.vlb, eval.likelihood)"]
         * (cfg.eval.vlb or cfg.eval.likelihood),
     }

@@ -84,7 +84,7 @@ def examine(cfg: Config, job: str, topology: hardware.Topology, images: int, pri
     largest = (
         [f"the step is that of the largest bucket, {max(cfg.data.buckets, key=math.prod)}"] if cfg.data.buckets else []
     )
-    return report | {"notes": notes(report, topology, wanted, tried) + largest * (job == "train")}
+    return report | {"notes": report["notes"] + notes(report, topology, wanted, tried) + largest * (job == "train")}
 
 
 def check_sizes(asked: Sequence[str], topology: hardware.Topology, split: int) -> list[int]:

@@ -302,8 +302,12 @@ def open_sampling(
     autoencoder = open_autoencoder(cfg)
     make_task(cfg)
     size = _trained_size(cfg, size)
-    if prompts and any(prompts.negatives) and cfg.sample.guidance == 1.0 and leader():
-        warn("negative_prompt: has no effect at guidance 1")
+    if prompts and any(prompts.negatives):
+        if cfg.sample.guide and cfg.sample.guidance != 1.0:
+            why = f"sample.guide = {cfg.sample.guide!r} takes the place of the null condition; leave out one of them"
+            raise UsageError(f"negative_prompt: found some, expected none: {why}")
+        if cfg.sample.guidance == 1.0 and leader():
+            warn("negative_prompt: has no effect at guidance 1")
     asked, decode = Asked(cfg.model, prompts) if prompts else None, make_decoder(autoencoder, own_mesh(mesh))
     found = Sampling(cfg, mesh, autoencoder, decode, wanted or {}, size=size, asked=asked, low=low)
     found.guide  # noqa: B018, says now whether it fits

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from dit_jax.checkpoint import find_step
 from dit_jax.config import Config, to_dict
 from dit_jax.devices.processes import by_leader
+from dit_jax.diffusion.samplers import SAMPLERS
 from dit_jax.error import UsageError
 from dit_jax.files import base
 from dit_jax.networks.notes import space
@@ -47,6 +48,16 @@ def _hash(guide: Guide, mesh) -> str:
     return weights_hash(guide.weights(mesh))
 
 
+def _check_objective(cfg: Config, found: Config, workdir: str) -> None:
+    """Raises UsageError if the guide's output is not what the sampler takes."""
+    name = cfg.sample.sampler
+    if name in SAMPLERS and found.objective.name not in SAMPLERS[name].trained:
+        expected = " or ".join(repr(one) for one in SAMPLERS[name].trained)
+        raise UsageError(
+            f"sample.guide: {workdir}: objective.name: found {found.objective.name!r}, expected {expected}, as sampler {name!r} takes"
+        )
+
+
 def open_guide(cfg: Config) -> Guide | None:
     """Find the checkpoint that `sample.guide` names; None for "". Raises UsageError if there is none, or it does not fit the model."""
     text = cfg.sample.guide
@@ -61,5 +72,6 @@ def open_guide(cfg: Config) -> Guide | None:
             if theirs[group][name] != ours[group][name]:
                 expected = f"expected {ours[group][name]!r}, as the model that it guides"
                 raise UsageError(f"sample.guide: {workdir}: {group}.{name}: found {theirs[group][name]!r}, {expected}")
+    _check_objective(cfg, found, workdir)
     kept = replace(found, sample=replace(found.sample, weights="ema", ema=0.0, guide=""))
     return Guide(workdir, by_leader(lambda: find_step(workdir, step, "ema")), kept)

@@ -102,6 +102,8 @@ def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig) -> Promp
     if model.text and given != 1:
         expected = "expected one of them for a model of captions"
         raise UsageError(f"--prompt, --prompts: found {'both' if given else 'neither'}, {expected}")
+    if not all(prompt.strip() for prompt in prompts):  # an unset variable of a shell would draw without a prompt
+        raise UsageError("--prompt: found an empty one, expected words; without a condition draws --guidance=0")
     found = _read(path) if path else Prompts(tuple(prompts))
     if len(found) > MOST:
         raise UsageError(f"--prompts: found {len(found):,} in {path}, expected at most {MOST:,}")
@@ -128,7 +130,14 @@ def _read(path: str) -> Prompts:
 
 
 def _csv(text: str) -> list[dict]:
-    return list(csv.DictReader(io.StringIO(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns, found = next(reader, []), []
+    for row in filter(None, reader):
+        if len(row) != len(columns):
+            advice = "put a prompt that has a comma into double quotes"
+            raise ValueError(f"line {reader.line_num}: found {len(row)} fields, expected {len(columns)}; {advice}")
+        found.append(dict(zip(columns, row, strict=True)))
+    return found
 
 
 def _jsonl(text: str) -> list[dict]:
@@ -144,10 +153,14 @@ def _columns(rows: list[dict]) -> Prompts:
     if rows and name is None:
         raise ValueError(f"found the columns {', '.join(map(str, columns))}, expected one of {', '.join(COLUMNS)}")
 
-    def of(column: str) -> tuple[str, ...]:
-        return tuple("" if row.get(column) is None else str(row[column]).strip() for row in rows)
+    def of(column: str, *kinds: type) -> tuple[str, ...]:
+        values = ["" if row.get(column) is None else row[column] for row in rows]
+        for number, value in enumerate(values, 1):
+            if type(value) not in (str, *kinds):
+                raise ValueError(f"{column}: found {value!r} in row {number}, expected text")
+        return tuple(str(value).strip() for value in values)
 
-    seeds = tuple(_seed(*one) for one in enumerate(of(SEED), 1)) if SEED in columns else ()
+    seeds = tuple(_seed(*one) for one in enumerate(of(SEED, int), 1)) if SEED in columns else ()
     return Prompts(of(name), of(NEGATIVE) if NEGATIVE in columns else (), seeds) if rows else Prompts()
 
 

@@ -29,7 +29,6 @@ from dit_jax.workdir import manifest
 from dit_jax.workdir.folder import check_same_init, flatten, read_config, read_init
 
 REMARKS = {
-    "model.input_size": "positions are computed from the size, so nothing is resized",
     "diffusion.process": "the output means something else, so the model has to learn it anew",
     "diffusion.prediction": "the output means something else, so the model has to learn it anew",
     "data": "the model saw other inputs",
@@ -66,6 +65,8 @@ def check_teacher(cfg: Config, old: Config, source: str) -> None:
     keys = [("model", key) for key in to_dict(cfg.model) if key not in own]
     for group, key in [*keys, ("diffusion", "process"), ("diffusion", "prediction")]:
         found, expected = (getattr(getattr(side, group), key) for side in (cfg, old))
+        if key in ("text_width", "text_sha256") and not found:  # in a command: a run that begins sets them
+            continue
         if found != expected:
             why = (
                 f"as {source} has, which objective.name = {name!r} begins with; give --config.{group}.{key}={expected}"
@@ -195,6 +196,8 @@ def _introduce(record: Mapping, old: Config, new: Config, fresh) -> None:
     for key in before:
         if before[key] != after[key] and key.removeprefix("model.") not in (*checkpoint.FREE, "dtype"):
             remark = f" ({REMARKS[key]})" if key in REMARKS else ""
+            if key == "model.input_size" and "learned" not in (old.model.positions, new.model.positions):
+                remark = " (positions are computed from the size, so nothing is resized)"
             say(f"  {key}: {before[key]} there, {after[key]} here{remark}")
 
 

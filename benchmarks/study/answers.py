@@ -192,10 +192,9 @@ def guidance(data: Data, claims: Sequence[Claim]) -> Answer:
     pays = _says(plain, "costs more than it gives", "pays for its second pass", "is not told to pay or to lose")
     makes = _says(inside, "makes the score worse", "makes the score better", "changes nothing that is told")
     which = _says(both, "worse than", "better than", "not told apart from")
-    text = (
-        f"At the same FLOPs an image, guidance from outside {pays} for the undistilled models; inside a flow map it {makes}, "
-        f"and is {which} guidance from outside at the same cost."
-    )
+    within = f"inside a flow map it {makes}, and is {which} guidance from outside at the same cost"
+    within = within if inside else "inside a flow map it is not recorded yet"
+    text = f"At the same FLOPs an image, guidance from outside {pays} for the undistilled models; {within}."
     text = text if plain or inside else FEW
     interval = (
         f"Guided over unguided: undistilled {span(plain)}, flow maps outside {span(flow)}, inside {span(inside)}; inside over "

@@ -95,7 +95,7 @@ study-page: setup
 	@$(BIN)/python -m benchmarks.study --page
 
 test: dev
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
 
 test-slow: dev
 	$(BIN)/python -m pytest -m "slow and not bucket and not doors and not tpu and not parity and not gpu_compiler"

@@ -15,6 +15,7 @@ from dit_jax.data.words import prompts
 from dit_jax.error import UsageError
 from dit_jax.metrics import extrapolate, features, frechet, inception_score, kernel
 from dit_jax.metrics.precision_recall import precision, recall
+from dit_jax.metrics.psnr import Originals
 from dit_jax.metrics.table import METRICS
 from dit_jax.networks.reference import read_reference
 
@@ -173,6 +174,7 @@ REFERENCE = {
     "features": normal(23, 80, 6),
     "prompts": asked(prompts(SCENES, 60)),
     "captions": normal(25, 60, 6),
+    "originals": Originals(40, lambda numbers: SET["images"][numbers][:, ::-1], lambda numbers: {}),
 }
 
 

@@ -101,6 +101,7 @@ def test_a_claim_that_rests_on_few_records_does_not_survive(made):
     assert remade(Data("digits", made, 10), times=1)[0].remade == found[next(iter(found))].remade[:1]
 
 
+@pytest.mark.slow
 def test_the_page_is_made_twice_with_the_same_bytes(file):
     def folder():
         return {p.name: p.read_bytes() for p in file.parent.glob("*")}

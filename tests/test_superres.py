@@ -163,6 +163,7 @@ def test_a_missing_image_is_named():
         bind(TWICE).apply(weights_of(TWICE), jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), {"label": jnp.zeros(2, jnp.int32)})
 
 
+@pytest.mark.slow
 def test_shards_train_super_resolution():
     """On 2 x 2 x 2 devices the losses are those of one device."""
     cfg = config()

@@ -185,8 +185,8 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
         introduce(*([shared.held_out[0]] if targets(cfg) else []))
         if targets(cfg) and leader():
             tell_cut(cfg.model, shared.held_out[0], len(shared.held_out[1][0]))
-        split = cfg.data.held_out_split if cfg.data.name == "scenes" else cfg.data.split
-        where = cfg.eval.reference or f"the images of {cfg.data.folder or cfg.data.dataset}, {split}"
+        images = f"the images of {cfg.data.folder or cfg.data.dataset}, {scores.reference_split(cfg)}"
+        where = cfg.eval.reference or images
         say(f"samples are compared with {where}") if cfg.eval.samples else None
     return found
 

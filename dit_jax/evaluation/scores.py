@@ -278,10 +278,15 @@ class Reference:
     parts: dict
 
 
+def reference_split(cfg: Config) -> str:
+    """The split whose images samples are compared with: `data.split`, but of scenes, which have no end there, the held-out one."""
+    return cfg.data.held_out_split if cfg.data.name == "scenes" else cfg.data.split
+
+
 def open_reference(cfg: Config, network: Network) -> Reference:
-    """Reads the npz of `eval.reference`, else the images of `data.split`. Raises UsageError if it does not fit the network."""
+    """Reads the npz of `eval.reference`, else the images of `reference_split`. Raises UsageError if it does not fit the network."""
     if not cfg.eval.reference:
-        name = cfg.data.held_out_split if cfg.data.name == "scenes" else cfg.data.split  # training scenes have no end
+        name = reference_split(cfg)
         split = open_source(all_of(cfg.data), name)
         rows = network.rows(as_uint8(load_arrays(cfg.data, name, split)[0]))
         source = split.describe() | {"images": len(split)}

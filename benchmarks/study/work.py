@@ -18,11 +18,8 @@ from dit_jax.job.compiled import use_cache
 from dit_jax.log import say
 from dit_jax.training import loop
 
-STEP, RATE, COMPILE = (
-    2e-3,
-    4e9,
-    2.0,
-)  # seconds a training step costs beside its FLOPs, FLOP/s, seconds of a program: of one core
+# Of one core: seconds that a training step costs beside its FLOPs, FLOP/s, seconds of a program.
+STEP, RATE, COMPILE = 2e-3, 4e9, 2.0
 
 _SHARED: dict = {}  # what evaluations of several cells have in common: held-out images, feature network, reference
 

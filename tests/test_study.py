@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 
@@ -206,7 +205,6 @@ def test_the_launcher_prints_a_command_for_each_column(capsys):
 def test_studies_share_no_run_folder():
     cells = make_cells(STUDIES.values())
     assert not {c.run for c in cells if c.study is DIGITS} & {c.run for c in cells if c.study is not DIGITS}
-    assert math.isclose(sum(1 for c in cells if c.student), len([c for c in cells if c.student]))
 
 
 TINY = Study(
@@ -222,7 +220,7 @@ TINY = Study(
             model={"target": "later"},
         ),
         "consistency": Student(
-            dict(name="consistency", guidance=1.5), 1e-3, (0.05,), (dict(samplers=("euler",), steps=(1,), guidance=(-1.0,)),)
+            dict(name="consistency", guidance=1.5), 1e-3, (0.05,), (dict(samplers=("consistency",), steps=(1,), guidance=(2.0,)),)
         ),
     },
     metric="fd_digits",
@@ -233,7 +231,7 @@ TINY = Study(
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on_to_the_same_records_and_a_failed_cell_is_left_out(tmp_path, monkeypatch):
-    """Two columns, of which the students of consistency cannot be scored; then the same with a record and a run lost."""
+    """Students of consistency cannot be scored at guidance 2, which is inside them; then the same with a record and a run lost."""
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
     cells = make_cells([TINY])
     whole, torn = (

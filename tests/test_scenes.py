@@ -90,6 +90,21 @@ def test_held_out_pairs_are_in_no_training_scene_and_in_each_unseen_one(splits):
     assert kinds == set(scenes.KINDS)
 
 
+def test_plain_digits_are_single_white_ones_of_seen_pairs_and_held_out_writings(splits):
+    plain = open_source(DATA, "plain")
+    found = plain.scenes(np.arange(SOME))
+    assert {(scene.kind, len(scene.things), scene.things[0].colour) for scene in found} == {("single", 1, scenes.WHITE)}
+    digits = {scene.things[0].digit for scene in found}
+    assert (
+        digits == {digit for digit in range(10) if not scenes.held_out_pair(scenes.WHITE, digit)} and len(digits) == 8
+    )
+    assert {scene.things[0].place for scene in found} == {0, 1, 2, 3} and plain.held_out
+    cell = next(c for c in np.split(plain.read(np.array([0]))[0][0], 2) if c.any())
+    grey = next(c for c in np.split(cell, 2, axis=1) if c.any())
+    assert any(np.array_equal(grey[..., 0], one) for one in scenes.writings(True)[found[0].things[0].digit])
+    assert plain.identity["sha256"] != splits["test"].identity["sha256"] and len(plain) == scenes.SIZE
+
+
 def test_scenes_are_functions_of_their_numbers_and_training_has_no_end(splits):
     one, two = splits["train"].scenes(np.array([5, 7])), splits["train"].scenes(np.array([7]))
     assert one[1] == two[0] != one[0]
@@ -159,7 +174,7 @@ def test_settings_that_scenes_cannot_have_are_named(change):
     data = DataConfig(**{"dataset": "scenes", "image_size": 16, "cache": False} | change)
     with pytest.raises(UsageError, match=f"data.{next(iter(change))}: found"):
         open_source(data, "train")
-    with pytest.raises(UsageError, match="expected train, test, unseen of scenes"):
+    with pytest.raises(UsageError, match="expected train, test, unseen, plain of scenes"):
         open_source(DATA, "validation")
 
 

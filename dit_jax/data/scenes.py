@@ -2,8 +2,8 @@
 
 Scene i is a function of i alone, so training is one epoch without end: example p of a run with seed s is scene s 2^40 + p, with s modulo
 2^20. Splits: `train` draws from the writings that `digits` trains on and from the pairs of colour and digit, and of digits in a relation,
-that are not held out; `test` is the same with the writings that are held out; each scene of `unseen` has a pair that is. `test` and
-`unseen` have SIZE scenes.
+that are not held out; `test` is the same with the writings that are held out; each scene of `unseen` has a pair that is; `plain`, a
+second data set, is those of `test` that are one white digit. `test`, `unseen` and `plain` have SIZE scenes.
 """
 
 import functools
@@ -32,6 +32,7 @@ COLOURS = {
     "purple": (208, 0, 208),
     "white": (255, 255, 255),
 }
+WHITE = list(COLOURS).index("white")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = {2: "two", 3: "three", 4: "four"}
@@ -81,10 +82,11 @@ def held_out_relation(first: int, second: int) -> bool:
     return (first + second) % 5 == 0
 
 
-def make_scenes(indices: np.ndarray, unseen: bool) -> list[Scene]:
-    """Draw scenes `indices` (b,) of pairs that are not held out or, if `unseen`, with at least one that is."""
+def make_scenes(indices: np.ndarray, split: str) -> list[Scene]:
+    """Draw scenes `indices` (b,) of a split; those of `train` and `test` follow one rule."""
+    draw = _plain if split == "plain" else functools.partial(_scene, unseen=split == "unseen")
     table = np.stack([hash_counters(0, SCENE, column, indices) for column in range(_DRAWS)], axis=1).tolist()
-    return [_scene(_stream(row), unseen) for row in table]
+    return [draw(_stream(row)) for row in table]
 
 
 def _stream(row: list[int]):
@@ -109,6 +111,13 @@ def _scene(draws: Iterator[int], unseen: bool) -> Scene:
     pairs = pairs * count if kind == "counting" else pairs
     things = tuple(Thing(digit, colour, place) for (colour, digit), place in zip(pairs, places, strict=False))
     return Scene(kind, _captions(kind, things), things, tuple(next(draws) for _ in things))
+
+
+def _plain(draws: Iterator[int]) -> Scene:
+    pairs = [pair for pair in _pairs(False) if pair[0] == WHITE]
+    colour, digit = pairs[next(draws) % len(pairs)]
+    things = (Thing(digit, colour, next(draws) % len(PLACES)),)
+    return Scene("single", _captions("single", things), things, (next(draws),))
 
 
 def _permuted(draws: Iterator[int]) -> list[int]:
@@ -238,7 +247,7 @@ class Scenes:
 
     def scenes(self, indices: np.ndarray) -> list[Scene]:
         """Return what the pictures show."""
-        return make_scenes(self.first + indices, self.split == "unseen")
+        return make_scenes(self.first + indices, self.split)
 
     def make_order(self, seed: int) -> Callable[[np.ndarray], np.ndarray]:
         """Return the order of a training: positions (b,) -> indices (b,), each once."""
@@ -273,7 +282,7 @@ class Scenes:
 
 def open_split(data: DataConfig, split: str) -> Scenes:
     """Open a split of scenes. Raises UsageError for another split, size, flip or cache than scenes have."""
-    numbers = {"train": (0, ENDLESS), "test": (1 << 61, SIZE), "unseen": (1 << 62, SIZE)}
+    numbers = {"train": (0, ENDLESS), "test": (1 << 61, SIZE), "unseen": (1 << 62, SIZE), "plain": (1 << 62, SIZE)}
     if split not in numbers:
         raise UsageError(f"split: found {split!r}, expected {', '.join(numbers)} of scenes")
     for key, expected in (("image_size", SIDE), ("flip", False), ("cache", False)):

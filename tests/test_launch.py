@@ -29,12 +29,25 @@ TPU = CLOUD | {"ACCELERATOR": "v4-64", "NFS": "10.0.0.2:/share"}
 GKE = CLOUD | {"CLUSTER": "pods", "TPU_TYPE": "v4-64", "CAPACITY": "spot"}
 
 
-def call(script, *arguments, **variables):
+def call(script, *arguments, root=ROOT, **variables):
     """(exit code, lines on standard output with the checkout as ROOT, standard error); no variable but these is set."""
     env = {"PATH": os.environ["PATH"], **variables}
     command = ["bash", f"launch/{script}", *arguments]
-    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    return found.returncode, found.stdout.replace(str(ROOT), "ROOT").splitlines(), found.stderr
+    found = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    return found.returncode, found.stdout.replace(str(root), "ROOT").splitlines(), found.stderr
+
+
+@pytest.fixture(scope="module")
+def unchecked(tmp_path_factory):
+    """A checkout whose python does not look at the job: for facts about what a script does once the job is checked (test_check.py)."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("launch", "dit_jax"):
+        (root / name).symlink_to(ROOT / name)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    python = root / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/bash\nexit 0\n")
+    python.chmod(0o755)
+    return root
 
 
 @pytest.fixture
@@ -67,6 +80,7 @@ fi
 
 
 def dry(script, *arguments, **variables):
+    """What a script would run, and that it checked the job, if it starts one."""
     code, lines, err = call(script, "--dry-run", *arguments, **variables)
     assert code == 0 and all(line.startswith(("checked: ", "not checked")) for line in err.splitlines()), err
     return lines
@@ -412,12 +426,13 @@ def test_refusals(fakes, script, arguments, variables, message, flag):
     + [("gke.sh", [verb], GKE) for verb in ("create", "share", "status", "logs", "stop", "delete")]
     + [("gke.sh", ["run", *JOB], GKE), ("slurm.sbatch", JOB, {"NODES": "1", "GPUS": "8", "CPUS": "1", "TIME": "1"})],
 )  # fmt: skip
-def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(fakes, script, arguments, variables):
+def test_a_dry_run_runs_nothing_wherever_it_is_asked_for(fakes, unchecked, script, arguments, variables):
     path, calls = fakes
-    expected = dry(script, *arguments, **variables)
+    expected = call(script, "--dry-run", *arguments, root=unchecked, **variables)
+    assert expected[0] == 0 and expected[1]
     for place in {1, len(arguments)}:
         asked = [*arguments[:place], "--dry-run", *arguments[place:]]
-        assert call(script, *asked, PATH=path, **variables)[:2] == (0, expected)
+        assert call(script, *asked, root=unchecked, PATH=path, **variables) == expected
     assert calls() == []
     if arguments in (["stop"], ["delete"]):  # the fakes do stand where the real ones would
         assert call(script, *arguments, PATH=path, **variables)[0] == 0 and len(calls()) == 1
@@ -530,9 +545,10 @@ def test_types_of_tpu_that_xpk_does_not_know_are_refused_before_anything_runs(fa
     [("0", 1, "0 1"), ("75", 1, "75 1"), ("1", 1, "1 1"), ("200 134 137 0", 4, "0 4"), ("200 1", 2, "1 2"),
      ("200 200 200 200", 3, "200 3"), ("200 stop", 2, "200 2")],
 )  # fmt: skip
-def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, codes, runs, kept):
+def test_a_worker_starts_again_after_a_lost_peer_until_told_to_stop(tmp_path, unchecked, codes, runs, kept):
     """The very command that goes to the workers, with another python: it ends with the codes in turn."""
-    words = shlex.split(dry("tpu_vm.sh", "run", *JOB, **TPU | {"RESTARTS": "2" if runs == 3 else "9"})[0])
+    asked = TPU | {"RESTARTS": "2" if runs == 3 else "9"}
+    words = shlex.split(call("tpu_vm.sh", "--dry-run", "run", *JOB, root=unchecked, **asked)[1][0])
     (line,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
     (tmp_path / "dit_jax" / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "bin").mkdir()
@@ -579,49 +595,49 @@ def test_slices_of_one_host_are_those_of_the_table():
 # ---- after a preemption
 
 
-def resumed(fakes, *states, workers="bare"):
+def resumed(fakes, root, *states, workers="bare"):
     """(exit code, the verbs of the queued resource, whether the slice was set up, whether the job began) of a resume."""
     path, calls = fakes
     folder = Path(path.split(":")[0])
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
     (folder / "workers").write_text(f"worker w-0 {workers} - 0 \n")
-    code, _, _ = call("tpu_vm.sh", "resume", *JOB, PATH=path, POLL="0", **TPU)
+    code, _, _ = call("tpu_vm.sh", "resume", *JOB, root=root, PATH=path, POLL="0", **TPU)
     verbs = [line.split()[4] for line in calls() if line.startswith(QUEUE)]
     return code, verbs, any("make gcs" in line for line in calls()), any("dit_jax.train" in line for line in calls())
 
 
-def test_resume_keeps_the_place_of_a_request_that_waits(fakes):
+def test_resume_keeps_the_place_of_a_request_that_waits(fakes, unchecked):
     states = ("WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "broken", "ACTIVE")
-    assert resumed(fakes, *states) == (0, ["describe"] * 5, True, True)
+    assert resumed(fakes, unchecked, *states) == (0, ["describe"] * 5, True, True)
 
 
 @pytest.mark.parametrize("state", ["ACCEPTED", "CREATING", "PROVISIONING"])
-def test_resume_waits_for_a_request_on_its_way(fakes, state):
-    assert resumed(fakes, state, "ACTIVE") == (0, ["describe", "describe"], True, True)
+def test_resume_waits_for_a_request_on_its_way(fakes, unchecked, state):
+    assert resumed(fakes, unchecked, state, "ACTIVE") == (0, ["describe", "describe"], True, True)
 
 
 @pytest.mark.parametrize("state", ["SUSPENDED", "SUSPENDING", "FAILED"])
-def test_resume_asks_anew_where_a_request_is_over(fakes, state):
+def test_resume_asks_anew_where_a_request_is_over(fakes, unchecked, state):
     verbs = ["describe", "delete", "create", "describe"]
-    assert resumed(fakes, state, "ACTIVE") == (0, verbs, True, True)
+    assert resumed(fakes, unchecked, state, "ACTIVE") == (0, verbs, True, True)
 
 
-def test_resume_of_a_slice_that_is_there_only_runs(fakes):
-    assert resumed(fakes, "ACTIVE", workers="idle") == (0, ["describe"], False, True)
-    assert resumed(fakes, "ACTIVE", workers="bare")[2:] == (True, True)  # the last setup was cut short
+def test_resume_of_a_slice_that_is_there_only_runs(fakes, unchecked):
+    assert resumed(fakes, unchecked, "ACTIVE", workers="idle") == (0, ["describe"], False, True)
+    assert resumed(fakes, unchecked, "ACTIVE", workers="bare")[2:] == (True, True)  # the last setup was cut short
 
 
-def test_resume_asks_for_a_slice_that_was_never_asked_for(fakes):
-    assert resumed(fakes, "none", "ACTIVE") == (0, ["describe", "create", "describe"], True, True)
+def test_resume_asks_for_a_slice_that_was_never_asked_for(fakes, unchecked):
+    assert resumed(fakes, unchecked, "none", "ACTIVE") == (0, ["describe", "create", "describe"], True, True)
 
 
-def test_resume_asks_for_nothing_where_gcloud_fails(fakes):
-    assert resumed(fakes, "broken", "ACTIVE") == (1, ["describe"], False, False)
+def test_resume_asks_for_nothing_where_gcloud_fails(fakes, unchecked):
+    assert resumed(fakes, unchecked, "broken", "ACTIVE") == (1, ["describe"], False, False)
 
 
 @pytest.mark.parametrize("states", [("DELETING",) * 2, ("WAITING_FOR_RESOURCES", "FAILED"), ("CREATING", "none")])
-def test_resume_ends_where_a_request_ends_while_it_waits(fakes, states):
-    assert resumed(fakes, *states) == (1, ["describe", "describe"], False, False)
+def test_resume_ends_where_a_request_ends_while_it_waits(fakes, unchecked, states):
+    assert resumed(fakes, unchecked, *states) == (1, ["describe", "describe"], False, False)
 
 
 # ---- cells

@@ -19,7 +19,7 @@ from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.frontier.choice import choose
 from dit_jax.scaling.frontier.compare import compare, ladder_of_fit, ladder_of_metric
 from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
-from dit_jax.scaling.frontier.points import Point
+from dit_jax.scaling.frontier.points import Point, higher_is_better, load_points
 
 LIANG = PowerLaw(2.2566e6, -0.234)  # FID of Liang et al. 2024 (arXiv 2410.08184), table of laws
 COMPUTE = np.geomspace(1e17, 6e18, 6)
@@ -472,6 +472,32 @@ def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
     assert "the fid of b.csv is" in capsys.readouterr().out
 
 
+def test_the_rest_of_a_share_falls_with_compute(tmp_path, capsys):
+    for k, wrong in enumerate((0.4, 0.2, 0.1, 0.05)):
+        metrics = {"precision": 1 - wrong, "precision_low": 0.99 - wrong, "precision_high": 1.02 - wrong}
+        workdir(
+            tmp_path / f"r{k}",
+            record(run=f"r{k}", metrics=metrics, protocol=PROTOCOL, flops_train=1e9 * 4.0**k, flops_sample=1e6),
+        )
+    points = load_points(tmp_path, "1-precision")
+    np.testing.assert_allclose([p.score for p in points], [0.4, 0.2, 0.1, 0.05])
+    shares = load_points(tmp_path, "precision")
+    np.testing.assert_allclose([p.score_se for p in points], [p.score_se for p in shares])
+    assert (
+        points[0].score_se > 0 and not higher_is_better("1-precision", points) and higher_is_better("precision", shares)
+    )
+    assert main(["metric", str(tmp_path), "--metric=1-precision"]) == 0
+    assert "C^-0.5" in capsys.readouterr().out
+    workdir(
+        tmp_path / "r4",
+        record(run="r4", metrics={"precision": 1.5}, protocol=PROTOCOL, flops_train=1e12, flops_sample=1e6),
+    )
+    with pytest.raises(
+        UsageError, match=r"metrics.precision is 1.5, expected a share, 0 to 1, for --metric=1-precision"
+    ):
+        load_points(tmp_path, "1-precision")
+
+
 def test_the_metric_command_from_records(tmp_path, capsys):
     for p in ladder(noise=0.01):
         for guidance in (1.0, 1.5, 2.0):
@@ -503,7 +529,10 @@ def test_the_metric_command_from_records(tmp_path, capsys):
         (["compare", "A", "nowhere.csv"], "nowhere.csv: no such file or folder"),
         (["compare", "A", "BAD"], "no column 'loss'; nearest found 'los'"),
         (["compare", "A", "A", "--law=cubic"], "invalid choice: 'cubic'"),
-        (["compare", "A", "A", "--metric=is_digits"], "expected a metric of which less is better"),
+        (
+            ["compare", "A", "A", "--metric=is_digits"],
+            "expected one of which less is better; of a share such as precision give 1-NAME",
+        ),
         (["compare", "A", "A", "--window=0.5"], "--window: found 0.5"),
         (["metric", "A"], "no column 'name'; nearest found"),
         (["metric", "A", "--choose=scale"], "--choose: found 'scale', expected names among sampler, steps"),

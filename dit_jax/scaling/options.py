@@ -23,7 +23,7 @@ COMMANDS = {
     "frontier": "Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning.",
 }
 FITTED = ("fit", "predict", "plan", "report")  # those that fit laws of the loss with `--method`
-METRIC = "any metric of the records, or a column of the CSV (default: fid, else the only one that RUNS have)"
+METRIC = "any metric of the records, 1-NAME of a share, or a column of the CSV (default: fid, else the only one that RUNS have)"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -100,7 +100,9 @@ def run_metric(args) -> tuple[dict, list]:
 
 def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
     if higher_is_better(metric, points):
-        raise UsageError(f"--metric: found {metric}, expected a metric of which less is better")
+        raise UsageError(
+            f"--metric: found {metric}, expected one of which less is better; of a share such as precision give 1-NAME"
+        )
 
 
 def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:

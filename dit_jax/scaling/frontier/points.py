@@ -27,6 +27,7 @@ LOSSES = ("loss", "vlb", "likelihood")  # first words of the targets of held-out
 KNOWN = ("name", "run", "group", "seed", "step", "flops", "loss_se", *OPTIONAL)  # columns of tables that are no metric
 # Metrics of which more is better.
 HIGHER = ("is", "precision", "recall", "density", "coverage", "clip_score", "clipscore", "psnr")
+REST = "1-"  # before the name of a share of which more is better: what is missing to 1, of which less is better
 NAMES = {"flops_train": "train", "seconds_sample": "seconds", "flops_sample": "flops"}  # column -> field
 RECORD = {"params": "params_active", "tokens": "tokens_seen", "images": "images_seen"}  # column -> field of a record
 RECORD |= {name: name for name in ("flops_train", "flops_sample", "seconds_sample")}
@@ -104,11 +105,12 @@ def load_points(
     """The points of `paths`: workdirs, folders of them, records.jsonl files or CSVs; of each run those of its last step, or with `curves`
     those of every step, each a model of its own.
 
-    `where` holds FIELD=VALUE texts over the dotted names of the protocol (or the columns of a CSV): only what agrees is taken. `sampled`
-    asks for the cost of an image. A CSV has the columns `name`, the metric, and either `flops_sample` (FLOPs of one image) or `flops_step`
-    (of one unguided call of the model) and `steps`: then the cost is flops_step x steps x passes, where `passes`, if it is not a column, is
-    2 where there is a guidance other than 1. `columns` gives a CSV's columns our names (ours -> theirs). Raises UsageError on what is
-    missing or no number, and where the protocols differ in more than SAMPLING.
+    `metric` is a name in the records, or `1-NAME` of a share, such as 1-composition_scenes: the share that is wrong, to which laws that
+    fall can be fitted. `where` holds FIELD=VALUE texts over the dotted names of the protocol (or the columns of a CSV): only what agrees
+    is taken. `sampled` asks for the cost of an image. A CSV has the columns `name`, the metric, and either `flops_sample` (FLOPs of one
+    image) or `flops_step` (of one unguided call of the model) and `steps`: then the cost is flops_step x steps x passes, where `passes`, if
+    it is not a column, is 2 where there is a guidance other than 1. `columns` gives a CSV's columns our names (ours -> theirs). Raises
+    UsageError on what is missing or no number, and where the protocols differ in more than SAMPLING.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     table, points = Columns(columns or {}, where), []
@@ -116,7 +118,8 @@ def load_points(
         if lines is None:
             points += _read_csv(file, metric, table)
         else:
-            found = _of_records(list(_records(lines)), file, metric, where, curves)
+            records = [(_with_rest(record, metric, at), at) for record, at in _records(lines)]
+            found = _of_records(records, file, metric, where, curves)
             points += _own_names(found, file, {p.name for p in points})
     _check(points, paths, metric, where, sampled)
     tell_start(points)
@@ -203,6 +206,26 @@ def _records(lines: Iterable[tuple[str, bytes]]) -> Iterable[tuple]:
     """(record, file and line) of each line."""
     for at, line in lines:
         yield parse_record(line, at), at
+
+
+def _with_rest(record: dict, metric: str, where: str) -> dict:
+    """The record, with `1-NAME` among its metrics if that is `metric` and it has NAME."""
+    name = metric.removeprefix(REST)
+    if name == metric or name not in record["metrics"]:
+        return record
+    metrics, signs = dict(record["metrics"]), record.get("metric_signs", {})
+    for end, other in (("", ""), ("_low", "_high"), ("_high", "_low")):
+        if name + end in metrics:
+            share = finite(metrics[name + end], f"metrics.{name}{end}", where)
+            if not 0 <= share <= 1:
+                raise UsageError(
+                    f"{where}: metrics.{name}{end} is {share:g}, expected a share, 0 to 1, for --metric={metric}"
+                )
+            metrics[metric + other] = 1 - share
+    if f"{name}_se" in metrics:
+        metrics[f"{metric}_se"] = metrics[f"{name}_se"]
+    sign = signs.get(name, 0) if isinstance(signs, dict) else 0
+    return record | {"metrics": metrics, "metric_signs": {metric: -1 if sign == 1 else sign and 1}}
 
 
 def _agrees(record: dict, where: Sequence[str], at: str) -> bool:

@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -32,24 +31,22 @@ TARGETS = {
     "likelihood_bits_per_dim": "likelihood, bits/dim",
     "1-composition_scenes": "pictures that are wrong",
 }
-TEST, PLAIN = "data.split=test", "data.split=plain"
-
-
-def chosen(metric: str) -> list[str]:
-    """What chooses the records of a target on scenes, those of plain digits being beside them."""
-    return [] if metric.startswith("1-") else [TEST]  # pictures are drawn by the captions of `test` alone
+PLAIN = "_plain"  # after the conditioning: its models scored on plain digits
 
 
 def collect(runs: Path, records: Path) -> None:
-    """Copy the records of the cells, and nothing else of them."""
+    """Copy the records of the cells, those of plain digits to a folder of their own, and nothing else of the cells."""
     found = sorted(runs.glob("*/seed*/cells/*/eval/records.jsonl"))
     if not found:
         raise SystemExit(f"error: --collect: found no KIND/seedS/cells/CELL/eval/records.jsonl in {runs}")
     for path in found:
         kind, seed, _, *rest = path.relative_to(runs).parts
-        to = records.joinpath(kind, seed, *rest)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, to)
+        lines = path.read_text().splitlines(keepends=True)
+        plain = [json.loads(line)["protocol"].get("data", {}).get("split") == "plain" for line in lines]
+        for folder, wanted in ((kind, False), (kind + PLAIN, True)):
+            to = records.joinpath(folder, seed, *rest)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text("".join(line for line, is_plain in zip(lines, plain, strict=True) if is_plain == wanted))
 
 
 def compared(a: Path, b: Path, *flags: str) -> dict:
@@ -82,7 +79,7 @@ def draw(records: Path, out: Path) -> None:
     for axis, (metric, title) in zip(grid.flat, TARGETS.items(), strict=True):
         reached, scores = [], []
         for index, (kind, label) in enumerate(KINDS.items()):
-            points = load_points(records / kind, metric, where=chosen(metric), curves=True)
+            points = load_points(records / kind, metric, curves=True)
             sizes: dict = {}
             for point in points:
                 sizes.setdefault(point.params, {}).setdefault(float(f"{point.train:.2g}"), []).append(point.score)
@@ -114,7 +111,7 @@ def main() -> None:
     sides = [args.records / kind for kind in KINDS]
     best, sizes, levels = [], [], []
     for metric, name in TARGETS.items():
-        found = compared(*sides, f"--metric={metric}", *(f"--where={field}" for field in chosen(metric)))
+        found = compared(*sides, f"--metric={metric}")
         best.append([name, *row(found, "L_opt")])
         sizes.append([name, *row(found, "N_opt")])
         levels.append([name, f"{found['common']:.3g}", spread(found["ratio"], found["ratio_interval"])])
@@ -124,7 +121,7 @@ def main() -> None:
     table(["ratio, cross-attention over in context", "at training FLOPs", "ratio"], levels)
     offsets = []
     for kind, label in KINDS.items():
-        found = compared(args.records / kind, args.records / kind, f"--a_where={TEST}", f"--b_where={PLAIN}")
+        found = compared(args.records / kind, args.records / (kind + PLAIN))
         offsets.append(
             [label, *row(found, "L_opt"), *row(found, "N_opt")[1:], spread(found["ratio"], found["ratio_interval"])]
         )

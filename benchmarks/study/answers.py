@@ -1,4 +1,7 @@
-"""The five answers of the study in words: for each one sentence, its interval, a table, and what it does not show."""
+"""The five answers of the study in words: for each one sentence, its interval, a table, and what it does not show.
+
+A sentence uses only claims that are stable; all others it calls undecided.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,25 +10,32 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.study import measure
-from benchmarks.study.claim import MEI_COST, SMALL_COST, Claim, short
-from benchmarks.study.select import Data, Family
+from benchmarks.study.claim import CHEAP, MEI_COST, SMALL_COST, UNIT, Claim, main_students
+from benchmarks.study.select import Data, Family, short, undistilled
 from dit_jax.scaling.frontier.choice import choose
 
 QUESTIONS = {
     1: "Which size wins at which sampling budget?",
     2: "Does the small models' advantage survive distillation?",
     3: "What does guidance add, outside and inside?",
-    4: "Relative to training compute, with the student's share counted?",
-    5: "With EMAs made after training, and with reuse?",
+    4: "What is best if training compute, the student's share included, is counted?",
+    5: "Do EMAs made after training, or reuse of blocks, help?",
 }
-
-
+CAPTIONS = {
+    1: "Best size within each cost. Black dots: as measured, at costs that were run. Band: the sizes that are best in at least 1 of 40 redraws, "
+    "and the measured one. Dashed: the sizes of the ladder. Dotted: from here every size can draw.",
+    2: "A column for each student, beside the undistilled models. Above, the best size, as in figure 1. Below, the score of the best size: median "
+    "and 95 % interval of the redraws.",
+    3: "Best score with guidance over that without, at the same cost: median and 95 % interval. Below 1 guidance pays.",
+    4: "Best score within a sampling cost against the training FLOPs of teacher and student: median and 95 % interval.",
+    5: "Score with over without, at the same cost: median and 95 % interval. Below 1 it helps.",
+}
 FEW = "Too little is recorded to say: it takes three sizes of a family."
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `table`: (head, rows) of text."""
+    """One answer. `table`: (caption, head, rows) of text; `drawn`: there is something to draw."""
 
     number: int
     sentence: str
@@ -33,90 +43,119 @@ class Answer:
     table: tuple
     limits: tuple[str, ...]
     claims: tuple[Claim, ...]
+    drawn: bool = True
 
     @property
     def question(self) -> str:
         return QUESTIONS[self.number]
 
+    @property
+    def caption(self) -> str:
+        return CAPTIONS[self.number]
 
-def span(claim: Claim | None, digits: int = 2) -> str:
+
+def span(claim: Claim | None) -> str:
     """A claim's value with its interval, as text."""
-    if claim is None or math.isnan(claim.value):
-        return "unknown"
-    low, high = claim.interval
-    return f"{claim.value:.{digits}f}" + (
-        "" if math.isnan(low) else f" (95 % interval {low:.{digits}f} to {high:.{digits}f})"
-    )
+    if claim is None:
+        return "not recorded"
+    return f"{claim.value + 0.0:z.2f} ({claim.interval[0]:z.2f} to {claim.interval[1]:z.2f})"
 
 
-def _find(claims: Sequence[Claim], *words: str) -> Claim | None:
-    """The last claim (of the largest budget) whose text has all words."""
-    found = [claim for claim in claims if all(word in claim.text for word in words) and not math.isnan(claim.value)]
+def ratio(draws: np.ndarray) -> str:
+    """The same of draws."""
+    claim = Claim(0, "", "", draws)
+    return "" if math.isnan(claim.value) else span(claim)
+
+
+def find(claims: Sequence[Claim], answer: int, kind: str, who: str = "", cost: float = 0.0) -> Claim | None:
+    """The last claim (of the largest budget) of this kind."""
+    found = [c for c in claims if (c.answer, c.kind, c.who, c.cost) == (answer, kind, who, cost)]
     return found[-1] if found else None
 
 
-def _says(claim: Claim | None, above: str, below: str, open_: str) -> str:
-    """One of three phrases: the interval lies above what the claim denies, below it, or on both sides."""
-    return open_ if claim is None or not claim.side else above if claim.side > 0 else below
+def says(claim: Claim | None, above: str, below: str, open_: str) -> str:
+    """One of three phrases: the claim is stable and lies above what it denies, or below it, or it is not stable."""
+    return open_ if claim is None or not claim.stable else above if claim.side > 0 else below
 
 
-def _winners(data: Data, family: Family) -> list[tuple]:
-    """(model, from, to, share of the resamples) along the FLOPs of an image; stretches of less than a tenth of a decade are left out."""
-    front = data.front(family)
-    if front is None:
+def place(data: Data) -> str:
+    """The budget that sentences are about, in words."""
+    only = "the only budget recorded" if len(data.budgets) == 1 else "the largest budget recorded"
+    return f"At {short(data.budgets[-1])} training FLOPs, {only},"
+
+
+def _of(claims: Sequence[Claim], number: int) -> tuple[Claim, ...]:
+    return tuple(claim for claim in claims if claim.answer == number)
+
+
+def _costs(costs: Sequence[float]) -> str:
+    text = [f"{cost:g}" for cost in costs]
+    return ", ".join(text[:-1]) + " and " * (len(text) > 1) + text[-1]
+
+
+def stretches(data: Data, family: Family) -> list[tuple[int, float, float]]:
+    """(best size, from, to) as measured over the costs run, from where two sizes can draw; the last one holds at any higher cost."""
+    costs = data.costs(family, sizes=2)
+    if not len(costs):
         return []
-    wide = [w for w in front.winners if math.log10(w.high / w.low) >= 0.1]
-    found: list = []
-    for w in wide:
-        if found and found[-1][0] == w.model:
-            found[-1] = (w.model, found[-1][1], w.high, min(found[-1][3], w.share))
-        else:
-            found.append((w.model, w.low, w.high, w.share))
+    best, found = data.table(family, costs).best()[0][0], []
+    for i, cost in enumerate(costs):
+        if not i or best[i] != best[i - 1]:
+            found.append([int(best[i]), cost, math.inf])
+            if i:
+                found[-2][2] = cost
+    return [tuple(one) for one in found]
+
+
+def _rows(data: Data, parts: Sequence[Data], budget: float, sampler: str) -> list[tuple]:
+    """Rows of the table of winners: with how often each wins at its lowest and highest cost in redraws, and in remakes."""
+    family, found = undistilled(budget, sampler), []
+    costs = data.costs(family, sizes=2)
+    for size, low, high in stretches(data, family):
+        own = costs[(costs >= low) & (costs < high)]
+        best, names = data.table(family, own).best()[0], f"w{data.widths[size]} ({data.params[size]:,.0f})"
+        share = (best[1:] == size).mean(axis=0)
+        tables = [(part, part.table(family, own)) for part in parts]
+        same = [(t.best()[0][0] == p.widths.index(data.widths[size])).mean() > 0.5 for p, t in tables if t is not None]
+        until = "on" if math.isinf(high) else f"below {short(high)}"
+        share = f"{share.min():.0%} to {share.max():.0%}" if len(own) > 1 else f"{share[0]:.0%}"
+        found.append((short(budget), sampler, names, short(low), until, share, f"{sum(same)} of {len(same)}"))
     return found
 
 
-def best_size(data: Data, claims: Sequence[Claim]) -> Answer:
-    rows, sizes = [], dict(zip(data.widths, data.params, strict=True))
-    for budget in data.budgets:
-        for sampler in ("euler", "dpmpp_2m"):
-            for model, low, high, share in _winners(data, Family(budget, sampler=sampler)):
-                size = f"{model} ({sizes[int(model[1:])]:,.0f})"
-                rows.append((short(budget), sampler, size, short(low), short(high), f"{share:.0%}"))
-    budget = data.budgets[-1]
-    won = _winners(data, Family(budget, sampler="euler"))
-    law, second = (
-        _find(claims, f"{short(budget)}, euler", "exponent"),
-        _find(claims, f"{short(budget)}, dpmpp_2m", "exponent"),
+def best_size(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Answer:
+    rows = [row for b in data.budgets for s in ("euler", "dpmpp_2m") for row in _rows(data, parts, b, s)]
+    costs = (UNIT, SMALL_COST, MEI_COST)
+    edges, law = [find(claims, 1, "largest", "euler", cost) for cost in costs], find(claims, 1, "exponent", "euler")
+    text = FEW
+    if any(edges):
+        small = [c for c, e in zip(costs, edges, strict=True) if says(e, "s", "", "") == "s"]
+        large = [c for c, e in zip(costs, edges, strict=True) if says(e, "", "l", "") == "l"]
+        said = [f"{who} at cost {_costs(some)}" for who, some in (("a smaller size beats the largest", small), ("the largest size beats all smaller ones", large)) if some]  # fmt: skip
+        grows = says(law, "the best size grows with the sampling budget", "the best size shrinks with the sampling budget",
+                     "whether the best size moves with the sampling budget is undecided")  # fmt: skip
+        first = "; ".join(said) or "it is undecided whether a smaller size or the largest wins"
+        text = f"{place(data)} {first}; {grows}."
+    caption = (
+        "Best size as measured, within costs that were run. In redraws: its share, over the costs of the row. In remakes: how often it is best "
+        "at most of these costs."
     )
-    if len(won) < 2:
-        text = FEW if not won else f"{won[0][0]} is the best size at every sampling budget tried."
-    else:
-        grows = _says(law, "and the best size grows with the sampling budget", "and it shrinks with the sampling budget",
-                      "and no power law of the best size in the sampling budget is told")  # fmt: skip
-        (small, _, until, _), (large, since, _, _) = won[0], won[-1]
-        text = (
-            f"Trained with {short(budget)} FLOPs and sampled by Euler, {small} is the best size below {short(until)} "
-            f"FLOPs an image and {large} above {short(since)}, {grows}."
-        )
-    head = (
-        "training FLOPs",
-        "sampler",
-        "best size (active parameters)",
-        "from FLOPs an image",
-        "to",
-        "share of resamples",
-    )
+    head = ("training FLOPs", "sampler", "best size (active parameters)", "from FLOPs an image", "to", "in redraws", "in remakes")  # fmt: skip
+    used = measure.law(data, undistilled(data.budgets[-1]))[2]
     limits = (
-        "The best of several noisy scores is too low, the more so the more were tried. This is in every best score here, on both "
-        "sides of a ratio.",
-        "All sizes of a row had the same training FLOPs. Mei et al. trained all sizes for equally many steps, so that their larger models "
-        "had more compute: the two questions differ, and at equal compute a large model can also be too little trained.",
-        "The ladder has a smallest and a largest size: where one of them wins, a size outside it might.",
+        "All sizes had the same training FLOPs, so large ones had few steps: where they lose, they may be undertrained. Mei et al. trained "
+        "all sizes for equally many steps, which is another question.",
+        "Where the smallest or the largest size of the ladder wins, a size outside it might.",
         _seeds(data),
-        "The exponent holds over the sampling budgets whose best size lies inside the ladder, less than two decades.",
+        f"The exponent is of the {len(used)} costs run from {short(used[0])} to {short(used[-1])} at which the best size lies inside the ladder."
+        if len(used)
+        else "No exponent: the best size lies inside the ladder at too few costs.",
     )
-    interval = f"Exponent of the best size in FLOPs an image: Euler {span(law)}, DPM-Solver++ {span(second)}."
-    return Answer(1, text, interval, (head, rows), limits, _of(claims, 1))
+    interval = (
+        f"Largest over best smaller at cost {_costs(costs)}: {', '.join(map(span, edges))}. Exponent of the best size in FLOPs an image: "
+        f"Euler {span(law)}, DPM-Solver++ {span(find(claims, 1, 'exponent', 'dpmpp_2m'))}."
+    )
+    return Answer(1, text, interval, (caption, head, rows), limits, _of(claims, 1), bool(rows))
 
 
 def _seeds(data: Data) -> str:
@@ -129,161 +168,141 @@ def _seeds(data: Data) -> str:
     return f"{only}: over {len(found)} pairs of scores of two seeds the log score differs by {spread:.2f} (root mean square)."
 
 
-def _of(claims: Sequence[Claim], number: int) -> tuple[Claim, ...]:
-    return tuple(claim for claim in claims if claim.answer == number)
+def _times(data: Data, family: Family) -> str:
+    """Size by size, how many times cheaper four steps of a student are."""
+    with np.errstate(invalid="ignore"):
+        gains, found = np.median(measure.speedup(data, family)[1:], axis=0), []
+    for width, gain in zip(data.widths, gains, strict=True):
+        if not math.isnan(gain):
+            found.append(f"w{width} " + ("beats the teacher's best" if math.isinf(gain) else f"{gain:.2g}"))
+    return ", ".join(found)
 
 
-def distilled(data: Data, claims: Sequence[Claim]) -> Answer:
-    rows, parts = [], []
+def distilled(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Answer:
+    rows, said, ratios = [], [], []
+    names = {name: share for name, share in main_students(data).items() if name not in data.study.later}
     for name, share in data.students:
         for budget in data.budgets:
-            gains = measure.speedup(data, Family(budget), Family(budget, name, share))
-            if not np.isnan(gains).all():
-                cells = ["" if math.isnan(g) else "never" if math.isinf(g) else f"{g:.2g}" for g in gains]
-                rows.append((short(budget), name.replace("_", " "), f"{share:.0%}", *cells))
-    for name in ("consistency", "mean_flow"):
-        ratio = _find(claims, f"{name} ", "over the undistilled best size")
-        edge = _find(claims, f"{name} ", "best smaller", "cost 1")
-        if ratio is None:
+            family = Family(budget, name, share)
+            worth = [ratio(measure.best_ratio(data, undistilled(budget), family, c)) for c in (CHEAP, UNIT, MEI_COST)]
+            if any(worth):
+                rows.append((short(budget), f"{name.replace('_', ' ')} {share:.0%}", *worth, _times(data, family)))
+    for name in names:
+        size, edge = find(claims, 2, "size", name), find(claims, 2, "largest", name, UNIT)
+        if size is None:
             continue
-        size = _says(ratio, "larger than before", "smaller than before", "not told apart from before")
-        wins = _says(
-            edge,
-            "a smaller size still beats the largest",
-            "the largest size now wins",
-            "it is not told whether the largest or a smaller size wins",
-        )
-        student = ratio.text.partition(":")[0].partition(", ")[2].replace("_", " ")
-        parts.append(
-            f"by {student} the best size at the same cost is {size}, and at the cost of one guided step of the largest {wins}"
-        )
-    text = FEW if not parts else f"At the largest budget recorded, {'; '.join(parts)}."
-    mei = [_find(claims, f"{name} ", "second smallest") for name in ("consistency", "mean_flow")]
-    ratios = [_find(claims, f"{name} ", "over the undistilled best size") for name in ("consistency", "mean_flow")]
-    interval = (
-        f"Best size after over before: consistency {span(ratios[0])}, mean flow {span(ratios[1])}. Undistilled second smallest over "
-        f"distilled largest at cost {MEI_COST:g}: {span(mei[0])} and {span(mei[1])}."
+        now = says(size, "larger than before", "smaller than before", "not told apart from before")
+        wins = says(edge, "a smaller size still beats the largest at cost 1", "the largest size now wins at cost 1",
+                    "at cost 1 it is undecided whether the largest or a smaller size wins")  # fmt: skip
+        worth = [find(claims, 2, "worth", name, cost) for cost in (CHEAP, UNIT, MEI_COST)]
+        better, worse = ([c.cost for c in worth if c and c.stable and c.side == s] for s in (-1, 1))
+        gives = [f"{what} at cost {_costs(some)}" for what, some in (("better", better), ("worse", worse)) if some]
+        gives = " and ".join(gives) + " than without distillation" if gives else "not told apart from that without distillation at any cost"  # fmt: skip
+        said.append(f"by {name.replace('_', ' ')} {wins}, the best size is {now}, and the best score is {gives}")
+        ratios.append(f"{name.replace('_', ' ')} {span(size)}")
+    text = f"{place(data)} {'; '.join(said)}." if said else FEW
+    interval = f"Best size after over before, over all costs run: {', '.join(ratios)}." if ratios else ""
+    caption = (
+        f"Best score over the undistilled one's at three costs, below 1 where distillation pays; and how many times cheaper {measure.FEW} steps "
+        "of the student are than what its teacher ran for the same score (median; below 1: dearer)."
     )
-    head = ("training FLOPs", "student", "share", *(f"w{width}" for width in data.widths))
+    head = ("training FLOPs", "student", *(f"cost {c:g}" for c in (CHEAP, UNIT, MEI_COST)), "times cheaper")
     limits = (
-        "A student has few steps of training if its teacher is large and its share small: 5 % of the smallest budget is a "
-        "dozen steps of the largest size. The rate was not tuned for each.",
-        "Guidance inside is one value for all sizes; the best may differ.",
-        "The table counts how many times fewer FLOPs an image the student needs for its own best score than its teacher; "
-        "'never': the teacher does not reach that score.",
+        "Students of large sizes had few steps (table of sizes), and the rate was not tuned for each: their scores may say no more than that.",
+        "Consistency has its guidance of 1.5 inside and takes one pass, so at the same cost it can be of twice the size or steps; and that "
+        "guidance is one for all sizes.",
+        "'Beats the teacher's best': no sampling that the teacher ran has so good a score.",
     )
-    return Answer(2, text, interval, (head, rows), limits, _of(claims, 2))
+    return Answer(2, text, interval, (caption, head, rows), limits, _of(claims, 2), bool(said))
 
 
-def guidance(data: Data, claims: Sequence[Claim]) -> Answer:
-    rows = []
+def guidance(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Answer:
+    rows, highest, count = [], set(), 0
     for budget in data.budgets:
-        points = [p for p in data.points(Family(budget, sampler="euler")) if p.steps > 1]
+        points = [p for p in data.points(undistilled(budget)) if p.steps > 1]
         for steps in sorted({p.steps for p in points}):
-            some = [p for p in points if p.steps == steps]
-            best = {c.best.name: c for c in choose(some)} if some else {}
+            best = {c.best.name: c for c in choose([p for p in points if p.steps == steps])}
             cells = []
             for width in data.widths:
                 c = best.get(f"w{width}")
-                cells.append("" if c is None else f"{c.best.guidance:.2g}" + f" ({c.edge})" * bool(c.edge))
-            rows.append((f"{short(budget)}", f"{steps:g}", *cells))
-    plain = _find(claims, "undistilled, outside")
-    flow, inside, both = (_find(claims, "mean_flow", word) for word in (", outside", ", inside", "inside over outside"))
-    pays = _says(plain, "costs more than it gives", "pays for its second pass", "is not told to pay or to lose")
-    makes = _says(inside, "makes the score worse", "makes the score better", "changes nothing that is told")
-    which = _says(both, "worse than", "better than", "not told apart from")
-    within = f"inside a flow map it {makes}, and is {which} guidance from outside at the same cost"
-    within = within if inside else "inside a flow map it is not recorded yet"
-    text = f"At the same FLOPs an image, guidance from outside {pays} for the undistilled models; {within}."
-    text = text if plain or inside else FEW
-    interval = (
-        f"Guided over unguided: undistilled {span(plain)}, flow maps outside {span(flow)}, inside {span(inside)}; inside over "
-        f"outside {span(both)}."
-    )
+                cells.append("" if c is None else f"{c.best.guidance:.3g}" + "*" * bool(c.edge))
+                count += c is not None
+                highest |= {(budget, steps, width)} if c is not None and c.edge else set()
+            rows.append((short(budget), f"{steps:g}", *cells))
+    said = []
+    for who, name in (
+        ("", "undistilled models"),
+        ("mean_flow", "mean flow from outside"),
+        ("inside", "mean flow inside"),
+    ):
+        own = [find(claims, 3, "guided", who, cost) for cost in (CHEAP, MEI_COST)]
+        low, high = (says(c, "costs more than it gives", "pays", "is undecided") for c in own)
+        if any(own):
+            more = f"at cost {CHEAP:g} and {high} at" if low != high else f"at cost {CHEAP:g} and"
+            said.append(f"{low} {more} {MEI_COST:g} for {name}")
+    inside = "" if find(claims, 3, "guided", "inside", MEI_COST) else "; inside a flow map it is not recorded yet"
+    text = f"{place(data)} guidance {'; '.join(said)}{inside}." if said else FEW
+    shown = [(find(claims, 3, "guided", who, MEI_COST), words) for who, words in
+              (("", "undistilled"), ("mean_flow", "mean flow outside"), ("inside", "inside"), ("both", "inside over outside"))]  # fmt: skip
+    interval = f"Guided over unguided at cost {MEI_COST:g}: {', '.join(f'{words} {span(c)}' for c, words in shown)}."
+    caption = "Best guidance: the minimum of a quadratic of log score in log guidance; * the highest tried is the best, and the best may lie beyond."
+    large = sorted({width for *_, width in highest})
     limits = (
-        f"Scales tried: {', '.join(f'{g:g}' for g in data.guidances)}; inside 1.5 only. The table has the minimum of a quadratic of "
-        "log score in log guidance; (highest) means that the best of those tried is the largest.",
-        "The Frechet distance rewards variety, which guidance reduces; with a score of pictures one by one the answer may be another.",
-        "Guidance in an interval of times and by a weaker model was not tried.",
+        f"Scales tried: {', '.join(f'{g:g}' for g in data.guidances)}; inside 1.5 only."
+        + f" {len(highest)} of {count} best ones are the highest tried, of {', '.join(f'w{w}' for w in large)}: a handicap for these."
+        * bool(large),
+        "A Frechet distance rewards variety, which guidance reduces; with a score of pictures one by one the answer may be another.",
     )
     head = ("training FLOPs", "Euler steps", *(f"w{width}" for width in data.widths))
-    return Answer(3, text, interval, (head, rows), limits, _of(claims, 3))
+    return Answer(3, text, interval, (caption, head, rows), limits, _of(claims, 3), bool(_of(claims, 3)))
 
 
-def training(data: Data, claims: Sequence[Claim]) -> Answer:
-    own = [claim for claim in _of(claims, 4) if not math.isnan(claim.value)]
-    cheap, dear = ([c for c in own if c.text.endswith(f"cost {cost:g}")] for cost in (1.0, MEI_COST))
-    if not own:
-        text = "Too little is recorded to say: it takes three sizes of teachers and of students at two budgets."
-        interval = "None."
-    else:
-        (better, worse), (good, bad) = (
-            [sum(c.side == side for c in some) for side in (-1, 1)] for some in (cheap, dear)
-        )
-        last, costly = cheap[-1], dear[-1]
-        text = (
-            f"If an undistilled model is given the student's training FLOPs as well, distillation still gives the better "
-            f"picture at the cost of one guided step of the largest size in {better} of {len(cheap)} cases and the worse one in "
-            f"{worse}; at cost {MEI_COST:g} the better in {good} of {len(dear)} and the worse in {bad}."
-        )
-        interval = f"{last.text}: {span(last)}; cost {MEI_COST:g}: {span(costly)}."
-    head = ("budget and student", "score ratio at cost 1", f"at cost {MEI_COST:g}")
-    rows = (
-        [(a.text.split(":")[0].replace("_", " "), span(a), span(b)) for a, b in zip(cheap, dear, strict=True)]
-        if own
-        else []
+def training(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Answer:
+    own = _of(claims, 4)
+    text, interval = (
+        "Too little is recorded to say: it takes three sizes of teachers and of students at two budgets.",
+        "",
     )
+    if own:
+        said = []
+        for cost in (UNIT, MEI_COST):
+            some = [c for c in own if c.cost == cost]
+            good, bad = (sum(c.stable and c.side == side for c in some) for side in (-1, 1))
+            said.append(f"better at cost {cost:g} in {good} of {len(some)} cases and worse in {bad}")
+        text = f"Against undistilled models of the same total training FLOPs, distilled ones are {', '.join(said)}; the others are undecided."
+        interval = f"{own[-1].text}: {span(own[-1])}."
+    head = ("budget and student", f"cost {UNIT:g}", f"cost {MEI_COST:g}")
+    keys = dict.fromkeys((c.budget, c.who) for c in own)
+    rows = [
+        (f"{short(budget)}, {who}", *(next((span(c) for c in own if (c.budget, c.who, c.cost) == (budget, who, cost)), "") for cost in (UNIT, MEI_COST)))
+        for budget, who in keys
+    ]  # fmt: skip
     limits = (
-        "The undistilled model of a total between two budgets is interpolated in log-log; above the largest budget the last slope is kept.",
-        "A share of the training is counted, the pictures to be drawn are not: with many pictures the cheaper image repays any share.",
-        "Students of more than a tenth of the training were not tried.",
+        "Undistilled scores at a total between two budgets are interpolated, straight in log-log; above the largest budget the last slope goes on.",
+        "The images to be drawn are not counted. The more there are, the less the training of a student matters.",
     )
-    return Answer(4, text, interval, (head, rows), limits, _of(claims, 4))
+    caption = "Best score over the undistilled one's of the same total training FLOPs."
+    return Answer(4, text, interval, (caption, head, rows), limits if own else (), own, bool(own))
 
 
-def free(data: Data, claims: Sequence[Claim]) -> Answer:
-    own = _of(claims, 5)
-    widths, reuse = [c for c in own if "EMA width" in c.text], [c for c in own if "reused" in c.text]
-    parts = []
-    for some, what in ((widths, "another width of the EMA made after training"), (reuse, "reusing half of the blocks")):
-        better, worse = (sum(c.side == side for c in some) for side in (-1, 1))
+def free(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Answer:
+    own, said = _of(claims, 5), []
+    for kind, what in (
+        ("EMA", "another width of the EMA, made after training,"),
+        ("reuse", "reusing half of the blocks"),
+    ):
+        some = [c for c in own if c.kind == kind]
+        good, bad = (sum(c.stable and c.side == side for c in some) for side in (-1, 1))
         if some:
-            parts.append(f"{what} is better at the same cost in {better} and worse in {worse} of {len(some)} cases")
-    text = f"At no training cost, {'; '.join(parts)}." if parts else FEW
-    rows = [(c.text, span(c), c.verdict) for c in own]
-    interval = (
-        "; ".join(f"{c.text.split(':')[0]}: {span(c)}" for c in [*widths[-2:], *reuse[-1:]]) + "." if own else "None."
-    )
+            said.append(f"{what} is better in {good} and worse in {bad} of {len(some)} cases")
+    text = f"At the same cost, {'; '.join(said)}; the others are undecided or unstable." if said else FEW
+    interval = "; ".join(f"{c.text}: {span(c)}" for c in own[-1:]) + "." * bool(own)
     limits = (
-        "Widths are compared at one sampling (Euler, 16 steps, the smallest guidance), reuse at 8 and 16 steps of Euler and two guidances.",
-        "FLOPs saved by reuse are not seconds: docs/evaluate.md has both for a larger model.",
-        "Students were sampled without either.",
+        "Widths are compared at one sampling (Euler, 16 steps, the smallest guidance), reuse at 8 and 16 steps of Euler and two guidances, with "
+        "a sampling without reuse that costs at most as much, not the same.",
+        "FLOPs saved by reuse are not seconds: [evaluate.md](evaluate.md) has both for a larger model. Students were sampled without either.",
     )
-    return Answer(5, text, interval, (("claim", "ratio", "verdict"), rows), limits, own)
-
-
-def compared(data: Data, claims: Sequence[Claim]) -> list[tuple[str, str]]:
-    """Each of Mei et al.'s statements, and what is found here."""
-    cost3 = _find(claims, ", euler", f"cost {SMALL_COST:g}")
-    mei = {name: _find(claims, f"{name} ", "second smallest") for name in ("consistency", "mean_flow")}
-    winner = "unknown"
-    if (front := data.front(Family(data.budgets[-1], sampler="euler"))) is not None:
-        name, score, share = front.best(SMALL_COST * data.unit)
-        winner = f"{name}, {data.metric} {score:.2f}, in {share:.0%} of the resamples"
-    seven = "; ".join(f"{name.replace('_', ' ')} {span(claim)}" for name, claim in mei.items() if claim)
-    last, folds = data.budgets[-1], []
-    for name, share in data.students:
-        gains = measure.speedup(data, Family(last), Family(last, name, share))
-        if (known := gains[np.isfinite(gains)]).size:
-            folds.append(f"{name.replace('_', ' ')} {share:.0%}: {known.min():.1f} to {known.max():.1f}")
-    third = f"Best at cost {SMALL_COST:g}: {winner}. Largest over best smaller: {span(cost3)}."
-    fold = f"Times cheaper, over the sizes that reach it: {', '.join(folds) or 'unknown'}."
-    equal = f"Score of the undistilled second smallest size over the distilled largest at cost {MEI_COST:g}: {seven or 'unknown'}."
-    return [
-        ("At cost 3 the 83M model, second smallest of eleven, has the best FID.", third),
-        ("Distillation to 4 steps makes sampling about 5 times cheaper for every size.", fold),
-        ("At cost 7 to 8 the undistilled 83M model equals the distilled 866M model.", f"{equal} 1 = equal."),
-    ]
+    return Answer(5, text, interval, ("", (), ()), limits, own, bool(own))
 
 
 ANSWERS = (best_size, distilled, guidance, training, free)

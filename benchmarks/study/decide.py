@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.study.cells import Cell, Study
-from benchmarks.study.select import Data, Family, ends
+from benchmarks.study.select import SLACK, Data, Family, middle, undistilled
 
 COSTS = (1.0, 3.0, 7.5)  # in guided steps of the largest size
+WAITING = "to be scored again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def families(data: Data, study: Study) -> list[Family]:
     return [
         family
         for budget in data.budgets
-        for family in (Family(budget, sampler="euler"), *(Family(budget, name, share) for name, share in students))
+        for family in (undistilled(budget), *(Family(budget, name, share) for name, share in students))
     ]
 
 
@@ -41,12 +42,12 @@ def pairs(data: Data, study: Study) -> list[Pair]:
     """The deciding pair of each family with enough sizes, at each of COSTS."""
     found = []
     for family in families(data, study):
-        if data.front(family) is None:
+        if data.runs(family) is None:
             continue
         for cost in COSTS:
             best: dict = {}
             for p in data.points(family):
-                if p.flops <= cost * data.unit and (p.name not in best or p.score < best[p.name].score):
+                if p.flops <= SLACK * cost * data.unit and (p.name not in best or p.score < best[p.name].score):
                     best[p.name] = p
             order = sorted(best.values(), key=lambda p: p.score)
             if len(order) > 1:
@@ -94,10 +95,10 @@ def rows(data: Data, study: Study) -> list[tuple]:
         ]
         row = (pair.family.title, f"{pair.cost:g}", *names)
         if a is None or b is None:
-            found.append((*row, "", "not scored yet"))
+            found.append((*row, "", WAITING))
             continue
         ratio = np.exp(a - b)
-        low, high = ends(ratio)
-        verdict = "holds" if high < 1 else "reversed" if low > 1 else "not told"
-        found.append((*row, f"{ratio[0]:.2f} ({low:.2f} to {high:.2f})", verdict))
+        value, low, high = middle(ratio)
+        verdict = "holds" if high < 1 else "reversed" if low > 1 else "undecided"
+        found.append((*row, f"{value:.2f} ({low:.2f} to {high:.2f})", verdict))
     return found

@@ -1,123 +1,189 @@
-"""The figures of the study's page, of the wing's axes: a PNG each, the same bytes each time."""
+"""The figures of the study's page: a PNG each, the same bytes each time. Lines and bands are the page's own numbers."""
+
+import math
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.study import measure
 from benchmarks.study.answers import Answer
-from benchmarks.study.select import Data, Family, ends
+from benchmarks.study.claim import MEI_COST, UNIT, main_students
+from benchmarks.study.select import Data, Family, middle, short, undistilled
 from dit_jax.scaling.report import axes
 
 COST = "FLOPs an image"
+SHARE = 0.025  # of the redraws in which a size of the band is best
 
 
-def _band(axis, x, draws, index: int, label: str) -> None:
-    """A line of draws[0] over x with the band of its resamples."""
-    low, high = np.array([ends(column) for column in draws.T]).T
-    look = axes.style(index)
-    axis.plot(x, draws[0], label=label, markersize=3, **look)
-    axis.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def _sizes(data: Data, families: dict[str, list[Family]], title: str) -> Figure:
-    """Best active parameters against FLOPs an image: a panel for each budget, a line for each family."""
-    figure, grid = axes.panels(columns=max(len(data.budgets), 1))
-    for axis, budget in zip(grid[0], data.budgets, strict=True):
-        for index, (label, some) in enumerate(families.items()):
-            own = [family for family in some if family.budget == budget]
-            draws = measure.best_sizes(data, own[0]) if own else None
-            if draws is not None:
-                _band(axis, data.costs, draws, index, label)
-        axes.scale(axis, "x", COST, data.costs)
-        axes.scale(axis, "y", "best size, active parameters", data.params)
-        axis.set_title(f"{title}{axes.raised(f'{budget:.3g}')} training FLOPs", fontsize=10)
+def scores(data: Data) -> Figure:
+    """Scores against FLOPs an image, a curve for each size, a panel for the teachers and each student of the largest budget."""
+    budget = data.budgets[-1]
+    named = {"undistilled, Euler": undistilled(budget)}
+    for name, share in main_students(data).items():
+        named[f"{name.replace('_', ' ')}, {share:.0%} of the training"] = Family(budget, name, share)
+    named = {title: family for title, family in named.items() if data.runs(family) is not None}
+    figure, grid = axes.panels(columns=max(len(named), 1))
+    every = [p for family in named.values() for p in data.points(family)]
+    for axis, (title, family) in zip(grid[0], named.items(), strict=True):
+        for index, width in enumerate(data.widths):
+            points = [p for p in data.points(family) if p.name == f"w{width}"]
+            if not points:
+                continue
+            look = axes.shaded(index, len(data.widths))
+            run, best, _, _ = data.runs(family)[f"w{width}"]
+            axis.step(run, np.exp(best[0]), where="post", color=look["color"], linewidth=1.5)
+            axis.plot([p.flops for p in points], [p.score for p in points], color=look["color"], marker=look["marker"],
+                      linestyle="none", markersize=4, alpha=0.6, label=f"w{width}")  # fmt: skip
+        axes.scale(axis, "x", COST, [p.flops for p in every])
+        axes.scale(axis, "y", data.metric, [p.score for p in every])
+        axis.set_title(title, fontsize=10)
     axes.legend(figure)
     return figure
+
+
+def band(data: Data, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(smallest, largest) of the sizes (1 + resamples, costs) best in at least SHARE of the redraws, and the measured one in row 0."""
+    often = np.stack([(sizes[1:] == n).mean(axis=0) >= SHARE for n in data.params]) | (sizes[0] == data.params[:, None])
+    return np.where(often, data.params[:, None], np.inf).min(axis=0), np.where(often, data.params[:, None], 0).max(
+        axis=0
+    )
+
+
+def _sizes(axis, data: Data, family: Family, index: int, label: str) -> np.ndarray:
+    """Draw the best size of a family against the costs run; returns these."""
+    costs = data.costs(family, sizes=2)
+    if not len(costs):
+        return costs
+    sizes, look = measure.best_sizes(data, family, costs), axes.style(index)
+    low, high = (
+        v * 1.03**side for v, side in zip(band(data, sizes), (-1, 1), strict=True)
+    )  # a band of one size is seen too
+    axis.fill_between(costs, low, high, step="post", color=look["color"], alpha=0.18, linewidth=0)
+    axis.step(costs, sizes[0], where="post", color=look["color"], linestyle=look["linestyle"])
+    axis.plot(costs, sizes[0], color=look["color"], marker=look["marker"], linestyle="none", markersize=4, label=label)
+    return costs
+
+
+def _ladder(axis, data: Data, costs, *families: Family) -> None:
+    """The sizes as dashed lines, and a dotted one from where every size can draw."""
+    for width, params in zip(data.widths, data.params, strict=True):
+        axis.axhline(params, color="0.6", linewidth=0.7, linestyle="--", zorder=0)
+        axis.annotate(f"w{width}", (1.0, params), xycoords=("axes fraction", "data"), fontsize=8, color="0.4", va="center",
+                      xytext=(3, 0), textcoords="offset points")  # fmt: skip
+    start = max((run[0] for f in families for run, *_ in (data.runs(f) or {}).values()), default=math.nan)
+    axis.axvline(start, color="0.4", linewidth=1, linestyle=":", zorder=0)
+    axes.scale(axis, "y", "best size, active parameters", [data.params[0] / 1.1, data.params[-1] * 1.1])
+    axes.scale(axis, "x", COST, [costs])
 
 
 def best_size(data: Data, answer: Answer) -> Figure:
-    """The best size at each sampling budget, with each sampler."""
-    samplers = {"Euler": "euler", "DPM-Solver++": "dpmpp_2m"}
-    return _sizes(data, {label: [Family(b, sampler=s) for b in data.budgets] for label, s in samplers.items()}, "")
+    """The best size at each sampling budget, with each sampler: a panel for each training budget."""
+    figure, grid = axes.panels(columns=len(data.budgets))
+    for axis, budget in zip(grid[0], data.budgets, strict=True):
+        families = {"Euler": undistilled(budget), "DPM-Solver++": undistilled(budget, "dpmpp_2m")}
+        costs = [_sizes(axis, data, family, i, label) for i, (label, family) in enumerate(families.items())]
+        _ladder(axis, data, np.concatenate(costs), *families.values())
+        axis.set_title(f"{axes.raised(short(budget))} training FLOPs", fontsize=10)
+    axes.legend(figure)
+    return figure
 
 
 def distilled(data: Data, answer: Answer) -> Figure:
-    """The best size before and after distillation, above the best scores."""
-    named = {"undistilled": ("", 0.0)}
-    for name, share in data.students:
-        if share == 0.05 and name != "mean_flow_inside":
-            named[f"{name.replace('_', ' ')}, {share:.0%} of the training"] = (name, share)
-    figure, grid = axes.panels((3.4, 3.4), columns=max(len(data.budgets), 1))
-    for column, budget in enumerate(data.budgets):
-        scores = []
-        for index, (label, (name, share)) in enumerate(named.items()):
-            family = Family(budget, name, share)
-            draws, table = measure.best_sizes(data, family), data.logs(family)
-            if draws is None:
+    """The best size before and after distillation, above the best scores: a column for each student, at the largest budget."""
+    budget = data.budgets[-1]
+    students = [Family(budget, n, s) for n, s in main_students(data).items() if n not in data.study.later]
+    students = [family for family in students if data.runs(family) is not None]
+    figure, grid = axes.panels((3.4, 3.4), columns=len(students))
+    drawn = []
+    for column, student in enumerate(students):
+        name, own, every = student.title.partition(",")[0], [], []
+        for index, family in ((0, undistilled(budget)), (1 + column, student)):
+            costs = _sizes(grid[0, column], data, family, index, "undistilled" if index == 0 else name)
+            if not len(costs):
                 continue
-            _band(grid[0, column], data.costs, draws, index, label)
-            scores.append(np.exp(table.min(axis=1)))
-            _band(grid[1, column], data.costs, scores[-1], index, label)
-        grid[0, column].set_title(f"{axes.raised(f'{budget:.3g}')} training FLOPs", fontsize=10)
-        axes.scale(grid[0, column], "y", "best size, active parameters", data.params)
-        axes.scale(grid[1, column], "y", f"{data.metric} of the best size", [s[0] for s in scores])
-        for axis in grid[:, column]:
-            axes.scale(axis, "x", COST, data.costs)
+            draws, look = data.table(family, costs).best()[1], axes.style(index)
+            value, low, high = np.exp([middle(draws[:, i]) for i in range(len(costs))]).T
+            grid[1, column].fill_between(costs, low, high, step="post", color=look["color"], alpha=0.18, linewidth=0)
+            grid[1, column].step(costs, value, where="post", color=look["color"], linestyle=look["linestyle"])
+            grid[1, column].plot(
+                costs, value, color=look["color"], marker=look["marker"], linestyle="none", markersize=4
+            )
+            own.append(costs)
+            drawn += [low, high]
+            every.append(family)
+        _ladder(grid[0, column], data, np.concatenate(own), *every)
+        axes.scale(grid[1, column], "x", COST, np.concatenate(own))
+        grid[0, column].set_title(name, fontsize=10)
+    for axis in grid[1]:
+        axes.scale(axis, "y", f"{data.metric} of the best size", drawn)
     axes.legend(figure)
     return figure
+
+
+LOOKS = {
+    "stable": dict(color=axes.COLORS[0], marker="o", fillstyle="full"),
+    "unstable": dict(color=axes.COLORS[3], marker="D", fillstyle="none"),
+    "undecided": dict(color=axes.COLORS[6], marker="s", fillstyle="none"),
+}
+
+
+def label_of(text: str, many: bool) -> str:
+    """What a row of a forest is called: without what all rows share."""
+    budget, _, rest = text.partition(", ")
+    for word in (
+        ": best score guided over unguided",
+        ": score over the kept one's",
+        ": score over that without reuse at the same cost",
+    ):
+        rest = rest.replace(word, "")
+    rest = rest.replace("Euler with half of the blocks reused", "half of the blocks reused").replace(
+        " made afterwards", ""
+    )
+    return f"{budget.removeprefix('budget ')}, {rest}" if many else rest
 
 
 def forest(data: Data, answer: Answer) -> Figure:
     """Ratios with their intervals, a row each; left of the line the first named is better."""
-    rows = [claim for claim in answer.claims if np.isfinite(claim.interval[0])]
-    figure, grid = axes.panels((0.9 + 0.28 * max(len(rows), 1),), columns=1)
-    axis = grid[0, 0]
-    figure.set_size_inches(2 * axes.SIZE[0], figure.get_size_inches()[1])
+    rows = answer.claims
+    figure, grid = axes.panels((1.6 + 0.3 * len(rows),), columns=1)
+    axis, seen = grid[0, 0], set()
+    figure.set_size_inches(1.6 * axes.SIZE[0], figure.get_size_inches()[1])
     for y, claim in enumerate(rows):
-        low, high = claim.interval
-        look = axes.style(0 if claim.side else 6)
-        axis.plot([low, high], [y, y], color=look["color"], linewidth=1.4)
-        axis.plot(
-            [claim.value],
-            [y],
-            color=look["color"],
-            marker="o" if claim.side else "s",
-            fillstyle="full" if claim.side else "none",
-        )
+        look = LOOKS[claim.verdict]
+        axis.plot(claim.interval, [y, y], color=look["color"], linewidth=1.6)
+        axis.plot([claim.value], [y], linestyle="none", label=None if claim.verdict in seen else claim.verdict, **look)
+        seen.add(claim.verdict)
     axis.axvline(1.0, color="0.3", linewidth=1)
-    axis.set_yticks(range(len(rows)), [claim.text.replace("_", " ") for claim in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [label_of(claim.text, len(data.budgets) > 1) for claim in rows], fontsize=9)
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axes.scale(axis, "x", "ratio of scores with 95 % interval; below 1 the first named is better", [1.0, *(c.value for c in rows)],
-               [v for c in rows for v in c.interval])  # fmt: skip
+    axes.scale(axis, "x", "ratio of scores, with over without", [1.0, *(v for c in rows for v in c.interval)])
+    axes.legend(figure)
     return figure
 
 
 def training(data: Data, answer: Answer) -> Figure:
     """The best score at two sampling costs against the training FLOPs of teacher and student together."""
     figure, grid = axes.panels(columns=2)
-    for axis, relative in zip(grid[0], (1.0, 7.5), strict=True):
+    for axis, relative in zip(grid[0], (UNIT, MEI_COST), strict=True):
         at, values, totals = np.array([relative * data.unit]), [], []
-        series = {"undistilled": [(b, Family(b)) for b in data.budgets]}
+        series = {"undistilled": [(b, undistilled(b)) for b in data.budgets]}
         for name in dict.fromkeys(name for name, _ in data.students):
             shares = [share for other, share in data.students if other == name]
             series[name.replace("_", " ")] = [(b * (1 + s), Family(b, name, s)) for b in data.budgets for s in shares]
         for index, (label, some) in enumerate(series.items()):
-            found = [
-                (total, np.exp(table.min(axis=1)[:, 0])) for total, f in some if (table := data.logs(f, at)) is not None
-            ]
+            found = [(x, t.best()[1][:, 0]) for x, f in some if (t := data.table(f, at)) is not None]
+            found = [(x, *np.exp(middle(draws))) for x, draws in found if np.isfinite(draws[0])]
             if not found:
                 continue
-            look, x, y = axes.style(index), [total for total, _ in found], [draws[0] for _, draws in found]
-            bars = np.abs(np.array([ends(draws) for _, draws in found]).T - y)
+            x, y, low, high = np.array(found).T
+            look = axes.style(index)
             look |= {"linestyle": look["linestyle"] if index == 0 else "none"}
-            axis.errorbar(x, y, bars, label=label, markersize=5, capsize=2, elinewidth=0.8, **look)
-            values += y
-            totals += x
+            axis.errorbar(x, y, [y - low, high - y], label=label, markersize=5, capsize=2, elinewidth=0.8, **look)
+            values += [*low, *high]
+            totals += [*x]
         axes.scale(axis, "x", "training FLOPs, teacher and student", totals)
         axes.scale(axis, "y", f"{data.metric} of the best size", values)
-        axis.set_title(
-            f"at cost {relative:g}: {axes.raised(f'{relative * data.unit:.3g}')} FLOPs an image", fontsize=10
-        )
+        axis.set_title(f"at cost {relative:g}: {axes.raised(short(relative * data.unit))} FLOPs an image", fontsize=10)
     axes.legend(figure)
     return figure
 

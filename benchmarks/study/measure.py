@@ -1,121 +1,127 @@
-"""The numbers of the answers, each as draws (1 + resamples,): row 0 as measured, the others with every score redrawn."""
+"""The numbers of the answers, each as draws (1 + resamples,): row 0 as measured, the others with every score redrawn.
+
+Every ratio is nan where a score is missing or no setting is cheap enough.
+"""
+
+import math
 
 import numpy as np
 
-from benchmarks.study.select import FEWEST, Data, Family
+from benchmarks.study.select import Data, Family, Table, undistilled
 from dit_jax.scaling.fits.law import fit_power
 
 NONE = np.full(1, np.nan)
 LEAST = 4  # sampling budgets with the best size inside the ladder that a law needs
+FEW = 4  # steps of a student that Mei et al. count
 
 
-def best_sizes(data: Data, family: Family, costs: np.ndarray | None = None) -> np.ndarray | None:
-    """Best active parameters (1 + resamples, costs) at each sampling budget.
+def _ratio(log: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """exp(log - other); nan unless both are finite."""
+    return np.exp(np.subtract(log, other, out=np.full(log.shape, np.nan), where=np.isfinite(log) & np.isfinite(other)))
 
-    Where the best size has neighbours on both sides, it is the minimum of the parabola of log score in log size through the three, within
-    these; at the ends of the ladder it is the end.
-    """
-    table, log_n = data.logs(family, costs), np.log(data.params)
-    if table is None or len(log_n) < FEWEST:
+
+def _tables(data: Data, relative: float, *families: Family) -> list[Table] | None:
+    """The tables at one cost, in guided steps of the largest size; None if one is missing."""
+    found = [data.table(family, np.array([relative * data.unit])) for family in families]
+    return None if any(table is None for table in found) else found
+
+
+def best_sizes(data: Data, family: Family, costs: np.ndarray) -> np.ndarray | None:
+    """Active parameters (1 + resamples, costs) of the size of the ladder that is best within each cost; nan where none can draw."""
+    table = data.table(family, costs)
+    if table is None:
         return None
-    best = np.argmin(table, axis=1)  # (draws, costs)
-    middle = np.clip(best, 1, len(log_n) - 2)
-    y = [np.take_along_axis(table, (middle + k)[:, None], 1)[:, 0] for k in (-1, 0, 1)]
-    x = [log_n[middle + k] for k in (-1, 0, 1)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-        bend = (right - left) / (x[2] - x[0])
-        place = (x[0] + x[1]) / 2 - left / (2 * bend)
-    inside = (best == middle) & np.isfinite(place) & (bend > 0)
-    place = np.where(inside, np.clip(place, x[0], x[2]), log_n[best])
-    return np.exp(np.where(np.isfinite(table.min(axis=1)), place, np.nan))
+    winner, score = table.best()
+    return np.where(np.isfinite(score), data.params[winner], np.nan)
 
 
 def law(data: Data, family: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(coefficients, exponents) of best size = k cost^x, draws each, and the costs (k,) used: best size inside the ladder."""
-    sizes = best_sizes(data, family)
+    """(coefficients, exponents) of best size = k cost^x, draws each, and the costs (k,) used: those run, from one call of the largest size to
+    where nothing improves any more, at which the best size as measured lies inside the ladder."""
+    costs = data.costs(family)
+    sizes = best_sizes(data, family, costs) if len(costs) else None
     if sizes is None:
         return NONE, NONE, np.zeros(0)
-    inside = (sizes[0] > data.params[0] * 1.001) & (sizes[0] < data.params[-1] * 0.999)
+    inside = (sizes[0] > data.params[0]) & (sizes[0] < data.params[-1])
     if inside.sum() < LEAST:
-        return NONE, NONE, data.costs[inside]
-    found = fit_power(data.costs[inside], sizes[:, inside], np.ones_like(sizes[:, inside]))
-    return found.coefficient, found.exponent, data.costs[inside]
+        return NONE, NONE, costs[inside]
+    found = fit_power(costs[inside], sizes[:, inside], np.ones_like(sizes[:, inside]))
+    return found.coefficient, found.exponent.round(9) + 0.0, costs[inside]  # of sizes that are all the same: 0
 
 
 def size_ratio(data: Data, one: Family, other: Family) -> np.ndarray:
-    """Geometric mean over the sampling budgets of the best size of `other` over that of `one`."""
-    a, b = best_sizes(data, one), best_sizes(data, other)
-    return NONE if a is None or b is None else np.exp(np.nanmean(np.log(b / a), axis=1))
-
-
-def score_ratio(data: Data, one: Family, other: Family, costs: np.ndarray | None = None) -> np.ndarray:
-    """Geometric mean over sizes and sampling budgets of the score of `other` over that of `one`, where both have one."""
-    a, b = data.logs(one, costs), data.logs(other, costs)
-    if a is None or b is None:
+    """Geometric mean over the costs run of the best size of `other` over that of `one`."""
+    costs = data.costs(one, other)
+    if not len(costs):
         return NONE
-    known = np.isfinite(a[0]) & np.isfinite(b[0])
-    return np.exp((b[:, known] - a[:, known]).mean(axis=1)) if known.any() else NONE
+    a, b = (np.log(best_sizes(data, family, costs)) for family in (one, other))
+    return np.exp((b - a).mean(axis=1))
 
 
-def best_ratio(data: Data, one: Family, other: Family) -> np.ndarray:
-    """Geometric mean over the sampling budgets of the score of the best size of `other` over that of the best size of `one`."""
-    a, b = data.logs(one), data.logs(other)
-    return NONE if a is None or b is None else np.exp((b.min(axis=1) - a.min(axis=1)).mean(axis=1))
+def best_ratio(data: Data, one: Family, other: Family, relative: float) -> np.ndarray:
+    """Score of the best size and settings of `other` over that of `one`, within one cost."""
+    tables = _tables(data, relative, one, other)
+    if tables is None:
+        return NONE
+    a, b = (table.best()[1][:, 0] for table in tables)
+    return _ratio(b, a)
 
 
 def advantage(data: Data, family: Family, relative: float) -> np.ndarray:
-    """Score of the largest size over that of the best smaller one at this cost, in guided steps of the largest; above 1 a smaller wins."""
-    table = data.logs(family, np.array([relative * data.unit]))
-    return NONE if table is None else np.exp(table[:, -1, 0] - table[:, :-1, 0].min(axis=1))
+    """Score of the largest size over that of the best smaller one within this cost; above 1 a smaller one wins."""
+    tables = _tables(data, relative, family)
+    return NONE if tables is None else _ratio(tables[0].scored[:, -1, 0], tables[0].best(slice(0, -1))[1][:, 0])
 
 
 def small_against_large(data: Data, before: Family, after: Family, relative: float, small: int = 1) -> np.ndarray:
-    """Score of an undistilled small size (its number) over that of the distilled largest one, at one cost."""
-    costs = np.array([relative * data.unit])
-    a, b = data.logs(before, costs), data.logs(after, costs)
-    return NONE if a is None or b is None else np.exp(a[:, small, 0] - b[:, -1, 0])
+    """Score of an undistilled small size (its number) over that of the distilled largest one, within one cost."""
+    tables = _tables(data, relative, before, after)
+    return NONE if tables is None else _ratio(tables[0].scored[:, small, 0], tables[1].scored[:, -1, 0])
 
 
-def speedup(data: Data, before: Family, after: Family) -> np.ndarray:
-    """How many times cheaper (widths,) a student's best score is than its teacher's of the same value; inf: it has none."""
-    a, b = data.logs(before), data.logs(after)
-    if a is None or b is None:
-        return np.full(len(data.widths), np.nan)
-    found = []
-    for one, other in zip(a[0], b[0], strict=True):
-        if not np.isfinite(other).any() or not np.isfinite(one).any():
-            found.append(np.nan)
+def speedup(data: Data, after: Family, steps: int = FEW) -> np.ndarray:
+    """How many times cheaper (1 + resamples, widths) than its teacher a student of so many steps draws: the lowest cost that its teacher ran
+    for the same score, over its own; inf: the teacher has no score as good, nan: not recorded."""
+    runs, found = data.runs(undistilled(after.budget)) or {}, np.full((1 + data.resamples, len(data.widths)), np.nan)
+    points = [p for p in data.points(after) if p.steps == steps]
+    for column, width in enumerate(data.widths):
+        own = [p for p in points if p.name == f"w{width}"]
+        if not own or f"w{width}" not in runs:
             continue
-        at = int(np.argmin(other))
-        reached = np.flatnonzero(one <= other[at])
-        found.append(data.costs[reached[0]] / data.costs[at] if len(reached) else np.inf)
-    return np.array(found)
+        log, z = np.log([p.score for p in own]), np.stack([data.noise(p) for p in own], axis=1)
+        at = np.argmin(log + z, axis=1)  # its guidance
+        score = np.take_along_axis(log - z, at[:, None], 1)
+        run, _, scored, _ = runs[f"w{width}"]
+        reached = scored <= score
+        cost = np.where(reached.any(axis=1), run[np.argmax(reached, axis=1)], np.inf)
+        found[:, column] = cost / np.array([p.flops for p in own])[at]
+    return found
 
 
-def at_total(data: Data, family: Family) -> np.ndarray | None:
-    """log score (draws, widths, costs) of undistilled models trained with the FLOPs of a teacher and its student together.
+def at_total(data: Data, family: Family, costs: np.ndarray) -> Table | None:
+    """Undistilled models trained with the FLOPs of a teacher and its student together.
 
     Between two budgets log score is straight in log FLOPs; beyond the last one the last slope is kept.
     """
-    there = [c for c in data.budgets if data.front(Family(c)) is not None]
+    there = [c for c in data.budgets if data.table(undistilled(c), costs) is not None]
     if family.budget not in there or len(there) < 2:
         return None
     low = there.index(family.budget) if family.budget != there[-1] else len(there) - 2
-    a, b = (data.logs(Family(c)) for c in there[low : low + 2])
-    x = np.log(family.budget * (1 + family.share) / there[low]) / np.log(there[low + 1] / there[low])
-    with np.errstate(invalid="ignore"):
-        return a + x * (b - a)
+    a, b = (data.table(undistilled(c), costs) for c in there[low : low + 2])
+    x = math.log(family.budget * (1 + family.share) / there[low]) / math.log(there[low + 1] / there[low])
+
+    def between(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        known = np.isfinite(one) & np.isfinite(other)
+        return np.where(known, np.where(known, one, 0) * (1 - x) + x * np.where(known, other, 0), np.inf)
+
+    return Table(between(a.chosen, b.chosen), between(a.scored, b.scored), b.at)
 
 
 def total_ratio(data: Data, family: Family, relative: float) -> np.ndarray:
-    """Best score of students at this cost over that of undistilled models of the same total training FLOPs."""
-    a, b = at_total(data, family), data.logs(family)
-    if a is None or b is None:
-        return NONE
-    at = int(np.argmin(abs(np.log(data.costs / (relative * data.unit)))))
-    a = np.where(np.isfinite(a), a, np.inf)
-    return np.exp(b[:, :, at].min(axis=1) - a[:, :, at].min(axis=1))
+    """Best score of students within this cost over that of undistilled models of the same total training FLOPs."""
+    costs = np.array([relative * data.unit])
+    a, b = at_total(data, family, costs), data.table(family, costs)
+    return NONE if a is None or b is None else _ratio(b.best()[1][:, 0], a.best()[1][:, 0])
 
 
 def widths_of_ema(data: Data, budget: float) -> dict[float, np.ndarray]:
@@ -138,17 +144,14 @@ def widths_of_ema(data: Data, budget: float) -> dict[float, np.ndarray]:
 
 
 def reused(data: Data, budget: float) -> np.ndarray:
-    """Mean over teachers of the score with reused blocks over that without at the same FLOPs an image, sampler and guidance."""
+    """Mean over teachers of the score with reused blocks over their best without, of the same FLOPs an image or less and the same guidance."""
     ratios = []
-    points = [p for p in data.points(Family(budget, sampler="euler", reuse="any")) if p.reuse]
-    for point in points:
-        plain = Family(budget, sampler="euler", guidance=(point.guidance,))
-        if (table := data.logs(plain, np.array([point.flops]))) is not None:
-            noise = (
-                np.random.default_rng(int(point.flops)).standard_normal(data.resamples) * point.score_se / point.score
-            )
-            own = np.log(point.score) + np.concatenate([[0.0], noise])
-            ratios.append(own - table[:, data.widths.index(int(point.name[1:])), 0])
+    for point in (p for p in data.points(Family(budget, sampler="euler", reuse="any")) if p.reuse):
+        plain = data.table(undistilled(budget, guidance=(point.guidance,)), np.array([point.flops]))
+        if plain is not None:
+            own = np.log(point.score) - data.noise(point)
+            ratios.append(np.log(_ratio(own, plain.scored[:, data.widths.index(int(point.name[1:])), 0])))
+    ratios = [one for one in ratios if np.isfinite(one).all()]  # without those whose teacher has nothing as cheap
     return np.exp(np.mean(ratios, axis=0)) if ratios else NONE
 
 

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.study import claim
-from benchmarks.study.answers import ANSWERS, compared
+from benchmarks.study import claim, decide, figures, summary
+from benchmarks.study.answers import ANSWERS
 from benchmarks.study.cells import Cell, config_of, make_cells
-from benchmarks.study.decide import rows
-from benchmarks.study.figures import FIGURES
 from benchmarks.study.records import read, same_protocols
-from benchmarks.study.select import RESAMPLES, Data
+from benchmarks.study.select import RESAMPLES, Data, short
 from benchmarks.study.table import STUDIES
 from benchmarks.study.work import missing
-from dit_jax import flops
 from dit_jax.error import UsageError
 from dit_jax.files import make_folder, write_file
 from dit_jax.scaling.report import axes
@@ -29,71 +26,66 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def claim_rows(claims: Sequence[claim.Claim]) -> list[tuple]:
-    """A row for each claim that has a number: with the ends of its interval when a tenth of the records was left out."""
+    """A row for each claim: with the ends of its intervals when a tenth of the records was left out."""
     found = []
     for one in claims:
-        if one.value != one.value:
-            continue
-        again = [r for r in one.remade if r[1] == r[1]]
-        ends = f"{min(r[1] for r in again):.2f} to {max(r[2] for r in again):.2f}" if again else ""
+        ends = (min(r[1] for r in one.computed), max(r[2] for r in one.computed)) if one.computed else ()
         low, high = one.interval
-        found.append(
-            (one.answer, one.text.replace("_", " "), f"{one.value:.2f}", f"{low:.2f} to {high:.2f}", ends, one.verdict)
-        )
+        found.append((one.answer, one.text, f"{one.value:z.2f}", f"{low:z.2f} to {high:z.2f}",
+                      " to ".join(f"{end:z.2f}" for end in ends), one.remakes, one.verdict))  # fmt: skip
     return found
 
 
 def part(name: str, records: list[dict], folder: str, resamples: int, times: int) -> dict:
     """What the page says of one kind of data; writes its figures."""
     data = Data(name, records, resamples)
-    claims = claim.remade(data, times)
-    answers = [answer(data, claims) for answer in ANSWERS]
+    parts = claim.remakes(data, times)
+    claims = claim.remade(data, parts)
+    answers = [answer(data, claims, parts) for answer in ANSWERS]
+    pairs = decide.rows(data, data.study)
+    drawn = {f"{name}_0.png": figures.scores(data) if (picks := summary.picks(data)) else None}
     for answer in answers:
-        figure = FIGURES[answer.number](data, answer)
-        write_file(os.path.join(folder, f"{name}_{answer.number}.png"), axes.png(figure))
+        drawn[f"{name}_{answer.number}.png"] = figures.FIGURES[answer.number](data, answer) if answer.drawn else None
+    for file, figure in drawn.items():  # a figure of more records than there are now goes
+        path = os.path.join(folder, file)
+        if figure is not None:
+            write_file(path, axes.png(figure))
+        elif os.path.exists(path):
+            os.remove(path)
     return {
         "name": name,
         "title": TITLES[name],
         "metric": data.metric,
-        "unit": claim.short(data.unit),
-        "records": len(data.records),
+        "unit": short(data.unit),
+        "samplings": sorted({(p.steps, p.guidance) for b in data.budgets for p in data.points(summary.undistilled(b))}),
+        "limit": summary.limit(data),
+        "status": summary.status(data),
+        "sizes": summary.sizes(data.study),
+        "picks": picks,
+        "budget": short(data.budgets[-1]),
         "answers": answers,
-        "decided": rows(data, data.study),
-        "compared": compared(data, claims),
+        "pairs": len(pairs),
+        "decided": [row for row in pairs if row[-1] != decide.WAITING],
+        "compared": summary.compared(data, claims),
         "claims": claim_rows(claims),
-        "gone": [c for c in claims if c.verdict.startswith("does not survive")],
     }
 
 
 def open_cells(cells: Sequence[Cell], records: list[dict]) -> list[tuple]:
-    """Rows (kind of data, budget, what, sizes recorded, which are missing) of every group of cells; those not begun share a row."""
+    """A row (kind of data, kind of cell, how many are recorded of those planned at each budget) for each kind of cell."""
     groups: dict = {}
     for cell in cells:
-        groups.setdefault((cell.study.name, cell.budget, cell.student, cell.share, cell.seed, cell.rest), []).append(
-            cell
-        )
-    found, not_begun = [], {}
-    for (name, budget, student, share, seed, rest), some in groups.items():
-        gone = [f"w{cell.size[0]}" for cell in some if missing(cell, records)]
-        what = f"{student.replace('_', ' ')} {share:.0%}" if student else "teachers"
-        what += ", other samplings" * rest + f", seed {seed}" * (seed > 0)
-        if len(gone) == len(some):
-            not_begun.setdefault((name, budget), []).append(what)
-        else:
-            found.append((name, claim.short(budget), what, f"{len(some) - len(gone)} of {len(some)}", ", ".join(gone)))
-    return found + [
-        (name, claim.short(budget), "; ".join(whats), "none", "all") for (name, budget), whats in not_begun.items()
-    ]
-
-
-def sizes_of(name: str) -> list[tuple]:
-    """Rows (size, active and all parameters, FLOPs of a call, training steps at each budget) of a kind of data."""
-    study, found = STUDIES[name], []
-    for size in study.sizes:
-        cfg = config_of(Cell(study, size, study.budgets[-1]))
-        numbers = (flops.active_parameters(cfg.model), flops.parameters(cfg.model), flops.forward_flops(cfg.model))
-        steps = ", ".join(f"{step:,}" for step in cfg.train.keep_at)
-        found.append((f"w{size[0]}", size[1], *(f"{n:,}" for n in numbers), steps))
+        what = f"{cell.student.replace('_', ' ')} {cell.share:.0%}" if cell.student else "teachers"
+        what += ", other samplings" * cell.rest + f", seed {cell.seed}" * (cell.seed > 0)
+        groups.setdefault((cell.study.name, what), {}).setdefault(cell.budget, []).append(cell)
+    found = []
+    for (name, what), budgets in groups.items():
+        said = []
+        for budget, some in sorted(budgets.items()):
+            gone = [f"w{cell.size[0]}" for cell in some if missing(cell, records)]
+            some_gone = f" (without {', '.join(gone)})" * (0 < len(gone) < len(some))
+            said.append(f"{short(budget)}: {len(some) - len(gone)} of {len(some)}{some_gone}")
+        found.append((name, what, "; ".join(said)))
     return found
 
 
@@ -111,7 +103,7 @@ def write(path: str, resamples: int = RESAMPLES, times: int = claim.TIMES) -> st
     values = {
         "parts": [part(name, records, folder, resamples, times) for name in kinds],
         "studies": STUDIES,
-        "sizes": {name: sizes_of(name) for name in STUDIES},
+        "batch": {name: config_of(make_cells([study])[0]).train.batch_size for name, study in STUDIES.items()},
         "failed": failed,
         "cells": open_cells(cells, records),
         "folder": os.path.basename(folder),
@@ -122,7 +114,7 @@ def write(path: str, resamples: int = RESAMPLES, times: int = claim.TIMES) -> st
         "out": f"{claim.OUT:.0%}",
         "times": times,
         "resamples": resamples,
-        "held": claim.HELD,
+        "held": f"{claim.HELD:.0%}",
     }
     loader = FileSystemLoader(os.path.dirname(os.path.abspath(__file__)))
     made = Environment(

@@ -114,10 +114,10 @@ def test_study_shows_the_page_s_figures(tmp_path):
     file.write_text("".join(json.dumps(record) + "\n" for record in records()))
     notebook = nbformat.read(FOLDER / "study.ipynb", as_version=4)
     environ = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
-    environ |= {"STUDY_RECORDS": str(file), "STUDY_RESAMPLES": "20"}
+    environ |= {"STUDY_RECORDS": str(file), "STUDY_RESAMPLES": "20", "STUDY_REMAKES": "2"}
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environ)
-    look(notebook, "study", count=6)
+    look(notebook, "study", count=5)
     assert "widths [12, 16, 20, 24, 28, 32]" in printed(notebook)
 
 

@@ -22,10 +22,10 @@ QUESTIONS = {
     5: "Do EMAs made after training, or reuse of blocks, help?",
 }
 CAPTIONS = {
-    1: "Best size within each cost. Black dots: as measured, at costs that were run. Band: the sizes that are best in at least 1 of 40 redraws, "
-    "and the measured one. Dashed: the sizes of the ladder. Dotted: from here every size can draw.",
-    2: "A column for each student, beside the undistilled models. Above, the best size, as in figure 1. Below, the score of the best size: median "
-    "and 95 % interval of the redraws.",
+    1: "Best size within each cost. Black dots: as measured, at costs that some size ran. Band: the sizes best in at least 1 of 40 "
+    "redraws, and the measured one. Dashed: the sizes of the ladder. Dotted: from here every size can draw.",
+    2: "A column for each student, beside the undistilled models. Above, the best size, as in figure 1. Below, the score of the best size: "
+    "median and 95 % interval of the redraws.",
     3: "Best score with guidance over that without, at the same cost: median and 95 % interval. Below 1 guidance pays.",
     4: "Best score within a sampling cost against the training FLOPs of teacher and student: median and 95 % interval.",
     5: "Score with over without, at the same cost: median and 95 % interval. Below 1 it helps.",
@@ -90,7 +90,7 @@ def _of(claims: Sequence[Claim], number: int) -> tuple[Claim, ...]:
 
 def _costs(costs: Sequence[float]) -> str:
     text = [f"{cost:g}" for cost in costs]
-    return ", ".join(text[:-1]) + " and " * (len(text) > 1) + text[-1]
+    return " and ".join(part for part in (", ".join(text[:-1]), *text[-1:]) if part)
 
 
 def stretches(data: Data, family: Family) -> list[tuple[int, float, float]]:
@@ -129,25 +129,27 @@ def best_size(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -
     edges, law = [find(claims, 1, "largest", "euler", cost) for cost in costs], find(claims, 1, "exponent", "euler")
     text = FEW
     if any(edges):
-        small = [c for c, e in zip(costs, edges, strict=True) if says(e, "s", "", "") == "s"]
-        large = [c for c, e in zip(costs, edges, strict=True) if says(e, "", "l", "") == "l"]
-        said = [f"{who} at cost {_costs(some)}" for who, some in (("a smaller size beats the largest", small), ("the largest size beats all smaller ones", large)) if some]  # fmt: skip
+        said = []
+        for who, side in (("a smaller size beats the largest", 1), ("the largest size beats all smaller ones", -1)):
+            some = [cost for cost, edge in zip(costs, edges, strict=True) if edge and edge.stable and edge.side == side]
+            said += [f"{who} at cost {_costs(some)}"] * bool(some)
         grows = says(law, "the best size grows with the sampling budget", "the best size shrinks with the sampling budget",
                      "whether the best size moves with the sampling budget is undecided")  # fmt: skip
         first = "; ".join(said) or "it is undecided whether a smaller size or the largest wins"
         text = f"{place(data)} {first}; {grows}."
     caption = (
-        "Best size as measured, within costs that were run. In redraws: its share, over the costs of the row. In remakes: how often it is best "
-        "at most of these costs."
+        "Best size as measured, within costs that were run. In redraws: its share, over the costs of the row. In remakes: how often it is "
+        "best at most of these costs."
     )
-    head = ("training FLOPs", "sampler", "best size (active parameters)", "from FLOPs an image", "to", "in redraws", "in remakes")  # fmt: skip
+    head = ("training FLOPs", "sampler", "best size (active parameters)", "FLOPs an image from", "to")
+    head += ("in redraws", "in remakes")
     used = measure.law(data, undistilled(data.budgets[-1]))[2]
     limits = (
         "All sizes had the same training FLOPs, so large ones had few steps: where they lose, they may be undertrained. Mei et al. trained "
         "all sizes for equally many steps, which is another question.",
         "Where the smallest or the largest size of the ladder wins, a size outside it might.",
         _seeds(data),
-        f"The exponent is of the {len(used)} costs run from {short(used[0])} to {short(used[-1])} at which the best size lies inside the ladder."
+        f"The exponent is of the {len(used)} costs run, {short(used[0])} to {short(used[-1])}, at which the best size is inside the ladder."
         if len(used)
         else "No exponent: the best size lies inside the ladder at too few costs.",
     )
@@ -179,7 +181,7 @@ def _times(data: Data, family: Family) -> str:
 
 
 def distilled(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Answer:
-    rows, said, ratios = [], [], []
+    rows, said, ratios, pays = [], [], [], []
     names = {name: share for name, share in main_students(data).items() if name not in data.study.later}
     for name, share in data.students:
         for budget in data.budgets:
@@ -195,23 +197,30 @@ def distilled(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -
         wins = says(edge, "a smaller size still beats the largest at cost 1", "the largest size now wins at cost 1",
                     "at cost 1 it is undecided whether the largest or a smaller size wins")  # fmt: skip
         worth = [find(claims, 2, "worth", name, cost) for cost in (CHEAP, UNIT, MEI_COST)]
-        better, worse = ([c.cost for c in worth if c and c.stable and c.side == s] for s in (-1, 1))
-        gives = [f"{what} at cost {_costs(some)}" for what, some in (("better", better), ("worse", worse)) if some]
-        gives = " and ".join(gives) + " than without distillation" if gives else "not told apart from that without distillation at any cost"  # fmt: skip
-        said.append(f"by {name.replace('_', ' ')} {wins}, the best size is {now}, and the best score is {gives}")
+        gives = []
+        for what, side in (("better", -1), ("worse", 1), ("undecided", 0)):
+            some = [c.cost for c in worth if c and (c.side if c.stable else 0) == side]
+            gives += [f"{what} at cost {_costs(some)}"] * bool(some)
+            pays += [f"by {name.replace('_', ' ')} at cost {_costs(some)}"] * bool(some and side < 0)
+        said.append(
+            f"by {name.replace('_', ' ')} {wins}, the best size is {now}, and the best score is {', '.join(gives)}"
+        )
         ratios.append(f"{name.replace('_', ' ')} {span(size)}")
-    text = f"{place(data)} {'; '.join(said)}." if said else FEW
+    whether = f"Distilling pays {' and '.join(pays)}" if pays else "Nothing here says that distilling pays"
+    text = f"{place(data)} {'; '.join(said)}. {whether}." if said else FEW
     interval = f"Best size after over before, over all costs run: {', '.join(ratios)}." if ratios else ""
     caption = (
-        f"Best score over the undistilled one's at three costs, below 1 where distillation pays; and how many times cheaper {measure.FEW} steps "
-        "of the student are than what its teacher ran for the same score (median; below 1: dearer)."
+        "Best score over the undistilled one's at three costs, below 1 where distillation pays; and how many times cheaper "
+        f"{measure.FEW} steps of the student are than what its teacher ran for the same score (median; below 1: dearer; steps run "
+        "double, so to a factor of 2)."
     )
+    if any("beats" in row[-1] for row in rows):
+        caption += " 'Beats the teacher's best': no sampling that the teacher ran has so good a score."
     head = ("training FLOPs", "student", *(f"cost {c:g}" for c in (CHEAP, UNIT, MEI_COST)), "times cheaper")
     limits = (
-        "Students of large sizes had few steps (table of sizes), and the rate was not tuned for each: their scores may say no more than that.",
+        "Students of large sizes had few steps (table of sizes), and the rate was not tuned for each.",
         "Consistency has its guidance of 1.5 inside and takes one pass, so at the same cost it can be of twice the size or steps; and that "
         "guidance is one for all sizes.",
-        "'Beats the teacher's best': no sampling that the teacher ran has so good a score.",
     )
     return Answer(2, text, interval, (caption, head, rows), limits, _of(claims, 2), bool(said))
 
@@ -245,12 +254,14 @@ def guidance(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) ->
     shown = [(find(claims, 3, "guided", who, MEI_COST), words) for who, words in
               (("", "undistilled"), ("mean_flow", "mean flow outside"), ("inside", "inside"), ("both", "inside over outside"))]  # fmt: skip
     interval = f"Guided over unguided at cost {MEI_COST:g}: {', '.join(f'{words} {span(c)}' for c, words in shown)}."
-    caption = "Best guidance: the minimum of a quadratic of log score in log guidance; * the highest tried is the best, and the best may lie beyond."
+    caption = "Best guidance: the minimum of a quadratic of log score in log guidance. *: the highest tried; the best may lie beyond."
     large = sorted({width for *_, width in highest})
+    tried = f"Scales tried: {', '.join(f'{g:g}' for g in data.guidances)}; inside 1.5 only."
+    if large:
+        sizes = ", ".join(f"w{width}" for width in large)
+        tried += f" {len(highest)} of {count} best ones are the highest tried, of {sizes}: a handicap for these."
     limits = (
-        f"Scales tried: {', '.join(f'{g:g}' for g in data.guidances)}; inside 1.5 only."
-        + f" {len(highest)} of {count} best ones are the highest tried, of {', '.join(f'w{w}' for w in large)}: a handicap for these."
-        * bool(large),
+        tried,
         "A Frechet distance rewards variety, which guidance reduces; with a score of pictures one by one the answer may be another.",
     )
     head = ("training FLOPs", "Euler steps", *(f"w{width}" for width in data.widths))
@@ -269,16 +280,14 @@ def training(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) ->
             some = [c for c in own if c.cost == cost]
             good, bad = (sum(c.stable and c.side == side for c in some) for side in (-1, 1))
             said.append(f"better at cost {cost:g} in {good} of {len(some)} cases and worse in {bad}")
-        text = f"Against undistilled models of the same total training FLOPs, distilled ones are {', '.join(said)}; the others are undecided."
+        text = f"Against undistilled models of the same total training FLOPs, students are {', '.join(said)}; the others are undecided."
         interval = f"{own[-1].text}: {span(own[-1])}."
     head = ("budget and student", f"cost {UNIT:g}", f"cost {MEI_COST:g}")
     keys = dict.fromkeys((c.budget, c.who) for c in own)
-    rows = [
-        (f"{short(budget)}, {who}", *(next((span(c) for c in own if (c.budget, c.who, c.cost) == (budget, who, cost)), "") for cost in (UNIT, MEI_COST)))
-        for budget, who in keys
-    ]  # fmt: skip
+    spans = {(c.budget, c.who, c.cost): span(c) for c in own}
+    rows = [(f"{short(b)}, {who}", *(spans.get((b, who, cost), "") for cost in (UNIT, MEI_COST))) for b, who in keys]
     limits = (
-        "Undistilled scores at a total between two budgets are interpolated, straight in log-log; above the largest budget the last slope goes on.",
+        "Undistilled scores at a total between two budgets are interpolated in log-log; above the largest the last slope goes on.",
         "The images to be drawn are not counted. The more there are, the less the training of a student matters.",
     )
     caption = "Best score over the undistilled one's of the same total training FLOPs."
@@ -298,9 +307,10 @@ def free(data: Data, claims: Sequence[Claim], parts: Sequence[Data] = ()) -> Ans
     text = f"At the same cost, {'; '.join(said)}; the others are undecided or unstable." if said else FEW
     interval = "; ".join(f"{c.text}: {span(c)}" for c in own[-1:]) + "." * bool(own)
     limits = (
-        "Widths are compared at one sampling (Euler, 16 steps, the smallest guidance), reuse at 8 and 16 steps of Euler and two guidances, with "
-        "a sampling without reuse that costs at most as much, not the same.",
-        "FLOPs saved by reuse are not seconds: [evaluate.md](evaluate.md) has both for a larger model. Students were sampled without either.",
+        "Widths are compared at one sampling (Euler, 16 steps, the smallest guidance), reuse at 8 and 16 steps of Euler and two guidances, "
+        "with a sampling without reuse that costs at most as much, not the same.",
+        "FLOPs saved by reuse are not seconds: [evaluate.md](evaluate.md) has both for a larger model.",
+        "Students were sampled without either.",
     )
     return Answer(5, text, interval, ("", (), ()), limits, own, bool(own))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.study import measure
-from benchmarks.study.select import Data, Family, middle, short, undistilled
+from benchmarks.study.select import Data, Family, middle, undistilled
 
 CHEAP, UNIT, SMALL_COST, MEI_COST = 0.25, 1.0, 3.0, 7.5  # relative costs; the last two of Mei et al.'s statements
 OUT, TIMES = 0.1, 20  # share of the records left out, and how often
@@ -21,8 +21,8 @@ class Claim:
     """A number of one answer. `null`: what it would be if there were nothing to claim: 0 of an exponent, 1 of a ratio."""
 
     answer: int  # 1 to 5
-    kind: str  # what it compares, the same at all budgets
-    text: str
+    kind: str  # what it compares
+    text: str  # the same at all budgets, and of one claim only
     draws: np.ndarray
     null: float = 1.0
     who: str = ""  # objective or sampler that it is about
@@ -90,7 +90,7 @@ def claims(data: Data) -> list[Claim]:
     for budget in data.budgets:
         own = [*_best_size(data, budget), *_distilled(data, budget), *_guidance(data, budget)]
         own += [*_training(data, budget), *_free(data, budget)]
-        found += [dataclasses.replace(c, budget=budget, text=f"budget {short(budget)}, {c.text}") for c in own]
+        found += [dataclasses.replace(c, budget=budget) for c in own]
     return sorted((c for c in found if not math.isnan(c.value)), key=lambda claim: claim.answer)
 
 
@@ -154,7 +154,7 @@ def _training(data: Data, budget: float):
 def _free(data: Data, budget: float):
     for width, draws in measure.widths_of_ema(data, budget).items():
         yield Claim(5, "EMA", f"EMA width {width:g} made afterwards: score over the kept one's", draws)
-    text = "Euler with half of the blocks reused: score over that without reuse at the same cost"
+    text = "half of the blocks reused: score over that without at the same cost"
     yield Claim(5, "reuse", text, measure.reused(data, budget))
 
 
@@ -165,10 +165,9 @@ def remakes(data: Data, times: int = TIMES) -> list[Data]:
 
 def remade(data: Data, parts: Sequence[Data]) -> list[Claim]:
     """The claims with what becomes of each in `parts`."""
-    again, lost = [{claim.text: claim for claim in claims(part)} for part in parts], (math.nan,) * 3
-    return [
-        dataclasses.replace(
-            c, remade=tuple((p[c.text].value, *p[c.text].interval) if c.text in p else lost for p in again)
-        )
-        for c in claims(data)
-    ]
+    again, lost = [{(c.budget, c.text): c for c in claims(part)} for part in parts], (math.nan,) * 3
+    found = []
+    for claim in claims(data):
+        there = [part.get((claim.budget, claim.text)) for part in again]
+        found.append(dataclasses.replace(claim, remade=tuple((c.value, *c.interval) if c else lost for c in there)))
+    return found

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study import measure
 from benchmarks.study.answers import Answer
-from benchmarks.study.claim import MEI_COST, UNIT, main_students
+from benchmarks.study.claim import MEI_COST, UNIT, Claim, main_students
 from benchmarks.study.select import Data, Family, middle, short, undistilled
 from dit_jax.scaling.report import axes
 
@@ -127,19 +127,20 @@ LOOKS = {
 }
 
 
-def label_of(text: str, many: bool) -> str:
-    """What a row of a forest is called: without what all rows share."""
-    budget, _, rest = text.partition(", ")
-    for word in (
-        ": best score guided over unguided",
-        ": score over the kept one's",
-        ": score over that without reuse at the same cost",
-    ):
-        rest = rest.replace(word, "")
-    rest = rest.replace("Euler with half of the blocks reused", "half of the blocks reused").replace(
-        " made afterwards", ""
-    )
-    return f"{budget.removeprefix('budget ')}, {rest}" if many else rest
+SHARED = (
+    ": best score guided over unguided",
+    ": score over the kept one's",
+    ": score over that without at the same cost",
+    " made afterwards",
+)
+
+
+def label_of(claim: Claim, many: bool) -> str:
+    """What a row of a forest is called: without what the caption says."""
+    text = claim.text
+    for words in SHARED:
+        text = text.replace(words, "")
+    return f"{short(claim.budget)}, {text}" if many else text
 
 
 def forest(data: Data, answer: Answer) -> Figure:
@@ -154,7 +155,7 @@ def forest(data: Data, answer: Answer) -> Figure:
         axis.plot([claim.value], [y], linestyle="none", label=None if claim.verdict in seen else claim.verdict, **look)
         seen.add(claim.verdict)
     axis.axvline(1.0, color="0.3", linewidth=1)
-    axis.set_yticks(range(len(rows)), [label_of(claim.text, len(data.budgets) > 1) for claim in rows], fontsize=9)
+    axis.set_yticks(range(len(rows)), [label_of(claim, len(data.budgets) > 1) for claim in rows], fontsize=9)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axes.scale(axis, "x", "ratio of scores, with over without", [1.0, *(v for c in rows for v in c.interval)])
     axes.legend(figure)

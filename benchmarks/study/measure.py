@@ -36,8 +36,11 @@ def best_sizes(data: Data, family: Family, costs: np.ndarray) -> np.ndarray | No
 
 
 def law(data: Data, family: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(coefficients, exponents) of best size = k cost^x, draws each, and the costs (k,) used: those run, from one call of the largest size to
-    where nothing improves any more, at which the best size as measured lies inside the ladder."""
+    """(coefficients, exponents) of best size = k cost^x, draws each, and the costs (k,) used.
+
+    These are the costs run, from one call of the largest size to where nothing improves any more, at which the best size as measured lies
+    inside the ladder.
+    """
     costs = data.costs(family)
     sizes = best_sizes(data, family, costs) if len(costs) else None
     if sizes is None:
@@ -80,8 +83,10 @@ def small_against_large(data: Data, before: Family, after: Family, relative: flo
 
 
 def speedup(data: Data, after: Family, steps: int = FEW) -> np.ndarray:
-    """How many times cheaper (1 + resamples, widths) than its teacher a student of so many steps draws: the lowest cost that its teacher ran
-    for the same score, over its own; inf: the teacher has no score as good, nan: not recorded."""
+    """How many times cheaper (1 + resamples, widths) than its teacher a student of so many steps draws.
+
+    The lowest cost that its teacher ran for the same score, over its own; inf: the teacher has no score as good; nan: not recorded.
+    """
     runs, found = data.runs(undistilled(after.budget)) or {}, np.full((1 + data.resamples, len(data.widths)), np.nan)
     points = [p for p in data.points(after) if p.steps == steps]
     for column, width in enumerate(data.widths):
@@ -144,7 +149,7 @@ def widths_of_ema(data: Data, budget: float) -> dict[float, np.ndarray]:
 
 
 def reused(data: Data, budget: float) -> np.ndarray:
-    """Mean over teachers of the score with reused blocks over their best without, of the same FLOPs an image or less and the same guidance."""
+    """Mean over teachers of the score with reused blocks over their best without, of no more FLOPs an image and the same guidance."""
     ratios = []
     for point in (p for p in data.points(Family(budget, sampler="euler", reuse="any")) if p.reuse):
         plain = data.table(undistilled(budget, guidance=(point.guidance,)), np.array([point.flops]))

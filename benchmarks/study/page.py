@@ -9,11 +9,11 @@ from benchmarks.study import claim, decide, figures, summary
 from benchmarks.study.answers import ANSWERS
 from benchmarks.study.cells import Cell, config_of, make_cells
 from benchmarks.study.records import read, same_protocols
-from benchmarks.study.select import RESAMPLES, Data, short
+from benchmarks.study.select import RESAMPLES, Data, short, undistilled
 from benchmarks.study.table import STUDIES
 from benchmarks.study.work import missing
 from dit_jax.error import UsageError
-from dit_jax.files import make_folder, write_file
+from dit_jax.files import delete, make_folder, write_file
 from dit_jax.scaling.report import axes
 
 TITLES = {"digits": "Digits, by class", "scenes": "Scenes, by caption"}
@@ -27,11 +27,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def claim_rows(claims: Sequence[claim.Claim]) -> list[tuple]:
     """A row for each claim: with the ends of its intervals when a tenth of the records was left out."""
-    found = []
+    found, many = [], len({one.budget for one in claims}) > 1
     for one in claims:
         ends = (min(r[1] for r in one.computed), max(r[2] for r in one.computed)) if one.computed else ()
         low, high = one.interval
-        found.append((one.answer, one.text, f"{one.value:z.2f}", f"{low:z.2f} to {high:z.2f}",
+        found.append((one.answer, f"{short(one.budget)}, " * many + one.text, f"{one.value:z.2f}", f"{low:z.2f} to {high:z.2f}",
                       " to ".join(f"{end:z.2f}" for end in ends), one.remakes, one.verdict))  # fmt: skip
     return found
 
@@ -43,6 +43,7 @@ def part(name: str, records: list[dict], folder: str, resamples: int, times: int
     claims = claim.remade(data, parts)
     answers = [answer(data, claims, parts) for answer in ANSWERS]
     pairs = decide.rows(data, data.study)
+    teachers = [p for budget in data.budgets for p in data.points(undistilled(budget))]
     drawn = {f"{name}_0.png": figures.scores(data) if (picks := summary.picks(data)) else None}
     for answer in answers:
         drawn[f"{name}_{answer.number}.png"] = figures.FIGURES[answer.number](data, answer) if answer.drawn else None
@@ -50,14 +51,15 @@ def part(name: str, records: list[dict], folder: str, resamples: int, times: int
         path = os.path.join(folder, file)
         if figure is not None:
             write_file(path, axes.png(figure))
-        elif os.path.exists(path):
-            os.remove(path)
+        else:
+            delete(path)
     return {
         "name": name,
         "title": TITLES[name],
         "metric": data.metric,
         "unit": short(data.unit),
-        "samplings": sorted({(p.steps, p.guidance) for b in data.budgets for p in data.points(summary.undistilled(b))}),
+        "steps": sorted({int(p.steps) for p in teachers}),
+        "guidances": [f"{g:g}" for g in sorted({p.guidance for p in teachers})],
         "limit": summary.limit(data),
         "status": summary.status(data),
         "sizes": summary.sizes(data.study),

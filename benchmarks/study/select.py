@@ -1,10 +1,10 @@
 """The records of one kind of data: the best score of each size within each sampling budget, at one training budget.
 
-A family is what is compared within: a budget, teachers or students of one objective and share, and how their images are drawn. Only settings
-that were run count: the score of a size within a cost is its best at that cost or below, so curves are steps. (The wing's frontier is straight
-between the costs tried.) The lowest of noisy scores is too low, the more so the more were tried. So each redraw adds noise z of the score's own
-error to choose settings and sizes, and takes it off to report their scores: log score + z and log score - z have independent errors ("data
-fission", Leiner et al. 2023, arXiv 2112.11079, section 2.2).
+A family is what is compared within: a budget, teachers or students of one objective and share, and how their images are drawn. Only
+settings that were run count: the score of a size within a cost is its best at that cost or below, so curves are steps. (The wing's frontier
+is straight between the costs tried.) The lowest of noisy scores is too low, the more so the more were tried. So each redraw adds noise z of
+the score's own error to choose settings and sizes, and takes it off to report their scores: log score + z and log score - z have
+independent errors ("data fission", Leiner et al. 2023, arXiv 2112.11079).
 """
 
 import dataclasses

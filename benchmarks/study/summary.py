@@ -9,7 +9,7 @@ from benchmarks.study import decide, measure
 from benchmarks.study.answers import find, ratio, span
 from benchmarks.study.cells import Cell, Study, config_of
 from benchmarks.study.claim import CHEAP, MEI_COST, SMALL_COST, UNIT, Claim, main_students
-from benchmarks.study.select import Data, Family, middle, short, undistilled
+from benchmarks.study.select import Data, Family, short, undistilled
 from dit_jax import flops
 
 PICKED = (0.05, CHEAP, UNIT, SMALL_COST, MEI_COST)
@@ -58,8 +58,9 @@ def status(data: Data) -> list[str]:
         f"{len(data.budgets)} of {len(study.budgets)} training budgets ({', '.join(map(short, data.budgets))}), "
         f"{len({n['seed'] for n in notes})} of {study.seeds} seeds.",
         f"Euler for {len(of['euler'])} of {len(study.sizes)} sizes, DPM-Solver++ for {second}.",
-        f"{len(done)} of {len(pairs)} orders of the best two sizes were scored again with {study.decisive:,} images; "
-        f"{sum(row[-1] == 'holds' for row in done)} hold.",
+        f"{len(done) or 'None'} of {len(pairs)} orders of the best two sizes scored again with {study.decisive:,} images"
+        + f"; {sum(row[-1] == 'holds' for row in done)} hold." * bool(done)
+        + "." * (not done),
         f"{few}: if large sizes lose, it may be for want of training.",
     ]
 
@@ -90,10 +91,12 @@ def picks(data: Data) -> list[tuple]:
             for some in ([size], [i for i in range(len(data.widths)) if i != size])
         )
         regret = ratio(np.exp(best_of(*others) - best_of(*own))) if np.isfinite(others[0]).any() else ""
-        second = np.where(np.arange(chosen.shape[2]) == size, np.inf, chosen[0].min(axis=0)).argmin()
-        value, low, high = (math.exp(x) for x in middle(best))
-        found.append((f"{relative:g}", short(relative * data.unit), f"w{data.widths[size]}, {families[family].title.partition(',')[0]}",
-                      f"{point.steps:g}", f"{point.guidance:g}", f"{value:.2f} ({low:.2f} to {high:.2f})", f"w{data.widths[second]}", regret))  # fmt: skip
+        second = np.where(np.arange(chosen.shape[2]) == size, np.inf, chosen[0].min(axis=0))
+        named = f"w{data.widths[second.argmin()]}" if np.isfinite(second).any() else "none can draw"
+        measured = ratio(np.exp(np.log(point.score) - data.noise(point)))
+        what = f"w{data.widths[size]}, {families[family].title.partition(',')[0]}"
+        numbers = f"{relative:g}", short(relative * data.unit), what, f"{point.steps:g}", f"{point.guidance:g}"
+        found.append((*numbers, measured, ratio(np.exp(best)), named, regret))
     return found
 
 
@@ -125,7 +128,8 @@ def compared(data: Data, claims: Sequence[Claim]) -> list[tuple[str, str]]:
     return [
         (f"At cost {SMALL_COST:g} the 83M model, second smallest of eleven, has the best FID.",
          f"Best at cost {SMALL_COST:g}: {winner}. Largest over best smaller: {span(edge)}."),
-        ("Distillation to 4 steps makes sampling about 5 times cheaper for every size.", f"Times cheaper, by size: {'; '.join(folds) or 'not recorded'}."),
+        ("Distillation to 4 steps makes sampling about 5 times cheaper for every size.",
+         f"Times cheaper, by size: {'; '.join(folds) or 'not recorded'}."),
         ("At cost 7 to 8 the undistilled 83M model equals the distilled 866M model, the ninth of eleven.",
          f"Undistilled second smallest over distilled largest at cost {MEI_COST:g}: {equal}; 1 = equal."),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import os
+import types
 from pathlib import Path
 
 import threadpoolctl
@@ -27,6 +28,11 @@ beartype_package(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from dit_jax.devices import memory  # noqa: E402
+
+memory.gc = types.SimpleNamespace(
+    collect=lambda: 0
+)  # it takes seconds here, and tests/test_restore.py measures elsewhere
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -75,14 +81,32 @@ def uninterrupted(tmp_path_factory, data_dir, cache_dir):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """What this process trains, evaluates and samples in the file runs on one device: its programs compile sooner than for eight."""
+    from dit_jax.config import MeshConfig
+    from dit_jax.devices.mesh import make_mesh
+    from dit_jax.evaluation import run as evaluation
+    from dit_jax.sampling import run as sampling
+    from dit_jax.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        for job in (evaluation, sampling):
+            patch.setattr(job, "drawing_mesh", lambda weights: make_mesh(MeshConfig(), jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_objects():
-    """`checkpoint.load` collects garbage: half a second each time, if it looks through all that tests have left and imported."""
+    """What a file leaves is freed once, at its end; Python's own collections need not look through what tests keep and have imported."""
     gc.collect()
     gc.freeze()
 
 
 LONGEST_FIRST = ("test_sweep", "test_evaluate", "test_guard", "test_kills", "test_peers", "test_sample", "test_seams")
+LONGEST_FIRST += ("test_few_steps", "test_superres", "test_study", "test_launch", "test_in_step", "test_average")
+LONGEST_FIRST += ("test_checkpoint", "test_reuse", "test_train", "test_text")
 
 
 def pytest_collection_modifyitems(items):

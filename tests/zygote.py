@@ -16,12 +16,24 @@ import time
 import traceback
 import warnings
 
+import filelock  # noqa: F401
 import jax
+import tensorboardX.event_file_writer
+import tensorboardX.summary  # noqa: F401
 
 import dit_jax.bench.measure
 import dit_jax.checkpoint
 import dit_jax.data.pipeline
+import dit_jax.evaluation.in_run
 import dit_jax.evaluation.scores
+import dit_jax.job.hosts
+import dit_jax.job.launch
+import dit_jax.job.launcher
+import dit_jax.networks.caption_states
+import dit_jax.networks.encoding
+import dit_jax.networks.transfer
+import dit_jax.sampling.run
+import dit_jax.training.loop
 import dit_jax.training.step
 
 
@@ -89,6 +101,7 @@ def answer(request: dict) -> object:
 
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*fork.*")
+    assert not jax._src.xla_bridge.backends_are_initialized()  # each child has its own devices
     gc.freeze()  # children neither look through what is imported here nor copy its pages
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)

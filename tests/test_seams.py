@@ -1,6 +1,7 @@
 """What it costs to add something: each is registered here, outside the package, and works without another line."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -58,15 +59,15 @@ def test_a_sampler_is_one_function_and_one_row(cfg, monkeypatch):
 
     monkeypatch.setitem(samplers.SAMPLERS, "midpoint", samplers.Sampler(midpoint, evaluations, accepts=(Flow,)))
     chosen = dataclasses.replace(cfg, sample=SampleConfig(sampler="midpoint", steps=3, guidance=2.0))
-    sampling = open_sampling(chosen, make_mesh(chosen.mesh))
-    params = make_state(chosen, make_mesh(chosen.mesh)).params
+    mesh = make_mesh(chosen.mesh, jax.devices()[:1])
+    sampling, params = open_sampling(chosen, mesh), make_state(chosen, mesh).params
     ((images, labels),) = sampling.images(params, 0, 20)
     assert images.shape == (20, 8, 8, 1) and labels.max() < 10
     assert sampling.flops == 12 * flops.forward_flops(chosen.model)  # 3 steps, 2 evaluations, guided
     assert sampling.describe(weights_hash(params), 0, 0)["sample.sampler"] == "midpoint"
     chain = dataclasses.replace(chosen, diffusion=DiffusionConfig())
     with pytest.raises(UsageError, match=r"sample.sampler: found .midpoint. for DDPM, expected a flow"):
-        open_sampling(chain, make_mesh(chain.mesh))
+        open_sampling(chain, mesh)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_field_of_cond_is_one_row_and_its_arithmetic(cfg, kind, monkeypatch):
     monkeypatch.setitem(conditioning.FIELDS, "style", row)
     jax.clear_caches()  # `init` of this config was compiled without the field
     chosen = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, conditioning=kind, depth=2))
-    mesh = make_mesh(chosen.mesh)
+    mesh = make_mesh(chosen.mesh, jax.devices()[:1])
     state = make_state(chosen, mesh)
     assert state.params["style_embedding"]["table"]["embedding"].shape == (4, 16)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == flops.parameters(chosen.model)
@@ -124,6 +125,7 @@ def slow_copy(cfg):
 
 def test_an_objective_is_one_row_and_what_it_keeps_is_saved_sharded_and_verified(cfg, tmp_path, monkeypatch):
     monkeypatch.setitem(objective.OBJECTIVES, "flow", slow_copy)
+    monkeypatch.setattr(loop, "make_train_step", functools.cache(make_train_step))  # the second run has the first one's
     chosen = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=4, fsdp=2))
     state = abstract_state(chosen, make_mesh(chosen.mesh))
     kernel = state.extras["blocks"]["mlp"]["fc1"]["kernel"]
@@ -150,7 +152,7 @@ def test_a_model_without_labels_trains_and_is_sampled(cfg, kind):
     """cond is {}: no table, no null class, guidance 1 only."""
     model = dataclasses.replace(cfg.model, classes=0, conditioning=kind)
     chosen = dataclasses.replace(cfg, model=model)
-    mesh = make_mesh(chosen.mesh)
+    mesh = make_mesh(chosen.mesh, jax.devices()[:1])
     state = make_state(chosen, mesh)
     assert "label_embedding" not in state.params
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == flops.parameters(model)

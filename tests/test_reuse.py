@@ -1,6 +1,7 @@
 """Facts about the reuse of outputs of blocks between calls: the plan, what is computed, its cost, and the calibration of a checkpoint."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -20,15 +21,19 @@ from dit_jax.sampling import draw, reuse
 
 TINY = dict(depth=3, width=16, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
 WORDS = dict(text="bytes", text_length=8)
-KINDS = {
-    "adaln_zero": {}, "adaln": {}, "in_context": {}, "cross_attention": {}, "adaln_cross": WORDS, "dual_stream": WORDS,
-}  # fmt: skip
+KINDS = {"adaln_zero": {}, "in_context": {}, "adaln_cross": WORDS, "dual_stream": WORDS}
+SLOW = [pytest.param(kind, {}, marks=pytest.mark.slow) for kind in ("adaln", "cross_attention")]
 
 
+@functools.cache
 def weights(model):
     """Initial weights and noise, so that no gate and no output is zero."""
-    params, keys = dit.init(model, jax.random.key(0)), iter(jax.random.split(jax.random.key(1), 200))
-    return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), params)
+
+    def draw():
+        params, keys = dit.init(model, jax.random.key(0)), iter(jax.random.split(jax.random.key(1), 200))
+        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), params)
+
+    return jax.jit(draw)()
 
 
 def settings(**sample):
@@ -46,10 +51,10 @@ def images(sampling, params, num=16):
     return np.concatenate([images for images, _ in sampling.images(params, 3, num)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_fresh_is_not_computed(kind):
+@pytest.mark.parametrize(("kind", "more"), [*KINDS.items(), *SLOW])
+def test_what_is_not_fresh_is_not_computed(kind, more):
     """All fresh: the plain output. Nothing fresh: the kept outputs, whatever the weights of attention and MLP; the rest is of this call."""
-    model = ModelConfig(**TINY, conditioning=kind, **KINDS[kind])
+    model = ModelConfig(**TINY, conditioning=kind, **more)
     params, t = weights(model), jnp.full(2, 300.0)
     x, cond = (
         jax.random.normal(jax.random.key(2), (2, 8, 8, 1)),
@@ -58,7 +63,7 @@ def test_what_is_not_fresh_is_not_computed(kind):
     on = {part: jnp.ones(3, bool) for part in flops.part_macs(model)}
     off = {part: jnp.zeros(3, bool) for part in on}
     run = jax.jit(lambda *arguments: dit.apply_reusing(model, *arguments))
-    plain = dit.apply(model, params, x, t, cond)
+    plain = jax.jit(dit.apply, static_argnums=0)(model, params, x, t, cond)
     out, kept = run(params, x, t, cond, dit.kept_outputs(model, 2, 16), on)
     np.testing.assert_allclose(out, plain, atol=1e-5)
     again, still = run(params, x, t, cond, kept, off)
@@ -99,7 +104,10 @@ def test_a_plan_that_reuses_nothing_gives_the_same_bits(mesh):
     assert dataclasses.replace(one, plan=nothing).flops == full.flops
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "euler_maruyama"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["heun", "dpmpp_2m", "ddpm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddim", "euler", "euler_maruyama"))],
+)  # fmt: skip
 def test_every_sampler_keeps_what_the_calls_put_out(mesh, sampler):
     """The program with a plan, but all computed: the images of the plain one, to rounding; and the plan is read call by call."""
     cfg = settings(sampler=sampler, steps=4, guidance=2.0, interval=(0.3, 0.8))
@@ -136,9 +144,10 @@ def test_the_changes_are_those_of_the_modules_outputs(mesh):
     found = sampling.changes(params, 32, 3)
     keys = draw.image_keys(3, jnp.arange(32))
     x, cond = draw.draw_noise(keys, 0, (8, 8, 1)), {"label": jnp.arange(32) % 10}
+    apply, seen_by = jax.jit(dit.apply, static_argnums=0), jax.jit(lambda *a: dict(dit.activations(cfg.model, *a)))
     before, times = None, np.linspace(1, 0, 6)
     for call, (t, s) in enumerate(itertools.pairwise(times)):
-        seen = dict(dit.activations(cfg.model, params, x, jnp.full(32, 1000 * t), cond))
+        seen = seen_by(params, x, jnp.full(32, 1000 * t), cond)
         outputs = {
             "attention": [seen[f"blocks[{i}]/attention/proj"] for i in range(3)],
             "mlp": [seen[f"blocks[{i}]/mlp/fc2"] for i in range(3)],
@@ -148,7 +157,7 @@ def test_the_changes_are_those_of_the_modules_outputs(mesh):
                 change = np.linalg.norm(output - before[part][layer]) / np.linalg.norm(output)
                 assert found[part][call, layer] == pytest.approx(float(change), rel=1e-3)
         before = outputs
-        x = x + (s - t) * dit.apply(cfg.model, params, x, jnp.full(32, 1000 * t), cond)
+        x = x + (s - t) * apply(cfg.model, params, x, jnp.full(32, 1000 * t), cond)
 
 
 def test_images_with_a_plan_are_the_same_bits_on_two_devices(mesh):

@@ -102,13 +102,15 @@ def test_batches_hold_low_resolution_images_of_what_the_model_sees(data_dir):
 # The model
 
 
-@pytest.mark.parametrize("kind", ["adaln_zero", "in_context", "cross_attention"])
+@pytest.mark.parametrize(
+    "kind", ["adaln_zero", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("in_context", "cross_attention"))]
+)
 def test_a_model_begins_as_its_source_bit_for_bit(kind):
     """The low-resolution image then adds its enlarged patches times a kernel, whose gradient is not zero."""
     old = dataclasses.replace(MODEL, conditioning=kind)
     new = dataclasses.replace(old, superres=2)
     start = WarmStart(old, new, (0, 1, 2))
-    weights, fresh = weights_of(old), bind(new).init(random_key(5))
+    weights, fresh = weights_of(old), jax.jit(bind(new).init)(random_key(5))
     assert {name for name, how in start.kinds(fresh, weights).items() if how != TAKEN} == {LOW}
     assert start.kinds(fresh, weights)[LOW] == NEW
     begun = start.begin(fresh, weights)
@@ -116,7 +118,7 @@ def test_a_model_begins_as_its_source_bit_for_bit(kind):
     found = jax.jit(bind(new).apply)(begun, x, t, cond)
     np.testing.assert_array_equal(found, jax.jit(bind(old).apply)(weights, x, t, {"label": cond["label"]}))
 
-    grads = jax.grad(lambda params: jnp.square(bind(new).apply(params, x, t, cond)).mean())(begun)
+    grads = jax.jit(jax.grad(lambda params: jnp.square(bind(new).apply(params, x, t, cond)).mean()))(begun)
     assert np.abs(grads["low_embedding"]["kernel"]).max() > 1e-3
 
 
@@ -124,7 +126,7 @@ def test_the_low_resolution_image_is_enlarged_and_adds_to_the_patches():
     """By cubic interpolation as Pillow's of floats, patch by patch."""
     params, cond = weights_of(TWICE), conditions()
     inputs = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2), cond
-    found = dict(dit.activations(TWICE, params, *inputs))["low_embedding"]
+    found = jax.jit(lambda *a: dict(dit.activations(TWICE, *a))["low_embedding"])(params, *inputs)
     for low, tokens in zip(np.asarray(cond["low"]), np.asarray(found), strict=True):
         big = np.asarray(Image.fromarray(low[..., 0], "F").resize((8, 8), Image.Resampling.BICUBIC))
         patches = [

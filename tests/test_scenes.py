@@ -17,7 +17,7 @@ from dit_jax.metrics import composition
 
 TOKENS = functools.partial(byte_tokens, length=64)
 DATA = DataConfig(dataset="scenes", image_size=16, cache=False, workers=0)
-SOME = 1500
+SOME = 600
 
 
 @pytest.fixture(scope="module")

@@ -169,23 +169,23 @@ class Wish(NamedTuple):
     relation: int = NONE
 
 
+def _thing(found: re.Match, which: str = "", place: str | None = None) -> Thing:
+    where = PLACES.index(place) if place else NONE
+    return Thing(DIGITS.index(found[f"digit{which}"]), list(COLOURS).index(found[f"colour{which}"]), where)
+
+
 def parse(caption: str) -> Wish:
     """What a caption of scenes asks for. Raises UsageError for other text."""
-
-    def thing(found: re.Match, which: str = "", place: str | None = None) -> Thing:
-        where = PLACES.index(place) if place else NONE
-        return Thing(DIGITS.index(found[f"digit{which}"]), list(COLOURS).index(found[f"colour{which}"]), where)
-
     if found := _COUNTED.fullmatch(caption):
         count = next(n for n, word in COUNTS.items() if word == found["count"])
-        return Wish("counting", [thing(found)] * count)
+        return Wish("counting", [_thing(found)] * count)
     if found := _RELATED.fullmatch(caption):
-        return Wish("relation", [thing(found, "1"), thing(found, "2")], NAMES.index(found["relation"]))
+        return Wish("relation", [_thing(found, "1"), _thing(found, "2")], NAMES.index(found["relation"]))
     listed = [_LISTED.fullmatch(part) for part in re.split(", | and ", caption)]
     if not all(listed) or len(listed) not in LISTS or len({part["place"] is None for part in listed}) > 1:
         some = "'red three left of blue seven', 'two green fives', 'red three top left and blue seven bottom right'"
         raise UsageError(f"caption: found {caption!r}, expected one such as {some}")
-    things = [thing(part, place=part["place"]) for part in listed]
+    things = [_thing(part, place=part["place"]) for part in listed]
     return Wish("place" if len(things) == 1 and listed[0]["place"] else LISTS[len(things)], things)
 
 

@@ -19,7 +19,9 @@ from dit_jax.sampling import draw, guide
 from dit_jax.scaling.frontier.points import load_points
 from dit_jax.workdir.folder import make_folder
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SMALL = dict(width=16, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
+APPLY = jax.jit(dit.apply, static_argnums=0)
 
 
 def made(folder, depth, key, steps=(5,), **diffusion):
@@ -29,8 +31,9 @@ def made(folder, depth, key, steps=(5,), **diffusion):
     cfg = dataclasses.replace(cfg, sample=sample, data=dataclasses.replace(cfg.data, image_size=8))
     make_folder(str(folder), "config.json", cfg)
     (folder / "checkpoints").mkdir()
+    fresh = jax.jit(lambda: dit.init(cfg.model, jax.random.key(0)))()
     for step in steps:
-        draws, fresh = np.random.default_rng(key + step), dit.init(cfg.model, jax.random.key(0))
+        draws = np.random.default_rng(key + step)
         noise = functools.partial(lambda draws, w: draws.normal(0, 0.1, w.shape).astype(w.dtype), draws)
         params = jax.tree.map(lambda w, noise=noise: w + noise(w), fresh)
         checkpoint.write_weights(str(folder), step, cfg.model, params, {})
@@ -65,7 +68,7 @@ def test_images_are_those_of_both_models_by_hand(runs):
     small = ModelConfig(**SMALL, depth=1)
     for t in (1.0, 0.75, 0.5, 0.25):
         time = jnp.full(16, 1000 * t)
-        c, u = dit.apply(cfg.model, params, x, time, labels), dit.apply(small, other, x, time, labels)
+        c, u = APPLY(cfg.model, params, x, time, labels), APPLY(small, other, x, time, labels)
         x = x - 0.25 * (u + 2 * (c - u))
     assert np.abs(found.astype(int) - draw.to_uint8(np.asarray(x))).max() <= 1
     assert sampling.flops == 4 * (flops.forward_flops(cfg.model) + flops.forward_flops(small))
@@ -146,7 +149,7 @@ def test_records_of_every_way_are_points_of_one_frontier(runs, data_dir):
     workdir, cfg, weak = runs
     none = dict(loss=False, samples=80, bootstrap=0)
     grids = (
-        dict(interval=((0.0, 1.0), (0.3, 0.8)), rescale=(0.0, 0.7)),
+        dict(interval=((0.0, 1.0), (0.3, 0.8)), rescale=(0.7,)),
         dict(guide=(str(weak),)),
         dict(reuse=(0.6,)),
     )
@@ -154,13 +157,13 @@ def test_records_of_every_way_are_points_of_one_frontier(runs, data_dir):
         record for grid in grids for record in evaluation.run(axes(cfg, **none, **grid), str(workdir), quiet=True)
     ]
     forward = flops.forward_flops(cfg.model)
-    assert [r["flops_sample"] for r in records[:4]] == [8 * forward] * 2 + [6 * forward] * 2
-    assert records[4]["flops_sample"] == 4 * (forward + flops.forward_flops(ModelConfig(**SMALL, depth=1)))
-    assert 0.55 * 8 * forward < records[5]["flops_sample"] < 0.65 * 8 * forward
-    assert records[4]["protocol"]["guide"]["run"] == "weak" and records[5]["protocol"]["samples"]["reuse"] == 0.6
-    assert set(records[5]["reuse"]["computed"]) == {"attention", "mlp"} and "reuse" not in records[0]
+    assert [r["flops_sample"] for r in records[:2]] == [8 * forward, 6 * forward]
+    assert records[2]["flops_sample"] == 4 * (forward + flops.forward_flops(ModelConfig(**SMALL, depth=1)))
+    assert 0.55 * 8 * forward < records[3]["flops_sample"] < 0.65 * 8 * forward
+    assert records[2]["protocol"]["guide"]["run"] == "weak" and records[3]["protocol"]["samples"]["reuse"] == 0.6
+    assert set(records[3]["reuse"]["computed"]) == {"attention", "mlp"} and "reuse" not in records[0]
     points = load_points(str(workdir), "fd_digits", sampled=True)
-    assert len({point.sampling for point in points}) == 6
+    assert len({point.sampling for point in points}) == 4
     assert {point.sampling for point in points} >= {
         "euler, 4 steps, linspace, interval 0.3 to 0.8, rescale 0.7, guidance 2", "euler, 4 steps, linspace, reuse 0.6, guidance 2",
     }  # fmt: skip

@@ -41,12 +41,13 @@ def records(workdir):
 
 
 def test_one_record_per_checkpoint_and_protocol(workdir, cache_dir):
-    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
+    command = [f"--workdir={workdir}", "--config.eval.samples=70", "--at=50,60"]
+    code, _, err = run("evaluate", *command, cache_dir=cache_dir)
     assert code == 0, err
     first = records(workdir)
-    assert sorted(r["step"] for r in first) == [40, 40, 50, 50, 60, 60]
-    assert len({(r["step"], r["protocol_id"]) for r in first}) == 6
-    code, _, err = run("evaluate", f"--workdir={workdir}", "--config.eval.samples=70", cache_dir=cache_dir)
+    assert sorted(r["step"] for r in first) == [50, 50, 60, 60]
+    assert len({(r["step"], r["protocol_id"]) for r in first}) == 4
+    code, _, err = run("evaluate", *command, cache_dir=cache_dir)
     assert code == 0 and records(workdir) == first
 
 
@@ -296,7 +297,7 @@ def test_a_run_without_checkpoints(workdir, tmp_path, cache_dir):
     assert code == 2 and "found no checkpoint, expected one; train the run first" in err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_loss_does_not_depend_on_batches_or_devices(workdir, dtype):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
@@ -373,7 +374,7 @@ def test_evaluate_killed_and_stopped_while_it_samples_goes_on_in_the_middle(work
 
 def test_a_grid_of_samplings_is_scored_once_each(workdir, tmp_path, cache_dir):
     workdir = copy_of(workdir, tmp_path)
-    grid = ["--config.eval.samplers=('euler','heun')", "--config.eval.steps=(3,)", "--config.eval.guidance=(1.0,2.5)"]
+    grid = ["--config.eval.samplers=('euler','heun')", "--config.eval.steps=(3,)"]
     grid.append("--config.sample.batch_size=16")  # several batches: the first does not count in seconds_sample
     command = [f"--workdir={workdir}", *grid, "--config.eval.weights=('ema','params')", "--config.eval.samples=70"]
     code, _, err = run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)
@@ -383,17 +384,14 @@ def test_a_grid_of_samplings_is_scored_once_each(workdir, tmp_path, cache_dir):
         for r in records(workdir)
         for p in [r["protocol"]]
     }
-    assert len(found) == len(records(workdir)) == 8
+    assert len(found) == len(records(workdir)) == 4
     assert "warning: eval.samples: 70 are few for 64 features: fd_digits is biased upwards" in err
     cost = flops.forward_flops(read_config(str(workdir)).model)
     for (_, sampler, steps, guidance), record in found.items():
         calls = {"euler": steps, "heun": 2 * steps - 1}[sampler]
-        assert record["flops_sample"] == calls * cost * (1 if guidance == 1 else 2)
+        assert guidance == 2 and record["flops_sample"] == 2 * calls * cost
     assert all(0 < record["seconds_sample"] < 10 for record in found.values())
-    assert len({record["metrics"]["fd_digits"] for record in records(workdir)}) == 8
-    before = (workdir / "eval" / "records.jsonl").read_bytes()
-    assert run("evaluate", *command, "--config.eval.loss=False", cache_dir=cache_dir, devices=1)[0] == 0
-    assert (workdir / "eval" / "records.jsonl").read_bytes() == before
+    assert len({record["metrics"]["fd_digits"] for record in records(workdir)}) == 4
 
 
 def test_partials_of_what_is_recorded_or_gone_are_dropped(tmp_path):

@@ -276,7 +276,10 @@ def test_positions_of_the_square_are_unchanged_and_other_grids_share_its_centre(
     np.testing.assert_allclose(odd[:, 0, 8], np.sin([0.5, 1.5, 2.5]), rtol=1e-6)  # rows, at the first frequency
 
 
-@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context", "cross_attention"])
+@pytest.mark.parametrize(
+    "conditioning",
+    ["adaln_zero", *(pytest.param(k, marks=pytest.mark.slow) for k in ("in_context", "cross_attention"))],
+)
 def test_flops_of_every_shape(conditioning):
     small = ModelConfig(depth=2, width=256, heads=4, input_size=16, classes=10, unroll=2, conditioning=conditioning)
     params = dit.init(small, jax.random.key(0))

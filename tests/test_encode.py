@@ -110,7 +110,7 @@ def test_the_notes_say_what_the_latents_are(plain, network, data_dir):
     assert info.autoencoder_sha256 == json.loads((network[0] / "meta.json").read_text())["sha256"]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_latents_are_bitwise_those_of_other_device_counts(plain, network, tmp_path, cache_dir, devices):
     once = [f"--split={TRAIN}", "--config.data.workers=0"]
     code, _, err = run("encode", *command(network, tmp_path, *FLOATS, *once), cache_dir=cache_dir, devices=devices)

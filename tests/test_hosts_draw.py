@@ -99,6 +99,7 @@ def test_hosts_that_differ_and_another_jobs_file_are_refused_by_all(alone, unint
     assert (tmp_path / "a.npz").read_bytes() == (alone / "a.npz").read_bytes() and os.listdir(tmp_path) == ["a.npz"]
 
 
+@pytest.mark.slow
 def test_hosts_with_other_data_are_refused_by_all(uninterrupted, tmp_path, data_dir, cache_dir):
     shutil.copytree(uninterrupted, tmp_path / "run")
     flags = [f"--workdir={tmp_path / 'run'}", "--at=60", "--config.eval.max_images=40"]
@@ -109,7 +110,7 @@ def test_hosts_with_other_data_are_refused_by_all(uninterrupted, tmp_path, data_
     assert not (tmp_path / "run" / "eval").exists()
 
 
-@pytest.mark.parametrize("fsdp,tensor", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("fsdp,tensor", [pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_weights_that_are_split_draw_and_score_the_same(uninterrupted, fsdp, tensor):
     cfg = read_config(str(uninterrupted))
     cfg = dataclasses.replace(cfg, sample=SampleConfig(sampler="euler", steps=4, guidance=2.0))

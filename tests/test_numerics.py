@@ -67,6 +67,7 @@ def test_64_bits_are_refused_before_a_checkpoint_is_read(tmp_path):
                 action()
 
 
+@pytest.mark.slow
 def test_a_job_in_64_bits_exits_2_and_writes_nothing(tmp_path, data_dir, cache_dir):
     command = [sys.executable, "-m", "dit_jax.train", *train(tmp_path / "w")]
     env = environment(cache_dir) | {"JAX_ENABLE_X64": "1"}

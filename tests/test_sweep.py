@@ -357,7 +357,7 @@ def test_too_few_samples_are_refused_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("kind", ["in_context", "cross_attention"])
+@pytest.mark.parametrize("kind", ["in_context", pytest.param("cross_attention", marks=pytest.mark.slow)])
 def test_cells_of_captions_are_evaluated_with_them(kind, tmp_path):
     """Sizes share the held-out captions, and each cell has the loss of its captions at every step that is asked."""
     c = load_config(f"configs/scenes_isoflop.py:{kind}")

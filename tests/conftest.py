@@ -30,9 +30,7 @@ import pytest  # noqa: E402
 
 from dit_jax.devices import memory  # noqa: E402
 
-memory.gc = types.SimpleNamespace(
-    collect=lambda: 0
-)  # it takes seconds here, and tests/test_restore.py measures elsewhere
+memory.gc = types.SimpleNamespace(collect=lambda: 0)  # it takes seconds here; tests/test_restore.py measures elsewhere
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

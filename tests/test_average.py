@@ -26,6 +26,7 @@ from dit_jax.training import loop
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.records import read_records
 
+pytestmark = pytest.mark.usefixtures("one_device")
 MODEL = ModelConfig(depth=2, width=16, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
 OPTIM = OptimConfig(
     learning_rate=3e-3, ema="power", ema_width=0.08, ema_tracks=(0.05, 0.1), snapshot_every=8, warmup_steps=5

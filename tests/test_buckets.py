@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from dit_jax.training.state import make_state
 from dit_jax.training.step import make_train_step
 from dit_jax.workdir.records import read_records
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SHAPES = ((8, 8), (8, 12), (12, 4))
 SIZES = ((20, 20), (18, 30), (40, 14), (24, 16))  # (h, w) of pictures; the last is nearest to the square
 TRAINED, STEPS, BATCH = SHAPES[:2], 6, 8  # in runs, as each shape takes seconds to compile
@@ -312,21 +314,28 @@ def few(cfg):
 
 
 @pytest.fixture(scope="module")
-def trained(few, tmp_path_factory, cache_dir):
-    """(workdir, records, compiled programs) of a run that was stopped at half its steps and resumed."""
-    workdir = str(tmp_path_factory.mktemp("run") / "run")
-    half = dataclasses.replace(few, train=dataclasses.replace(few.train, steps=STEPS // 2))
-    loop.run(half, workdir, quiet=True)
-    loop.run(few, workdir, quiet=True)
+def whole(few, tmp_path_factory):
+    """(workdir, compiled programs) of a run in one go. Not to be changed: copy it."""
+    workdir = str(tmp_path_factory.mktemp("run") / "whole")
+    with compilations() as names:
+        loop.run(few, workdir, quiet=True)
+    return workdir, names
+
+
+@pytest.fixture(scope="module")
+def trained(few, whole, tmp_path_factory):
+    """(workdir, records) of a run that was stopped at half its steps and resumed."""
+    workdir = str(shutil.copytree(whole[0], tmp_path_factory.mktemp("run") / "run"))
+    shutil.rmtree(checkpoint.path_of(workdir, STEPS))
+    assert loop.run(few, workdir, quiet=True) == STEPS // 2
     return workdir, evaluate(few, workdir, quiet=True)
 
 
-def test_a_resumed_run_has_the_weights_of_one_in_one_go(few, trained, tmp_path):
-    with compilations() as names:
-        loop.run(few, str(tmp_path / "whole"), quiet=True)
+def test_a_resumed_run_has_the_weights_of_one_in_one_go(few, whole, trained):
+    workdir, names = whole
     shapes = {image.shape for image in batches(few.data, STEPS, seed=few.train.seed)}
     assert names.count("jit(step)") == len(shapes) > 1  # one for each bucket that was met
-    one, other = (checkpoint.load(workdir, STEPS, "params")[1] for workdir in (trained[0], str(tmp_path / "whole")))
+    one, other = (checkpoint.load(folder, STEPS, "params")[1] for folder in (trained[0], workdir))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 

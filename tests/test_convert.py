@@ -1,6 +1,7 @@
 """The job `convert` and what it stands on: strict reading of published names, whole folders, nothing done twice or over."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -26,10 +27,14 @@ from dit_jax.workdir import manifest
 TINY = ModelConfig(depth=2, width=16, heads=2, patch=2, input_size=8, channels=3, classes=5)
 
 
+@functools.cache
+def shapes_of(cfg):
+    return jax.eval_shape(lambda: dit.init(cfg, jax.random.key(0)))
+
+
 def random_params(cfg=TINY, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: dit.init(cfg, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 8, shapes)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 8, shapes_of(cfg))
 
 
 def read_dit(arrays, heads=2):

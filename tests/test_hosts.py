@@ -17,7 +17,7 @@ from dit_jax.config import Config, MeshConfig, ModelConfig, to_dict
 from dit_jax.devices import processes
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
-from dit_jax.training.state import abstract_state, make_state
+from dit_jax.training.state import abstract_state
 from dit_jax.workdir.folder import flatten
 from dit_jax.workdir.records import read_records
 
@@ -133,7 +133,7 @@ SLOW = [pytest.param(axes, (1, 2, 4), marks=pytest.mark.slow) for axes in ((1, 8
 def test_a_checkpoint_of_8_devices_restores_on_fewer_and_back_bit_for_bit(axes, counts, tmp_path):
     model = ModelConfig(depth=1, width=16, heads=2, input_size=8, channels=1, classes=10)
     cfg, eight = Config(model=model), make_mesh(MeshConfig(*axes))
-    state = dataclasses.replace(filled(make_state(cfg, eight)), step=jax.numpy.int32(3))
+    state = dataclasses.replace(filled(abstract_state(cfg, eight)), step=jax.numpy.int32(3))
     keep(state.items(), tmp_path / "8", model)
     for count in counts:
         few = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:count])

@@ -1,6 +1,5 @@
 """`sample` and `evaluate` on several hosts, here processes on loopback: the same bits for any number; kills, stops, hosts that differ."""
 
-import dataclasses
 import itertools
 import os
 import shutil
@@ -15,7 +14,7 @@ from runs import other_digits
 from test_hosts import free_address
 
 from dit_jax import checkpoint
-from dit_jax.config import MeshConfig, SampleConfig
+from dit_jax.config import MeshConfig
 from dit_jax.data.pipeline import load_arrays
 from dit_jax.devices import rows
 from dit_jax.devices.mesh import make_mesh
@@ -113,7 +112,6 @@ def test_hosts_with_other_data_are_refused_by_all(uninterrupted, tmp_path, data_
 @pytest.mark.parametrize("fsdp,tensor", [pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_weights_that_are_split_draw_and_score_the_same(uninterrupted, fsdp, tensor):
     cfg = read_config(str(uninterrupted))
-    cfg = dataclasses.replace(cfg, sample=SampleConfig(sampler="euler", steps=4, guidance=2.0))
     images, cond = jax.tree.map(lambda x: x[:40], load_arrays(cfg.data, "test"))
     found = []
     for mesh in (make_mesh(MeshConfig()), make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))):

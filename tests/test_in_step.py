@@ -144,9 +144,10 @@ def test_the_encoder_is_an_argument_of_the_step_and_no_part_of_its_state(network
     assert one.as_text() == other.as_text()
     assert len(jax.tree.leaves(one.in_avals)) == len(jax.tree.leaves((state, batch, encoder.weights)))
     assert "decoder" not in encoder.weights[0] and all(w.is_fully_replicated for w in jax.tree.leaves(encoder.weights))
-    state = make_state(cfg, mesh_of(cfg))
+    one_device, (source,) = make_mesh(MeshConfig(), jax.devices()[:1]), open_splits(cfg, TRAIN)
     batch["image"]["pixels"][3] = np.nan
-    assert find_layer(cfg, state, batch, encoder) == "the first output that is not finite is that of the encoder"
+    found = find_layer(cfg, make_state(cfg, one_device), batch, encoder_of(source, one_device))
+    assert found == "the first output that is not finite is that of the encoder"
 
 
 def macs(jaxpr):
@@ -227,24 +228,32 @@ def test_it_resumes_bitwise_from_an_encoder_that_moved_and_not_with_another(whol
         np.testing.assert_equal(a[name], b[name])
 
 
+WRONG = [
+    (
+        ["--config.autoencoder.folder="],
+        "autoencoder.folder: found none with data.encode = 'in_step', expected a folder",
+    ),
+    (["--config.data.latents=/some"], "data.latents: found '/some', expected none with data.encode = 'in_step'"),
+    (["--config.data.encode=later"], "data.encode: found 'later', expected one of precomputed, in_step"),
+    (
+        ["--config.model.channels=8"],
+        "makes latents of side 4 with 4 channels from images of 8 pixels, but the model's",
+    ),
+    (["--config.data.image_size=16"], "makes latents of side 8 with 4 channels from images of 16 pixels"),
+    (["--config.data.image_size=9"], "data.image_size: found 9, expected a multiple of 2"),
+]
+
+
 @pytest.mark.parametrize(
-    "more, message",
+    "check, more, message",
     [
-        (
-            ["--config.autoencoder.folder="],
-            "autoencoder.folder: found none with data.encode = 'in_step', expected a folder",
+        *(([], *wrong) for wrong in WRONG),
+        *(
+            pytest.param(["--check"], *wrong, marks=[pytest.mark.slow] * (i not in (0, 3)))
+            for i, wrong in enumerate(WRONG)
         ),
-        (["--config.data.latents=/some"], "data.latents: found '/some', expected none with data.encode = 'in_step'"),
-        (["--config.data.encode=later"], "data.encode: found 'later', expected one of precomputed, in_step"),
-        (
-            ["--config.model.channels=8"],
-            "makes latents of side 4 with 4 channels from images of 8 pixels, but the model's",
-        ),
-        (["--config.data.image_size=16"], "makes latents of side 8 with 4 channels from images of 16 pixels"),
-        (["--config.data.image_size=9"], "data.image_size: found 9, expected a multiple of 2"),
     ],
 )
-@pytest.mark.parametrize("check", [["--check"], []])
 def test_bad_input_is_one_line_and_exit_2(network, tmp_path, cache_dir, more, message, check):
     command = [*arguments(tmp_path / "run", network, IN_STEP, *more), *check]
     code, _, err = run("train", *command, cache_dir=cache_dir)

@@ -1,6 +1,7 @@
 """`train --init`: what a new run takes from other weights, that it resumes without them, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -39,15 +40,20 @@ from dit_jax.workdir.folder import check_same_init, read_init
 from dit_jax.workdir.records import append_record
 from dit_jax.workdir.scalars import read_lines
 
+pytestmark = pytest.mark.usefixtures("one_device")
 MODEL = ModelConfig(depth=1, width=16, heads=2, patch=2, input_size=8, channels=1, classes=3, learn_sigma=False)
 TABLE, KERNEL, OUTPUT = "label_embedding/table/embedding", "patch_embedding/kernel", "output/linear/kernel"
+
+
+@functools.cache
+def shapes_of(cfg):
+    return jax.eval_shape(lambda: bind(cfg).init(random_key(0)))
 
 
 def weights_of(cfg, seed=7):
     """Weights without the zeros that a model begins with."""
     draw = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: bind(cfg).init(random_key(0)))
-    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 0.3, leaf.shape), jnp.float32), shapes_of(cfg))
 
 
 def warm(rows=(0, 1, 2), null_trained=True, old=MODEL, **changes):
@@ -187,6 +193,14 @@ def cfg(data_dir):
     return dataclasses.replace(SMALL, data=DataConfig(data_dir=data_dir))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    """Runs of one config in this file share the program of their step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", functools.cache(make_train_step))
+        yield
+
+
 @pytest.fixture(scope="module")
 def source(cfg, tmp_path_factory):
     """A run of 2 steps."""
@@ -212,7 +226,13 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=4)], ids=["data", "fsdp"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(), marks=pytest.mark.slow, id="data"),
+        pytest.param(MeshConfig(data=2, fsdp=4), id="fsdp"),
+    ],
+)
 def test_the_state_begins_with_the_source_s_ema_where_the_mesh_keeps_it(mesh, cfg, source, tmp_path):
     cfg = dataclasses.replace(cfg, mesh=mesh)
     placed = make_mesh(mesh)
@@ -231,7 +251,7 @@ def test_the_state_begins_with_the_source_s_ema_where_the_mesh_keeps_it(mesh, cf
 
 @pytest.mark.slow
 def test_the_first_step_is_one_from_the_source_s_weights_and_the_first_images(cfg, source, begun):
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
     _, ema = checkpoint.load(source)
     ema = jax.device_get(ema)
     state = dataclasses.replace(make_state(cfg, mesh), params=ema, ema=jax.tree.map(np.copy, ema))
@@ -377,21 +397,19 @@ def test_the_wing_says_that_compute_lies_elsewhere_and_mixes_no_such_runs(cfg, s
         load_runs(folders[:1])
 
 
-def test_the_command_line(source, begun, tmp_path, cache_dir):
-    new = ["--config=configs/digits.py", *TINY, f"--workdir={tmp_path / 'new'}"]
-    same = ["--config.model.depth=1"]
+def test_the_command_line(uninterrupted, begun, tmp_path, cache_dir):
+    source = uninterrupted
+    new = ["--config=configs/digits.py", *TINY, f"--workdir={tmp_path / 'new'}", "--config.train.steps=1"]
     for more, code, said in (
         (["--init_step=2", "--check"], 2, "--init_step: found 2 without --init, expected both, or neither"),
-        ([f"--init={source}", "--check"], 2, "model.depth: found 2, expected 1"),
+        ([f"--init={source}", "--config.model.depth=1", "--check"], 2, "model.depth: found 1, expected 2"),
         (["--init=/mnt/away/run", "--check"], 0, "--init=/mnt/away/run"),
-        ([f"--init={source}", *same, "--config.train.steps=1"], 0, "taken:"),
+        ([f"--init={source}"], 0, "taken:"),
     ):
         found, _, err = run("train", *new, *more, cache_dir=cache_dir)
         assert found == code and said in err, err
         assert (tmp_path / "new").exists() == ("taken:" in err)
-    code, _, err = run(
-        "train", *new, *same, "--config.train.steps=1", f"--init={begun}", "--check", cache_dir=cache_dir
-    )
+    code, _, err = run("train", *new, f"--init={begun}", "--check", cache_dir=cache_dir)
     assert code == 2 and f"found --init={begun}, expected {source}" in err
 
 

@@ -1,6 +1,7 @@
 """Evaluation while a run trains: the record that `evaluate` would make, of weights that are not copied, and training's own bits."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -187,8 +188,9 @@ def scoring(calls, stop_at=None):
     return make
 
 
-def test_the_loop_scores_every_so_many_steps_and_the_last(data_dir, tmp_path):
+def test_the_loop_scores_every_so_many_steps_and_the_last(data_dir, tmp_path, monkeypatch):
     """A stop meanwhile saves that very step, which the same command scores when it goes on. The training is the same, bit for bit."""
+    monkeypatch.setattr(loop, "make_train_step", functools.cache(loop.make_train_step))  # four runs, two programs
     cfg = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, steps=6))
     plain = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, evaluate_every=0))
     assert loop.run(plain, str(tmp_path / "plain"), quiet=True) == 6

@@ -44,11 +44,7 @@ def evaluated(folder, uninterrupted, cfg):
 
 def test_a_metric_from_outside_is_measured_and_recorded(uninterrupted, tmp_path, monkeypatch):
     cfg = read_config(str(uninterrupted))
-    cfg = dataclasses.replace(
-        cfg,
-        eval=dataclasses.replace(cfg.eval, samples=70, loss=False, bootstrap=0),
-        sample=dataclasses.replace(cfg.sample, steps=2),
-    )
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=70, loss=False, bootstrap=0))
     plain = evaluated(tmp_path / "plain", uninterrupted, cfg)
     for row in (LIGHT, SURE, ELSEWHERE):
         monkeypatch.setitem(METRICS, row.name, row)

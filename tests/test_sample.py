@@ -1,6 +1,7 @@
 """Sampling that is killed, stopped, damaged and resumed, with other batches and devices: the same images, exactly N of them."""
 
 import dataclasses
+import functools
 import os
 import random
 import re
@@ -133,21 +134,25 @@ def images_of(workdir, num=70, devices=1, batch_size=16, first=0, seed=3, dtype=
     return drawn_of(workdir, np.arange(first, num), devices, batch_size, seed, dtype, stop)
 
 
+@functools.cache
+def weights(workdir):
+    return checkpoint.load(str(workdir))[1]
+
+
 def drawn_of(workdir, indices, devices=1, batch_size=16, seed=3, dtype="float32", stop=()):
     cfg = read_config(str(workdir))
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
-    _, params = checkpoint.load(str(workdir))
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     sampling = draw.open_sampling(dataclasses.replace(cfg, sample=settings), mesh)
-    return sampling.draw(params, seed, indices, len(indices), stop)
+    return sampling.draw(weights(workdir), seed, indices, len(indices), stop)
 
 
 def job_of(workdir, batch_size=64, **changes):
     settings = SampleConfig(sampler="euler", steps=4, batch_size=batch_size)
     cfg = dataclasses.replace(read_config(str(workdir)), sample=settings)
-    _, params = checkpoint.load(str(workdir))
-    return draw.open_sampling(cfg, make_mesh(MeshConfig())).describe(weights_hash(params), 10, 3) | changes
+    sampling = draw.open_sampling(cfg, make_mesh(MeshConfig()))
+    return sampling.describe(weights_hash(weights(workdir)), 10, 3) | changes
 
 
 def complete(workdir, out, num, stop=(), job=None, **drawing):

@@ -14,6 +14,7 @@ from dit_jax.evaluation.run import run as evaluate
 from dit_jax.training import loop
 from dit_jax.workdir.records import read_records
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CLASSES = 3
 
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from job import die, run, start
+from job import die, run
 
 from dit_jax import flops
 from dit_jax.config import SweepConfig, resolve
@@ -94,9 +94,8 @@ def swept(tmp_path_factory, data_dir, cache_dir):
     (workdir / "compiled").symlink_to(cache_dir)  # the sweep's own cache: here what all tests compiled
     with open(os.path.join(foreign.workdir, "thesis.txt"), "w") as f:
         f.write("mine")
-    process = start("sweep", file(workdir.parent, few), f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
-    _, said = process.communicate()
-    assert process.returncode == 1, said
+    code, _, said = run("sweep", file(workdir.parent, few), f"--workdir={workdir}", cache_dir=cache_dir, devices=1)
+    assert code == 1, said
     return cfg, workdir, said
 
 
@@ -252,8 +251,9 @@ def planted(record):
     return record
 
 
-def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cache_dir, capsys):
-    """Finished cells do not run again; with a budget more, each run goes on from its last step."""
+def test_a_sweep_concludes_and_goes_on_to_a_further_budget(curves, tmp_path, cache_dir, capsys, monkeypatch):
+    """Finished cells do not run again; with a budget more, each run goes on from its last step. The page is looked at above."""
+    monkeypatch.setattr(ladder.report, "save", lambda path, page: path)
     cfg, workdir, _ = curves
     workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
     for path in Path(workdir).rglob("records.jsonl"):

@@ -1,12 +1,14 @@
 """Models of the states of a frozen encoder: the same states on every road, exact FLOPs, null conditions, and what is refused."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from foreign import write_encoder
+from runs import saved
 from test_text import config, model
 from test_text_encoders import BERT, T5, TEXT, drawn
 
@@ -24,6 +26,7 @@ from dit_jax.sampling.prompt import Asked, Prompts
 from dit_jax.training import loop
 from dit_jax.workdir.folder import check_same_run, read_config
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CFGS = {"bert": BERT, "clip": TEXT, "t5": T5}
 
 
@@ -113,12 +116,20 @@ def states_config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def trained(folder_of, tmp_path_factory):
-    """(config, folder of a run that was stopped once)."""
+    """(config, folder of a run)."""
     cfg, workdir = states_config(folder_of("bert")), str(tmp_path_factory.mktemp("states") / "run")
-    half = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=2))
-    assert loop.run(half, workdir, quiet=True) == 2
-    assert loop.run(cfg, workdir, quiet=True) == 2
+    assert loop.run(cfg, workdir, quiet=True) == 4
     return cfg, workdir
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_the_same_bits(trained, tmp_path):
+    cfg, workdir = trained
+    copy = str(shutil.copytree(workdir, tmp_path / "copy"))
+    shutil.rmtree(checkpoint.path_of(copy, 4))
+    assert loop.run(cfg, copy, quiet=True) == 2
+    one, other = saved(workdir, 4), saved(copy, 4)
+    jax.tree.map(np.testing.assert_array_equal, *({k: v for k, v in s.items() if k != "meta"} for s in (one, other)))
 
 
 def test_a_run_keeps_its_encoder_and_is_scored(trained, folder_of):

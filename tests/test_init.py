@@ -397,19 +397,21 @@ def test_the_wing_says_that_compute_lies_elsewhere_and_mixes_no_such_runs(cfg, s
         load_runs(folders[:1])
 
 
-def test_the_command_line(uninterrupted, begun, tmp_path, cache_dir):
-    source = uninterrupted
-    new = ["--config=configs/digits.py", *TINY, f"--workdir={tmp_path / 'new'}", "--config.train.steps=1"]
+def test_the_command_line(source, begun, tmp_path, cache_dir):
+    new = ["--config=configs/digits.py", *TINY, f"--workdir={tmp_path / 'new'}"]
+    same = ["--config.model.depth=1"]
     for more, code, said in (
         (["--init_step=2", "--check"], 2, "--init_step: found 2 without --init, expected both, or neither"),
-        ([f"--init={source}", "--config.model.depth=1", "--check"], 2, "model.depth: found 1, expected 2"),
+        ([f"--init={source}", "--check"], 2, "model.depth: found 2, expected 1"),
         (["--init=/mnt/away/run", "--check"], 0, "--init=/mnt/away/run"),
-        ([f"--init={source}"], 0, "taken:"),
+        ([f"--init={source}", *same, "--config.train.steps=1"], 0, "taken:"),
     ):
         found, _, err = run("train", *new, *more, cache_dir=cache_dir)
         assert found == code and said in err, err
         assert (tmp_path / "new").exists() == ("taken:" in err)
-    code, _, err = run("train", *new, f"--init={begun}", "--check", cache_dir=cache_dir)
+    code, _, err = run(
+        "train", *new, *same, "--config.train.steps=1", f"--init={begun}", "--check", cache_dir=cache_dir
+    )
     assert code == 2 and f"found --init={begun}, expected {source}" in err
 
 

@@ -14,6 +14,7 @@ from dit_jax.diffusion.objective import make_objective
 from dit_jax.job.launch import load_config
 from dit_jax.sweep.ladder import make_cell
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 VERSION = 1  # of the table below: records of another are refused
 SNAPSHOTS = 4  # of the EMA tracks until the smallest budget
 
@@ -120,7 +121,7 @@ def _base(study: Study) -> Config:
     """The config that the cells of a study begin with."""
     key = study.config, repr(study.changes)
     if key not in _BASES:
-        values = load_config(study.config)
+        values = load_config(os.path.join(ROOT, study.config))  # a notebook runs in another folder
         for group, changes in study.changes.items():
             values[group].update(changes)
         _BASES[key] = resolve(values)

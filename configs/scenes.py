@@ -23,7 +23,7 @@ def get_config(conditioning="adaln_cross"):
     c.diffusion.update(process="flow", prediction="x", time_law="logit_normal", logit_std=1.2, shift=4.0)
     c.data.update(dataset="scenes", image_size=16, cache=False)
     c.optim.update(learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, clip=1.0, ema="power", ema_width=0.1)
-    c.train.update(steps=6500, batch_size=64, log_every=100, checkpoint_every=500)
+    c.train.update(steps=6900, batch_size=64, log_every=100, checkpoint_every=500)
     c.sample.update(sampler="heun", steps=10, guidance=3.0, batch_size=128)
     c.eval.update(samples=1000, features="scenes", max_images=1024)
     return c

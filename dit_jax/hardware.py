@@ -111,7 +111,9 @@ CHIPS = {
 WHOLE_PRODUCTS = {
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false"
 }  # gradients are scattered after their product
-OPTIONS = {"TPU v5 lite": WHOLE_PRODUCTS, "TPU v5e": WHOLE_PRODUCTS, "TPU v6": WHOLE_PRODUCTS}
+# XLA drops optimization barriers of a CPU program before it fuses operations. Each layer then adds up what all layers before it have added.
+FENCED = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+OPTIONS = {"cpu": FENCED, "TPU v5 lite": WHOLE_PRODUCTS, "TPU v5e": WHOLE_PRODUCTS, "TPU v6": WHOLE_PRODUCTS}
 
 
 class Target(NamedTuple):

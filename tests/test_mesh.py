@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from dit_jax import hardware
 from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, model_config
 from dit_jax.devices import mesh as meshes
 from dit_jax.devices import processes
@@ -311,3 +313,19 @@ def test_hosts_that_share_rows_are_refused():
 
     with pytest.raises(UsageError, match=r"mesh.tensor: found 8, expected a divisor of the 4 devices of one host"):
         meshes.check_batch(TwoHosts, 16)
+
+
+def test_on_a_cpu_no_layer_computes_the_layers_before_it_again(monkeypatch):
+    """The finding barriers_fence_nothing_on_cpu: the widest fusion of an unrolled model must not grow with its depth."""
+
+    def widest(depth):
+        cfg = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, width=16, depth=depth, unroll=depth))
+        mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        text = make_train_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch(cfg)).compile().as_text()
+        assert ("opt-barrier(" in text) == bool(hardware.OPTIONS.get("cpu"))
+        return max(call.count("%") for call in re.findall(r" fusion\(([^)]*)\), kind=kLoop", text))
+
+    fenced = widest(4)
+    assert fenced == widest(2)
+    monkeypatch.delitem(hardware.OPTIONS, "cpu")
+    assert widest(4) > fenced

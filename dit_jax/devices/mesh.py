@@ -277,6 +277,7 @@ def placer(mesh, dtype: str) -> Callable:
     sums them over the mesh, which takes twice the time for XL/2 on v3-8.) Gradients are reduce-scattered to the weights' shards.
     Modulation weights stay split.
     "condition", vectors (b, d): gathered over the devices that a layer's weights are split over.
+    "fence": kept in memory on a CPU, where each operation that reads them would compute them again, see `hardware.FENCED`.
     """
     both = [name for name, axis in AXES.items() if axis.batch and axis.weights]
     rows = NamedSharding(mesh, P(tuple(name for name in batch_axes() if name not in both)))
@@ -295,6 +296,7 @@ def placer(mesh, dtype: str) -> Callable:
     rules = {
         "weights": lambda tree: jax.tree_util.tree_map_with_path(whole, tree),
         "condition": lambda c: jax.lax.with_sharding_constraint(c, rows),
+        "fence": jax.lax.optimization_barrier if compiler_options(mesh) is hardware.FENCED else lambda arrays: arrays,
     }
     return lambda name, arrays: rules[name](arrays)
 

@@ -56,6 +56,7 @@ class AdaptiveBlock(nn.Module):
     def __call__(self, x, c):
         cfg, dtype, (c, tokens, mask, angles, _) = self.cfg, jnp.dtype(self.cfg.dtype), c
         norm, mlp = LAYERS[cfg.block]
+        x = self.place("fence", x)
 
         def attend(x, shift, scale):
             h = lambda block: _attention(Attention, cfg, "attention")(modulate(norm(x), shift, scale), angles=angles)  # noqa: E731
@@ -92,6 +93,7 @@ class PlainBlock(nn.Module):
     def __call__(self, x, c):
         cfg, dtype, within = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.conditioning == "in_context"
         kind, mlp = LAYERS[cfg.block]
+        x = self.place("fence", x)
 
         def attend(block):
             h = Norm(dtype, kind, name="norm1")(x)
@@ -141,7 +143,7 @@ class DualBlock(Stream):
         self.text = Stream(self.cfg, self.place)
 
     def __call__(self, both, c):
-        (x, text), n = both, both[0].shape[1]
+        (x, text), n = self.place("fence", both), both[0].shape[1]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c.vector)
         of_text = self.text.modulation(c.vector)
 
@@ -243,7 +245,8 @@ def apply(
 
     `cond`: see `conditioning`; bare labels (b,) in 0 to K (K = null) stand for {"label": labels}. With `cfg.learn_sigma` the last half
     of c_out is the learned-range variance. On several devices, `place(name, arrays)` lays out arrays by name: "weights", a tree of one
-    layer's weights; "condition", vectors (b, d) that are multiplied by weights which stay split. Raises UsageError if a field is missing.
+    layer's weights; "condition", vectors (b, d) that are multiplied by weights which stay split; "fence", arrays that are computed once.
+    Raises UsageError if a field is missing.
     """
     ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}

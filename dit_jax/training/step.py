@@ -1,5 +1,6 @@
 """One training step: a pure function, and its compiled, sharded form."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -56,8 +57,9 @@ def train_step(cfg: Config, model: Model, state: TrainState, batch: dict) -> tup
     (loss, parts), grads = gradients(objective, model, state.params, state.extras, points, cfg.optim.accumulate)
     done = state.step - state.guard.skipped  # updates so far
     with jax.named_scope("optimizer"):
-        updates, opt = make_optimizer(cfg.optim, cfg.train.steps).update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        fence = functools.partial(model.place, "fence")
+        updates, opt = fence(make_optimizer(cfg.optim, cfg.train.steps).update(fence(grads), state.opt, state.params))
+        params = fence(optax.apply_updates(state.params, updates))
         ema = update_ema(state.ema, params, ema_decay(cfg.optim, done))
         widths = dict(zip(track_names(cfg.optim), cfg.optim.ema_tracks, strict=True))
         tracks = {name: update_ema(state.tracks[name], params, power_decay(widths[name], done)) for name in widths}

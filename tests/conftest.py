@@ -80,6 +80,22 @@ def uninterrupted(tmp_path_factory, data_dir, cache_dir):
 
 
 @pytest.fixture(scope="module")
+def only_server():
+    """The server of object storage of a file's tests (tests/bucket.py)."""
+    from bucket import leading_here
+
+    with leading_here(buckets={"test": "US-CENTRAL1", "my-bucket": "EU"}, page=7) as server:
+        yield server
+
+
+@pytest.fixture
+def server(only_server):
+    """One server for the file, empty for each test: clients in C++ keep the first address that they meet."""
+    only_server.empty()
+    return only_server
+
+
+@pytest.fixture(scope="module")
 def one_device():
     """What this process trains, evaluates and samples in the file runs on one device: its programs compile sooner than for eight."""
     from dit_jax.config import MeshConfig

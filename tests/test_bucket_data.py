@@ -46,12 +46,6 @@ def only_server():
         yield server
 
 
-@pytest.fixture
-def server(only_server):
-    only_server.empty()
-    return only_server
-
-
 def there(server, prefix=""):
     """Name -> bytes of the objects under a prefix."""
     return {name[len(prefix) :]: data for name, (_, data) in server.buckets["test"].items() if name.startswith(prefix)}

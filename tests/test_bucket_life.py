@@ -14,7 +14,7 @@ from bucket import environment
 from job import Job, run
 from runs import STEPS, assert_same_run, train
 from sklearn.datasets import load_digits
-from test_bucket import only_server, scored, server  # noqa: F401 - fixtures
+from test_bucket import scored
 from test_encode import DATA, MODEL, save_vae
 
 from dit_jax.data.latents import open_latents
@@ -43,7 +43,7 @@ def get_config():
 """
 
 
-def killed(job, arguments, cache_dir, server, moment):  # noqa: F811
+def killed(job, arguments, cache_dir, server, moment):
     """Whether the job was killed at `moment()`; if it ended before, it ended well."""
     process = Job(job, *arguments, cache_dir=cache_dir, environment=environment(server.address))
     end = time.monotonic() + 300
@@ -62,7 +62,7 @@ def without_places(content, place):
     return re.sub(r"/records(\.jsonl:\d+|/\d+-[0-9a-f]+\.json(:\d+)?)", "/records", content.decode().replace(place, ""))
 
 
-def test_a_life_in_a_bucket_is_that_on_disk(server, tmp_path, data_dir, cache_dir):  # noqa: F811
+def test_a_life_in_a_bucket_is_that_on_disk(server, tmp_path, data_dir, cache_dir):
     save_vae(tmp_path / "tiny", 0)
     (tmp_path / "ladder.py").write_text(LADDER)
     disk, there = tmp_path / "disk", "gs://test"

@@ -6,7 +6,7 @@ What the script sends to the workers is run there. Their job follows a plan, a w
 import os
 
 import pytest
-from test_launch import call
+from launched import call
 
 GCLOUD = r"""#!/bin/bash
 cd "$(dirname "$0")/.."

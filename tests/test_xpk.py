@@ -9,7 +9,7 @@ import shlex
 import subprocess
 
 import pytest
-from test_launch import GKE, JOB, call, dry
+from launched import GKE, JOB, call, dry
 
 from dit_jax import hardware
 from dit_jax.error import ERROR, INTERRUPTED, PEER_LOST, USAGE

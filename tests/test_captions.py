@@ -18,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 from bucket import leading_here
 from job import ROOT, run
-from test_folder import batches, config, refused, small, tar, written
+from photos import batches, config, refused, small, tar, written
 
 from dit_jax import files
 from dit_jax.config import DataConfig

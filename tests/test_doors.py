@@ -7,12 +7,12 @@ import time
 
 import jax
 import numpy as np
+import photos
 import pytest
 import tensorflow_datasets as tfds
-import test_folder
 from job import Job, run, steps_logged
+from photos import CLASSES, NETWORK, as_folder, as_parquet, as_tars, picture
 from runs import assert_same_run, saved, scalars, train
-from test_folder import CLASSES, NETWORK, as_folder, as_parquet, as_tars, picture
 from test_hosts import train_on
 from test_records import copy
 
@@ -37,12 +37,12 @@ def doors(tmp_path_factory):
     """Door -> the settings of `data` that open it, all with the same pictures; a mixture has some of them again, as another part."""
     root = tmp_path_factory.mktemp("doors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_folder, "rows", rows)
+        patch.setattr(photos, "rows", rows)
         forms = {"folder": as_folder, "tars": as_tars, "parquet": as_parquet}
         for name, write in forms.items():
             (root / name).mkdir()
             write(root / name)
-        test_folder.Pets(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
+        photos.Pets(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
     found = {name: {"folder": str(root / name)} for name in forms}
     found["tfds"] = {"dataset": "pets", "data_dir": str(root / "tfds")}
     copy(DataConfig(folder=str(root / "folder"), image_size=SIZE), root / "copy", shard_bytes=20_000)
@@ -51,7 +51,7 @@ def doors(tmp_path_factory):
     found["buckets"] = found["folder"] | {"buckets": ((8, 8), (8, 16), (16, 8)), "crop": "random"}
     found["mixture"] = {"mixture": ((3, f"folder={root}/tars"), (1, f"folder={root}/other"))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_folder, "rows", lambda split: [(a, f"x{b}", c) for a, b, c in rows(split)[::4]])
+        patch.setattr(photos, "rows", lambda split: [(a, f"x{b}", c) for a, b, c in rows(split)[::4]])
         (root / "other").mkdir()
         as_folder(root / "other")
     return found
@@ -65,7 +65,7 @@ def config(settings, **changes):
     return DataConfig(**{"image_size": SIZE, "flip": True, "cache": False, "workers": 0} | settings | changes)
 
 
-batches = functools.partial(test_folder.batches, batch_size=BATCH)
+batches = functools.partial(photos.batches, batch_size=BATCH)
 
 
 @pytest.mark.parametrize("door", SAME[1:])

@@ -17,9 +17,9 @@ import sklearn.datasets
 from array_record.python.array_record_module import ArrayRecordWriter
 from bucket import leading_here
 from job import Job, run
+from photos import batches, config, refused, small, tar, written
 from PIL import Image
 from test_captions import FORMS, in_every_form, words
-from test_folder import batches, config, refused, small, tar, written
 
 from dit_jax import files
 from dit_jax.config import Config, DataConfig, ModelConfig

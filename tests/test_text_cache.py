@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from encoders import BERT
 from job import run
-from test_folder import small, written
+from photos import small, written
 from test_text import config
-from test_text_encoders import BERT
 from test_text_states import encoded, folder_of  # noqa: F401
 
 from dit_jax import flops

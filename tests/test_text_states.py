@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoders import BERT, T5, TEXT, drawn
 from foreign import write_encoder
 from runs import saved
 from test_text import config, model
-from test_text_encoders import BERT, T5, TEXT, drawn
 
 from dit_jax import checkpoint, flops
 from dit_jax.bench import speed

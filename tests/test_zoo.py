@@ -7,10 +7,10 @@ import logging
 import jax
 import numpy as np
 import pytest
+from converted import TINY, random_params, same
 from foreign import write_diffusers_dit, write_vae
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_convert import TINY, random_params, same
 from test_vae import SMALL, drawn
 
 from dit_jax import checkpoint

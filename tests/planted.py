@@ -256,6 +256,10 @@ def _held(between: dict, truth: dict) -> dict:
     }
 
 
+def change(runs, **how):
+    return [Run(**{**vars(r), **{k: f(r) for k, f in how.items()}}) for r in runs]
+
+
 if __name__ == "__main__":
     studies = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     for name in sys.argv[2:] or DESIGNS:

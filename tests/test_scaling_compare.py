@@ -1,0 +1,210 @@
+"""Facts about comparisons of two ladders: planted crossings come back, and equal ladders are not told apart."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from planted import BUDGETS, study
+from test_scaling_metric import COMPUTE, LIANG, ladder
+
+from dit_jax.error import UsageError
+from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.fits import METHODS
+from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.frontier.compare import compare, ladder_of_fit, ladder_of_metric
+from dit_jax.scaling.frontier.metric import fit_metric
+
+A_LAW, B_LAW = PowerLaw(22.0, -0.15), PowerLaw(22.0 * 4e10**0.03, -0.18)  # cross at 4e10
+
+
+def side(name="a", law=A_LAW, noise=0.003, seed=0, protocol=None, **options):
+    found = ladder_of_fit(name, METHODS["isoflop"](study(noise=noise, seed=seed, loss=law), resamples=300, **options))
+    return found if protocol is None else type(found)(**vars(found) | {"protocol": protocol})
+
+
+def sheet(path, law, seed, noise=0.003) -> str:
+    rows = [f"{r.name},{r.params},{r.tokens},{r.flops},{r.loss}" for r in study(noise=noise, seed=seed, loss=law)]
+    path.write_text("\n".join(["run,params,tokens,flops,loss", *rows]))
+    return str(path)
+
+
+def test_the_crossing_of_two_ladders_is_found_within_its_interval():
+    found = compare(side("a"), side("b", B_LAW, seed=1), form="pure")
+    assert found["steeper"] == "b" and found["exponents"][0]["law"] == "L_opt_pure"
+    assert found["exponents"][0]["interval"][0] < -0.03 < found["exponents"][0]["interval"][1] < 0
+    assert (
+        found["crossing"]["lower"] == "b" and found["crossing"]["interval"][0] < 4e10 < found["crossing"]["interval"][1]
+    )
+    assert found["ratio_interval"][0] < B_LAW(found["common"]) / A_LAW(found["common"]) < found["ratio_interval"][1]
+    exact = compare(side("a", noise=0.0), side("b", B_LAW, noise=0.0), form="pure")
+    assert exact["crossing"]["flops"] == pytest.approx(4e10, rel=1e-5)
+    assert exact["exponents"][0]["difference"] == pytest.approx(-0.03, rel=1e-6)
+    swapped = compare(side("b", B_LAW, noise=0.0), side("a", noise=0.0), form="pure")
+    assert swapped["crossing"]["lower"] == "b" and swapped["crossing"]["flops"] == pytest.approx(4e10, rel=1e-5)
+
+
+def test_a_crossing_beyond_the_data_says_how_far():
+    late = PowerLaw(22.0 * 1.3e12**0.03, -0.18)  # crosses at ten times the largest budget
+    found = compare(side("a", noise=0.0), side("late", late, noise=0.0), form="pure")["crossing"]
+    assert found["lower"] == "late" and found["beyond"] == pytest.approx(1.3e12 / BUDGETS[-1], rel=1e-5)
+
+
+def test_equal_ladders_are_not_told_apart():
+    same, other = side("a", seed=3), side("b", seed=4)
+    found = compare(same, other, form="pure")
+    assert found["steeper"] == "" and found["exponents"][0]["interval"][0] < 0 < found["exponents"][0]["interval"][1]
+    assert math.isinf(found["crossing"]["interval"][1]) or found["crossing"]["interval"][1] > 1e3 * BUDGETS[-1]
+
+
+def test_equal_seeds_do_not_tie_two_ladders():
+    one = side("a", seed=0)
+    found = compare(one, one, form="pure")["exponents"][0]
+    width = one.laws["L_opt_pure"].exponent[1:].std()
+    assert found["interval"][1] - found["interval"][0] == pytest.approx(2 * 1.96 * math.sqrt(2) * width, rel=0.25)
+
+
+def _comparisons_cover(studies: int, resamples: int, two: PowerLaw = B_LAW) -> dict:
+    """How often the intervals of a comparison of two ladders (5 budgets x 5 sizes) hold the truth; how often a difference is known."""
+    hits: dict = {name: [] for name in ("loss", "N_opt", "D_opt", "ratio", "crossing", "known")}
+    for seed in range(studies):
+        pair = enumerate((("a", A_LAW), ("b", two)))
+        sides = [
+            ladder_of_fit(
+                name,
+                METHODS["isoflop"](
+                    study(0.003, 2 * seed + i, loss=law), resamples=resamples, seed=10**6 + 2 * seed + i
+                ),
+            )
+            for i, (name, law) in pair
+        ]
+        found = compare(*sides, form="pure")
+        truths = (two.exponent - A_LAW.exponent, 0.0, 0.0)
+        for name, difference, truth in zip(("loss", "N_opt", "D_opt"), found["exponents"], truths, strict=True):
+            hits[name].append(difference["interval"][0] <= truth <= difference["interval"][1])
+        low, high = found["ratio_interval"]
+        hits["ratio"].append(low <= two(found["common"]) / A_LAW(found["common"]) <= high)
+        low, high = found["crossing"]["interval"]
+        hits["crossing"].append(found["crossing"]["lower"] == "b" and low <= 4e10 <= high)
+        hits["known"].append(bool(found["steeper"]))
+    return {name: float(np.mean(h)) for name, h in hits.items()}
+
+
+@pytest.mark.slow
+def test_comparisons_cover_in_500_studies():
+    found = _comparisons_cover(500, 1000)
+    print(found)  # for docs/scaling.md
+    assert found.pop("known") == 1.0
+    assert all(0.93 <= share <= 0.97 for share in found.values()), found
+
+
+@pytest.mark.slow
+def test_a_difference_that_is_not_there_is_seldom_called_known():
+    found = _comparisons_cover(500, 1000, PowerLaw(22.0, -0.15))
+    print(found)
+    assert 0.03 <= found["known"] <= 0.07, found
+
+
+def test_irreducible_laws_are_compared_as_such():
+    one, two = PowerLaw(22.0, -0.22, 0.38), PowerLaw(22.0, -0.22, 0.30)
+    found = compare(side("a", one, noise=0.0), side("b", two, noise=0.0))
+    assert found["form"] == "irreducible" and found["exponents"][0]["difference"] == pytest.approx(0, abs=1e-5)
+    assert found["crossing"]["lower"] == "b" and found["crossing"]["flops"] == 0
+    assert any("irreducible terms decide" in w for w in found["warnings"])
+
+
+def test_ladders_measured_otherwise_have_no_crossing():
+    base = {"data": {"dataset": "x"}, "process": {"time_law": "uniform"}, "flops": "exact"}
+    a = side("a", protocol=base)
+    other = compare(a, side("b", B_LAW, protocol=base | {"process": {"time_law": "logit_normal"}}), form="pure")
+    assert other["crossing"] is None and "process.time_law is 'uniform' and 'logit_normal'" in other["warnings"][0]
+    data = compare(a, side("b", B_LAW, protocol=base | {"data": {"dataset": "y"}}), form="pure")
+    assert data["crossing"] and "different data (data.dataset is 'x' and 'y')" in data["warnings"][0]
+    with pytest.raises(UsageError, match="protocol field 'flops' is 'MACs', but 'exact' in a; convert"):
+        compare(a, side("b", B_LAW, protocol=base | {"flops": "MACs"}))
+
+
+def test_ladders_of_a_metric_compare_too():
+    laws = {"a": LIANG, "b": PowerLaw(4e7, -0.3)}
+    a, b = (ladder_of_metric(n, fit_metric(ladder(law, 0.02, i))) for i, (n, law) in enumerate(laws.items()))
+    found = compare(a, b)
+    truth = (4e7 / 2.2566e6) ** (1 / 0.066)
+    assert found["steeper"] == "b" and found["crossing"]["interval"][0] < truth < found["crossing"]["interval"][1]
+    few = ladder_of_metric("few", fit_metric(ladder(compute=COMPUTE[:2])))
+    with pytest.raises(UsageError, match="few: too few budgets for a law with an irreducible term"):
+        compare(few, b, form="irreducible")
+
+
+def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
+    a, b = sheet(tmp_path / "a.csv", A_LAW, 0), sheet(tmp_path / "b.csv", B_LAW, 1)
+    out = tmp_path / "out.json"
+    assert main(["compare", a, b, "--law=pure", "--resamples=300", f"--json={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Which scales better: b.csv" in printed and "b.csv is the lower one from" in printed
+    result = json.loads(out.read_text())
+    assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
+    assert {d["law"] for d in result["exponents"]} == {"L_opt_pure", "N_opt", "D_opt"}
+    assert main(["compare", a, b, "--through=best", "--resamples=300"]) == 0
+    far = sheet(tmp_path / "far.csv", PowerLaw(22.0 * 1.3e12**0.03, -0.18), 2, noise=1e-5)
+    assert main(["compare", a, far, "--law=pure"]) == 0
+    assert "x beyond the data; interval" in capsys.readouterr().out
+
+
+def test_compare_says_why_a_fit_is_not_identified(tmp_path, capsys):
+    runs = study(noise=0.003, seed=0, budgets=BUDGETS[:2], loss=A_LAW)
+    rows = [f"{r.name},{r.params},{r.tokens},{r.flops},{r.loss}" for r in runs]
+    (tmp_path / "two.csv").write_text("\n".join(["run,params,tokens,flops,loss", *rows]))
+    a, out = sheet(tmp_path / "a.csv", B_LAW, 1), tmp_path / "out.json"
+    assert main(["compare", a, str(tmp_path / "two.csv"), "--resamples=100", f"--json={out}"]) == 0
+    text = "two.csv: two budgets: any two minima lie on a power law"
+    assert text in capsys.readouterr().err and any(text in w for w in json.loads(out.read_text())["warnings"])
+
+
+def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
+    """The vertices of FID, each model at its own best guidance, which at guidance 1 alone would be others."""
+    paths = []
+    for name, law, seed in (("a", A_LAW, 0), ("b", B_LAW, 1)):
+        rows = ["name,params,tokens,flops_train,guidance,fid"]
+        for i, r in enumerate(study(noise=0.003, seed=seed, loss=law)):
+            rows += [
+                f"{r.name},{r.params},{r.tokens},{r.flops},{g},{r.loss * (1 + x)}"
+                for g, x in ((1, 0.1 * (i % 3)), (2, 0.0), (3, 0.2))
+            ]
+        paths.append(str(tmp_path / f"{name}.csv"))
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    out = tmp_path / "out.json"
+    assert main(["compare", *paths, "--metric=fid", "--law=pure", "--resamples=300", f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
+    assert main(["compare", *paths, "--metric=fid", "--where=guidance=1", "--through=best", "--resamples=300"]) == 0
+    assert "the fid of b.csv is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "A"], "required: RUNS_B"),
+        (["compare", "A", "nowhere.csv"], "nowhere.csv: no such file or folder"),
+        (["compare", "A", "BAD"], "no column 'loss'; nearest found 'los'"),
+        (["compare", "A", "A", "--law=cubic"], "invalid choice: 'cubic'"),
+        (
+            ["compare", "A", "A", "--metric=is_digits"],
+            "expected one of which less is better; of a share such as precision give 1-NAME",
+        ),
+        (["compare", "A", "A", "--window=0.5"], "--window: found 0.5"),
+        (["metric", "A"], "no column 'name'; nearest found"),
+        (["metric", "A", "--choose=scale"], "--choose: found 'scale', expected names among sampler, steps"),
+        (["metric", "A", "--flops=-1"], "--flops: found -1"),
+        (["metric", "A", "--pure", "--irreducible"], "--pure: found it with --irreducible, expected one of them"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"A": sheet(tmp_path / "a.csv", A_LAW, 0), "BAD": str(tmp_path / "bad.csv")}
+    (tmp_path / "bad.csv").write_text("params,tokens,los\n1,2,3\n")
+    before = sorted(os.listdir(tmp_path))
+    assert main([files.get(a, a) for a in arguments] + ["--json=out.json"] * ("A" in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before

@@ -139,10 +139,10 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 tpu: $(TPU)/.done
 
 preflight: tpu
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight.py tests/test_hardware.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight_compilers.py tests/test_hardware.py
 
 preflight-quick: tpu
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight.py tests/test_hardware.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight_compilers.py tests/test_hardware.py
 
 $(GPU)/.done: $(VENV)/.dev requirements-gpu.lock
 	@echo "installing XLA's GPU compiler ..."
@@ -153,7 +153,7 @@ $(GPU)/.done: $(VENV)/.dev requirements-gpu.lock
 gpu: $(GPU)/.done
 
 preflight-gpu: gpu
-	PYTHONPATH=$(GPU) $(BIN)/python -m pytest -m gpu_compiler tests/test_preflight.py
+	PYTHONPATH=$(GPU) $(BIN)/python -m pytest -m gpu_compiler tests/test_preflight_compilers.py
 
 slurm: dev
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py

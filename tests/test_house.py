@@ -163,6 +163,12 @@ def test_files_and_functions_stay_small():
     assert wrong == []
 
 
+def test_files_of_tests_are_short_and_those_that_pages_name_are_there():
+    assert [f"{p}: {n}" for p in ROOT.glob("tests/**/*.py") if (n := p.read_text().count("\n")) > 500] == []
+    named = {name for page in (*PAGES, ROOT / "Makefile") for name in re.findall(r"tests/[\w/]+\.py", page.read_text())}
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_public_functions_of_the_mathematics_have_docstrings():
     paths = [path for path in FILES if room(path) in MATHEMATICS | {"scaling", "flops", "devices"}]
     nodes = [(path, node) for path in paths for node in parsed(path).body]

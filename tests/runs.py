@@ -24,16 +24,17 @@ def train(workdir, *more, steps=STEPS):
     return ["--config=configs/digits.py", f"--workdir={workdir}", *TINY, f"--config.train.steps={steps}", *more]
 
 
-def saved(workdir, step=STEPS):
-    """Every item of a checkpoint, on the host, read by plain Orbax."""
-    folder, found = Path(checkpoint.path_of(str(workdir), step)), {}
+def saved(workdir, step=STEPS, items=("params", "ema", "opt"), kind="checkpoints"):
+    """Every item of a checkpoint, or of a snapshot, on the host, read by plain Orbax."""
+    folder, found = Path(checkpoint.path_of(str(workdir), step, kind)), {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        for name in ("params", "ema", "opt"):
+        for name in items:
             tree = reader.metadata(folder / name).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             found[name] = reader.restore(folder / name, ocp.args.PyTreeRestore(restore_args=as_numpy))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return found | {name: reader.restore(folder / name, ocp.args.JsonRestore()) for name in ("data", "meta")}
+        there = [name for name in ("data", "meta") if (folder / name).exists()]
+        return found | {name: reader.restore(folder / name, ocp.args.JsonRestore()) for name in there}
 
 
 def scalars(workdir):
@@ -50,6 +51,17 @@ def assert_same_run(one, other, steps=STEPS):
         jax.tree.map(np.testing.assert_array_equal, a[name], b[name])
     assert [line["step"] for line in scalars(other)] == list(range(1, steps + 1))
     assert scalars(one) == scalars(other)
+
+
+def assert_same_tracks(one, other, steps=STEPS):
+    """The power EMAs of the last checkpoint and of every snapshot, and the updates that each snapshot is of, bit for bit."""
+    found = [checkpoint.steps(str(workdir), "snapshots") for workdir in (one, other)]
+    assert found[0] == found[1] and found[0][-1] == steps
+    for step, kind in ((steps, "checkpoints"), *((step, "snapshots") for step in found[0])):
+        a, b = (saved(workdir, step, ("tracks",), kind) for workdir in (one, other))
+        assert len(jax.tree.leaves(a["tracks"])) >= 36
+        jax.tree.map(np.testing.assert_array_equal, a["tracks"], b["tracks"])
+        assert a["meta"]["updates"] == b["meta"]["updates"] if kind == "snapshots" else a["data"] == b["data"]
 
 
 def other_digits(folder):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 from job import Job, run, steps_logged
-from runs import EVERY, STEPS, assert_same_run, train
+from runs import EVERY, STEPS, assert_same_run, assert_same_tracks, train
 
 from dit_jax import checkpoint
 from dit_jax.workdir import manifest
 
 
 def saving(workdir):
-    """Whether a save is being written right now."""
-    root = Path(checkpoint.folder(str(workdir)))
-    return root.is_dir() and any(checkpoint.SAVING in name for name in os.listdir(root))
+    """Whether a checkpoint or a snapshot is being written right now."""
+    roots = [Path(checkpoint.folder(str(workdir), kind)) for kind in ("checkpoints", "snapshots")]
+    return any(checkpoint.SAVING in name for root in roots if root.is_dir() for name in os.listdir(root))
 
 
 KINDS = ("any time", "between saves", "in a save")
@@ -56,7 +56,7 @@ def check_disk(workdir, kind, progress):
     return lost
 
 
-def torture(kills, uninterrupted, folder, cache_dir):
+def torture(kills, uninterrupted, folder, cache_dir, more=(), assert_same=assert_same_run):
     """Kill runs at least `kills` times, one of them twice, one in a save; each run that reaches its end must be the uninterrupted one.
 
     Returns what was counted.
@@ -66,7 +66,7 @@ def torture(kills, uninterrupted, folder, cache_dir):
     workdir = folder / "run-0"
     while sum(counts.values()) < kills or most < 2 or unfinished < 1:
         before = written(workdir)
-        process = Job("train", *train(workdir), cache_dir=cache_dir)
+        process = Job("train", *train(workdir, *more), cache_dir=cache_dir)
         kind = wait_to_kill(process, workdir, rng, KINDS if sum(counts.values()) < kills else KINDS[2:])
         if kind:
             process.send_signal(signal.SIGKILL)
@@ -82,12 +82,12 @@ def torture(kills, uninterrupted, folder, cache_dir):
             continue
         _, err = process.communicate()
         assert process.returncode == 0, err
-        assert_same_run(uninterrupted, workdir)
+        assert_same(uninterrupted, workdir)
         ended, in_a_row = ended + 1, 0
         workdir = folder / f"run-{ended}"
-    code, _, err = run("train", *train(workdir), cache_dir=cache_dir)
+    code, _, err = run("train", *train(workdir, *more), cache_dir=cache_dir)
     assert code == 0, err
-    assert_same_run(uninterrupted, workdir)
+    assert_same(uninterrupted, workdir)
     return {
         "seed": seed,
         "kills": counts,
@@ -100,6 +100,33 @@ def torture(kills, uninterrupted, folder, cache_dir):
 
 def test_five_kills_at_random_times(uninterrupted, tmp_path, cache_dir):
     torture(5, uninterrupted, tmp_path, cache_dir)
+
+
+TRACKS = ("--config.optim.ema_tracks=(0.05,0.1)", "--config.optim.snapshot_every=4")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_kills_of_a_run_with_tracks_change_no_average(data_dir, cache_dir, tmp_path, capsys):
+    """Power EMAs, their snapshots, of which the most are between two checkpoints, and images of a width that they give."""
+    whole = tmp_path / "whole"
+    code, _, err = run("train", *train(whole, *TRACKS), cache_dir=cache_dir)
+    assert code == 0, err
+    drawn = []
+
+    def assert_same(one, other):
+        assert_same_run(one, other)
+        assert_same_tracks(one, other)
+        out, wanted = other / "out.npz", ("--num=4", "--ema=0.07", "--sampler=euler", "--steps=2")
+        code, _, err = run("sample", f"--workdir={other}", *wanted, f"--out={out}", cache_dir=cache_dir)
+        assert code == 0 and "ema 0.07, of 15 snapshots" in err, err
+        drawn.append(out.read_bytes())
+
+    assert_same(whole, whole)
+    found = torture(10, whole, tmp_path, cache_dir, TRACKS, assert_same)
+    with capsys.disabled():
+        print(f"\n{found}")
+    assert len(drawn) == found["runs"] + 1 and len(set(drawn)) == 1
 
 
 @pytest.mark.slow

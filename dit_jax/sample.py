@@ -15,7 +15,7 @@ from dit_jax.config import Config, SampleConfig, resolve
 from dit_jax.error import UsageError
 from dit_jax.files.out import check_ending
 from dit_jax.job import compiled, hosts
-from dit_jax.job.check import Slice
+from dit_jax.job.check import Slice, reachable
 from dit_jax.job.launch import PATIENCE, launch, stop_flag
 
 
@@ -25,8 +25,11 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
     return dataclasses.replace(cfg.sample, **{name: value for name, value in given.items() if value is not None})
 
 
-def _bound(values) -> tuple:
-    """Return the config and the `sampling.run.Request` of the command. Raises UsageError if they do not fit the model."""
+def _bound(values, away: bool = False) -> tuple:
+    """Return the config and the `sampling.run.Request` of the command. Raises UsageError if they do not fit the model.
+
+    `away`: the file of prompts is on another machine.
+    """
     from dit_jax.diffusion.task import make_task
     from dit_jax.sampling.label import find_classes
     from dit_jax.sampling.prompt import find_prompts
@@ -45,7 +48,7 @@ def _bound(values) -> tuple:
         **{name: getattr(values, name) for name in names},
         labels=find_classes(values.labels, cfg, values.workdir),
         size=(int(found[1]), int(found[2])) if values.size else None,
-        prompts=find_prompts(values.prompt, values.prompts, cfg.model),
+        prompts=find_prompts(values.prompt, values.prompts, cfg.model, away),
     )
     if values.low and not cfg.model.superres:
         raise UsageError(
@@ -60,7 +63,7 @@ def _bound(values) -> tuple:
 
 def check(_: Config, slice_: Slice | None) -> None:
     """Raises UsageError if the command does not fit the run's model, or several hosts."""
-    _, wanted = _bound(flags.FLAGS)
+    _, wanted = _bound(flags.FLAGS, away=not reachable(flags.FLAGS.prompts))
     _check_hosts(wanted, slice_.hosts if slice_ else 1)
 
 

@@ -1,11 +1,14 @@
 """`JOB --check`: refuses what the job would refuse on the named slice, starts nothing, and says what it could not look at."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 from job import ROOT, TINY, run
+
+from dit_jax.config import Config, ModelConfig, to_dict
 
 DIGITS = ["--config=configs/digits.py", "--workdir=/mnt/away/run"]
 XL = [
@@ -128,6 +131,27 @@ def test_a_run_that_is_here_is_checked_too(uninterrupted, cache_dir):
         assert (code, lines[0]) == (0, "checked: flags, config, slice 1x8 (8 devices, 1 host)")
     code, (line,) = check("sample", f"--workdir={uninterrupted}", "--out=grid.png", cache_dir=cache_dir)
     assert code == 2 and line.startswith("error: --out: found 'grid.png', expected a name that ends in .npz")
+
+
+def test_prompts_that_are_elsewhere_are_not_checked(tmp_path, cache_dir):
+    """As all paths are; what can be told without the file still is, and the job itself needs it."""
+    model = ModelConfig(depth=1, width=8, heads=2, input_size=8, channels=1, classes=0, text="bytes", text_length=8)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": to_dict(Config(model=model))}))
+    command = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}/a.npz", "--slice=4x2"]
+    away = "--prompts=/mnt/away/prompts.txt"
+    code, lines = check("sample", *command, away, cache_dir=cache_dir)
+    expected = f"{AWAY}--out={tmp_path}/a.npz, {away}"
+    assert (code, lines) == (0, ["checked: flags, config, slice 4x2 (8 devices, 4 hosts)", expected])
+    for flags, message in (
+        (["--prompts=/mnt/away/prompts.md"], "found '/mnt/away/prompts.md', expected a file that ends in .txt"),
+        ([away, "--prompt=a red three"], "--prompt, --prompts: found both, expected one of them"),
+        ([], "--prompt, --prompts: found neither"),
+    ):
+        code, (line,) = check("sample", *command, *flags, cache_dir=cache_dir)
+        assert code == 2 and message in line
+    code, _, err = run("sample", *command[:2], away, cache_dir=cache_dir)
+    assert code == 2 and "--prompts: /mnt/away/prompts.txt: cannot read it" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "tpu_vm.sh", "gke.sh"])

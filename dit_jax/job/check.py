@@ -24,6 +24,7 @@ PATHS = (
     "weights",
     "init",
     "prompts",
+    "low",
     "compilation_cache",
 )  # flags that name a path
 KEYS = (

@@ -92,8 +92,11 @@ def _cut(text: Text, texts: Sequence[str]) -> Sequence[bool]:
     return text.cut([*texts]) if texts else ()
 
 
-def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig) -> Prompts:
-    """The prompts of `--prompt` or of the file of `--prompts`. Raises UsageError."""
+def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig, away: bool = False) -> Prompts:
+    """The prompts of `--prompt` or of the file of `--prompts`. Raises UsageError.
+
+    `away`: the file is on another machine, for which the command is checked; it is not read, and there are no prompts.
+    """
     given = bool(prompts) + bool(path)
     if given and not model.text:
         raise UsageError(
@@ -104,17 +107,23 @@ def find_prompts(prompts: Sequence[str], path: str, model: ModelConfig) -> Promp
         raise UsageError(f"--prompt, --prompts: found {'both' if given else 'neither'}, {expected}")
     if not all(prompt.strip() for prompt in prompts):  # an unset variable of a shell would draw without a prompt
         raise UsageError("--prompt: found an empty one, expected words; without a condition draws --guidance=0")
-    found = _read(path) if path else Prompts(tuple(prompts))
+    ending = _ending(path) if path else ""
+    found = _read(path, ending) if path and not away else Prompts(tuple(prompts))
     if len(found) > MOST:
         raise UsageError(f"--prompts: found {len(found):,} in {path}, expected at most {MOST:,}")
     return found
 
 
-def _read(path: str) -> Prompts:
-    """The prompts of a file. Raises UsageError naming what does not fit."""
+def _ending(path: str) -> str:
+    """How a file's name ends. Raises UsageError if no file of prompts ends so."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".txt", ".csv", ".jsonl"):
         raise UsageError(f"--prompts: found {path!r}, expected a file that ends in .txt, .csv or .jsonl")
+    return ending
+
+
+def _read(path: str, ending: str) -> Prompts:
+    """The prompts of a file. Raises UsageError naming what does not fit."""
     try:
         text = read(path).decode("utf-8-sig")
         if ending == ".txt":

@@ -335,6 +335,29 @@ def test_meshes_train_as_one_device_does(kind):
         assert leaves[0].sharding == leaves[1].sharding
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_eight_devices_repeat_their_bits_and_draw_those_of_one(kind):
+    """As for any training: the same bits on the same mesh, the losses of one device to 1e-5, and images that depend on no mesh."""
+    cfg, found = student(kind), {}
+    data = batch(cfg, label=10)
+    for name, count in (("one", 1), ("eight", 8), ("again", 8)):
+        mesh = make_mesh(cfg.mesh, jax.devices()[:count])
+        state, step, losses = begun(cfg, mesh), make_train_step(cfg, mesh), []
+        for _ in range(3):
+            state, scalars = step(state, data)
+            losses.append(float(scalars["loss"]))
+        found[name] = losses, jax.device_get(state.items())
+    jax.tree.map(np.testing.assert_array_equal, found["again"], found["eight"])
+    np.testing.assert_allclose(found["eight"][0], found["one"][0], rtol=1e-5)
+    images = [
+        np.concatenate([images for images, _ in open_sampling(cfg, mesh).images(found["one"][1]["ema"], 3, 40)])
+        for mesh in (make_mesh(cfg.mesh, jax.devices()[:count]) for count in (1, 8))
+    ]
+    assert images[0].std() > 1
+    np.testing.assert_array_equal(*images)
+
+
 @pytest.mark.parametrize(
     "kind", ["consistency", *(pytest.param(k, marks=pytest.mark.slow) for k in OBJECTIVES if k != "consistency")]
 )

@@ -148,6 +148,31 @@ def test_a_known_trip_count_goes_before_the_condition():
     assert hlo.estimated_cycles(hlo.parse(text)) == 305
 
 
+def test_outputs_that_are_reused_take_no_cycles():
+    """28 times a conditional of 100 cycles or 1 of a block's output, with a fusion; another conditional counts whole."""
+    text = """HloModule jit_sample
+%inside.1 (p: f32[8]) -> f32[8] {
+  ROOT %add.2 = f32[8]{0} add(%p, %p), backend_config={"estimated_cycles":"999"}
+}
+%compute.3 (p: f32[8]) -> f32[8] {
+  ROOT %fusion.4 = f32[8]{0} fusion(%p), kind=kLoop, calls=%inside.1, backend_config={"estimated_cycles":"100"}
+}
+%keep.5 (p: f32[8]) -> f32[8] {
+  ROOT %copy.6 = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"1"}
+}
+%body.7 (p: f32[8]) -> f32[8] {
+  %chosen.8 = f32[8]{0} conditional(%i, %p, %p), branch_computations={%keep.5, %compute.3}, metadata={op_name="jit(x)/reuse/cond" id=7}
+  ROOT %other.9 = f32[8]{0} conditional(%b, %p, %p), branch_computations={%keep.5, %compute.3}, metadata={op_name="jit(x)/cond"}
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  ROOT %while.9 = f32[8]{0} while(%a), condition=%unknown, body=%body.7, backend_config={"known_trip_count":{"n":"28"}}
+}
+"""
+    module = hlo.parse(text)
+    assert hlo.estimated_cycles(module) == 28 * 2 * 101
+    assert hlo.estimated_cycles(module, 0.25) == round(28 * 1.25 * 101)
+
+
 def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match=r"while\.19: found 0 constants in the loop's condition"):
         hlo.estimated_cycles(hlo.parse(TEXT.replace("constant(28)", "parameter(1)")))

@@ -106,6 +106,23 @@ def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir
     assert found["fits"] and not found["collectives"] and found["bytes"]["arguments"] > 4 * flops.parameters(model)
 
 
+def test_the_sampler_that_reuses_outputs_is_compiled(tmp_path, cache_dir):
+    small = [
+        "--config.model.depth=2",
+        "--config.model.width=16",
+        "--config.sample.sampler=euler",
+        "--config.sample.steps=6",
+    ]
+    found, _ = ask(tmp_path, cache_dir, DIGITS, "--topology=cpux1", "--job=sample", "--config.sample.reuse=0.5", *small)
+    model = ModelConfig(depth=2, width=16, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
+    passes, parts = ROWS * 2 * 6, flops.part_macs(model)  # all of them guided
+    every, blocks = passes * flops.forward_flops(model), passes * 2 * 2 * sum(parts.values())
+    assert every - 0.6 * blocks < found["flops_step"] <= every - 0.5 * blocks
+    kept = ROWS * 2 * 2 * sum(16 * 16 * 4 for _ in parts)  # bytes of both parts' outputs of 2 layers, of both halves
+    assert found["fits"] and found["bytes"]["temporaries"] > kept
+    assert found["notes"][0].startswith("sample.reuse: which outputs are reused")
+
+
 def test_an_evaluation_is_all_programs_that_score_a_checkpoint():
     """50,000 images of XL/2, and 10,000 of the held-out loss, on a v4-8: what goes through which program."""
     cfg = resolve(load_config("configs/imagenet256.py:DiT-XL/2"))
@@ -134,6 +151,11 @@ def test_an_evaluation_is_all_programs_that_score_a_checkpoint():
         ("ddpm 250, guidance 1.5, 4", 100_000),
     ]
     assert [p.images for p in found[-3:]] == [300_000, 300_000, 10_000]
+    (_, half, *_) = of({"eval.reuse": (1.0, 0.5)})  # one program more, which takes what is computed as an argument
+    assert half.about == "ddpm 250, guidance 1.5, reuse 0.5" and half.program.arguments[-1]["mlp"].shape == (250, 28)
+    assert 0.48 < half.program.plan.share <= 0.5 and half.program.flops == pytest.approx(
+        0.5 * 64 * 500 * forward, rel=0.05
+    )
     assert of({"eval.weights": ("ema", "params")})[-1].images == 20_000
     widths = {"eval.ema": (0.05, 0.1), "optim.ema_tracks": (0.05, 0.1), "eval.weights": ("ema", "params")}
     assert of(widths)[-1].images == 30_000  # a width of raw weights is none
@@ -241,9 +263,9 @@ def test_the_notes_say_what_is_left_out_and_why():
     (network,) = compilation.notes(two, topology("2xv4-64"), 10, None)
     assert network == "in no time: the sums of gradients between the 2 slices, which cross the data-center network"
     assert compilation.notes(two, topology("v4-64"), 10, None) == []
-    assert compilation.without_reuse(SampleConfig(), SampleConfig(guidance=2.0)) == []
-    (reuse,) = compilation.without_reuse(SampleConfig(), SampleConfig(reuse=0.5), SampleConfig(reuse=0.7))
-    assert reuse.startswith("sample.reuse is not counted: ")
+    assert compilation.reuse_notes(SampleConfig(), SampleConfig(guidance=2.0)) == []
+    (reuse,) = compilation.reuse_notes(SampleConfig(), SampleConfig(reuse=0.5), SampleConfig(reuse=0.7))
+    assert reuse.startswith("sample.reuse: which outputs are reused is found with a run's weights; ")
     (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v6e-4"), 0, None)
     assert clock == "no estimate of the step: the clock of v6e is not published, so no hours and no price"
 

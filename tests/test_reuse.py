@@ -15,8 +15,10 @@ from dit_jax import flops
 from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, ObjectiveConfig, SampleConfig, TrainConfig
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.diffusion.reuse import computed, plan
+from dit_jax.diffusion.task import make_task
 from dit_jax.error import UsageError
 from dit_jax.models import conditioning, dit
+from dit_jax.preflight import hlo
 from dit_jax.sampling import draw, reuse
 
 TINY = dict(depth=3, width=16, heads=2, input_size=8, channels=1, classes=10, learn_sigma=False)
@@ -194,6 +196,29 @@ def test_flops_count_what_is_computed(mesh):
     )
     assert dataclasses.replace(sampling, plan=made).flops == 2 * (rest * each.sum() + spent)
     assert spent <= 0.5 * blocks * each.sum()
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
+@pytest.mark.parametrize("how", [{"sampler": "heun"}, {"guidance": 2.0, "interval": (0.3, 0.8)}])
+def test_a_plan_without_a_calibration_costs_the_share(share, how):
+    """As preflight and bench take it: no call and no layer is left out, and at most the share of the blocks' FLOPs is computed."""
+    cfg = settings(reuse=share, steps=40, **how)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, depth=28))
+    made = reuse.even_plan(cfg, make_task(cfg))
+    full, each = draw.image_flops(cfg), reuse.passes(cfg, make_task(cfg))
+    blocks = 2 * 28 * sum(flops.part_macs(cfg.model).values()) * int(each.sum())
+    assert share - 0.03 < 1 - (full - draw.image_flops(cfg, plan=made)) / blocks <= share
+    assert made.share == pytest.approx(share, abs=0.08) and all(rows.any(0).all() for rows in made.fresh.values())
+    assert reuse.even_plan(settings(reuse=share, steps=1), make_task(settings(steps=1))).everything
+
+
+def test_preflight_knows_what_is_reused(mesh):
+    """In the program that is compiled, the conditionals of both parts have the name that their cycles are counted by."""
+    program = draw.open_sampling(settings(reuse=0.5), mesh)._program("plan")
+    indices, fresh = np.arange(16, dtype=np.int32), dict.fromkeys(("attention", "mlp"), np.ones((5, 3), bool))
+    text = program.lower(weights(settings().model), 3, indices, {}, fresh).compile().as_text()
+    found = [one for one, times, _ in hlo.executed(hlo.parse(text)) if one.opcode == "conditional" and times == 5 * 3]
+    assert len(found) == 2 and all(hlo.REUSED in one.attributes for one in found)
 
 
 def test_a_calibration_is_saved_and_used_for_every_share(mesh, tmp_path):

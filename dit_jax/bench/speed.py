@@ -21,7 +21,7 @@ from dit_jax.devices.mesh import make_mesh, replicated
 from dit_jax.devices.numerics import random_key
 from dit_jax.log import notice
 from dit_jax.networks.caption import in_step
-from dit_jax.preflight.compilation import Program, encoder_flops, program, sized, without_reuse
+from dit_jax.preflight.compilation import Program, encoder_flops, program, reuse_notes, sized
 from dit_jax.training.state import make_state
 
 TARGETS = {"cpu": 0.30}  # share of the peak that training the default model should reach; elsewhere OTHER_TARGET
@@ -59,6 +59,7 @@ def make_arguments(cfg: Config, job: str, mesh, found: Program) -> tuple:
         return make_state(cfg, mesh), drawn, *_values(weights)
     params = jax.device_put(bind(cfg.model).init(random_key(0)), replicated(mesh))
     asked = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.arguments[3:])
+    asked = (*asked[:-1], found.plan.fresh) if found.plan else asked
     return params, 0, np.arange(found.images, dtype=np.int32), *asked
 
 
@@ -127,7 +128,7 @@ def measure(
     """
     cfg = prepared(cfg, job)
     mesh = make_mesh(cfg.mesh)
-    for note in without_reuse(cfg.sample) if job == "sample" else ():
+    for note in reuse_notes(cfg.sample) if job == "sample" else ():
         notice(note)
     found = program(cfg, job, mesh)
     arguments = make_arguments(cfg, job, mesh, found)

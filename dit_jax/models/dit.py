@@ -37,7 +37,8 @@ def _reused(block: nn.Module, part: str, compute: Callable):
     if not block.has_variable("fresh", part):
         return compute(block)
     kept = block.get_variable("kept", part)
-    out = nn.cond(block.get_variable("fresh", part), compute, lambda block: kept, block)
+    with jax.named_scope("reuse"):  # by which preflight/hlo.py knows it
+        out = nn.cond(block.get_variable("fresh", part), compute, lambda block: kept, block)
     block.put_variable("kept", part, out)
     return out
 

@@ -16,7 +16,7 @@ from dit_jax.config import Config, SampleConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, make_mesh, replicated
 from dit_jax.devices.rows import drawing_mesh, on_mesh
 from dit_jax.diffusion.objective import make_objective
-from dit_jax.diffusion.task import make_task
+from dit_jax.diffusion.task import Task, make_task
 from dit_jax.error import UsageError
 from dit_jax.job.check import reachable
 from dit_jax.log import notice, waiting
@@ -28,6 +28,7 @@ from dit_jax.networks.text import PUBLISHED, SHAPES
 from dit_jax.preflight import hlo
 from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
 from dit_jax.sampling.guide import open_guide
+from dit_jax.sampling.reuse import Plan, even_plan
 from dit_jax.training.state import abstract_batch, abstract_state
 from dit_jax.training.step import make_train_step
 
@@ -45,6 +46,7 @@ class Program:
     flops: int | None  # None: not counted
     images: int
     state: int = 0  # number of leading argument arrays that a call donates and returns
+    plan: Plan | None = None  # of sample.reuse; its values are the last argument
 
 
 def program(cfg: Config, job: str, mesh) -> Program:
@@ -65,10 +67,19 @@ def program(cfg: Config, job: str, mesh) -> Program:
     asked = {name: value for name, value in conditioning.example(cfg.model, rows).items() if name in ("text", "low")}
     asked = placed(asked, batch) if asked else {}
     arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch), asked)
-    guide = open_guide(cfg) if cfg.sample.guidance != 1.0 else None
+    guide, task = open_guide(cfg) if cfg.sample.guidance != 1.0 else None, make_task(cfg)
     arguments += (weights(guide.cfg, mesh),) if guide else ()
-    sampler = functools.partial(make_sampler, cfg.model, make_task(cfg), cfg.sample, mesh, guide=guide and guide.cfg)
-    return Program(sampler, arguments, image_flops(cfg, guide=guide and guide.cfg.model) * rows, rows)
+    plan, sample = _plan(cfg, task), dataclasses.replace(cfg.sample, reuse=1.0)
+    arguments += (placed(plan.fresh, replicated(mesh)),) if plan else ()
+    how = {"guide": guide and guide.cfg, "reuse": "plan" if plan else ""}
+    work = image_flops(cfg, guide=guide and guide.cfg.model, plan=plan) * rows
+    return Program(lambda: make_sampler(cfg.model, task, sample, mesh, **how), arguments, work, rows, plan=plan)
+
+
+def _plan(cfg: Config, task: Task) -> Plan | None:
+    """A plan that costs what `sample.reuse` asks for; None if every output is computed."""
+    plan = even_plan(cfg, task) if cfg.sample.reuse < 1.0 else None
+    return None if plan is None or plan.everything else plan
 
 
 def _encoded(cfg: Config, mesh, latents) -> tuple[dict, StepEncoder]:
@@ -198,7 +209,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Pr
         "run": None,
         "message": "",
         "suggestion": "",
-        "notes": without_reuse(cfg.sample) if job == "sample" else [],
+        "notes": reuse_notes(cfg.sample) if job == "sample" else [],
     }
 
 
@@ -251,7 +262,7 @@ def timing(module: hlo.Module, topology: hardware.Topology, found: Program) -> d
         entry["bytes"] += one.count * one.bytes
         entry["sent"] += one.sent
         sent += one.sent
-    chip, cycles = topology.chip, hlo.estimated_cycles(module)
+    chip, cycles = topology.chip, hlo.estimated_cycles(module, found.plan.share if found.plan else 1.0)
     nodes = topology.platform == "gpu" and topology.hosts > 1  # no rate of the network between them is known
     links = math.nan if nodes else chip.links * chip.link_bandwidth / chip.devices
     seconds = cycles / chip.clock if cycles and chip.clock > 0 else None
@@ -296,9 +307,12 @@ def notes(report: dict, topology: hardware.Topology, wanted: int, tried: int | N
     return found
 
 
-def without_reuse(*samples: SampleConfig) -> list[str]:
-    """The note that settings reuse outputs of blocks, which only the run's weights tell; [] if none does."""
-    what = "sample.reuse is not counted: the sampler that computes every output is taken, which costs more"
+def reuse_notes(*samples: SampleConfig) -> list[str]:
+    """The note that settings reuse outputs of blocks, and which only the run's weights tell; [] if none does."""
+    what = (
+        "sample.reuse: which outputs are reused is found with a run's weights; here they are spread evenly over calls and layers, "
+        "at a cost of at most the same share. The program and its memory are those of every such plan"
+    )
     return [what] * any(sample.reuse < 1.0 for sample in samples)
 
 

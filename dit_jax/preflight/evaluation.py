@@ -30,9 +30,9 @@ from dit_jax.preflight.compilation import (
     missing_time,
     placed,
     program,
+    reuse_notes,
     run_costs,
     weights,
-    without_reuse,
 )
 from dit_jax.sampling.draw import image_flops
 from dit_jax.training.state import abstract_batch
@@ -89,12 +89,12 @@ def _draws(cells: list[Config], mesh, num: int) -> Iterator[Part]:
     """The samplers. Settings that differ in the guidance or the kind of weights only cost the same, and are compiled once."""
     alike: dict[tuple, list[Config]] = {}
     for cell in cells:
-        alike.setdefault((cell.sample.sampler, cell.sample.steps, cell.sample.guide, image_flops(cell)), []).append(
-            cell
-        )
-    for (sampler, steps, *_), same in alike.items():
+        sample = cell.sample
+        alike.setdefault((sample.sampler, sample.steps, sample.guide, sample.reuse, image_flops(cell)), []).append(cell)
+    for (sampler, steps, _, reuse, _), same in alike.items():
         guidance = ", ".join(dict.fromkeys(f"{cell.sample.guidance:g}" for cell in same))
-        yield Part("draw", f"{sampler} {steps}, guidance {guidance}", program(same[0], "sample", mesh), num * len(same))
+        about = f"{sampler} {steps}, guidance {guidance}" + (f", reuse {reuse:g}" if reuse < 1 else "")
+        yield Part("draw", about, program(same[0], "sample", mesh), num * len(same))
 
 
 def _compiler(apply: Callable, mesh) -> Callable:
@@ -180,7 +180,7 @@ def examine(cfg: Config, topology: hardware.Topology, num: int, price: float | N
         "run": _total(found, num),
         "message": f"not compiled: {missing}" if missing else _messages(found),
         "notes": _notes(found, topology, num, missing)
-        + without_reuse(*(samplings(cfg) if num else ()))
+        + reuse_notes(*(samplings(cfg) if num else ()))
         + ["not counted: the bound and the likelihood (eval.vlb, eval.likelihood)"]
         * (cfg.eval.vlb or cfg.eval.likelihood),
     }

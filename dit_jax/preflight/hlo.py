@@ -13,6 +13,7 @@ from dataclasses import dataclass
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions whose called computation works on single numbers and is not counted.
 SCALAR = ("all-reduce", "reduce", "reduce-scatter", "scatter", "sort", "map", "select-and-scatter")
+REUSED = '/reuse/cond"'  # ends the op_name of a conditional of `sample.reuse`, see models/dit.py
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # other dtypes are letters and bits: f32, s8, u4, ...
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -102,10 +103,14 @@ def _walk(module: Module, name: str, times: int, fused: bool) -> Iterator[tuple[
             continue
         inner = fused or instruction.opcode == "fusion"
         trips = trip_count(module, instruction) if instruction.opcode == "while" else 1
-        branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-        names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED.findall(instruction.attributes)
-        for called in names:
+        for called in _called(instruction):
             yield from _walk(module, called, times * trips, inner)
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """Names of the computations that an instruction calls."""
+    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    return re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED.findall(instruction.attributes)
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
@@ -128,9 +133,18 @@ def _is_counter(instruction: Instruction) -> bool:
     return instruction.opcode == "constant" and bool(re.match(r"[su](32|64)\[\]", instruction.shape))
 
 
-def estimated_cycles(module: Module) -> int:
-    """The compiler's estimate of the cycles of a step; 0 if it writes none. Most collectives have no estimate."""
-    return sum(times * cycles(instruction) for instruction, times, fused in executed(module) if not fused)
+def estimated_cycles(module: Module, computed: float = 1.0) -> int:
+    """The compiler's estimate of the cycles of a step; 0 if it writes none. Most collectives have no estimate.
+
+    Of a conditional every branch counts. `computed`: how often one that computes or reuses an output of a block computes it.
+    """
+    found = 0.0
+    for instruction, times, fused in executed(module):
+        found += 0 if fused else times * cycles(instruction)
+        if computed < 1 and instruction.opcode == "conditional" and REUSED in instruction.attributes:
+            inside = [one for name in _called(instruction) for one in _walk(module, name, times, fused)]
+            found -= (1 - computed) * sum(n * cycles(one) for one, n, within in inside if not within)
+    return round(found)
 
 
 def cycles(instruction: Instruction) -> int:

@@ -37,6 +37,11 @@ class Plan:
         return all(rows.all() for rows in self.fresh.values())
 
     @property
+    def share(self) -> float:
+        """Share of the outputs that is computed."""
+        return float(np.mean([rows.mean() for rows in self.fresh.values()]))
+
+    @property
     def sha256(self) -> str:
         rows = [np.packbits(self.fresh[part]).tobytes() for part in sorted(self.fresh)]
         return hashlib.sha256(b"".join(rows)).hexdigest()
@@ -64,6 +69,15 @@ def make_plan(cfg: Config, task: Task, changes: dict, size) -> Plan:
     stacked = np.stack([np.asarray(changes[part], np.float64) for part in macs], axis=-1)
     found = plan(stacked, forced, np.outer(each, [*macs.values()]), cfg.sample.reuse)
     return Plan({part: found[..., i] for i, part in enumerate(macs)})
+
+
+def even_plan(cfg: Config, task: Task, size=None) -> Plan:
+    """Plan for `sample.reuse` without a calibration, as if every layer changed at a steady rate of its own.
+
+    The sampler's program is the same for every plan, and this one costs about as much as a calibrated one: at most the share asked for.
+    """
+    steady = np.tile(np.linspace(0.5, 1.5, cfg.model.depth), (len(task.evaluations), 1))
+    return make_plan(cfg, task, dict.fromkeys(part_macs(cfg.model, size), steady), size)
 
 
 def saved(workdir: str, step: int, identity: str, shape: tuple) -> dict | None:

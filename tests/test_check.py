@@ -135,7 +135,7 @@ def test_a_run_that_is_here_is_checked_too(uninterrupted, cache_dir):
 
 def test_prompts_that_are_elsewhere_are_not_checked(tmp_path, cache_dir):
     """As all paths are; what can be told without the file still is, and the job itself needs it."""
-    model = ModelConfig(depth=1, width=8, heads=2, input_size=8, channels=1, classes=0, text="bytes", text_length=8)
+    model = ModelConfig(1, 8, 2, input_size=8, channels=1, classes=0, text="bytes", conditioning="in_context")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"config": to_dict(Config(model=model))}))
     command = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}/a.npz", "--slice=4x2"]

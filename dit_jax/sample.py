@@ -26,10 +26,9 @@ def _sample_config(cfg: Config, values) -> SampleConfig:
 
 
 def _bound(values, away: bool = False) -> tuple:
-    """Return the config and the `sampling.run.Request` of the command. Raises UsageError if they do not fit the model.
+    """Return the config and the `sampling.run.Request` of the command; `away`: without its file of prompts, which is on another machine.
 
-    `away`: the file of prompts is on another machine.
-    """
+    Raises UsageError if they do not fit the model."""
     from dit_jax.diffusion.task import make_task
     from dit_jax.sampling.label import find_classes
     from dit_jax.sampling.prompt import find_prompts
@@ -109,9 +108,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "samples.npz", what)
     flags.DEFINE_string("grid", "", "PNG of the images, a row a class; of the first 400 if there are more")
     flags.DEFINE_string("images", "", "folder of PNGs, one an image; new or empty")
-    flags.DEFINE_string(
-        "size", "", "HxW of the images in pixels, such as a bucket of the run; default: data.image_size"
-    )
+    flags.DEFINE_string("size", "", "HxW of the images in pixels, such as a bucket's; default: data.image_size")
     flags.DEFINE_string(
         "low",
         "",

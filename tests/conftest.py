@@ -7,7 +7,7 @@ import types
 from pathlib import Path
 
 import threadpoolctl
-from job import QUICK_XLA
+from job import QUICK_XLA, SELDOM
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_XLA}"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: as many as cores would deadlock where 8 devices meet on 2 cores
@@ -32,6 +32,7 @@ from dit_jax.devices import memory  # noqa: E402
 
 memory.gc = types.SimpleNamespace(collect=lambda: 0)  # it takes seconds here; tests/test_restore.py measures elsewhere
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(*SELDOM)
 
 
 def _shared(tmp_path_factory, name):

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 QUICK_XLA = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones, those of Python 3.12, end at an unknown flag
     QUICK_XLA += " --xla_cpu_use_fusion_emitters=false"
+# For gc.set_threshold: tracing and lowering make many objects, and take 7 % longer with Python's own thresholds.
+SELDOM = (50_000, 50, 100)
 TINY = [  # overrides of configs/digits.py that train in seconds
     "--config.model.depth=2", "--config.model.width=16", "--config.model.heads=2", "--config.train.batch_size=16",
     "--config.train.log_every=1", "--config.train.checkpoint_every=10", "--config.eval.samples=0",
@@ -98,7 +100,7 @@ class Job:
             if time.monotonic() > end:
                 self.send_signal(signal.SIGABRT)
                 raise AssertionError(f"the job did not end within {timeout} s: {self.err.read_text()[-2000:]}")
-            time.sleep(0.005)
+            time.sleep(0.02)  # a question takes two processes 0.2 ms: every 5 ms it would be 5 % of a core
         texts = tuple(
             path.read_text() if path.exists() else "" for path in (self.out, self.err)
         )  # killed before it began

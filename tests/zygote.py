@@ -20,6 +20,7 @@ import filelock  # noqa: F401
 import jax
 import tensorboardX.event_file_writer
 import tensorboardX.summary  # noqa: F401
+from job import SELDOM
 
 import dit_jax.bench.measure
 import dit_jax.checkpoint
@@ -102,6 +103,7 @@ def answer(request: dict) -> object:
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*fork.*")
     assert not jax._src.xla_bridge.backends_are_initialized()  # each child has its own devices
+    gc.set_threshold(*SELDOM)
     gc.freeze()  # children neither look through what is imported here nor copy its pages
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)

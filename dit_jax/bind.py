@@ -1,6 +1,7 @@
 """Model bound to a mesh: turns a config into functions of parameters and arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from dit_jax import flops
 from dit_jax.config import ModelConfig
 from dit_jax.devices.mesh import attention_implementation, gatherer, placer, splits_weights, state_sharding
 from dit_jax.devices.numerics import random_key
-from dit_jax.models import conditioning, dit
+from dit_jax.models import conditioning, dit, quantize
 from dit_jax.models.layers import as_it_is
 
 
@@ -44,6 +45,13 @@ class Model:
         """Runs the model but for outputs that are kept; see `models.dit.apply_reusing`."""
         cond = cond if target is None else conditioning.aim(cond, target)
         return dit.apply_reusing(self.cfg, params, x, t, cond, kept, fresh, self.place)
+
+    def apply_measuring(
+        self, params: Mapping, x: jax.Array, t: jax.Array, cond, target: jax.Array | None = None
+    ) -> tuple:
+        """Runs the model and measures the inputs of its products; see `models.dit.apply_measuring`."""
+        cond = cond if target is None else conditioning.aim(cond, target)
+        return dit.apply_measuring(self.cfg, params, x, t, cond, self.place)
 
     def kept_outputs(self, images: int, tokens: int) -> dict:
         """Zeros in the shapes of what `apply_reusing` keeps."""
@@ -83,7 +91,20 @@ def bind(cfg: ModelConfig, mesh=None, place: Callable = placer) -> Model:
     )
 
 
-def bind_to_draw(cfg: ModelConfig, mesh) -> tuple[Model, dict]:
-    """Model for drawing and scoring, and the places of its weights on the mesh, on which results do not depend."""
+def bind_to_draw(cfg: ModelConfig, mesh, mode: str = "") -> tuple[Model, dict]:
+    """Model for drawing and scoring, and the places of its weights on the mesh, on which results do not depend.
+
+    `mode`: of `sample.quantize`, by which the weights are quantised.
+    """
     found = bind(cfg, mesh if splits_weights(mesh) else None, gatherer)
-    return found, state_sharding(mesh, jax.eval_shape(lambda: found.init(random_key(0))))
+    return found, state_sharding(mesh, weight_shapes(cfg, mode))
+
+
+def weight_shapes(cfg: ModelConfig, mode: str = "") -> dict:
+    """Abstract weights of a model, quantised by `mode` of `sample.quantize`."""
+    params = jax.eval_shape(lambda: dit.init(cfg, random_key(0)))
+    return (
+        jax.eval_shape(functools.partial(quantize.quantize, ranges=quantize.nothing(params, mode)), params)
+        if mode
+        else params
+    )

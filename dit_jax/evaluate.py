@@ -2,7 +2,7 @@
 
 Measures the held-out loss on a fixed set of (image, noise, t), and sample metrics (FID or another Frechet distance, and the
 metrics beside it) for every combination of `eval.weights`, `samplers`, `steps`, `guidance`, `ema` (widths made of snapshots, of
-which the best is named), `interval`, `guide`, `rescale` and `reuse`. One record per checkpoint and protocol goes to
+which the best is named), `interval`, `guide`, `rescale`, `reuse` and `quantize`. One record per checkpoint and protocol goes to
 `W/eval/records.jsonl` and is not computed again. Sample i depends on (seed, i) only: a sample metric that was interrupted resumes
 from `W/eval/partial/`, also with other batches or devices, and ends in the same record.
 `--at=2000,4000` evaluates these steps alone, `--at=all` those on the disk now. SIGTERM saves and exits 75. On several hosts

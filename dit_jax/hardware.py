@@ -64,6 +64,19 @@ DEVICES = {
 }
 
 
+# Peak int8 operations a second (dense) over 16-bit ones, by Device.kind, of the same sources. v2, v3: no int8; v100: without matrix units.
+INT8 = {
+    "tpu-v4": 1.0, "tpu-v5e": 2.0, "tpu-v5p": 2.0, "tpu-v6e": 2.0, "v100-16gb": 0.5, "v100-32gb": 0.5, "v100-pcie-16gb": 0.5, "t4": 2.0,
+    "l4": 2.0, "a10": 2.0, "rtx4090": 4.0, "a100-40gb": 2.0, "a100-80gb": 2.0, "h100-pcie": 2.0, "h100": 2.0, "h200": 2.0, "b200": 2.0,
+}  # fmt: skip
+
+
+def int8_speed(device_kind: str) -> float | None:
+    """Rate of int8 products over that of 16-bit ones, at the makers' peaks; None if not published."""
+    known = find(device_kind)
+    return INT8.get(known.kind) if known else None
+
+
 def find(device_kind: str) -> Device | None:
     """Device of a `jax.Device.device_kind`, or None if it is not in the table (a CPU, an L40, the RTX 4090 of a laptop)."""
     matches = [name for name in DEVICES if re.match(rf"{re.escape(name)}(?!\w| Laptop| D\b)", device_kind)]

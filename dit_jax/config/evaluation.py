@@ -16,6 +16,7 @@ AXES = {  # fields of EvalConfig with values of a field of SampleConfig to score
     "guide": str,
     "rescale": float,
     "reuse": float,
+    "quantize": str,
 }
 
 
@@ -33,6 +34,7 @@ class SampleConfig:
     guide: str = ""  # WORKDIR or WORKDIR@STEP of a weaker run, the other side of guidance instead of the null condition
     rescale: float = 0.0  # share of the guided output that is rescaled to the deviation of the conditional one
     reuse: float = 1.0  # share of the blocks' FLOPs that is computed; other outputs are the last call's, by calibration
+    quantize: str = ""  # the blocks: "" (not) | int8 (weights, and inputs of the MLP, calibrated) | int8_weights
     batch_size: int = 64  # images that are drawn before they are kept or scored; changes no image
     labels: str = "uniform"  # uniform (random) | balanced (sample i has class i modulo K)
     weights: str = "ema"  # ema | params (raw)
@@ -51,6 +53,11 @@ class SampleConfig:
         if self.ema:
             in_range("sample.ema", self.ema, *EMA_WIDTHS)
             choice("sample.weights, with sample.ema", self.weights, ("ema",))
+        choice("sample.quantize", self.quantize, ("", "int8", "int8_weights"))
+        if self.guide and self.quantize:
+            raise UsageError(
+                f"sample.quantize: found {self.quantize!r}, expected '' with sample.guide = {self.guide!r}"
+            )
         if self.guide and self.reuse != 1.0:
             raise UsageError(f"sample.reuse: found {self.reuse:g}, expected 1 with sample.guide = {self.guide!r}")
         if len(ends := self.interval) != 2 or not all(map(number, ends)) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
@@ -94,13 +101,14 @@ class EvalConfig:
     reference: str = ""  # npz of reference statistics or images; "" = the images of data.split
     loss: bool = True  # whether to compute the held-out loss; False if there are no held-out images here
     bootstrap: int = 20  # resamples of the drawn images for the interval of the distance; 0 = no interval
-    samplers: tuple = ()  # scored in every combination with the next eight; () = as in `sample`
+    samplers: tuple = ()  # scored in every combination with the next nine; () = as in `sample`
     steps: tuple = ()  # () = as in `sample`
     guidance: tuple = ()  # () = as in `sample`
     interval: tuple = ()  # pairs such as ((0.0, 1.0), (0.2, 0.8)); () = as in `sample`
     guide: tuple = ()  # runs, "" = the null condition; () = as in `sample`
     rescale: tuple = ()  # () = as in `sample`
     reuse: tuple = ()  # () = as in `sample`
+    quantize: tuple = ()  # such as ("", "int8"); () = as in `sample`
     weights: tuple = ()  # () = as in `sample`
     ema: tuple = ()  # widths of EMAs made of snapshots, of weights ema; 0 = the EMA kept; () = as in `sample`
     seed: int = 1234  # of noise levels, noise and samples

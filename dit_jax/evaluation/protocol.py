@@ -32,9 +32,9 @@ from dit_jax.files import base
 from dit_jax.metrics.psnr import Originals
 from dit_jax.networks.caption import describe_text, open_text, text_flops
 from dit_jax.networks.in_step import encoder_flops, open_splits
+from dit_jax.sampling import quantize, reuse
 from dit_jax.sampling.draw import UINT8, Sampling, describe_sample
 from dit_jax.sampling.low import Low, open_low
-from dit_jax.sampling.reuse import RULE
 from dit_jax.workdir.folder import read_init
 from dit_jax.workdir.records import protocol_id
 
@@ -211,7 +211,8 @@ def sample_protocol(cfg: Config, sampling: Sampling, shared: Shared) -> dict:
         **draws_protocol(cfg),
         "process": processes.describe(sampling.task.process),
         "uint8": UINT8,
-        **({"reuse": RULE} if cfg.sample.reuse != 1.0 else {}),
+        **({"reuse": reuse.RULE} if cfg.sample.reuse != 1.0 else {}),
+        **({"quantize": quantize.rule(cfg.sample)} if cfg.sample.quantize else {}),
         **({"guide": sampling.guide.describe(sampling.mesh)} if sampling.guide else {}),
         **describe_prompts(cfg, shared),
         **({"superres": sampling.low.about} if sampling.low else {}),

@@ -39,6 +39,7 @@ from dit_jax.networks.caption import tell_cut
 from dit_jax.sampling import parts
 from dit_jax.sampling.draw import Sampling, open_sampling
 from dit_jax.sampling.prompt import Prompts
+from dit_jax.sampling.quantize import with_quantize
 from dit_jax.sampling.reuse import with_reuse
 from dit_jax.sampling.weights import load_weights, weights_hash
 from dit_jax.workdir.folder import read_config
@@ -123,10 +124,13 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
     def score(sampling, coded: Iterator, times: list) -> tuple[dict, dict]:
         metrics, signs = scores.measure((part for part, _ in coded), network, shared.reference, cfg.eval)
         cost = {"flops_sample": sampling.flops} | ({"seconds_sample": float(np.median(times))} if times else {})
-        return metrics, {"metric_signs": signs} | cost | ({"reuse": sampling.plan.describe()} if sampling.plan else {})
+        more = {"reuse": sampling.plan.describe()} if sampling.plan else {}
+        more |= {"quantize": {"sha256": sampling.scales.sha256}} if sampling.scales else {}
+        return metrics, {"metric_signs": signs} | cost | more
 
     def measure(step: int, weights: Weights) -> tuple[dict, dict] | None:
-        drawing = with_reuse(sampling, weights.params, weights.sha256, workdir, step)
+        drawing, params = with_quantize(sampling, weights.params, weights.sha256, workdir, step)
+        drawing = with_reuse(drawing, params, weights.sha256, workdir, step)
         job = drawing.describe(weights.sha256, step, cfg.eval.seed)
         folder = partial_folder(workdir, step, protocol_id(protocol))
         with _alone_in(folder, stop) as check:
@@ -134,9 +138,7 @@ def _sample_task(cfg: Config, sampling: Sampling, workdir: str, stop: list, quie
             if by_leader(lambda: recorded(step)):
                 return None
             times: list[float] = []
-            coded = parts.gather(
-                store, cfg.eval.samples, functools.partial(draw, drawing, weights.params, times), stop, quiet
-            )
+            coded = parts.gather(store, cfg.eval.samples, functools.partial(draw, drawing, params, times), stop, quiet)
             return by_leader(lambda: score(drawing, coded, times))
 
     return Task(cfg, protocol, measure)
@@ -318,7 +320,7 @@ def describe(task: Task, metrics: dict) -> str:
     """A record as one line: the sampling, if any, and the scores."""
     of = task.protocol.get("samples")
     sampling = f", {of['sampler']} {of['steps']}, guidance {of['guidance']:g}" if of else ""
-    more = {name: of[name] for name in ("interval", "guide", "rescale", "reuse") if name in (of or {})}
+    more = {name: of[name] for name in ("interval", "guide", "rescale", "reuse", "quantize") if name in (of or {})}
     sampling += "".join(f", {name} {value}" for name, value in more.items() if value != (0.0, 1.0))
     return f"{task.weights}{sampling}: " + "  ".join(
         f"{k} {v:.4g}"

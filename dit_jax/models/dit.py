@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dit_jax import flops
 from dit_jax.config import ModelConfig
-from dit_jax.models import conditioning
+from dit_jax.models import conditioning, quantize
 from dit_jax.models.conditioning import Condition, positions, rotations
 from dit_jax.models.kernels import KEPT
 from dit_jax.models.layers import (
@@ -247,11 +247,23 @@ def apply(
     `cond`: see `conditioning`; bare labels (b,) in 0 to K (K = null) stand for {"label": labels}. With `cfg.learn_sigma` the last half
     of c_out is the learned-range variance. On several devices, `place(name, arrays)` lays out arrays by name: "weights", a tree of one
     layer's weights; "condition", vectors (b, d) that are multiplied by weights which stay split; "fence", arrays that are computed once.
-    Raises UsageError if a field is missing.
+    `params` may be quantised, see `quantize`. Raises UsageError if a field is missing.
     """
     ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
     params = {**ends, "blocks": params["blocks"]}
-    return DiT(cfg, place).apply({"params": params}, x, t, conditioning.as_cond(cond))
+    with quantize.by_kernels(params):
+        return DiT(cfg, place).apply({"params": params}, x, t, conditioning.as_cond(cond))
+
+
+def apply_measuring(
+    cfg: ModelConfig, params: dict, x: jax.Array, t: jax.Array, cond: Mapping, place: Callable = as_it_is
+) -> tuple[jax.Array, dict]:
+    """As `apply`, and {product of a block: largest magnitude of its inputs (l,)}, which quantised products need."""
+    ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
+    variables = {"params": {**ends, "blocks": params["blocks"]}}
+    with quantize.measuring():
+        out, noted = DiT(cfg, place).apply(variables, x, t, conditioning.as_cond(cond), mutable=["intermediates"])
+    return out, quantize.ranges_of(noted["intermediates"]["blocks"], params)
 
 
 def kept_outputs(cfg: ModelConfig, images: int, tokens: int) -> dict:
@@ -286,7 +298,8 @@ def apply_reusing(
     """
     ends = place("weights", {name: weights for name, weights in params.items() if name != "blocks"})
     variables = {"params": {**ends, "blocks": params["blocks"]}, "kept": {"blocks": kept}, "fresh": {"blocks": fresh}}
-    out, found = DiT(cfg, place).apply(variables, x, t, conditioning.as_cond(cond), mutable=["kept"])
+    with quantize.by_kernels(params):
+        out, found = DiT(cfg, place).apply(variables, x, t, conditioning.as_cond(cond), mutable=["kept"])
     return out, found["kept"]["blocks"]
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax import flops, hardware
+from dit_jax.bind import weight_shapes
 from dit_jax.config import Config, SampleConfig
 from dit_jax.devices.mesh import batch_sharding, batch_split, bytes_per_device, make_mesh, replicated
 from dit_jax.devices.rows import drawing_mesh, on_mesh
@@ -66,7 +67,7 @@ def program(cfg: Config, job: str, mesh) -> Program:
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     asked = {name: value for name, value in conditioning.example(cfg.model, rows).items() if name in ("text", "low")}
     asked = placed(asked, batch) if asked else {}
-    arguments = (weights(cfg, mesh), placed(seed, replicated(mesh)), placed(indices, batch), asked)
+    arguments = (weights(cfg, mesh, cfg.sample.quantize), placed(seed, replicated(mesh)), placed(indices, batch), asked)
     guide, task = open_guide(cfg) if cfg.sample.guidance != 1.0 else None, make_task(cfg)
     arguments += (weights(guide.cfg, mesh),) if guide else ()
     plan, sample = _plan(cfg, task), dataclasses.replace(cfg.sample, reuse=1.0)
@@ -145,9 +146,9 @@ def placed(shapes, sharding):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def weights(cfg: Config, mesh):
-    """A model's weights, as they lie on the mesh."""
-    return on_mesh(mesh, abstract_state(cfg, mesh).params)
+def weights(cfg: Config, mesh, mode: str = ""):
+    """A model's weights, as they lie on the mesh, quantised by `mode` of `sample.quantize`."""
+    return on_mesh(mesh, weight_shapes(cfg.model, mode))
 
 
 def compiled(found: Program) -> tuple:
@@ -209,7 +210,7 @@ def analysis(cfg: Config, job: str, topology: hardware.Topology, mesh, found: Pr
         "run": None,
         "message": "",
         "suggestion": "",
-        "notes": reuse_notes(cfg.sample) if job == "sample" else [],
+        "notes": reuse_notes(cfg.sample) + of_int8(cfg.sample) if job == "sample" else [],
     }
 
 
@@ -314,6 +315,11 @@ def reuse_notes(*samples: SampleConfig) -> list[str]:
         "at a cost of at most the same share. The program and its memory are those of every such plan"
     )
     return [what] * any(sample.reuse < 1.0 for sample in samples)
+
+
+def of_int8(sample: SampleConfig) -> list[str]:
+    """The note on the MFU of a sampler with int8 products; [] of others."""
+    return ["the MFU is of the 16-bit peak, which int8 products exceed"] * (sample.quantize == "int8")
 
 
 def gpu_notes(report: dict, topology: hardware.Topology) -> list[str]:

@@ -90,10 +90,12 @@ def _draws(cells: list[Config], mesh, num: int) -> Iterator[Part]:
     alike: dict[tuple, list[Config]] = {}
     for cell in cells:
         sample = cell.sample
-        alike.setdefault((sample.sampler, sample.steps, sample.guide, sample.reuse, image_flops(cell)), []).append(cell)
-    for (sampler, steps, _, reuse, _), same in alike.items():
+        kind = (sample.sampler, sample.steps, sample.guide, sample.reuse, sample.quantize, image_flops(cell))
+        alike.setdefault(kind, []).append(cell)
+    for (sampler, steps, _, reuse, quantize, _), same in alike.items():
         guidance = ", ".join(dict.fromkeys(f"{cell.sample.guidance:g}" for cell in same))
         about = f"{sampler} {steps}, guidance {guidance}" + (f", reuse {reuse:g}" if reuse < 1 else "")
+        about += f", {quantize}" * bool(quantize)
         yield Part("draw", about, program(same[0], "sample", mesh), num * len(same))
 
 

@@ -1,4 +1,4 @@
-"""Denoisers of a bound model for samplers: plain, guided, or with outputs of blocks that are reused from call to call."""
+"""Denoisers of a bound model for samplers: plain, guided, with outputs of blocks that are reused from call to call, or measuring."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from dit_jax.diffusion.process import denoiser
 from dit_jax.diffusion.reuse import Recurrent
 from dit_jax.diffusion.task import Task
 from dit_jax.flops import tokens
+from dit_jax.models.quantize import nothing
 
 NOTHING: Mapping = MappingProxyType({})
 
@@ -114,6 +115,37 @@ def make_reusing(
     outputs = {kind: model.kept_outputs(shape[0] * (2 if kind == "guided" else 1), count) for kind in kinds}
     changes = {part: jnp.zeros((*rows.shape, 2)) for part, rows in fresh.items()} if measure else {}
     return Recurrent(call, {"call": jnp.int32(0), "outputs": outputs, "changes": changes})
+
+
+def make_measuring(model: Model, task: Task, cfg: SampleConfig, params, cond, asked: Mapping) -> Recurrent:
+    """As `make_denoiser`; it keeps the largest magnitude of the inputs of each product in the blocks, {product: (l,)}, of all calls."""
+
+    def branch(kind: str) -> Callable:
+        def run(ranges, x, *times):
+            found = []
+
+            def apply(x, t, cond, *target):
+                def network(x, t, *target):
+                    out, new = model.apply_measuring(params, x, t, cond, *target)
+                    found.append(new)
+                    return out
+
+                return denoiser(task.process, network)(x, t, *target)
+
+            out = _kinds(model, cfg, apply, cond, asked)[kind](x, *times)
+            return out, jax.tree.map(jnp.maximum, ranges, found[0])
+
+        return run
+
+    def call(ranges, x, t, *target):
+        if len(kinds) == 1:
+            return branch(kinds[0])(ranges, x, t, *target)
+        low, high = cfg.interval
+        inside = (t[0] >= low) & (t[0] <= high)
+        return jax.lax.cond(inside, branch("guided"), branch("plain"), ranges, x, t, *target)
+
+    kinds = [*_kinds(model, cfg, model.apply, cond, asked)]
+    return Recurrent(call, nothing(params, "int8"))
 
 
 def _changes(before: Mapping, after: Mapping) -> dict:

@@ -27,14 +27,21 @@ from dit_jax.flops import Shape
 from dit_jax.log import warn
 from dit_jax.models import conditioning
 from dit_jax.networks.autoencoder import Autoencoder, make_decoder, open_autoencoder
-from dit_jax.sampling.denoise import make_denoiser, make_reusing
+from dit_jax.sampling.denoise import make_denoiser, make_measuring, make_reusing
 from dit_jax.sampling.guide import Guide, open_guide
 from dit_jax.sampling.low import Low
 from dit_jax.sampling.prompt import Asked, Prompts
+from dit_jax.sampling.quantize import Scales
 from dit_jax.sampling.reuse import Plan, passes
 
 ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
-LATER_SETTINGS = {"guide": "", "rescale": 0.0, "reuse": 1.0, "ema": 0.0}  # left out if so, as in older records
+LATER_SETTINGS = {
+    "guide": "",
+    "rescale": 0.0,
+    "reuse": 1.0,
+    "quantize": "",
+    "ema": 0.0,
+}  # left out if so, as in older records
 UINT8 = "clamp(127.5 x + 128, 0, 255), truncated"
 
 
@@ -59,13 +66,14 @@ def make_sampler(
     """Compiles the sampler: (params, seed, indices (b,), asked) -> images (b, h, w, c) float32 and labels (b,) int32.
 
     With `guide`, the config of a weaker run, it takes that run's weights as one more argument. With `reuse` = "plan" it takes the outputs
-    of blocks that are computed, {part: bool (calls, layers)}, and with "measure" it returns the changes of outputs, see `make_reusing`.
+    of blocks that are computed, {part: bool (calls, layers)}, and with "measure" it returns the changes of outputs, see `make_reusing`;
+    with "ranges" it returns those of the inputs of products, see `make_measuring`. Weights are quantised by `cfg.quantize`.
 
     `asked`: what prompts and low-resolution images give each image, see `prompt.Asked.rows` and `low.Low.rows`, or {}.
     `wanted`: pairs (field of cond, values that the images take in turn); other fields are drawn. `size`: (h, w), by default
     model.input_size squared. The weights lie on the mesh by `devices.mesh.spec`.
     """
-    (bound, weights), side = bind_to_draw(model, mesh), model.input_size
+    (bound, weights), side = bind_to_draw(model, mesh, cfg.quantize), model.input_size
     shape = (*(size or (side, side)), model.channels)
     other, places = bind_to_draw(guide.model, mesh) if guide else (None, None)
 
@@ -77,19 +85,21 @@ def make_sampler(
         keys = image_keys(asked.get("seed", seed), indices)
         cond = bound.draw(cfg.labels, keys, indices, dict(wanted))
         cond |= {name: asked[name] for name in cond if name in asked}
-        if reuse:
+        if reuse == "ranges":
+            denoise = make_measuring(bound, task, cfg, params, cond, asked)
+        elif reuse:
             all_images = (len(indices), *shape)
             denoise = make_reusing(bound, task, cfg, params, cond, asked, all_images, *more, reuse == "measure")
         else:
             denoise = make_denoiser(bound, task, cfg, params, cond, asked, weaker(*more, cond) if guide else None)
         images = task.walk(denoise, draw_noise(keys, 0, shape), keys)
-        if reuse == "measure":
-            return denoise.kept["changes"]
+        if reuse in ("measure", "ranges"):
+            return denoise.kept if reuse == "ranges" else denoise.kept["changes"]
         return images, conditioning.labels(cond, len(indices))
 
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    own = (weights, whole, rows, rows, *([places] if guide else [whole] if reuse else []))
-    return jax.jit(sample, in_shardings=own, out_shardings=whole if reuse == "measure" else (rows, rows))
+    own = (weights, whole, rows, rows, *([places] if guide else [whole] if reuse in ("plan", "measure") else []))
+    return jax.jit(sample, in_shardings=own, out_shardings=whole if reuse in ("measure", "ranges") else (rows, rows))
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -112,6 +122,7 @@ class Sampling:
     asked: Asked | None = None  # of a model of captions: the prompts
     low: Low | None = None  # of super-resolution: the low-resolution images
     plan: Plan | None = None  # of sample.reuse
+    scales: Scales | None = None  # of sample.quantize = int8
 
     @functools.cached_property
     def task(self) -> Task:
@@ -188,7 +199,8 @@ class Sampling:
                 return
 
     def _program(self, reuse: str = "") -> Callable:
-        sample = dataclasses.replace(self.cfg.sample, reuse=1.0)
+        changes = {"quantize": ""} if reuse == "ranges" else {}
+        sample = dataclasses.replace(self.cfg.sample, reuse=1.0, **changes)
         settings = (self.cfg.model, self.task, sample, self.mesh, tuple(self.wanted.items()), self.inner)
         return make_sampler(*settings, self._guiding and self._guiding.cfg, reuse)
 
@@ -208,6 +220,20 @@ class Sampling:
             found = {part: np.asarray(squares, np.float64) for part, squares in found.items()}
             total = found if total is None else {part: total[part] + found[part] for part in found}
         return {part: np.sqrt(squares[..., 0] / np.maximum(squares[..., 1], 1e-30)) for part, squares in total.items()}
+
+    def ranges(self, params, num: int, seed: int) -> dict[str, np.ndarray]:
+        """Largest magnitudes {product: (layers,)} of the inputs of products in the blocks, over images 0 to num - 1 and all calls.
+
+        All processes of the mesh call it, with weights that are not quantised. The images are the same on any number of devices.
+        """
+        rows, total = ROWS * own_split(self.mesh), {}
+        first = rows * jax.process_index()
+        for at in range(0, num, rows * hosts_of(self.mesh)):
+            indices = (np.arange(first + at, first + at + rows) % num).astype(np.int32)
+            asked = self._given(indices, seed)
+            found = self._program("ranges")(params, seed, *put_batch(self.mesh, (indices, asked)))
+            total = {name: np.maximum(np.asarray(most), total.get(name, 0)) for name, most in found.items()}
+        return total
 
     def _given(self, indices: np.ndarray, seed: int) -> dict:
         """What the images `indices` are given, see `make_sampler`."""
@@ -256,6 +282,7 @@ class Sampling:
         job |= self.asked.describe() if self.asked else {}
         job |= {f"low.{key}": value for key, value in self.low.about.items()} if self.low else {}
         job |= {"reuse.sha256": self.plan.sha256} if self.plan else {}
+        job |= {"quantize.sha256": self.scales.sha256} if self.scales else {}
         job |= {f"guide.{key}": value for key, value in self.guide.describe(self.mesh).items()} if self.guide else {}
         for name, group in (("sample", settings), ("model", model), ("diffusion", process)):
             job |= {f"{name}.{key}": value for key, value in group.items()}

@@ -16,6 +16,7 @@ from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.label import names_of
 from dit_jax.sampling.low import open_low
 from dit_jax.sampling.prompt import Prompts
+from dit_jax.sampling.quantize import with_quantize
 from dit_jax.sampling.reuse import with_reuse
 from dit_jax.sampling.weights import load_weights, title, weights_hash
 
@@ -66,6 +67,7 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
         return parts.read_npz(wanted.out) if wanted.out else draw(range(num), num)
 
     sha256 = weights_hash(params)
+    sampling, params = with_quantize(sampling, params, sha256, wanted.workdir, step)
     sampling = with_reuse(sampling, params, sha256, wanted.workdir, step)
     job = sampling.describe(sha256, step, wanted.seed)
     pngs = job | {"images": wanted.num}

@@ -10,7 +10,8 @@ HOW = (
     "guide",
     "rescale",
     "reuse",
-)  # of these, how guidance acts, and the share of the blocks that is computed
+    "quantize",
+)  # of these, how guidance acts, the share of the blocks that is computed, and how they are
 SAMPLING = ("sampler", "steps", "guidance", "spacing", *HOW)  # fields of protocol.samples that points may differ in
 FIGURES = (".png", ".svg", ".pdf")  # endings of files
 EXPLAINED = {  # what a method does, in a sentence

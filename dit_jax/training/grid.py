@@ -37,7 +37,7 @@ def make_grid(cfg: Config, workdir: str) -> Callable[[int, dict, list], str]:
         names = tuple(prompts(open_source(cfg.data, cfg.data.held_out_split), PROMPTS))
         asked = Prompts(names)
     cfg = dataclasses.replace(
-        cfg, sample=dataclasses.replace(cfg.sample, reuse=1.0)
+        cfg, sample=dataclasses.replace(cfg.sample, reuse=1.0, quantize="")
     )  # the weights change from grid to grid
     low = open_low(cfg)
     sampling = open_sampling(cfg, local_mesh(), prompts=asked, low=low)

@@ -32,6 +32,7 @@ EXPECTED = {  # what is written here, of the project's many choices
     "diffusion.schedule": "linear", "diffusion.timesteps": 1000, "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.clip": 0.0,
     "optim.accumulate": 1, "optim.ema": "constant", "sample.sampler": "ddpm", "sample.spacing": "linspace",
     "sample.interval": (0.0, 1.0), "sample.guide": "", "sample.rescale": 0.0, "sample.reuse": 1.0,
+    "sample.quantize": "",
 }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ class Point:
     guide: str = ""  # run of autoguidance; "" = the null condition
     rescale: str = ""  # share of the guided output that is rescaled; "" = none
     reuse: str = ""  # share of the blocks that is computed; "" = all
+    quantize: str = ""  # of the products of the blocks; "" = not
     train: float | int = math.nan  # training FLOPs
     params: float | int = math.nan  # active per token
     tokens: float | int = math.nan
@@ -191,7 +192,7 @@ def _own_names(points: list[Point], file: str, taken: set) -> list[Point]:
 def _same(first: Point, point: Point, which: str) -> None:
     """Raises UsageError where two points differ in more than how an image is drawn."""
     a, b = (flatten(getattr(p, which)) for p in (first, point))
-    free = {"reuse", *(f"samples.{s}" for s in SAMPLING)}
+    free = {"reuse", "quantize", *(f"samples.{s}" for s in SAMPLING)}
     names = [k for k in [*a, *b] if k not in free and not k.startswith("guide.")]
     name = next((k for k in names if a.get(k, "(absent)") != b.get(k, "(absent)")), None)
     if name is not None:

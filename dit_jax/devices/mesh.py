@@ -310,6 +310,7 @@ def gatherer(mesh, dtype: str) -> Callable:
     rules = {
         "weights": lambda tree: jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(tree, replicated(mesh))),
         "condition": lambda c: jax.lax.with_sharding_constraint(c, rows),
+        "fence": lambda arrays: arrays,
     }
     return lambda name, arrays: rules[name](arrays)
 

@@ -109,7 +109,8 @@ def _instead(call, arguments, keywords, context):
     module = context.module
     if context.method_name != "__call__" or not isinstance(module, Dense) or not module.has_variable("params", "scale"):
         return call(*arguments, **keywords)
-    weights = module.variables["params"]
+    names = [name for name in ("kernel", "scale", "bias", "input") if module.has_variable("params", name)]
+    weights = {name: module.get_variable("params", name) for name in names}
     x = enter(weights, *arguments, module.dtype)
     return (_parts if isinstance(module, Parts) else product)(weights, x, module.dtype)
 

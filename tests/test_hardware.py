@@ -120,7 +120,8 @@ def test_clocks_that_are_not_published_follow_from_the_peak_and_the_matrix_units
         ("TPU v5", False),
         ("TPU v5p", False),
         ("TPU v4", False),
-        ("cpu", False),
+        ("cpu", True),
+        ("NVIDIA H200", False),
     ],
 )
 def test_a_training_step_is_compiled_with_the_options_of_its_devices(kind, some):

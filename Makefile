@@ -24,7 +24,7 @@ help:
 	@echo "make words      train a model of words on coloured digits and score what it draws, write $(WORDS)/report.html"
 	@echo "make study      which size wins under a sampling budget: trains what docs/study/records.jsonl lacks (about 6 hours on 2 cores, in parts)"
 	@echo "make study-page  docs/study.md and its figures from these records alone"
-	@echo "make test       the tests (about 10 minutes on 2 cores)"
+	@echo "make test       the tests (about 12 minutes on 2 cores)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-data  the same 200 pictures through every door of the data: kills, hosts, positions (about 5 minutes)"
 	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"

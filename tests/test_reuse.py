@@ -1,7 +1,6 @@
 """Facts about the reuse of outputs of blocks between calls: the plan, what is computed, its cost, and the calibration of a checkpoint."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from noised import weights
 
 from dit_jax import flops
 from dit_jax.config import Config, DiffusionConfig, MeshConfig, ModelConfig, ObjectiveConfig, SampleConfig, TrainConfig
@@ -25,17 +25,6 @@ TINY = dict(depth=3, width=16, heads=2, input_size=8, channels=1, classes=10, le
 WORDS = dict(text="bytes", text_length=8)
 KINDS = {"adaln_zero": {}, "in_context": {}, "adaln_cross": WORDS, "dual_stream": WORDS}
 SLOW = [pytest.param(kind, {}, marks=pytest.mark.slow) for kind in ("adaln", "cross_attention")]
-
-
-@functools.cache
-def weights(model):
-    """Initial weights and noise, so that no gate and no output is zero."""
-
-    def draw():
-        params, keys = dit.init(model, jax.random.key(0)), iter(jax.random.split(jax.random.key(1), 200))
-        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), params)
-
-    return jax.jit(draw)()
 
 
 def settings(**sample):

@@ -8,7 +8,6 @@ model takes either tree. Norms, attention, modulation's arithmetic, embeddings a
 """
 
 import contextlib
-import math
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from dit_jax.models.kernels import keep
 from dit_jax.models.layers import Parts
 
-MODES = ("int8", "int8_weights")
 LEVELS = 127  # -128 is not used, so that the levels are symmetric
 INPUTS = {
     "qkv": 1,
@@ -156,8 +154,3 @@ def nothing(params: Mapping, mode: str) -> dict | None:
     """Ranges of zeros for the weights of a model, abstract or not; None for a mode that quantises weights only."""
     layers = jax.tree.leaves(params["blocks"])[0].shape[0]
     return {path: jnp.zeros(layers) for path in products(params)} if mode == "int8" else None
-
-
-def bytes_of(params: Mapping) -> int:
-    """Bytes of a tree of weights, abstract or not."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -88,6 +88,18 @@ def test_kernel_distance_of_one_distribution_is_zero_within_its_error():
     assert same != kernel.distance(z[:2000], z[2000:], subsets=30, size=200, seed=1)
 
 
+def test_kernel_distance_is_that_of_its_subsets_whichever_way_it_is_computed():
+    x, y = normal(10, 90, 5), normal(11, 70, 5) + 0.2
+    for subsets, size in ((40, 60), (2, 30)):  # each pair of samples once; subset by subset
+        rng = np.random.RandomState(3)
+        drawn = [
+            (x[rng.choice(90, size, replace=False)], y[rng.choice(70, size, replace=False)]) for _ in range(subsets)
+        ]
+        values = [kernel.mmd2(mine, theirs) for mine, theirs in drawn]
+        found = kernel.distance(x, y, subsets, size, seed=3)
+        np.testing.assert_allclose((found.mean, found.std), (np.mean(values), np.std(values)), rtol=1e-11)
+
+
 # ---- precision and recall
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
+from scipy import special
 
 from dit_jax.metrics import frechet
 from dit_jax.metrics.features import checked
@@ -88,7 +88,7 @@ def bootstrap(
     reference = frechet.Distance(mean, cov)
     values = np.array([_distance(features, rng.integers(n, size=n), reference) for _ in range(resamples)])
     value = _distance(features, np.arange(n), reference)
-    half = float(scipy.stats.t.ppf((1 + level) / 2, resamples - 1) * values.std(ddof=1))
+    half = float(special.stdtrit(resamples - 1, (1 + level) / 2) * values.std(ddof=1))
     return Interval(value, value - half, value + half, level, values)
 
 

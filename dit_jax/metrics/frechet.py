@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+EXACT = 1e-8  # of a sum of singular values
+LARGE = 256  # smaller matrices are quick anyway
+PIVOT = 1e-5  # of the largest one; smaller pivots of Cholesky's factor may be rounding
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -56,7 +60,7 @@ def mean_cov(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """Squared distance d^2 (eq. 6) between Gaussians with means (d,) and covariances (d, d); at least 0.
 
-    tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2) with symmetric roots. It needs no inverse or complex root, so
+    tr (S1 S2)^(1/2) is the sum of the singular values of F1^T F2 for any factors with F F^T = S. It needs no inverse or complex root, so
     singular covariances (fewer samples than features) are exact. Raises ValueError on shapes that do not match and on values not finite.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(a, np.float64) for a in (mean1, cov1, mean2, cov2))
@@ -66,38 +70,60 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         raise ValueError(f"Fréchet distance: found shapes {shapes}, expected (d,), (d, d), (d,), (d, d)")
     if not all(np.isfinite(a).all() for a in (mean1, cov1, mean2, cov2)):
         raise ValueError("Fréchet distance: a mean or covariance is not finite")
-    cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
+    cross = _singular_values(_factor(cov1).T @ _factor(cov2)).sum()
     squared = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
     return float(max(squared, 0.0))
 
 
-class Distance:
-    """Distance to a fixed reference, whose root is computed once: `Distance(mean, cov)(mean2, cov2)` -> float.
+def _singular_values(x: np.ndarray) -> np.ndarray:
+    """Singular values of x (p, q), whose sum is right to EXACT of itself.
 
-    Equals `frechet_distance`, by one symmetric eigendecomposition instead of two and a singular value decomposition. Raises ValueError
-    on shapes that do not match and on a reference that is not finite.
+    If x is LARGE they are roots of eigenvalues of its square, which take a third of the time, if these are exact enough: rounding of the
+    largest eigenvalue is an error of each, so a root is off the more the smaller it is.
+    """
+    if min(x.shape) >= LARGE:
+        values = np.maximum(np.linalg.eigvalsh(x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T), 0.0)
+        roots, error = np.sqrt(values), 4 * np.finfo(np.float64).eps * values[-1]
+        if roots[0] > 0 and (error / (2 * roots)).sum() <= EXACT * roots.sum():
+            return roots
+    return np.linalg.svd(x, compute_uv=False)
+
+
+class Distance:
+    """Distance to a fixed reference, which is factored once: `Distance(mean, cov)(mean2, cov2)` -> float.
+
+    Equals `frechet_distance` but for roots of eigenvalues within rounding of 0. Raises ValueError on shapes that do not match and on a
+    reference that is not finite.
     """
 
     def __init__(self, mean: np.ndarray, cov: np.ndarray):
         self.mean, self.trace = np.asarray(mean, np.float64), float(np.trace(cov))
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError("Fréchet distance: the reference's mean or covariance is not finite")
-        self.root = _root(np.asarray(cov, np.float64))
+        self.factor = _factor(np.asarray(cov, np.float64))
 
     def __call__(self, mean: np.ndarray, cov: np.ndarray) -> float:
-        if mean.shape != self.mean.shape or cov.shape != self.root.shape:
+        if mean.shape != self.mean.shape or cov.shape != 2 * self.mean.shape:
             raise ValueError(
-                f"Fréchet distance: found shapes {mean.shape} and {cov.shape}, expected {self.mean.shape} and {self.root.shape}"
+                f"Fréchet distance: found shapes {mean.shape} and {cov.shape}, expected {self.mean.shape} and {2 * self.mean.shape}"
             )
-        product = self.root @ np.asarray(cov, np.float64) @ self.root
+        product = self.factor.T @ np.asarray(cov, np.float64) @ self.factor
         values = np.linalg.eigvalsh((product + product.T) / 2)
         values[values < values[-1] * len(values) * np.finfo(np.float64).eps] = 0.0
         squared = np.sum((self.mean - mean) ** 2) + self.trace + np.trace(cov) - 2 * np.sqrt(values).sum()
         return float(max(squared, 0.0))
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a covariance (d, d); eigenvalues within rounding of 0 are set to 0, or their roots would add up."""
+def _factor(cov: np.ndarray) -> np.ndarray:
+    """F (d, r) with F F^T = cov: Cholesky's, or if the covariance may be singular its r principal axes: roots of eigenvalues that are 0
+    but for rounding would add up."""
+    rounding = len(cov) * np.finfo(np.float64).eps
+    try:
+        factor = np.linalg.cholesky(cov)
+        if np.diagonal(factor).min() > PIVOT * np.diagonal(factor).max():
+            return factor
+    except np.linalg.LinAlgError:
+        pass
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
-    values[values < values[-1] * len(values) * np.finfo(np.float64).eps] = 0.0
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    kept = values >= values[-1] * rounding  # of a covariance of zeros, all
+    return vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0.0))

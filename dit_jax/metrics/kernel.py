@@ -16,6 +16,7 @@ from dit_jax.metrics.features import checked_pair, keep
 from dit_jax.metrics.metric import Metric
 
 SUBSETS, SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
+BLOCK = 1000  # rows of a kernel matrix at a time
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,38 @@ def distance(
     x, y = checked_pair(features, reference, size)
     if subsets < 1 or size < 2:
         raise ValueError(f"kernel distance: found {subsets} subsets of {size}, expected at least 1 of at least 2")
-    rng, values = np.random.RandomState(seed), []
-    for _ in range(subsets):
-        drawn = (a[rng.choice(len(a), size, replace=False)] for a in (x, y))
-        values.append(mmd2(*drawn))
+    rng = np.random.RandomState(seed)
+    drawn = [[rng.choice(len(a), size, replace=False) for a in (x, y)] for _ in range(subsets)]
+    if len(x) ** 2 + len(x) * len(y) + len(y) ** 2 < 3 * subsets * size**2:
+        values = _of_all_pairs(x, y, *(np.array(chosen) for chosen in zip(*drawn, strict=True)))
+    else:
+        values = [mmd2(x[mine], y[theirs]) for mine, theirs in drawn]
     return Estimate(float(np.mean(values)), float(np.std(values)))
+
+
+def _of_all_pairs(x: np.ndarray, y: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """`mmd2` of x[mine[i]] and y[theirs[i]] for indices (subsets, size), with the kernel of each pair of samples computed once."""
+    x, y, size = x.astype(np.float64), y.astype(np.float64), mine.shape[1]
+    of_x, of_y = (_members(len(a), chosen) for a, chosen in ((x, mine), (y, theirs)))
+
+    def sums(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
+        """Sums of the kernel over the pairs of each subset, (subsets,)."""
+        rows = (slice(start, start + BLOCK) for start in range(0, len(a), BLOCK))
+        return sum(((kernel(a[some], b) @ of_b) * of_a[some]).sum(axis=0) for some in rows)
+
+    def others(a: np.ndarray, of_a: np.ndarray) -> np.ndarray:
+        """Means of the kernel over the pairs of different samples of each subset, (subsets,)."""
+        own = ((a * a).sum(axis=1) / a.shape[1] + 1.0) ** 3
+        return (sums(a, a, of_a, of_a) - own @ of_a) / (size * (size - 1))
+
+    return others(x, of_x) + others(y, of_y) - 2 * sums(x, y, of_x, of_y) / size**2
+
+
+def _members(count: int, chosen: np.ndarray) -> np.ndarray:
+    """1.0 where a sample is in a subset, (count, subsets), from indices (subsets, size)."""
+    found = np.zeros((count, len(chosen)))
+    np.put_along_axis(found, chosen.T, 1.0, axis=0)
+    return found
 
 
 def _finish(state, reference: dict, settings) -> dict[str, float]:

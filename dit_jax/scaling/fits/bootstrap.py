@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.scaling.fits.noise import Power, power
 from dit_jax.scaling.runs import Run
@@ -98,7 +98,7 @@ def stated(runs: Sequence[Run], fitted: np.ndarray) -> Noise | None:
     scale, many = math.sqrt(np.mean(np.square(errors))), 10**6
     flat = power(np.full(len(runs), scale**2), np.zeros(len(runs)), np.ones(len(runs)))
     known = Power(np.zeros(len(runs)), flat.chance, np.full(len(flat.chance), scale**2 * many), many)
-    normal = stats.norm.ppf((np.arange(200) + 0.5) / 200)
+    normal = special.ndtri((np.arange(200) + 0.5) / 200)
     return Noise(scale, 0, known, normal / normal.std(), 0.0, clusters(runs))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.scaling.fits import parabola
 from dit_jax.scaling.runs import ROUNDING
@@ -105,4 +105,4 @@ def no_parabola(used: Sequence[Budget]) -> float:
         powers, freedom = powers + 2, freedom + len(u) - 5
     if not freedom or simple < 1e-18:
         return 1.0
-    return float(stats.f.sf((simple - more) / powers / max(more / freedom, 1e-300), powers, freedom))
+    return float(special.fdtrc(powers, freedom, max(simple - more, 0.0) / powers / max(more / freedom, 1e-300)))

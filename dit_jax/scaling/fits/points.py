@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy.interpolate import Akima1DInterpolator
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import bootstrap
@@ -104,6 +103,8 @@ def _minimum(label: str, runs: Sequence[Run]) -> Point:
 def lowest(u: np.ndarray, losses: np.ndarray) -> tuple:
     """(where (m,), how low (m,)) the interpolants through `losses` (m, n) at u (n,) are."""
     # coefficients of cubics in the distance from a piece's left end, (n - 1, m) each
+    from scipy.interpolate import Akima1DInterpolator  # a quarter of a second, for this alone
+
     a, b, c, d = Akima1DInterpolator(u, losses.T).c
     with np.errstate(invalid="ignore", divide="ignore"):  # pieces without a minimum
         t = -c / (b + np.sqrt(b * b - 3 * a * c))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.scaling.fits import bootstrap, newton
 from dit_jax.scaling.fits.fit import Fit, per_parameter_and_token, plain
@@ -69,7 +69,7 @@ def _repeated(
         tried[again] = (design, *search(design, grid_starts(design)))
     best = min(tried, key=lambda again: tried[again][2])
     gain = (fit.objective / 2 - tried[best][2]) / max(tried[best][2] / freedom, 1e-300)
-    if stats.f.sf(max(gain, 0.0), 1, freedom) > CHANCE:
+    if special.fdtrc(1, freedom, max(gain, 0.0)) > CHANCE:
         return None
     design, theta, objective = tried[best]
     near = [(*tried[again][:2], again) for again in AGAIN if best / NEAR <= again <= best * NEAR]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import bootstrap, newton
@@ -340,7 +340,7 @@ def reasons_of(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
         return (f"{groups.max() + 1} runs for {design.problem.width} parameters: nothing is left to test the law",)
     noise = design.noise(theta, runs)
     freedom = noise.freedom if noise else freedom
-    half = _errors(design, theta) * stats.t.ppf(0.975, freedom)
+    half = _errors(design, theta) * special.stdtrit(freedom, 0.975)
     return tuple(
         f"{name} is {value:.3g} plus or minus {error:.2g}: its interval reaches 0, so the exponent is not determined"
         for name, value, error in zip(design.names[3:], theta[3:], half[3:], strict=True)
@@ -372,7 +372,7 @@ def form(design: Design, theta: np.ndarray) -> float:
     left = [float(((r - m @ np.linalg.lstsq(m, r, rcond=None)[0]) ** 2).sum()) for m in (slope, more)]
     if left[0] < len(r) * LEAST**2:
         return 1.0
-    return float(stats.f.sf((left[0] - left[1]) / added / max(left[1] / freedom, 1e-300), added, freedom))
+    return float(special.fdtrc(added, freedom, max(left[0] - left[1], 0.0) / added / max(left[1] / freedom, 1e-300)))
 
 
 def notes_of(fit: Fit) -> tuple:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.frontier.points import SAMPLING, Point
@@ -142,7 +142,7 @@ def _quadratic(points: Sequence[Point], x: np.ndarray, sign: float) -> tuple:
     c = np.linalg.lstsq(design, weight * y, rcond=None)[0]
     squares = float(np.sum((weight * y - design @ c) ** 2))
     scale = 1.0 if known else squares / freedom if freedom else 0.0
-    fits = not freedom or (stats.chi2.sf(squares, freedom) > MISFIT if known else scale < COARSE**2)
+    fits = not freedom or (special.chdtrc(freedom, squares) > MISFIT if known else scale < COARSE**2)
     if c[2] <= 0:
         return bool(fits), math.inf, math.nan, math.nan, math.nan
     covariance, place, bend = scale * np.linalg.inv(design.T @ design), float(-c[1] / (2 * c[2])), float(2 * c[2])

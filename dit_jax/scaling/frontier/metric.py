@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.bootstrap import FEWEST, between
@@ -192,7 +192,7 @@ def bend(C: np.ndarray, y: np.ndarray, variance: np.ndarray) -> float:
     found = np.linalg.lstsq(design, target, rcond=None)[0]
     noise = math.sqrt(np.sum((target - design @ found) ** 2) / (len(C) - 3))
     error = max(noise, EXACT) * math.sqrt(np.linalg.inv(design.T @ design)[2, 2])
-    return float(stats.t.sf(found[2] / error, len(C) - 3))
+    return float(special.stdtr(len(C) - 3, -found[2] / error))
 
 
 def doubts(fit: MetricLaw, metric: str) -> list[str]:
@@ -243,6 +243,8 @@ def correlate(points: Sequence[Point], level: float = 0.95) -> dict:
 
     Raises UsageError on fewer than 4 models that carry both.
     """
+    from scipy import stats  # half a second, for this alone
+
     pairs = [(p.loss, p.score) for p in points if not math.isnan(p.loss)]
     if len(pairs) < 4:
         raise UsageError(f"RUNS: {len(pairs)} models have both a held-out loss and the metric, expected at least 4")

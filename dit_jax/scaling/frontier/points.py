@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError, shown
 from dit_jax.files import absolute
@@ -327,4 +327,4 @@ def _standard_error(metrics: dict, metric: str, where: str, resamples=None) -> f
     if low > high:
         raise UsageError(f"{where}: {metric}_low is {low:g}, above {metric}_high, {high:g}")
     freedom = resamples - 1 if isinstance(resamples, int) and resamples > 1 else math.inf
-    return (high - low) / 2 / float(stats.t.ppf(0.975, freedom))
+    return (high - low) / 2 / float(special.stdtrit(freedom, 0.975))

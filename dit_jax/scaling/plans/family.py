@@ -7,8 +7,7 @@ The rule of a family is its aspect ratio, width / depth, and how wide a head is;
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-from scipy.stats import gmean
+from statistics import geometric_mean
 
 from dit_jax import flops
 from dit_jax.config import SIZES, ModelConfig
@@ -38,17 +37,17 @@ class Family:
 
 
 # Peebles & Xie 2023, Table 1: 32 (S), 64 (B), 43 (L) and 41 (XL); heads are 64 wide but for XL's 72.
-DIT = Family("DiT", float(gmean([width / depth for depth, width, _ in SIZES.values()])), 64.0)
+DIT = Family("DiT", geometric_mean([width / depth for depth, width, _ in SIZES.values()]), 64.0)
 
 
 def family_of(models: Sequence[ModelConfig]) -> Family:
     """The family of a ladder of models: their mean aspect ratio, and their number of heads if all have the same, else its mean width."""
     heads, widths = {m.heads for m in models}, [m.width / m.heads for m in models]
     same = len(heads) == 1 and len(set(widths)) > 1
-    head_width = max(DIT.head_width, *widths) if same else float(gmean(widths))
+    head_width = max(DIT.head_width, *widths) if same else geometric_mean(widths)
     shared = math.gcd(*(m.width for m in models))
     step = shared if len({m.width for m in models}) > 1 and shared <= COARSE else FINE
-    return Family("RUNS", float(gmean([m.width / m.depth for m in models])), head_width, max(heads) * same, step)
+    return Family("RUNS", geometric_mean([m.width / m.depth for m in models]), head_width, max(heads) * same, step)
 
 
 def sized(

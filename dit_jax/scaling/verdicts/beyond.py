@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import bootstrap, fit_varpro
@@ -102,12 +102,12 @@ def _extra(y: np.ndarray, design: np.ndarray, more: np.ndarray, error: np.ndarra
     if left > 0:
         solve = np.linalg.lstsq(full / error[:, None], y / error, rcond=None)[0]
         q = float((((y - full @ solve) / error) ** 2).sum())
-        tau2 = bootstrap.between(y, full, error**2) if stats.chi2.sf(q, left) < ODD else 0.0
+        tau2 = bootstrap.between(y, full, error**2) if special.chdtrc(left, q) < ODD else 0.0
     weight = 1 / (error**2 + tau2)
     covariance = np.linalg.inv(full.T @ (weight[:, None] * full))
     value = float((covariance @ (full.T @ (weight * y)))[-1])
     z = abs(value) / math.sqrt(covariance[-1, -1])
-    p = float(2 * (stats.t.sf(z, left) if tau2 > 0 else stats.norm.sf(z)))
+    p = float(2 * (special.stdtr(left, -z) if tau2 > 0 else special.ndtr(-z)))
     return value / float(np.abs(more).max()), p
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import newton, parabola
@@ -126,7 +126,7 @@ def _judged(runs, rows, residual, leverage, freedom: int) -> tuple:
     total = float((residual**2).sum())
     noise = np.sqrt(np.maximum(total - residual**2 / alone, 0.0) / (freedom - 1) + LEAST**2)
     t = np.where(1 - leverage > 1e-3, residual / (noise * np.sqrt(alone)), 0.0)
-    threshold = float(stats.t.isf(CHANCE / (2 * len(rows)), freedom - 1))
+    threshold = -float(special.stdtrit(freedom - 1, CHANCE / (2 * len(rows))))
     expected = {
         row: runs[row].loss * math.exp(-min(max(e / a, -50.0), 50.0))
         for row, e, a in zip(rows, residual.tolist(), alone.tolist(), strict=True)

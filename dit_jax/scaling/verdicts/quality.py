@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import parabola
@@ -305,10 +305,11 @@ def _drifting(grids) -> list[Finding]:
     if len(used) < 3:
         return []
     log_c = np.log([g.flops for g in used])
-    line = stats.linregress(log_c, [g.middle - g.place for g in used])
-    if abs(line.slope) * np.ptp(log_c) <= OFF * float(np.median([g.half for g in used])) or line.pvalue > 0.05:
+    (slope, at_1), covariance = np.polyfit(log_c, [g.middle - g.place for g in used], 1, cov=True)
+    p = 2 * special.stdtr(len(used) - 2, -abs(slope) / max(math.sqrt(covariance[0, 0]), 1e-300))
+    if abs(slope) * np.ptp(log_c) <= OFF * float(np.median([g.half for g in used])) or p > 0.05:
         return []
-    low, high = (math.exp(line.intercept + line.slope * c) for c in (log_c[0], log_c[-1]))
+    low, high = (math.exp(at_1 + slope * c) for c in (log_c[0], log_c[-1]))
     same = " (all budgets have the same sizes)" * (len({g.sizes for g in used}) == 1)
     what = (
         f"drifting grid{same}: the middle of the sizes goes from {low:.2g} to {high:.2g} times the minimum between budgets "

@@ -44,27 +44,29 @@ def worker(folder: str, num: int, count: int, index: int, address: str) -> None:
     _, params = checkpoint.load(folder, place=lambda shapes: on_mesh(mesh, shapes))
     sampling = open_sampling(cfg, mesh)
 
-    def sample(seed: int, images: int) -> None:
-        job = sampling.describe(weights_hash(params), 1, seed)
+    def sample(images: int) -> None:
+        job = sampling.describe(weights_hash(params), 1, 0)
         parts.complete(
-            out, job, sampling.shape, images, lambda indices, most: sampling.draw(params, seed, indices, most), []
+            out, job, sampling.shape, images, lambda indices, most: sampling.draw(params, 0, indices, most), []
         )
         if leader():
             os.remove(out)
         everyone_is_here("removed")
 
-    def evaluate(seed: int, images: int) -> None:
-        run(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, seed=seed, samples=images)), folder, quiet=True)
+    def evaluate(images: int) -> None:
+        run(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, samples=images)), folder, quiet=True)
+        if leader():
+            os.remove(os.path.join(folder, "eval", "records.jsonl"))  # so that the next evaluation finds nothing done
+        everyone_is_here("removed")
 
     found = {}
     for name, job in (("sample", sample), ("evaluate", evaluate)):
-        job(1, 256)
+        job(256)
         everyone_is_here("ready")
         start = time.perf_counter()
-        job(2, num)
+        job(num)
         found[name] = time.perf_counter() - start
     if leader():
-        os.remove(os.path.join(folder, "eval", "records.jsonl"))  # so that the next evaluation finds nothing done
         print(json.dumps(found))
 
 

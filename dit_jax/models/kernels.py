@@ -45,9 +45,9 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array 
 
     `mask` (b, m): which keys are there, at least one; None: all.
 
-    The backward pass uses the forward pass's weights, in v's dtype, and takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022, arXiv
-    2205.14135, appendix B.2). `remat = dots` recomputes the weights (b, k, n, m), because copying them to and from the scan's memory
-    takes longer.
+    The weights are divided by their sum (b, k, n) after the product with v, in the output's size, and so in the backward pass, which
+    takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022, arXiv 2205.14135, section 3.1 and appendix B.2). `remat = dots` recomputes the
+    weights (b, k, n, m), because copying them to and from the scan's memory takes longer.
     """
     return _attention_forward(q, k, v, mask)[0]
 
@@ -57,14 +57,19 @@ def _attention_forward(q, k, v, mask):
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
     weights = jnp.exp((logits - logits.max(axis=-1, keepdims=True)) / math.sqrt(q.shape[-1]))
-    weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    out = jnp.einsum("bknm,bmkh->bnkh", weights, v)
-    return out, (q, k, v, weights, out)
+    share, weights = 1 / weights.sum(axis=-1), weights.astype(v.dtype)
+    out = _shared(jnp.einsum("bknm,bmkh->bnkh", weights, v, preferred_element_type=jnp.float32), share).astype(v.dtype)
+    return out, (q, k, v, weights, share, out)
+
+
+def _shared(x: jax.Array, share: jax.Array) -> jax.Array:
+    """x (b, n, k, h) times `share` (b, k, n), one over the sum of each query's weights."""
+    return x * share.transpose(0, 2, 1)[..., None]
 
 
 def _attention_tangent(kept, tangents: dict):
     """Tangent of the output from those of q, k and v by name, of which some may be missing, as a caption's are in derivatives by x."""
-    q, k, v, weights, _ = kept
+    q, k, v, weights, share, _ = kept
     slopes, parts = [], []
     if "q" in tangents:
         slopes.append(jnp.einsum("bnkh,bmkh->bknm", tangents["q"], k, preferred_element_type=jnp.float32))
@@ -72,23 +77,24 @@ def _attention_tangent(kept, tangents: dict):
         slopes.append(jnp.einsum("bnkh,bmkh->bknm", q, tangents["k"], preferred_element_type=jnp.float32))
     if slopes:
         slope = sum(slopes[1:], slopes[0]) / math.sqrt(q.shape[-1])
-        change = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True))
+        change = weights * (slope - share[..., None] * (weights * slope).sum(axis=-1, keepdims=True))
         parts.append(jnp.einsum("bknm,bmkh->bnkh", change.astype(v.dtype), v))
     if "v" in tangents:
         parts.append(jnp.einsum("bknm,bmkh->bnkh", weights, tangents["v"]))
-    return sum(parts[1:], parts[0])
+    return _shared(sum(parts[1:], parts[0]), share).astype(v.dtype)
 
 
 def _attention_backward(kept, gradient, wanted: tuple) -> dict:
     """Gradients of `wanted`, names of q, k and v."""
-    q, k, v, weights, out = kept
+    q, k, v, weights, share, out = kept
     total = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1).transpose(0, 2, 1)[..., None]
     slope = jnp.einsum("bnkh,bmkh->bknm", gradient, v, preferred_element_type=jnp.float32) - total
-    logits = (weights.astype(jnp.float32) * slope / math.sqrt(q.shape[-1])).astype(q.dtype)
+    scale = share[..., None] / math.sqrt(q.shape[-1])
+    logits = (weights.astype(jnp.float32) * (slope * scale)).astype(q.dtype)
     found = {
         "q": lambda: jnp.einsum("bknm,bmkh->bnkh", logits, k),
         "k": lambda: jnp.einsum("bknm,bnkh->bmkh", logits, q),
-        "v": lambda: jnp.einsum("bknm,bnkh->bmkh", weights, gradient),
+        "v": lambda: jnp.einsum("bknm,bnkh->bmkh", weights, _shared(gradient, share).astype(gradient.dtype)),
     }
     return {name: found[name]() for name in wanted}
 

@@ -28,9 +28,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def _gelu_forward(x):
     h, c = x.astype(jnp.float32), math.sqrt(2 / math.pi)
-    tanh = jnp.tanh(c * (h + 0.044715 * h**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * h * (1 - tanh**2) * c * (1 + 3 * 0.044715 * h**2)
-    return keep((0.5 * h * (1 + tanh)).astype(x.dtype)), keep(slope.astype(x.dtype))
+    square = jnp.square(h)
+    gate = 0.5 + 0.5 * jnp.tanh(h * (c + 0.044715 * c * square))
+    out = h * gate
+    slope = gate + out * (1 - gate) * (2 * c + 6 * 0.044715 * c * square)
+    return keep(out.astype(x.dtype)), keep(slope.astype(x.dtype))
 
 
 @gelu.defjvp

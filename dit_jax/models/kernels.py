@@ -1,4 +1,4 @@
-"""Operations with a hand-written derivative, forward and backward: tanh-GELU and softmax attention."""
+"""Operations with a hand-written derivative, forward and backward: tanh-GELU, layer normalisation and softmax attention."""
 
 import functools
 import math
@@ -39,6 +39,33 @@ def _gelu_forward(x):
 def _gelu_derivative(inputs, tangents):
     out, slope = _gelu_forward(*inputs)
     return out, tangents[0] * slope
+
+
+@jax.custom_jvp
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer normalisation over d without learned scale or shift, eps 1e-6, computed in float32 and returned in x's dtype.
+
+    The variance is E[x^2] - E[x]^2, so one pass over x suffices. `remat = dots` saves the means and scales, and the derivative, a
+    symmetric map of tangents, needs two sums, which one pass gives too.
+    """
+    return _layer_norm_forward(x)[0].astype(x.dtype)
+
+
+def _layer_norm_forward(x):
+    h = x.astype(jnp.float32)
+    mean = h.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.square(h).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    mean, scale = keep(mean), keep(jax.lax.rsqrt(variance + 1e-6))
+    return (h - mean) * scale, scale
+
+
+@layer_norm.defjvp
+def _layer_norm_derivative(inputs, tangents):
+    (x,), (tangent,) = inputs, tangents
+    out, scale = _layer_norm_forward(x)
+    t = tangent.astype(jnp.float32)
+    slope = scale * (t - t.mean(axis=-1, keepdims=True) - out * (out * t).mean(axis=-1, keepdims=True))
+    return out.astype(x.dtype), slope.astype(x.dtype)
 
 
 @jax.custom_jvp

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dit_jax.models.kernels import gelu, keep, softmax_attention
+from dit_jax.models.kernels import gelu, keep, layer_norm, softmax_attention
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -21,17 +21,6 @@ def as_it_is(name: str, x):
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """Feature-wise x (1 + scale) + shift, for x (b, n, d), shift and scale (b, d) (Perez et al. 2018, as in DiT's adaLN)."""
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """Layer normalisation over d without learned scale or shift, eps 1e-6, computed in float32 and returned in x's dtype.
-
-    The variance is E[x^2] - E[x]^2, so one pass over x suffices.
-    """
-    h = x.astype(jnp.float32)
-    mean = h.mean(axis=-1, keepdims=True)
-    variance = jnp.maximum(jnp.square(h).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
-    return ((h - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:

@@ -47,6 +47,8 @@ def test_a_config_takes_slice_and_batch():
     assert resolve(load_config("configs/imagenet256.py:,v3-8")).model.depth == 28
     for group in ("data", "diffusion", "sample", "eval"):
         assert getattr(cfg, group) == getattr(plain, group)
+    looped = [resolve(load_config(f"configs/imagenet256.py:DiT-B/2,{slice}")) for slice in ("h100x8", "cpux8")]
+    assert cfg.model.unroll == 28 and {one.model.unroll for one in (plain, *looped)} == {1}
     assert resolve(load_config("configs/digits.py:cpux8")).mesh == MeshConfig(4, 2, 1)
     assert resolve(load_config("configs/digits.py")).mesh == Config().mesh
 

@@ -99,6 +99,16 @@ def swept(tmp_path_factory, data_dir, cache_dir):
     return cfg, workdir, said
 
 
+@pytest.mark.parametrize(
+    ("unroll", "depths", "expected"), [(4, [2, 5], [2, 5]), (2, [2, 6], [2, 2]), (1, [2, 5], [1, 1])]
+)
+def test_all_layers_of_every_size_are_unrolled_if_those_of_the_config_are(unroll, depths, expected):
+    cfg = resolve(load_config("configs/scenes.py"))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, unroll=unroll))
+    cells = [ladder.make_cell(cfg, "", 1e13, (16, depth, 2)) for depth in depths]
+    assert cfg.model.depth == 4 and [cell.cfg.model.unroll for cell in cells] == expected
+
+
 def test_a_failed_cell_costs_the_others_nothing(swept):
     cfg, workdir, said = swept
     (failed,) = [cell for cell in ladder.make_cells(cfg, str(workdir)) if cell.cfg.model.width == 16]

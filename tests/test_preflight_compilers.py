@@ -17,7 +17,7 @@ from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation
 from dit_jax.sampling.draw import ROWS
 
-LOOP = "--config.model.unroll=1"  # layers in a loop compile in a third of the time
+LOOP = ("--config.model.unroll=1", "--config.model.remat=dots")  # layers in a loop compile in a third of the time
 
 # ---- with libtpu
 
@@ -65,7 +65,7 @@ def check_train_step(found, config):
 )
 def test_xl_trains_on_its_slices(slice, batch, tmp_path):
     config = f"imagenet256.py:DiT-XL/2,{slice},{batch}"
-    found = compiled_for(tmp_path, config, LOOP)
+    found = compiled_for(tmp_path, config, *LOOP)
     check_train_step(found, config)
     assert found["images"] == batch and found["flops_step"] == flops.train_flops(model_config("DiT-XL/2"), batch)
     # On a machine that others use too, by the time of its cores: alone, libtpu keeps 1.7 of two busy.
@@ -85,9 +85,9 @@ def test_xl_trains_on_its_slices_as_shipped(slice, batch, tmp_path):
     found = compiled_for(tmp_path, config)
     check_train_step(found, config)
     if slice == "v3-256":
-        assert 1 / found["estimated_step_seconds"] >= 28  # 5.7 by the paper, on this slice
+        assert 1 / found["estimated_step_seconds"] >= 29  # 5.7 by the paper, on this slice
     else:
-        assert found["estimated_mfu"] >= 0.55
+        assert found["estimated_mfu"] >= 0.59
 
 
 @pytest.mark.tpu
@@ -145,7 +145,7 @@ def test_the_price_of_fifty_thousand_images_with_fid(tmp_path):
 @pytest.mark.parametrize("slice", ["v3-8", "v3-256", "v4-8", "v4-256"])
 @pytest.mark.parametrize("config", ["imagenet256.py:DiT-B/2", "imagenet256.py:DiT-L/2", "imagenet512.py:DiT-XL/2"])
 def test_other_models_train_on_these_slices(config, slice, tmp_path):
-    check_train_step(compiled_for(tmp_path, f"{config},{slice}", LOOP), config)
+    check_train_step(compiled_for(tmp_path, f"{config},{slice}", *LOOP), config)
 
 
 @pytest.mark.tpu
@@ -154,7 +154,7 @@ def test_other_models_train_on_these_slices(config, slice, tmp_path):
 @pytest.mark.parametrize("slice", [name for name in FSDP if name.startswith(("v5", "v6"))])
 def test_later_tpus_train_the_models_too(slice, model, tmp_path):
     config = f"imagenet256.py:DiT-{model}/2,{slice}"
-    found = compiled_for(tmp_path, config, LOOP)
+    found = compiled_for(tmp_path, config, *LOOP)
     check_train_step(found, config)
     assert found["estimated_cycles"] > 0 and bool(found["run"]) == (not slice.startswith("v6e"))
 
@@ -164,7 +164,7 @@ def test_later_tpus_train_the_models_too(slice, model, tmp_path):
 @pytest.mark.parametrize("slice", ["v3-32", "v4-64", "v4-256", "v4-512", "v3-256,4096"])
 def test_xl_trains_on_the_other_slices_and_at_a_large_batch(slice, tmp_path):
     config = f"imagenet256.py:DiT-XL/2,{slice}"
-    check_train_step(compiled_for(tmp_path, config, LOOP), config)
+    check_train_step(compiled_for(tmp_path, config, *LOOP), config)
 
 
 @pytest.mark.tpu

@@ -42,12 +42,16 @@ SPARE = 0.85  # fraction of a device's memory that the rough estimate `memory` m
 REMATS = ("none", "dots", "full")
 # Bytes that a block saves for its backward pass, per token and channel: the TPU compiler's figures for S/2 to XL/2 at 256 and 512
 # pixels (preflight, batches that do not fit). Without remat KEPT_WEIGHT bytes per attention weight (heads x tokens per token) are added.
+# Of layers that are not in a loop the compiler keeps less.
 KEPT = {"none": 54.0, "dots": 31.0, "full": 5.5}
+KEPT_UNROLLED = KEPT | {"none": 26.0}
 KEPT_WEIGHT = 2.2
 # Bytes per parameter: value, EMA and moments; gradient and update; sums of microbatches.
 STATE, PASSING, ADDED = 16, 12, 8
-# Relative time of a step, by the compiler's estimates; copying all saved arrays ("none") takes longer than the recomputation of "dots".
+# Relative time of a step, by the compiler's estimates. A loop copies all saved arrays ("none"), which takes longer than the
+# recomputation of "dots".
 AGAIN = {"none": 1.1, "dots": 1.0, "full": 1.2}
+AGAIN_UNROLLED = {"none": 0.82, "dots": 0.88, "full": 1.1}
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Layout:
         return 0 if batch % split else batch // split
 
 
+def unrolled(model: ModelConfig) -> bool:
+    """Whether the layers are in no loop."""
+    return model.unroll == model.depth
+
+
 def state_bytes(model: ModelConfig, layout: Layout) -> float:
     """Estimated bytes of the training state per device. Replicated vectors are few and counted as split."""
     return STATE * flops.parameters(model) / (layout.fsdp * layout.tensor)
@@ -78,7 +87,7 @@ def state_bytes(model: ModelConfig, layout: Layout) -> float:
 
 def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
     """Estimated bytes per device that a training step holds besides the state."""
-    kept, tokens = KEPT[layout.remat], model.tokens + model.caption_tokens
+    kept, tokens = (KEPT_UNROLLED if unrolled(model) else KEPT)[layout.remat], model.tokens + model.caption_tokens
     if layout.remat == "none":
         kept += KEPT_WEIGHT * model.heads * tokens / model.width
     activations = kept * layout.rows(batch) * model.depth * tokens * model.width
@@ -101,7 +110,8 @@ def seconds(model: ModelConfig, layout: Layout, batch: int, slice: Topology) -> 
     if not (slice.peak() > 0 and links > 0):
         return 0.0
     size = flops.parameters(model) / layout.tensor
-    computed = AGAIN[layout.remat] * flops.train_flops(model, batch) / slice.devices / (0.5 * slice.peak())
+    again = (AGAIN_UNROLLED if unrolled(model) else AGAIN)[layout.remat]
+    computed = again * flops.train_flops(model, batch) / slice.devices / (0.5 * slice.peak())
     touched = layout.accumulate * size * (3 * 2 + 2 * 4 / layout.fsdp) / slice.bandwidth
     gathered = layout.accumulate * size * 3 * 2 * (1 - 1 / layout.fsdp) / links
     summed = size * 2 * 4 / layout.fsdp * (1 - 1 / layout.data) / links
@@ -174,14 +184,16 @@ def argument(text: str, model: str) -> tuple[str, str, int]:
 def lay_out(c, name: str) -> None:
     """Sets mesh, remat and accumulation of a ConfigDict to the shipped layout of slice `name`; does nothing for "".
 
-    On TPUs the layers are unrolled: a loop copies what its backward pass needs to and from stacks, a tenth of a step by the compiler's
+    On TPUs the layers are unrolled: a loop copies what its backward pass needs to and from stacks, a fifth of a step by the compiler's
     estimate. It compiles three times as long.
     """
     if not name:
         return
-    found, device = shipped(name, ModelConfig(**c.model.to_dict()), c.train.batch_size), topology(name).device
+    choice("slice", name, FSDP)
+    device = topology(name).device
     if device and device.kind.startswith("tpu"):
         c.model.unroll = c.model.depth
+    found = shipped(name, ModelConfig(**c.model.to_dict()), c.train.batch_size)
     for key, value in found.keys().items():
         group, key = key.split(".")
         c[group][key] = value

@@ -117,12 +117,12 @@ class _Heads(nn.Module):
         if self.implementation == "xla":
             return softmax_attention(q, k, v, mask)
         keys = None if mask is None else mask[:, None, None]
-        return keep(jax.nn.dot_product_attention(q, k, v, mask=keys, implementation=self.implementation))
+        return jax.nn.dot_product_attention(q, k, v, mask=keys, implementation=self.implementation)
 
     @nn.nowrap
     def out(self, h):
         """Output projection, (b, n, k, h) -> (b, n, d)."""
-        return keep(self.proj(h))
+        return self.proj(h)
 
 
 class Attention(_Heads):
@@ -169,7 +169,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        return keep(nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(gelu(h)))
+        return keep(nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(gelu(keep(h))))
 
 
 class SwiGlu(nn.Module):

@@ -24,7 +24,8 @@ help:
 	@echo "make words      train a model of words on coloured digits and score what it draws, write $(WORDS)/report.html"
 	@echo "make study      which size wins under a sampling budget: trains what docs/study/records.jsonl lacks (about 6 hours on 2 cores, in parts)"
 	@echo "make study-page  docs/study.md and its figures from these records alone"
-	@echo "make test       the tests (about 12 minutes on 2 cores)"
+	@echo "make test       the tests of parts (about 7 minutes on 2 cores)"
+	@echo "make test-jobs  the tests of whole jobs: trained, killed, resumed, swept, on several hosts (about 6 minutes)"
 	@echo "make test-slow  the slow tests, such as coverage of intervals and frozen peers"
 	@echo "make test-data  the same 200 pictures through every door of the data: kills, hosts, positions (about 5 minutes)"
 	@echo "make test-bucket  a run's whole life in a bucket, on a strict server of object storage (torture-bucket: 200 kills)"
@@ -96,8 +97,14 @@ study: setup
 study-page: setup
 	@$(BIN)/python -m benchmarks.study --page
 
+WORKERS := 3
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
+	$(BIN)/python -m pytest $(SPREAD) --ignore=tests/parity --ignore=tests/jobs
+
+test-jobs: dev
+	$(BIN)/python -m pytest $(SPREAD) tests/jobs
 
 test-slow: dev
 	$(BIN)/python -m pytest -m "slow and not bucket and not doors and not tpu and not parity and not gpu_compiler"
@@ -106,10 +113,10 @@ test-data: dev
 	$(BIN)/python -m pytest -m doors tests/test_doors.py
 
 test-bucket: dev
-	$(BIN)/python -m pytest -m "not slow" --durations=5 tests/test_bucket*.py
+	$(BIN)/python -m pytest -m "not slow" --durations=5 tests/test_bucket*.py tests/jobs/test_bucket.py
 
 torture-bucket: dev
-	$(BIN)/python -m pytest -m "bucket and slow" tests/test_bucket.py
+	$(BIN)/python -m pytest -m "bucket and slow" tests/jobs/test_bucket.py
 
 $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 	@echo "installing the peers ..."
@@ -119,7 +126,9 @@ $(PEERS)/.done: $(VENV)/.dev requirements-peers.lock
 
 peers: $(PEERS)/.done
 
-PARITY := $(BIN)/python -m pytest --disable-warnings -n 2 --dist loadfile tests/parity tests/test_weights.py
+parity parity-quick preflight preflight-quick: WORKERS := 2
+
+PARITY = $(BIN)/python -m pytest --disable-warnings $(SPREAD) tests/parity tests/test_weights.py
 
 parity: peers
 	PYTHONPATH=$(PEERS) $(PARITY) -m parity
@@ -139,10 +148,10 @@ $(TPU)/.done: $(VENV)/.dev requirements-tpu.lock
 tpu: $(TPU)/.done
 
 preflight: tpu
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n 2 tests/test_preflight_compilers.py tests/test_hardware.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m tpu -n $(WORKERS) tests/test_preflight_compilers.py tests/test_hardware.py
 
 preflight-quick: tpu
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n 2 tests/test_preflight_compilers.py tests/test_hardware.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest -m "tpu and not slow" -n $(WORKERS) tests/test_preflight_compilers.py tests/test_hardware.py
 
 $(GPU)/.done: $(VENV)/.dev requirements-gpu.lock
 	@echo "installing XLA's GPU compiler ..."
@@ -172,7 +181,7 @@ xpk: $(XPK)/.done
 	XPK=$(XPK) $(BIN)/python -m pytest -m xpk tests/test_xpk.py
 
 torture: dev
-	$(BIN)/python -m pytest -m slow tests/test_kills.py tests/test_peers.py
+	$(BIN)/python -m pytest -m slow tests/jobs/test_kills.py tests/jobs/test_peers.py
 	DIT_JAX_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 lint: dev

@@ -73,7 +73,7 @@ def uninterrupted(tmp_path_factory, data_dir, cache_dir):
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            noted = {"COMPILATIONS": str(folder / "compilations")}  # for tests/test_train.py
+            noted = {"COMPILATIONS": str(folder / "compilations")}  # for tests/jobs/test_train.py
             code, _, err = run("train", *train(folder / "run"), cache_dir=cache_dir, environment=noted)
             assert code == 0, err
             (folder / "done").touch()
@@ -119,9 +119,25 @@ def few_objects():
     gc.freeze()
 
 
-LONGEST_FIRST = ("test_sweep", "test_evaluate", "test_guard", "test_kills", "test_peers", "test_sample", "test_seams")
-LONGEST_FIRST += ("test_few_steps", "test_superres", "test_study", "test_launch", "test_in_step", "test_average")
-LONGEST_FIRST += ("test_checkpoint", "test_reuse", "test_train", "test_text")
+LONGEST_FIRST = (
+    "test_sweep",
+    "test_evaluate",
+    "test_average",
+    "test_init",
+    "test_study",
+    "test_in_step",
+    "test_kills",
+    "test_few_steps",
+)
+LONGEST_FIRST += (
+    "test_reuse",
+    "test_text",
+    "test_mesh",
+    "test_quantize",
+    "test_diffusion",
+    "test_launch",
+    "test_checkpoint",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -139,7 +139,7 @@ def wait_for_step(process, workdir, step, timeout=120):
 
 
 def die(cell):
-    """A sweep's job, for tests/test_sweep.py: the cell "dies" runs out of memory."""
+    """A sweep's job, for tests/jobs/test_sweep.py: the cell "dies" runs out of memory."""
     if cell == "dies":
         os._exit(9)
     return cell

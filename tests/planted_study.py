@@ -1,4 +1,4 @@
-"""Records of a study whose answer is known, for tests/test_study.py: no training, the protocols of the real cells."""
+"""Records of a study whose answer is known, for tests/jobs/test_study.py: no training, the protocols of the real cells."""
 
 import dataclasses
 import json

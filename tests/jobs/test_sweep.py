@@ -79,7 +79,8 @@ def file(folder, config):
     """The flag of a config file that is a function of this module."""
     path = folder / f"{config.__name__}.py"
     here = os.path.dirname(__file__)
-    path.write_text(f"import sys\nsys.path.append({here!r})\nfrom test_sweep import {config.__name__} as get_config\n")
+    paths = [here, os.path.dirname(here)]
+    path.write_text(f"import sys\nsys.path += {paths!r}\nfrom test_sweep import {config.__name__} as get_config\n")
     return f"--config={path}"
 
 

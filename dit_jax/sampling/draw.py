@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from dit_jax.bind import bind_to_draw
 from dit_jax.config import Config, ModelConfig, SampleConfig, to_dict
 from dit_jax.devices.mesh import batch_sharding, hosts_of, put_batch, replicated
 from dit_jax.devices.numerics import ambient, random_key
-from dit_jax.devices.processes import agree, leader
+from dit_jax.devices.processes import agree, gather, leader
 from dit_jax.devices.rows import own_mesh, own_rows, own_split
 from dit_jax.diffusion.process import LATER, denoiser
 from dit_jax.diffusion.samplers import draw_noise
@@ -182,15 +183,20 @@ class Sampling:
             more = (self._guiding.weights(self.mesh),)
         rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
         batch = rows * max(1, -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts)))
+        count, every = 0, 1
         for start in range(0, most, batch):
             chunks, error = [], None
             for at in range(start, min(start + batch, most), rows):
-                if stopped := self._agreed(stop, error):
+                if count % every == 0 and (stopped := self._agreed(stop, error)):
                     break
+                began = time.perf_counter()
                 try:
                     chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows, more))
                 except NotFiniteError as found:
                     error = found
+                count += 1
+                if count == 2:  # the first one compiles
+                    every = self._every(time.perf_counter() - began)
             else:
                 stopped = self._agreed(stop, error)
             if sum(len(labels) for _, labels in chunks):
@@ -246,6 +252,11 @@ class Sampling:
         if error:
             raise error
         return bool(stop)
+
+    def _every(self, seconds: float) -> int:
+        """After how many calls of that many seconds the processes ask each other whether to stop: about twice a second."""
+        longest = max(gather(seconds)) if hosts_of(self.mesh) > 1 else seconds
+        return int(np.clip(0.5 / longest, 1, 16))
 
     def _rows(
         self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int, more: tuple

@@ -93,7 +93,7 @@ def test_xl_trains_on_its_slices_as_shipped(slice, batch, tmp_path):
 @pytest.mark.tpu
 @pytest.mark.slow
 def test_a_text_model_of_a_billion_parameters_trains_on_v4_256(tmp_path):
-    found = compiled_for(tmp_path, "text.py:v4-256")
+    found = compiled_for(tmp_path, "text.py:v4-256", *LOOP)
     check_train_step(found, "text.py")
     assert found["fits"] and found["images"] == 1024
 

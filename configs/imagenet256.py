@@ -19,7 +19,7 @@ Expected from the paper (250 DDPM steps, EMA weights, ft-ema decoder); not run h
                                 L     118.87      45.64      23.33
                                 XL    106.41      43.01      19.47
 
-`configs/imagenet256.py:DiT-XL/2,v3-256` sets mesh, remat and accumulation for a slice (docs/meshes.md), `DiT-XL/2,v4-256,4096`
+`configs/imagenet256.py:DiT-XL/2,v3-256` sets mesh, remat, accumulation and unroll for a slice (docs/meshes.md), `DiT-XL/2,v4-256,4096`
 with another batch. Without a slice the state (XL/2: 11 GB of weights, moments and EMA) is shared by 4 devices.
 """
 

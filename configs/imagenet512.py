@@ -15,7 +15,7 @@ Expected from the paper (XL/2 after 3M steps, 250 DDPM steps, EMA weights, ft-em
     FID-50K     12.03 unguided    4.64 at guidance 1.25    3.04 at guidance 1.5
 
 An XL/2 image is 1,024 tokens and 525 GMACs a forward pass, 4.4 times the 256-pixel model's. `configs/imagenet512.py:DiT-XL/2,v4-256`
-sets mesh, remat and accumulation for a slice (docs/meshes.md), `DiT-XL/2,v4-256,1024` with another batch. Without a slice the
+sets mesh, remat, accumulation and unroll (docs/meshes.md), `DiT-XL/2,v4-256,1024` with another batch. Without a slice the
 state (XL/2: 11 GB of weights, moments and EMA) is shared by 4 devices.
 """
 

@@ -319,7 +319,7 @@ def test_parts_of_an_evaluation_are_the_whole():
 def test_a_sweep_prints_its_cells_and_one_of_them_runs_alone(data_dir, cache_dir, tmp_path):
     config, workdir = tmp_path / "ladder.py", tmp_path / "demo"
     config.write_text(
-        f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nfrom test_sweep import small\n\nget_config = small\n"
+        f"import sys\nsys.path += {[str(ROOT / 'tests'), str(ROOT / 'tests/jobs')]!r}\nfrom test_sweep import small\n\nget_config = small\n"
     )
     flags = [f"--config={config}", f"--workdir={workdir}", "--config.eval.samples=0"]
     code, out, err = run("sweep", *flags, "--launcher=print", cache_dir=cache_dir, devices=1)

@@ -85,7 +85,7 @@ def test_two_tasks_train_together_and_a_job_told_to_stop_is_queued_again(slurm, 
 def test_a_sweep_runs_as_an_array_and_ends_in_a_report(slurm, tmp_path):
     workdir, config = tmp_path / "demo", tmp_path / "ladder.py"
     config.write_text(
-        f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nfrom test_sweep import small\n\n\n"
+        f"import sys\nsys.path += {[str(ROOT / 'tests'), str(ROOT / 'tests' / 'jobs')]!r}\nfrom test_sweep import small\n\n\n"
         "def get_config():\n    c = small()\n    c.sweep.update(budgets=(3e8, 6e8, 1.2e9), windows=((0, 3),) * 3, extrapolate=0.0)\n"
         "    c.eval.samples = 0\n    return c\n"
     )

@@ -36,7 +36,7 @@ class ModelConfig:
     qk_norm: bool = False  # normalise queries and keys
     dtype: str = "float32"  # float32 | bfloat16, of the compute; parameters are always float32
     attention: str = "auto"  # auto | xla | cudnn
-    remat: str = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full
+    remat: str = "none"  # recomputed in the backward pass: none | dots (all but most matrix products) | full
     unroll: int = 1  # blocks per iteration of the layer scan; `depth` = fully unrolled
 
     def __post_init__(self):

@@ -117,13 +117,14 @@ class Distance:
 def _factor(cov: np.ndarray) -> np.ndarray:
     """F (d, r) with F F^T = cov: Cholesky's, or if the covariance may be singular its r principal axes: roots of eigenvalues that are 0
     but for rounding would add up."""
-    rounding = len(cov) * np.finfo(np.float64).eps
+    rounding, cov = len(cov) * np.finfo(np.float64).eps, (cov + cov.T) / 2
     try:
         factor = np.linalg.cholesky(cov)
         if np.diagonal(factor).min() > PIVOT * np.diagonal(factor).max():
             return factor
     except np.linalg.LinAlgError:
         pass
-    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
-    kept = values >= values[-1] * rounding  # of a covariance of zeros, all
+    values, vectors = np.linalg.eigh(cov)
+    kept = values >= max(values[-1], 0.0) * rounding  # of a covariance of zeros, all
+    kept[-1] = True
     return vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0.0))

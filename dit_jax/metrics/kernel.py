@@ -16,7 +16,7 @@ from dit_jax.metrics.features import checked_pair, keep
 from dit_jax.metrics.metric import Metric
 
 SUBSETS, SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
-BLOCK = 1000  # rows of a kernel matrix at a time
+BLOCK = 2**20  # numbers of a kernel matrix at a time
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def _of_all_pairs(x: np.ndarray, y: np.ndarray, mine: np.ndarray, theirs: np.nda
 
     def sums(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
         """Sums of the kernel over the pairs of each subset, (subsets,)."""
-        rows = (slice(start, start + BLOCK) for start in range(0, len(a), BLOCK))
+        count = max(1, BLOCK // len(b))
+        rows = (slice(start, start + count) for start in range(0, len(a), count))
         return sum(((kernel(a[some], b) @ of_b) * of_a[some]).sum(axis=0) for some in rows)
 
     def others(a: np.ndarray, of_a: np.ndarray) -> np.ndarray:

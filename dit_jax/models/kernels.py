@@ -12,7 +12,7 @@ KEPT = "kept"  # checkpoint name of the residuals that `remat = dots` saves
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Marks a residual that `remat = dots` saves: the output of a matrix product or of an expensive elementwise operation."""
+    """Marks a residual that `remat = dots` saves: the output of a product of large matrices, or few numbers that take a pass to compute."""
     return checkpoint_name(x, KEPT)
 
 
@@ -71,8 +71,8 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array 
     `mask` (b, m): which keys are there, at least one; None: all.
 
     The weights are divided by their sum (b, k, n) after the product with v, in the output's size, and so in the backward pass, which
-    takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022, arXiv 2205.14135, section 3.1 and appendix B.2). `remat = dots` recomputes the
-    weights (b, k, n, m), because copying them to and from the scan's memory takes longer.
+    takes sum_m(dP P) as sum_h(dO O) (Dao et al. 2022, arXiv 2205.14135, section 3.1 and appendix B.2). `remat = dots` recomputes
+    the output and the weights (b, k, n, m), because copying these to and from the scan's memory takes longer.
     """
     return _attention_forward(q, k, v, mask)[0]
 

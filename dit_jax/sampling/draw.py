@@ -193,7 +193,7 @@ class Sampling:
                 try:
                     chunks.append(self._rows(draw, params, seed, indices[at : at + rows], rows, more))
                 except NotFiniteError as found:
-                    error = found
+                    error = error or found
                 count += 1
                 if count == 2:  # the first one compiles
                     every = self._every(time.perf_counter() - began)
@@ -254,9 +254,9 @@ class Sampling:
         return bool(stop)
 
     def _every(self, seconds: float) -> int:
-        """After how many calls of that many seconds the processes ask each other whether to stop: about twice a second."""
-        longest = max(gather(seconds)) if hosts_of(self.mesh) > 1 else seconds
-        return int(np.clip(0.5 / longest, 1, 16))
+        """After how many calls of that many seconds the processes ask each other whether to stop: after half a second or 16 calls. One
+        process alone looks after each call."""
+        return int(np.clip(0.5 / max(gather(seconds)), 1, 16)) if hosts_of(self.mesh) > 1 else 1
 
     def _rows(
         self, draw: Callable, params, seed: int, indices: np.ndarray, rows: int, more: tuple

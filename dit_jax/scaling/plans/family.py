@@ -56,6 +56,7 @@ def sized(
     """The model of the family with about `params` parameters as `count` counts them, in all else as `like`."""
     if not 0 < params < LARGEST:
         raise UsageError(f"size: found {params:.3g} parameters, expected a number above 0 and below {LARGEST:g}")
+    whole = like.unroll == like.depth > 1  # no loop over the layers, for any depth
     like = replace(like, heads=1, unroll=1)
     (_, _, one), (_, _, two) = _depths(4096, params, like, count)
     ideal = (params * family.aspect / ((two - one) / 4096**2)) ** (
@@ -66,7 +67,8 @@ def sized(
     widths = [w for w in (*range(family.step, WIDE, family.step), *wide) if ideal / 2 <= w <= 2 * ideal]
     rows = [row for width in widths or [family.step] for row in _depths(width, params, like, count)]
     width, depth, _ = min(rows, key=lambda row: _score(family, params, row))
-    return replace(like, width=width, depth=depth, heads=_heads(family, width))
+    unroll = depth if whole else 1
+    return replace(like, width=width, depth=depth, heads=_heads(family, width), unroll=unroll)
 
 
 def _depths(width: int, params: float | int, like: ModelConfig, count: Callable) -> list[tuple]:

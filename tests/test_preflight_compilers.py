@@ -128,6 +128,7 @@ def test_the_price_of_fifty_thousand_images_with_fid(tmp_path):
         "--num=50000",
         "--price=3.22",
         "--config.sample.steps=250",
+        *LOOP,
     )
     draw, decode, features, loss = found["parts"]
     assert found["fits"] and 0.2 < draw["estimated_mfu"] < 1 and not draw["collectives"]
@@ -178,7 +179,7 @@ from dit_jax.hardware import topology
 from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation, search
 cfg = resolve(load_config("configs/imagenet256.py:DiT-S/2,v4-64"))
-cfg = search.changed(cfg, {"mesh.data": -1, "model.depth": 2, "model.unroll": 2})
+cfg = search.changed(cfg, {"mesh.data": -1, "model.unroll": 2, "model.depth": 2})
 devices = devices_ahead(topology("2xv4-64"))
 mesh = make_mesh(cfg.mesh, devices)
 assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}], mesh

@@ -128,8 +128,6 @@ LONGEST_FIRST = (
     "test_in_step",
     "test_kills",
     "test_few_steps",
-)
-LONGEST_FIRST += (
     "test_reuse",
     "test_text",
     "test_mesh",

@@ -81,6 +81,11 @@ class ModelConfig:
             raise UsageError(f"model.heads: found {self.heads}, so {head} features a head; with rope, {expected}")
 
     @property
+    def unrolled(self) -> bool:
+        """Whether the layers are in no loop."""
+        return 1 < self.unroll == self.depth
+
+    @property
     def tokens(self) -> int:
         """Tokens per image."""
         return (self.input_size // self.patch) ** 2

@@ -75,11 +75,6 @@ class Layout:
         return 0 if batch % split else batch // split
 
 
-def unrolled(model: ModelConfig) -> bool:
-    """Whether the layers are in no loop."""
-    return model.unroll == model.depth
-
-
 def state_bytes(model: ModelConfig, layout: Layout) -> float:
     """Estimated bytes of the training state per device. Replicated vectors are few and counted as split."""
     return STATE * flops.parameters(model) / (layout.fsdp * layout.tensor)
@@ -87,7 +82,7 @@ def state_bytes(model: ModelConfig, layout: Layout) -> float:
 
 def temporary_bytes(model: ModelConfig, layout: Layout, batch: int) -> float:
     """Estimated bytes per device that a training step holds besides the state."""
-    kept, tokens = (KEPT_UNROLLED if unrolled(model) else KEPT)[layout.remat], model.tokens + model.caption_tokens
+    kept, tokens = (KEPT_UNROLLED if model.unrolled else KEPT)[layout.remat], model.tokens + model.caption_tokens
     if layout.remat == "none":
         kept += KEPT_WEIGHT * model.heads * tokens / model.width
     activations = kept * layout.rows(batch) * model.depth * tokens * model.width
@@ -110,7 +105,7 @@ def seconds(model: ModelConfig, layout: Layout, batch: int, slice: Topology) -> 
     if not (slice.peak() > 0 and links > 0):
         return 0.0
     size = flops.parameters(model) / layout.tensor
-    again = (AGAIN_UNROLLED if unrolled(model) else AGAIN)[layout.remat]
+    again = (AGAIN_UNROLLED if model.unrolled else AGAIN)[layout.remat]
     computed = again * flops.train_flops(model, batch) / slice.devices / (0.5 * slice.peak())
     touched = layout.accumulate * size * (3 * 2 + 2 * 4 / layout.fsdp) / slice.bandwidth
     gathered = layout.accumulate * size * 3 * 2 * (1 - 1 / layout.fsdp) / links

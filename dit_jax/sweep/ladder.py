@@ -77,7 +77,7 @@ class Cell:
 def make_cell(cfg: Config, workdir: str, budget: float, size: tuple) -> Cell:
     """The run of `size` = (width, depth, heads) for `budget` training FLOPs. Its learning rate scales with a power of width."""
     width, depth, heads = size
-    unroll = depth if cfg.model.unroll == cfg.model.depth > 1 else cfg.model.unroll  # all layers of any size, if all
+    unroll = depth if cfg.model.unrolled else cfg.model.unroll  # all layers of any size, if all
     model = dataclasses.replace(cfg.model, width=width, depth=depth, heads=heads, unroll=unroll)
     rate = cfg.optim.learning_rate * (cfg.sweep.base_width / width) ** cfg.sweep.width_power
     steps = round(budget / cfg.train.batch_size / make_objective(dataclasses.replace(cfg, model=model)).flops())

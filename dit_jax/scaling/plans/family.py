@@ -56,7 +56,7 @@ def sized(
     """The model of the family with about `params` parameters as `count` counts them, in all else as `like`."""
     if not 0 < params < LARGEST:
         raise UsageError(f"size: found {params:.3g} parameters, expected a number above 0 and below {LARGEST:g}")
-    whole = like.unroll == like.depth > 1  # no loop over the layers, for any depth
+    whole = like.unrolled
     like = replace(like, heads=1, unroll=1)
     (_, _, one), (_, _, two) = _depths(4096, params, like, count)
     ideal = (params * family.aspect / ((two - one) / 4096**2)) ** (

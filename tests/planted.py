@@ -1,6 +1,7 @@
 """Tables of runs that follow planted laws, and how often intervals hold them: the designs of docs/coverage.md.
 
-`python tests/planted.py [STUDIES] [DESIGN ...]` prints the coverage of each design.
+`python tests/planted.py [STUDIES] [DESIGN ...]` prints the coverage of each design, and how wide its intervals of the exponent of N_opt are
+beside the least that an unbiased estimate of these runs could have.
 """
 
 import math
@@ -171,13 +172,15 @@ def passing(noise=0.01, own=0.005, seed=0, budgets=6, sizes=5) -> list[Run]:
 
 @dataclass(frozen=True)
 class Design:
-    """Planted studies: how to make one of a seed, what is true at which compute ({}: nothing is to be held), and of which methods its
-    intervals hold by form."""
+    """Planted studies: how to make one of a seed, what is true at which compute ({}: nothing is to be held), of which methods its
+    intervals hold by form, and, where a bound of their width is told, the noise of its losses (a share of them with `relative`)."""
 
     make: Callable
     truth: dict
     far: float
     methods: tuple = ("isoflop", "varpro", "surface")
+    noise: float = 0.0
+    relative: bool = True
 
 
 FAR = 10 * float(BUDGETS[-1])
@@ -185,17 +188,19 @@ UNIQUE = 2e9
 BENT = np.geomspace(4e9, 4e11, 5)
 ISO = ("isoflop",)
 DESIGNS = {
-    "parabolas 5 x 5, 4x": Design(lambda s: study(noise=0.003, seed=s), *of_study(0.4 * FAR), ISO),
-    "parabolas 5 x 7": Design(lambda s: study(noise=0.002, seed=s, sizes=7), *of_study(FAR), ISO),
+    "parabolas 5 x 5, 4x": Design(lambda s: study(noise=0.003, seed=s), *of_study(0.4 * FAR), ISO, 0.003, False),
+    "parabolas 5 x 7": Design(lambda s: study(noise=0.002, seed=s, sizes=7), *of_study(FAR), ISO, 0.002, False),
     "scattered by 20 %": Design(lambda s: study(noise=0.001, seed=s, sizes=7, scatter=0.2), *of_study(FAR), ISO),
-    "ladder 6 x 8": Design(lambda s: ladder(noise=0.003, seed=s), *of_surface(1e22)),
-    "ladder, noise 0.5 %": Design(lambda s: ladder(noise=0.005, seed=s), *of_surface(1e22)),
-    "3 budgets x 5": Design(lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2]), *of_study(FAR), ISO),
-    "3 budgets x 8": Design(lambda s: ladder(noise=0.003, seed=s, budgets=3), *of_surface(1e22)),
+    "ladder 6 x 8": Design(lambda s: ladder(noise=0.003, seed=s), *of_surface(1e22), noise=0.003),
+    "ladder, noise 0.5 %": Design(lambda s: ladder(noise=0.005, seed=s), *of_surface(1e22), noise=0.005),
+    "3 budgets x 5": Design(
+        lambda s: study(noise=0.002, seed=s, budgets=BUDGETS[::2]), *of_study(FAR), ISO, 0.002, False
+    ),
+    "3 budgets x 8": Design(lambda s: ladder(noise=0.003, seed=s, budgets=3), *of_surface(1e22), noise=0.003),
     "N-D interaction": Design(lambda s: ladder(interacting, noise=0.003, seed=s), *best_of(interacting, 1e22), ISO),
-    "ragged": Design(lambda s: ragged(seed=s), *of_surface(1e22)),
+    "ragged": Design(lambda s: ragged(seed=s), *of_surface(1e22), noise=0.003),
     "3 % diverged": Design(lambda s: dropped(diverged(ladder(noise=0.003, seed=s), s)), *of_surface(1e22)),
-    "scattered runs": Design(lambda s: scatter(noise=0.005, seed=s), *of_surface(1e22), ("varpro", "surface")),
+    "scattered runs": Design(lambda s: scatter(noise=0.005, seed=s), *of_surface(1e22), ("varpro", "surface"), 0.005),
     "5 curves x 6": Design(lambda s: passing(seed=s), *of_surface(6e21), ("varpro", "surface")),
     "unscaled rates": Design(lambda s: study(noise=0.001, seed=s, sizes=7, bend=-0.1, budgets=BENT), {}, 4e12),
     "repeated data": Design(
@@ -204,10 +209,38 @@ DESIGNS = {
 }
 
 
+def least_half(runs, design: Design, method: str) -> float:
+    """The half-width of a 95 % interval of the exponent of N_opt by the bound of Cramer (1946) and Rao (1945), of known noise: for
+    `isoflop` of parabolas with a level and a curvature of their own, whose minima follow a power law; else of the surface's five
+    parameters."""
+    n, d, c = (np.array([getattr(r, k) for r in runs]) for k in ("params", "tokens", "flops"))
+    sigma = design.noise * (np.array([r.loss for r in runs]) if design.relative else np.ones(len(runs)))
+    if method != "isoflop":
+        step, at = 1e-6, np.array([LAW.E, math.log(LAW.A), math.log(LAW.B), LAW.alpha, LAW.beta])
+        moved = [
+            Surface(p[0], math.exp(p[1]), math.exp(p[2]), *p[3:]) for e in np.eye(5) * step for p in (at + e, at - e)
+        ]
+        slopes = np.stack(
+            [(up(n, d) - down(n, d)) / (2 * step) for up, down in zip(moved[::2], moved[1::2], strict=True)]
+        )
+        told = np.array([(up.a - down.a) / (2 * step) for up, down in zip(moved[::2], moved[1::2], strict=True)])
+    else:
+        groups = np.unique([r.group or f"{r.flops:.6g}" for r in runs], return_inverse=True)[1]
+        of = groups == np.arange(groups.max() + 1)[:, None]
+        curves = [np.polyfit(np.log(n[o]), np.array([r.loss for r in runs])[o], 2) for o in of]
+        curves = np.array(curves)[groups]
+        u, x = np.log(n) + curves[:, 1] / (2 * curves[:, 0]), np.log(c) - np.log(c).mean()
+        away = 2 * curves[:, 0] * u
+        slopes = np.concatenate([[away * x, away], of, of * u**2])
+        told = np.eye(len(slopes))[0]
+    slopes = slopes / sigma
+    return 1.96 * math.sqrt(told @ np.linalg.solve(slopes @ slopes.T, told))
+
+
 def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
     """method, or "verdict" -> shares of the studies: of each quantity held, of those that give an interval; "speaks": whose fit is
-    identified beyond its data; "half": the median half-width of the exponent of N_opt; of the verdict also which method it chose, and how
-    often that was the best or the second best."""
+    identified beyond its data; "half": the median half-width of the exponent of N_opt; "of least": the same beside `least_half`; of the
+    verdict also which method it chose, and how often that was the best or the second best."""
     rows = [_one(design, seed, resamples) for seed in range(studies)]
     out = {}
     for who in (*verdict.ANSWER, "verdict"):
@@ -217,7 +250,7 @@ def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
             out[who] = {q: float(np.mean(h)) for q, h in held.items() if h}
             out[who] |= {"speaks": float(np.mean([m["speaks"] for m in mine]))}
             if who != "verdict":
-                out[who]["half"] = float(np.nanmedian([m["half"] for m in mine]))
+                out[who] |= {k: float(np.nanmedian([m[k] for m in mine])) for k in ("half", "of least") if k in mine[0]}
     chosen = [r["verdict"]["chosen"] for r in rows]
     ranks = [r["verdict"]["rank"] for r in rows if "rank" in r["verdict"]]
     out["verdict"] |= {"chosen": {m: chosen.count(m) / studies for m in dict.fromkeys(chosen)}}
@@ -240,6 +273,8 @@ def _one(design: Design, seed: int, resamples: int) -> dict:
         between = {"a": (low, high)} | {q: said[method][f"{q}_interval"] for q in verdict.QUANTITIES}
         held = _held(between, design.truth) if method in design.methods else {}
         out[method] = held | {"speaks": fit.identified, "half": (high - low) / 2}
+        if design.noise and method in design.methods:
+            out[method]["of least"] = (high - low) / 2 / least_half(runs, design, method)
     out["verdict"] = _held(made.intervals, design.truth)
     out["verdict"] |= {"speaks": bool(made.passes), "chosen": made.method if made.passes else "none"}
     truth = design.truth.get("L_opt", math.nan)

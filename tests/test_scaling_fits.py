@@ -349,3 +349,17 @@ def test_repeated_data_are_worth_what_was_planted():
     assert "R_star" not in fit_varpro(runs, resamples=0).parameters and fit_varpro(runs, resamples=0).form < 0.01
     plenty = [replace(r, unique=1e15) for r in ladder(noise=0.003)]
     assert "R_star" not in fit_varpro(plenty, resamples=0).parameters
+
+
+def test_scatter_in_units_of_a_noise_that_few_runs_tell_is_expected_to_be_larger():
+    """The mean of (y - mean)^2 summed over 3 points of variance 1, in units of a variance that 6 degrees of freedom tell, is 2 * 6 / 4."""
+    rng, one = np.random.default_rng(0), np.ones((3, 1))
+    raw = []
+    for _ in range(4000):
+        y, variance = rng.standard_normal(3), np.full(3, rng.chisquare(6) / 6)
+        raw.append(float(((y - y.mean()) ** 2).sum() / variance[0]))
+        plain, corrected = (bootstrap.between(y, one, variance, freedom) for freedom in (math.inf, 6.0))
+        assert corrected <= plain
+    assert np.mean(raw) == pytest.approx(3.0, abs=0.15)
+    assert bootstrap.between(np.array([-1.0, 0.0, 1.0]), one, np.full(3, 1 / 1.5 - 1e-6), 6.0) < 1e-5
+    assert bootstrap.between(np.array([-1.0, 0.0, 1.0]), one, np.full(3, 1 / 1.5), math.inf) == pytest.approx(1 / 3)

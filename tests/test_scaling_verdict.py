@@ -36,12 +36,18 @@ def test_a_method_whose_form_the_runs_refute_is_not_believed():
 
 
 def test_the_interval_spans_the_methods_that_pass():
-    fits, made = judged(ladder(noise=0.003, seed=3), 1e22)
-    assert len(made.passes) == 3 and made.method == min(made.scores, key=lambda m: math.hypot(*made.scores[m]))
+    fits, made = judged(ladder(noise=0.003, seed=6), 1e22)
+    assert len(made.passes) == 3
     low, high = made.intervals["L_opt"]
     alone = [predict(fits[m], 1e22)["L_opt_interval"] for m in made.passes]
     assert min(a for a, _ in alone) <= low <= min(b for _, b in alone) <= high <= max(b for _, b in alone)
     assert low < LAW.optimum(6.0)["L_opt"](1e22) < high
+
+
+def test_the_largest_budget_decides_also_against_the_sizes():
+    _, made = judged(ladder(noise=0.003, seed=6), 1e22)
+    at_largest, at_sizes = (sorted(made.scores, key=lambda m: made.scores[m][i]) for i in (0, 1))
+    assert made.method == at_largest[0] == "surface" and at_sizes[0] == "varpro"
 
 
 def test_where_no_method_passes_there_is_a_reason_and_no_interval():

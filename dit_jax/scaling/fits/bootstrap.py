@@ -121,15 +121,19 @@ def _shared(residual: np.ndarray, groups: np.ndarray, freedom: int, free_runs: f
     return common / (common + within), sum(part) ** 2 / (part[0] ** 2 / free_runs + part[1] ** 2 / free_rows)
 
 
-def between(y: np.ndarray, design: np.ndarray, variance: np.ndarray) -> float:
+def between(y: np.ndarray, design: np.ndarray, variance: np.ndarray, freedom: float = math.inf) -> float:
     """tau^2, the variance of `y` (j,) about the best `design` (j, p) beyond its own `variance` (j,): DerSimonian & Laird 1986, the moment
-    estimate of a random effect, with regressors (Raudenbush 2009); 0 where the scatter is as expected or less."""
+    estimate of a random effect, with regressors (Raudenbush 2009); 0 where the scatter is as expected or less. `freedom`: the degrees of
+    freedom that tell the variance. Where they are few, the scatter in units of it is expected to be larger (the mean of Fisher's F)."""
     weight = 1 / variance
     gram = design.T @ (weight[:, None] * design)
     solve = np.linalg.solve(gram, design.T * weight)
     q = float((weight * (y - design @ (solve @ y)) ** 2).sum())
     spread = float(weight.sum() - np.trace(solve @ (weight[:, None] * design)))
-    return max((q - (len(y) - design.shape[1])) / spread, 0.0)
+    expected = len(y) - design.shape[1]
+    if math.isfinite(freedom):
+        expected *= max(freedom, 3) / (max(freedom, 3) - 2)
+    return max((q - expected) / spread, 0.0)
 
 
 def scatter(rng: np.random.Generator, off: np.ndarray, freedom: Sequence[int], resamples: int) -> np.ndarray:

@@ -198,9 +198,8 @@ def _between(used: Sequence[Budget], found: Minima, noise: bootstrap.Noise | Non
     if noise is None or noise.scale == 0 or len(used) < 3:
         return 0.0
     x = np.log([b.flops for b in used])
-    return bootstrap.between(
-        found.log_n[0], np.stack([np.ones_like(x), x - x.mean()], 1), found.var_n[0] * noise.scale**2
-    )
+    design, variance = np.stack([np.ones_like(x), x - x.mean()], 1), found.var_n[0] * noise.scale**2
+    return bootstrap.between(found.log_n[0], design, variance, float(noise.freedom or math.inf))
 
 
 def _redrawn(fit: Fit, laws: _Laws, noise: bootstrap.Noise, fitted: np.ndarray, surface, rng) -> Fit:

@@ -2,8 +2,9 @@
 
 No method is the best on every table, so the runs themselves choose. Each of the methods that answer is fitted again without the largest
 budget, and without each part of the sizes in turn, and predicts the losses left out that lie near their budget's best size. Of the methods
-that pass their tests beyond the data (`beyond`) the one with the least error is believed; its interval is that of the resamples of all
-that pass, as many of each, so that it spans what their forms disagree on. Where none passes, the verdict says so and gives no interval.
+that pass their tests beyond the data (`beyond`) the one with the least error at the largest budget is believed, since a target lies beyond
+the data too; where no budget can be left out, the errors of the sizes decide. Its interval is that of the resamples of all that pass, as
+many of each, so that it spans what their forms disagree on. Where none passes, the verdict says so and gives no interval.
 """
 
 import math
@@ -119,7 +120,7 @@ def judge(
     scores = {m: errors(again[m], runs) for m in able}
     drawn = {m: not f.resamples or math.isfinite(said[m]["N_opt_interval"][0]) for m, f in able.items()}
     passes = tuple(m for m, f in able.items() if f.identified and drawn[m])
-    order = sorted(passes or able, key=lambda m: _total(scores[m]))
+    order = sorted(passes or able, key=lambda m: next(filter(math.isfinite, scores[m]), math.inf))
     best = able[order[0]]
     speaks = bool(passes) or at <= INSIDE * best.largest
     made = Verdict(
@@ -133,11 +134,6 @@ def judge(
         passes=passes,
     )
     return replace(made, findings=_findings(made, best, said, again[best.method], runs, suspects))
-
-
-def _total(score: tuple) -> float:
-    known = [s for s in score if math.isfinite(s)]
-    return math.sqrt(np.mean(np.square(known))) if known else math.inf
 
 
 def _pooled(fits: Sequence[Fit], name: str, at: float) -> tuple:

@@ -33,7 +33,7 @@ help:
 	@echo "make parity-quick  the same with fewer sizes of models"
 	@echo "make convert-zoo  every form of weights that convert takes, written by PyTorch and diffusers and read back"
 	@echo "make preflight  compile real steps with libtpu for all shipped TPU slices, none needed (about 15 minutes)"
-	@echo "make preflight-quick  only DiT-XL/2 on v3-256 and v4-256, a batch that is too large, and a sampler"
+	@echo "make preflight-quick  only DiT-XL/2 on v3-256, a batch that is too large, a sampler, and the price of an evaluation"
 	@echo "make preflight-gpu  the same for GPUs, none needed: first installs XLA's GPU compiler in $(GPU) (make gpu: 1.1 GB)"
 	@echo "make slurm      trainings, sweeps and evaluations on a real SLURM, which this installs (Debian, as root)"
 	@echo "make apart      jobs on hosts of a slow network that loses packets, some cut off, frozen or stopped (Linux, as root; about 10 minutes)"

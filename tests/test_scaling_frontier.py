@@ -138,6 +138,30 @@ def test_a_total_is_shared_by_training_and_images():
         serve([replace(points[0], train=math.nan)], 10)
 
 
+def test_a_student_pays_for_the_weights_that_it_began_with(tmp_path):
+    begun = {"init": {"run": "teacher", "step": 9, "flops_train": 1e15}}
+    workdir(tmp_path / "a", sampled("student", fid=20) | begun)
+    (point,) = load_points(tmp_path)
+    (paid,) = serve([point], 10)
+    assert paid.total == point.train + 1e15 + 10 * point.flops
+    assert paid.sampling_share == pytest.approx(10 * point.flops / paid.total)
+    assert main(["frontier", str(tmp_path), "--images_served=10", f"--json={tmp_path / 'out.json'}"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["totals"][0]["total"] == paid.total
+
+
+def test_stated_times_are_a_sampling_and_a_field_that_others_have_can_be_chosen(tmp_path):
+    stated = sampled("student", fid=9)
+    stated["protocol"]["samples"] |= {"times": [1.0, 0.9, 0.5, 0.0], "spacing": "stated"}
+    workdir(tmp_path / "a", stated)
+    workdir(tmp_path / "b", sampled("teacher", fid=10))
+    assert {p.times for p in load_points(tmp_path)} == {"", "1.0 to 0.9 to 0.5 to 0.0"}
+    chosen = ["samples.times=[1.0, 0.9, 0.5, 0.0]"]
+    assert [p.score for p in load_points(tmp_path, where=chosen)] == [9]
+    assert [p.score for p in load_points(tmp_path, where=["samples.times="])] == [10]
+    with pytest.raises(UsageError, match="no field 'samples.tmes'"):
+        load_points(tmp_path, where=["samples.tmes="])
+
+
 def test_records_may_differ_in_how_images_are_drawn_only(tmp_path):
     drawn = [
         sampled(fid=20),

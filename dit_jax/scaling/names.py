@@ -11,7 +11,8 @@ HOW = (
     "rescale",
     "reuse",
     "quantize",
-)  # of these, how guidance acts, the share of the blocks that is computed, and how they are
+    "times",
+)  # of these, how guidance acts, the share of the blocks that is computed, how they are, and stated times
 SAMPLING = ("sampler", "steps", "guidance", "spacing", *HOW)  # fields of protocol.samples that points may differ in
 FIGURES = (".png", ".svg", ".pdf")  # endings of files
 EXPLAINED = {  # what a method does, in a sentence

@@ -11,7 +11,7 @@ from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier.choice import choose, one_guidance
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
 from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
-from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points
+from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points, training
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
@@ -207,7 +207,7 @@ def run_frontier(args) -> tuple[dict, list]:
     if served:
         best = front(served, fit.higher)
         result["totals"] = [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in best]
-        rows = [(s.point.name, s.point.sampling or DASH, f"{s.point.train:.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
+        rows = [(s.point.name, s.point.sampling or DASH, f"{training(s.point):.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
                  f"{s.point.score:.4g}") for s in best]  # fmt: skip
         head = ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", fit.metric)
         print_table(f"Training and {args.images_served:g} images", head, rows)

@@ -260,7 +260,7 @@ class Served:
     @property
     def sampling_share(self) -> float:
         """Of the total."""
-        return 1 - self.point.train / self.total
+        return 1 - training(self.point) / self.total
 
 
 def serve(points: Sequence[Point], images: float | int) -> list[Served]:

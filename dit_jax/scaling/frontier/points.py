@@ -7,7 +7,7 @@ differs beyond that (data set, weights, reference, number of samples, convention
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from scipy import special
@@ -18,7 +18,7 @@ from dit_jax.scaling.names import HOW, SAMPLING
 from dit_jax.scaling.runs import Run, flatten
 from dit_jax.scaling.runs.cells import agrees, check_name, condition, finite, is_number, positive
 from dit_jax.scaling.runs.columns import Columns, Expected, read_rows, scaled
-from dit_jax.scaling.runs.load import init_of, parse_record, sources
+from dit_jax.scaling.runs.load import init_of, read_all
 from dit_jax.scaling.runs.run import tell_start
 
 NUMBERS = ("params", "tokens", "images", "flops_train", "loss", "seconds_sample")  # optional columns, as in a record
@@ -51,7 +51,8 @@ class Point:
     rescale: str = ""  # share of the guided output that is rescaled; "" = none
     reuse: str = ""  # share of the blocks that is computed; "" = all
     quantize: str = ""  # of the products of the blocks; "" = not
-    train: float | int = math.nan  # training FLOPs
+    times: str = ""  # of the steps, where they are stated; "" = by `spacing`
+    train: float | int = math.nan  # training FLOPs, without those of weights that it began with
     params: float | int = math.nan  # active per token
     tokens: float | int = math.nan
     images: float | int = math.nan  # trained on
@@ -89,10 +90,10 @@ def higher_is_better(metric: str, points: Sequence[Point] = ()) -> bool:
 
 
 def training(point: Point) -> float | int:
-    """Training FLOPs. Raises UsageError where they are not recorded."""
+    """Training FLOPs, with those of the weights that it began with as far as they are recorded. Raises UsageError where they are not."""
     if math.isnan(point.train):
         raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
-    return point.train
+    return point.train + (point.init.get("flops_train") or 0)
 
 
 def load_points(
@@ -108,19 +109,20 @@ def load_points(
 
     `metric` is a name in the records, or `1-NAME` of a share, such as 1-composition_scenes: the share that is wrong, to which laws that
     fall can be fitted. `where` holds FIELD=VALUE texts over the dotted names of the protocol (or the columns of a CSV): only what agrees
-    is taken. `sampled` asks for the cost of an image. A CSV has the columns `name`, the metric, and either `flops_sample` (FLOPs of one
-    image) or `flops_step` (of one unguided call of the model) and `steps`: then the cost is flops_step x steps x passes, where `passes`, if
-    it is not a column, is 2 where there is a guidance other than 1. `columns` gives a CSV's columns our names (ours -> theirs). Raises
-    UsageError on what is missing or no number, and where the protocols differ in more than SAMPLING.
+    is taken; FIELD= takes the records without that field. `sampled` asks for the cost of an image. A CSV has the columns `name`, the
+    metric, and either `flops_sample` (FLOPs of one image) or `flops_step` (of one unguided call of the model) and `steps`: then the cost
+    is flops_step x steps x passes, where `passes`, if it is not a column, is 2 where there is a guidance other than 1. `columns` gives a
+    CSV's columns our names (ours -> theirs). Raises UsageError on what is missing or no number, and where the protocols differ in more
+    than SAMPLING.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    table, points = Columns(columns or {}, where), []
-    for file, lines in sources(paths):
-        if lines is None:
+    table, points, (read, known) = Columns(columns or {}, where), [], read_all(paths)
+    for file, records in read:
+        if records is None:
             points += _read_csv(file, metric, table)
         else:
-            records = [(_with_rest(record, metric, at), at) for record, at in _records(lines)]
-            found = _of_records(records, file, metric, where, curves)
+            records = [(_with_rest(record, metric, at), at) for record, at in records]
+            found = _of_records(records, file, metric, where, curves, known)
             points += _own_names(found, file, {p.name for p in points})
     _check(points, paths, metric, where, sampled)
     tell_start(points)
@@ -166,12 +168,13 @@ def find_metric(paths: Iterable, where: Sequence[str] = (), columns: Mapping | N
     Raises UsageError, listing them, where there are several others. If there is none it is "fid", of which the loading says that it lacks.
     """
     ours, names = {scaled(theirs)[1]: name for name, theirs in (columns or {}).items()}, set()
-    for file, lines in sources(paths):
-        if lines is None:
+    read, known = read_all(paths)
+    for file, records in read:
+        if records is None:
             rows = read_rows(file, Expected((), ()), Columns({}, where))
             names |= {column for row, _ in rows for column, cell in row.items() if is_number(cell)}
         else:
-            names |= {name for r, at in _records(lines) if _agrees(r, where, at) for name in r["metrics"]}
+            names |= {name for r, at in records if _agrees(r, where, at, known) for name in r["metrics"]}
     values = {
         n for n in names if re.sub("_(se|std|low|high)$", "", n) not in names - {n} and n.split("_")[0] not in LOSSES
     }
@@ -203,12 +206,6 @@ def _same(first: Point, point: Point, which: str) -> None:
         )
 
 
-def _records(lines: Iterable[tuple[str, bytes]]) -> Iterable[tuple]:
-    """(record, file and line) of each line."""
-    for at, line in lines:
-        yield parse_record(line, at), at
-
-
 def _with_rest(record: dict, metric: str, where: str) -> dict:
     """The record, with `1-NAME` among its metrics if that is `metric` and it has NAME."""
     name = metric.removeprefix(REST)
@@ -229,14 +226,19 @@ def _with_rest(record: dict, metric: str, where: str) -> dict:
     return record | {"metrics": metrics, "metric_signs": {metric: -1 if sign == 1 else sign and 1}}
 
 
-def _agrees(record: dict, where: Sequence[str], at: str) -> bool:
-    return agrees(flatten(record["protocol"]), [condition(text) for text in where], at)
+def _agrees(record: dict, where: Sequence[str], at: str, known: Collection) -> bool:
+    return agrees(flatten(record["protocol"]), [condition(text) for text in where], at, known)
 
 
 def _of_records(
-    every: Sequence[tuple[dict, str]], file: str, metric: str, where: Sequence[str], curves: bool
+    every: Sequence[tuple[dict, str]],
+    file: str,
+    metric: str,
+    where: Sequence[str],
+    curves: bool,
+    known: Collection = (),
 ) -> list[Point]:
-    scored = [(r, at) for r, at in every if metric in r["metrics"] and _agrees(r, where, at)]
+    scored = [(r, at) for r, at in every if metric in r["metrics"] and _agrees(r, where, at, known)]
     if not scored and not where:
         other = sorted({name for r, _ in every for name in r["metrics"]})
         advice = (

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import IO
 
 from dit_jax.error import StorageError, UsageError, alike
@@ -78,9 +78,14 @@ def condition(text: str) -> tuple[str, str]:
     return name, value
 
 
-def agrees(fields: dict, wanted: list, where: str) -> bool:
-    """Whether flat `fields` have the wanted values; numbers are compared as numbers, and * is any value."""
+def agrees(fields: dict, wanted: list, where: str, known: Collection = ()) -> bool:
+    """Whether flat `fields` have the wanted values; numbers are compared as numbers, and * is any value. A field that only others have
+    (`known`) agrees with the empty value."""
     for name, value in wanted:
+        if name not in fields and name in known:
+            if value:
+                return False
+            continue
         if name not in fields:
             raise UsageError(f"{where}: --where: no field {name!r}; {nearest(name, fields)}")
         same = str(fields[name]) == value or (

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
 from itertools import pairwise
@@ -72,14 +72,14 @@ def load_runs(
     """
     stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    runs = []
-    for file, lines in sources(paths):
-        if lines is None:
+    runs, read, known = [], *read_all(paths)
+    for file, records in read:
+        if records is None:
             runs += _read_table(file, table, stated, tokens_per_image, best_of)
         elif best_of:
             raise UsageError(f"{file}: holds records, expected a table with the column {best_of!r} of --best_of")
         else:
-            found = _read_records(file, lines, metric, protocol_id, curves, where)
+            found = _read_records(file, records, metric, protocol_id, curves, where, known)
             require_stated(found[-1:], stated)
             runs += found
     if not runs:
@@ -189,22 +189,22 @@ def _in_bucket(path: str) -> dict[str, list[str]]:
 
 def _read_records(
     file: str,
-    lines: Iterable[tuple[str, bytes]],
+    records: Sequence[tuple[dict, str]],
     metric: str,
     protocol_id: str | None,
     curves: bool,
     where: Sequence[str] = (),
+    known: Collection = (),
 ) -> list[Run]:
     """The last step's record of each run that carries `metric`, or the last record of each step."""
     wanted, last, other = [condition(text) for text in where], {}, set()
-    for at, line in lines:
-        record = parse_record(line, at)
+    for record, at in records:
         if protocol_id not in (None, record["protocol_id"]):
             continue
         if metric not in record["metrics"]:
             other |= set(record["metrics"])
             continue
-        if not agrees(flatten(record["protocol"]), wanted, at):
+        if not agrees(flatten(record["protocol"]), wanted, at, known):
             continue
         step = record["step"]
         key = (record["run"], step) if curves else record["run"]
@@ -213,6 +213,13 @@ def _read_records(
     if not last and not wanted:
         raise UsageError(f"{file}: no record has metrics.{metric}; found {', '.join(sorted(other)) or 'no metric'}")
     return [_run(record, metric, at) for _, record, at in last.values()]
+
+
+def read_all(paths: Iterable) -> tuple[list, set]:
+    """(file, its records with where they stand, or None of a table) for each source of `paths`, and the dotted names that any of their
+    protocols has."""
+    read = [(f, ls if ls is None else [(parse_record(line, at), at) for at, line in ls]) for f, ls in sources(paths)]
+    return read, {name for _, records in read for r, _ in records or () for name in flatten(r["protocol"])}
 
 
 def parse_record(line: bytes, where: str) -> dict:

@@ -50,6 +50,15 @@ class Noise:
             own = math.sqrt(self.shared) * told * together + math.sqrt(1 - self.shared) * own
         return scale * own
 
+    def independent(self, values: np.ndarray) -> np.ndarray:
+        """Columns (n, p) less the part of their means over each run that makes the rows' errors independent: generalised least squares
+        of errors with a part in common (Fuller & Battese 1973)."""
+        count = np.bincount(self.groups).astype(float)
+        part = 1 - np.sqrt((1 - self.shared) / (1 - self.shared + count * self.shared))
+        sums = np.zeros((len(count), values.shape[1]))
+        np.add.at(sums, self.groups, values)
+        return values - ((part / count)[:, None] * sums)[self.groups]
+
 
 def clusters(runs: Sequence[Run]) -> np.ndarray:
     """The run (n,) of each row, counted from 0: rows of one name and size are one run, a row without a name is its own."""

@@ -91,7 +91,7 @@ def _repeated(
         parameters=parameters,
         parameter_draws=draws,
         reasons=reasons_of(design, theta, _worth(runs, tokens, unique, best)),
-        form=form(design, theta),
+        form=form(design, theta, _worth(runs, tokens, unique, best)),
     )
     rows = tuple((n, f"{v:.6g}", span_of(made, n)) for n, v in parameters.items())
     title = f"L = E + A / N^alpha + B / D'^beta, D' of repeated data, C = {k:.4g} N D for new data"

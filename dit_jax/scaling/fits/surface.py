@@ -199,7 +199,7 @@ def reference(runs: Sequence[Run], needed: bool = False) -> Reference | None:
         if needed:
             raise
         return None
-    if not needed and form(design, theta) < CHANCE:
+    if not needed and form(design, theta, runs) < CHANCE:
         return None
     return Reference(plain(design.law(theta[None])), design.fitted(theta), design, theta)
 
@@ -304,7 +304,7 @@ def _fit(
     rows = [(n + (" (at its bound)" if n in bound else ""), f"{v:.6g}", span_of(fit, n)) for n, v in parameters.items()]
     title = f"L = E + A / N^alpha + B / D^beta, C = {k:.4g} N D, a run scatters by {fit.noise:.3g} about it"
     details = {"flops_per_parameter_and_token": k, "bounds": list(bound)}
-    fit = replace(fit, tables=((title, HEAD, tuple(rows)),), details=details, form=form(design, theta))
+    fit = replace(fit, tables=((title, HEAD, tuple(rows)),), details=details, form=form(design, theta, runs))
     return replace(fit, notes=notes_of(fit))
 
 
@@ -358,13 +358,16 @@ def _errors(design: Design, theta: np.ndarray) -> np.ndarray:
     return out
 
 
-def form(design: Design, theta: np.ndarray) -> float:
+def form(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> float:
     """The chance of residuals as systematic as these, were the surface's form right: an F test of squares and the product of log N
-    and log D in what it leaves (Ramsey 1969). 1 where too few runs are left to test it."""
+    and log D in what it leaves (Ramsey 1969), the errors of the rows of one run having a part in common. 1 where too few runs are left."""
     x, z = -design.problem.terms[1, :, 3], -design.problem.terms[2, :, -1]
     slope = newton.jacobian(design.problem, theta)[:, ~design.vanished(theta)]
     r = newton.residuals(design.problem, theta[None])[0]
-    more = np.concatenate([slope, np.stack([x * x, z * z, x * z], axis=1)], axis=1)
+    more, noise = np.concatenate([slope, np.stack([x * x, z * z, x * z], axis=1)], axis=1), design.noise(theta, runs)
+    if noise and noise.shared:
+        slope, more, r = (noise.independent(v) for v in (slope, more, r[:, None]))
+        r = r[:, 0]
     freedom = len(r) - np.linalg.matrix_rank(more)
     added = np.linalg.matrix_rank(more) - np.linalg.matrix_rank(slope)
     if freedom < 2 or added < 1:

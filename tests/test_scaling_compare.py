@@ -7,6 +7,8 @@ import os
 import numpy as np
 import pytest
 from planted import BUDGETS, study
+from planted import ladder as planted
+from planted import sheet as table
 from test_scaling_metric import COMPUTE, LIANG, ladder
 
 from dit_jax.error import UsageError
@@ -15,6 +17,7 @@ from dit_jax.scaling.fits import METHODS
 from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.frontier.compare import compare, ladder_of_fit, ladder_of_metric
 from dit_jax.scaling.frontier.metric import fit_metric
+from dit_jax.scaling.runs import Run
 
 A_LAW, B_LAW = PowerLaw(22.0, -0.15), PowerLaw(22.0 * 4e10**0.03, -0.18)  # cross at 4e10
 
@@ -137,7 +140,7 @@ def test_ladders_of_a_metric_compare_too():
 
 
 def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
-    a, b = sheet(tmp_path / "a.csv", A_LAW, 0), sheet(tmp_path / "b.csv", B_LAW, 1)
+    a, b = sheet(tmp_path / "a.csv", A_LAW, 3), sheet(tmp_path / "b.csv", B_LAW, 1)
     out = tmp_path / "out.json"
     assert main(["compare", a, b, "--law=pure", "--resamples=300", f"--json={out}"]) == 0
     printed = capsys.readouterr().out
@@ -208,3 +211,22 @@ def test_bad_use_is_one_line_and_exit_2(arguments, message, tmp_path, capsys, mo
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_compare_by_a_surface_and_a_side_that_tells_no_law_beyond_its_data(tmp_path, capsys):
+    good, bent = tmp_path / "good.csv", tmp_path / "bent.csv"
+    table(good, planted(noise=0.002, seed=1))
+    table(bent, study(noise=0.001, sizes=7, bend=-0.1, budgets=np.geomspace(4e9, 4e11, 5), seed=2))
+    out = tmp_path / "out.json"
+    for method, words in (("varpro", "residuals are systematic"), ("isoflop", "the exponent of N_opt changes")):
+        more = [f"--method={method}", "--resamples=60", f"--json={out}"]
+        assert main(["compare", str(good), str(bent), *more]) == 0
+        said = capsys.readouterr().out
+        assert "bent.csv tells no law beyond its data, so neither does the comparison: " in said and words in said
+        assert json.loads(out.read_text())["identifiable"] == {"a": True, "b": False}
+    one = tmp_path / "one.csv"
+    table(one, [Run(f"r{i}", 1e8, 1e9 * 2**i, 6e17 * 2**i, 3 - 0.1 * i) for i in range(6)])
+    assert main(["compare", str(good), str(one), "--method=varpro", "--resamples=60"]) == 2
+    assert "one.csv: all runs have the same params" in capsys.readouterr().err
+    assert main(["compare", str(good), str(bent), "--method=varpro", "--law=pure", "--resamples=60"]) == 2
+    assert "a surface has a loss law with an irreducible term only" in capsys.readouterr().err

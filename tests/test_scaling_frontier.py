@@ -158,7 +158,7 @@ def test_stated_times_are_a_sampling_and_a_field_that_others_have_can_be_chosen(
     chosen = ["samples.times=[1.0, 0.9, 0.5, 0.0]"]
     assert [p.score for p in load_points(tmp_path, where=chosen)] == [9]
     assert [p.score for p in load_points(tmp_path, where=["samples.times="])] == [10]
-    with pytest.raises(UsageError, match="no field 'samples.tmes'"):
+    with pytest.raises(UsageError, match=r"no field 'samples\.tmes'"):
         load_points(tmp_path, where=["samples.tmes="])
 
 

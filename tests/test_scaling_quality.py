@@ -113,6 +113,7 @@ def test_one_run_with_two_losses_is_a_conflict_and_two_runs_alike_are_seeds():
     assert "conflicts" not in kinds([*runs, replace(rerun, name="seed 2")])
     found = only([*runs, replace(rerun, name="seed 2")], "seeds")
     assert "0.20% apart (standard deviation 0.14%)" in found.text and not found.rows
+    assert found.worse == (len(runs),)  # the rerun has the higher loss
     assert set(found.runs) == {runs[5].name, "seed 2"}
     assert "seeds" not in kinds([*runs, rerun])
 

@@ -118,16 +118,41 @@ def test_where_no_number_may_be_given_fit_says_null_and_predict_and_plan_refuse(
     out = tmp_path / "fit.json"
     bent = sheet(tmp_path / "bent.csv", ladder(repeated(3e8), noise=0.002, seed=1, low=1e18, high=1e20, budgets=5))
     one = [Run(f"r{i}", 1e8, 1e9 * 2**i, 6e17 * 2**i, 3 - 0.1 * i) for i in range(6)]
-    for path in (bent, sheet(tmp_path / "one_size.csv", one)):
+    two = sheet(tmp_path / "two.csv", ladder(noise=0.003, budgets=2, high=1e19))
+    for path in (bent, sheet(tmp_path / "one_size.csv", one), two):
         shared = [path, "--flops=1e21", "--resamples=40", f"--json={out}"]
-        for command in ("predict", "plan")[: 2 if path == bent else 1]:
+        for command in ("predict", "plan")[: 1 if "one" in path else 2]:
             assert main([command, *shared]) == 2 and not out.exists()
             assert "no method passes its tests" in capsys.readouterr().err
         assert main(["fit", *shared]) == 0
         said = json.loads(out.read_text())
         assert said["verdict"]["N_opt"] is None and said["verdict"]["intervals"]["L_opt"] == [None, None]
         assert said["predictions"] == [] and said["verdict"]["reason"].startswith("no method passes its tests")
+        assert (said["exponents"]["a"] is None) == ("one" in path) and not said["identifiable"]
         out.unlink()
     flat = sheet(tmp_path / "flat.csv", [Run(r.name, r.params, r.tokens, r.flops, 2.5) for r in ladder()])
     for command in ("fit", "predict", "plan"):
         assert main([command, flat, "--flops=1e21", f"--json={out}"]) == 2 and not out.exists()
+
+
+def test_several_losses_of_a_cell_and_rows_without_names_are_said_with_their_effect(tmp_path, capsys):
+    """A sweep of learning rates whose settings nobody names: two of three are 3 and 6 % above the best."""
+    runs = [
+        Run("", r.params, r.tokens, r.flops, r.loss * (1 + 0.03 * i)) for r in ladder(noise=0.001) for i in range(3)
+    ]
+    rows = "\n".join(f"{r.params!r},{r.tokens!r},{r.loss!r}" for r in runs)
+    (tmp_path / "sweep.csv").write_text(f"params,tokens,loss\n{rows}\n")
+    assert main(["predict", str(tmp_path / "sweep.csv"), "--flops=1e22", "--resamples=40"]) == 0
+    said = capsys.readouterr().out
+    (line,) = [text for text in said.splitlines() if "48 cell(s) of params and tokens have several runs" in text]
+    effect = float(line.split("L_opt ")[1].split(" %")[0])
+    assert "of the best of each alone" in line and -4 < effect < -2
+    points = [
+        Run("", n, c / (6 * n), c, float(LAW(n, c / (6 * n))))
+        for n in np.geomspace(1e8, 1e10, 6).tolist()
+        for c in (1e19, 1e20, 1e21)
+    ]
+    rows = "\n".join(f"{r.params!r},{r.tokens!r},{r.loss + 1e-3 * (i % 2)!r}" for i, r in enumerate(points))
+    (tmp_path / "points.csv").write_text(f"params,tokens,loss\n{rows}\n")
+    assert main(["fit", str(tmp_path / "points.csv"), "--resamples=40"]) == 0
+    assert "each of the 6 sizes comes 3 times or more, in rows without names" in capsys.readouterr().out

@@ -2,10 +2,11 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted import BUDGETS, L_LAW, LAW, N_LAW, UNIQUE, interacting, ladder, repeated, scatter, study
+from planted import BUDGETS, L_LAW, LAW, N_LAW, UNIQUE, interacting, ladder, passing, repeated, scatter, study
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits import METHODS, fit_isoflop, fit_varpro
@@ -35,6 +36,23 @@ def test_repeated_data_and_interacting_terms_are_found_in_a_surface_s_residuals(
         fit = fit_one(runs, "varpro", resamples=100)
         assert not fit.identified and any("residuals are systematic" in r for r in fit.reasons)
     assert fit_one(ladder(noise=0.003, seed=2), "varpro", resamples=100).identified
+
+
+def test_what_rows_of_one_run_share_is_no_systematic_residual():
+    """Of a right law one in a hundred fails; with the rows taken for independent every second one did."""
+    held = [fit_varpro(passing(noise=0.001, own=0.005, seed=s), resamples=0).form for s in range(20)]
+    assert sum(p < beyond.CHANCE for p in held) <= 1
+    wrong = [
+        replace(r, loss=r.loss * interacting(r.params, r.tokens) / LAW(r.params, r.tokens))
+        for r in passing(0.001, 0.002)
+    ]
+    assert fit_varpro(wrong, resamples=0).form < beyond.CHANCE
+
+
+def test_two_budgets_test_no_law():
+    for method in ("isoflop", "varpro", "surface"):
+        assert not fit_one(ladder(noise=0.003, budgets=2), method, resamples=60).identified
+    assert fit_one(ladder(noise=0.003, budgets=3, seed=1), "varpro", resamples=60).identified
 
 
 def test_scattered_budgets_do_not_bend():

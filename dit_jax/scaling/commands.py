@@ -83,7 +83,8 @@ def _judged(args, runs: list, odd: Sequence) -> tuple:
 
 
 def _suspects(runs: list, odd: Sequence) -> list[tuple]:
-    """What is odd about the runs, for the verdict: bad rows of one kind together, else each finding with the runs of its budgets."""
+    """What is odd about the runs, for the verdict: bad rows of one kind together; several losses of one cell, with those that are not the
+    best of it; else each finding with the runs of its budgets. What is wrong with the table as a whole is said whatever its effect."""
     out = []
     for kind in dict.fromkeys(f.kind for f in odd if f.rows):
         same = [f for f in odd if f.kind == kind]
@@ -91,8 +92,10 @@ def _suspects(runs: list, odd: Sequence) -> list[tuple]:
         out.append((f"{kind}: {same[0].what}{more}", same[0].advice, [runs[i] for f in same for i in f.rows], True))
     for f in odd:
         members = [r for label, some in budgets(runs) if label in f.budgets for r in some]
-        if not f.rows:
-            out.append((f.what, f.advice, members, f.kind == "split"))
+        if f.worse:
+            out.append((f"{f.what}; of the best of each alone", f.advice, [runs[i] for i in f.worse], True))
+        elif not f.rows:
+            out.append((f.what, f.advice, members, f.kind in ("split", "noise", "unnamed")))
     return out
 
 
@@ -171,7 +174,7 @@ def _print_predictions(fit: Fit, flops, runs: list) -> None:
     for said in (s for s in found if "L_opt_reason" in s):
         print(f"warning: no loss at {said['flops']:.3g} FLOPs: {said['L_opt_reason']}", file=sys.stderr)
     head = tuple(name.replace("(tokens)", f"({runs[0].convention.data})") for name in PREDICT_HEAD)
-    print_table(f"Predictions, {fit.level:.0%} intervals", head, prediction_rows(found))
+    print_table(f"Predictions of {fit.method}, {fit.level:.0%} intervals of this method", head, prediction_rows(found))
 
 
 def _fit_all(args, runs: list, found: Methods) -> dict:

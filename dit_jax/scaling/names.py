@@ -2,6 +2,7 @@
 files that figures are written to."""
 
 METHODS = ("isoflop", "varpro", "surface", "akima", "gadre", "power")  # in the order of `fits.METHODS`
+ANSWER = METHODS[:3]  # the methods that answer; the others check published numbers
 RESIDUALS, LOSSES = ("log", "linear"), ("huber", "mse")
 DROPPED = ("missing", "duplicates", "diverged", "outliers")  # in the order in which they are looked for
 SPLITS = ("largest", "budgets", "models")

@@ -10,7 +10,7 @@ from dit_jax.error import UsageError, check_schemes, unknown_flag
 from dit_jax.files import bucket_of, introduce, is_file, remote
 from dit_jax.files.out import check_json
 from dit_jax.hardware import Topology, topology
-from dit_jax.scaling.names import DROPPED, FIGURES, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
+from dit_jax.scaling.names import ANSWER, DROPPED, FIGURES, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
 
 COMMANDS = {
     "fit": "Fit the laws and print them with their intervals.",
@@ -179,6 +179,7 @@ def _add_commands(commands) -> None:
         "--through", choices=("vertices", "best"), default="vertices", help="of each budget: parabola, or best run"
     )
     two.add_argument("--window", type=float, default=math.inf, help="as of fit")
+    two.add_argument("--method", choices=ANSWER, default=ANSWER[0], help="of the laws of the loss, on both sides")
     _add_choice(two)
     three = commands.add_parser("frontier", help=COMMANDS["frontier"])
     three.add_argument("runs", nargs="+", metavar="RUNS")

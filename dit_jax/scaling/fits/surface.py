@@ -32,6 +32,7 @@ ONE_BUDGET = 0.05  # runs whose compute differs by less are one budget
 WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
 CHANCE = 0.01  # of the test of a surface's form
 LEAST = 1e-8  # of the log loss: scatter that is rounding
+ONE_SIZE = "all runs have the same"
 HEAD = ("parameter", "value", "interval")
 
 
@@ -281,11 +282,15 @@ def _fit(
     reasons = reasons_of(design, theta, runs)
     if drawn is None and resamples and not reasons:
         reasons = (f"{len(runs)} runs for {design.problem.width} parameters: nothing is left to test the law",)
+    laws = {name: plain(law) for name, law in surface.optimum(k).items()}
     parameters = {name: float(getattr(surface, name)) for name in ("E", "A", "B", "alpha", "beta", "a", "b")}
+    if reasons and reasons[0].startswith(ONE_SIZE):  # no optimum follows from such a law
+        laws, drawn = {name: replace(law, coefficient=math.nan, exponent=math.nan) for name, law in laws.items()}, None
+        parameters |= {"a": math.nan, "b": math.nan}
     fit = Fit(
         method=method,
         runs=tuple(runs),
-        laws={name: plain(law) for name, law in surface.optimum(k).items()},
+        laws=laws,
         draws=drawn.optimum(k) if drawn else {},
         loss=surface,
         loss_draws=drawn,
@@ -319,7 +324,7 @@ def reasons_of(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
     n, d = (np.log([getattr(r, name) for r in runs]) for name in ("params", "tokens"))
     for name, values in (("params", n), ("tokens", d)):
         if np.ptp(values) < 1e-6:
-            return (f"all runs have the same {name}: its term cannot be told from the irreducible loss",)
+            return (f"{ONE_SIZE} {name}: its term cannot be told from the irreducible loss",)
     slope, off = np.polyfit(n - n.mean(), d - d.mean(), 1)
     if np.std(d - d.mean() - slope * (n - n.mean()) - off) < 0.01 * np.std(d):
         return (

@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.files import base
@@ -11,13 +12,14 @@ from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier.choice import choose, one_guidance
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
 from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
-from dit_jax.scaling.frontier.points import SAMPLING, Point, find_metric, higher_is_better, load_points, training
+from dit_jax.scaling.frontier.points import SAMPLING, Point, all_training, find_metric, higher_is_better, load_points
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
 from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.runs.run import require_same_start
 from dit_jax.scaling.verdicts.methods import fit_one
+from dit_jax.scaling.verdicts.verdict import TOO_FAR
 
 
 def run(args) -> dict:
@@ -95,6 +97,11 @@ def run_metric(args) -> tuple[dict, list]:
     if len(runs) < len(used):
         text = f"{len(used)} points are steps of {len(runs)} runs: what a run has in common is not in the intervals"
         warnings.append(text)
+    for p in result["predictions"]:
+        if p["beyond"] > TOO_FAR:
+            warnings.append(
+                f"{p['flops']:.3g} FLOPs are {p['beyond']:.3g} times beyond the data; train a budget nearer to it"
+            )
     return result, [*reasons, *warnings, *fit.warnings, *filter(None, [fit.doubt(args.flops)])]
 
 
@@ -120,13 +127,16 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     if args.through == "best":
         kept = [Point(r.name, r.loss, r.loss_se, train=r.flops, protocol=r.protocol, source=r.source) for r in runs]
         fit = fit_metric(best_of_budgets(kept), form=args.law, **options)
-        ladder = ladders.ladder_of_metric(name, fit)
+        ladder = replace(ladders.ladder_of_metric(name, fit), reasons=tuple(doubts(fit, args.metric)))
         if fit.undecided:
             warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
     else:
-        fit = fit_one(runs, "isoflop", window=args.window, **options)
+        window = {"window": args.window} if args.method == "isoflop" else {}
+        fit = fit_one(runs, args.method, **window, **options)
+        if not math.isfinite(fit.laws["L_opt"].exponent):
+            raise UsageError(f"RUNS: {fit.reasons[0]}")
         ladder = ladders.ladder_of_fit(name, fit)
-    warnings += [f"{name}: {text}" for text in fit.warnings]
+    warnings += [f"{name}: {text}" for text in dict.fromkeys((*ladder.reasons, *fit.warnings))]
     return ladder
 
 
@@ -155,16 +165,21 @@ def run_compare(args) -> tuple[dict, list]:
     print_table(
         f"A = {c['a']}, B = {c['b']}; {c['form']} law of the {args.metric}, {c['level']:.0%} intervals", head, rows
     )
+    for side in (a, b):
+        if side.reasons:
+            print(f"{side.name} tells no law beyond its data, so neither does the comparison: {side.reasons[0]}.")
     first, x = c["exponents"][0], c["crossing"]
     apart = span(first["interval"], "+.4f")
     if c["steeper"]:
-        text = f"{c['steeper']}, its exponent is {abs(first['difference']):.4f} steeper ({apart})"
+        inside = "inside the data, " * bool(a.reasons or b.reasons)
+        text = f"{inside}{c['steeper']}, its exponent is {abs(first['difference']):.4f} steeper ({apart})"
     else:
         text = f"the data do not say, the exponents differ by {apart}"
     print(f"Which scales better: {text}.")
     level = f"{c['ratio']:.4f} times that of {c['a']} (interval {span(c['ratio_interval'], '.4f')})"
     print(f"At {c['common']:.3g} FLOPs, the most that both reach, the {args.metric} of {c['b']} is {level}.")
     print(_crossing(x) if x else "No crossing: the two are not measured alike.")
+    c |= {"identifiable": {"a": not a.reasons, "b": not b.reasons}}
     c |= {"metric": args.metric, "convention": str(of_record(a.protocol)) if a.protocol else None}  # a CSV does not say
     return c, [*warnings, *c["warnings"]]
 
@@ -207,7 +222,7 @@ def run_frontier(args) -> tuple[dict, list]:
     if served:
         best = front(served, fit.higher)
         result["totals"] = [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in best]
-        rows = [(s.point.name, s.point.sampling or DASH, f"{training(s.point):.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
+        rows = [(s.point.name, s.point.sampling or DASH, f"{all_training(s.point):.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
                  f"{s.point.score:.4g}") for s in best]  # fmt: skip
         head = ("model", "sampling", "training FLOPs", "total FLOPs", "for sampling", fit.metric)
         print_table(f"Training and {args.images_served:g} images", head, rows)

@@ -36,6 +36,7 @@ class Ladder:
     largest: float
     protocol: dict
     form: str = "pure"  # of its loss law, if nobody asks for another
+    reasons: tuple = ()  # why its laws may not be followed beyond its data; () = they may
 
 
 def _joined(law: PowerLaw, draws: PowerLaw | None) -> PowerLaw:
@@ -52,20 +53,20 @@ def _joined(law: PowerLaw, draws: PowerLaw | None) -> PowerLaw:
 def ladder_of_fit(name: str, fit: Fit) -> Ladder:
     """The ladder of a fit of losses.
 
-    With an irreducible term from 4 budgets on. The pure power law goes through the losses of the same points, with the intervals that their
-    scatter about it gives.
+    Of budgets with an irreducible term from 4 on. The pure power law goes through the losses of the same points, with the intervals that
+    their scatter about it gives; a surface has none.
     """
-    C, loss = np.array([p.flops for p in fit.used]), np.array([[p.loss for p in fit.used]])
+    C, loss = np.array([p.flops for p in fit.used or fit.runs]), np.array([[p.loss for p in fit.used]])
     laws = {law: _joined(fit.laws[law], fit.draws.get(law)) for law in fit.laws}
     form = "irreducible" if len(C) >= IRREDUCIBLE_FROM else "pure"
     laws[LOSS[form]] = laws.pop("L_opt")
-    if form == "irreducible":
+    if form == "irreducible" and fit.used:
         pure, count, draws = fit_power(C, loss, np.ones_like(loss))[0], len(laws[LOSS[form]].exponent) - 1, None
         if count:
             drawn = scatter(np.random.default_rng(0), np.log(loss / pure(C)), [len(C) - 2], count)[0]
             draws = fit_power(C, pure(C) * np.exp(drawn), np.ones_like(drawn))
         laws[LOSS["pure"]] = _joined(pure, draws)
-    return Ladder(name, laws, min(C), max(C), fit.used[0].runs[0].protocol, form)
+    return Ladder(name, laws, min(C), max(C), fit.runs[0].protocol, form, fit.reasons)
 
 
 def ladder_of_metric(name: str, fit: MetricLaw) -> Ladder:
@@ -88,6 +89,10 @@ def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "") -> dic
         form = "irreducible" if floor else "pure"
     for side in (a, b):
         if LOSS[form] not in side.laws:
+            if form == "pure":
+                raise UsageError(
+                    f"{side.name}: a surface has a loss law with an irreducible term only; leave out --law=pure"
+                )
             raise UsageError(f"{side.name}: too few budgets for a law with an irreducible term; use the pure power law")
         if len(side.laws[LOSS[form]].exponent) == 1:
             warnings.append(f"{side.name} has no interval, so neither has the comparison")

@@ -20,7 +20,7 @@ import numpy as np
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import NO_INTERVAL
 from dit_jax.scaling.frontier.choice import Choice, lowest, one_guidance, sampling_key
-from dit_jax.scaling.frontier.points import Point, higher_is_better, training
+from dit_jax.scaling.frontier.points import Point, all_training, higher_is_better
 
 GRID = 4001  # costs, evenly in the logarithm, at which the best model is looked for
 
@@ -260,12 +260,12 @@ class Served:
     @property
     def sampling_share(self) -> float:
         """Of the total."""
-        return 1 - training(self.point) / self.total
+        return 1 - all_training(self.point) / self.total
 
 
 def serve(points: Sequence[Point], images: float | int) -> list[Served]:
     """Every point with its total, cheapest first. Raises UsageError without training FLOPs or the cost of an image."""
-    found = [Served(p, float(images), training(p) + images * cost_of(p, "flops")) for p in points]
+    found = [Served(p, float(images), all_training(p) + images * cost_of(p, "flops")) for p in points]
     return sorted(found, key=lambda s: s.total)
 
 

@@ -90,10 +90,15 @@ def higher_is_better(metric: str, points: Sequence[Point] = ()) -> bool:
 
 
 def training(point: Point) -> float | int:
-    """Training FLOPs, with those of the weights that it began with as far as they are recorded. Raises UsageError where they are not."""
+    """Training FLOPs. Raises UsageError where they are not recorded."""
     if math.isnan(point.train):
         raise UsageError(f"{point.source}: no flops_train of {point.name}, expected its training FLOPs")
-    return point.train + (point.init.get("flops_train") or 0)
+    return point.train
+
+
+def all_training(point: Point) -> float | int:
+    """Training FLOPs with those of the weights that it began with, as far as they are recorded. Raises UsageError as `training`."""
+    return training(point) + (point.init.get("flops_train") or 0)
 
 
 def load_points(

@@ -6,6 +6,7 @@ A power law that bends is still a good description of the budgets it was fitted 
   the noise of its runs and by the scatter between budgets that is left about the bent law (a random effect: what scatters does not bend);
 * repeated data, where a column of unique data tells of them (`fits.repeated`);
 * systematic residuals, where one surface describes all runs (`Fit.form`);
+* its budgets: two of them lie on any power law of compute;
 * its ends: the laws without the smallest and without the largest budget must agree at the target within their intervals.
 
 Where any of these fails the laws are not identified beyond the data, and the reason says what was found.
@@ -49,10 +50,16 @@ def examine(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float | int 
 
 def trials(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float | int = 0.0) -> list[Trial]:
     """Every test that this fit allows."""
-    found = [bending_of_size(fit), bending_of_loss(fit), form(fit), repetition(fit)]
+    found = [two_budgets(fit), bending_of_size(fit), bending_of_loss(fit), form(fit), repetition(fit)]
     if fit.draws:
         found += ends(fit, refit, max(flops, FAR * fit.largest))
     return [t for t in found if t is not None]
+
+
+def two_budgets(fit: Fit) -> Trial:
+    """Laws of compute through fewer budgets than tell whether they hold."""
+    count = len(_parts(fit))
+    return Trial("two budgets", f"{count} budget(s) test no law of compute; train a third", count < 3)
 
 
 def bending_of_size(fit: Fit) -> Trial | None:

@@ -9,6 +9,7 @@ Nothing is left out unless asked, and only what is in DROPPED can be; runs with 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ class Finding:
     runs: tuple = ()
     budgets: tuple = ()
     rows: tuple = ()
+    worse: tuple = ()  # rows that are not the best of their cell: the verdict tells what it says without them
 
     @property
     def text(self) -> str:
@@ -165,12 +167,18 @@ def _same(runs, key: Callable) -> list[list[Run]]:
     return [group for group in groups if len(group) > 1]
 
 
+def _worse(runs, groups: Sequence[Sequence[Run]]) -> tuple:
+    """The rows of these groups but the best of each."""
+    worse = {id(r) for group in groups for r in sorted(group, key=lambda r: r.loss)[1:]}
+    return tuple(i for i, r in enumerate(runs) if id(r) in worse)
+
+
 def _conflicts(runs) -> list[Finding]:
     found = []
     for same in _same(runs, lambda r: (r.name, r.params, r.tokens) if r.name else None):
         what = f"{_names(same)}: one run with {len(same)} losses ({', '.join(f'{r.loss:.5g}' for r in same[:NAMED])})"
         advice = "keep the row that is right, or tell seeds apart by their names or a column `seed`"
-        found.append(Finding("conflicts", what, advice, tuple(r.name for r in same)))
+        found.append(Finding("conflicts", what, advice, tuple(r.name for r in same), worse=_worse(runs, [same])))
     return found
 
 
@@ -187,7 +195,7 @@ def _seeds(runs) -> list[Finding]:
         "as a run of its own"
     )
     advice = "that is right for seeds; remove the old rows if they were trained again, or take the best of a sweep with --best_of=COLUMN"
-    return [Finding("seeds", what, advice, tuple(r.name for group in groups for r in group))]
+    return [Finding("seeds", what, advice, tuple(r.name for g in groups for r in g), worse=_worse(runs, groups))]
 
 
 def _checkpoints(runs) -> list[Finding]:
@@ -196,10 +204,20 @@ def _checkpoints(runs) -> list[Finding]:
     for r in runs:
         data.setdefault((r.name, r.params), set()).add(r.tokens)
     if all(len(tokens) < 3 for tokens in data.values()):
-        return []
+        return _unnamed(runs)
     what = f"{len(runs)} rows are checkpoints of {len(data)} runs: akima and power take each for a run of its own: too narrow intervals"
     advice = "use another method, which knows that rows of one run share its noise, or keep the last row of each run"
     return [Finding("checkpoints", what, advice)]
+
+
+def _unnamed(runs) -> list[Finding]:
+    """Rows without names, of which each size comes on several amounts of data: perhaps points of one training."""
+    again = Counter(r.params for r in runs)
+    if not all(re.fullmatch(r"row\d+", r.name) for r in runs) or min(again.values()) < 3:
+        return []
+    what = f"each of the {len(again)} sizes comes {min(again.values())} times or more, in rows without names, each a run of its own"
+    advice = "if those of a size are points of one training, name it in a column `run`: intervals are then wider"
+    return [Finding("unnamed", what, advice)]
 
 
 def _split(runs, tolerance: float) -> list[Finding]:

@@ -15,11 +15,11 @@ import numpy as np
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, interval, predict
+from dit_jax.scaling.names import ANSWER
 from dit_jax.scaling.runs import Run, budgets, scattered
 from dit_jax.scaling.verdicts.beyond import FAR, Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.holdout import folds
 
-ANSWER = ("isoflop", "varpro", "surface")  # the methods that answer; the others check published numbers
 NEAR = 3.0  # sizes within this factor of the best of their budget are predicted
 PARTS = 4  # at most, of the sizes that are left out in turn
 MOST = 5  # findings
@@ -191,7 +191,9 @@ def _findings(
         first = [Finding(text, {}, "") for text in best.reasons[:MOST]]
     if made.beyond > TOO_FAR:
         half = {n: _half(made, n) for n in QUANTITIES}
-        text = f"the target is {made.beyond:.3g} times beyond the largest budget; half of the interval there"
+        text = f"the target is {made.beyond:.3g} times beyond the largest budget" + "; half of the interval there" * (
+            any(map(math.isfinite, half.values()))
+        )
         first.append(Finding(text, half, "train a budget nearer to it"))
     for method, other in said.items():
         if method != made.method:

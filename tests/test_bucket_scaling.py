@@ -23,10 +23,10 @@ from dit_jax.config import Config, to_dict
 from dit_jax.error import StorageError, UsageError
 from dit_jax.files import names, read
 from dit_jax.job import compiled
-from dit_jax.scaling import commands
+from dit_jax.scaling import commands, place
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.plans.settings import configs_of
-from dit_jax.scaling.report import folder, place, save
+from dit_jax.scaling.report import folder, save
 from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
 from dit_jax.workdir.records import append_record, read_records

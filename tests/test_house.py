@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
+WING = PACKAGE / "scaling"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("findings/*.md"))]
 # A room imports rooms of lower floors only.
 FLOORS = (
@@ -29,14 +31,15 @@ FLOORS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 JOBS = {"train", "sample", "evaluate", "sweep", "bench", "convert", "encode", "features", "preflight"}
+WING_ROOMS = {"runs", "fits", "verdicts", "plans", "frontier", "report"}
 MATHEMATICS = {"models", "diffusion", "metrics"}
 GROUND = {"error", "log", "files", "hardware", "config", "flops", "workdir", "job"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path):
-    """The first name below the package: `models`, `train`, ..."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room(path, house=PACKAGE):
+    """The first name below the package, `models`, `train`, ..., or below the wing: `fits`, `options`, ..."""
+    return path.relative_to(house).parts[0].removesuffix(".py")
 
 
 @functools.cache
@@ -57,10 +60,11 @@ def imports(path):
     return found
 
 
-def rooms_used(path):
-    """The project's rooms that a file imports."""
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("dit_jax.")}
-    return {name for name in names if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+def rooms_used(path, house=PACKAGE):
+    """The rooms of the package, or of the wing, that a file imports."""
+    start = ".".join(house.relative_to(ROOT).parts) + "."
+    names = {name.removeprefix(start).split(".")[0] for name in imports(path) if name.startswith(start)}
+    return {name for name in names if (house / name).is_dir() or (house / f"{name}.py").exists()}
 
 
 def test_every_room_has_a_floor():
@@ -81,15 +85,24 @@ def test_imports_go_down_only():
     assert wrong == []
 
 
-def longest_chain(module, graph):
-    return 1 + max((longest_chain(m, graph) for m in graph[module]), default=0)
+def longest_chain(house):
+    """Rooms in the longest chain of imports. Fails if rooms import each other in a circle."""
+    files = [path for path in FILES if path.is_relative_to(house)]
+    graph, length = {room(path, house): set() for path in files}, {}
+    for path in files:
+        graph[room(path, house)] |= rooms_used(path, house) - {room(path, house)}
+    try:
+        for name in graphlib.TopologicalSorter(graph).static_order():
+            length[name] = 1 + max((length[other] for other in graph[name]), default=0)
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle: {' is imported by '.join(error.args[1])}")
+    return max(length.values())
 
 
-def test_no_long_chain_among_rooms():
-    graph = {name: set() for name in FLOOR}
-    for path in FILES:
-        graph[room(path)] |= rooms_used(path) - {room(path)}
-    assert max(longest_chain(name, graph) for name in graph) <= 10
+def test_no_long_chain_and_no_circle_among_rooms():
+    assert {path.name for path in WING.iterdir() if path.is_dir()} - {"__pycache__"} == WING_ROOMS
+    assert longest_chain(PACKAGE) <= 10
+    assert longest_chain(WING) <= 7
 
 
 def only_in(name, rooms):

@@ -20,10 +20,10 @@ from PIL import Image
 from planted import ladder, repeated
 
 from dit_jax.error import UsageError
-from dit_jax.scaling import names
+from dit_jax.scaling import names, place
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits import METHODS, fit_akima, fit_best, fit_isoflop, fit_varpro
-from dit_jax.scaling.report import Report, figures, folder, opening, place, save, text
+from dit_jax.scaling.report import Report, figures, folder, opening, save, text
 from dit_jax.scaling.report.axes import panels, raised, scale, thin
 from dit_jax.scaling.report.page import typeset
 

@@ -10,6 +10,7 @@ from dit_jax.error import UsageError, check_schemes, unknown_flag
 from dit_jax.files import bucket_of, introduce, is_file, remote
 from dit_jax.files.out import check_json
 from dit_jax.hardware import Topology, topology
+from dit_jax.scaling import place
 from dit_jax.scaling.names import ANSWER, DROPPED, FIGURES, LOSSES, METHODS, RESIDUALS, SAMPLING, SPLITS
 
 COMMANDS = {
@@ -263,8 +264,8 @@ def _check(args) -> None:
 def _introduce_buckets(args) -> None:
     """Raises StorageError now if a bucket that the command names refuses; warns if it is in another region."""
     given = [getattr(args, name, None) for name in ("runs_a", "runs_b", "out", "json", "grid")]
-    for place in dict.fromkeys(bucket_of(p) for p in (*getattr(args, "runs", ()), *given) if p and remote(p)):
-        introduce(place)
+    for bucket in dict.fromkeys(bucket_of(p) for p in (*getattr(args, "runs", ()), *given) if p and remote(p)):
+        introduce(bucket)
 
 
 def _check_out(path: str, endings: tuple) -> None:
@@ -272,8 +273,6 @@ def _check_out(path: str, endings: tuple) -> None:
     check_json(path, "--out", makes_folders=True)
     if os.path.splitext(path)[1].lower() not in endings:
         raise UsageError(f"--out: found {path!r}, expected a file that ends in {', '.join(endings)}")
-    from dit_jax.scaling.report import place  # here because most commands need no report
-
     place.check(path)
 
 

@@ -208,6 +208,7 @@ def run_frontier(args) -> tuple[dict, list]:
     points = _points(args, args.runs, sampled=args.cost == "flops", fitted=False)
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
     served = serve(points, args.images_served) if args.images_served else []
+    best = front(served, fit.higher) if served else []
     best_at = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in args.at]
     _print_frontier(fit, best_at)
     result = {
@@ -220,7 +221,6 @@ def run_frontier(args) -> tuple[dict, list]:
         "choices": [_json_of_choice(c) for c in fit.choices],
     }
     if served:
-        best = front(served, fit.higher)
         result["totals"] = [_json_of(s.point) | {"total": s.total, "sampling_share": s.sampling_share} for s in best]
         rows = [(s.point.name, s.point.sampling or DASH, f"{all_training(s.point):.3g}", f"{s.total:.3g}", f"{s.sampling_share:.1%}",
                  f"{s.point.score:.4g}") for s in best]  # fmt: skip
@@ -229,7 +229,7 @@ def run_frontier(args) -> tuple[dict, list]:
     if args.out:
         from dit_jax.scaling.report import axes, figures
 
-        axes.save(figures.frontier(fit, points, served), args.out)
+        axes.save(figures.frontier(fit, points, served, best), args.out)
         print(args.out)
     return result, list(fit.warnings)
 

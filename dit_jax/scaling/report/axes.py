@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image, PngImagePlugin
 
 from dit_jax.error import UsageError
+from dit_jax.scaling import place
 from dit_jax.scaling.names import FIGURES
-from dit_jax.scaling.report import place
 from dit_jax.scaling.report.text import typeset
 
 MARKERS = "osD^vPX<>hp"

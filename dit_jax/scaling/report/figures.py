@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure, FigureBase
 
 from dit_jax.scaling.fits.fit import Fit
-from dit_jax.scaling.frontier.frontier import front
 from dit_jax.scaling.report.axes import MOST, SIZE, legend, panels, plain, raised, save, scale, shaded, style, thin
 from dit_jax.scaling.report.text import expected, law_text, worth
 from dit_jax.scaling.runs import Run, budgets, scattered
@@ -170,9 +169,10 @@ def main(fit: Fit, runs: Sequence[Run], flops: Sequence[float] = (), test=None) 
     return figure
 
 
-def frontier(fit, points: Sequence, served: Sequence = ()) -> Figure:
+def frontier(fit, points: Sequence, served: Sequence = (), best: Sequence = ()) -> Figure:
     """Score against the cost of an image: every sampling, each model's best within a cost as a line with a marker where that best was
-    measured, the Pareto front, and the costs at which a model stops winning. `served` adds a panel over training and all images."""
+    measured, the Pareto front, and the costs at which a model stops winning. `served` adds a panel over training and all images; `best`
+    is its Pareto front."""
     stops = [h for h in fit.handovers if np.isfinite(h.cost)]
     figure, axes = panels([0.2 * len(stops)] * bool(stops) + [SIZE[1]], 2 if served else 1)
     metric = f"{plain(fit.metric)} ({'higher' if fit.higher else 'lower'} is better)"
@@ -191,7 +191,7 @@ def frontier(fit, points: Sequence, served: Sequence = ()) -> Figure:
     if served:
         axis, totals = axes[-1, 1], [(s.point.name, s.total, s.point.score) for s in served]
         _cloud(axis, totals, models, raised(f"training FLOPs + FLOPs of {served[0].images:.4g} images"), metric)
-        _front(axis, [(s.total, s.point.score) for s in front(served, fit.higher)])
+        _front(axis, [(s.total, s.point.score) for s in best])
     axis.plot([], [], color="0.75", linewidth=3, label="Pareto front", **RING)
     if stops:
         axis.plot([], [], label="a model stops winning, with interval", **BAR)

@@ -3,8 +3,9 @@
 import os
 
 from dit_jax.files import absolute, json_text
+from dit_jax.scaling import place
 from dit_jax.scaling.fits.fit import predict
-from dit_jax.scaling.report import Report, figures, place
+from dit_jax.scaling.report import Report, figures
 from dit_jax.scaling.report.axes import MOST, png
 from dit_jax.scaling.report.page import computes, page
 from dit_jax.scaling.report.text import expected, finite, to_json

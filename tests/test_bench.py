@@ -22,7 +22,7 @@ from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.files import out, write_file
 from dit_jax.job.launch import load_config
-from dit_jax.preflight import compilation
+from dit_jax.program import program
 from dit_jax.sweep import ladder
 from dit_jax.workdir.folder import read_config
 
@@ -143,7 +143,7 @@ def test_a_sampler_that_reuses_outputs_is_given_a_plan():
     """Not the zeros that prompts are given, with which no output would ever be computed."""
     cfg = dataclasses.replace(CFG, model=TINY, sample=SampleConfig(sampler="euler", steps=4, reuse=0.5))
     mesh = make_mesh(cfg.mesh)
-    found = compilation.program(cfg, "sample", mesh)
+    found = program(cfg, "sample", mesh)
     fresh = speed.make_arguments(cfg, "sample", mesh, found)[-1]
     assert all(rows.shape == (4, 1) and rows[0].all() and not rows.all() for rows in fresh.values())
 

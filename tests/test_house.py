@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dit_jax.__main__ import JOBS as listed
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_jax"
 WING = PACKAGE / "scaling"
@@ -25,12 +27,11 @@ FLOORS = (
     {"networks"},
     {"sampling", "encode", "convert"},
     {"training"},
-    {"evaluation", "sample", "features"},
+    {"evaluation", "program", "sample", "features"},
     {"preflight"},
     {"sweep", "evaluate", "train", "bench"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-JOBS = {"train", "sample", "evaluate", "sweep", "bench", "convert", "encode", "features", "preflight"}
 WING_ROOMS = {"runs", "fits", "verdicts", "plans", "frontier", "report"}
 MATHEMATICS = {"models", "diffusion", "metrics"}
 GROUND = {"error", "log", "files", "hardware", "config", "flops", "workdir", "job"}
@@ -40,6 +41,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def room(path, house=PACKAGE):
     """The first name below the package, `models`, `train`, ..., or below the wing: `fits`, `options`, ..."""
     return path.relative_to(house).parts[0].removesuffix(".py")
+
+
+JOBS = {room(path) for path in FILES if '__name__ == "__main__"' in path.read_text()} - {"__main__"}
 
 
 @functools.cache
@@ -82,6 +86,17 @@ def test_imports_go_down_only():
                 wrong.append(f"{path}: the mathematics knows no {other}")
             if here == "scaling" and other not in GROUND:
                 wrong.append(f"{path}: the wing reads records and tables, it knows no {other}")
+    assert wrong == []
+
+
+def test_jobs_import_no_job():
+    """Nor does any other file. The rooms of the wing are a library too, with which a sweep fits its laws; its command line is the job."""
+    assert set(listed) == JOBS
+    wrong = []
+    for path in FILES:
+        used = rooms_used(path) & JOBS - {room(path)}
+        library = {"scaling"} if rooms_used(path, WING) <= WING_ROOMS else set()
+        wrong += [f"{path}: {other} is a job" for other in used - library]
     assert wrong == []
 
 

@@ -14,6 +14,7 @@ from dit_jax.evaluation import scores
 from dit_jax.hardware import GIB, topology
 from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation, evaluation, hlo, search, text
+from dit_jax.program import Program, reuse_notes
 from dit_jax.sampling.draw import ROWS
 
 XL = "--config=configs/imagenet256.py:DiT-XL/2"
@@ -263,8 +264,8 @@ def test_the_notes_say_what_is_left_out_and_why():
     (network,) = compilation.notes(two, topology("2xv4-64"), 10, None)
     assert network == "in no time: the sums of gradients between the 2 slices, which cross the data-center network"
     assert compilation.notes(two, topology("v4-64"), 10, None) == []
-    assert compilation.reuse_notes(SampleConfig(), SampleConfig(guidance=2.0)) == []
-    (reuse,) = compilation.reuse_notes(SampleConfig(), SampleConfig(reuse=0.5), SampleConfig(reuse=0.7))
+    assert reuse_notes(SampleConfig(), SampleConfig(guidance=2.0)) == []
+    (reuse,) = reuse_notes(SampleConfig(), SampleConfig(reuse=0.5), SampleConfig(reuse=0.7))
     assert reuse.startswith("sample.reuse: which outputs are reused is found with a run's weights; ")
     (clock,) = compilation.notes(report | {"estimated_step_seconds": None}, topology("v6e-4"), 0, None)
     assert clock == "no estimate of the step: the clock of v6e is not published, so no hours and no price"
@@ -276,8 +277,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   ROOT %sum.1 = f32[450]{0} all-reduce(%a), replica_groups=[1,2]<=[2], to_apply=%add
 }
 """)
-    program = compilation.Program(None, (), 10, 1, 0)
-    one, two = (compilation.timing(module, topology(name), program) for name in ("h100x8", "h100x16"))
+    found = Program(None, (), 10, 1, 0)
+    one, two = (compilation.timing(module, topology(name), found) for name in ("h100x8", "h100x16"))
     assert one["estimated_step_seconds"] is one["estimated_mfu"] is two["estimated_step_seconds"] is None
     assert one["collective_seconds"] == pytest.approx(450 * 4 / 450e9) and two["collective_seconds"] is None
     report = {"job": "train", "suggestion": "", "fits": True, "bytes": {"arguments": 10e9, "temporaries": 49e9}} | two

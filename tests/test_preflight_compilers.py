@@ -183,12 +183,13 @@ from dit_jax.devices.mesh import devices_ahead, make_mesh
 from dit_jax.hardware import topology
 from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation, search
+from dit_jax.program import program
 cfg = resolve(load_config("configs/imagenet256.py:DiT-S/2,v4-64"))
 cfg = search.changed(cfg, {"mesh.data": -1, "model.unroll": 2, "model.depth": 2})
 devices = devices_ahead(topology("2xv4-64"))
 mesh = make_mesh(cfg.mesh, devices)
 assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}], mesh
-text = compilation.compiled(compilation.program(cfg, "train", mesh))[0].as_text()
+text = compilation.compiled(program(cfg, "train", mesh))[0].as_text()
 print(sorted(set(re.findall('megascale_transfer_type="([A-Z_]+)"', text))))
 """
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}

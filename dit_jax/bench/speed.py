@@ -21,7 +21,7 @@ from dit_jax.devices.mesh import make_mesh, replicated
 from dit_jax.devices.numerics import random_key
 from dit_jax.log import notice
 from dit_jax.networks.caption import in_step
-from dit_jax.preflight.compilation import Program, encoder_flops, program, reuse_notes, sized
+from dit_jax.program import Program, encoder_flops, program, reuse_notes, sized
 from dit_jax.training.state import make_state
 
 TARGETS = {"cpu": 0.30}  # share of the peak that training the default model should reach; elsewhere OTHER_TARGET

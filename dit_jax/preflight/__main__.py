@@ -23,8 +23,8 @@ def _check(cfg: Config, job: str, slice_: Topology, values) -> list[int]:
     """The sizes of fsdp to search. Raises UsageError for an impossible mesh, batch, file or size."""
     from dit_jax.devices.mesh import abstract_mesh, batch_split, check_batch
     from dit_jax.preflight import evaluation
-    from dit_jax.preflight.compilation import autoencoder
     from dit_jax.preflight.search import check_sizes
+    from dit_jax.program import autoencoder
 
     mesh = abstract_mesh(cfg.mesh, slice_.devices, slice_.slices)
     if job == "train":
@@ -56,9 +56,9 @@ def _topology(values) -> Topology:
 
 def main() -> None:
     from dit_jax.preflight import evaluation
-    from dit_jax.preflight.compilation import sized
     from dit_jax.preflight.search import changed, examine, search, show_ranks
     from dit_jax.preflight.text import show
+    from dit_jax.program import sized
 
     values = flags.FLAGS
     cfg, slice_, job = sized(resolve(values.config)), _topology(values), values.job

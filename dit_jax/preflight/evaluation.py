@@ -22,18 +22,8 @@ from dit_jax.evaluation.scores import ROWS, classifier_rows, clip_rows, inceptio
 from dit_jax.log import say
 from dit_jax.models import classifier, clip, inception, vae
 from dit_jax.networks.autoencoder import images_at_once, normalisation
-from dit_jax.preflight.compilation import (
-    Program,
-    analysis,
-    autoencoder,
-    measured,
-    missing_time,
-    placed,
-    program,
-    reuse_notes,
-    run_costs,
-    weights,
-)
+from dit_jax.preflight.compilation import analysis, measured, missing_time, run_costs
+from dit_jax.program import Program, autoencoder, placed, program, reuse_notes, weights
 from dit_jax.sampling.draw import image_flops
 from dit_jax.training.state import abstract_batch
 

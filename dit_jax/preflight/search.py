@@ -11,8 +11,9 @@ from dit_jax.devices.layout import REMATS, Layout, memory, options, state_bytes,
 from dit_jax.devices.mesh import abstract_mesh, devices_ahead, mesh_shape, why_not_compiled
 from dit_jax.error import UsageError
 from dit_jax.log import pace, say
-from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, program, run_costs
+from dit_jax.preflight.compilation import FULL, analysis, bounds, inspect, no_estimate, notes, run_costs
 from dit_jax.preflight.text import row
+from dit_jax.program import program
 
 TRIES = 4  # most compilations in search of a layout that fits; mostly the first one does
 

@@ -36,7 +36,7 @@ from dit_jax.evaluation.loss import alone, make_losses
 from dit_jax.evaluation.run import run as evaluate
 from dit_jax.models import dit
 from dit_jax.models.conditioning import positions
-from dit_jax.preflight.compilation import program
+from dit_jax.program import program
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.training import loop
 from dit_jax.training.state import make_state

@@ -34,7 +34,7 @@ from dit_jax.networks import encoding
 from dit_jax.networks.autoencoder import follow_latents
 from dit_jax.networks.folder import save_network
 from dit_jax.networks.in_step import encoder_flops, encoder_of, open_splits
-from dit_jax.preflight.compilation import autoencoder, program
+from dit_jax.program import autoencoder, program
 from dit_jax.training.diagnose import find_layer
 from dit_jax.training.state import abstract_state, make_state
 from dit_jax.training.step import make_train_step

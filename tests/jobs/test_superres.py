@@ -29,7 +29,7 @@ from dit_jax.error import UsageError
 from dit_jax.metrics.psnr import PSNR, Originals, psnr
 from dit_jax.models import dit
 from dit_jax.models.warm_start import NEW, TAKEN, WarmStart
-from dit_jax.preflight.compilation import program
+from dit_jax.program import program
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.low import open_low
 from dit_jax.sampling.picture import grid

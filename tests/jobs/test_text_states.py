@@ -12,7 +12,7 @@ from foreign import write_encoder
 from runs import saved
 from test_text import config, model
 
-from dit_jax import checkpoint, flops
+from dit_jax import checkpoint, flops, program
 from dit_jax.bench import speed
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
@@ -20,7 +20,6 @@ from dit_jax.evaluation.run import run as evaluate
 from dit_jax.models import bert, conditioning, dit
 from dit_jax.networks.caption import chained, follow_text, open_text, step_encoder
 from dit_jax.networks.transfer import import_encoder
-from dit_jax.preflight import compilation
 from dit_jax.sampling.draw import open_sampling
 from dit_jax.sampling.prompt import Asked, Prompts
 from dit_jax.training import loop
@@ -208,24 +207,22 @@ def test_encoders_that_do_not_fit_are_named(folder_of):
 
 def test_preflight_takes_a_published_encoder_that_is_not_here(capsys):
     cfg = dataclasses.replace(config(), model=dataclasses.replace(config().model, text="bert", text_length=16))
-    sized = compilation.sized(cfg)
-    assert sized.model.text_width == 384 and compilation.encoder_flops(sized) == flops.encoder_flops(
-        bert.BertConfig(), 16
-    )
-    found = compilation.program(sized, "train", make_mesh(sized.mesh))
+    sized = program.sized(cfg)
+    assert sized.model.text_width == 384 and program.encoder_flops(sized) == flops.encoder_flops(bert.BertConfig(), 16)
+    found = program.program(sized, "train", make_mesh(sized.mesh))
     assert found.make().lower(*found.arguments)
     assert "the published bert of width 384 is taken" in capsys.readouterr().err
     with pytest.raises(
         UsageError, match=r"model.text_width: found 5, expected one of 384, 768, or model.text_encoder here"
     ):
-        compilation.sized(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, text_width=5)))
+        program.sized(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, text_width=5)))
 
 
 def test_a_benchmark_gives_the_step_its_encoder_and_tokens(folder_of):
     """The arguments that the compiled step takes, with values, for a model whose width the encoder tells."""
     cfg = speed.prepared(states_config(folder_of("bert")), "train")
     mesh = make_mesh(cfg.mesh)
-    found = compilation.program(cfg, "train", mesh)
+    found = program.program(cfg, "train", mesh)
     _, batch, weights = made = speed.make_arguments(cfg, "train", mesh, found)
     of = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
     assert jax.tree.map(of, made) == jax.tree.map(of, found.arguments) and cfg.model.text_width == 16

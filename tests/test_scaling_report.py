@@ -368,6 +368,23 @@ def test_a_frontier_has_no_marker_where_nothing_was_measured():
 
 
 @dataclass(frozen=True)
+class Total:
+    """What `figures.frontier` reads of a sampling with its training."""
+
+    point: Sampling
+    total: float
+    images: float = 1e6
+
+
+def test_the_front_over_training_and_images_is_drawn_as_it_is_given():
+    served = [Total(Sampling("S", 1e9, y), 10.0**i) for i, y in enumerate((50.0, 20.0, 30.0), 15)]
+    costs, curves = {"S": np.array([1e9])}, {"S": np.array([[20.0]])}
+    figure = figures.frontier(Front(costs=costs, curves=curves), [s.point for s in served], served, served[:2])
+    drawn = [tuple(zip(*line.get_data(), strict=True)) for line in figure.axes[1].lines]
+    assert drawn.count(((1e15, 50.0), (1e16, 20.0))) == 2  # a line, and its rings
+
+
+@dataclass(frozen=True)
 class Stop:
     """What `figures.frontier` reads of the cost at which a model stops winning."""
 

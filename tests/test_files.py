@@ -147,7 +147,11 @@ def test_names_and_deletes(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     assert files.names(str(tmp_path)) == ["file", "folder", "link"] and files.names(str(tmp_path / "none")) == []
     files.delete(str(tmp_path / "link"))
+    files.delete_empty(str(tmp_path / "folder"))
     assert (tmp_path / "folder" / "inside").exists()
+    for name in ("inside", "none"):
+        files.delete_empty(str(tmp_path / "folder" / name))
+    assert os.listdir(tmp_path / "folder") == []
     for name in ("folder", "file", "none"):
         files.delete(str(tmp_path / name))
     assert os.listdir(tmp_path) == []

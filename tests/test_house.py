@@ -120,6 +120,59 @@ def test_no_long_chain_and_no_circle_among_rooms():
     assert longest_chain(WING) <= 7
 
 
+# What opens, makes, renames or deletes a path itself: of `os` these, all of `shutil` and `tempfile`, and methods of `Path`.
+OS = "link makedirs mkdir open remove removedirs rename renames replace rmdir symlink truncate unlink utime listdir scandir walk"
+DIRECT = {"open", "io.open", *(f"os.{name}" for name in OS.split())}
+OF_PATHS = {"mkdir", "touch", "unlink", "rmdir", "symlink_to", "hardlink_to", "iterdir"}
+OF_PATHS |= {f"{verb}_{kind}" for verb in ("read", "write") for kind in ("text", "bytes")}
+# Places that are local by nature, whatever the paths that a user gives.
+LOCAL = {
+    "__main__.py first_line: read_text": "the source of a job, in the package",
+    "bench/measure.py machine: open": "/proc, of the system",
+    "checkpoint/__init__.py write_weights: shutil.copytree": "in a folder of `new_folder`, which lies on a disk until it is whole",
+    "checkpoint/saver.py _remove_unfinished: shutil.rmtree": "beside threads that may write there; a bucket's are removed by `delete`",
+    "data/emoji/__init__.py read_all: read_bytes": "the pictures, in the package",
+    "data/tfds.py _build: tempfile.TemporaryDirectory": "TFDS writes to a disk what then goes into a bucket",
+    "error.py _unread: os.open": "/dev/null, of the system",
+    "job/launcher.py check_launcher: shutil.which": "a command of this machine",
+    "scaling/place.py write: open": "a name of `whole`, which lies on a disk until it is whole",
+    "scaling/report/page.py page: read_text": "the template, in the package",
+    "scaling/runs/load.py _on_disk: os.walk": "beside `_in_bucket`, which lists a bucket",
+    "training/trace.py tracing: tempfile.gettempdir": "JAX writes to a disk what then goes into a bucket",
+    "workdir/goodput.py process_start: open": "/proc, of the system",
+    "workdir/manifest.py write_manifest: os.walk": "names in folders to flush, which a bucket has not",
+    "workdir/scalars.py _file: open": "appends, which a bucket cannot: its writer is `_segments`",
+    "workdir/scalars.py _tensorboard: tempfile.TemporaryDirectory": "tensorboardX writes to a disk what then goes into a bucket",
+    "workdir/scalars.py _wandb: tempfile.gettempdir": "what W&B keeps of its own, beside what it sends",
+    "workdir/scalars.py drop_events_after: open": "a name of `whole`, which lies on a disk until it is whole",
+}
+
+
+def direct(node):
+    """The name by which an expression or import reaches paths without `files`; "" if it does not."""
+    if isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+        names = [ast.unparse(node)]
+    else:
+        return ""
+    found = [name for name in names if name in DIRECT or name.startswith(("shutil.", "tempfile."))]
+    return found[0] if found else node.attr if getattr(node, "attr", "") in OF_PATHS else ""
+
+
+def test_paths_are_reached_through_one_door():
+    """A path may be in a bucket: what opens it is `files`, but in places that are local by nature."""
+    found = {
+        f"{path.relative_to(PACKAGE)} {getattr(part, 'name', '')}: {name}"
+        for path in FILES
+        if room(path) != "files"
+        for part in parsed(path).body
+        for node in ast.walk(part)
+        if (name := direct(node))
+    }
+    assert found == set(LOCAL)
+
+
 def only_in(name, rooms):
     users = {room(path) for path in FILES if any(m == name or m.startswith(f"{name}.") for m in imports(path))}
     assert users <= rooms, f"{name} is imported in {users - rooms}"

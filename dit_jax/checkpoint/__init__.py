@@ -27,7 +27,7 @@ from dit_jax.devices.mesh import on_one_device
 from dit_jax.devices.numerics import check_numerics, random_key
 from dit_jax.devices.processes import agreed, by_leader
 from dit_jax.error import JobError, StorageError, UsageError
-from dit_jax.files import LARGEST, is_folder, names, parse_json, read, rename, slow
+from dit_jax.files import LARGEST, is_folder, make_folder, names, parse_json, read, rename, slow
 from dit_jax.log import warn
 from dit_jax.models import dit
 from dit_jax.workdir import manifest
@@ -129,6 +129,7 @@ def write_weights(workdir: str, step: int, model: ModelConfig, params: dict, met
     if leaves(params) != wanted:
         raise UsageError(f"{workdir}: the parameters' names or shapes are not those of the model")
     at = path_of(workdir, step)
+    make_folder(folder(workdir))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "meta")) as writer:
             notes = {"model": to_dict(model), **meta, "step": step}

@@ -33,7 +33,7 @@ from dit_jax.error import (
     shown,
     watching,
 )
-from dit_jax.files import absolute, create, delete, exists, is_file, make_folder, names, remote
+from dit_jax.files import absolute, create, delete, delete_empty, exists, is_file, make_folder, names
 from dit_jax.log import name_process
 
 # Flags that describe the other processes, and the environment variables of the same meaning.
@@ -232,8 +232,8 @@ def _token(workdir: str) -> Iterator[str]:
             if name:
                 delete(path)
     except CommonError:
-        if new and not remote(workdir):
-            os.rmdir(workdir)
+        if new:
+            delete_empty(workdir)
         raise
 
 

@@ -5,7 +5,7 @@ import os
 import re
 
 from dit_jax.error import JobError
-from dit_jax.files import names
+from dit_jax.files import delete_empty, names
 from dit_jax.sampling import parts
 from dit_jax.workdir.records import PARTIAL
 
@@ -23,5 +23,4 @@ def drop_partials(workdir: str, done: set[tuple[int, str]], there: list[int]) ->
         if match and ((int(match[2]), match[1]) in done or int(match[2]) not in there):
             with contextlib.suppress(JobError), parts.locked(os.path.join(root, name)):  # if used, its owner removes it
                 parts.remove(os.path.join(root, name))
-    with contextlib.suppress(OSError):  # absent, or not empty because others are unfinished
-        os.rmdir(root)
+    delete_empty(root)  # unless others are unfinished

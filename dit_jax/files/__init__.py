@@ -305,6 +305,13 @@ def delete(path: str, first: str = "") -> None:
             os.unlink(path)
 
 
+def delete_empty(folder: str) -> None:
+    """Delete a folder if it is there and empty, as those of a bucket never are."""
+    if not remote(folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
 def rename(unfinished: str, path: str) -> None:
     """Rename a finished file or folder, durably: the new name survives a power cut.
 

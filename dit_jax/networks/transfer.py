@@ -53,7 +53,6 @@ def import_dit(
         versions = provenance()
         text = json.dumps({"config": to_dict(cfg), **versions}, indent=1) + "\n"
         write_file(os.path.join(unfinished, "config.json"), text)
-        os.makedirs(checkpoint.folder(unfinished))
         checkpoint.write_weights(unfinished, step, cfg.model, params, {**versions, "source": origin})
     say(line)
     say(f"{out}: {sum(p.size for p in flatten(params).values()):,} parameters of {_name(model)}, step {step}")

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 
 from dit_jax.error import UsageError
-from dit_jax.files import local, parse_json
+from dit_jax.files import local, opened, parse_json
 
 MAX_BYTES = 2**36  # of all arrays of a file, by default
 EXPANSION = 200, 2**28  # a compressed archive may hold this many times its size, or this many bytes
@@ -124,7 +124,7 @@ def _native(flat: np.ndarray, dtype, shape, order: str = "C") -> np.ndarray:
 
 
 def _read_npy(path: str, max_bytes: int) -> tuple[dict, dict]:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return {"": _array(file, os.path.getsize(path), max_bytes, path)}, {}
 
 
@@ -232,7 +232,7 @@ def _members(archive: zipfile.ZipFile, path: str, methods: tuple) -> list[zipfil
 
 def _read_safetensors(path: str, max_bytes: int) -> tuple[dict, dict]:
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         packed = file.read(8)
         length = struct.unpack("<Q", packed)[0] if len(packed) == 8 else size
         if length > min(size - 8, LISTING):
@@ -256,7 +256,7 @@ def _tensor(path: str, start: int, entry: dict, max_bytes: int, name: str) -> np
         raise UsageError(f"{where}: found the dtype {entry['dtype']!r}, expected one of {', '.join(SAFETENSORS)}")
     dtype = np.dtype(SAFETENSORS[entry["dtype"]])
     count = _check_shape(entry["shape"], dtype.itemsize, max_bytes, where)
-    with open(path, "rb") as file:
+    with opened(path) as file:
         file.seek(start + entry["data_offsets"][0])
         return _native(_bytes(file, count, where), dtype, entry["shape"])
 
@@ -296,7 +296,7 @@ def _read_torch(path: str, max_bytes: int) -> tuple[dict, dict]:
 
 def _check_torch_archive(path: str) -> None:
     """Raises UsageError unless the file is a zip archive of torch.save."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         magic = file.read(4)
     if magic != b"PK\x03\x04":
         advice = "where the file is trusted, convert it: torch.save(torch.load(OLD, weights_only=True), NEW)"

@@ -28,6 +28,7 @@ from dit_jax.devices.rows import shares
 from dit_jax.error import Interrupted, JobError, StorageError, UsageError
 from dit_jax.files import (
     delete,
+    delete_empty,
     is_file,
     json_text,
     lock,
@@ -109,8 +110,7 @@ def locked(folder: str) -> Iterator[Callable[[], None]]:
         with lock(os.path.join(folder, LOCK), busy, keep=False) as check:
             yield check
     finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
+        delete_empty(folder)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,12 @@
 import contextlib
 import glob
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from dit_jax.files import make_folder, remote, upload
+from dit_jax.files import delete, make_folder, remote, rename, upload
 
 FOLDER = "profile"  # in the run's folder
 
@@ -58,6 +57,6 @@ def _keep(own: str, session: str) -> None:
     make_folder(session)
     name = os.path.basename(own).removesuffix(".tmp")
     for path in glob.glob(os.path.join(glob.escape(own), "plugins", "profile", "*", "*.xplane.pb")):
-        put = upload if remote(session) else os.replace
+        put = upload if remote(session) else rename
         put(path, os.path.join(session, f"{name}.xplane.pb"))
-    shutil.rmtree(own)
+    delete(own)

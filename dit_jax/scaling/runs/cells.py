@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import IO
 
+from dit_jax import files
 from dit_jax.error import StorageError, UsageError, alike
 from dit_jax.files import LARGEST, read, remote
 
@@ -28,7 +29,7 @@ def readable(file: str) -> Iterator[None]:
 @contextlib.contextmanager
 def opened(file: str, **text) -> Iterator[IO]:
     """An open file, of bytes, or with the options `text` (see io.TextIOWrapper) of text. Raises UsageError as `readable`."""
-    with readable(file), io.BytesIO(read(file, LARGEST)) if remote(file) else open(file, "rb") as data:
+    with readable(file), io.BytesIO(read(file, LARGEST)) if remote(file) else files.opened(file) as data:
         yield io.TextIOWrapper(data, **text) if text else data
 
 

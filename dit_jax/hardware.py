@@ -18,6 +18,7 @@ TARGETS and LIMITS: OpenXLA's descriptions of these GPUs (xla/backends/gpu/targe
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -286,13 +287,16 @@ def topology(name: str) -> Topology:
         if other[1] != "cpu" and (count in (1, 2, 4) or (count and count % GPU_HOST == 0)):
             hosts = max(count // GPU_HOST, 1)
             return Topology(name, other[1], CHIPS[other[1]], (hosts, count // hosts), count, hosts)
-    raise UsageError(f"topology: found {shown(name)}, expected a slice such as {', '.join(_nearest(name))}")
+    such = nearest(name, names(), 3, cutoff=0.3) or ["v3-256", "v4-256", "h100x8"]
+    raise UsageError(f"topology: found {shown(name)}, expected a slice such as {', '.join(such)}")
 
 
-def _nearest(name: str) -> list[str]:
-    """Three names of the same kind with similar numbers, else similarly spelt ones."""
-    found = re.fullmatch(r"(.*?[-x])(\d{1,9})", name[:100], re.ASCII)
-    same = [known for known in names() if found and known.startswith(found[1]) and known[len(found[1]) :].isdigit()]
+def nearest(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Known names of the same kind as `name`, those with the most similar numbers first; else similarly spelt ones, see `error.alike`."""
+    known, found = list(known), re.fullmatch(r"(.*?[-x])(\d{1,9})", name[:100], re.ASCII)
+    same = [other for other in known if found and other.startswith(found[1]) and other[len(found[1]) :].isdigit()]
     if same:
-        return sorted(same, key=lambda known: abs(math.log(int(known[len(found[1]) :]) / max(int(found[2]), 0.5))))[:3]
-    return alike(name, names(), 3, cutoff=0.3) or ["v3-256", "v4-256", "h100x8"]
+        return sorted(same, key=lambda other: abs(math.log(int(other[len(found[1]) :]) / max(int(found[2]), 0.5))))[
+            :most
+        ]
+    return alike(name, known, most, cutoff)

@@ -57,6 +57,9 @@ def test_a_config_takes_slice_and_batch():
     ("text", "message"),
     [
         ("DiT-XL/2,v3-265", "slice: found 'v3-265', expected one of v3-8.*did you mean 'v3-256'"),
+        ("DiT-XL/2,v5e-32", "slice: found 'v5e-32'.*did you mean 'v5e-16'"),
+        ("DiT-XL/2,v5p-32", "slice: found 'v5p-32'.*did you mean 'v5p-64'"),
+        ("DiT-XL/2,h100x16", "slice: found 'h100x16'.*did you mean 'h100x8'"),
         ("DiT-XL/2,v3-256,300", "train.batch_size: found 300, expected a multiple of the 256 devices of v3-256"),
         ("DiT-XL/2,v3-8,many", r"found 'DiT-XL/2,v3-8,many', expected MODEL\[,SLICE\[,BATCH\]\]"),
         ("DiT-XL/2,v3-8,0", "found 'DiT-XL/2,v3-8,0', expected a batch of at least 1"),

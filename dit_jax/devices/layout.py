@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dit_jax import flops
 from dit_jax.config import SIZES, ModelConfig, model_config
 from dit_jax.error import UsageError, choice
-from dit_jax.hardware import Topology, topology
+from dit_jax.hardware import Topology, nearest, topology
 
 # slice -> devices that share the state (`mesh.fsdp`), by model size; the batch is split over all devices. For TPUs this is the first
 # choice of `preflight --search`: with fewer devices each has more optimizer work, with more than 16 XL/2's kernels have no whole tiles.
@@ -146,7 +146,7 @@ def shipped(name: str, model: ModelConfig, batch: int) -> Layout:
 
     Raises UsageError if the slice is not in the table, or its devices do not divide the batch.
     """
-    choice("slice", name, FSDP)
+    choice("slice", name, FSDP, nearest)
     slice, fsdp = topology(name), FSDP[name][size_of(model)]
     least = Layout(slice.devices // fsdp, fsdp, 1, "none", 1)
     found = [layout for layout in options(model, batch, slice, least) if layout.fsdp == fsdp]
@@ -184,7 +184,7 @@ def lay_out(c, name: str) -> None:
     """
     if not name:
         return
-    choice("slice", name, FSDP)
+    choice("slice", name, FSDP, nearest)
     device = topology(name).device
     if device and device.kind.startswith("tpu"):
         c.model.unroll = c.model.depth

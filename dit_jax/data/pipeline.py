@@ -115,7 +115,7 @@ class Batches(Iterator):
             if identity.get(name) != expected:
                 raise UsageError(
                     f"{self.source.key}: {name}: found {identity.get(name)!r}, expected {expected!r}, as in the data that this run "
-                    "has been trained on; give it those, or start a new run in another --workdir"
+                    "has been trained on; give it those, or start a new run from its weights (--init=RUN in another --workdir)"
                 )
         self.iterator.set_state({"next_index": state["next_index"]})
 

@@ -86,7 +86,12 @@ def check_same_run(cfg: Config, workdir: str) -> None:
     if changed:
         shown = "; ".join(f"{key}: the folder has {old[key]!r}, the command {new[key]!r}" for key in changed[:4])
         more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
-        raise UsageError(f"{workdir} holds a run of another config: {shown}{more}; use another --workdir")
+        start = (
+            f", with --init={workdir} to start from its weights"
+            if any(key.startswith("data.") for key in changed)
+            else ""
+        )
+        raise UsageError(f"{workdir} holds a run of another config: {shown}{more}; use another --workdir{start}")
 
 
 def read_init(workdir: str) -> dict:

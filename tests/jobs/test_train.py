@@ -150,8 +150,17 @@ def test_a_run_does_not_go_on_with_other_records_of_the_same_name(uninterrupted,
     other = f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"
     code, _, err = run("train", *train(workdir, other, steps=STEPS + 1), cache_dir=cache_dir)
     expected = "data.dataset: records: found 721, expected 1442, as in the data that this run has been trained on; "
-    assert code == 2 and expected in err and "start a new run in another --workdir" in err, err
+    assert code == 2 and expected in err, err
+    assert err.endswith("; give it those, or start a new run from its weights (--init=RUN in another --workdir)\n")
     assert saved(workdir)["data"]["next_index"] == STEPS
+    named = train(workdir, "--config.data.split=train[:50%]", steps=STEPS + 1)
+    code, _, err = run("train", *named, cache_dir=cache_dir)
+    changed = "data.split: the folder has 'train', the command 'train[:50%]'"
+    advice = f"use another --workdir, with --init={workdir} to start from its weights"
+    assert (code, err) == (2, f"error: {workdir} holds a run of another config: {changed}; {advice}\n")
+    new = train(tmp_path / "new", other, f"--init={workdir}", steps=1)  # as it was told
+    code, _, err = run("train", *new, cache_dir=cache_dir)
+    assert code == 0 and saved(tmp_path / "new", 1)["data"]["source"]["records"] == 721, err
 
 
 def check_a_second_start(workdir, flags, kept, cache_dir):

@@ -130,6 +130,13 @@ FENCED = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 OPTIONS = {"cpu": FENCED, "TPU v5 lite": WHOLE_PRODUCTS, "TPU v5e": WHOLE_PRODUCTS, "TPU v6": WHOLE_PRODUCTS}
 
 
+# Platform -> module of the compiler for absent devices, what it is, the target of make and the extra that install it.
+COMPILERS = {
+    "tpu": ("libtpu", "libtpu, the compiler of TPU programs, which needs no TPU", "tpu", "tpu"),
+    "gpu": ("jax_cuda13_plugin", "XLA compiler of GPU programs, which needs no GPU", "gpu", "gpu-compiler"),
+}
+
+
 class Target(NamedTuple):
     """What XLA's compiler of GPU programs asks about a GPU, besides its memory and bandwidth."""
 

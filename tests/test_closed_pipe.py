@@ -13,7 +13,7 @@ COMMANDS = [
     ["dit_jax.train", "--help"],
     ["dit_jax.scaling", "--help"],
     ["dit_jax.scaling", "fit", RUNS, "--method=isoflop", "--resamples=2"],
-    pytest.param(["dit_jax.preflight", "--config=configs/digits.py", "--topology=h100x8"], marks=pytest.mark.slow),
+    pytest.param(["dit_jax.preflight", "--config=configs/digits.py", "--topology=t4x1"], marks=pytest.mark.slow),
 ]
 
 

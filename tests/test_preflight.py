@@ -1,5 +1,6 @@
 """Facts about preflight: what it says of a slice that is not there, and of what it cannot know."""
 
+import importlib.util
 import json
 
 import jax
@@ -21,11 +22,11 @@ XL = "--config=configs/imagenet256.py:DiT-XL/2"
 DIGITS = "--config=configs/digits.py"
 
 
-def ask(tmp_path, cache_dir, *arguments):
-    """(report, standard error) of a preflight that exits 0."""
+def ask(tmp_path, cache_dir, *arguments, code=0):
+    """(report, standard error) of a preflight that exits with `code`."""
     out = tmp_path / "report.json"
-    code, _, err = run("preflight", *arguments, f"--json={out}", cache_dir=cache_dir)
-    assert code == 0, err
+    found, said, err = run("preflight", *arguments, f"--json={out}", cache_dir=cache_dir)
+    assert found == code and "parameters   " in said, err
     return json.loads(out.read_text()), err
 
 
@@ -85,15 +86,41 @@ def test_the_real_step_is_compiled_for_virtual_devices(tmp_path, cache_dir):
     ]
 
 
-def test_gpus_get_what_needs_no_compiler_where_there_is_none(tmp_path, cache_dir):
-    found, _ = ask(tmp_path, cache_dir, XL, "--topology=h100x8", "--config.mesh.fsdp=8")
+WAYS = {"tpu": ("make tpu in a checkout, then PYTHONPATH=.venv/tpu", "'.[tpu]'"),
+        "gpu": ("make gpu in a checkout, then PYTHONPATH=.venv/gpu", "'.[gpu-compiler]'")}  # fmt: skip
+
+
+def check_ways(slice, found, err):
+    """The last line says how to get the compiler; the report says the same."""
+    made, extra = WAYS[topology(slice).platform]
+    *_, last = err.splitlines()
+    assert last.startswith(f"error: cannot compile for {slice}, so the report has only what needs no compiler: no ")
+    assert last.endswith(f"{made}; or pip install -e {extra}") and err.count("error: ") == 1
+    assert found["message"].startswith("not compiled: ") and last.endswith(found["message"].split(": ", 1)[1])
+    assert found["fits"] is None
+
+
+def test_without_the_compiler_what_needs_none_is_reported_and_the_exit_code_is_2(tmp_path, cache_dir):
+    found, err = ask(tmp_path, cache_dir, XL, "--topology=h100x8", "--config.mesh.fsdp=8", code=2)
+    check_ways("h100x8", found, err)
     cfg = model_config("DiT-XL/2")
-    assert found["message"].startswith("not compiled: ") and found["fits"] is None
-    assert "make gpu" in found["message"] and found["estimated_step_seconds"] is None and found["notes"] == []
+    assert found["estimated_step_seconds"] is None and found["notes"] == []
     assert found["bytes"]["memory"] == 80e9
     state = 16 * flops.parameters(cfg) / 8  # float32 weights, EMA and two moments, over 8 devices; vectors are whole
     assert state <= found["bytes"]["state"] <= 1.02 * state
     assert found["flops_step"] == flops.train_flops(cfg, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_tpus_without_a_compiler_too(tmp_path, cache_dir):
+    check_ways("v3-8", *ask(tmp_path, cache_dir, f"{XL},v3-8", code=2))
+
+
+@pytest.mark.slow
+def test_a_gpu_that_no_compiler_knows_is_no_missing_package(tmp_path, cache_dir):
+    found, err = ask(tmp_path, cache_dir, DIGITS, "--topology=t4x1")
+    assert found["message"].startswith("not compiled: the compiler of GPU programs is told of ") and "error" not in err
 
 
 def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir):
@@ -186,8 +213,9 @@ def test_what_an_evaluation_costs_is_the_sum_of_its_programs():
 
 @pytest.mark.slow
 def test_an_evaluation_without_a_compiler_or_a_clock_says_so(tmp_path, cache_dir):
-    found, _ = ask(tmp_path, cache_dir, XL, "--topology=h100x8", "--job=evaluate", "--num=50000")
-    assert found["message"].startswith("not compiled: ") and found["fits"] is found["run"] is None
+    found, err = ask(tmp_path, cache_dir, XL, "--topology=h100x8", "--job=evaluate", "--num=50000", code=2)
+    check_ways("h100x8", found, err)
+    assert found["run"] is None
     assert [part["part"] for part in found["parts"]] == ["draw", "decode", "features", "loss"]
     assert found["parts"][0]["bytes"]["arguments"] >= 4 * flops.parameters(model_config("DiT-XL/2"))
     tiny = ["--config.model.depth=1", "--config.model.width=16", "--config.sample.sampler=euler"]

@@ -7,7 +7,6 @@ heads and MLP (Shoeybi et al. 2019). The batch is split over `data` and `fsdp`. 
 
 import collections
 import functools
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -168,18 +167,20 @@ def devices_of_processes() -> list[int]:
     return [counts[index] for index in range(jax.process_count())]
 
 
+def missing_compiler(topology: hardware.Topology) -> str:
+    """How to get the compiler of programs for a topology; "" if it is installed, or no compiler knows the topology."""
+    module, what, target, extra = hardware.COMPILERS.get(topology.platform, ("jax", "", "", ""))
+    told = topology.platform != "gpu" or topology.generation in hardware.TARGETS
+    if not told or importlib.util.find_spec(module):
+        return ""
+    return f"no {what}: make {target} in a checkout, then PYTHONPATH=.venv/{target}; or pip install -e '.[{extra}]'"
+
+
 def why_not_compiled(topology: hardware.Topology) -> str:
     """Reason why programs for a topology cannot be compiled on this machine, or ""."""
     if topology.platform == "gpu" and topology.generation not in hardware.TARGETS:
         return f"the compiler of GPU programs is told of {', '.join(hardware.TARGETS)} only (dit_jax/hardware.py)"
-    if topology.platform == "gpu" and importlib.util.find_spec("jax_cuda13_plugin") is None:
-        return "no XLA compiler of GPU programs, which needs no GPU: make gpu, then PYTHONPATH=.venv/gpu"
-    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        wanted = next((r for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")), "libtpu")
-        return (
-            f"no libtpu, the compiler of TPU programs, which needs no TPU: pip install '{wanted.split(';')[0].strip()}'"
-        )
-    return ""
+    return missing_compiler(topology)
 
 
 def devices_ahead(topology: hardware.Topology) -> list:

@@ -55,6 +55,7 @@ def _topology(values) -> Topology:
 
 
 def main() -> None:
+    from dit_jax.devices.mesh import missing_compiler
     from dit_jax.preflight import evaluation
     from dit_jax.preflight.search import changed, examine, search, show_ranks
     from dit_jax.preflight.text import show
@@ -78,6 +79,8 @@ def main() -> None:
         reports = [found]
     if values.json:
         write_report(values.json, found)
+    if missing := missing_compiler(slice_):
+        raise UsageError(f"cannot compile for {slice_.name}, so the report has only what needs no compiler: {missing}")
     if all(one["fits"] is False for one in reports):
         few = f"none of the {len(reports)} layouts that were compiled fits" if sizes else "the program does not fit"
         raise JobError(

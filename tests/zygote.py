@@ -8,6 +8,7 @@ Reads one JSON request a line: {"job", "arguments", "out", "err", ...} starts a 
 import ctypes
 import gc
 import json
+import math
 import os
 import resource
 import runpy
@@ -36,6 +37,7 @@ import dit_jax.networks.transfer
 import dit_jax.sampling.run
 import dit_jax.training.loop
 import dit_jax.training.step
+from dit_jax import hardware
 
 
 def job(request: dict) -> int:
@@ -49,6 +51,8 @@ def job(request: dict) -> int:
         obey_permissions()
     if "COMPILATIONS" in request["environment"]:
         note_compilations(request["environment"]["COMPILATIONS"])
+    if "DEVICE_MEMORY" in request["environment"]:  # bytes: a CPU is not in the table, so it holds any weights whole
+        hardware.DEVICES["cpu"] = hardware.Device("cpu", math.nan, int(request["environment"]["DEVICE_MEMORY"]))
     sys.argv = [f"dit_jax/{request['job']}.py", *request["arguments"]]
     try:
         runpy.run_module(f"dit_jax.{request['job']}", run_name="__main__", alter_sys=True)

@@ -31,13 +31,13 @@ EVALUATE = [
 ]  # fmt: skip
 
 
-def start(count, job, *arguments, cache_dir, last=()):
+def start(count, job, *arguments, cache_dir, last=(), **how):
     """Processes of a job with a device each; `last`: further arguments of the last one."""
     address, found = free_address(), []
     for index in range(count):
         where = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"] if count > 1 else []
         own = last if index == count - 1 else ()
-        found.append(Job(job, *arguments, *where, *own, cache_dir=cache_dir, devices=1))
+        found.append(Job(job, *arguments, *where, *own, cache_dir=cache_dir, devices=1, **how))
     return found
 
 

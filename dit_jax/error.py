@@ -66,7 +66,6 @@ def shown(value) -> str:
 
 
 def choice(name: str, found, allowed, rank: Callable | None = None) -> None:
-    """Raises UsageError if `found` is not allowed. `rank(found, allowed)`: the nearest of them in a list; default: `alike`."""
     if found not in allowed:
         hint = "".join(f"; did you mean {near!r}?" for near in (rank or alike)(str(found), map(str, allowed)))
         raise UsageError(f"{name}: found {shown(found)}, expected one of {', '.join(map(str, allowed))}{hint}")

@@ -129,7 +129,6 @@ WHOLE_PRODUCTS = {
 FENCED = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 OPTIONS = {"cpu": FENCED, "TPU v5 lite": WHOLE_PRODUCTS, "TPU v5e": WHOLE_PRODUCTS, "TPU v6": WHOLE_PRODUCTS}
 
-
 # Platform -> module of the compiler for absent devices, what it is, the target of make and the extra that install it.
 COMPILERS = {
     "tpu": ("libtpu", "libtpu, the compiler of TPU programs, which needs no TPU", "tpu", "tpu"),
@@ -303,7 +302,6 @@ def nearest(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6)
     known, found = list(known), re.fullmatch(r"(.*?[-x])(\d{1,9})", name[:100], re.ASCII)
     same = [other for other in known if found and other.startswith(found[1]) and other[len(found[1]) :].isdigit()]
     if same:
-        return sorted(same, key=lambda other: abs(math.log(int(other[len(found[1]) :]) / max(int(found[2]), 0.5))))[
-            :most
-        ]
+        ranked = sorted(same, key=lambda other: abs(math.log(int(other[len(found[1]) :]) / max(int(found[2]), 0.5))))
+        return ranked[:most]
     return alike(name, known, most, cutoff)

@@ -45,11 +45,11 @@ def environment(cache_dir, devices=2):
     }
 
 
-def start(job, *arguments, cache_dir, devices=2):
-    """A running `python -m dit_jax.JOB ARGUMENTS`."""
+def start(job, *arguments, cache_dir, devices=2, folder=ROOT):
+    """A running `python -m dit_jax.JOB ARGUMENTS` of a checkout."""
     command = [sys.executable, "-m", f"dit_jax.{job}", *map(str, arguments)]
     env = environment(cache_dir, devices)
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @functools.cache

@@ -171,9 +171,8 @@ def missing_compiler(topology: hardware.Topology) -> str:
     """How to get the compiler of programs for a topology; "" if it is installed, or no compiler knows the topology."""
     module, what, target, extra = hardware.COMPILERS.get(topology.platform, ("jax", "", "", ""))
     told = topology.platform != "gpu" or topology.generation in hardware.TARGETS
-    if not told or importlib.util.find_spec(module):
-        return ""
-    return f"no {what}: make {target} in a checkout, then PYTHONPATH=.venv/{target}; or pip install -e '.[{extra}]'"
+    ways = f"make {target} in a checkout, then PYTHONPATH=.venv/{target}; or pip install -e '.[{extra}]'"
+    return "" if not told or importlib.util.find_spec(module) else f"no {what}: {ways}"
 
 
 def why_not_compiled(topology: hardware.Topology) -> str:

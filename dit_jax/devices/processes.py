@@ -181,10 +181,10 @@ def check_devices(counts: list[int]) -> None:
         )
 
 
-def check_config(config: Mapping[str, object]) -> None:
-    """Raises CommonError on all processes unless their configs {"a.b": value} agree, except for the keys in OWN."""
+def check_config(config: Mapping[str, object], *advice: str) -> None:
+    """Raises CommonError, with the advice, on all processes unless their configs {"a.b": value} agree, except for the keys in OWN."""
     if jax.process_count() > 1:
-        compare(gather({key: value for key, value in config.items() if key not in OWN}))
+        compare(gather({key: value for key, value in config.items() if key not in OWN}), *advice)
 
 
 def compare(configs: list[dict], advice: str = "start the same command on every host") -> None:

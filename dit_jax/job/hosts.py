@@ -5,7 +5,7 @@ from absl import flags
 from dit_jax.config import Config, to_dict
 from dit_jax.job import help
 from dit_jax.job.check import PATHS
-from dit_jax.workdir.folder import flatten, provenance
+from dit_jax.workdir.folder import code_sha256, flatten, provenance
 
 
 def define_flags() -> None:
@@ -30,5 +30,6 @@ def join(cfg: Config) -> int:
     own = {*EXPLICIT, *PATHS, "config"}
     with together():
         command = {f"--{name}": value for name, value in values.items() if name not in own}
-        check_config(flatten(to_dict(cfg)) | command | flatten(provenance()))
+        check_config(flatten(to_dict(cfg)) | command)
+        check_config(flatten(provenance()) | {"code": code_sha256()}, "install the same commit and libraries on all")
     return jax.process_count()

@@ -1,5 +1,6 @@
 """A run folder: its config.json, the keys that may change on resuming, and the versions that wrote it."""
 
+import hashlib
 import importlib.metadata
 import os
 import subprocess
@@ -7,9 +8,10 @@ from collections.abc import Mapping
 
 from dit_jax.config import Config, resolve, to_dict
 from dit_jax.error import StorageError, UsageError, shown
-from dit_jax.files import absolute, is_file, is_folder, json_text, names, read_json, write_file
+from dit_jax.files import absolute, below, file_sha256, is_file, is_folder, json_text, names, read_json, write_file
 from dit_jax.files import make_folder as make
 
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INIT = "init.json"  # of a run that began from other weights
 INIT_KEYS = {
     "source": (str,),
@@ -37,13 +39,18 @@ def read_config(workdir: str, name: str = "config.json", flag: str = "--workdir"
 def provenance() -> dict:
     """Return the versions of the libraries and the commit of this code."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    command = ["git", "-C", PACKAGE, "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return {"versions": {name: _version(name) for name in names}, "commit": commit}
+
+
+def code_sha256() -> str:
+    """Hash the package's Python files, which tells apart checkouts without git, and changes that are not committed."""
+    files = {name: file_sha256(os.path.join(PACKAGE, name)) for name in below(PACKAGE) if name.endswith(".py")}
+    return hashlib.sha256(json_text(files).encode()).hexdigest()
 
 
 def _version(name: str) -> str:
@@ -86,11 +93,8 @@ def check_same_run(cfg: Config, workdir: str) -> None:
     if changed:
         shown = "; ".join(f"{key}: the folder has {old[key]!r}, the command {new[key]!r}" for key in changed[:4])
         more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
-        start = (
-            f", with --init={workdir} to start from its weights"
-            if any(key.startswith("data.") for key in changed)
-            else ""
-        )
+        moved = any(key.startswith("data.") for key in changed)
+        start = f", with --init={workdir} to start from its weights" * moved
         raise UsageError(f"{workdir} holds a run of another config: {shown}{more}; use another --workdir{start}")
 
 

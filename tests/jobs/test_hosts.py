@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from job import Job, run
+from job import ROOT, Job, run, start
 from runs import TIMINGS, other_digits, saved, scalars, train
 
 from dit_jax import checkpoint
@@ -18,7 +21,7 @@ from dit_jax.devices import processes
 from dit_jax.devices.mesh import make_mesh
 from dit_jax.error import UsageError
 from dit_jax.training.state import abstract_state
-from dit_jax.workdir.folder import flatten
+from dit_jax.workdir.folder import flatten, provenance
 from dit_jax.workdir.records import read_records
 
 STEPS = 30
@@ -195,6 +198,46 @@ def test_hosts_with_another_config_or_folder_are_refused_by_all(tmp_path, data_d
     assert not list(tmp_path.iterdir())
 
 
+def checkout(folder, commit=False, change=""):
+    """A copy of the package, as another host may have it: with a commit of its own, or without git, and with a line more."""
+    for name in ("dit_jax", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(folder / "dit_jax" / "flops.py", "a") as file:
+        file.write(change)
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", folder.name]) if commit else ():
+        subprocess.run([*git, *words], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["commit", pytest.param("code", marks=pytest.mark.slow)])
+def test_hosts_with_other_code_are_refused_by_all(kind, tmp_path, data_dir, cache_dir):
+    """Two checkouts of other commits; two without git, of which none is known, by their files. Nothing is computed or written."""
+    commits = kind == "commit"
+    folders = [checkout(tmp_path / "a", commits), checkout(tmp_path / "b", commits, "" if commits else "# a change\n")]
+    address, jobs = free_address(), []
+    for index, folder in enumerate(folders):
+        where = [f"--coordinator={address}", "--num_processes=2", f"--process_id={index}"]
+        jobs.append(start("train", *train(tmp_path / "run"), *where, cache_dir=cache_dir, devices=1, folder=folder))
+    said = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], said
+    found, expected = (value_in(folder, kind) for folder in folders[::-1])
+    assert found != expected and said == of_both(
+        f"{kind}: found {found!r} on process 1, expected {expected!r} as on process 0; "
+        "install the same commit and libraries on all"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def value_in(folder, kind):
+    """What a checkout says of itself."""
+    code = "from dit_jax.workdir.folder import *; print(provenance()['commit'], code_sha256())"
+    words = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+    commit, files = words.split()
+    assert (commit == "unknown") == (kind == "code")
+    return commit if kind == "commit" else files
+
+
 def test_hosts_with_other_records_are_refused_by_all(tmp_path, data_dir, cache_dir):
     """Also where they have the same name, in folders that each host has for itself."""
     other = f"--config.data.data_dir={other_digits(tmp_path / 'tfds')}"
@@ -222,7 +265,7 @@ def test_the_first_key_that_differs_is_named():
     with pytest.raises(UsageError, match="c: found 5 on process 1, expected no such key as on process 0"):
         processes.compare([{"a": None}, {"a": None, "c": 5}])
     flat = flatten(to_dict(Config()))
-    assert set(processes.OWN) <= set(flat)
+    assert set(processes.OWN) <= set(flat) and {"commit", "versions.jax"} <= set(flatten(provenance()))
     processes.check_devices([4, 4, 4])
     with pytest.raises(UsageError, match="found 4 devices on process 0 and 2 on process 2"):
         processes.check_devices([4, 4, 2])

@@ -30,6 +30,7 @@ from dit_jax.error import Interrupted, UsageError
 from dit_jax.evaluation import loss
 from dit_jax.evaluation.in_run import make_scores
 from dit_jax.evaluation.run import run as evaluate
+from dit_jax.sampling import draw
 from dit_jax.training import loop
 from dit_jax.training.state import abstract_state
 from dit_jax.workdir.goodput import Ledger, note, totals
@@ -53,14 +54,14 @@ def mesh_of(layout):
     return make_mesh(MeshConfig(*axes), jax.devices()[: np.prod(axes)])
 
 
-def state_on(mesh):
+def state_on(mesh, cfg=CFG):
     """Weights with random bits that make finite numbers, as a training state has them."""
     draw = np.random.default_rng(0)
 
     def fill(leaf):
         return jax.device_put(draw.normal(0, 0.1, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
-    return types.SimpleNamespace(ema=jax.tree.map(fill, abstract_state(CFG, mesh).ema), params=None)
+    return types.SimpleNamespace(ema=jax.tree.map(fill, abstract_state(cfg, mesh).ema), params=None)
 
 
 def score_on(mesh, workdir, state, stop=(), cfg=CFG, **options):
@@ -112,24 +113,34 @@ def held():
     return sum({shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}.values())
 
 
-def test_what_is_scored_is_the_state_itself(evaluated, tmp_path, monkeypatch):
-    """And nothing beside it lies on the devices but what holds no weights."""
-    mesh, seen, peak = mesh_of("fsdp 4"), [], []
-    state, make = state_on(mesh), loss.make_losses
+def test_what_is_scored_is_the_state_itself(data_dir, tmp_path, monkeypatch):
+    """By the held-out losses and by a FID. While their programs run, less than a tenth of the weights' bytes lies beside it on the
+    devices, so no second copy."""
+    model = dataclasses.replace(MODEL, depth=2, width=64)  # beside which images and the network of features are small
+    cfg, mesh, seen, peak = dataclasses.replace(CFG, model=model), mesh_of("fsdp 4"), [], []
 
-    def spying(cfg, mesh):
-        def losses(params, *rest):
-            seen.append(params)
-            peak.append(held())
-            return make(cfg, mesh)(params, *rest)
+    def spied(make):
+        def made(*settings):
+            program = make(*settings)
 
-        return losses
+            def called(params, *rest):
+                found = program(params, *rest)
+                seen.append((make.__name__, params))
+                peak.append(held())
+                return found
 
-    monkeypatch.setattr(loss, "make_losses", spying)
+            return called
+
+        return made
+
+    for module, name in ((loss, "make_losses"), (draw, "make_sampler")):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    state = state_on(mesh, cfg)
+    score = make_scores(cfg, str(tmp_path), mesh, {"records": 1442}, [], Ledger("train", 0.0), quiet=True)
     before = held()
-    alone = dataclasses.replace(CFG, eval=dataclasses.replace(CFG.eval, samples=0))
-    score_on(mesh, tmp_path, state, cfg=alone)
-    assert seen and all(params is state.ema for params in seen)
+    score(4, state)
+    assert {name for name, _ in seen} == {"make_losses", "make_sampler"}
+    assert all(params is state.ema for _, params in seen)
     assert max(peak) - before < sum(leaf.nbytes for leaf in jax.tree.leaves(state.ema)) / 10
 
 

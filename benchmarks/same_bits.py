@@ -3,7 +3,8 @@
     python benchmarks/same_bits.py --against=REVISION            # all conditionings and processes
     python benchmarks/same_bits.py --against=REVISION --quick    # adaLN-Zero on 1 device only
 
-For changes that must not change a number. Both revisions run here, one after the other, with the installed packages: bits depend
+For changes that must not change a number. Of a checkpoint parameters, EMA, moments and what else either revision keeps in it (power
+EMAs, a student's teacher). Both revisions run here, one after the other, with the installed packages: bits depend
 on the CPU and on the versions of the libraries, so there is nothing to commit and compare with. Only the command line and the
 layout of run folders are used, so modules may move between the revisions. Uncommitted and new files of the checkout count.
 A job is forked from this process, which has the libraries loaded. Both revisions share one cache of compiled programs: its keys
@@ -51,6 +52,9 @@ LIBRARIES = (
     "flax.linen", "grain", "jax", "matplotlib.figure", "ml_collections.config_flags", "optax", "orbax.checkpoint",
     "PIL.Image", "rich.progress", "scipy.optimize", "scipy.stats", "sklearn.datasets", "tensorflow_datasets",
 )  # fmt: skip
+ITEMS = ("params", "ema", "opt", "extras", "tracks")  # of a checkpoint; what only one revision keeps is a difference
+TRACKS = "--config.optim.ema_tracks=(0.05,0.1)"
+STUDENT = "configs/digits_few.py"  # keeps a teacher in extras
 # Of a record: timings, and what older revisions did not say.
 LEFT_OUT = ("goodput", "seconds_sample", "metric_signs", "task")
 Comparison = tuple[str, dict, dict]  # what is compared, and its leaves by path: in this checkout, in the other revision
@@ -135,6 +139,11 @@ def run(revision: Path, devices: int, job: str, *arguments: str) -> None:
         raise JobFailedError(f"{revision.name}: dit_jax.{job} {' '.join(arguments)}: {error}") from None
 
 
+def knows(revision: Path, key: str) -> bool:
+    """Whether a revision has a config key."""
+    return any(key in path.read_text() for path in (revision / "dit_jax").rglob("*.py"))
+
+
 def data(revision: Path) -> str:
     """The flag for the images, which every revision builds for itself."""
     return f"--config.data.data_dir={revision / 'data'}"
@@ -166,7 +175,7 @@ def read_checkpoint(folder: Path) -> dict:
 
         found = {}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            for name in ("params", "ema", "opt"):
+            for name in (item for item in ITEMS if (folder / item).exists()):
                 tree = reader.metadata(folder / name).item_metadata.tree
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
                 found[name] = reader.restore(folder / name, ocp.args.PyTreeRestore(restore_args=as_numpy))
@@ -200,12 +209,13 @@ def compare_runs(name: str, workdirs: list[Path], step: int) -> Iterator[Compari
 
 
 def compare_case(revisions: list[Path], devices: int, process: str, conditioning: str) -> Iterator[Comparison]:
-    """A run by each revision; for the first conditioning also sample metrics, and the other's run resumed by each."""
+    """A run by each revision; for the first conditioning also tracks, sample metrics, the other's run resumed by each, and a student."""
     name = f"{devices} device{'s'[: devices > 1]}, {conditioning}, {process}"
     kind = (f"--config.model.conditioning={conditioning}", f"--config.diffusion.process={process}")
     first = conditioning == CONDITIONINGS[0]
     samples = f"--config.eval.samples={96 if first else 0}"
-    flags = (*TINY, *MESHES[devices], *PROCESSES[process], *kind, samples)
+    tracks = (TRACKS,) if first and all(knows(revision, "ema_tracks") for revision in revisions) else ()
+    flags = (*TINY, *MESHES[devices], *PROCESSES[process], *kind, samples, *tracks)
     workdirs = [revision / "runs" / name / "run" for revision in revisions]
     for revision, workdir in zip(revisions, workdirs, strict=True):
         run_jobs(revision, workdir, devices, *flags, f"--config.train.steps={STEPS}")
@@ -217,6 +227,12 @@ def compare_case(revisions: list[Path], devices: int, process: str, conditioning
         shutil.copytree(workdirs[1], copy, ignore=shutil.ignore_patterns("eval", "samples.npz"))
         run_jobs(revision, copy, devices, *flags, f"--config.train.steps={RESUMED}")
     yield from compare_runs(f"{name}, the other's run resumed", copies, RESUMED)
+    if process == "flow" and all((revision / STUDENT).exists() for revision in revisions):
+        students = [workdir.parent / "student" for workdir in workdirs]
+        for revision, student in zip(revisions, students, strict=True):
+            what = (f"--config={STUDENT}:consistency", f"--init={workdirs[1]}", f"--workdir={student}", data(revision))
+            run(revision, devices, "train", *what, *TINY, *MESHES[devices], f"--config.train.steps={STEPS}")
+        yield f"{name}: student {STEPS}", *(read_checkpoint(w / "checkpoints" / str(STEPS)) for w in students)
 
 
 def compare_sweeps(revisions: list[Path]) -> Iterator[Comparison]:

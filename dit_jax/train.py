@@ -37,7 +37,7 @@ def check(cfg: Config, slice_: Slice | None) -> None:
     if (source and reachable(source)) or not (source or _is_here()):
         from dit_jax.training.init import check_source, check_taught
 
-        check_source(cfg, source, step) if source else check_taught(cfg)
+        check_source(cfg, source, step, typed=True) if source else check_taught(cfg)
     if cfg.data.encode == "in_step" and (not cfg.autoencoder.folder or reachable(cfg.autoencoder.folder)):
         from dit_jax.networks.autoencoder import follow_latents
 

@@ -36,6 +36,7 @@ from dit_jax.training.step import gradients, make_train_step, train_step
 OBJECTIVES = {
     "consistency": ("", ObjectiveConfig("consistency", guidance=2.0), "consistency"),
     "mean_flow": ("later", ObjectiveConfig("mean_flow", guidance=2.0, ratio=0.5), "flow_map"),
+    "mean_flow_all": ("all", ObjectiveConfig("mean_flow", guidance=2.0, ratio=0.5), "flow_map"),
     "progressive": ("", ObjectiveConfig("progressive", rounds=2, steps=1, round_steps=2), "euler"),
     "guidance": ("", ObjectiveConfig("progressive", rounds=0, guidance=2.0), "euler"),
 }
@@ -207,7 +208,7 @@ def mixture_exact(x, steps=400):
 @pytest.mark.parametrize(
     "kind, steps, most",
     [
-        *(pytest.param(kind, 600, 0.12, marks=pytest.mark.slow) for kind in ("consistency", "mean_flow")),
+        *(pytest.param(k, 600, 0.12, marks=pytest.mark.slow) for k in ("consistency", "mean_flow", "mean_flow_all")),
         ("mean_flow", 300, 0.2),
     ],
 )
@@ -321,7 +322,7 @@ def test_flops_of_sampling_and_of_a_record(tmp_path):
 
 def begun(cfg, mesh):
     """A state from weights without zeros, so that a teacher guides."""
-    return make_state(cfg, mesh, lambda fresh, weights: weights, weights_of(SMALL.model))
+    return make_state(cfg, mesh, lambda fresh, weights: weights, weights_of(cfg.model))
 
 
 @pytest.mark.slow
@@ -458,7 +459,13 @@ def test_teachers_of_another_kind_are_refused():
             {"model": {"conditioning": "in_context"}},
         ),
         ("model.classes: found 10, expected 4, as W", {"model": {"classes": 4}}),
-        ("diffusion.process: found 'flow', expected 'ddpm', as W", {"diffusion": {"process": "ddpm"}}),
+        (
+            "^--init: W: diffusion.process: found 'ddpm', expected 'flow': .* begin with a run of diffusion.process = 'flow'",
+            {"diffusion": {"process": "ddpm"}, "model": {"learn_sigma": True}},
+        ),
+        (r"autoencoder.scale: found \(0.18215,\), expected \(0.5,\), as W has", {"autoencoder": {"scale": (0.5,)}}),
+        (r"autoencoder.shift: found .* --config.autoencoder.shift=\(1.0,\)", {"autoencoder": {"shift": (1.0,)}}),
+        ("input.space: found 'pixels', expected 'latents', as W has.* give data.im", {"data": {"image_size": 64}}),
         ("diffusion.prediction: found 'velocity', expected 'x', as W", {"diffusion": {"prediction": "x"}}),
         ("objective.guidance: found 2, expected 1: W has no trained null class", {"train": {"cond_dropout": 0.0}}),
     ):
@@ -479,6 +486,7 @@ def test_teachers_of_another_kind_are_refused():
     )
     check_teacher(student("progressive"), student("guidance"), "W")
     check_teacher(student("mean_flow"), SMALL, "W")
+    check_teacher(student("mean_flow"), with_(SMALL, autoencoder={"scale": (0.5,)}), "W", typed=True)
     encoded = {"classes": 0, "conditioning": "adaln_cross", "text": "bert", "text_width": 64, "text_sha256": "a b"}
     command = with_(student("mean_flow"), model={**encoded, "text_width": 0, "text_sha256": ""})
     check_teacher(command, with_(SMALL, model=encoded), "W")  # which only a run that begins knows

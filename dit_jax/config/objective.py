@@ -35,3 +35,9 @@ class ObjectiveConfig:
     def taught(self) -> bool:
         """Whether the weights that training begins with stay beside as a teacher."""
         return self.name == "progressive" or (self.name == "consistency" and self.guidance != 1.0)
+
+    def steps_at(self, step: int) -> int:
+        """Sampling steps of a student of `progressive` after `step` accepted training steps, the number of its round; 0 = any number."""
+        if self.name != "progressive" or not self.rounds:
+            return 0
+        return self.steps * 2 ** (self.rounds - 1 - min(max(step - 1, 0) // self.round_steps, self.rounds - 1))

@@ -1,10 +1,12 @@
 """Evaluation protocols: every choice that a score depends on besides the checkpoint; and the record that states them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +103,20 @@ def loss_protocol(cfg: Config, held_out: Source, target: str = "loss") -> dict:
     }
 
 
+FIELDS = {name: {"samplers": "sampler"}.get(name, name) for name in AXES}  # axis of EvalConfig -> field of SampleConfig
+
+
+@contextlib.contextmanager
+def naming_axes(cfg: Config) -> Iterator[None]:
+    """Makes a UsageError of a sampling name the keys that its values are from: `eval.AXIS` where that has values."""
+    try:
+        yield
+    except UsageError as error:
+        keys = {f"sample.{field}": f"eval.{axis}" for axis, field in FIELDS.items() if getattr(cfg.eval, axis)}
+        error.args = (re.sub(r"\bsample\.\w+", lambda key: keys.get(key[0], key[0]), str(error)),)
+        raise
+
+
 def samplings(cfg: Config) -> list[SampleConfig]:
     """Every combination of the fields AXES of `eval`; an empty one is taken from `sample`.
 
@@ -109,17 +125,17 @@ def samplings(cfg: Config) -> list[SampleConfig]:
     if cfg.sample.times and cfg.eval.steps:
         beside = "beside sample.times, which says all times; leave out one of them"
         raise UsageError(f"eval.steps: found {cfg.eval.steps} {beside}")
-    fields = {name: {"samplers": "sampler"}.get(name, name) for name in AXES}
-    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in fields.items()]
+    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in FIELDS.items()]
     found = []
     for values in itertools.product(*choices):
         typed = (kind(value) for kind, value in zip(AXES.values(), values, strict=True))
-        changes = dict(zip(fields.values(), typed, strict=True))
+        changes = dict(zip(FIELDS.values(), typed, strict=True))
         if changes["weights"] == "params":
             changes["ema"] = 0.0
         if changes["guidance"] == 1.0:
             changes |= {name: getattr(cfg.sample, name) for name in ("interval", "guide", "rescale")}
-        found.append(dataclasses.replace(cfg.sample, **changes))
+        with naming_axes(cfg):
+            found.append(dataclasses.replace(cfg.sample, **changes))
     return list(dict.fromkeys(found))
 
 
@@ -292,7 +308,8 @@ def originals(low: Low) -> Originals:
 def check_config(cfg: Config, key: str = "eval.samples") -> None:
     """Raises UsageError for a protocol that is impossible or measures nothing."""
     for sample in samplings(cfg):
-        make_task(dataclasses.replace(cfg, sample=sample))
+        with naming_axes(cfg):
+            make_task(dataclasses.replace(cfg, sample=sample))
     if not targets(cfg) and not cfg.eval.samples:
         expected = "expected at least one of them: nothing would be measured"
         raise UsageError(f"eval.loss, eval.samples: found False and 0, {expected}")

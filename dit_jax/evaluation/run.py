@@ -27,6 +27,7 @@ from dit_jax.evaluation.protocol import (
     check_config,
     loss_protocol,
     make_record,
+    naming_axes,
     sample_protocol,
     samplings,
     targets,
@@ -41,6 +42,7 @@ from dit_jax.sampling.draw import Sampling, open_sampling
 from dit_jax.sampling.prompt import Prompts
 from dit_jax.sampling.quantize import with_quantize
 from dit_jax.sampling.reuse import with_reuse
+from dit_jax.sampling.round import tell_rounds
 from dit_jax.sampling.weights import load_weights, weights_hash
 from dit_jax.workdir.folder import read_config
 from dit_jax.workdir.goodput import Ledger, close, totals
@@ -181,7 +183,9 @@ def tasks(cfg: Config, workdir: str, mesh, stop: list, quiet: bool, shared: Shar
     if cfg.eval.samples:
         sampling = open_sampling(cfg, mesh, prompts=Prompts(shared.prompts), low=shared.low)
         for sample in samplings(cfg):
-            found.append(_sample_task(dataclasses.replace(cfg, sample=sample), sampling, workdir, stop, quiet, shared))
+            drawn = dataclasses.replace(cfg, sample=sample)
+            with naming_axes(cfg):
+                found.append(_sample_task(drawn, sampling, workdir, stop, quiet, shared))
     compare(of_all({f"{i}, {k}": v for i, task in enumerate(found) for k, v in task.protocol.items()}), SAME)
     if not quiet:
         introduce(*([shared.held_out[0]] if targets(cfg) else []))
@@ -262,6 +266,8 @@ def _run(
     """As `run`, until `stop` is not empty. Checkpoints that cannot be scored are put into `failed`; the others are evaluated."""
     there, done = _tidied(workdir)
     for step in there if steps is None else steps:
+        drawn = [task.cfg for task in wanted if "samples" in task.protocol and (step, task.id) not in done]
+        tell_rounds(drawn, step, "eval.steps" if drawn and drawn[0].eval.steps else "sample.steps")
         for weights in dict.fromkeys(task.weights for task in wanted):
             missing = [task for task in wanted if task.weights == weights and (step, task.id) not in done]
             found = _weights(missing[0], workdir, step, mesh, failed) if missing else None

@@ -13,7 +13,7 @@ from dit_jax.networks.notes import space
 from dit_jax.sampling.weights import load_weights, weights_hash
 from dit_jax.workdir.folder import read_config
 
-ALIKE = {  # what a guide shares with the model that it guides; the rest, such as depth and width, may differ
+ALIKE = {  # what a guide shares with the model that it guides, and a teacher with its student; the rest, such as depth, may differ
     "model": ("input_size", "channels", "classes", "text", "text_length", "text_width", "text_sha256", "superres"),
     "diffusion": ("process", "schedule", "timesteps"),
     "autoencoder": ("scale", "shift"),
@@ -58,6 +58,12 @@ def _check_objective(cfg: Config, found: Config, workdir: str) -> None:
         )
 
 
+def alike(cfg: Config) -> dict:
+    """Values of ALIKE, by "group.name"."""
+    values = to_dict(cfg) | {"input": {"space": space(cfg)}}
+    return {f"{group}.{name}": values[group][name] for group, names in ALIKE.items() for name in names}
+
+
 def open_guide(cfg: Config) -> Guide | None:
     """Find the checkpoint that `sample.guide` names; None for "". Raises UsageError if there is none, or it does not fit the model."""
     text = cfg.sample.guide
@@ -66,12 +72,11 @@ def open_guide(cfg: Config) -> Guide | None:
     workdir, _, step = text.rpartition("@")
     workdir, step = (workdir, int(step)) if workdir and step.isascii() and step.isdecimal() else (text, None)
     found = read_config(workdir, flag="sample.guide")
-    ours, theirs = (to_dict(c) | {"input": {"space": space(c)}} for c in (cfg, found))
-    for group, names in ALIKE.items():
-        for name in names:
-            if theirs[group][name] != ours[group][name]:
-                expected = f"expected {ours[group][name]!r}, as the model that it guides"
-                raise UsageError(f"sample.guide: {workdir}: {group}.{name}: found {theirs[group][name]!r}, {expected}")
+    ours, theirs = alike(cfg), alike(found)
+    for key in ours:
+        if theirs[key] != ours[key]:
+            expected = f"expected {ours[key]!r}, as the model that it guides"
+            raise UsageError(f"sample.guide: {workdir}: {key}: found {theirs[key]!r}, {expected}")
     _check_objective(cfg, found, workdir)
     kept = replace(found, sample=replace(found.sample, weights="ema", ema=0.0, guide=""))
     return Guide(workdir, by_leader(lambda: find_step(workdir, step, "ema")), kept)

@@ -18,6 +18,7 @@ from dit_jax.sampling.low import open_low
 from dit_jax.sampling.prompt import Prompts
 from dit_jax.sampling.quantize import with_quantize
 from dit_jax.sampling.reuse import with_reuse
+from dit_jax.sampling.round import tell_rounds
 from dit_jax.sampling.weights import load_weights, title, weights_hash
 
 
@@ -59,6 +60,7 @@ def run(cfg: Config, wanted: Request, stop: list) -> None:
     settings = f"{cfg.sample.sampler} {len(sampling.task.times) - 1}, guidance {cfg.sample.guidance:g}"
     shape = " x ".join(map(str, sampling.shape))
     say(f"{wanted.num} images {shape} of {cfg.data.title} from step {step} ({weights}), {settings}")
+    tell_rounds([cfg], step)
 
     def draw(indices, most: int) -> Iterator:
         return sampling.draw(params, wanted.seed, indices, most, stop)

@@ -22,6 +22,7 @@ from dit_jax.files import base, read
 from dit_jax.log import say
 from dit_jax.models.warm_start import NEW, RESIZED, TAKEN, WarmStart, check_body
 from dit_jax.networks.notes import space
+from dit_jax.sampling.guide import alike
 from dit_jax.sampling.label import known_names
 from dit_jax.sampling.weights import weights_hash
 from dit_jax.training.state import abstract_state
@@ -33,6 +34,7 @@ REMARKS = {
     "diffusion.prediction": "the output means something else, so the model has to learn it anew",
     "data": "the model saw other inputs",
 }
+SPACE = "give data.image_size and autoencoder.folder, which decide this, as there"
 
 
 class Start(NamedTuple):
@@ -43,12 +45,12 @@ class Start(NamedTuple):
     record: dict  # for W/init.json
 
 
-def check_source(cfg: Config, source: str, step: int | None) -> Config:
+def check_source(cfg: Config, source: str, step: int | None, typed: bool = False) -> Config:
     """Return the config of the run `source`. Raises UsageError unless it has a checkpoint (of `step`) whose blocks fit the config, and, for
-    an objective of few steps, whose model and process do."""
+    an objective of few steps, whose model, process and input do. `typed`: see `check_teacher`."""
     found = read_config(source, flag="--init")
     check_body(found.model, cfg.model, source)
-    check_teacher(cfg, found, source)
+    check_teacher(cfg, found, source, typed)
     if not (steps := checkpoint.steps(source)) or (step is not None and step not in steps):
         expected = f"--init_step among {steps}" if steps else "at least one"
         raise UsageError(
@@ -57,21 +59,29 @@ def check_source(cfg: Config, source: str, step: int | None) -> Config:
     return found
 
 
-def check_teacher(cfg: Config, old: Config, source: str) -> None:
-    """Raises UsageError naming the key in which a student of few steps differs from `old`, the run `source`, or `old` cannot teach it."""
+def check_teacher(cfg: Config, old: Config, source: str, typed: bool = False) -> None:
+    """Raises UsageError naming the key in which a student of few steps differs from `old`, the run `source`, or `old` cannot teach it.
+
+    `typed`: of a command, the normalisation of latents is not compared: a run that begins takes it from its data.
+    """
     if not (name := cfg.objective.name):
         return
+    if (process := old.diffusion.process) != "flow":
+        why = f"objective.name = {name!r} learns paths of a flow; begin with a run of diffusion.process = 'flow', trained or converted"
+        raise UsageError(f"--init: {source}: diffusion.process: found {process!r}, expected 'flow': {why}")
     own = {*checkpoint.FREE, "dtype", "target", "time_scale"}
-    keys = [("model", key) for key in to_dict(cfg.model) if key not in own]
-    for group, key in [*keys, ("diffusion", "process"), ("diffusion", "prediction")]:
-        found, expected = (getattr(getattr(side, group), key) for side in (cfg, old))
-        if key in ("text_width", "text_sha256") and not found:  # in a command: a run that begins sets them
+    sides = [{f"model.{key}": value for key, value in to_dict(c.model).items()} | alike(c) for c in (cfg, old)]
+    found, expected = (
+        side | {"diffusion.prediction": c.diffusion.prediction} for side, c in zip(sides, (cfg, old), strict=True)
+    )
+    for key in found:
+        group, _, last = key.partition(".")
+        unset = last in ("text_width", "text_sha256") and not found[key]  # in a command: a run that begins sets them
+        if last in own or unset or (typed and group == "autoencoder") or found[key] == expected[key]:
             continue
-        if found != expected:
-            why = (
-                f"as {source} has, which objective.name = {name!r} begins with; give --config.{group}.{key}={expected}"
-            )
-            raise UsageError(f"{group}.{key}: found {found!r}, expected {expected!r}, {why}")
+        give = f"give --config.{key}={expected[key]}" if group != "input" else SPACE
+        why = f"as {source} has, which objective.name = {name!r} begins with; {give}"
+        raise UsageError(f"{key}: found {found[key]!r}, expected {expected[key]!r}, {why}")
     if not cfg.objective.taught:
         return
     begun, scale = old.objective, cfg.objective.guidance

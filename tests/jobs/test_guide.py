@@ -144,6 +144,25 @@ def test_axes_are_varied_where_they_change_something(runs):
         axes(cfg, interval=(0.2, 0.8))
 
 
+def test_a_bad_value_of_an_axis_is_named_by_the_axis(runs, tmp_path):
+    """And without values of the axis by the key of `sample`."""
+    _, cfg, weak = runs
+    for message, values in (
+        (r"^eval.steps: found 0, expected at least 1", {"steps": (0, 4)}),
+        (r"^eval.ema: found 0.9, expected a value from", {"ema": (0.9,)}),
+        (r"^eval.guidance: found -1", {"guidance": (1.0, -1.0)}),
+        (r"^eval.samplers: found 'eular'", {"samplers": ("eular",)}),
+        (r"^eval.reuse: found 0.5, expected 1 with eval.guide = 'w'", {"guide": ("w",), "reuse": (0.5,)}),
+    ):
+        with pytest.raises(UsageError, match=message):
+            protocol.check_config(axes(cfg, **values))
+    with pytest.raises(UsageError, match=r"^sample.sampler: found 'eular'"):
+        protocol.check_config(axes(sampled(cfg, sampler="eular"), steps=(2, 4)))
+    make_folder(str(tmp_path / "chain"), "config.json", dataclasses.replace(cfg, diffusion=DiffusionConfig()))
+    with pytest.raises(UsageError, match=r"^eval.guide: .*chain: diffusion.process: found 'ddpm'"):
+        evaluation.run(axes(cfg, loss=False, samples=80, guide=(str(tmp_path / "chain"),)), str(weak), quiet=True)
+
+
 def test_records_of_every_way_are_points_of_one_frontier(runs, data_dir):
     """Costs are exact, protocols differ in the sampling only, and the wing tells the points apart."""
     workdir, cfg, weak = runs

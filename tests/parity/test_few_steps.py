@@ -27,6 +27,8 @@ CASES = {
     "consistency": ("", ObjectiveConfig("consistency")),
     "consistency of a guided teacher": ("", ObjectiveConfig("consistency", guidance=2.5, adaptive=0.0)),
     "flow map": ("later", ObjectiveConfig("mean_flow", ratio=0.7)),
+    "flow map of two times in every block": ("all", ObjectiveConfig("mean_flow", ratio=0.7)),
+    "guided flow map of two times": ("all", ObjectiveConfig("mean_flow", ratio=0.7, guidance=1.5, adaptive=0.5)),
     "guided flow map": ("later", ObjectiveConfig("mean_flow", ratio=0.7, guidance=1.5, adaptive=0.5)),
     "halving": ("", ObjectiveConfig("progressive", steps=2, rounds=2, round_steps=2)),
     "guidance": ("", ObjectiveConfig("progressive", guidance=3.0, rounds=0)),
@@ -40,14 +42,34 @@ def random_weights(cfg, seed):
     return jax.tree.map(lambda leaf: (rng.standard_normal(leaf.shape) * size(leaf)).astype(np.float32), shapes)
 
 
-def network(torch, peer, cfg, model):
-    """(x, t, r, labels) -> velocity: the peer's blocks, of which those after two thirds are given r."""
+def target_embedding(torch, peer, cfg, params):
+    """The two layers that embed r where every block is given t and r (Geng et al. 2025, section 4.3), with our weights."""
+    layers = [peer.Linear(256, cfg.width), peer.Linear(cfg.width, cfg.width)]
+    with torch.no_grad():
+        for layer, name in zip(layers, ("fc1", "fc2"), strict=True):
+            found = params["target_embedding"][name]
+            layer.weight.copy_(torch.from_numpy(np.array(found["kernel"]).T))
+            layer.bias.copy_(torch.from_numpy(np.array(found["bias"])))
+    return layers
+
+
+def network(torch, peer, cfg, model, embedding=()):
+    """(x, t, r, labels) -> velocity: the peer's blocks, of which those after two thirds are given r; all, with an `embedding` of r."""
     side, p = cfg.input_size // cfg.patch, cfg.patch
+
+    def conditions(t, r, labels):
+        early, late = (model.condition(1000 * SCALE * time, labels) for time in (t, r))
+        if not embedding:
+            return early, late
+        angles = (1000 * SCALE * r)[:, None] * model.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        both = early + embedding[1](torch.nn.functional.silu(embedding[0](waves)))
+        return both, both
 
     def forward(x, t, r, labels):
         b, channels = len(x), cfg.channels
         h = x.view(b, side, p, side, p, channels).transpose(2, 3).reshape(b, side * side, p * p * channels)
-        early, late = (model.condition(1000 * SCALE * time, labels) for time in (t, r))
+        early, late = conditions(t, r, labels)
         h = model.patches(h) + model.positions
         for i, block in enumerate(model.blocks):
             h = block(h, early if i < 2 * cfg.depth // 3 else late)
@@ -135,12 +157,17 @@ def test_loss_and_gradients_are_those_of_the_papers(torch, case):
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in flat.items()}
     tensors["label"] = tensors["label"].long()
     theirs = peer.make_model(cfg.model, params, "cpu")
-    student, teacher = (
-        network(torch, peer, cfg.model, found) for found in (theirs, peer.make_model(cfg.model, taught, "cpu"))
-    )
+    embedding = target_embedding(torch, peer, cfg.model, params) if target == "all" else ()
+    student = network(torch, peer, cfg.model, theirs, embedding)
+    teacher = network(torch, peer, cfg.model, peer.make_model(cfg.model, taught, "cpu"))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = expected_losses(torch, how.name, how, student, teacher, tensors).mean()
         expected.backward()
     assert float(loss) == pytest.approx(expected.item(), rel=TOLERANCE)
     for name, ours, weight in peer.matched(theirs, grads):
         assert relative(ours, weight.grad.numpy()) < TOLERANCE, name
+    for name, layer in zip(("fc1", "fc2"), embedding, strict=False):
+        ours = grads["target_embedding"][name]
+        assert np.abs(ours["kernel"]).max() > 0
+        assert relative(ours["kernel"], layer.weight.grad.numpy().T) < TOLERANCE, name
+        assert relative(ours["bias"], layer.bias.grad.numpy()) < TOLERANCE, name

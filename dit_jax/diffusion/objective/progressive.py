@@ -23,7 +23,7 @@ def progressive(cfg: Config) -> Objective:
     FLOPs: a forward and backward pass of the student, and two forward passes of the teacher: its two steps, or a guided pair.
     """
     noising, how = denoising(cfg, velocity), cfg.objective
-    process, first = noising.process, how.steps * 2 ** max(how.rounds - 1, 0)
+    process = noising.process
 
     def compare(model, params, points, x_t, t, v):
         student = denoiser(process, lambda x, t: model.apply(params, x, t, points["cond"]))
@@ -51,7 +51,7 @@ def progressive(cfg: Config) -> Objective:
         return {**points, "u": jax.random.uniform(jax.random.fold_in(key, 3), points["t"].shape)}
 
     def init(params) -> dict:
-        return {**keep_teacher(params), "steps": jnp.int32(first)}
+        return {**keep_teacher(params), "steps": jnp.int32(how.steps_at(0))}
 
     def update(extras: dict, params, step) -> dict:
         end = ((step + 1) % how.round_steps == 0) & (extras["steps"] > how.steps)

@@ -22,6 +22,7 @@ from dit_jax.job.launch import load_config
 from dit_jax.job.workers import run_cells
 from dit_jax.scaling.runs import load_runs
 from dit_jax.sweep import ladder
+from dit_jax.workdir.folder import read_init
 from dit_jax.workdir.records import read_records
 
 BUDGETS = (2e8, 6e8)
@@ -252,6 +253,22 @@ def test_the_wing_reads_a_run_per_budget(curves):
     found = load_runs([str(workdir / "cells")], curves=True)
     assert len(found) == 6 and len({run.name for run in found}) == 3
     assert len({run.protocol_id for run in found}) == 1
+
+
+@pytest.mark.parametrize("config", ["configs/digits_sr.py", "configs/digits_few.py:consistency"])
+def test_super_resolution_and_students_begin_from_a_cell(config, curves, tmp_path, cache_dir):
+    """By --init=LADDER/cells/CELL and the size of the cell: docs/superres.md, docs/few_steps.md."""
+    cell = next(cell for cell in curves[2] if cell.name == "w8-d2")
+    path, model = curves[1] / "cells" / cell.name, cell.cfg.model
+    assert os.path.samefile(path, cell.workdir)
+    size = [f"--config.model.{key}={getattr(model, key)}" for key in ("depth", "width", "heads")]
+    more = [f"--init={path}", "--config.train.steps=1", "--config.train.batch_size=16"]
+    workdir = tmp_path / "new"
+    code, _, err = run("train", f"--config={config}", f"--workdir={workdir}", *size, *more, cache_dir=cache_dir)
+    assert code == 0, err
+    begun, trained = read_init(str(workdir)), cell.cfg.train
+    assert (begun["run"], begun["step"]) == (cell.name, trained.steps)
+    assert begun["flops_train"] == flops.train_flops(model, trained.batch_size * trained.steps)
 
 
 def planted(record):

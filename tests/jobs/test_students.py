@@ -138,10 +138,10 @@ def test_teachers_that_do_not_fit_end_the_job_with_2(uninterrupted, tmp_path, ca
     assert not new.exists()
 
 
-KINDS = {  # the third crosses two rounds
+KINDS = {
+    "progressive": dict(name="progressive", rounds=3, steps=1, round_steps=20),  # crosses two ends of rounds
     "consistency": dict(name="consistency", guidance=1.5),
     "mean_flow": dict(name="mean_flow", guidance=1.5, ratio=0.5),
-    "progressive": dict(name="progressive", rounds=3, steps=1, round_steps=20),
 }
 SAMPLERS = {"consistency": "consistency", "mean_flow": "flow_map", "progressive": "euler"}
 

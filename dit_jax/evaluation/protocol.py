@@ -103,7 +103,7 @@ def loss_protocol(cfg: Config, held_out: Source, target: str = "loss") -> dict:
     }
 
 
-FIELDS = {name: {"samplers": "sampler"}.get(name, name) for name in AXES}  # axis of EvalConfig -> field of SampleConfig
+SETTINGS = {name: {"samplers": "sampler"}.get(name, name) for name in AXES}  # field of SampleConfig, by axis
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def naming_axes(cfg: Config) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        keys = {f"sample.{field}": f"eval.{axis}" for axis, field in FIELDS.items() if getattr(cfg.eval, axis)}
+        keys = {f"sample.{field}": f"eval.{axis}" for axis, field in SETTINGS.items() if getattr(cfg.eval, axis)}
         error.args = (re.sub(r"\bsample\.\w+", lambda key: keys.get(key[0], key[0]), str(error)),)
         raise
 
@@ -125,11 +125,11 @@ def samplings(cfg: Config) -> list[SampleConfig]:
     if cfg.sample.times and cfg.eval.steps:
         beside = "beside sample.times, which says all times; leave out one of them"
         raise UsageError(f"eval.steps: found {cfg.eval.steps} {beside}")
-    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in FIELDS.items()]
+    choices = [getattr(cfg.eval, name) or (getattr(cfg.sample, field),) for name, field in SETTINGS.items()]
     found = []
     for values in itertools.product(*choices):
         typed = (kind(value) for kind, value in zip(AXES.values(), values, strict=True))
-        changes = dict(zip(FIELDS.values(), typed, strict=True))
+        changes = dict(zip(SETTINGS.values(), typed, strict=True))
         if changes["weights"] == "params":
             changes["ema"] = 0.0
         if changes["guidance"] == 1.0:

@@ -15,7 +15,7 @@ SPEC.loader.exec_module(digits)
 
 KINDS = {  # objective, training steps, sampler
     "consistency": (dict(name="consistency", guidance=1.5, adaptive=0.0), 200, "consistency"),
-    "mean_flow": (dict(name="mean_flow", guidance=1.5, ratio=0.5), 400, "flow_map"),
+    "mean_flow": (dict(name="mean_flow", guidance=1.1, ratio=0.5), 1500, "flow_map"),
     "guidance": (dict(name="progressive", guidance=1.5, rounds=0), 300, "euler"),
     "progressive": (dict(name="progressive", rounds=3, steps=4, round_steps=200), 600, "euler"),  # of `guidance`
 }

@@ -14,7 +14,7 @@ scenes = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(scenes)
 
 KINDS = {  # objective, learning rate, training steps, sampler
-    "consistency": (dict(name="consistency", guidance=3.0, adaptive=0.0), 1e-5, 300, "consistency"),
+    "consistency": (dict(name="consistency", guidance=2.25, adaptive=0.0), 1e-5, 300, "consistency"),
     "mean_flow": (dict(name="mean_flow", guidance=2.0, ratio=0.5), 5e-4, 1000, "flow_map"),
 }
 

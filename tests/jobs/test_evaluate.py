@@ -241,7 +241,7 @@ BAD = {
         ["--config.eval.reference=/nowhere.npz", "--config.eval.samples=400"],
         "/nowhere.npz: no such file",
     ),
-    "grid": ("evaluate", ["--config.eval.samplers=('eular',)"], "sample.sampler: found 'eular'; did you mean 'euler'?"),
+    "grid": ("evaluate", ["--config.eval.samplers=('eular',)"], "eval.samplers: found 'eular'; did you mean 'euler'?"),
     "grid of other things": (
         "evaluate",
         ["--config.eval.steps=('a',)"],

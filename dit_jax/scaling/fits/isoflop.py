@@ -65,7 +65,8 @@ def fit_isoflop(
     used = [b for b in every if not b.problem]
     notes = left_out([(b.label, b.problem) for b in every if b.problem])
     if len(used) < 2:
-        raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2. " + "; ".join(notes))
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise UsageError(f"RUNS: {len(used)} usable budget(s), expected at least 2{why}")
     surface = reference([r for b in used for r in b.runs], needed=bool(unbias))
     rng = np.random.default_rng(seed)
     fit = _fit(every, used, None, rng, resamples, level)

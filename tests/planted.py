@@ -1,7 +1,7 @@
 """Tables of runs that follow planted laws, and how often intervals hold them: the designs of docs/coverage.md.
 
-`python tests/planted.py [STUDIES] [DESIGN ...]` prints the coverage of each design, and how wide its intervals of the exponent of N_opt are
-beside the least that an unbiased estimate of these runs could have.
+`python tests/planted.py [STUDIES] [DESIGN ...] [--method=METHOD]` prints the coverage of each design, and how wide its intervals of the
+exponent of N_opt are beside the least that an unbiased estimate of these runs could have; of one method alone without a verdict.
 """
 
 import math
@@ -237,11 +237,11 @@ def least_half(runs, design: Design, method: str) -> float:
     return 1.96 * math.sqrt(told @ np.linalg.solve(slopes @ slopes.T, told))
 
 
-def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
+def coverage(design: Design, studies: int, resamples: int = 400, names: tuple = verdict.ANSWER) -> dict:
     """method, or "verdict" -> shares of the studies: of each quantity held, of those that give an interval; "speaks": whose fit is
     identified beyond its data; "half": the median half-width of the exponent of N_opt; "of least": the same beside `least_half`; of the
     verdict also which method it chose, and how often that was the best or the second best."""
-    rows = [_one(design, seed, resamples) for seed in range(studies)]
+    rows = [_one(design, seed, resamples, names) for seed in range(studies)]
     out = {}
     for who in (*verdict.ANSWER, "verdict"):
         mine = [r[who] for r in rows if who in r]
@@ -251,6 +251,8 @@ def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
             out[who] |= {"speaks": float(np.mean([m["speaks"] for m in mine]))}
             if who != "verdict":
                 out[who] |= {k: float(np.nanmedian([m[k] for m in mine])) for k in ("half", "of least") if k in mine[0]}
+    if names != verdict.ANSWER:
+        return out
     chosen = [r["verdict"]["chosen"] for r in rows]
     ranks = [r["verdict"]["rank"] for r in rows if "rank" in r["verdict"]]
     out["verdict"] |= {"chosen": {m: chosen.count(m) / studies for m in dict.fromkeys(chosen)}}
@@ -262,11 +264,11 @@ def coverage(design: Design, studies: int, resamples: int = 400) -> dict:
     return out
 
 
-def _one(design: Design, seed: int, resamples: int) -> dict:
+def _one(design: Design, seed: int, resamples: int, names: tuple) -> dict:
     """method, or "verdict" -> what it held in the study of this seed."""
     runs, options = design.make(seed), {"resamples": resamples, "seed": 10**6 + seed}
-    found = fit_methods(runs, design.far, verdict.ANSWER, lambda method: options)
-    fits, made = found.fits, verdict.judge(runs, found.fits, found.refits.__getitem__, design.far)
+    found = fit_methods(runs, design.far, names, lambda method: options)
+    fits = found.fits
     said, out = {m: predict(f, design.far) for m, f in fits.items()}, {}
     for method, fit in fits.items():
         low, high = fit.exponent("N_opt")[1]
@@ -275,6 +277,9 @@ def _one(design: Design, seed: int, resamples: int) -> dict:
         out[method] = held | {"speaks": fit.identified, "half": (high - low) / 2}
         if design.noise and method in design.methods:
             out[method]["of least"] = (high - low) / 2 / least_half(runs, design, method)
+    if names != verdict.ANSWER:
+        return out
+    made = verdict.judge(runs, fits, found.refits.__getitem__, design.far)
     out["verdict"] = _held(made.intervals, design.truth)
     out["verdict"] |= {"speaks": bool(made.passes), "chosen": made.method if made.passes else "none"}
     truth = design.truth.get("L_opt", math.nan)
@@ -296,9 +301,10 @@ def change(runs, **how):
 
 
 if __name__ == "__main__":
-    studies = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    for name in sys.argv[2:] or DESIGNS:
-        for who, found in coverage(DESIGNS[name], studies).items():
+    words = [word for word in sys.argv[1:] if not word.startswith("--method=")]
+    names = tuple(word.removeprefix("--method=") for word in sys.argv[1:] if word not in words) or verdict.ANSWER
+    for name in words[1:] or DESIGNS:
+        for who, found in coverage(DESIGNS[name], int(words[0]) if words else 100, names=names).items():
             print(
                 f"{name:20} {who:8}",
                 {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()},

@@ -131,8 +131,12 @@ def test_where_no_number_may_be_given_fit_says_null_and_predict_and_plan_refuse(
         assert (said["exponents"]["a"] is None) == ("one" in path) and not said["identifiable"]
         out.unlink()
     flat = sheet(tmp_path / "flat.csv", [Run(r.name, r.params, r.tokens, r.flops, 2.5) for r in ladder()])
-    for command in ("fit", "predict", "plan"):
-        assert main([command, flat, "--flops=1e21", f"--json={out}"]) == 2 and not out.exists()
+    for command in ("predict", "plan", "report"):
+        more = [f"--out={tmp_path / 'page.html'}"] if command == "report" else []
+        assert main([command, flat, "--flops=1e21", f"--json={out}", *more]) == 2 and not out.exists()
+    assert main(["fit", flat, "--flops=1e21", f"--json={out}"]) == 0
+    said = json.loads(out.read_text())
+    assert said["exponents"] == {"a": None, "b": None} and "loss is 2.5 in all 48 runs" in said["warnings"][0]
 
 
 def test_several_losses_of_a_cell_and_rows_without_names_are_said_with_their_effect(tmp_path, capsys):

@@ -44,6 +44,12 @@ def _options(args, method: str) -> dict:
 def run(args) -> dict:
     """The JSON of the command that `args` names."""
     runs, said = _loaded(args)
+    try:
+        require_varied(runs)
+    except UsageError as error:
+        if args.command != "fit":
+            raise
+        return said | _no_law(runs, str(error))
     odd = quality.findings(runs)
     found, made = _judged(args, runs, odd)
     print(f"Convention: {runs[0].convention}\n")
@@ -69,6 +75,14 @@ def run(args) -> dict:
         print(one_line(f"warning: {fit.method}: {reason}"), file=sys.stderr)
     args.flops = [c for c in args.flops if not silent or c <= fit.largest]
     return {"fit": _fit, "predict": _predict, "plan": _plan}[args.command](args, runs, fit) | said
+
+
+def _no_law(runs: list, why: str) -> dict:
+    """The JSON of runs from which no law can be read."""
+    print(one_line(f"Verdict: none: {why}"))
+    none: dict = {"a": None, "b": None}
+    out = {"method": None, "n_runs": len(runs), "exponents": none, "intervals": none, "identifiable": False}
+    return out | {"warnings": [why], "predictions": [], "verdict": None, "convention": runs[0].convention.to_json()}
 
 
 def _judged(args, runs: list, odd: Sequence) -> tuple:
@@ -126,7 +140,6 @@ def _loaded(args) -> tuple:
     runs = training_flops(load_runs(args.runs, protocol_id=args.protocol, curves=args.curves, **options))
     check_units(runs)
     kept, said = _without(runs, kinds) if kinds or args.best_of else (runs, {})
-    require_varied(kept)
     return kept, said
 
 

@@ -1,6 +1,5 @@
 """The commands `fit`, `predict`, `plan` and `report`: their tables and their JSON."""
 
-import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -27,18 +26,7 @@ from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, training_flops
 from dit_jax.scaling.verdicts import holdout, quality, verdict
 from dit_jax.scaling.verdicts.beyond import Extrapolation
-from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods
-
-
-def _options(args, method: str) -> dict:
-    """The options of a method; one that the method asked for does not have is refused."""
-    known = set(inspect.signature(METHODS[method]).parameters)
-    names = ("window", "residual", "loss", "unbias")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in given:
-        if method == args.method and name not in known:
-            raise UsageError(f"--{name}: method {method} has no such option")
-    return {"seed": args.seed, "resamples": args.resamples} | {k: v for k, v in given.items() if k in known}
+from dit_jax.scaling.verdicts.methods import Methods, again, fit_methods, options_of
 
 
 def run(args) -> dict:
@@ -88,7 +76,7 @@ def _no_law(runs: list, why: str) -> dict:
 def _judged(args, runs: list, odd: Sequence) -> tuple:
     """(every fit that the command needs, the verdict on those that answer). Raises UsageError where the method asked for cannot be
     fitted."""
-    flops, options = max(args.flops, default=0.0), {m: _options(args, m) for m in METHODS}
+    flops, options = max(args.flops, default=0.0), {m: options_of(args, m) for m in METHODS}
     names = tuple(METHODS) if args.method == "all" else dict.fromkeys((*verdict.ANSWER, args.method or "isoflop"))
     found = fit_methods(runs, flops, tuple(names), options.__getitem__)
     if args.method in found.refused:
@@ -212,7 +200,7 @@ def _tell_holdouts(args, runs: list, fits: dict) -> dict:
     for method, fit in fits.items():
         most = args.resamples if split == "largest" else 200
         try:
-            refit = again(method, most, **_options(args, method))
+            refit = again(method, most, **options_of(args, method))
             found[method] = holdout.hold_out(fit, refit, split, runs)
         except UsageError as error:
             if len(fits) == 1:

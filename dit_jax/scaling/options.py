@@ -179,7 +179,7 @@ def _add_commands(commands) -> None:
     two.add_argument(
         "--through", choices=("vertices", "best"), default="vertices", help="of each budget: parabola, or best run"
     )
-    two.add_argument("--window", type=float, default=math.inf, help="as of fit")
+    two.add_argument("--window", type=float, help="as of fit")
     two.add_argument("--method", choices=ANSWER, default=ANSWER[0], help="of the laws of the loss, on both sides")
     _add_choice(two)
     three = commands.add_parser("frontier", help=COMMANDS["frontier"])

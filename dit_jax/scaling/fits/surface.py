@@ -32,7 +32,6 @@ ONE_BUDGET = 0.05  # runs whose compute differs by less are one budget
 WIDEST = 1e20  # ratio of the largest to the smallest params, tokens and losses to which a surface is fitted
 CHANCE = 0.01  # of the test of a surface's form
 LEAST = 1e-8  # of the log loss: scatter that is rounding
-ONE_SIZE = "all runs have the same"
 HEAD = ("parameter", "value", "interval")
 
 
@@ -279,12 +278,11 @@ def _fit(
         thetas = design.refit(theta, fitted + added)
         kept = np.isfinite(thetas).all(1)
         drawn, spread = design.law(thetas[kept]), np.sqrt(np.mean(added[kept] ** 2, axis=1))
-    reasons = reasons_of(design, theta, runs)
+    laws, reasons = {n: plain(law) for n, law in surface.optimum(k).items()}, reasons_of(design, theta, runs)
     if drawn is None and resamples and not reasons:
         reasons = (f"{len(runs)} runs for {design.problem.width} parameters: nothing is left to test the law",)
-    laws = {name: plain(law) for name, law in surface.optimum(k).items()}
     parameters = {name: float(getattr(surface, name)) for name in ("E", "A", "B", "alpha", "beta", "a", "b")}
-    if reasons and reasons[0].startswith(ONE_SIZE):  # no optimum follows from such a law
+    if _same(runs):  # no optimum follows from such a law
         laws, drawn = {name: replace(law, coefficient=math.nan, exponent=math.nan) for name, law in laws.items()}, None
         parameters |= {"a": math.nan, "b": math.nan}
     fit = Fit(
@@ -319,12 +317,16 @@ def span_of(fit: Fit, name: str) -> str:
     return "\N{EN DASH}" if math.isnan(low) else f"{low:.5g} to {high:.5g}"
 
 
+def _same(runs: Sequence[Run]) -> str:
+    """params or tokens, whichever all runs have alike; "" = neither."""
+    return next((n for n in ("params", "tokens") if np.ptp(np.log([getattr(r, n) for r in runs])) < 1e-6), "")
+
+
 def reasons_of(design: Design, theta: np.ndarray, runs: Sequence[Run]) -> tuple:
     """Why the data do not identify the law; empty when they do."""
+    if same := _same(runs):
+        return (f"all runs have the same {same}: its term cannot be told from the irreducible loss",)
     n, d = (np.log([getattr(r, name) for r in runs]) for name in ("params", "tokens"))
-    for name, values in (("params", n), ("tokens", d)):
-        if np.ptp(values) < 1e-6:
-            return (f"{ONE_SIZE} {name}: its term cannot be told from the irreducible loss",)
     slope, off = np.polyfit(n - n.mean(), d - d.mean(), 1)
     if np.std(d - d.mean() - slope * (n - n.mean()) - off) < 0.01 * np.std(d):
         return (

@@ -18,7 +18,7 @@ from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.runs.run import require_same_start
-from dit_jax.scaling.verdicts.methods import fit_one
+from dit_jax.scaling.verdicts.methods import fit_one, options_of
 from dit_jax.scaling.verdicts.verdict import TOO_FAR
 
 
@@ -131,8 +131,7 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
         if fit.undecided:
             warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
     else:
-        window = {"window": args.window} if args.method == "isoflop" else {}
-        fit = fit_one(runs, args.method, **window, **options)
+        fit = fit_one(runs, args.method, **options_of(args, args.method))
         if not math.isfinite(fit.laws["L_opt"].exponent):
             raise UsageError(f"RUNS: {fit.reasons[0]}")
         ladder = ladders.ladder_of_fit(name, fit)

@@ -1,5 +1,6 @@
 """Several methods on the same runs: which of them these allow, what each finds, and where they disagree beyond their intervals."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,17 @@ class Methods:
     def main(self) -> Fit:
         """The fit that a report opens with: the first that the runs identify."""
         return next((fit for fit in self.fits.values() if fit.identified), next(iter(self.fits.values())))
+
+
+def options_of(args, method: str) -> dict:
+    """The options of a method; one that the method asked for does not have is refused."""
+    known = set(inspect.signature(METHODS[method]).parameters)
+    names = ("window", "residual", "loss", "unbias")
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    for name in given:
+        if method == args.method and name not in known:
+            raise UsageError(f"--{name}: method {method} has no such option")
+    return {"seed": args.seed, "resamples": args.resamples} | {k: v for k, v in given.items() if k in known}
 
 
 def fit_one(runs: Sequence[Run], method: str, flops: float | int = 0.0, **options) -> Fit:

@@ -212,10 +212,10 @@ def _checkpoints(runs) -> list[Finding]:
 
 def _unnamed(runs) -> list[Finding]:
     """Rows without names, of which each size comes on several amounts of data: perhaps points of one training."""
-    again = Counter(r.params for r in runs)
+    again = Counter(params for params, _ in {(r.params, r.tokens) for r in runs})
     if not all(re.fullmatch(r"row\d+", r.name) for r in runs) or min(again.values()) < 3:
         return []
-    what = f"each of the {len(again)} sizes comes {min(again.values())} times or more, in rows without names, each a run of its own"
+    what = f"each of the {len(again)} sizes comes on {min(again.values())} amounts of data, in rows without names: runs of their own"
     advice = "if those of a size are points of one training, name it in a column `run`: intervals are then wider"
     return [Finding("unnamed", what, advice)]
 

@@ -6,12 +6,13 @@ import os
 
 import numpy as np
 import pytest
-from planted import LAW, ladder, repeated, sheet, study
+from planted import LAW, ladder, ragged, repeated, sheet, study
 
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits.fit import predict
 from dit_jax.scaling.runs import Run
 from dit_jax.scaling.verdicts import verdict
+from dit_jax.scaling.verdicts.beyond import extrapolate
 from dit_jax.scaling.verdicts.methods import again, fit_methods
 
 TABLES = os.path.join(os.path.dirname(__file__), "data")
@@ -35,13 +36,27 @@ def test_a_method_whose_form_the_runs_refute_is_not_believed():
     assert other.advice == "it fails its tests"
 
 
-def test_the_interval_spans_the_methods_that_pass():
+def test_the_interval_is_the_believed_ones_and_holds_what_the_others_say():
+    wider = {}
+    for seed in (4, 12):
+        fits, made = judged(ragged(seed=seed), 1e22)
+        assert len(made.passes) == 3
+        for quantity in verdict.QUANTITIES:
+            low, high = predict(fits[made.method], 1e22)[f"{quantity}_interval"]
+            numbers = [predict(f, 1e22)[quantity] for f in fits.values()]
+            assert made.intervals[quantity] == (min(low, *numbers), max(high, *numbers))
+            wider[seed, quantity] = made.intervals[quantity] != (low, high)
+        assert made.intervals["L_opt"][0] < LAW.optimum(6.0)["L_opt"](1e22) < made.intervals["L_opt"][1]
+    assert wider == {(4, "N_opt"): False, (4, "L_opt"): True, (12, "N_opt"): True, (12, "L_opt"): False}
+
+
+def test_a_trained_run_is_foretold_with_what_the_other_methods_expect():
     fits, made = judged(ladder(noise=0.003, seed=6), 1e22)
-    assert len(made.passes) == 3
-    low, high = made.intervals["L_opt"]
-    alone = [predict(fits[m], 1e22)["L_opt_interval"] for m in made.passes]
-    assert min(a for a, _ in alone) <= low <= min(b for _, b in alone) <= high <= max(b for _, b in alone)
-    assert low < LAW.optimum(6.0)["L_opt"](1e22) < high
+    run = ladder(seed=1, budgets=2, low=1e18, high=1e22)[-1]
+    told, own = verdict.foretold(made, fits, run), extrapolate(fits[made.method], run)
+    expected = [extrapolate(f, run).predicted for f in fits.values()]
+    assert told.predicted == own.predicted
+    assert told.interval == (min(own.interval[0], *expected), max(own.interval[1], *expected))
 
 
 def test_the_largest_budget_decides_also_against_the_sizes():

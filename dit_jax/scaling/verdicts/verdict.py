@@ -3,8 +3,9 @@
 No method is the best on every table, so the runs themselves choose. Each of the methods that answer is fitted again without the largest
 budget, and without each part of the sizes in turn, and predicts the losses left out that lie near their budget's best size. Of the methods
 that pass their tests beyond the data (`beyond`) the one with the least error at the largest budget is believed, since a target lies beyond
-the data too; where no budget can be left out, the errors of the sizes decide. Its interval is that of the resamples of all that pass, as
-many of each, so that it spans what their forms disagree on. Where none passes, the verdict says so and gives no interval.
+the data too; where no budget can be left out, the errors of the sizes decide. Its interval is its own, as much wider as it takes to hold
+what the others that pass say: they err by the same noise, so intervals laid over each other would be wider than they need be. Where none
+passes, the verdict says so and gives no interval.
 """
 
 import math
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dit_jax.error import UsageError
-from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, interval, predict
+from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, predict
 from dit_jax.scaling.names import ANSWER
 from dit_jax.scaling.runs import Run, budgets, scattered
 from dit_jax.scaling.verdicts.beyond import FAR, Extrapolation, extrapolate
@@ -44,7 +45,7 @@ class Finding:
 @dataclass(frozen=True)
 class Verdict:
     """The method to believe at `flops` training FLOPs, why, and its N_opt and L_opt with intervals; `scores` are relative errors of losses
-    left out, (largest budget, sizes), by method. `passes` names the methods whose resamples the intervals hold; () = none may speak."""
+    left out, (largest budget, sizes), by method. `passes` names the methods that the intervals span; () = none may speak."""
 
     method: str
     reason: str
@@ -122,6 +123,7 @@ def judge(
     passes = tuple(m for m, f in able.items() if f.identified and drawn[m])
     order = sorted(passes or able, key=lambda m: next(filter(math.isfinite, scores[m]), math.inf))
     best = able[order[0]]
+    own = said[best.method] if passes else dict.fromkeys(("N_opt_interval", "L_opt_interval"), NO_INTERVAL)
     speaks = bool(passes) or at <= INSIDE * best.largest
     made = Verdict(
         method=best.method,
@@ -129,38 +131,25 @@ def judge(
         flops=at,
         beyond=at / best.largest,
         values={name: said[best.method][name] if speaks else math.nan for name in QUANTITIES},
-        intervals={name: _pooled([able[m] for m in passes], name, at) for name in QUANTITIES},
+        intervals={name: _spanning(own[f"{name}_interval"], [said[m][name] for m in passes]) for name in QUANTITIES},
         scores=scores,
         passes=passes,
     )
     return replace(made, findings=_findings(made, best, said, again[best.method], runs, suspects))
 
 
-def _pooled(fits: Sequence[Fit], name: str, at: float) -> tuple:
-    """The interval of the resamples of all fits that tell `name`."""
-    told = [f for f in fits if math.isfinite(predict(f, at)[f"{name}_interval"][0])]
-    return _spanning([f.draws[name](at) for f in told], told[0].level) if told else NO_INTERVAL
-
-
-def _spanning(draws: Sequence, level: float) -> tuple:
-    """The interval of the resamples of several fits, as many of each."""
-    drawn = [np.sort(np.asarray(d)) for d in draws]
-    most = max(map(len, drawn), default=0)
-    even = [d[np.linspace(0, len(d) - 1, most).round().astype(int)] for d in drawn if len(d)]
-    return interval(np.concatenate(even), level) if even else NO_INTERVAL
+def _spanning(own: tuple, others: Sequence) -> tuple:
+    """The interval `own`, as much wider as it takes to hold `others`."""
+    known = [*own, *(v for v in others if math.isfinite(v))]
+    return (min(known), max(known)) if math.isfinite(own[0]) else NO_INTERVAL
 
 
 def foretold(made: Verdict, fits: Mapping[str, Fit], run: Run) -> Extrapolation:
-    """A trained run against the verdict: the expected loss of a run of its size by the method believed, and the interval of all that pass,
-    with the noise of a run."""
-    found = extrapolate(fits[made.method], run)
-    draws = []
-    for fit in (fits[m] for m in made.passes):
-        if fit.loss_draws is not None and not (fit.beyond and run.flops > fit.largest):
-            noise = fit.noise_draws * np.random.default_rng(0).standard_normal(len(fit.noise_draws))
-            draws.append(fit.loss_draws(run.params, run.flops / (fit.k * run.params)) + noise)
-    size = _pooled([fits[m] for m in made.passes], "N_opt", run.flops)
-    return replace(found, n_interval=size, interval=_spanning(draws, fits[made.method].level))
+    """A trained run against the verdict: the expected loss of a run of its size by the method believed, and its interval with the noise of
+    a run, so wide that it holds what the other methods that pass expect."""
+    found, *others = (extrapolate(fits[m], run) for m in (made.method, *(m for m in made.passes if m != made.method)))
+    size = _spanning(found.n_interval, [e.n_opt for e in others])
+    return replace(found, n_interval=size, interval=_spanning(found.interval, [e.predicted for e in others]))
 
 
 def _reason(order: Sequence[str], scores: dict, able: Mapping[str, Fit], passes: tuple) -> str:

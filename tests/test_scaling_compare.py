@@ -144,14 +144,32 @@ def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main(["compare", a, b, "--law=pure", "--resamples=300", f"--json={out}"]) == 0
     printed = capsys.readouterr().out
-    assert "Which scales better: b.csv" in printed and "b.csv is the lower one from" in printed
+    assert printed.startswith("Verdict: b.csv scales better, ") and "b.csv is the lower one from" in printed
     result = json.loads(out.read_text())
+    made = result["verdict"]
+    assert made["method"] == "pure" and made["at_flops"] == result["common"] and made["ratio"] == result["ratio"]
+    assert made["intervals"]["ratio"] == result["ratio_interval"] and printed.startswith(f"Verdict: {made['reason']}.")
     assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
     assert {d["law"] for d in result["exponents"]} == {"L_opt_pure", "N_opt", "D_opt"}
     assert main(["compare", a, b, "--through=best", "--resamples=300"]) == 0
     far = sheet(tmp_path / "far.csv", PowerLaw(22.0 * 1.3e12**0.03, -0.18), 2, noise=1e-5)
     assert main(["compare", a, far, "--law=pure"]) == 0
     assert "x beyond the data; interval" in capsys.readouterr().out
+
+
+def test_a_budget_that_alone_changes_a_comparison_is_a_finding(tmp_path):
+    a, b, out = sheet(tmp_path / "a.csv", A_LAW, 3), tmp_path / "b.csv", tmp_path / "out.json"
+    sheet(b, B_LAW, 1)
+    head, *rows = b.read_text().splitlines()
+    largest = max(float(row.split(",")[3]) for row in rows)
+    cells = [row.split(",") for row in rows]
+    worse = [",".join([*c[:4], str(1.05 * float(c[4]))] if float(c[3]) == largest else c) for c in cells]
+    b.write_text("\n".join([head, *worse]))
+    assert main(["compare", str(a), str(b), "--law=pure", "--resamples=300", f"--json={out}"]) == 0
+    silent, end = json.loads(out.read_text())["verdict"]["findings"]
+    assert silent["text"].startswith("b.csv tells no law beyond its data, so neither does the comparison: ")
+    assert end["text"] == "without the largest budget of b.csv" and end["effect_percent"]["exponent_a"] == 0
+    assert -4 < end["effect_percent"]["ratio"] < -1 and end["effect_percent"]["exponent_b"] > 5 and end["advice"]
 
 
 def test_compare_says_why_a_fit_is_not_identified(tmp_path, capsys):

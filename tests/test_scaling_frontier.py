@@ -280,6 +280,8 @@ def test_the_command_prints_tables_and_writes_json_and_a_figure(tmp_path, capsys
     result = json.loads(out.read_text())
     (stop,) = result["handovers"]
     assert stop["interval"][0] < stop["cost"] < stop["interval"][1] and result["best_at"][0]["model"] == "S"
+    assert captured.out.startswith(f"Verdict: S is the best up to {stop['cost']:.3g} FLOPs an image (")
+    assert result["verdict"]["reason"].endswith(f"then {stop['then']} from there on")
     assert result["front"][0]["name"] == "S" and result["totals"]
     assert png.read_bytes()[:4] == b"\x89PNG"
 

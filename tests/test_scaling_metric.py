@@ -13,6 +13,7 @@ from test_scaling_runs import record, workdir
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
 from dit_jax.scaling.fits.law import PowerLaw
+from dit_jax.scaling.frontier import answers
 from dit_jax.scaling.frontier.choice import choose
 from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
 from dit_jax.scaling.frontier.points import Point, higher_is_better, load_points
@@ -305,6 +306,27 @@ def test_fid_of_the_twelve_published_models_follows_their_compute():
     assert fit.span("exponent")[0] < -0.37 < fit.span("exponent")[1] < -0.2
 
 
+def test_a_score_that_alone_changes_the_law_is_a_finding(tmp_path, capsys):
+    points, out = ladder(noise=0.01, seed=2, compute=np.geomspace(1e17, 6e18, 8)), tmp_path / "out.json"
+    points[-1] = replace(points[-1], score=1.3 * points[-1].score)
+    rows = [f"{p.name},{p.train!r},{p.score!r}" for p in points]
+    (tmp_path / "x.csv").write_text("\n".join(["name,flops_train,fid", *rows]) + "\n")
+    assert main(["metric", str(tmp_path / "x.csv"), "--pure", "--flops=6e19", f"--json={out}"]) == 0
+    made = json.loads(out.read_text())["verdict"]
+    first = made["findings"][0]
+    assert first["text"] == "without m7" and -30 < first["effect_percent"]["fid"] < -15 and first["advice"]
+    assert capsys.readouterr().out.startswith("Verdict: believe the pure power law: ")
+    assert main(["metric", str(tmp_path / "x.csv"), "--pure", "--flops=1e21", f"--json={out}"]) == 0
+    assert "167 times beyond" in json.loads(out.read_text())["verdict"]["findings"][0]["text"]
+
+
+def test_a_law_of_a_metric_that_bends_says_nothing_beyond_its_data():
+    scores = [Point(f"m{i}", float(30 * 0.8 ** (i * i / 2)), train=float(c)) for i, c in enumerate(COMPUTE)]
+    fit = fit_metric(scores, form="pure")
+    made = answers.of_metric(fit, "fid", lambda p, form: fit_metric(p, form=form, resamples=0), 6e19)
+    assert made.passes == () and math.isnan(made.values["fid"]) and "not identified" in made.reason
+
+
 def test_the_rest_of_a_share_falls_with_compute(tmp_path, capsys):
     for k, wrong in enumerate((0.4, 0.2, 0.1, 0.05)):
         metrics = {"precision": 1 - wrong, "precision_low": 0.99 - wrong, "precision_high": 1.02 - wrong}
@@ -352,4 +374,8 @@ def test_the_metric_command_from_records(tmp_path, capsys):
     result = json.loads(out.read_text())
     low, high = result["intervals"]["exponent"]
     assert low < -0.234 < high and result["correlation"]["models"] == 6
+    made, (predicted,) = result["verdict"], result["predictions"]
+    assert printed.startswith("Verdict: believe the pure power law: ") and made["method"] == "pure"
+    assert (made["at_flops"], made["fid"]) == (6e19, predicted["score"])
+    assert made["intervals"]["fid"] == predicted["interval"]
     assert all(c["guidance"] == 1.5 and c["tried"] == 3 for c in result["choices"])

@@ -4,22 +4,24 @@ import math
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from dit_jax.error import UsageError, one_line
 from dit_jax.files import base
+from dit_jax.scaling.frontier import answers
 from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier.choice import choose, one_guidance
 from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
 from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
 from dit_jax.scaling.frontier.points import SAMPLING, Point, all_training, find_metric, higher_is_better, load_points
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
-from dit_jax.scaling.runs import load_runs
+from dit_jax.scaling.runs import budgets, load_runs
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.runs.run import require_same_start
 from dit_jax.scaling.verdicts.methods import fit_one, options_of
-from dit_jax.scaling.verdicts.verdict import TOO_FAR
 
 
 def run(args) -> dict:
@@ -65,6 +67,9 @@ def run_metric(args) -> tuple[dict, list]:
     form = "irreducible" if args.irreducible else "pure" if args.pure else ""
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
     reasons, runs = doubts(fit, args.metric), {p.run_name for p in used}
+    again = partial(_again, higher=higher)
+    made = answers.of_metric(fit, args.metric, again, max(args.flops, default=0.0))
+    _say(answers.of_metric_lines(made))
     rows = [(c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", c.edge) for c in found]
     head = ("model", "best", "tried", args.metric, "edge")
     print_table(f"Best sampling of each model, by {args.metric}", head, rows)
@@ -74,6 +79,7 @@ def run_metric(args) -> tuple[dict, list]:
     print_table(f"Law of compute, {fit.level:.0%} intervals", head, [law])
     parts = ("coefficient", "exponent", "irreducible")
     result = {
+        "verdict": made.to_json(),
         "metric": args.metric,
         "choices": [_json_of_choice(c) for c in found],
         "used": [p.name for p in fit.used],
@@ -97,12 +103,19 @@ def run_metric(args) -> tuple[dict, list]:
     if len(runs) < len(used):
         text = f"{len(used)} points are steps of {len(runs)} runs: what a run has in common is not in the intervals"
         warnings.append(text)
-    for p in result["predictions"]:
-        if p["beyond"] > TOO_FAR:
-            warnings.append(
-                f"{p['flops']:.3g} FLOPs are {p['beyond']:.3g} times beyond the data; train a budget nearer to it"
-            )
     return result, [*reasons, *warnings, *fit.warnings, *filter(None, [fit.doubt(args.flops)])]
+
+
+def _again(points: Sequence[Point], form: str, higher: bool):
+    """The law of other points, without intervals."""
+    return fit_metric(points, form=form, higher=higher, resamples=0)
+
+
+def _say(lines: list[str]) -> None:
+    """A verdict, before all else."""
+    for line in lines:
+        print(one_line(line))
+    print()
 
 
 def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
@@ -112,21 +125,24 @@ def _check_lower(metric: str, points: list[Point] | tuple = ()) -> None:
         )
 
 
-def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
-    """One side of a comparison."""
-    options = dict(resamples=args.resamples, seed=args.seed)
+def _runs(path: str, name: str, args, warnings: list) -> list:
+    """What one side of a comparison goes through: runs, or each model's best sampling as a run whose loss is its score."""
     if args.metric == "loss":
         runs = training_flops(load_runs([path], curves=args.curves, columns=parse_names(args.column), where=args.where))
         check_units(runs)
-    else:
-        points = _points(args, path)
-        _check_lower(args.metric, points)
-        found, said = _chosen(points, args)
-        warnings += [f"{name}: {text}" for text in said]
-        runs = [c.best.run() for c in found]
+        return runs
+    points = _points(args, path)
+    _check_lower(args.metric, points)
+    found, said = _chosen(points, args)
+    warnings += [f"{name}: {text}" for text in said]
+    return [c.best.run() for c in found]
+
+
+def _ladder(runs: list, name: str, args, warnings: list) -> ladders.Ladder:
+    """One side of a comparison."""
     if args.through == "best":
         kept = [Point(r.name, r.loss, r.loss_se, train=r.flops, protocol=r.protocol, source=r.source) for r in runs]
-        fit = fit_metric(best_of_budgets(kept), form=args.law, **options)
+        fit = fit_metric(best_of_budgets(kept), form=args.law, resamples=args.resamples, seed=args.seed)
         ladder = replace(ladders.ladder_of_metric(name, fit), reasons=tuple(doubts(fit, args.metric)))
         if fit.undecided:
             warnings.append(f"{name}: the points do not tell whether the {args.metric} has a floor; --law chooses")
@@ -139,14 +155,30 @@ def _ladder(path: str, name: str, args, warnings: list) -> ladders.Ladder:
     return ladder
 
 
-def _side(side: str, path: str, name: str, args, warnings: list) -> ladders.Ladder:
-    """The same with the side's own columns and choices; a message about runs says which side's they are."""
+def _side(side: str, path: str, name: str, args, warnings: list) -> tuple:
+    """(runs, their ladder) of a side, with its own columns and choices; a message about runs says which side's they are."""
     own = {option: getattr(args, option) + getattr(args, f"{side}_{option}") for option in ("column", "where")}
     args = Namespace(**vars(args) | own)
     try:
-        return _ladder(path, name, args, warnings)
+        runs = _runs(path, name, args, warnings)
+        return runs, _ladder(runs, name, args, warnings)
     except UsageError as error:
         raise UsageError(re.sub(r"^RUNS: ", f"{path}: ", str(error))) from None
+
+
+def _without_ends(sides: list, c: dict, args) -> dict:
+    """What was left out -> the comparison of the rest: the smallest and the largest budget of each side."""
+    args, found = Namespace(**vars(args) | {"resamples": 0}), {}
+    for i, (runs, ladder) in enumerate(sides):
+        groups = [members for _, members in sorted(budgets(runs), key=lambda g: g[1][0].flops)]
+        for what, kept in (("smallest", groups[1:]), ("largest", groups[:-1])) if len(groups) > 3 else ():
+            pair = [one for _, one in sides]
+            try:
+                pair[i] = _ladder([r for some in kept for r in some], ladder.name, args, [])
+                found[f"the {what} budget of {ladder.name}"] = ladders.compare(*pair, form=c["form"], at=c["common"])
+            except UsageError:
+                continue
+    return found
 
 
 def run_compare(args) -> tuple[dict, list]:
@@ -156,61 +188,34 @@ def run_compare(args) -> tuple[dict, list]:
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
     warnings: list = []
     sides = zip("ab", (args.runs_a, args.runs_b), names, strict=True)
-    a, b = (_side(side, path, name, args, warnings) for side, path, name in sides)
+    sides = [_side(side, path, name, args, warnings) for side, path, name in sides]
+    a, b = (ladder for _, ladder in sides)
     c = ladders.compare(a, b, form=args.law)
+    made = answers.of_comparison(a, b, c, args.metric, _without_ends(sides, c, args))
+    _say(answers.plain(made))
     rows = [(d["law"], f"{d['a']:.4f}", span(d["a_interval"], ".4f"), f"{d['b']:.4f}", span(d["b_interval"], ".4f"),
              f"{d['difference']:+.4f}", span(d["interval"], "+.4f")) for d in c["exponents"]]  # fmt: skip
     head = ("exponent of", "A", "interval", "B", "interval", "B - A", "interval")
     print_table(
         f"A = {c['a']}, B = {c['b']}; {c['form']} law of the {args.metric}, {c['level']:.0%} intervals", head, rows
     )
-    for side in (a, b):
-        if side.reasons:
-            print(f"{side.name} tells no law beyond its data, so neither does the comparison: {side.reasons[0]}.")
-    first, x = c["exponents"][0], c["crossing"]
-    apart = span(first["interval"], "+.4f")
-    if c["steeper"]:
-        inside = "inside the data, " * bool(a.reasons or b.reasons)
-        text = f"{inside}{c['steeper']}, its exponent is {abs(first['difference']):.4f} steeper ({apart})"
-    else:
-        text = f"the data do not say, the exponents differ by {apart}"
-    print(f"Which scales better: {text}.")
-    level = f"{c['ratio']:.4f} times that of {c['a']} (interval {span(c['ratio_interval'], '.4f')})"
-    print(f"At {c['common']:.3g} FLOPs, the most that both reach, the {args.metric} of {c['b']} is {level}.")
-    print(_crossing(x) if x else "No crossing: the two are not measured alike.")
-    c |= {"identifiable": {"a": not a.reasons, "b": not b.reasons}}
+    c |= {"verdict": made.to_json(), "identifiable": {"a": not a.reasons, "b": not b.reasons}}
     c |= {"metric": args.metric, "convention": str(of_record(a.protocol)) if a.protocol else None}  # a CSV does not say
     return c, [*warnings, *c["warnings"]]
-
-
-def _crossing(x: dict) -> str:
-    if x["flops"] == 0:
-        text = f"{x['lower']} is the lower one at all compute looked at"
-    else:
-        beyond = (
-            f"{x['beyond']:.3g}x beyond the data" if x["beyond"] > 1 else f"{x['beyond']:.2g} of the largest budget"
-        )
-        text = f"{x['lower']} is the lower one from {x['flops']:.3g} FLOPs on, {beyond}"
-    return f"{text}; interval {reach(x['interval'], 'always', 'never, as far as one can say')}."
-
-
-def reach(ends: tuple, none: str, never: str) -> str:
-    """An interval of costs in words: 0 is `none`, inf is `never`, a dash where there is none."""
-    if math.isnan(ends[0]):
-        return DASH
-    low, high = (never if math.isinf(v) else none if v == 0 else f"{v:.3g}" for v in ends)
-    return low if low == high else f"{low} to {high}"
 
 
 def run_frontier(args) -> tuple[dict, list]:
     """Find the Pareto front of cost and score, the best model at each cost, and where a smaller model stops winning."""
     points = _points(args, args.runs, sampled=args.cost == "flops", fitted=False)
     fit = fit_frontier(points, args.metric, unit=args.cost, resamples=args.resamples, seed=args.seed)
+    made = answers.of_frontier(fit)
+    _say(answers.plain(made))
     served = serve(points, args.images_served) if args.images_served else []
     best = front(served, fit.higher) if served else []
     best_at = [dict(zip(("cost", "model", "score", "share"), (c, *fit.best(c)), strict=True)) for c in args.at]
     _print_frontier(fit, best_at)
     result = {
+        "verdict": made.to_json(),
         "metric": fit.metric,
         "cost": fit.unit,
         "front": [_json_of(p) | {"share": s} for p, s in zip(fit.front, fit.front_shares, strict=True)],
@@ -244,7 +249,7 @@ def _print_frontier(fit: Frontier, best_at: list) -> None:
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)
     rows = [(w.model, f"{w.low:.3g}", f"{w.high:.3g}", _percent(w.share)) for w in fit.winners]
     print_table("Best model at each cost", ("model", f"from ({unit})", "to", "share of resamples"), rows)
-    rows = [(h.model, h.then, "at or below " * h.censored + f"{h.cost:.4g}", reach(h.interval, "", "never within the data"))
+    rows = [(h.model, h.then, "at or below " * h.censored + f"{h.cost:.4g}", answers.reach(h.interval, "", "never within the data"))
             for h in fit.handovers]  # fmt: skip
     if rows:
         head = ("model", "stops winning to", f"at ({unit})", f"{fit.level:.0%} interval")

@@ -75,13 +75,13 @@ def ladder_of_metric(name: str, fit: MetricLaw) -> Ladder:
     return Ladder(name, laws, fit.used[0].train, fit.largest, fit.used[0].protocol, fit.form)
 
 
-def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "") -> dict:
+def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "", at: float | int = 0.0) -> dict:
     """Compares two ladders. `form` of the loss laws: pure, irreducible, or "" = irreducible if either side takes it and both have it.
 
     The result is JSON's: `exponents` of the loss, and of N_opt and D_opt where both have them, with B - A and its interval; `steeper`, the
-    side whose loss falls faster, or "" if that interval holds 0; `ratio`, the loss of B over that of A at `common`, the largest compute
-    both reach; `crossing`, None where levels cannot be compared; `warnings`, which say why. Raises UsageError where the conventions of
-    FLOPs differ, or where a side has no law of that form.
+    side whose loss falls faster, or "" if that interval holds 0; `ratio`, the loss of B over that of A at `common`, which is `at` (0: the
+    largest compute both reach); `crossing`, None where levels cannot be compared; `warnings`, which say why. Raises UsageError where the
+    conventions of FLOPs differ, or where a side has no law of that form.
     """
     warnings, comparable = _protocols(a, b)
     if not form:
@@ -100,7 +100,7 @@ def compare(a: Ladder, b: Ladder, *, level: float = 0.95, form: str = "") -> dic
         warnings.append("exponents are of the reducible part; at large compute the irreducible terms decide")
     names = [LOSS[form], *(n for n in ("N_opt", "D_opt") if n in a.laws and n in b.laws)]
     exponents = [_difference(a, b, name, level) for name in names]
-    pair, common, (low, high) = _paired(a, b, LOSS[form]), min(a.largest, b.largest), exponents[0]["interval"]
+    pair, common, (low, high) = _paired(a, b, LOSS[form]), at or min(a.largest, b.largest), exponents[0]["interval"]
     ratio = pair[1](common) / pair[0](common)
     out = {"a": a.name, "b": b.name, "form": form, "steeper": b.name if high < 0 else a.name if low > 0 else ""}
     out |= {

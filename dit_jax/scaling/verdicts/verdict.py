@@ -26,7 +26,8 @@ PARTS = 4  # at most, of the sizes that are left out in turn
 MOST = 5  # findings
 WORTH = 0.5  # of a half-width, from which an effect is a finding
 TOO_FAR = 100.0  # times the data, from which the distance itself is a finding
-QUANTITIES = ("N_opt", "L_opt")
+DIGITS = {"N_opt": ".3g", "L_opt": ".4f"}
+QUANTITIES = tuple(DIGITS)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The method to believe at `flops` training FLOPs, why, and its N_opt and L_opt with intervals; `scores` are relative errors of losses
-    left out, (largest budget, sizes), by method. `passes` names the methods that the intervals span; () = none may speak."""
+    """The method to believe at `flops` training FLOPs, why, and what it says there with intervals: N_opt and L_opt, or a metric. `scores`
+    are relative errors of losses left out, (largest budget, sizes), by method. `passes` names those that the intervals span; () = none
+    may speak."""
 
     method: str
     reason: str
@@ -178,16 +180,11 @@ def _findings(
     first, rest = [], []
     if not made.passes:
         first = [Finding(text, {}, "") for text in best.reasons[:MOST]]
-    if made.beyond > TOO_FAR:
-        half = {n: _half(made, n) for n in QUANTITIES}
-        text = f"the target is {made.beyond:.3g} times beyond the largest budget" + "; half of the interval there" * (
-            any(map(math.isfinite, half.values()))
-        )
-        first.append(Finding(text, half, "train a budget nearer to it"))
+    first += too_far(made)
     for method, other in said.items():
         if method != made.method:
             passed = "the interval holds it too" if method in made.passes else "it fails its tests"
-            rest.append(Finding(f"{method} instead", _effect(made, other), passed))
+            rest.append(Finding(f"{method} instead", effect(made, other), passed))
     tried: list[set] = []
     for text, advice, odd, bad in [*suspects, *_ends(runs)]:
         gone = {id(r) for r in odd}
@@ -198,10 +195,25 @@ def _findings(
             other = predict(again([r for r in runs if id(r) not in gone]), made.flops) if gone else {}
         except UsageError:
             other = {}
-        (first if bad else rest).append(Finding(text, _effect(made, other), advice))
+        (first if bad else rest).append(Finding(text, effect(made, other), advice))
+    return telling(made, first, rest)
+
+
+def too_far(made: Verdict) -> list[Finding]:
+    """The distance of the target itself, if it is very far."""
+    if not made.beyond > TOO_FAR:
+        return []
+    half = {name: _half(made, name) for name in made.values}
+    known = any(map(math.isfinite, half.values()))
+    text = f"the target is {made.beyond:.3g} times beyond the largest budget" + "; half of the interval there" * known
+    return [Finding(text, half, "train a budget nearer to it")]
+
+
+def telling(made: Verdict, first: Sequence[Finding], rest: Sequence[Finding]) -> tuple:
+    """At most MOST findings: all of `first`, then those of `rest` whose effect is WORTH half-widths or more, the largest first."""
     weight = {id(f): _weight(made, f) for f in rest}
-    rest = sorted((f for f in rest if weight[id(f)] >= WORTH), key=lambda f: -weight[id(f)])
-    return tuple([*first, *rest][:MOST])
+    kept = sorted((f for f in rest if weight[id(f)] >= WORTH), key=lambda f: -weight[id(f)])
+    return tuple([*first, *kept][:MOST])
 
 
 def _ends(runs: Sequence[Run]) -> list[tuple]:
@@ -215,7 +227,7 @@ def _ends(runs: Sequence[Run]) -> list[tuple]:
     ]
 
 
-def _effect(made: Verdict, other: Mapping) -> dict:
+def effect(made: Verdict, other: Mapping) -> dict:
     """What `other` says of the target, relative to the verdict, in percent."""
     return {n: 100 * (other.get(n, math.nan) / v - 1) if v > 0 else math.nan for n, v in made.values.items()}
 
@@ -232,12 +244,12 @@ def _weight(made: Verdict, finding: Finding) -> float:
     return max(sizes, default=0.0)
 
 
-def lines(made: Verdict) -> list[str]:
-    """The verdict in words: which method, the number, and what would change it."""
-    name = f"believe {made.method}" if made.passes else "believe none beyond these data"
+def lines(made: Verdict, called: str = "") -> list[str]:
+    """The verdict in words: which method (`called` so), the number, and what would change it."""
+    name = f"believe {called or made.method}" if made.passes else "believe none beyond these data"
     parts = []
-    for quantity, digits in (("N_opt", ".3g"), ("L_opt", ".4f")):
-        value, (low, high) = made.values[quantity], made.intervals[quantity]
+    for quantity, value in made.values.items():
+        digits, (low, high) = DIGITS.get(quantity, ".4g"), made.intervals[quantity]
         if math.isnan(value):
             parts.append(f"{quantity} is not told")
         else:

@@ -229,13 +229,13 @@ def _ends(runs: Sequence[Run]) -> list[tuple]:
 
 def effect(made: Verdict, other: Mapping) -> dict:
     """What `other` says of the target, relative to the verdict, in percent."""
-    return {n: 100 * (other.get(n, math.nan) / v - 1) if v > 0 else math.nan for n, v in made.values.items()}
+    return {n: 100 * (other.get(n, math.nan) / v - 1) if v else math.nan for n, v in made.values.items()}
 
 
 def _half(made: Verdict, name: str) -> float:
     """Half of the interval in percent."""
     low, high = made.intervals[name]
-    return 50 * (high - low) / made.values[name] if made.values[name] > 0 else math.nan
+    return 50 * (high - low) / abs(made.values[name]) if made.values[name] else math.nan
 
 
 def _weight(made: Verdict, finding: Finding) -> float:

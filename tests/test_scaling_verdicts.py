@@ -76,6 +76,14 @@ def test_ends_that_disagree_are_named():
     assert not any(t.fails for t in beyond.ends(clean, again("isoflop"), 4e12))
 
 
+def test_ends_of_runs_without_noise_differ_by_rounding_alone():
+    exact = fit_varpro(ladder(), resamples=100)
+    low, high = predict(exact, 1e22)["N_opt_interval"]
+    assert high / low - 1 < beyond.ROUNDING
+    found = beyond.ends(exact, again("varpro"), 1e22)
+    assert len(found) == 2 and not any(t.fails for t in found)
+
+
 def test_a_ladder_whose_optima_scatter_has_the_truth_inside():
     fit = fit_one(load_runs([os.path.join(CASES, "ladder_scattered_optima.csv")]), "isoflop", 1e24)
     said, (low, high) = predict(fit, 1e24), fit.exponent("N_opt")[1]

@@ -29,6 +29,7 @@ ODD = 0.05  # of the scatter about the bent law, below which it is more than the
 FAR = 10.0  # times the largest compute: where the ends are compared, if nothing is asked for
 RESAMPLES = 100  # of the refits without an end
 PARTS = 5  # of scattered runs, by compute: the first and the last are their ends
+ROUNDING = 1e-6  # of a prediction, up to which ends of runs without noise may differ
 NOT = "not identified beyond the data: "
 
 
@@ -157,7 +158,8 @@ def ends(fit: Fit, refit: Callable[[Sequence[Run]], Fit], flops: float | int) ->
             f"{name} at {flops:.3g} FLOPs is {said[0][name]:{digits}} without the smallest budget and {said[1][name]:{digits}} without the "
             "largest, beyond their intervals"
         )
-        found.append(Trial(f"ends, {name}", text, high < lower or higher < low))
+        apart = max(lower - high, low - higher) > ROUNDING * said[0][name]
+        found.append(Trial(f"ends, {name}", text, apart))
     return found
 
 

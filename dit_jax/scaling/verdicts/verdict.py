@@ -18,7 +18,7 @@ from dit_jax.error import UsageError
 from dit_jax.scaling.fits.fit import INSIDE, NO_INTERVAL, Fit, predict
 from dit_jax.scaling.names import ANSWER
 from dit_jax.scaling.runs import Run, budgets, scattered
-from dit_jax.scaling.verdicts.beyond import FAR, Extrapolation, extrapolate
+from dit_jax.scaling.verdicts.beyond import FAR, ROUNDING, Extrapolation, extrapolate
 from dit_jax.scaling.verdicts.holdout import folds
 
 NEAR = 3.0  # sizes within this factor of the best of their budget are predicted
@@ -240,7 +240,8 @@ def _half(made: Verdict, name: str) -> float:
 
 def _weight(made: Verdict, finding: Finding) -> float:
     """The effect in half-widths, or in percent of the value where no interval is given."""
-    sizes = [abs(v) / (h if (h := _half(made, n)) > 0 else 1.0) for n, v in finding.effect.items() if math.isfinite(v)]
+    told = ((n, abs(v)) for n, v in finding.effect.items() if abs(v) > 100 * ROUNDING)
+    sizes = [v / (h if (h := _half(made, n)) > 0 else 1.0) for n, v in told]
     return max(sizes, default=0.0)
 
 

@@ -135,9 +135,9 @@ def test_a_bad_record_is_named_with_its_line(tmp_path, bad, message):
         ("params,tokens,loss,flop\n1,2,3,4\n", r"unknown column 'flop'; did you mean 'flops'"),
         ("params,tokens,loss\n", r"found a header and no run"),
         ("params,tokens,loss\n1,2,3\n1,-2,3\n", r"runs.csv:3: tokens is -2, expected a finite number above 0"),
-        ("params,tokens,loss\n1,2,nan\n", r"runs.csv:2: loss is nan"),
+        ("params,tokens,loss\n1,2,nan\n", r"runs.csv:2: loss is blank, nan or a word in 1 of 1 rows"),
         ("params,tokens,loss\n1,two,3\n", r"runs.csv:2: tokens is 'two', expected a number"),
-        ("params,tokens,loss\n1,2\n", r"runs.csv:2: loss is nan or blank"),
+        ("params,tokens,loss\n1,2\n", r"runs.csv:2: loss is blank, nan or a word"),
     ],
 )
 def test_a_bad_csv_is_named_with_its_line(tmp_path, text, message):
@@ -211,7 +211,11 @@ def test_records_are_chosen_by_a_field_of_their_protocol(tmp_path):
         ({"params": "n"}, [], "no column 'tokens' or 'flops'; .*; --column tokens=NAME says that another one is it"),
         (COLUMNS | {"depth": "n"}, [], "--column: no column 'depth' is known, expected one of params, loss, "),
         (COLUMNS | {"params": "t"}, [], "--column: found one column under two names"),
-        (COLUMNS | {"loss": "dataset"}, [], "published.csv:2: loss is 'a', expected a number"),
+        (
+            COLUMNS | {"loss": "dataset"},
+            [],
+            "published.csv:2, 3.*loss is blank, nan or a word.*name another --column loss=NAME",
+        ),
     ],
 )
 def test_columns_that_are_not_there_are_named(tmp_path, columns, where, message):

@@ -153,7 +153,7 @@ def test_records_are_records_whatever_their_ending(tmp_path):
         (b'{"params": 1}\n{2\n', "x.csv:2: not a JSON line"),
         (b'{"params": 1, "tokens": 2}\n', "no column 'loss'"),
         (b'{"params": 1, "tokens": [2], "loss": 3}\n', r"x.csv:1: tokens is '\[2\]'"),
-        (b'{"params": 1, "tokens": 2, "loss": 3}\n{"params": 1, "tokens": 2}\n', "x.csv:2: loss is nan or blank in 1 of 2"),
+        (b'{"params": 1, "tokens": 2, "loss": 3}\n{"params": 1, "tokens": 2}\n', "x.csv:2: loss is blank, nan or a word in 1 of 2"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_table_are_named(tmp_path, content, message):
@@ -166,15 +166,15 @@ def test_files_that_are_no_table_are_named(tmp_path, content, message):
 
 
 def test_blank_losses_are_named_at_once_and_dropped_if_asked(tmp_path, capsys):
-    assert "blank_loss.csv:3: loss is nan or blank in 1 of 4 rows" in refused(
+    assert "blank_loss.csv:3: loss is blank, nan or a word in 1 of 4 rows" in refused(
         capsys, "fit", case("blank_loss.csv"), "--method=power"
     )
     said, err = fitted(capsys, tmp_path, case("blank_loss.csv"), "--method=power", "--drop=missing")
     assert said["n_runs"] == 3 and "1 of 4 runs dropped" in err
     assert [(d["kind"], d["run"]) for d in said["dropped"]] == [("missing", "b")]
-    rows = ["10,20,nan", "20,40,", "30,50,2.5", "40,60,N/A", "50,70,inf"]
+    rows = ["10,20,nan", "20,40,", "30,50,2.5", "40,60,diverged", "50,70,inf"]
     path = table(tmp_path, "\n".join(["params,tokens,loss", *rows]))
-    with pytest.raises(UsageError, match=r"runs.csv:2, 3, 5, 6: loss is nan or blank in 4 of 5 rows"):
+    with pytest.raises(UsageError, match=r"runs.csv:2, 3, 5, 6: loss is blank, nan or a word in 4 of 5 rows"):
         load_runs(path)
     assert [math.isnan(r.loss) for r in load_runs(path, missing=True)] == [True, True, False, True, True]
 

@@ -67,7 +67,7 @@ def check_name(name: str, what: str, where: str) -> None:
 def nearest(name: str, found: Iterable) -> str:
     """What was found instead of `name`, for messages: the nearest, else everything."""
     found = list(found)[:COLUMNS]
-    near = alike(name, [f[:100] for f in found], cutoff=0.3)
+    near = alike(name, [f[:100] for f in found], cutoff=0.5)
     return f"nearest found {near[0]!r}" if near else f"found {', '.join(map(str, found)) or 'nothing'}"
 
 

@@ -40,7 +40,6 @@ RECORD = {  # field of a record -> field of a Run
     "flops_train": "flops",
 }
 NEEDED = {"run": str, "step": int} | dict.fromkeys(RECORD, (int, float)) | {"metrics": dict, "protocol": dict}
-BLANK = ("", "nan", "na", "n/a", "null", "none", "-", "inf", "-inf")  # losses that are not there
 NAME = "records.jsonl"
 STUDY = 5, 3, 1.5  # runs, sizes and the ratio of the largest to the smallest compute, at least, of a study by itself
 
@@ -92,10 +91,11 @@ def load_runs(
     tell_start(runs)
     gone = [] if missing else [run.source for run in runs if math.isnan(run.loss)]
     if gone:
-        what = f"loss is nan or blank in {len(gone)} of {len(runs)} rows"
-        raise UsageError(
-            f"{places(gone)}: {what}, expected numbers; fill them in, or leave these rows out (fit: --drop=missing)"
+        what = f"loss is blank, nan or a word in {len(gone)} of {len(runs)} rows"
+        rest = (
+            "leave these rows out (fit: --drop=missing)" if len(gone) < len(runs) else "name another --column loss=NAME"
         )
+        raise UsageError(f"{places(gone)}: {what}, expected numbers; fill them in, or {rest}")
     assumed = tuple({name: None for run in runs for name in run.convention.assumed})
     return [replace(run, convention=replace(run.convention, assumed=assumed)) for run in runs]
 
@@ -291,9 +291,9 @@ def _metric(record: dict, name: str, where: str, default: float | None = None) -
 
 
 def _loss(value, name: str, where: str) -> float:
-    """A loss; nan where there is none."""
-    blank = value is None or str(value).strip().lower() in BLANK
-    return math.nan if blank else positive(value, name, where)
+    """A loss; nan where there is none: nothing, or a word such as nan or diverged."""
+    none = not isinstance(value, bool) and not any(c.isdigit() for c in str(value))
+    return math.nan if none else positive(value, name, where)
 
 
 def _read_table(

@@ -26,6 +26,7 @@ from dit_jax.scaling.fits import METHODS, fit_akima, fit_best, fit_isoflop, fit_
 from dit_jax.scaling.report import Report, figures, folder, opening, save, text
 from dit_jax.scaling.report.axes import panels, raised, scale, thin
 from dit_jax.scaling.report.page import typeset
+from dit_jax.scaling.verdicts.verdict import Finding, Verdict
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}$\\frac$"
 
@@ -70,7 +71,9 @@ def undrawn(monkeypatch):
 def saved(tmp_path_factory, runs, fits):
     """The folder of a report of all kinds of figures, as it was saved."""
     path = tmp_path_factory.mktemp("saved") / "out" / "report.html"
-    said = ("Believe isoflop: N_opt is 3e+09.", "Next, train 1e+22 FLOPs.")
+    far = Finding("the largest budget is small", {"N_opt": 2.5, "L_opt": math.nan}, "train 1e+22 FLOPs")
+    numbers, between = {"N_opt": 3e9, "L_opt": 2.5}, {"N_opt": (2e9, 4e9), "L_opt": (2.4, 2.6)}
+    said = Verdict("isoflop", "it is near", 1e22, 10.0, numbers, between, {}, ("isoflop",), (far,))
     grid = io.BytesIO()
     Image.new("RGB", (32, 32)).save(grid, "png")
     made = Report(
@@ -132,10 +135,16 @@ def test_a_report_is_a_page_its_figures_and_its_data(saved, runs, fits):
     page = (saved / "report.html").read_text()
     assert stands_alone(page).tags.count("img") == len(pictures) + 1
     assert (
-        0 < shown(page).index("N_opt is 3e+09.") < shown(page).index("train 1e+22 FLOPs") < shown(page).index("a = 0.")
+        0
+        < shown(page).index("N_opt 3e+09 (2e+09 to 4e+09)")
+        < shown(page).index("train 1e+22 FLOPs")
+        < shown(page).index("a = 0.")
     )
     said = json.loads((saved / "report.json").read_text())
-    assert list(said["methods"]) == list(fits) and said["test"]["inside"] is True and len(said["verdict"]) == 2
+    assert list(said["methods"]) == list(fits) and said["test"]["inside"] is True
+    made = said["verdict"]
+    assert (made["method"], made["N_opt"], made["intervals"]["L_opt"]) == ("isoflop", 3e9, [2.4, 2.6])
+    assert made["findings"][0]["effect_percent"] == {"N_opt": 2.5, "L_opt": None} and len(made["text"]) == 3
     assert {len(column) for name, column in said["runs"].items() if name != "law"} == {len(runs)}
     assert said["runs"]["law"]["power"][0] is None  # it tells no two sizes of one compute apart
 

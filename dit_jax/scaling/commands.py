@@ -235,7 +235,7 @@ def _report(args, runs: list, found: Methods, made, said: dict) -> dict:
         test=_extrapolation(args.runs, runs, found, made),
         grid=read(args.grid, LARGEST) if args.grid else None,
         flops=tuple(args.flops),
-        verdict=tuple(verdict.lines(made)) if made else (),
+        verdict=made,
     )
     print(save(args.out, report))
     if args.method != "all":

@@ -336,7 +336,7 @@ def conclude(cfg: Config, workdir: str, protocol_id: str) -> tuple[str, list[Cel
     for table in tables:
         text.print_table(*table)
     how = {"refused": found.refused, "disagreements": found.disagreements, "test": tested, "grid": picture}
-    how |= {"notes": tuple(said), "flops": (target,) * bool(target), "verdict": tuple(lines(made))}
+    how |= {"notes": tuple(said), "flops": (target,) * bool(target), "verdict": made}
     title = f"IsoFLOP scaling of {cfg.data.title}, {len(ladder)} runs"
     page = report.Report(title, found.fits, law.method, tuple(ladder), **how)
     print(report.opening(page))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from dit_jax.scaling.fits.fit import Fit
 from dit_jax.scaling.report.text import opening
+from dit_jax.scaling.verdicts.verdict import Verdict
 
 __all__ = ["Report", "opening", "save"]
 
@@ -27,7 +28,7 @@ class Report:
     dropped: tuple = ()
     tables: tuple = ()
     notes: tuple = ()  # sentences on the model that was trained beyond the data
-    verdict: tuple[str, ...] = ()  # sentences that come before all else
+    verdict: Verdict | None = None  # which comes before all else
 
 
 def save(path: str, report: Report) -> str:

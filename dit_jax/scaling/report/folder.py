@@ -10,6 +10,7 @@ from dit_jax.scaling.report.axes import MOST, png
 from dit_jax.scaling.report.page import computes, page
 from dit_jax.scaling.report.text import expected, finite, to_json
 from dit_jax.scaling.runs import budgets, scattered
+from dit_jax.scaling.verdicts.verdict import lines
 
 CAPTIONS = {
     "isoflop": "{0}: the runs of each budget, and the loss that the fit expects of a model of N parameters and C / (k N) tokens.",
@@ -62,12 +63,13 @@ def draw(report: Report) -> dict:
 def report_json(report: Report) -> dict:
     """Everything that the page shows, as data; `runs` holds a list for each column."""
     fits, runs, at = report.fits, report.runs, computes(report)
-    texts = ("title", "main", "verdict", "refused", "disagreements", "findings", "notes", "dropped", "tables")
+    texts = ("title", "main", "refused", "disagreements", "findings", "notes", "dropped", "tables")
     names = ("name", "params", "tokens", "flops", "loss", "loss_se")
     columns = {name: [getattr(r, name) for r in runs] for name in names}
     laws = {method: [float(f"{law:.7g}") for law in expected(fit, runs)] for method, fit in fits.items()}
     said = {
         "convention": runs[0].convention.to_json() if runs else None,
+        "verdict": report.verdict and report.verdict.to_json() | {"text": lines(report.verdict)},
         "methods": {method: to_json(fit, [predict(fit, c) for c in at]) for method, fit in fits.items()},
         "flops": at,
         "test": vars(report.test) | {"inside": report.test.inside} if report.test is not None else None,

@@ -12,6 +12,7 @@ from dit_jax.scaling.fits.fit import Fit, predict
 from dit_jax.scaling.names import EXPLAINED
 from dit_jax.scaling.report import text
 from dit_jax.scaling.report.axes import thin
+from dit_jax.scaling.verdicts.verdict import lines
 
 MULTIPLES = (1.0, 10.0, 100.0)  # of the largest run, predicted if no compute is asked for
 MANY = 30  # rows, from which a table is folded
@@ -28,6 +29,7 @@ def page(report, figures: Mapping[str, tuple], mark: str) -> str:
         report=report,
         generator=mark,
         answer=text.opening(report),
+        verdict=lines(report.verdict) if report.verdict else (),
         many=MANY,
         explained=EXPLAINED,
         figures=figures,

@@ -3,8 +3,8 @@
     python benchmarks/targets.py runs/demo --multiple=10 --seeds=2
 
 Fits the ladder in W/cells, trains the size that the verdict recommends at `multiple` times the largest budget with each seed, in
-W/targets, evaluates its loss and prints predicted beside measured, and draws the mean as W/targets/tested.png. What is there is not
-trained again.
+W/extrapolation/targets, evaluates its loss and prints predicted beside measured, and draws the mean as tested.png there. What is there
+is not trained again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     tested = []
     for seed in range(args.seeds):
         cell = recommended_cell(cfg, args.workdir, fits[made.method])
-        folder = os.path.join(args.workdir, "targets", f"{cell.name}-seed{seed}")
+        folder = os.path.join(args.workdir, "extrapolation", "targets", f"{cell.name}-seed{seed}")
         own = dataclasses.replace(cell.cfg, train=dataclasses.replace(cell.cfg.train, seed=seed))
         own = dataclasses.replace(own, eval=dataclasses.replace(own.eval, samples=0))
         loop.run(own, folder)
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"mean of {len(measured)} seeds {np.mean(measured):.4f}{spread}: error {error:+.2%}, half-width {half:.2%}")
     error = np.std(measured, ddof=1) / len(measured) ** 0.5 if len(measured) > 1 else one.measured_se
     mean = dataclasses.replace(one, measured=float(np.mean(measured)), measured_se=float(error))
-    path = os.path.join(args.workdir, "targets", "tested.png")
+    path = os.path.join(args.workdir, "extrapolation", "targets", "tested.png")
     axes.save(figures.law({made.method: fits[made.method]}, "L_opt", (2 * one.flops,), test=mean), path)
     print(path)
     if not math.isfinite(half):

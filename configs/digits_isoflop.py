@@ -3,7 +3,8 @@
 python -m dit_jax.sweep --config=configs/digits_isoflop.py --workdir=runs/demo
 
 A constant learning rate and a power EMA make a run that passes a budget the very run of that budget, so each size is trained once. A budget
-uses the sizes that it trains for 400 steps or more: before that the losses follow the warm-up, not the law.
+uses the sizes that it trains for 400 steps or more: before that the losses follow the warm-up, not the law. Without the sizes that lie
+farther than 3x from a budget's optimum (7 of 24) the law foretells less: half-widths grow from 2.4 to 14 %.
 """
 
 from dit_jax.config import template

@@ -12,6 +12,7 @@ import numpy as np
 
 from dit_jax import checkpoint, flops
 from dit_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, SampleConfig, SweepConfig, to_dict
+from dit_jax.config.evaluation import AXES
 from dit_jax.data.source import Source, introduce
 from dit_jax.data.words import prompts
 from dit_jax.devices.mesh import make_mesh
@@ -221,6 +222,7 @@ def prepare(cfg: Config, workdir: str) -> Source:
         make_task(dataclasses.replace(cfg, sample=grid_settings(cfg)))
     old = read_config(workdir, "sweep.json") if is_file(os.path.join(workdir, "sweep.json")) else cfg
     free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir", "data.folder", "data.mixture"]
+    free += [f"eval.{axis}" for axis in AXES if axis not in ("weights", "ema")]  # of which images are scored
     rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
     free += ["sweep.budgets", "sweep.windows"] * (cfg.sweep.curves and rungs >= known)  # runs go on to further budgets
     before, now = flatten(to_dict(old)), flatten(to_dict(cfg))

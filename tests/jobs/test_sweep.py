@@ -344,13 +344,14 @@ def as_scored(loss, drawn):
 
 
 def test_cells_are_scored_by_samples_at_every_guidance(curves, tmp_path, cache_dir):
-    """Asked for later, too: a finished cell is not trained again, and `scaling metric` and `frontier` read the ladder's folder.
+    """Asked for later, too, at other guidances: a finished cell is not trained again. `scaling metric` and `frontier` read the ladder's folder.
 
     The smallest cell is scored; the others get the scores of its last step.
     """
     _, workdir, _ = curves
     workdir = str(shutil.copytree(workdir, tmp_path / "sweep", symlinks=True))
     scored = resolve(by_curves(samples=70))
+    scored = dataclasses.replace(scored, eval=dataclasses.replace(scored.eval, guidance=(1.0, 3.0)))
     protocols = ladder.targets_of(scored, ladder.prepare(scored, workdir))
     cells = sorted(ladder.make_cells(scored, workdir), key=lambda cell: cell.cfg.model.width)
     assert not any(ladder.finished(cell, protocols) for cell in cells)
@@ -361,6 +362,7 @@ def test_cells_are_scored_by_samples_at_every_guidance(curves, tmp_path, cache_d
     records = read_records(cells[0].workdir)
     drawn = {at: r for at, r in records.items() if "samples" in r["protocol"]}
     assert len(records) == 3 * len(cells[0].steps) and len(drawn) == 2 * len(cells[0].steps)
+    assert {r["protocol"]["samples"]["guidance"] for r in drawn.values()} == {1.0, 3.0}
     assert all(r["protocol"]["samples"]["num"] == 70 and "fd_digits" in r["metrics"] for r in drawn.values())
     last = [record for (step, _), record in drawn.items() if step == cells[0].steps[-1]]
     for cell in cells[1:]:

@@ -73,8 +73,9 @@ def part(name: str, records: list[dict], folder: str, resamples: int, times: int
     }
 
 
-def open_cells(cells: Sequence[Cell], records: list[dict]) -> list[tuple]:
-    """A row (kind of data, kind of cell, how many are recorded of those planned at each budget) for each kind of cell."""
+def open_cells(cells: Sequence[Cell], left: set) -> list[tuple]:
+    """A row (kind of data, kind of cell, how many are recorded of those planned at each budget) for each kind of cell; `left` holds
+    the ids of those of which not all is recorded."""
     groups: dict = {}
     for cell in cells:
         what = f"{cell.student.replace('_', ' ')} {cell.share:.0%}" if cell.student else "teachers"
@@ -84,7 +85,7 @@ def open_cells(cells: Sequence[Cell], records: list[dict]) -> list[tuple]:
     for (name, what), budgets in groups.items():
         said = []
         for budget, some in sorted(budgets.items()):
-            gone = [f"w{cell.size[0]}" for cell in some if missing(cell, records)]
+            gone = [f"w{cell.size[0]}" for cell in some if id(cell) in left]
             some_gone = f" (without {', '.join(gone)})" * (0 < len(gone) < len(some))
             said.append(f"{short(budget)}: {len(some) - len(gone)} of {len(some)}{some_gone}")
         found.append((name, what, "; ".join(said)))
@@ -101,17 +102,18 @@ def write(path: str, resamples: int = RESAMPLES, times: int = claim.TIMES) -> st
     page = os.path.join(os.path.dirname(folder), "study.md")
     make_folder(folder)
     cells = make_cells(STUDIES.values())
+    left = {id(cell) for cell in cells if missing(cell, records)}
     kinds = [name for name in STUDIES if any(r["study"]["data"] == name for r in records)]
     values = {
         "parts": [part(name, records, folder, resamples, times) for name in kinds],
         "studies": STUDIES,
         "batch": {name: config_of(make_cells([study])[0]).train.batch_size for name, study in STUDIES.items()},
         "failed": failed,
-        "cells": open_cells(cells, records),
+        "cells": open_cells(cells, left),
         "folder": os.path.basename(folder),
         "table": table,
         "count": len(records),
-        "done": sum(not missing(cell, records) for cell in cells),
+        "done": len(cells) - len(left),
         "of": len(cells),
         "out": f"{claim.OUT:.0%}",
         "times": times,

@@ -257,12 +257,17 @@ def test_half_a_study_makes_a_page_that_says_what_is_missing(made, tmp_path):
     path = tmp_path / "study" / "records.jsonl"
     path.parent.mkdir()
     some = [r for r in made if r["study"]["width"] < 24 and r["study"]["objective"] in ("", "consistency")]
+    some = [
+        r for r in some if r["study"]["width"] == 12 or r["protocol"].get("samples", {}).get("sampler") != "dpmpp_2m"
+    ]
     gone = make_cells([small()])[0]
     append(str(path), [*some, {"study": gone.note | {"cell": "digits-w99"}, "failed": "the loss is not finite"}])
     text = Path(write(str(path), *QUICK)).read_text()
     assert "* `digits-w99`: the loss is not finite" in text
     assert "| digits | consistency 5% | 1e11: 3 of 6 (without w24, w28, w32);" in text
     assert "| digits | mean flow 5% | 1e11: 0 of 6;" in text
+    assert "| digits | teachers | 1e11: 3 of 6 (without w24, w28, w32);" in text
+    assert "| digits | teachers, other samplings | 1e11: 1 of 6 (without w16, w20, w24, w28, w32);" in text
     one = [r for r in some if r["study"]["width"] == 12]  # of one size nothing can be said, and the page says so
     path.write_text("".join(json.dumps(r) + "\n" for r in one))
     assert (

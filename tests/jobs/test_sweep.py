@@ -344,7 +344,7 @@ def as_scored(loss, drawn):
 
 
 def test_cells_are_scored_by_samples_at_every_guidance(curves, tmp_path, cache_dir):
-    """Asked for later, too, at other guidances: a finished cell is not trained again. `scaling metric` and `frontier` read the ladder's folder.
+    """Asked for later, at other guidances: a finished cell is not trained again. `scaling metric` and `frontier` read the ladder's folder.
 
     The smallest cell is scored; the others get the scores of its last step.
     """

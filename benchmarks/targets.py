@@ -3,7 +3,7 @@
     python benchmarks/targets.py runs/demo --multiple=10 --seeds=2
 
 Fits the ladder in W/cells, trains the size that the verdict recommends at `multiple` times the largest budget with each seed, in
-W/extrapolation/targets, evaluates its loss and prints predicted beside measured, and draws the mean as tested.png there. What is there
+W/extrapolation-MULTIPLEx, evaluates its loss and prints predicted beside measured, and draws the mean as tested.png there. What is there
 is not trained again.
 """
 
@@ -40,10 +40,10 @@ def main() -> None:
     fits, made = found.fits, judge(ladder, found.fits, found.refits.__getitem__, target)
     print("\n".join(lines(made)))
     cfg = dataclasses.replace(cfg, sweep=dataclasses.replace(cfg.sweep, extrapolate=args.multiple))
-    tested = []
+    tested, targets = [], os.path.join(args.workdir, f"extrapolation-{args.multiple:g}x")
     for seed in range(args.seeds):
         cell = recommended_cell(cfg, args.workdir, fits[made.method])
-        folder = os.path.join(args.workdir, "extrapolation", "targets", f"{cell.name}-seed{seed}")
+        folder = os.path.join(targets, f"{cell.name}-seed{seed}")
         own = dataclasses.replace(cell.cfg, train=dataclasses.replace(cell.cfg.train, seed=seed))
         own = dataclasses.replace(own, eval=dataclasses.replace(own.eval, samples=0))
         loop.run(own, folder)
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"mean of {len(measured)} seeds {np.mean(measured):.4f}{spread}: error {error:+.2%}, half-width {half:.2%}")
     error = np.std(measured, ddof=1) / len(measured) ** 0.5 if len(measured) > 1 else one.measured_se
     mean = dataclasses.replace(one, measured=float(np.mean(measured)), measured_se=float(error))
-    path = os.path.join(args.workdir, "extrapolation", "targets", "tested.png")
+    path = os.path.join(targets, "tested.png")
     axes.save(figures.law({made.method: fits[made.method]}, "L_opt", (2 * one.flops,), test=mean), path)
     print(path)
     if not math.isfinite(half):

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from planted import BUDGETS, study
+from planted import BUDGETS, scatter, study
 from planted import ladder as planted
 from planted import sheet as table
 from test_scaling_metric import COMPUTE, LIANG, ladder
@@ -18,6 +18,7 @@ from dit_jax.scaling.fits.law import PowerLaw
 from dit_jax.scaling.frontier.compare import compare, ladder_of_fit, ladder_of_metric
 from dit_jax.scaling.frontier.metric import fit_metric
 from dit_jax.scaling.runs import Run
+from dit_jax.scaling.verdicts.verdict import ends
 
 A_LAW, B_LAW = PowerLaw(22.0, -0.15), PowerLaw(22.0 * 4e10**0.03, -0.18)  # cross at 4e10
 
@@ -144,17 +145,19 @@ def test_compare_prints_its_verdict_and_writes_json(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main(["compare", a, b, "--law=pure", "--resamples=300", f"--json={out}"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("Verdict: b.csv scales better, ") and "b.csv is the lower one from" in printed
+    assert printed.startswith("Verdict: b.csv scales better: ") and "b.csv is the lower one from" in printed
     result = json.loads(out.read_text())
     made = result["verdict"]
-    assert made["method"] == "pure" and made["at_flops"] == result["common"] and made["ratio"] == result["ratio"]
+    assert (
+        made["method"] == "pure" and made["at_flops"] == result["common"] and made["values"]["ratio"] == result["ratio"]
+    )
     assert made["intervals"]["ratio"] == result["ratio_interval"] and printed.startswith(f"Verdict: {made['reason']}.")
     assert result["steeper"] == "b.csv" and result["crossing"]["interval"][0] < 4e10 < result["crossing"]["interval"][1]
     assert {d["law"] for d in result["exponents"]} == {"L_opt_pure", "N_opt", "D_opt"}
     assert main(["compare", a, b, "--through=best", "--resamples=300"]) == 0
     far = sheet(tmp_path / "far.csv", PowerLaw(22.0 * 1.3e12**0.03, -0.18), 2, noise=1e-5)
     assert main(["compare", a, far, "--law=pure"]) == 0
-    assert "x beyond the data; interval" in capsys.readouterr().out
+    assert "x beyond the data; 95% interval of the crossing: " in capsys.readouterr().out
 
 
 def test_a_budget_that_alone_changes_a_comparison_is_a_finding(tmp_path):
@@ -172,6 +175,23 @@ def test_a_budget_that_alone_changes_a_comparison_is_a_finding(tmp_path):
     assert -4 < end["effect_percent"]["ratio"] < -1 and end["effect_percent"]["exponent_b"] > 5 and end["advice"]
 
 
+def test_one_table_beside_itself_has_two_names_and_the_ends_of_both(tmp_path, capsys):
+    runs, out = [*planted(noise=0.002, seed=1), *planted(noise=0.002, seed=2)], tmp_path / "out.json"
+    rows = [f"{'xy'[i >= len(runs) // 2]},{r.params},{r.tokens},{r.flops},{r.loss}" for i, r in enumerate(runs)]
+    (tmp_path / "t.csv").write_text("\n".join(["study,params,tokens,flops,loss", *rows]))
+    sides = ["--a_where=study=x", "--b_where=study=y", "--law=pure", "--resamples=0", f"--json={out}"]
+    assert main(["compare", str(tmp_path / "t.csv"), str(tmp_path / "t.csv"), *sides]) == 0
+    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert (result["a"], result["b"]) == ("t.csv (A)", "t.csv (B)") and "(no interval)" in said
+    told = {f["text"] for f in result["verdict"]["findings"]}
+    assert {f"without the {end} budget of t.csv ({side})" for end in ("smallest", "largest") for side in "AB"} >= told
+    assert {text[-3:] for text in told} == {"(A)", "(B)"}
+
+
+def test_runs_scattered_over_compute_have_no_budget_at_an_end(tmp_path):
+    assert len(ends(planted())) == 2 and ends(scatter(noise=0.005)) == [] and ends(planted()[:15]) == []
+
+
 def test_compare_says_why_a_fit_is_not_identified(tmp_path, capsys):
     runs = study(noise=0.003, seed=0, budgets=BUDGETS[:2], loss=A_LAW)
     rows = [f"{r.name},{r.params},{r.tokens},{r.flops},{r.loss}" for r in runs]
@@ -179,7 +199,9 @@ def test_compare_says_why_a_fit_is_not_identified(tmp_path, capsys):
     a, out = sheet(tmp_path / "a.csv", B_LAW, 1), tmp_path / "out.json"
     assert main(["compare", a, str(tmp_path / "two.csv"), "--resamples=100", f"--json={out}"]) == 0
     text = "two.csv: two budgets: any two minima lie on a power law"
-    assert text in capsys.readouterr().err and any(text in w for w in json.loads(out.read_text())["warnings"])
+    assert text.partition(": ")[2] in capsys.readouterr().out and any(
+        text in w for w in json.loads(out.read_text())["warnings"]
+    )
 
 
 def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
@@ -214,7 +236,7 @@ def test_ladders_compare_by_a_metric_at_the_best_guidance(tmp_path, capsys):
             "expected one of which less is better; of a share such as precision give 1-NAME",
         ),
         (["compare", "A", "A", "--window=0.5"], "--window: found 0.5"),
-        (["metric", "A"], "no column 'name'; nearest found"),
+        (["metric", "A"], "no column 'name'; found run, params,"),
         (["metric", "A", "--choose=scale"], "--choose: found 'scale', expected names among sampler, steps"),
         (["metric", "A", "--flops=-1"], "--flops: found -1"),
         (["metric", "A", "--pure", "--irreducible"], "--pure: found it with --irreducible, expected one of them"),

@@ -13,6 +13,7 @@ from test_scaling_runs import record, workdir
 
 from dit_jax.error import UsageError
 from dit_jax.scaling.__main__ import main
+from dit_jax.scaling.frontier import answers
 from dit_jax.scaling.frontier.frontier import fit_frontier, front, serve
 from dit_jax.scaling.frontier.points import Point, find_metric, higher_is_better, load_points
 
@@ -260,6 +261,16 @@ def test_bad_use_is_one_line_and_exit_2(tmp_path, more, message, capsys, monkeyp
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_verdict_says_what_the_scores_leave_open():
+    sure = answers.of_frontier(fit_frontier(planted(0.001), "fid"))
+    assert sure.findings == () and ", then " in sure.reason
+    open_ = answers.of_frontier(fit_frontier(planted(0.3), "fid"))
+    assert any("of the resamples from" in f.text and f.advice == "score with more images" for f in open_.findings)
+    dear = [p for p in planted(0.001) if p.name == "S" or p.steps >= 64]
+    late = answers.of_frontier(fit_frontier(dear, "fid"))
+    assert "is the best at or below" in late.reason and "from its cheapest sampling on" in late.findings[0].text
 
 
 def test_the_command_prints_tables_and_writes_json_and_a_figure(tmp_path, capsys):

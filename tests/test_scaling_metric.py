@@ -324,7 +324,45 @@ def test_a_law_of_a_metric_that_bends_says_nothing_beyond_its_data():
     scores = [Point(f"m{i}", float(30 * 0.8 ** (i * i / 2)), train=float(c)) for i, c in enumerate(COMPUTE)]
     fit = fit_metric(scores, form="pure")
     made = answers.of_metric(fit, "fid", lambda p, form: fit_metric(p, form=form, resamples=0), 6e19)
-    assert made.passes == () and math.isnan(made.values["fid"]) and "not identified" in made.reason
+    assert made.passes == () and math.isnan(made.values["fid"]) and "a decade of compute" in made.reason
+    inside = answers.of_metric(fit, "fid", lambda p, form: fit_metric(p, form=form, resamples=0), 1e18)
+    assert (
+        inside.values["fid"] == fit.predict(1e18)["score"] and inside.intervals["fid"] == fit.predict(1e18)["interval"]
+    )
+
+
+def _judged(points, asked="", metric="fid", flops=0.0, **options):
+    def again(some, form):
+        return fit_metric(some, form=form, resamples=0, **options)
+
+    return answers.of_metric(fit_metric(points, form=asked, resamples=200, **options), metric, again, flops, asked)
+
+
+def test_a_form_that_was_asked_for_is_not_said_to_be_what_the_scores_ask_for():
+    points = ladder(noise=0.02, seed=1, compute=np.geomspace(1e17, 6e18, 8))
+    made = _judged(points, "irreducible")
+    assert made.method == "irreducible" and made.reason.startswith("--irreducible asks for it; test of a bend, p = ")
+    assert "--" not in _judged(points).reason
+    bent = _judged(ladder(FLOOR, 0.01, 0, np.geomspace(1e18, 1e21, 9)))
+    (other,) = (f for f in bent.findings if f.text == "the pure power law instead")
+    assert bent.method == "irreducible" and other.advice == "the scores speak against it" and other.effect["fid"] < -5
+
+
+def test_the_error_at_the_largest_budget_is_of_all_its_points_left_out():
+    points = ladder(noise=0.01, seed=3, compute=np.geomspace(1e17, 6e18, 6))
+    twin = replace(points[-1], name="twin", score=9 * points[-1].score)
+    made = _judged([*points, twin], "pure")
+    law = fit_metric(points[:-1], form="pure", resamples=0).predict(points[-1].train)["score"]
+    assert made.scores["pure"][0] == pytest.approx(law / (3 * points[-1].score) - 1)
+
+
+def test_two_points_and_shares_above_one_are_not_believed():
+    made = _judged(ladder(compute=COMPUTE[:2]))
+    assert made.passes == () and math.isnan(made.values["fid"]) and "2 points test no law" in made.reason
+    shares = [Point(f"m{i}", 0.2 * float(c / 1e17) ** 0.2, train=float(c)) for i, c in enumerate(COMPUTE)]
+    made = _judged(shares, metric="intervals", flops=6e21, higher=True)
+    assert made.values["intervals"] > 1 and "follow 1-intervals" in str(made.findings[-1])
+    assert made.to_json()["values"] == made.values and set(made.to_json()["intervals"]) == {"intervals"}
 
 
 def test_the_rest_of_a_share_falls_with_compute(tmp_path, capsys):
@@ -376,6 +414,6 @@ def test_the_metric_command_from_records(tmp_path, capsys):
     assert low < -0.234 < high and result["correlation"]["models"] == 6
     made, (predicted,) = result["verdict"], result["predictions"]
     assert printed.startswith("Verdict: believe the pure power law: ") and made["method"] == "pure"
-    assert (made["at_flops"], made["fid"]) == (6e19, predicted["score"])
+    assert (made["at_flops"], made["values"]["fid"]) == (6e19, predicted["score"])
     assert made["intervals"]["fid"] == predicted["interval"]
     assert all(c["guidance"] == 1.5 and c["tried"] == 3 for c in result["choices"])

@@ -65,6 +65,14 @@ def test_the_largest_budget_decides_also_against_the_sizes():
     assert made.method == at_largest[0] == "surface" and at_sizes[0] == "varpro"
 
 
+def test_an_effect_without_end_is_no_finding_and_no_interval_is_not_said_to_hold_anything():
+    _, made = judged(ladder(noise=0.003, seed=6), 1e22, resamples=0)
+    assert len(made.passes) == 3 and "no interval" in verdict.lines(made)[1] and "hold" not in verdict.lines(made)[1]
+    endless = verdict.Finding("odd", {"N_opt": math.inf, "L_opt": math.nan}, "")
+    small = verdict.Finding("round", {"N_opt": 1e-9, "L_opt": 0.0}, "")
+    assert verdict.telling(made, [], [endless, small]) == () and str(small) == "round: no change"
+
+
 def test_where_no_method_passes_there_is_a_reason_and_no_interval():
     runs = ladder(repeated(3e8), noise=0.002, seed=1, low=1e18, high=1e20, budgets=5)
     _, made = judged(runs, 1e21)

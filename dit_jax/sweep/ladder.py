@@ -222,7 +222,7 @@ def prepare(cfg: Config, workdir: str) -> Source:
         make_task(dataclasses.replace(cfg, sample=grid_settings(cfg)))
     old = read_config(workdir, "sweep.json") if is_file(os.path.join(workdir, "sweep.json")) else cfg
     free = ["sweep.processes", "sweep.grid", "sweep.samples", "data.data_dir", "data.folder", "data.mixture"]
-    free += [f"eval.{axis}" for axis in AXES if axis not in ("weights", "ema")]  # of which images are scored
+    free += [f"eval.{axis}" for axis in AXES if axis not in ("weights", "ema")]  # those two are of the loss too
     rungs, known = ({*zip(c.sweep.budgets, c.sweep.windows, strict=True)} for c in (cfg, old))
     free += ["sweep.budgets", "sweep.windows"] * (cfg.sweep.curves and rungs >= known)  # runs go on to further budgets
     before, now = flatten(to_dict(old)), flatten(to_dict(cfg))

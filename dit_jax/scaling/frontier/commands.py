@@ -13,15 +13,16 @@ from dit_jax.files import base
 from dit_jax.scaling.frontier import answers
 from dit_jax.scaling.frontier import compare as ladders
 from dit_jax.scaling.frontier.choice import choose, one_guidance
-from dit_jax.scaling.frontier.frontier import Frontier, fit_frontier, front, serve
+from dit_jax.scaling.frontier.frontier import UNITS, Frontier, fit_frontier, front, serve
 from dit_jax.scaling.frontier.metric import best_of_budgets, correlate, doubts, fit_metric
 from dit_jax.scaling.frontier.points import SAMPLING, Point, all_training, find_metric, higher_is_better, load_points
 from dit_jax.scaling.report.text import DASH, finite, law_text, print_table, span
-from dit_jax.scaling.runs import budgets, load_runs
+from dit_jax.scaling.runs import load_runs
 from dit_jax.scaling.runs.columns import parse_names
 from dit_jax.scaling.runs.conventions import check_units, of_record, training_flops
 from dit_jax.scaling.runs.run import require_same_start
 from dit_jax.scaling.verdicts.methods import fit_one, options_of
+from dit_jax.scaling.verdicts.verdict import ends
 
 
 def run(args) -> dict:
@@ -29,8 +30,11 @@ def run(args) -> dict:
     if args.metric is None:
         args.metric = find_metric(args.runs, args.where, parse_names(args.column))
     result, warnings = COMMANDS[args.command](args)
+    made = result["verdict"]
+    told = "\n".join((made["reason"], *(f["text"] for f in made["findings"])))
     for warning in warnings:
-        print(f"warning: {one_line(warning)}", file=sys.stderr)
+        if (warning.partition(": ")[2] or warning) not in told:  # else the verdict has said it
+            print(f"warning: {one_line(warning)}", file=sys.stderr)
     return finite(result | {"warnings": warnings})
 
 
@@ -68,7 +72,7 @@ def run_metric(args) -> tuple[dict, list]:
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
     reasons, runs = doubts(fit, args.metric), {p.run_name for p in used}
     again = partial(_again, higher=higher)
-    made = answers.of_metric(fit, args.metric, again, max(args.flops, default=0.0))
+    made = answers.of_metric(fit, args.metric, again, max(args.flops, default=0.0), asked=form)
     _say(answers.of_metric_lines(made))
     rows = [(c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", c.edge) for c in found]
     head = ("model", "best", "tried", args.metric, "edge")
@@ -170,12 +174,11 @@ def _without_ends(sides: list, c: dict, args) -> dict:
     """What was left out -> the comparison of the rest: the smallest and the largest budget of each side."""
     args, found = Namespace(**vars(args) | {"resamples": 0}), {}
     for i, (runs, ladder) in enumerate(sides):
-        groups = [members for _, members in sorted(budgets(runs), key=lambda g: g[1][0].flops)]
-        for what, kept in (("smallest", groups[1:]), ("largest", groups[:-1])) if len(groups) > 3 else ():
-            pair = [one for _, one in sides]
+        for what, some in ends(runs):
+            pair, gone = [one for _, one in sides], {id(r) for r in some}
             try:
-                pair[i] = _ladder([r for some in kept for r in some], ladder.name, args, [])
-                found[f"the {what} budget of {ladder.name}"] = ladders.compare(*pair, form=c["form"], at=c["common"])
+                pair[i] = _ladder([r for r in runs if id(r) not in gone], ladder.name, args, [])
+                found[f"{what} of {ladder.name}"] = ladders.compare(*pair, form=c["form"], at=c["common"])
             except UsageError:
                 continue
     return found
@@ -186,6 +189,7 @@ def run_compare(args) -> tuple[dict, list]:
     _check_lower(args.metric)
     names = [base(p) for p in (args.runs_a, args.runs_b)]
     names = names if names[0] != names[1] else [args.runs_a, args.runs_b]
+    names = names if names[0] != names[1] else [f"{base(args.runs_a)} ({side})" for side in "AB"]
     warnings: list = []
     sides = zip("ab", (args.runs_a, args.runs_b), names, strict=True)
     sides = [_side(side, path, name, args, warnings) for side, path, name in sides]
@@ -243,7 +247,7 @@ def _percent(share: float) -> str:
 
 
 def _print_frontier(fit: Frontier, best_at: list) -> None:
-    unit = {"flops": "FLOPs an image", "seconds": "seconds an image"}[fit.unit]
+    unit = UNITS[fit.unit]
     rows = [(p.name, p.sampling or DASH, f"{getattr(p, fit.unit):.4g}", f"{p.score:.4g}", _percent(s))
             for p, s in zip(fit.front, fit.front_shares, strict=True)]  # fmt: skip
     print_table("Pareto front", ("model", "sampling", unit, fit.metric, "share of resamples"), rows)

@@ -22,6 +22,7 @@ from dit_jax.scaling.fits.fit import NO_INTERVAL
 from dit_jax.scaling.frontier.choice import Choice, lowest, one_guidance, sampling_key
 from dit_jax.scaling.frontier.points import Point, all_training, higher_is_better
 
+UNITS = {"flops": "FLOPs an image", "seconds": "seconds an image"}  # of a cost, in words
 GRID = 4001  # costs, evenly in the logarithm, at which the best model is looked for
 
 

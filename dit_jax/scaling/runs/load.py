@@ -60,14 +60,14 @@ def load_runs(
     each step evaluated.
 
     Paths are on a disk or in a bucket (gs://). Folders are searched for `eval/records.jsonl` and for the objects in `eval/records/`, which
-    a bucket holds instead; one named `extrapolation` counts only when it is itself given, so that a model trained to
+    a bucket holds instead; one named `extrapolation...` counts only when it is itself given, so that a model trained to
     test a law does not enter it. Of records `protocol_id` takes those of one protocol. Tables (CSV, TSV, JSON lines: told by their content)
     have the columns params, loss, and tokens or flops, of which one may be missing: C = 6ND then. `columns` gives them our names (ours ->
     theirs, or FACTOR*THEIRS), `stated` says what they do not (field of a Convention -> one of its CHOICES). `where` holds FIELD=VALUE texts
     over a table's own columns, or the dotted names of a protocol: only what agrees is taken. `best_of` names the column of a sweep, whose
-    cells become `Run.setting`. Refused: runs whose protocols or conventions differ, or of which only some began with other
-    weights, tables of several studies, and losses that are blank or nan, unless `missing` keeps them as nan (`verdicts.quality.drop`
-    leaves them out).
+    cells become `Run.setting`. Refused: runs whose protocols or conventions differ, or of which only some began with other weights, tables
+    of several studies, and losses that are blank, nan or a word, unless `missing` keeps them as nan (`verdicts.quality.drop` leaves them
+    out).
     """
     stated, table = stated or {}, Columns(columns or {}, where)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -169,7 +169,7 @@ def _on_disk(path: str) -> dict[str, list[str]]:
     for folder, inside, _ in os.walk(path):
         if folder.count(os.sep) - path.count(os.sep) > DEEPEST:
             raise UsageError(f"{folder}: found folders more than {DEEPEST} deep, expected runs nearer to {path}")
-        inside[:] = sorted(name for name in inside if name != "extrapolation")
+        inside[:] = sorted(name for name in inside if not name.startswith("extrapolation"))
         if parts := _parts(os.path.join(folder, "eval", NAME)):
             found[folder] = parts
     return found
@@ -182,7 +182,7 @@ def _in_bucket(path: str) -> dict[str, list[str]]:
         raise UsageError(f"{path}: no such file or folder")
     for name in objects:
         folder = (match := OBJECT.fullmatch(name)) and (match[1] or "").split("/")
-        if match and "extrapolation" not in folder:
+        if match and not any(part.startswith("extrapolation") for part in folder):
             found.setdefault(tuple(folder), []).append(os.path.join(path, name))
     return {os.path.join(path, *folder).rstrip("/"): found[folder] for folder in sorted(found)}
 

@@ -25,6 +25,7 @@ NEAR = 3.0  # sizes within this factor of the best of their budget are predicted
 PARTS = 4  # at most, of the sizes that are left out in turn
 MOST = 5  # findings
 WORTH = 0.5  # of a half-width, from which an effect is a finding
+ODD_END = "one more budget beside it would tell whether it is odd or the laws bend"  # advice
 TOO_FAR = 100.0  # times the data, from which the distance itself is a finding
 DIGITS = {"N_opt": ".3g", "L_opt": ".4f"}
 QUANTITIES = tuple(DIGITS)
@@ -32,22 +33,25 @@ QUANTITIES = tuple(DIGITS)
 
 @dataclass(frozen=True)
 class Finding:
-    """What changes the verdict: `effect` is the change of N_opt and of L_opt at the target, in percent, nan where it cannot be told."""
+    """What changes the verdict: `effect` is the change of each of its numbers, such as N_opt at the target, in percent; nan where it
+    cannot be told."""
 
     text: str
     effect: dict
     advice: str
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name} {value:+.2g} %" for name, value in self.effect.items() if math.isfinite(value))
+        known = {name: value for name, value in self.effect.items() if math.isfinite(value)}
+        told = ", ".join(f"{name} {value:+.2g} %" for name, value in known.items() if abs(value) > 100 * ROUNDING)
+        told = told or "no change" * bool(known)
         return "; ".join(part for part in (self.text + (f": {told}" if told else ""), self.advice) if part)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The method to believe at `flops` training FLOPs, why, and what it says there with intervals: N_opt and L_opt, or a metric. `scores`
-    are relative errors of losses left out, (largest budget, sizes), by method. `passes` names those that the intervals span; () = none
-    may speak."""
+    """The method to believe at `flops` training FLOPs, why, and its numbers there with intervals: N_opt and L_opt. `scores` are relative
+    errors of losses left out, (largest budget, sizes), by method. `passes` names the methods whose numbers the intervals hold; () = none
+    may speak. `frontier.answers` says of a metric, of two ladders and of a frontier what these are there."""
 
     method: str
     reason: str
@@ -66,7 +70,10 @@ class Verdict:
 
     def to_json(self) -> dict:
         findings = [{"text": f.text, "effect_percent": f.effect, "advice": f.advice} for f in self.findings]
-        own = {"method": self.method, "reason": self.reason, "at_flops": self.flops, **self.values}
+        own = {"method": self.method, "reason": self.reason, "at_flops": self.flops}
+        own |= (
+            self.values if set(self.values) <= set(QUANTITIES) else {"values": self.values}
+        )  # a metric may have any name
         return own | {"intervals": self.intervals, "findings": findings}
 
 
@@ -148,8 +155,10 @@ def _spanning(own: tuple, others: Sequence) -> tuple:
 
 def foretold(made: Verdict, fits: Mapping[str, Fit], run: Run) -> Extrapolation:
     """A trained run against the verdict: the expected loss of a run of its size by the method believed, and its interval with the noise of
-    a run, so wide that it holds what the other methods that pass expect."""
+    a run, so wide that it holds what the other methods that pass expect; none if no method may speak."""
     found, *others = (extrapolate(fits[m], run) for m in (made.method, *(m for m in made.passes if m != made.method)))
+    if not made.passes:
+        return replace(found, n_interval=NO_INTERVAL, interval=NO_INTERVAL)
     size = _spanning(found.n_interval, [e.n_opt for e in others])
     return replace(found, n_interval=size, interval=_spanning(found.interval, [e.predicted for e in others]))
 
@@ -183,10 +192,13 @@ def _findings(
     first += too_far(made)
     for method, other in said.items():
         if method != made.method:
-            passed = "the interval holds it too" if method in made.passes else "it fails its tests"
+            passed = "it passes its tests too" if method in made.passes else "it fails its tests"
             rest.append(Finding(f"{method} instead", effect(made, other), passed))
     tried: list[set] = []
-    for text, advice, odd, bad in [*suspects, *_ends(runs)]:
+    for text, advice, odd, bad in [
+        *suspects,
+        *((f"without {name}", ODD_END, some, False) for name, some in ends(runs)),
+    ]:
         gone = {id(r) for r in odd}
         if gone in tried:
             continue
@@ -216,15 +228,12 @@ def telling(made: Verdict, first: Sequence[Finding], rest: Sequence[Finding]) ->
     return tuple([*first, *kept][:MOST])
 
 
-def _ends(runs: Sequence[Run]) -> list[tuple]:
-    """The smallest and the largest budget as suspects."""
+def ends(runs: Sequence[Run]) -> list[tuple]:
+    """(which budget, its runs) of the smallest and of the largest one, where enough are left without it."""
     groups = sorted(budgets(runs), key=lambda g: g[1][0].flops)
     if len(groups) < 4 or scattered(groups):
         return []
-    advice = "one more budget beside it would tell whether it is odd or the laws bend"
-    return [
-        (f"without the {name} budget", advice, groups[i][1], False) for name, i in (("smallest", 0), ("largest", -1))
-    ]
+    return [(f"the {name} budget", groups[i][1]) for name, i in (("smallest", 0), ("largest", -1))]
 
 
 def effect(made: Verdict, other: Mapping) -> dict:
@@ -240,14 +249,14 @@ def _half(made: Verdict, name: str) -> float:
 
 def _weight(made: Verdict, finding: Finding) -> float:
     """The effect in half-widths, or in percent of the value where no interval is given."""
-    told = ((n, abs(v)) for n, v in finding.effect.items() if abs(v) > 100 * ROUNDING)
+    told = ((n, abs(v)) for n, v in finding.effect.items() if math.isfinite(v) and abs(v) > 100 * ROUNDING)
     sizes = [v / (h if (h := _half(made, n)) > 0 else 1.0) for n, v in told]
     return max(sizes, default=0.0)
 
 
-def lines(made: Verdict, called: str = "") -> list[str]:
-    """The verdict in words: which method (`called` so), the number, and what would change it."""
-    name = f"believe {called or made.method}" if made.passes else "believe none beyond these data"
+def lines(made: Verdict) -> list[str]:
+    """The verdict in words: which method, the numbers, and what would change them."""
+    name = f"believe {made.method}" if made.passes else "believe none beyond these data"
     parts = []
     for quantity, value in made.values.items():
         digits, (low, high) = DIGITS.get(quantity, ".4g"), made.intervals[quantity]
@@ -256,7 +265,10 @@ def lines(made: Verdict, called: str = "") -> list[str]:
         else:
             between = "no interval" if math.isnan(low) else f"{low:{digits}} to {high:{digits}}"
             parts.append(f"{quantity} {value:{digits}} ({between})")
-    spans = f", interval spans {', '.join(made.passes)}" if len(made.passes) > 1 else ""
+    others = [name for name in made.passes if name != made.method]
+    known = any(math.isfinite(low) for low, _ in made.intervals.values())
+    say = "say" if len(others) > 1 else "says"
+    spans = f"; the intervals hold what {' and '.join(others)} {say} too" if others and known else ""
     far = f"{made.beyond:.3g}x the largest budget"
     out = [f"Verdict: {name}: {made.reason}.", f"At {made.flops:.3g} FLOPs ({far}): {', '.join(parts)}{spans}."]
     return out + [f"  - {finding}" for finding in made.findings]

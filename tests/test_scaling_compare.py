@@ -188,7 +188,7 @@ def test_one_table_beside_itself_has_two_names_and_the_ends_of_both(tmp_path, ca
     assert {text[-3:] for text in told} == {"(A)", "(B)"}
 
 
-def test_runs_scattered_over_compute_have_no_budget_at_an_end(tmp_path):
+def test_runs_scattered_over_compute_have_no_budget_at_an_end():
     assert len(ends(planted())) == 2 and ends(scatter(noise=0.005)) == [] and ends(planted()[:15]) == []
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,18 @@ def test_the_largest_budget_decides_also_against_the_sizes():
     _, made = judged(ladder(noise=0.003, seed=6), 1e22)
     at_largest, at_sizes = (sorted(made.scores, key=lambda m: made.scores[m][i]) for i in (0, 1))
     assert made.method == at_largest[0] == "surface" and at_sizes[0] == "varpro"
+
+
+def test_a_run_is_foretold_wider_where_another_method_expects_more_and_not_where_none_may_speak():
+    fits, made = judged(ragged(noise=0.01, seed=4), 1e22)
+    fits = {m: replace(f, noise_draws=0 * f.noise_draws) for m, f in fits.items()}  # which would hold all of them
+    run = ladder(seed=1, budgets=2, low=1e18, high=1e22)[-1]
+    own, told = (verdict.foretold(replace(made, passes=p), fits, run) for p in ((made.method,), made.passes))
+    assert own.interval == extrapolate(fits[made.method], run).interval != told.interval
+    assert told.interval[0] <= own.interval[0] and own.interval[1] <= told.interval[1]
+    silent = verdict.foretold(replace(made, passes=()), fits, run)
+    assert silent.predicted == own.predicted and not silent.inside
+    assert all(math.isnan(v) for v in (*silent.interval, *silent.n_interval))
 
 
 def test_an_effect_without_end_is_no_finding_and_no_interval_is_not_said_to_hold_anything():

@@ -21,7 +21,7 @@ SURE = 0.95  # share of the resamples from which the best model at a cost is no 
 
 def of_metric(fit: MetricLaw, metric: str, refit: Callable, flops: float | int = 0.0, asked: str = "") -> Verdict:
     """The verdict on a metric at `flops` training FLOPs (0: ten times the data): the law of the form that the scores ask for, or that was
-    `asked` for, beside the other form and without each model in turn. `refit(points, form)` fits other points. The methods are the forms
+    `asked` for, beside the other form and without each model in turn. `refit(points, form=)` fits other points. The methods are the forms
     of laws, `scores` the relative error of each at the largest budget without it."""
     at = float(flops) or FAR * fit.largest
     said, why, inside = fit.predict(at), doubts(fit, metric), at <= INSIDE * fit.largest
@@ -50,7 +50,7 @@ def of_metric(fit: MetricLaw, metric: str, refit: Callable, flops: float | int =
             rest.append(Finding(f"{CALLED[form]} instead", effect(made, other), held))
     for point in fit.used:
         try:
-            other = {metric: refit([p for p in fit.used if p is not point], fit.form).predict(at)["score"]}
+            other = {metric: refit([p for p in fit.used if p is not point], form=fit.form).predict(at)["score"]}
         except UsageError:
             continue
         rest.append(Finding(f"without {point.name}", effect(made, other), "train another model of nearly its compute"))
@@ -67,7 +67,7 @@ def _error(fit: MetricLaw, refit: Callable, form: str) -> float:
     rest = [p for p in fit.used if p.train * SAME < fit.largest]
     left = [p.score for p in fit.used if p.train * SAME >= fit.largest]
     try:
-        return refit(rest, form).predict(fit.largest)["score"] / math.exp(sum(map(math.log, left)) / len(left)) - 1
+        return refit(rest, form=form).predict(fit.largest)["score"] / math.exp(sum(map(math.log, left)) / len(left)) - 1
     except (UsageError, IndexError):
         return math.nan
 

@@ -4,7 +4,6 @@ import math
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -71,7 +70,7 @@ def run_metric(args) -> tuple[dict, list]:
     form = "irreducible" if args.irreducible else "pure" if args.pure else ""
     fit = fit_metric(used, form=form, higher=higher, resamples=args.resamples, seed=args.seed)
     reasons, runs = doubts(fit, args.metric), {p.run_name for p in used}
-    again = partial(_again, higher=higher)
+    again = partial(fit_metric, higher=higher, resamples=0)
     made = answers.of_metric(fit, args.metric, again, max(args.flops, default=0.0), asked=form)
     _say(answers.of_metric_lines(made))
     rows = [(c.best.name, c.best.sampling or DASH, str(len(c.tried)), f"{c.best.score:.4g}", c.edge) for c in found]
@@ -108,11 +107,6 @@ def run_metric(args) -> tuple[dict, list]:
         text = f"{len(used)} points are steps of {len(runs)} runs: what a run has in common is not in the intervals"
         warnings.append(text)
     return result, [*reasons, *warnings, *fit.warnings, *filter(None, [fit.doubt(args.flops)])]
-
-
-def _again(points: Sequence[Point], form: str, higher: bool):
-    """The law of other points, without intervals."""
-    return fit_metric(points, form=form, higher=higher, resamples=0)
 
 
 def _say(lines: list[str]) -> None:

@@ -71,9 +71,8 @@ class Verdict:
     def to_json(self) -> dict:
         findings = [{"text": f.text, "effect_percent": f.effect, "advice": f.advice} for f in self.findings]
         own = {"method": self.method, "reason": self.reason, "at_flops": self.flops}
-        own |= (
-            self.values if set(self.values) <= set(QUANTITIES) else {"values": self.values}
-        )  # a metric may have any name
+        named = set(self.values) <= set(QUANTITIES)  # else a metric, whose name may be any
+        own |= self.values if named else {"values": self.values}
         return own | {"intervals": self.intervals, "findings": findings}
 
 
@@ -195,10 +194,8 @@ def _findings(
             passed = "it passes its tests too" if method in made.passes else "it fails its tests"
             rest.append(Finding(f"{method} instead", effect(made, other), passed))
     tried: list[set] = []
-    for text, advice, odd, bad in [
-        *suspects,
-        *((f"without {name}", ODD_END, some, False) for name, some in ends(runs)),
-    ]:
+    at_ends = [(f"without {name}", ODD_END, some, False) for name, some in ends(runs)]
+    for text, advice, odd, bad in [*suspects, *at_ends]:
         gone = {id(r) for r in odd}
         if gone in tried:
             continue

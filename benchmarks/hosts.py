@@ -4,6 +4,9 @@ python benchmarks/hosts.py [--repeats=5] [--num=2000] [--json=OUT]
 
 Both runs do the same work: `--num` images into parts and one npz; and an evaluation, held-out loss, `--num` images, their features and
 their metrics, which process 0 computes alone. Programs are compiled before the clock starts.
+
+Cores share memory and caches, so two of them may do less than twice the work of one. What they do at most is measured beside it: two
+runs of one process at the same time that know nothing of each other, each with the whole work. `of most` is the ratio over theirs.
 """
 
 import dataclasses
@@ -16,6 +19,8 @@ import sys
 import tempfile
 import time
 
+import jax
+import numpy as np
 from absl import flags
 
 from dit_jax.config import MeshConfig
@@ -25,9 +30,9 @@ from dit_jax.log import say, table
 TARGET = 1.8
 
 
-def worker(folder: str, num: int, count: int, index: int, address: str) -> None:
+def worker(folder: str, num: int, count: int, index: int, address: str, core: int) -> None:
     """One host: prints the seconds of each job, if it is process 0."""
-    os.sched_setaffinity(0, {index})
+    os.sched_setaffinity(0, {core + index})
     from dit_jax import checkpoint, flops
     from dit_jax.devices.processes import connect, everyone_is_here, leader
     from dit_jax.devices.rows import drawing_mesh, on_mesh
@@ -70,8 +75,8 @@ def worker(folder: str, num: int, count: int, index: int, address: str) -> None:
         print(json.dumps(found))
 
 
-def measure(folder: str, num: int, count: int) -> dict[str, float]:
-    """Seconds of each job on `count` hosts."""
+def start(folder: str, num: int, count: int, first: int = 0) -> list[subprocess.Popen]:
+    """Starts a run of `count` hosts on the cores from `first` on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -82,53 +87,68 @@ def measure(folder: str, num: int, count: int) -> dict[str, float]:
         f"--folder={folder}",
         f"--count={count}",
         f"--address={address}",
+        f"--core={first}",
     ]
-    hosts = [
+    return [
         subprocess.Popen([*command, f"--index={index}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for index in range(count)
     ]
+
+
+def seconds(hosts: list[subprocess.Popen]) -> dict[str, float]:
+    """Seconds of each job of a run that was started."""
     said = [host.communicate()[0] for host in hosts]
     return json.loads(said[0].strip().splitlines()[-1])
+
+
+def measure(folders: tuple[str, str], num: int, kind: str) -> dict[str, float]:
+    """Seconds of each job: of one host, of two, or of two runs of one host at the same time, their mean."""
+    if kind != "apart":
+        return seconds(start(folders[0], num, {"one": 1, "two": 2}[kind]))
+    both = [seconds(run) for run in [start(folder, num, 1, core) for core, folder in enumerate(folders)]]
+    return {name: statistics.mean(run[name] for run in both) for name in both[0]}
 
 
 def main() -> None:
     values = flags.FLAGS
     if values.folder:
-        return worker(values.folder, values.num, values.count, values.index, values.address)
-    with tempfile.TemporaryDirectory() as folder:
-        train = ["-m", "dit_jax.train", "--config=configs/digits.py", f"--workdir={folder}", "--config.train.steps=1"]
-        subprocess.run([sys.executable, *train], check=True, stderr=subprocess.DEVNULL)
-        found: dict = {1: [], 2: []}
+        return worker(values.folder, values.num, values.count, values.index, values.address, values.core)
+    with tempfile.TemporaryDirectory() as parent:
+        folders = tuple(os.path.join(parent, name) for name in ("a", "b"))
+        train = ["-m", "dit_jax.train", "--config=configs/digits.py", "--config.train.steps=1"]
+        for folder in folders:
+            subprocess.run(
+                [sys.executable, *train, f"--workdir={folder}"],
+                check=True,
+                stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        found: dict = {"one": [], "two": [], "apart": []}
         for i in range(values.repeats):
-            for count in (1, 2) if i % 2 == 0 else (2, 1):
-                found[count].append(measure(folder, values.num, count))
-            say(f"[{i + 1}/{values.repeats}] {found[1][-1]} against {found[2][-1]}")
+            for kind in list(found) if i % 2 == 0 else list(found)[::-1]:
+                found[kind].append(measure(folders, values.num, kind))
+            say(f"[{i + 1}/{values.repeats}] {', '.join(f'{kind}: {runs[-1]}' for kind, runs in found.items())}")
     rows, ratios = [], {}
-    for name in found[1][0]:
-        one, two = ([run[name] for run in found[count]] for count in (1, 2))
-        ratios[name] = {"ratios": [a / b for a, b in zip(one, two, strict=True)], "one": one, "two": two}
-        middle = statistics.median(ratios[name]["ratios"])
-        low, high = min(ratios[name]["ratios"]), max(ratios[name]["ratios"])
-        rows.append(
-            [
-                name,
-                *(f"{values.num / statistics.median(x):.0f}" for x in (one, two)),
-                f"{middle:.2f}",
-                f"{low:.2f} to {high:.2f}",
-            ]
-        )
+    for name in found["one"][0]:
+        one, two, apart = (np.array([run[name] for run in found[kind]]) for kind in ("one", "two", "apart"))
+        ratio, most = one / two, 2 * one / apart
+        ratios[name] = {"ratios": ratio, "most": most, "one": one, "two": two, "apart": apart}
+        rates = (f"{values.num / np.median(x):.0f}" for x in (one, two))
+        shown = (f"{np.median(x):.2f} ({x.min():.2f} to {x.max():.2f})" for x in (ratio, most, ratio / most))
+        rows.append([name, *rates, *shown])
     table(
-        ("job", "1 process, images/s", "2 processes", "ratio", "spread"),
+        ("job", "1 process, images/s", "2 processes", "ratio", "most", "of most"),
         rows,
-        f"target {TARGET}; load {os.getloadavg()[0]:.1f}",
+        f"target {TARGET}; {values.num} images, {values.repeats} rounds; load {os.getloadavg()[0]:.1f}",
     )
     if values.json:
         with open(values.json, "w") as f:
-            json.dump(ratios, f, indent=1)
+            json.dump(jax.tree.map(lambda x: x.tolist(), ratios), f, indent=1)
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("repeats", 5, "alternating rounds")
+    flags.DEFINE_integer("core", 0, "of a worker")
     flags.DEFINE_integer("num", 2000, "images")
     flags.DEFINE_string("json", None, "file for the seconds of all rounds")
     for name in ("folder", "address"):

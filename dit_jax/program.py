@@ -24,7 +24,7 @@ from dit_jax.models.encoder import Sizes
 from dit_jax.networks.autoencoder import StepEncoder, find_network, make_step_encoder, normalisation
 from dit_jax.networks.caption import chained, in_step, make_text_encoder, sizes_of
 from dit_jax.networks.text import PUBLISHED, SHAPES
-from dit_jax.sampling.draw import ROWS, image_flops, make_sampler
+from dit_jax.sampling.draw import image_flops, make_sampler, rows_of
 from dit_jax.sampling.guide import open_guide
 from dit_jax.sampling.reuse import Plan, even_plan
 from dit_jax.training.state import abstract_batch, abstract_state
@@ -58,7 +58,7 @@ def program(cfg: Config, job: str, mesh) -> Program:
         rows, held, arguments = cfg.train.batch_size, len(jax.tree.leaves(state)), (state, batch, *encoder.weights)
         work = make_objective(cfg).flops(largest) * rows
         return Program(lambda: make_train_step(cfg, mesh, encoder), arguments, work, rows, held)
-    rows, batch = ROWS * batch_split(mesh), batch_sharding(mesh)
+    rows, batch = rows_of(cfg.model) * batch_split(mesh), batch_sharding(mesh)
     seed, indices = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     asked = {name: value for name, value in conditioning.example(cfg.model, rows).items() if name in ("text", "low")}
     asked = placed(asked, batch) if asked else {}

@@ -16,7 +16,7 @@ from dit_jax.hardware import GIB, topology
 from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation, evaluation, hlo, search, text
 from dit_jax.program import Program, reuse_notes
-from dit_jax.sampling.draw import ROWS
+from dit_jax.sampling.draw import rows_of
 
 XL = "--config=configs/imagenet256.py:DiT-XL/2"
 DIGITS = "--config=configs/digits.py"
@@ -129,8 +129,8 @@ def test_the_real_sampler_is_compiled_and_its_images_counted(tmp_path, cache_dir
     assert err.startswith("sample of digits for cpux8: 8 x CPU, hosts: 1\ncompiling ...\n")
     model = ModelConfig(depth=1, width=16, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
     evaluations = 2 * 5 - 1  # Heun's method; all of them guided
-    assert (found["images"], found["mesh"]["data"]) == (8 * ROWS, 8)
-    assert found["flops_step"] == 8 * ROWS * 2 * evaluations * flops.forward_flops(model)
+    assert (found["images"], found["mesh"]["data"]) == (8 * rows_of(model), 8)
+    assert found["flops_step"] == 8 * rows_of(model) * 2 * evaluations * flops.forward_flops(model)
     assert found["fits"] and not found["collectives"] and found["bytes"]["arguments"] > 4 * flops.parameters(model)
 
 
@@ -143,10 +143,10 @@ def test_the_sampler_that_reuses_outputs_is_compiled(tmp_path, cache_dir):
     ]
     found, _ = ask(tmp_path, cache_dir, DIGITS, "--topology=cpux1", "--job=sample", "--config.sample.reuse=0.5", *small)
     model = ModelConfig(depth=2, width=16, heads=4, patch=2, input_size=8, channels=1, classes=10, learn_sigma=False)
-    passes, parts = ROWS * 2 * 6, flops.part_macs(model)  # all of them guided
+    passes, parts = rows_of(model) * 2 * 6, flops.part_macs(model)  # all of them guided
     every, blocks = passes * flops.forward_flops(model), passes * 2 * 2 * sum(parts.values())
     assert every - 0.6 * blocks < found["flops_step"] <= every - 0.5 * blocks
-    kept = ROWS * 2 * 2 * sum(16 * 16 * 4 for _ in parts)  # bytes of both parts' outputs of 2 layers, of both halves
+    kept = rows_of(model) * 2 * 2 * sum(16 * 16 * 4 for _ in parts)  # bytes of outputs of 2 layers, of both halves
     assert found["fits"] and found["bytes"]["temporaries"] > kept
     assert found["notes"][0].startswith("sample.reuse: which outputs are reused")
 
@@ -197,7 +197,8 @@ def test_an_evaluation_of_scenes_has_their_own_network():
     draw, features, _ = evaluation.parts(resolve(load_config("configs/scenes.py")), mesh, mesh, 9)
     assert (draw.images, features.images, features.slow) == (9, 9, False)
     params, rows = features.program.arguments
-    assert rows.shape == (4 * ROWS, 16, 16, 3) and jax.eval_shape(scores.scene_rows, params, rows).shape[0] == 4 * ROWS
+    assert rows.shape == (4 * scores.ROWS, 16, 16, 3)
+    assert jax.eval_shape(scores.scene_rows, params, rows).shape[0] == 4 * scores.ROWS
 
 
 def test_what_an_evaluation_costs_is_the_sum_of_its_programs():
@@ -334,3 +335,11 @@ def test_hours_and_price_follow_from_the_step():
     assert costs["price"] == pytest.approx([2 * h for h in costs["chip_hours"]])
     assert compilation.run_costs(report, 10, None)["price"] is None
     assert compilation.run_costs(report, 257, None)["steps"] == 2 and compilation.run_costs(report, 0, None) is None
+
+
+@pytest.mark.parametrize(
+    "side, patch, rows", [(32, 2, 16), (8, 2, 16), (16, 4, 16), (16, 8, 64), (1, 1, 64), (6, 2, 28)]
+)
+def test_images_of_few_tokens_are_drawn_more_at_a_time(side, patch, rows):
+    """A product of fewer than 256 rows uses a core badly; more than 64 images would pass the 128 that hosts share out."""
+    assert rows_of(ModelConfig(depth=1, width=16, heads=4, patch=patch, input_size=side)) == rows

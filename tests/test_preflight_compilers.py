@@ -15,7 +15,6 @@ from dit_jax.devices.layout import FSDP, Layout, memory
 from dit_jax.hardware import GIB, topology
 from dit_jax.job.launch import load_config
 from dit_jax.preflight import compilation
-from dit_jax.sampling.draw import ROWS
 
 LOOP = ("--config.model.unroll=1", "--config.model.remat=dots")  # layers in a loop compile in a third of the time
 
@@ -117,10 +116,10 @@ def test_a_batch_too_large_is_refused_by_the_compiler_and_what_is_suggested_fits
 @pytest.mark.tpu
 def test_the_sampler_is_compiled_for_a_slice(tmp_path):
     found = compiled_for(tmp_path, "imagenet256.py:DiT-XL/2,v3-8", "--job=sample", "--num=50000", "--price=1")
-    assert found["fits"] and not found["collectives"] and found["images"] == 8 * ROWS
-    assert found["flops_step"] == 8 * ROWS * 2 * 250 * flops.forward_flops(model_config("DiT-XL/2"))
+    assert found["fits"] and not found["collectives"] and found["images"] == 8 * 16
+    assert found["flops_step"] == 8 * 16 * 2 * 250 * flops.forward_flops(model_config("DiT-XL/2"))
     assert 0.1 < found["estimated_mfu"] < 1  # 250 steps of 28 layers, all of them counted
-    batches = -(-50_000 // (8 * ROWS))
+    batches = -(-50_000 // (8 * 16))
     assert found["run"]["hours"][0] == pytest.approx(batches * found["estimated_step_seconds"] / 3600)
 
 
@@ -259,4 +258,4 @@ def test_a_batch_too_large_for_a_gpu_does_not_fit_and_what_is_suggested_does(tmp
 @pytest.mark.gpu_compiler
 def test_the_sampler_is_compiled_for_absent_gpus(tmp_path):
     found = compiled_for(tmp_path, "imagenet256.py:DiT-S/2", "--topology=h100x8", "--job=sample", "--num=50000")
-    assert found["fits"] and not found["collectives"] and found["images"] == 8 * ROWS and found["run"] is None
+    assert found["fits"] and not found["collectives"] and found["images"] == 8 * 16 and found["run"] is None

@@ -35,7 +35,6 @@ from dit_jax.sampling.prompt import Asked, Prompts
 from dit_jax.sampling.quantize import Scales
 from dit_jax.sampling.reuse import Plan, passes
 
-ROWS = 16  # images that a device computes at a time; fixed, because another batch shape rounds differently
 LATER_SETTINGS = {
     "guide": "",
     "rescale": 0.0,
@@ -51,6 +50,15 @@ def image_keys(seed, indices: jax.Array) -> jax.Array:
     if jnp.ndim(seed):
         return jax.vmap(lambda own, i: jax.random.fold_in(random_key(own), i))(seed, indices)
     return jax.vmap(lambda i: jax.random.fold_in(random_key(seed), i))(indices)
+
+
+def rows_of(model: ModelConfig) -> int:
+    """Images that a device computes at a time: 16, and of images of few tokens as many as have 256 tokens together, at most 64.
+
+    It depends on the model alone, because a program of another batch rounds differently. Products of fewer rows use a core badly: of a
+    model of 4 tokens an image takes a sixth less time than with 16 (docs/performance.md).
+    """
+    return min(max(256 // model.tokens, 16), 64)
 
 
 @functools.lru_cache(maxsize=128)  # a grid of settings goes through all of them for each checkpoint
@@ -172,7 +180,7 @@ class Sampling:
         Once `stop` is not empty, the batch under way is the last and has the images that are drawn. The processes of the mesh all call it
         at once, each with indices of its own, of which none has more than `most`; they stop, and raise an error of one, together.
 
-        A device always computes ROWS images at a time and drops the surplus. On one kind of device the images are therefore the
+        A device always computes `rows_of(model)` images at a time and drops the surplus. On one kind of device the images are therefore the
         same, bit for bit, for every batch size and number of devices. (Programs compiled for the batch size differed by up to
         7e-7 in float32 and by one level in 1 of 15,360 pixels; in bfloat16 by up to 5 levels in a quarter of all pixels.)
         """
@@ -181,7 +189,7 @@ class Sampling:
             draw, more = self._program("plan"), (self.plan.fresh,)
         elif self._guiding:
             more = (self._guiding.weights(self.mesh),)
-        rows, hosts = ROWS * own_split(self.mesh), hosts_of(self.mesh)
+        rows, hosts = rows_of(self.cfg.model) * own_split(self.mesh), hosts_of(self.mesh)
         batch = rows * max(1, -(-min(self.cfg.sample.batch_size, most * hosts) // (rows * hosts)))
         count, every = 0, 1
         for start in range(0, most, batch):
@@ -215,7 +223,7 @@ class Sampling:
 
         All processes of the mesh call it.
         """
-        rows, total = ROWS * own_split(self.mesh), None
+        rows, total = rows_of(self.cfg.model) * own_split(self.mesh), None
         parts = flops.part_macs(self.cfg.model)
         everything = {part: np.ones((len(self.task.evaluations), self.cfg.model.depth), bool) for part in parts}
         first = rows * jax.process_index()
@@ -232,7 +240,7 @@ class Sampling:
 
         All processes of the mesh call it, with weights that are not quantised. The images are the same on any number of devices.
         """
-        rows, total = ROWS * own_split(self.mesh), {}
+        rows, total = rows_of(self.cfg.model) * own_split(self.mesh), {}
         first = rows * jax.process_index()
         for at in range(0, num, rows * hosts_of(self.mesh)):
             indices = (np.arange(first + at, first + at + rows) % num).astype(np.int32)
@@ -300,7 +308,7 @@ class Sampling:
         if self.autoencoder:
             job |= {f"autoencoder.{key}": value for key, value in self.autoencoder.describe().items()}
         job |= ({"rgb": True} if self.rgb else {}) | ({"size": self.size} if self.size else {})
-        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": ROWS} | ambient()))
+        return json.loads(json.dumps(job | {"uint8": UINT8, "rows": rows_of(self.cfg.model)} | ambient()))
 
 
 def _pixels(cfg: Config) -> int:

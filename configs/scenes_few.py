@@ -13,9 +13,10 @@ SPEC = importlib.util.spec_from_file_location("scenes", Path(__file__).with_name
 scenes = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(scenes)
 
+MEAN_FLOW = dict(name="mean_flow", guidance=2.0, ratio=0.75, adaptive=0.5)  # see configs/digits_few.py
 KINDS = {  # objective, learning rate, training steps, sampler
     "consistency": (dict(name="consistency", guidance=2.25, adaptive=0.0), 1e-5, 300, "consistency"),
-    "mean_flow": (dict(name="mean_flow", guidance=2.0, ratio=0.5), 5e-4, 1000, "flow_map"),
+    "mean_flow": (MEAN_FLOW, 5e-4, 4000, "flow_map"),
 }
 
 
@@ -26,7 +27,7 @@ def get_config(kind="mean_flow"):
     c.objective.update(objective)
     c.model.update(target="later" if kind == "mean_flow" else "", time_scale=0.03)
     c.optim.update(learning_rate=rate, warmup_steps=50)
-    c.train.update(steps=steps, checkpoint_every=100)
+    c.train.update(steps=steps, checkpoint_every=1000 if kind == "mean_flow" else 100)
     c.sample.update(sampler=sampler, steps=4, guidance=1.0)
     c.eval.loss = False
     return c

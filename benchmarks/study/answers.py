@@ -68,9 +68,9 @@ def ratio(draws: np.ndarray) -> str:
 
 
 def find(claims: Sequence[Claim], answer: int, kind: str, who: str = "", cost: float = 0.0) -> Claim | None:
-    """The last claim (of the largest budget) of this kind."""
-    found = [c for c in claims if (c.answer, c.kind, c.who, c.cost) == (answer, kind, who, cost)]
-    return found[-1] if found else None
+    """The claim of this kind at the largest budget; None if it was not recorded there, whatever was at smaller ones."""
+    key = (answer, kind, who, cost, max((c.budget for c in claims), default=0.0))
+    return next((c for c in claims if (c.answer, c.kind, c.who, c.cost, c.budget) == key), None)
 
 
 def says(claim: Claim | None, above: str, below: str, open_: str) -> str:

@@ -52,7 +52,7 @@ def status(data: Data) -> list[str]:
     low, size = data.budgets[0], study.sizes[-1]
     students = [steps_of(Cell(study, size, low, student=n, share=s)) for n, s in main_students(data).items()]
     few = f"At {short(low)} the largest size had {steps_of(Cell(study, size, low)):,} training steps" + (
-        f" and its students {' and '.join(f'{n:,}' for n in students)}" if students else ""
+        f", its students {', '.join(f'{n:,}' for n in students)}" if students else ""
     )
     return [
         f"{len(data.budgets)} of {len(study.budgets)} training budgets ({', '.join(map(short, data.budgets))}), "

@@ -411,3 +411,11 @@ def test_the_points_that_decide_are_scored_again(made):
     assert {row[-1] for row in rows(Data("digits", made), small())} == {"to be scored again"}
     law = [measure.law(Data("digits", records), undistilled(1e11))[1][0] for records in (made, [*made, *more])]
     assert law[0] == law[1]  # other numbers of images are not mixed
+
+
+def test_a_sentence_of_the_largest_budget_takes_no_claim_of_a_smaller_one():
+    """Half a study has claims at one budget that the next one still lacks."""
+    draws = np.array([2.0, 2.0, 2.1])
+    low, high = Claim(3, "guided", "a", draws, who="inside", budget=1e11), Claim(1, "size", "b", draws, budget=3e11)
+    assert answers.find([low], 3, "guided", "inside") is low
+    assert answers.find([low, high], 3, "guided", "inside") is None and answers.find([low, high], 1, "size") is high

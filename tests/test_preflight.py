@@ -341,5 +341,5 @@ def test_hours_and_price_follow_from_the_step():
     "side, patch, rows", [(32, 2, 16), (8, 2, 16), (16, 4, 16), (16, 8, 64), (1, 1, 64), (6, 2, 28)]
 )
 def test_images_of_few_tokens_are_drawn_more_at_a_time(side, patch, rows):
-    """A product of fewer than 256 rows uses a core badly; more than 64 images would pass the 128 that hosts share out."""
+    """A product of fewer than 256 rows uses a core badly; with more than 64 a handful of images would cost too much."""
     assert rows_of(ModelConfig(depth=1, width=16, heads=4, patch=patch, input_size=side)) == rows

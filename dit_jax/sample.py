@@ -97,7 +97,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("channels", None, "channels that guidance acts on: all or first3")
     flags.DEFINE_string("autoencoder", None, "folder of a converted autoencoder, for a model of latents")
     flags.DEFINE_integer(
-        "batch_size", None, "images drawn before they are kept, in multiples of 16 per device; changes none"
+        "batch_size", None, "images drawn before they are kept, in multiples of 16 to 64 per device; changes none"
     )
     flags.DEFINE_list("labels", [], "classes to draw, in turn: numbers, or (parts of) names; default: the label policy")
     flags.DEFINE_multi_string("prompt", [], "words to draw from, for a model of captions; may be given again: in turn")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from job import ROOT
 
-from dit_jax.config import Config
+from dit_jax.config import Config, ModelConfig
 from dit_jax.data import latent_notes, latent_writer
 from dit_jax.diffusion.samplers import SAMPLERS
 from dit_jax.job.help import comments
@@ -100,7 +100,8 @@ def test_what_help_and_choices_name_is_what_there_is():
     """They are written where nothing heavy is imported, so a second time."""
     assert comments()["SampleConfig"]["sampler"].split(" | ") == list(SAMPLERS)
     assert tuple(fits.METHODS) == names.METHODS
-    assert f"in multiples of {draw.ROWS} per device" in source("sample")
+    fewest, most = (draw.rows_of(ModelConfig(patch=patch, input_size=32)) for patch in (2, 32))
+    assert f"in multiples of {fewest} to {most} per device" in source("sample")
     assert f"of the first {picture.GRID} if there are more" in source("sample")
     assert str(tuple(latent_notes.DTYPES)).replace("'", '"') in source("encode")
     assert "1 << 30" in source("encode") and latent_writer.SHARD_BYTES == 1 << 30

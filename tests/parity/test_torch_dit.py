@@ -231,7 +231,7 @@ def test_the_benchmark_beside_it_end_to_end(tmp_path, cache_dir):
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert set(found) == {"generator", "machine", "sample", "train"} and found["machine"]["date"]
-    for part, images in (("train", 8), ("sample", 16)):
+    for part, images in (("train", 8), ("sample", 64)):
         sides = found[part]["sides"]
         assert set(sides) == {"jax", "torch"} and found[part]["images"] == images
         assert sides["torch"]["way"] == "eager" and sides["torch"]["did_not_work"]["torch.compile"]

@@ -68,9 +68,9 @@ def worker(folder: str, num: int, count: int, index: int, address: str, core: in
     for name, job in (("sample", sample), ("evaluate", evaluate)):
         job(256)
         everyone_is_here("ready")
-        start = time.perf_counter()
+        began = time.perf_counter()
         job(num)
-        found[name] = time.perf_counter() - start
+        found[name] = time.perf_counter() - began
     if leader():
         print(json.dumps(found))
 
